@@ -1,0 +1,40 @@
+"""Errors that a user can mend.
+
+Every message says what was given, what is allowed and what to do. The command line prints the message
+without a traceback and ends with status 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FambaError(Exception):
+    """Base of all errors that come from input, files or the machine rather than from a defect."""
+
+
+class ConfigError(FambaError, ValueError):
+    """A value or a combination of values that cannot work."""
+
+
+class DataError(FambaError):
+    """Data that is missing, unreadable or of another kind than asked for."""
+
+
+class CheckpointError(FambaError):
+    """A checkpoint that is missing, damaged, foreign or of another model."""
+
+
+class BackendError(FambaError, RuntimeError):
+    """A backend that is unknown or cannot be used here."""
+
+
+class TrainingError(FambaError, RuntimeError):
+    """A run that cannot go on: a loss that is not finite, or too little memory."""
+
+
+def near_miss(given: str, allowed: Iterable[str]) -> str:
+    """Return ", did you mean 'x'?" for the closest allowed name, or an empty string."""
+    close = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,7 @@
+"""Which tokens fuse, how many, in which layer, and where each patch went."""
+
+from famba.fusion.matching import TokenMap, match
+from famba.fusion.schedules import schedule, tokens_per_layer
+from famba.fusion.tracing import trace
+
+__all__ = ["TokenMap", "match", "schedule", "tokens_per_layer", "trace"]

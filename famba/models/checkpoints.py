@@ -1,0 +1,128 @@
+"""Weights from files into a Vim, refused as a whole where they do not fit."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from famba.errors import CheckpointError
+from famba.models.vim import CLS_POSITIONS, Vim, _check_choice
+
+_WEIGHT_KEYS = ("model", "state_dict")
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """Read what a .pth or .safetensors file holds, without running any code that it may hold.
+
+    Raises CheckpointError where the file is missing, damaged or of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}; give a .pth, .pt or .safetensors file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # The official files hold their command line's namespace beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"{path} is truncated or no checkpoint ({reason[0] if reason else type(error).__name__}); fetch or save it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a dictionary of weights")
+    return content
+
+
+def load_vim_checkpoint(
+    model: Vim, path: str | Path, *, cls_position: str | None = None, reset_head: bool = False
+) -> Vim:
+    """Load weights into a Vim: the official files with unchanged names, or those of a run.
+
+    The position embedding is resized to the model's grid, the class token's own row left as it is.
+
+    Args:
+        model: changed in place, and only where everything fits.
+        path: .pth, .pt (weights at the top, or under "model" or "state_dict") or .safetensors.
+        cls_position: where the file's class token stands; as in the model where None. The official files of
+            Vim have it in the "middle".
+        reset_head: keep the model's own classifier, for another set of classes.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: missing or damaged file, or the list of all that does not fit.
+    """
+    weights = read_file(path)
+    for key in _WEIGHT_KEYS:
+        if isinstance(weights.get(key), dict):
+            weights = weights[key]
+            break
+    fitted, misfits = _fit(model, weights, cls_position or model.cls_position, reset_head)
+    if misfits:
+        listed = "\n  ".join(misfits)
+        raise CheckpointError(f"{path} does not fit this model; nothing was loaded:\n  {listed}")
+    model.load_state_dict(fitted)
+    return model
+
+
+def _fit(
+    model: Vim, weights: dict[str, Any], cls_position: str, reset_head: bool
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights for every parameter of the model, and what does not fit."""
+    _check_choice("cls_position", cls_position, CLS_POSITIONS)
+    own = model.state_dict()
+    given = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    misfits = [f"{name}: not a tensor" for name, value in weights.items() if not isinstance(value, Tensor)]
+    if reset_head:
+        given = {name: value for name, value in given.items() if not name.startswith("head.")}
+        given |= {name: value for name, value in own.items() if name.startswith("head.")}
+    if "pos_embed" in given and given["pos_embed"].ndim == 3:
+        resized = _fit_pos_embed(model, given["pos_embed"], cls_position)
+        if isinstance(resized, str):
+            misfits.append(resized)
+            resized = own["pos_embed"]
+        given["pos_embed"] = resized
+    misfits += [f"{name}: missing in the file" for name in own if name not in given]
+    misfits += [f"{name}: not in the model" for name in given if name not in own]
+    for name in own.keys() & given.keys():
+        if own[name].shape != given[name].shape:
+            hint = "; reset_head=True keeps the model's own" if name.startswith("head.") else ""
+            shapes = f"{tuple(given[name].shape)} in the file, {tuple(own[name].shape)} in the model"
+            misfits.append(f"{name}: {shapes}{hint}")
+    return given, sorted(misfits)
+
+
+def _fit_pos_embed(model: Vim, embed: Tensor, cls_position: str) -> Tensor | str:
+    """The file's position embedding on the model's grid with the class token's row in the model's place."""
+    rows, width = embed.shape[1:]
+    has_cls = cls_position != "none"
+    patches = rows - has_cls
+    grid = model.patch_embed.grid_size
+    if width != model.embed_dim:
+        return f"pos_embed: width {width} in the file, {model.embed_dim} in the model"
+    if has_cls != (model.cls_position != "none"):
+        return f"pos_embed: class token {cls_position!r} in the file, {model.cls_position!r} in the model"
+    old_grid = grid if patches == model.num_patches else (math.isqrt(patches),) * 2
+    if old_grid[0] * old_grid[1] != patches:
+        return f"pos_embed: {rows} rows in the file are no square grid of patches with class token {cls_position!r}"
+
+    index = {"head": 0, "middle": patches // 2, "none": patches}[cls_position]
+    cls = embed[:, index : index + 1]
+    grid_rows = torch.cat([embed[:, :index], embed[:, index + 1 :]], dim=1)
+    if list(old_grid) != list(grid):
+        grid_rows = resample_abs_pos_embed(grid_rows, list(grid), list(old_grid), num_prefix_tokens=0)
+    if model.cls_index is None:
+        return grid_rows
+    return torch.cat([grid_rows[:, : model.cls_index], cls, grid_rows[:, model.cls_index :]], dim=1)

@@ -1,0 +1,88 @@
+"""Vim's bidirectional Mamba mixer (Zhu et al. 2024, arXiv 2401.09417, Algorithm 1)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from famba.ops import causal_conv1d, selective_scan
+
+_DELTA_RANGE = (0.001, 0.1)
+_DELTA_FLOOR = 1e-4
+
+
+class VimMixer(nn.Module):
+    """Mixes tokens by two selective scans, one in each direction, each with its own parameters.
+
+    Parameter names are those of the official checkpoints; d_inner = expand * d_model, dt_rank = ceil(d_model / 16).
+    """
+
+    def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2) -> None:
+        super().__init__()
+        self.d_inner = expand * d_model
+        self.d_state = d_state
+        self.dt_rank = math.ceil(d_model / 16)
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
+        for direction in ("", "_b"):
+            self._add_direction(direction, d_conv)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+
+    def _add_direction(self, suffix: str, d_conv: int) -> None:
+        d_inner, rank = self.d_inner, self.dt_rank
+        conv = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv - 1)
+        self.add_module(f"conv1d{suffix}", conv)
+        self.add_module(f"x_proj{suffix}", nn.Linear(d_inner, rank + 2 * self.d_state, bias=False))
+        self.add_module(f"dt_proj{suffix}", nn.Linear(rank, d_inner))
+        rates = torch.arange(1, self.d_state + 1, dtype=torch.float32).log().repeat(d_inner, 1)
+        self.register_parameter("A_b_log" if suffix else "A_log", nn.Parameter(rates))
+        self.register_parameter(f"D{suffix}", nn.Parameter(torch.ones(d_inner)))
+
+    def init_weights(self, depth: int) -> None:
+        """Initialise as Vim does: step sizes log-uniform in [0.001, 0.1], the output scaled by 1 / sqrt(depth)."""
+        for projection in (self.dt_proj, self.dt_proj_b):
+            nn.init.uniform_(projection.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+            low, high = (math.log(x) for x in _DELTA_RANGE)
+            delta = torch.empty(self.d_inner).uniform_(low, high).exp().clamp(min=_DELTA_FLOOR)
+            with torch.no_grad():
+                projection.bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # the inverse of softplus
+        nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
+        with torch.no_grad():
+            self.out_proj.weight /= math.sqrt(depth)
+
+    def forward(self, x: Float[Tensor, "b l d_model"]) -> Float[Tensor, "b l d_model"]:
+        """Mix normed tokens (b, l, d_model)."""
+        return self.out_proj(self.scan(x))
+
+    def scan(self, x: Float[Tensor, "b l d_model"]) -> Float[Tensor, "b l d_inner"]:
+        """Everything but the output projection: the mean of the two gated scans (b, l, d_inner)."""
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        forward = self._scan_direction(
+            u, z, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D, reverse=False
+        )
+        backward = self._scan_direction(
+            u, z, self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, reverse=True
+        )
+        return (forward + backward) / 2
+
+    def _scan_direction(
+        self,
+        u: Tensor,
+        z: Tensor,
+        conv: nn.Conv1d,
+        x_proj: nn.Linear,
+        dt_proj: nn.Linear,
+        A_log: Tensor,
+        D: Tensor,
+        reverse: bool,
+    ) -> Tensor:
+        u = causal_conv1d(u, conv.weight.squeeze(1), conv.bias, activation="silu", reverse=reverse)
+        dt, B, C = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        # The bias enters inside the scan, in float32, so that small steps survive bf16.
+        delta = nn.functional.linear(dt, dt_proj.weight)
+        A = -A_log.float().exp() if A_log.dtype != torch.float64 else -A_log.exp()
+        return selective_scan(
+            u, delta, A, B, C, D, z=z, delta_bias=dt_proj.bias, delta_softplus=True, reverse=reverse
+        )

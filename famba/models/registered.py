@@ -1,0 +1,62 @@
+"""The Vim models under their timm names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+
+from famba.models.vim import Vim
+
+
+def _cfg(size: int) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, size, size),
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vim_micro_patch4_32": _cfg(32),
+        "vim_tiny_patch16_224": _cfg(224),
+        "vim_small_patch16_224": _cfg(224),
+        "vim_base_patch16_224": _cfg(224),
+    }
+)
+
+
+def _create(variant: str, pretrained: bool, shape: dict[str, Any], chosen: dict[str, Any]) -> Vim:
+    return build_model_with_cfg(Vim, variant, pretrained, **{**shape, **chosen})
+
+
+@register_model
+def vim_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """A Vim for CPUs and tests, 1 M parameters, for 32 x 32 images."""
+    shape = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 12}
+    return _create("vim_micro_patch4_32", pretrained, shape, kwargs)
+
+
+@register_model
+def vim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-Ti, 7 M parameters (arXiv 2401.09417)."""
+    return _create("vim_tiny_patch16_224", pretrained, {"embed_dim": 192, "depth": 24}, kwargs)
+
+
+@register_model
+def vim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-S, 26 M parameters (arXiv 2401.09417)."""
+    return _create("vim_small_patch16_224", pretrained, {"embed_dim": 384, "depth": 24}, kwargs)
+
+
+@register_model
+def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-B, 98 M parameters (arXiv 2401.09417)."""
+    return _create("vim_base_patch16_224", pretrained, {"embed_dim": 768, "depth": 24}, kwargs)

@@ -1,0 +1,288 @@
+"""Vision Mamba (Zhu et al. 2024, arXiv 2401.09417) with cross-layer token fusion (Shen et al. 2024, arXiv 2409.09808)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from timm.layers import DropPath, PatchEmbed, lecun_normal_, trunc_normal_
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from famba.errors import ConfigError, near_miss
+from famba.fusion import TokenMap, match, trace
+from famba.fusion.matching import check_order
+from famba.fusion.schedules import check_schedule
+from famba.models.mixer import VimMixer
+from famba.ops import add_rms_norm
+
+CLS_POSITIONS = ("head", "middle", "none")
+WEIGHTINGS = ("mean", "size")
+PLACES = ("before_mixer", "after_scan")
+
+
+@dataclass(frozen=True)
+class LayerFusion:
+    """How one layer fuses: r tokens go; order and place as in `Vim`; by_size weighs tokens by the patches they hold."""
+
+    r: int
+    order: str
+    by_size: bool
+    place: str
+
+
+class Tokens(NamedTuple):
+    """What is known of a sequence besides its values.
+
+    cls: the class token's place, an int, per image a tensor (b,), or None. sizes: patches that each token holds
+    (b, l), None while they are all 1 or do not matter.
+    """
+
+    cls: int | Tensor | None
+    sizes: Tensor | None
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the channels of the residual stream, with the addition to it."""
+
+    def __init__(self, d_model: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.eps = eps
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the normed sum in x's dtype and the sum in float32, each (b, l, d_model)."""
+        return add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class VimBlock(nn.Module):
+    """Add, norm, fuse, mix: one pre-norm layer. `drop_path` is what the layer before contributes with chance."""
+
+    def __init__(self, mixer: VimMixer, d_model: int, drop_path: float, fusion: LayerFusion) -> None:
+        super().__init__()
+        self.norm = RMSNorm(d_model)
+        self.mixer = mixer
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.fusion = fusion
+
+    def forward(
+        self, hidden: Tensor, residual: Tensor | None, tokens: Tokens
+    ) -> tuple[Tensor, Tensor, Tokens, TokenMap | None]:
+        """Take the last layer's output (b, l, d) and the residual stream; return those of this layer, (b, l - r, d)."""
+        normed, residual = self.norm(self.drop_path(hidden), residual)
+        if not self.fusion.r:
+            return self.mixer(normed), residual, tokens, None
+        if self.fusion.place == "before_mixer":
+            token_map = self._match(normed, tokens)
+            hidden = self.mixer(token_map.fuse(normed, tokens.sizes))
+        else:
+            scanned = self.mixer.scan(normed)
+            token_map = self._match(scanned, tokens)
+            hidden = self.mixer.out_proj(token_map.fuse(scanned, tokens.sizes))
+        residual = token_map.fuse(residual, tokens.sizes)
+        return hidden, residual, self._fused(tokens, token_map), token_map
+
+    def _match(self, metric: Tensor, tokens: Tokens) -> TokenMap:
+        return match(metric, self.fusion.r, tokens.cls, self.fusion.order)
+
+    def _fused(self, tokens: Tokens, token_map: TokenMap) -> Tokens:
+        # At the head the class token stays where it is in either order: a place known beforehand is cheaper.
+        at_head = isinstance(tokens.cls, int) and tokens.cls == 0
+        cls = 0 if at_head else token_map.protected
+        return Tokens(cls, token_map.sizes(tokens.sizes) if self.fusion.by_size else None)
+
+
+class Vim(nn.Module):
+    """Vision Mamba: patches, a class token, `depth` pre-norm layers of bidirectional scans.
+
+    Args:
+        img_size: height and width in pixels, or one number for both; divisible by patch_size.
+        patch_size: height and width of a patch in pixels, or one number for both.
+        in_chans: channels of the image.
+        num_classes: width of the classifier; 0 for none.
+        embed_dim: d_model.
+        depth: number of layers.
+        d_state: states per channel of the scan.
+        d_conv: width of the causal convolution.
+        expand: d_inner / d_model.
+        drop_path_rate: stochastic depth, rising linearly to this rate at the last layer.
+        cls_position: "head" (Famba-V), "middle" (official Vim, at patches // 2), or "none" (mean of the tokens).
+        fusion: tokens removed in each layer, from `famba.fusion.schedule`; None for no fusion.
+        fusion_order: "sequence" or "tome", as in `famba.fusion.match`.
+        fusion_weighting: "mean" (equal weights, as in the paper) or "size" (by the patches that a token holds).
+        fusion_place: "before_mixer" (similarity of the normed tokens, as the released code has it) or "after_scan"
+            (similarity of the gated scans' mean, before the output projection, as the paper's figure draws it).
+
+    Raises:
+        ConfigError: a value or the schedule does not fit.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 192,
+        depth: int = 24,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        drop_path_rate: float = 0.0,
+        cls_position: str = "head",
+        fusion: Sequence[int] | None = None,
+        fusion_order: str = "sequence",
+        fusion_weighting: str = "mean",
+        fusion_place: str = "before_mixer",
+    ) -> None:
+        super().__init__()
+        _check_choice("cls_position", cls_position, CLS_POSITIONS)
+        _check_choice("fusion_weighting", fusion_weighting, WEIGHTINGS)
+        _check_choice("fusion_place", fusion_place, PLACES)
+        check_order(fusion_order)
+        _check_patches(_pair(img_size), _pair(patch_size))
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.cls_position = cls_position
+        self.grad_checkpointing = False
+
+        self.patch_embed = PatchEmbed(_pair(img_size), _pair(patch_size), in_chans, embed_dim)
+        self.num_patches = self.patch_embed.num_patches
+        self.num_tokens = self.num_patches + (cls_position != "none")
+        if cls_position != "none":
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.num_tokens, embed_dim))
+
+        self.fusion = tuple(fusion) if fusion is not None else (0,) * depth
+        check_schedule(self.fusion, depth, self.num_tokens, self.num_tokens - self.num_patches)
+        self.fusion_by_size = fusion_weighting == "size"
+        # A layer drops what the layer before it adds, the final norm what the last layer adds.
+        rates = [0.0, *(drop_path_rate * i / max(1, depth - 1) for i in range(depth))]
+        self.layers = nn.ModuleList(
+            VimBlock(
+                VimMixer(embed_dim, d_state, d_conv, expand),
+                embed_dim,
+                rate,
+                LayerFusion(r, fusion_order, self.fusion_by_size, fusion_place),
+            )
+            for rate, r in zip(rates, self.fusion, strict=False)
+        )
+        self.drop_path = DropPath(rates[-1]) if rates[-1] else nn.Identity()
+        self.norm_f = RMSNorm(embed_dim)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        lecun_normal_(self.patch_embed.proj.weight)
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        trunc_normal_(self.pos_embed, std=0.02)
+        if self.cls_position != "none":
+            trunc_normal_(self.cls_token, std=0.02)
+        for layer in self.layers:
+            layer.mixer.init_weights(len(self.layers))
+        self._init_head()
+
+    def _init_head(self) -> None:
+        if isinstance(self.head, nn.Linear):
+            trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that the released recipe does not decay, besides the one-dimensional ones."""
+        return {"pos_embed", "cls_token"}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each layer in the backward instead of keeping what it needs."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The classifier."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one; 0 classes for none."""
+        if global_pool is not None:
+            raise ConfigError("a Vim pools by cls_position, chosen when it is built; global_pool is not taken")
+        weight = self.pos_embed
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head.to(device=weight.device, dtype=weight.dtype)
+        self._init_head()
+
+    @property
+    def cls_index(self) -> int | None:
+        """The class token's place in the sequence that enters the first layer."""
+        return {"head": 0, "middle": self.num_patches // 2, "none": None}[self.cls_position]
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
+        """Classify images (b, in_chans, height, width): logits (b, num_classes)."""
+        normed, tokens, _ = self._run(x)
+        return self.head(self._pool(normed, tokens))
+
+    def forward_features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l d"]:
+        """Normed tokens of the last layer, (b, tokens left, embed_dim)."""
+        return self._run(x)[0]
+
+    def trace(self, x: Float[Tensor, "b c h w"]) -> tuple[Int[Tensor, "b n"], ...]:
+        """Which token holds each patch: for each layer, places (b, patches) in the sequence after its fusion."""
+        with torch.no_grad():
+            _, _, maps = self._run(x)
+        patches = torch.arange(self.num_patches, device=x.device)
+        if self.cls_index is not None:
+            patches = patches + (patches >= self.cls_index)
+        return trace(maps, patches.expand(len(x), -1))
+
+    def _run(self, x: Tensor) -> tuple[Tensor, Tokens, list[TokenMap | None]]:
+        hidden, residual = self._embed(x), None
+        tokens = Tokens(self.cls_index, None)
+        maps = []
+        for layer in self.layers:
+            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+                out = checkpoint(layer, hidden, residual, tokens, use_reentrant=False)
+            else:
+                out = layer(hidden, residual, tokens)
+            hidden, residual, tokens, token_map = out
+            maps.append(token_map)
+        return self.norm_f(self.drop_path(hidden), residual)[0], tokens, maps
+
+    def _embed(self, x: Tensor) -> Tensor:
+        x = self.patch_embed(x)
+        if self.cls_index is not None:
+            cls = self.cls_token.expand(len(x), -1, -1)
+            x = torch.cat([x[:, : self.cls_index], cls, x[:, self.cls_index :]], dim=1)
+        return x + self.pos_embed
+
+    def _pool(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """The class token (b, d), or the mean of the tokens, weighted as they were fused."""
+        if tokens.cls is None:
+            if tokens.sizes is None:
+                return x.mean(1)
+            return ((x * tokens.sizes.unsqueeze(2)).sum(1) / self.num_patches).to(x.dtype)
+        if isinstance(tokens.cls, int):
+            return x[:, tokens.cls]
+        return x.gather(1, tokens.cls[:, None, None].expand(-1, 1, x.shape[2])).squeeze(1)
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"unknown {name} {value!r}{near_miss(value, allowed)}; allowed: {', '.join(allowed)}")
+
+
+def _check_patches(image: tuple[int, int], patch: tuple[int, int]) -> None:
+    for side, size, step in zip(("height", "width"), image, patch, strict=True):
+        if step < 1 or size < step or size % step:
+            low = max(step, size - size % step) if step >= 1 else 0
+            raise ConfigError(
+                f"image {side} {size} is not divisible by patch size {step}; "
+                f"use {low} or {low + step}, or another patch size"
+            )

@@ -1,0 +1,99 @@
+"""The causal depthwise convolution as a torch custom op."""
+
+# Annotations are evaluated here, not postponed: torch reads an op's schema from them.
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from famba.errors import ConfigError
+from famba.ops.checks import check_rank, check_shapes
+from famba.ops.registry import kernels, resolve
+
+
+def causal_conv1d(
+    x: Float[Tensor, "b l d"],
+    weight: Float[Tensor, "d width"],
+    bias: Float[Tensor, " d"] | None = None,
+    activation: str | None = None,
+    reverse: bool = False,
+) -> Float[Tensor, "b l d"]:
+    """Depthwise convolution over the length in which a position sees only itself and those before it.
+
+    Args:
+        x: input (b, l, d), of any floating dtype.
+        weight: one kernel for each channel (d, width); the last tap meets the position itself.
+        bias: (d,).
+        activation: None, or "silu" on the result.
+        reverse: see only itself and those after it, the kernel mirrored.
+
+    Returns:
+        (b, l, d) in x's dtype.
+
+    Raises:
+        ConfigError: a shape, dtype, device or the activation does not fit.
+        BackendError: the chosen backend does not serve x's device.
+    """
+    check_rank("causal_conv1d", "x", x, "(b, l, d)")
+    check_rank("causal_conv1d", "weight", weight, "(d, width)")
+    channels = x.shape[2]
+    check_shapes(
+        "causal_conv1d",
+        "x",
+        x=(x, tuple(x.shape)),
+        weight=(weight, (channels, weight.shape[1])),
+        bias=(bias, (channels,)),
+    )
+    if activation not in (None, "silu"):
+        raise ConfigError(f"causal_conv1d: unknown activation {activation!r}; allowed: None, 'silu'")
+    return _conv(x, weight, bias, activation == "silu", reverse, resolve(x.device.type))
+
+
+@torch.library.custom_op("famba::causal_conv1d", mutates_args=())
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool, backend: str) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return kernels(backend).causal_conv1d(x, weight, bias, silu, reverse)
+
+
+@_conv.register_fake
+def _conv_shape(
+    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool, backend: str
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("famba::causal_conv1d_backward", mutates_args=())
+def _conv_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        dx, dweight, dbias = kernels(backend).causal_conv1d_backward(dy, x, weight, bias, silu, reverse)
+    return dx, dweight, x.new_empty(0) if dbias is None else dbias
+
+
+@_conv_backward.register_fake
+def _conv_backward_shape(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    dbias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
+
+
+def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, bias, ctx.silu, ctx.reverse, ctx.backend = inputs
+    ctx.save_for_backward(x, weight, bias)
+
+
+def _gradients(ctx, dy):  # type: ignore[no-untyped-def]
+    x, weight, bias = ctx.saved_tensors
+    dx, dweight, dbias = _conv_backward(dy, x, weight, bias, ctx.silu, ctx.reverse, ctx.backend)
+    return dx, dweight, None if bias is None else dbias, None, None, None
+
+
+_conv.register_autograd(_gradients, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.famba.causal_conv1d)
+def _conv_flops(x, weight, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    batch, length, channels = x
+    return 2 * batch * length * channels * weight[1]

@@ -1,0 +1,367 @@
+"""The meaning of each op in plain torch: any dtype, any device, and the oracle of every other backend.
+
+Forward and backward are written out, so that memory stays bounded: the scan's states, `d_state` times larger than
+its inputs, exist for one tile of images and time steps at once and are recomputed in the backward.
+Arithmetic is in float32, or in float64 where the input is. Layout is (batch, length, channels) throughout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Elements of one time step's state, and of a chunk of states, that are worked on at once: large enough to
+# outweigh the cost of launching an op, small enough for a processor's second-level cache.
+_STEP_ELEMENTS = 2**17
+_CHUNK_ELEMENTS = 2**19
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which an op on `x` is worked out: float64 for float64, float32 otherwise."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def scan_state_shape(batch: int, length: int, channels: int, states: int) -> tuple[int, ...]:
+    """Shape of what the forward scan keeps for its backward: nothing."""
+    return (0,)
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Mamba's selective scan (Gu and Dao 2023, arXiv 2312.00752, Algorithm 2), gated by silu(z).
+
+    h[t] = exp(delta[t] A) h[t - 1] + delta[t] u[t] B[t];  y[t] = (C[t] . h[t] + D u[t]) silu(z[t]).
+    Returns y (b, l, d) in u's dtype, and an empty tensor.
+    """
+    scan = _Scan(u, delta, A, B, C, z, delta_bias, delta_softplus, reverse)
+    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    for rows in scan.row_tiles():
+        state = scan.initial_state(rows)
+        for steps in scan.chunks():
+            chunk = scan.load(rows, steps)
+            states = scan.run(chunk, state)[0]
+            state = states[-1].clone()
+            out = _read_out(states, chunk.C, chunk.u, D)
+            if chunk.z is not None:
+                out = out * F.silu(chunk.z)
+            scan.store(y, rows, steps, out)
+    return y, u.new_empty(scan_state_shape(*u.shape, A.shape[1]))
+
+
+def selective_scan_backward(
+    dy: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    state: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of u, delta, A, B, C, D, z and delta_bias, each in its input's dtype; None for an input of None."""
+    scan = _Scan(u, delta, A, B, C, z, delta_bias, delta_softplus, reverse)
+    channels = torch.zeros(u.shape[-1], dtype=scan.dtype, device=u.device)
+    grads = _Gradients(
+        u=torch.empty_like(u, memory_format=torch.contiguous_format),
+        delta=torch.empty_like(delta, memory_format=torch.contiguous_format),
+        A=torch.zeros_like(scan.A),
+        B=torch.empty_like(B, memory_format=torch.contiguous_format),
+        C=torch.empty_like(C, memory_format=torch.contiguous_format),
+        D=channels.clone(),
+        z=None if z is None else torch.empty_like(z, memory_format=torch.contiguous_format),
+        delta_bias=channels.clone(),
+    )
+    for rows in scan.row_tiles():
+        entering = _entering_states(scan, rows)
+        carry = scan.initial_state(rows)
+        for steps, start in reversed(list(zip(scan.chunks(), entering, strict=True))):
+            chunk = scan.load(rows, steps)
+            out = dy[rows, steps].transpose(0, 1).to(scan.dtype)
+            carry = _chunk_backward(scan, grads, rows, steps, chunk, out.flip(0) if reverse else out, start, carry, D)
+    return (
+        grads.u,
+        grads.delta,
+        grads.A.t().to(A.dtype).contiguous(),
+        grads.B,
+        grads.C,
+        None if D is None else grads.D.to(D.dtype),
+        grads.z,
+        None if delta_bias is None else grads.delta_bias.to(delta_bias.dtype),
+    )
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
+    """Depthwise convolution over the length that sees only the past (the future where `reverse`).
+
+    x (b, l, d), weight (d, width), bias (d,). Returns (b, l, d) in x's dtype.
+    """
+    y = _conv_linear(x, weight, bias, reverse)
+    return (F.silu(y) if silu else y).to(x.dtype)
+
+
+def causal_conv1d_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of x, weight and bias, each in its input's dtype."""
+    grad = dy.to(compute_dtype(x))
+    if silu:
+        grad = grad * _silu_slope(_conv_linear(x, weight, bias, reverse))
+    dx = _conv_linear(grad, weight, None, not reverse)
+    dweight = torch.empty(weight.shape, dtype=grad.dtype, device=x.device)
+    for k, (there, here) in enumerate(_conv_windows(x.shape[1], weight.shape[1], reverse)):
+        dweight[:, k] = (grad[:, here] * x[:, there]).sum((0, 1))
+    dbias = None if bias is None else grad.sum((0, 1)).to(bias.dtype)
+    return dx.to(x.dtype), dweight.to(weight.dtype), dbias
+
+
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Add x to the residual stream, then RMS-normalise the sum (Zhang and Sennrich 2019, arXiv 1910.07467).
+
+    x (b, l, d); residual (b, l, d) in float32 (float64), or None; weight (d,).
+    Returns the normed sum in x's dtype and the sum in float32 (float64).
+    """
+    total = x.to(compute_dtype(x), copy=True)
+    if residual is not None:
+        total += residual
+    return (total * _inverse_rms(total, eps) * weight).to(x.dtype), total
+
+
+def add_rms_norm_backward(
+    dnormed: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the sum (which are those of x and of the residual) and of weight."""
+    inverse = _inverse_rms(total, eps)
+    normed = total * inverse
+    grad = dnormed.to(total.dtype)
+    dweight = (grad * normed).sum((0, 1)).to(weight.dtype)
+    grad = grad * weight
+    grad = inverse * (grad - normed * (grad * normed).mean(-1, keepdim=True))
+    return grad + dtotal, dweight
+
+
+@dataclass
+class _Gradients:
+    """Where the backward of the scan gathers; A is (n, d)."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor
+    z: Tensor | None
+    delta_bias: Tensor
+
+
+@dataclass
+class _Chunk:
+    """The inputs of some time steps of some images, (t, b, channels), in the order in which the scan meets them."""
+
+    u: Tensor
+    delta: Tensor
+    slope: Tensor | None
+    B: Tensor
+    C: Tensor
+    z: Tensor | None
+
+
+class _Scan:
+    """The inputs of a scan, cut into tiles of images (rows) and chunks of time steps."""
+
+    def __init__(
+        self,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        z: Tensor | None,
+        delta_bias: Tensor | None,
+        delta_softplus: bool,
+        reverse: bool,
+    ) -> None:
+        self.dtype = compute_dtype(u)
+        self.u, self.delta, self.B, self.C, self.z = u, delta, B, C, z
+        # (n, d): with the channels innermost every elementwise op runs over contiguous memory.
+        self.A = A.t().to(self.dtype).contiguous()
+        self.delta_bias = delta_bias
+        self.delta_softplus = delta_softplus
+        self.reverse = reverse
+        self._buffers: dict[str, Tensor] = {}
+        step = max(1, self.A.numel())
+        self._rows = max(1, min(u.shape[0], _STEP_ELEMENTS // step))
+        self._steps = max(1, min(u.shape[1], _CHUNK_ELEMENTS // (step * self._rows)))
+
+    def row_tiles(self) -> Iterator[slice]:
+        for start in range(0, self.u.shape[0], self._rows):
+            yield slice(start, min(start + self._rows, self.u.shape[0]))
+
+    def chunks(self) -> list[slice]:
+        """Chunks of time steps in the order in which the scan meets them."""
+        length = self.u.shape[1]
+        chunks = [slice(i, min(i + self._steps, length)) for i in range(0, length, self._steps)]
+        return chunks[::-1] if self.reverse else chunks
+
+    def initial_state(self, rows: slice) -> Tensor:
+        """A state (b, n, d) of zeros."""
+        return torch.zeros(rows.stop - rows.start, *self.A.shape, dtype=self.dtype, device=self.A.device)
+
+    def load(self, rows: slice, steps: slice) -> _Chunk:
+        def take(x: Tensor) -> Tensor:
+            x = x[rows, steps].transpose(0, 1).to(self.dtype)
+            return x.flip(0) if self.reverse else x.contiguous()
+
+        delta = take(self.delta)
+        if self.delta_bias is not None:
+            delta = delta + self.delta_bias
+        slope = None
+        if self.delta_softplus:
+            slope = torch.sigmoid(delta)
+            # The same as softplus, which is several times slower in torch's CPU build.
+            delta = -F.logsigmoid(-delta)
+        return _Chunk(
+            u=take(self.u),
+            delta=delta,
+            slope=slope,
+            B=take(self.B),
+            C=take(self.C),
+            z=None if self.z is None else take(self.z),
+        )
+
+    def buffer(self, name: str, steps: int, rows: int) -> Tensor:
+        """Memory (steps, rows, n, d) that each chunk uses again: fresh pages cost more than the arithmetic."""
+        if name not in self._buffers:
+            size = (self._steps + 1) * self._rows * self.A.numel()
+            self._buffers[name] = torch.empty(size, dtype=self.dtype, device=self.A.device)
+        shape = (steps, rows, *self.A.shape)
+        return self._buffers[name][: math.prod(shape)].view(shape)
+
+    def run(self, chunk: _Chunk, state: Tensor) -> tuple[Tensor, Tensor]:
+        """States after each step, after the one that enters, and decays: (t + 1, b, n, d) and (t, b, n, d).
+
+        Both are overwritten by the next call.
+        """
+        length, rows, _ = chunk.u.shape
+        decay = self.buffer("decay", length, rows)
+        torch.mul(chunk.delta.unsqueeze(2), self.A, out=decay).exp_()
+        states = self.buffer("states", length + 1, rows)
+        states[0] = state
+        torch.mul((chunk.delta * chunk.u).unsqueeze(2), chunk.B.unsqueeze(3), out=states[1:])
+        by_step = states.unbind()
+        for rate, before, after in zip(decay.unbind(), by_step, by_step[1:], strict=False):
+            after.addcmul_(rate, before)
+        return states, decay
+
+    def store(self, out: Tensor, rows: slice, steps: slice, value: Tensor) -> None:
+        out[rows, steps] = (value.flip(0) if self.reverse else value).transpose(0, 1).to(out.dtype)
+
+
+def _read_out(states: Tensor, C: Tensor, u: Tensor, D: Tensor | None) -> Tensor:
+    """The scan's output before the gate, (t, b, d)."""
+    out = torch.matmul(C.unsqueeze(2), states[1:]).squeeze(2)
+    return out if D is None else out + D * u
+
+
+def _entering_states(scan: _Scan, rows: slice) -> list[Tensor]:
+    """The state with which the scan enters each chunk."""
+    entering = [scan.initial_state(rows)]
+    for steps in scan.chunks()[:-1]:
+        entering.append(scan.run(scan.load(rows, steps), entering[-1])[0][-1].clone())
+    return entering[: len(scan.chunks())]
+
+
+def _chunk_backward(
+    scan: _Scan,
+    grads: _Gradients,
+    rows: slice,
+    steps: slice,
+    chunk: _Chunk,
+    dy: Tensor,
+    start: Tensor,
+    carry: Tensor,
+    D: Tensor | None,
+) -> Tensor:
+    """Add one chunk's gradients; `carry` is the gradient of its last state from later chunks.
+
+    Returns the gradient of the state that enters the chunk.
+    """
+    states, decay = scan.run(chunk, start)
+    if chunk.z is not None and grads.z is not None:
+        out = _read_out(states, chunk.C, chunk.u, D)
+        scan.store(grads.z, rows, steps, dy * out * _silu_slope(chunk.z))
+        dy = dy * F.silu(chunk.z)
+
+    scan.store(grads.C, rows, steps, torch.matmul(states[1:], dy.unsqueeze(3)).squeeze(3))
+    dstates = scan.buffer("dstates", *dy.shape[:2])
+    torch.mul(dy.unsqueeze(2), chunk.C.unsqueeze(3), out=dstates)
+    dstates[-1] += carry
+    by_step = dstates.unbind()[::-1]
+    for rate, after, before in zip(decay.unbind()[:0:-1], by_step, by_step[1:], strict=False):
+        before.addcmul_(rate, after)
+    carry = decay[0] * dstates[0]
+
+    weighted_u = chunk.delta * chunk.u
+    scan.store(grads.B, rows, steps, torch.matmul(dstates, weighted_u.unsqueeze(3)).squeeze(3))
+    dweighted_u = torch.matmul(chunk.B.unsqueeze(2), dstates).squeeze(2)
+    dexponent = decay.mul_(dstates).mul_(states[:-1])
+    ddelta = torch.mul(dexponent, scan.A, out=dstates).sum(2) + dweighted_u * chunk.u
+    grads.A += dexponent.mul_(chunk.delta.unsqueeze(2)).sum((0, 1))
+    if chunk.slope is not None:
+        ddelta = ddelta * chunk.slope
+    scan.store(grads.delta, rows, steps, ddelta)
+    grads.delta_bias += ddelta.sum((0, 1))
+
+    du = dweighted_u * chunk.delta
+    if D is not None:
+        du = du + dy * D
+        grads.D += (dy * chunk.u).sum((0, 1))
+    scan.store(grads.u, rows, steps, du)
+    return carry
+
+
+def _silu_slope(x: Tensor) -> Tensor:
+    gate = torch.sigmoid(x)
+    return gate * (1 + x * (1 - gate))
+
+
+def _conv_windows(length: int, width: int, reverse: bool) -> Iterator[tuple[slice, slice]]:
+    """For each tap of the kernel, the positions it reads and those it writes."""
+    for k in range(width):
+        shift = min(width - 1 - k, length)
+        early, late = slice(0, length - shift), slice(shift, length)
+        yield (late, early) if reverse else (early, late)
+
+
+def _conv_linear(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+    dtype = compute_dtype(x)
+    y = torch.zeros(x.shape, dtype=dtype, device=x.device)
+    if bias is not None:
+        y += bias
+    taps = weight.to(dtype).t().contiguous()
+    x = x.to(dtype)
+    for tap, (there, here) in zip(taps, _conv_windows(x.shape[1], weight.shape[1], reverse), strict=True):
+        y[:, here].addcmul_(x[:, there], tap)
+    return y
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)

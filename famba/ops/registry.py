@@ -1,0 +1,177 @@
+"""Which backend serves which device, and why another does not."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, cast
+
+from torch import Tensor
+
+from famba.errors import BackendError, near_miss
+
+AUTO = "auto"
+ENVIRONMENT_VARIABLE = "FAMBA_BACKEND"
+
+
+class Kernels(Protocol):
+    """What a backend's module provides; `famba.ops.reference` says what each function means.
+
+    `selective_scan` returns its result and a state for its backward, of shape `scan_state_shape`.
+    """
+
+    @staticmethod
+    def scan_state_shape(batch: int, length: int, channels: int, states: int) -> tuple[int, ...]: ...
+
+    @staticmethod
+    def selective_scan(
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        delta_bias: Tensor | None,
+        delta_softplus: bool,
+        reverse: bool,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @staticmethod
+    def selective_scan_backward(
+        dy: Tensor,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        delta_bias: Tensor | None,
+        delta_softplus: bool,
+        reverse: bool,
+        state: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]: ...
+
+    @staticmethod
+    def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor: ...
+
+    @staticmethod
+    def causal_conv1d_backward(
+        dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]: ...
+
+    @staticmethod
+    def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...
+
+    @staticmethod
+    def add_rms_norm_backward(
+        dnormed: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where a backend's kernels lie and when they can be used.
+
+    module: imported at first use; None where this release has none. devices: the torch device types it serves,
+    None for all. obstacle: None where it works here, else the reason and the remedy.
+    """
+
+    module: str | None
+    devices: tuple[str, ...] | None
+    obstacle: Callable[[], str | None]
+
+
+def _absent() -> str:
+    return "not part of this release; use 'auto' or 'reference'"
+
+
+# In the order in which "auto" prefers them.
+_BACKENDS: dict[str, Backend] = {
+    "mamba_ssm": Backend(None, ("cuda",), _absent),
+    "triton": Backend(None, ("cuda",), _absent),
+    "native": Backend(None, ("cpu",), _absent),
+    "reference": Backend("famba.ops.reference", None, lambda: None),
+}
+
+_chosen: str | None = None
+
+
+def backends() -> dict[str, str | None]:
+    """Map each backend's name to None where it can be used, else to the reason and the remedy."""
+    return {name: backend.obstacle() for name, backend in _BACKENDS.items()}
+
+
+class use_backend:  # noqa: N801 - called like a function, and a context manager as well
+    """Choose the backend of all ops in this process: by itself for good, in a `with` block until its end.
+
+    name: "mamba_ssm", "triton", "native", "reference", or "auto" (the fastest usable one for a tensor's device).
+    Raises BackendError for an unknown name, or for a backend that cannot be used here, with reason and remedy.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _chosen
+        _check(name)
+        self._previous = _chosen
+        _chosen = name
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _chosen
+        _chosen = self._previous
+
+
+def resolve(device: str) -> str:
+    """Name the backend that serves a device type such as "cpu": the chosen one, or the first usable.
+
+    The choice is that of `use_backend`, else of the environment variable FAMBA_BACKEND, else "auto".
+    """
+    name = _chosen if _chosen is not None else os.environ.get(ENVIRONMENT_VARIABLE, AUTO)
+    if name == AUTO:
+        return next(n for n, b in _BACKENDS.items() if _serves(b, device) and b.obstacle() is None)
+    _check(name)
+    if not _serves(_BACKENDS[name], device):
+        raise BackendError(
+            f"backend {name!r} does not serve {device!r} tensors, only {', '.join(_BACKENDS[name].devices or ())}; "
+            "use 'auto', or move the tensors"
+        )
+    return name
+
+
+def explain(device: str) -> str:
+    """Say in one line which backend serves a device type and why."""
+    name = resolve(device)
+    passed_over = [
+        f"{other}: {reason}" for other, reason in backends().items() if reason and _serves(_BACKENDS[other], device)
+    ]
+    why = f" ({'; '.join(passed_over)})" if passed_over else ""
+    return f"{name}{why}"
+
+
+def kernels(name: str) -> Kernels:
+    """The functions of a backend that `resolve` named."""
+    module = _BACKENDS[name].module
+    assert module is not None
+    return cast(Kernels, importlib.import_module(module))
+
+
+def _serves(backend: Backend, device: str) -> bool:
+    return backend.devices is None or device in backend.devices
+
+
+def _check(name: str) -> None:
+    if name == AUTO:
+        return
+    if name not in _BACKENDS:
+        allowed = [*_BACKENDS, AUTO]
+        raise BackendError(f"unknown backend {name!r}{near_miss(name, allowed)}; allowed: {', '.join(allowed)}")
+    obstacle = _BACKENDS[name].obstacle()
+    if obstacle is not None:
+        raise BackendError(f"backend {name!r} cannot be used: {obstacle}")
