@@ -64,17 +64,25 @@ def load_vim_checkpoint(
     Raises:
         CheckpointError: missing or damaged file, or the list of all that does not fit.
     """
-    weights = read_file(path)
-    for key in _WEIGHT_KEYS:
-        if isinstance(weights.get(key), dict):
-            weights = weights[key]
-            break
+    weights = _read_weights(path)
     fitted, misfits = _fit(model, weights, cls_position or model.cls_position, reset_head)
     if misfits:
         listed = "\n  ".join(misfits)
         raise CheckpointError(f"{path} does not fit this model; nothing was loaded:\n  {listed}")
     model.load_state_dict(fitted)
     return model
+
+
+def has_other_head(model: Vim, path: str | Path) -> bool:
+    """Whether a file's classifier is for another number of classes than the model's."""
+    head = _read_weights(path).get("head.weight")
+    own = model.state_dict().get("head.weight")
+    return isinstance(head, Tensor) and own is not None and head.shape[:1] != own.shape[:1]
+
+
+def _read_weights(path: str | Path) -> dict[str, Any]:
+    content = read_file(path)
+    return next((content[key] for key in _WEIGHT_KEYS if isinstance(content.get(key), dict)), content)
 
 
 def _fit(

@@ -1,0 +1,173 @@
+"""`python train.py`: Hydra in, a run folder out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch.distributed as dist
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from famba import ops
+from famba.errors import CheckpointError, ConfigError, FambaError
+from famba.ops.registry import AUTO, explain
+from famba.training.checkpoint import differences
+from famba.training.compose import check_command, compose, config_dir, is_question
+from famba.training.config import RunConfig, parse, plain
+from famba.training.devices import Process, start_process, world_size
+from famba.training.interrupts import Interrupted
+from famba.training.loop import Training
+from famba.training.reporting import duration
+from famba.training.run_folder import RunFolder
+from famba.training.setup import Setup, prepare
+
+_log = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status: 0, 1 for a defect, 2 for what the user can mend, 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    sys.argv[1:] = arguments
+    # Errors come back here whole; Hydra would print them cut.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        if is_question(arguments):
+            _hydra_main()
+            return 0
+        check_command(arguments)
+        if world_size() > 1:
+            train(compose(arguments), None)
+        else:
+            _hydra_main()
+    except FambaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def train(config: RunConfig, run_dir: Path | None) -> dict[str, Any]:
+    """Train as configured in `run_dir`, or where None in the configuration's own; return the summary."""
+    setup = prepare(config)
+    process = start_process(setup.device)
+    path = _agree(str(run_dir or config.run_dir), process)
+    folder = RunFolder(Path(path), writes=process.is_main)
+    folder.claim()
+    try:
+        with _logging(folder), logging_redirect_tqdm():
+            done = _finished(folder, config)
+            if done is not None:
+                _log.info("%s is finished already (Top-1 %.2f %%)", folder.path, done["top1"])
+                return done
+            return _train(config, setup, folder, process)
+    finally:
+        folder.release()
+        if process.world_size > 1:
+            dist.destroy_process_group()
+
+
+def _train(config: RunConfig, setup: Setup, folder: RunFolder, process: Process) -> dict[str, Any]:
+    if config.ops.backend != AUTO:
+        ops.use_backend(config.ops.backend)
+    folder.write_config(plain(config))
+    _announce(config, setup, folder)
+    try:
+        training = Training(config, setup, folder, process)
+        summary = training.run()
+    except Exception as error:
+        with suppress(FambaError):
+            folder.write_summary({**(folder.summary or {}), "status": "failed", "error": str(error)})
+        _log.error("%s", error)
+        raise
+    _log.info(
+        "finished: Top-1 %.2f %%, Top-5 %.2f %%, trained in %s; all of it in %s",
+        summary["top1"], summary["top5"], duration(summary["train_time_s"]), folder.path,
+    )
+    return summary
+
+
+def _announce(config: RunConfig, setup: Setup, folder: RunFolder) -> None:
+    left = setup.tokens_per_layer
+    matched = "" if setup.matched else " (counts per layer as given, their total is not matched between strategies)"
+    _log.info("run folder: %s", folder.path)
+    _log.info(
+        "%s at %d x %d, fusion %s: %d tokens, %d removed, %d left after the last layer%s",
+        config.model.name, setup.image_size, setup.image_size, config.fusion.strategy,
+        setup.tokens, sum(setup.schedule), left[-1], matched,
+    )
+    precision = "float32" if setup.autocast is None else f"{str(setup.autocast).removeprefix('torch.')} autocast"
+    _log.info("device %s, %s, ops by %s", setup.device, precision, explain(setup.device.type))
+
+
+def _finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
+    """The summary of a run that is done in this folder, with the same settings; None where there is work left."""
+    summary = folder.summary
+    if config.resume == "never" and (summary is not None or folder.checkpoints.exist()):
+        raise ConfigError(
+            f"{folder.path} holds a run, which resume=never would overwrite; choose another run_dir, or resume=auto"
+        )
+    path = folder.path / "config.yaml"
+    if config.resume != "auto" or summary is None or summary["status"] != "finished" or not path.is_file():
+        return None
+    before = yaml.safe_load(path.read_text())
+    changed = differences(before, plain(config))
+    if changed:
+        listed = "\n  ".join(changed)
+        raise CheckpointError(
+            f"{folder.path} holds a finished run with other settings:\n  {listed}\nChoose another run_dir"
+        )
+    goal = config.trainer.max_steps
+    longer = before["trainer"]["max_steps"] is not None and (goal is None or goal > summary["step"])
+    return None if longer else summary
+
+
+def _agree(path: str, process: Process) -> str:
+    """The run folder of the main process, whose dated name others would miss by a second."""
+    if process.world_size == 1:
+        return path
+    agreed = [path]
+    dist.broadcast_object_list(agreed, src=0)
+    return agreed[0]
+
+
+@contextmanager
+def _logging(folder: RunFolder) -> Iterator[None]:
+    """Send log lines to the terminal and to train.log; warnings alone from other processes than the main one."""
+    root = logging.getLogger()
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    handlers[0].setFormatter(logging.Formatter("%(message)s"))
+    if folder.writes:
+        file = logging.FileHandler(folder.path / "train.log")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handlers.append(file)
+    before = root.handlers, root.level
+    root.handlers, root.level = handlers, logging.INFO if folder.writes else logging.WARNING
+    try:
+        yield
+    finally:
+        root.handlers, root.level = before
+        for handler in handlers:
+            handler.close()
+
+
+def _task(values: DictConfig) -> float:
+    summary = train(parse(OmegaConf.to_container(values, resolve=True)), Path(HydraConfig.get().runtime.output_dir))  # type: ignore[arg-type]
+    return summary["top1"]
+
+
+def _hydra_main() -> None:
+    hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(_task)()

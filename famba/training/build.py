@@ -1,0 +1,115 @@
+"""The parts of a run that need data or memory: loaders, network, optimizer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor
+
+from famba import data
+from famba.models import load_vim_checkpoint
+from famba.models.checkpoints import has_other_head
+from famba.training.config import RunConfig
+from famba.training.devices import Process
+from famba.training.optimizer import create_optimizer
+from famba.training.seeds import Stream, derive, seed_generators
+from famba.training.setup import Setup, build_model, model_classes
+from famba.training.state import TrainingState
+
+_log = logging.getLogger(__name__)
+
+Evaluated = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """Batches of this process. selection is what every epoch is evaluated on: "validation", or the "test" set itself.
+
+    Only a validation set selects a checkpoint.
+    """
+
+    train: data.TrainBatches
+    selection_name: str
+    selection: Evaluated
+    test: Evaluated
+
+
+def load_splits(config: RunConfig) -> data.Splits:
+    """Open the data that the configuration names."""
+    wanted = config.data
+    return data.load_splits(
+        wanted.name,
+        wanted.root,
+        subset=wanted.subset,
+        val_fraction=wanted.val_fraction,
+        num_classes=wanted.num_classes,
+    )
+
+
+def augmentation(config: RunConfig) -> data.Augmentation:
+    """Return what the recipe does to training images."""
+    recipe = config.recipe
+    return data.Augmentation(
+        kind=recipe.augmentation,
+        crop_padding=recipe.crop_padding,
+        hflip=recipe.hflip,
+        auto_augment=recipe.auto_augment,
+        color_jitter=recipe.color_jitter,
+        random_erasing=recipe.random_erasing,
+        erasing_mode=recipe.erasing_mode,
+        interpolation=recipe.interpolation,
+        eval_crop=recipe.eval_crop,
+    )
+
+
+def make_loaders(config: RunConfig, setup: Setup, splits: data.Splits, process: Process) -> Loaders:
+    """Build the loaders of one process."""
+    shared: dict[str, Any] = {
+        "augmentation": augmentation(config),
+        "image_size": setup.image_size,
+        "mean": tuple(config.data.mean),
+        "std": tuple(config.data.std),
+        "rank": process.rank,
+        "world_size": process.world_size,
+        "workers": config.data.workers,
+        "pin_memory": process.device.type == "cuda",
+    }
+    trainer = config.trainer
+    train = data.train_batches(
+        splits.train,
+        seed=config.seed,
+        batch_size=trainer.batch_size,
+        accumulation=trainer.accumulation,
+        repeats=config.recipe.repeats,
+        **shared,
+    )
+    size = trainer.batch_size // (process.world_size * trainer.accumulation)
+    test = data.eval_batches(splits.test, batch_size=size, **shared)
+    if splits.validation is None:
+        return Loaders(train, "test", test, test)
+    return Loaders(train, "validation", data.eval_batches(splits.validation, batch_size=size, **shared), test)
+
+
+def new_state(config: RunConfig, setup: Setup, classes_found: int, device: torch.device) -> TrainingState:
+    """Build network and optimizer as they are before the first step; the same for every strategy at one seed."""
+    seed_generators(derive(config.seed, Stream.WEIGHTS))
+    classes = model_classes(config, classes_found)
+    model = build_model(config.model.name, {**setup.model_arguments, "num_classes": classes})
+    if config.init_from is not None:
+        other_head = has_other_head(model, config.init_from)
+        load_vim_checkpoint(model, config.init_from, reset_head=other_head)
+        _log.info("weights start from %s%s", config.init_from, ", with a new classifier" if other_head else "")
+    model.set_grad_checkpointing(config.trainer.grad_checkpointing)
+    model.to(device)
+    decay = config.recipe.ema_decay
+    return TrainingState(
+        model=model,
+        optimizer=create_optimizer(model, config),
+        scaler=torch.amp.GradScaler(device.type, enabled=setup.autocast == torch.float16),
+        ema=None if decay is None else ModelEmaV3(model, decay=decay),
+    )

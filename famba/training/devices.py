@@ -1,0 +1,159 @@
+"""Devices, precision, memory and processes."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from timm.utils.distributed import init_distributed_device_so
+
+from famba.errors import ConfigError, TrainingError
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those that train together."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files."""
+        return self.rank == 0
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Average over processes, in place."""
+        return self.sum(values) / self.world_size
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Add over processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+
+def world_size() -> int:
+    """Processes that torchrun started together; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn "auto" into CUDA, MPS or the CPU, whichever is there first, and any other name into that device.
+
+    Raises ConfigError for a device that torch does not know or does not find here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    present = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if device.type not in present:
+        raise ConfigError(f"unknown trainer.device {name!r}; allowed: auto, {', '.join(present)}, cuda:0, cuda:1, ...")
+    if not present[device.type]:
+        usable = ", ".join(kind for kind, here in present.items() if here)
+        raise ConfigError(f"trainer.device {name!r} is not on this machine; usable here: {usable}")
+    return device
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16 natively."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return _cpu_has_bf16()
+    return False
+
+
+def _cpu_has_bf16() -> bool:
+    # Not every torch release has each of these questions.
+    questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, question, lambda: False)() for question in questions)
+
+
+def choose_precision(precision: str, device: torch.device) -> torch.dtype | None:
+    """Return the autocast dtype, None for float32; "auto" is bfloat16 where the device has it, else float32.
+
+    Raises ConfigError where the device does not have it.
+    """
+    if precision == "auto":
+        return torch.bfloat16 if has_bf16(device) else None
+    if precision == "bf16" and not has_bf16(device):
+        raise ConfigError(
+            f"trainer.precision=bf16, but this {device.type} device has no bfloat16 instructions; "
+            "use trainer.precision=fp32 or auto"
+        )
+    if precision == "fp16" and device.type == "mps":
+        raise ConfigError("trainer.precision=fp16 is not supported on mps; use trainer.precision=fp32 or auto")
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def start_process(device: torch.device) -> Process:
+    """Join the processes that torchrun started, or be the only one."""
+    if world_size() == 1:
+        return Process(0, 1, device)
+    joined = init_distributed_device_so(str(device))
+    return Process(joined["global_rank"], joined["world_size"], torch.device(joined["device"]))
+
+
+def describe_device(device: torch.device) -> str:
+    """Name the processor or GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if sys.platform == "linux":
+        with open("/proc/cpuinfo") as info:
+            names = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
+        if names:
+            return f"{names[0]}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory in MiB: CUDA's allocator, or this process's resident set on other devices."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / _MIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / _MIB if sys.platform == "darwin" else peak / 1024
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or a CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
+    )
+
+
+def memory_error(error: BaseException, batch: int, accumulation: int) -> TrainingError:
+    """Say what was tried and which settings need less memory."""
+    return TrainingError(
+        f"out of memory with {batch} images at once ({str(error).splitlines()[0] if str(error) else error!r}). "
+        f"Less memory: trainer.accumulation={2 * accumulation} (the same step in smaller parts), "
+        "trainer.batch_size, trainer.grad_checkpointing=true, trainer.precision=bf16, data.image_size, "
+        "a larger fusion.budget, or a smaller model"
+    )

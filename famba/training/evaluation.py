@@ -1,0 +1,38 @@
+"""Top-1, Top-5 and loss of a model on labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from famba.training.devices import Process
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Batches, process: Process, autocast: torch.dtype | None
+) -> dict[str, float]:
+    """Evaluate in eval mode, over all processes.
+
+    Returns "top1" and "top5" in percent, and "loss", the mean cross-entropy. Where there are fewer than five classes,
+    Top-5 is over all of them.
+    """
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(4, device=process.device)
+    for images, labels in batches:
+        images = images.to(process.device, non_blocking=True)
+        labels = labels.to(process.device, non_blocking=True)
+        with torch.autocast(process.device.type, dtype=autocast, enabled=autocast is not None):
+            logits = model(images)
+        logits = logits.float()
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
+        totals += torch.stack([best[:, 0].sum(), best.sum(), loss, loss.new_tensor(len(labels))])
+    model.train(was_training)
+    top1, top5, loss, count = process.sum(totals.cpu() if process.world_size == 1 else totals).tolist()
+    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}

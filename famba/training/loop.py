@@ -1,0 +1,324 @@
+"""The training loop: from a configuration to a finished run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from famba.errors import TrainingError
+from famba.training import checkpoint
+from famba.training.build import load_splits, make_loaders, new_state
+from famba.training.config import RunConfig, plain
+from famba.training.devices import Process, memory_error, out_of_memory, peak_memory_mib, synchronize
+from famba.training.evaluation import evaluate
+from famba.training.interrupts import Interrupted, StopRequest
+from famba.training.optimizer import LearningRate, create_loss, create_mixing
+from famba.training.reporting import Metrics, Progress, duration
+from famba.training.run_folder import RunFolder
+from famba.training.seeds import Stream, derive, seed_generators
+from famba.training.setup import Setup
+from famba.training.state import TrainingState
+from famba.training.summary import gather_facts, summarize
+
+_log = logging.getLogger(__name__)
+
+
+class Training:
+    """One run in one process. `run` reads from top to bottom."""
+
+    def __init__(self, config: RunConfig, setup: Setup, folder: RunFolder, process: Process) -> None:
+        self.config, self.setup, self.folder, self.process = config, setup, folder, process
+        self.device = process.device
+        splits = load_splits(config)
+        self.loaders = make_loaders(config, setup, splits, process)
+        self.steps_per_epoch = self.loaders.train.steps_per_epoch
+        self.total_steps = config.trainer.epochs * self.steps_per_epoch
+        if config.trainer.max_steps is not None:
+            self.total_steps = min(self.total_steps, config.trainer.max_steps)
+
+        self.state = new_state(config, setup, splits.train.num_classes, self.device)
+        self.learning_rate = LearningRate(self.state.optimizer, config, self.steps_per_epoch)
+        self.mix = create_mixing(config.recipe, self.state.model.num_classes)
+        self.loss = create_loss(config.recipe)
+        self._restore()
+        self.facts = gather_facts(
+            self.state.model, config, setup, process, self.steps_per_epoch, self.total_steps
+        )
+        self.forward = self._forward_model()
+        self.metrics = Metrics(folder, config.logger, plain(config))
+        # A look at the loss makes a GPU wait, so it is looked at now and then there, and at every step on a CPU.
+        self._look_every = 1 if self.device.type == "cpu" else config.trainer.log_every
+        self._unseen: list[Tensor] = []
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end and return the summary. Raises Interrupted once a requested stop is saved."""
+        self.folder.write_summary(self.summary("running"))
+        start = self.state.step
+        progress = Progress(self.total_steps, start, self.config.trainer.batch_size, self.process.is_main)
+        with StopRequest() as self._stop, contextlib.closing(progress):
+            try:
+                while self.state.step < self.total_steps:
+                    self._train_epoch(progress)
+                    self._finish_epoch()
+                    self._stop_if_asked()
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                trainer = self.config.trainer
+                parts = trainer.accumulation * self.process.world_size
+                raise memory_error(error, trainer.batch_size // parts, trainer.accumulation) from error
+        return self._finish()
+
+    def summary(self, status: str) -> dict[str, Any]:
+        """Summary of the run so far."""
+        on_test = status == "finished" or self.loaders.selection_name == "test"
+        tested = self.state.totals.evaluated if on_test else {}
+        return summarize(status, self.config, self.setup, self.process, self.state, self.facts, tested)
+
+    # One epoch
+
+    def _train_epoch(self, progress: Progress) -> None:
+        epoch, first = divmod(self.state.step, self.steps_per_epoch)
+        if first == 0:
+            self.state.totals.begin_epoch()
+        self.forward.train()
+        with contextlib.closing(self.loaders.train.epoch(epoch, first)) as batches:
+            last = min((epoch + 1) * self.steps_per_epoch, self.total_steps)
+            while self.state.step < last:
+                loss = self._step(epoch, batches)
+                progress.step(self.state.step, epoch, loss)
+                if self.state.step < last:
+                    self._stop_if_asked()
+
+    def _step(self, epoch: int, batches: Iterator[tuple[Tensor, Tensor]]) -> float | None:
+        """Do one step; return its loss where it was looked at."""
+        state, recipe = self.state, self.config.recipe
+        lr = self.learning_rate.set(state.step)
+        parts = self.config.trainer.accumulation
+        loss = torch.zeros((), device=self.device)
+        data_s, begin = 0.0, time.perf_counter()
+        for part in range(parts):
+            waited = time.perf_counter()
+            images, labels = next(batches)
+            data_s += time.perf_counter() - waited
+            loss += self._backward(images, labels, part, parts)
+
+        state.scaler.unscale_(state.optimizer)
+        parameters = [p for p in state.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if recipe.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(parameters, recipe.clip_grad, norm)
+        seen = self._look(epoch, loss, norm, lr)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+        if state.ema is not None:
+            state.ema.update(state.model, state.step)
+        state.step += 1
+        state.totals.add_step(data_s, time.perf_counter() - begin - data_s)
+        if state.step % self.config.trainer.log_every == 0 and seen is not None:
+            speed = self._images_per_s()
+            values = {"loss": seen[0], "grad_norm": seen[1], "lr": lr, "images_per_s": speed}
+            self.metrics.log("train", state.step, epoch, values)
+        return None if seen is None else seen[0]
+
+    def _backward(self, images: Tensor, labels: Tensor, part: int, parts: int) -> Tensor:
+        """Add the gradients of one micro-batch; return its share of the step's loss."""
+        images = images.to(self.device, non_blocking=True)
+        labels = labels.to(self.device, non_blocking=True)
+        place = (self.state.step, part, self.process.rank)
+        seed_generators(derive(self.config.seed, Stream.STEP, *place))
+        targets = labels
+        if self.mix is not None:
+            images, targets = self.mix(images, labels)
+        autocast = self.setup.autocast
+        with self._gather_gradients(last=part == parts - 1):
+            with torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None):
+                logits = self.forward(images)
+            loss = self.loss(logits.float(), targets) / parts
+            self.state.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def _gather_gradients(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Processes exchange gradients once per step, with the last micro-batch."""
+        if isinstance(self.forward, DistributedDataParallel) and not last:
+            return self.forward.no_sync()
+        return contextlib.nullcontext()
+
+    def _look(self, epoch: int, loss: Tensor, norm: Tensor, lr: float) -> tuple[float, float] | None:
+        """Take the losses since the last look to the host, and hear whether any process is asked to stop.
+
+        Returns loss and gradient norm of this step, or None where it is not yet time. Raises TrainingError for a loss
+        that is not finite, before the optimizer sees its gradients.
+        """
+        self._unseen.append(loss)
+        next_step = self.state.step + 1
+        if next_step % self._look_every and next_step < self.total_steps and next_step % self.steps_per_epoch:
+            return None
+        stop = torch.tensor(float(self._stop.made), device=self.device)
+        values = self.process.mean(torch.stack([stop, norm.to(loss.dtype), *self._unseen]))
+        asked, norm_now, *losses = values.tolist()
+        self._stop.made = asked > 0
+        first = next_step - len(losses)
+        self._unseen.clear()
+        for step, value in enumerate(losses, start=first):
+            if not math.isfinite(value):
+                raise TrainingError(self._explain_loss(step, epoch, value, lr, norm_now))
+            self.state.totals.add_loss(value)
+        return losses[-1], norm_now
+
+    def _explain_loss(self, step: int, epoch: int, loss: float, lr: float, norm: float) -> str:
+        kept = "the last checkpoint in its run folder holds the state before"
+        if self.state.is_finite():
+            kept = f"the state before it is kept in {self._save()}"
+        return (
+            f"the loss is {loss} at step {step} (epoch {epoch}), with learning rate {lr:.3g} and gradient norm "
+            f"{norm:.3g}; {kept}. A smaller recipe.lr, recipe.clip_grad=1 or trainer.precision=fp32 may help"
+        )
+
+    # Between epochs
+
+    def _finish_epoch(self) -> None:
+        state, trainer = self.state, self.config.trainer
+        epoch = (state.step - 1) // self.steps_per_epoch
+        at_end = state.step == self.total_steps
+        values: dict[str, float] = {
+            "train_loss": state.totals.epoch_loss / max(1, state.totals.epoch_losses),
+            "time_data_s": state.totals.epoch_data_s,
+            "time_step_s": state.totals.epoch_step_s,
+        }
+        if at_end or (epoch + 1) % trainer.eval_every == 0:
+            began = time.perf_counter()
+            results = self._evaluate(self.loaders.selection)
+            values |= {f"{self.loaders.selection_name}_{name}": value for name, value in results.items()}
+            values["time_eval_s"] = time.perf_counter() - began
+            state.totals.eval_s += values["time_eval_s"]
+            state.totals.evaluations += 1
+            state.totals.evaluated = results
+            self._select(epoch, results)
+        values |= {"images_per_s": self._images_per_s(), "peak_memory_mib": peak_memory_mib(self.device)}
+        self.metrics.log("epoch", state.step, epoch, values)
+        self._say(epoch, values)
+        self._save()
+        self.folder.write_summary(self.summary("running"))
+
+    def _evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """Top-1, Top-5 and loss, and with EMA those of its weights under ema_ names."""
+        results = evaluate(self.state.model, batches, self.process, self.setup.autocast)
+        if self.state.ema is not None:
+            averaged = evaluate(self.state.ema.module, batches, self.process, self.setup.autocast)
+            results |= {f"ema_{name}": value for name, value in averaged.items()}
+        return results
+
+    def _select(self, epoch: int, results: dict[str, float]) -> None:
+        """Keep the best checkpoint by validation, where images are held out for it; never by the test set."""
+        best = self.state.totals.best
+        if self.loaders.selection_name != "validation" or results["top1"] <= best.get("validation_top1", -1.0):
+            return
+        self.state.totals.best = {"epoch": epoch, "validation_top1": results["top1"]}
+        if self.folder.writes:
+            self.folder.checkpoints.save_best(self._content())
+
+    def _finish(self) -> dict[str, Any]:
+        if self.loaders.selection_name == "validation":
+            self.state.totals.evaluated = self._evaluate(self.loaders.test)
+            self._evaluate_selected()
+        if self.folder.writes:
+            checkpoint.save_weights(self.folder.path / "model.safetensors", self.state.model.state_dict())
+        summary = self.summary("finished")
+        self.folder.write_summary(summary)
+        self.metrics.finish(summary)
+        return summary
+
+    def _evaluate_selected(self) -> None:
+        """Test the checkpoint that validation selected."""
+        if not self.folder.checkpoints.best.is_file():
+            return
+        last = {name: value.clone() for name, value in self.state.model.state_dict().items()}
+        self.state.model.load_state_dict(checkpoint.load(self.folder.checkpoints.best)["model"])
+        results = evaluate(self.state.model, self.loaders.test, self.process, self.setup.autocast)
+        self.state.totals.best |= {"top1": results["top1"], "top5": results["top5"]}
+        self.state.model.load_state_dict(last)
+
+    # Saving and stopping
+
+    def _save(self) -> str:
+        if not self.folder.writes:
+            return "the run folder"
+        return str(self.folder.checkpoints.save(self.state.step, self._content()))
+
+    def _content(self) -> dict[str, Any]:
+        content = {"config": plain(self.config), "world_size": self.process.world_size}
+        return {**content, "schedule": list(self.setup.schedule), **self.state.content()}
+
+    def _stop_if_asked(self) -> None:
+        if not self._stop.made or self.state.step >= self.total_steps:
+            return
+        path = self._save()
+        summary = self.summary("interrupted")
+        self.folder.write_summary(summary)
+        self.metrics.finish(summary)
+        raise Interrupted(
+            f"stopped after step {self.state.step} of {self.total_steps}, saved in {path}; "
+            f"the same command with run_dir={self.folder.path} goes on"
+        )
+
+    # Beginning
+
+    def _restore(self) -> None:
+        """Continue from the checkpoint that `resume` means, where there is one."""
+        resume = self.config.resume
+        if resume == "never":
+            return
+        found = (
+            self.folder.checkpoints.load_last() if resume == "auto" else checkpoint.load(Path(resume))
+        )
+        if found is None:
+            self.folder.rewind_metrics(0)
+            return
+        checkpoint.check_same_run(found, plain(self.config), self.process.world_size)
+        self.state.restore(found)
+        self.folder.rewind_metrics(self.state.step)
+        _log.info("continuing after step %d of %d", self.state.step, self.total_steps)
+
+    def _forward_model(self) -> nn.Module:
+        model: nn.Module = self.state.model
+        if self.config.trainer.compile:
+            model = torch.compile(model, fullgraph=True)
+        if self.process.world_size == 1:
+            return model
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices)
+
+    # Saying
+
+    def _images_per_s(self) -> float:
+        synchronize(self.device)
+        totals = self.state.totals
+        seconds = totals.epoch_data_s + totals.epoch_step_s
+        return self.config.trainer.batch_size * totals.epoch_steps / max(seconds, 1e-9)
+
+    def _say(self, epoch: int, values: dict[str, float]) -> None:
+        top1 = values.get(f"{self.loaders.selection_name}_top1")
+        result = "" if top1 is None else f", {self.loaders.selection_name} Top-1 {top1:.2f} %"
+        if f"{self.loaders.selection_name}_ema_top1" in values:
+            result += f" (EMA {values[f'{self.loaders.selection_name}_ema_top1']:.2f} %)"
+        seconds = values["time_data_s"] + values["time_step_s"] + values.get("time_eval_s", 0.0)
+        _log.info(
+            "epoch %d of %d: loss %.4f%s, %.1f images/s, %s",
+            epoch + 1,
+            self.config.trainer.epochs,
+            values["train_loss"],
+            result,
+            values["images_per_s"],
+            duration(seconds),
+        )

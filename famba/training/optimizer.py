@@ -1,0 +1,92 @@
+"""Optimizer, learning rate, mixing and loss of a recipe, all timm's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+
+from famba.errors import ConfigError
+from famba.training.config import RecipeConfig, RunConfig
+
+
+def peak_lr(config: RunConfig) -> float:
+    """Learning rate after warm-up: the recipe's, in proportion to the images per step."""
+    return config.recipe.lr * config.trainer.batch_size / config.recipe.lr_batch
+
+
+def create_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+    """Build the optimizer; one-dimensional parameters and those of `no_weight_decay` do not decay."""
+    recipe = config.recipe
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=recipe.optimizer,
+            lr=peak_lr(config),
+            weight_decay=recipe.weight_decay,
+            betas=tuple(recipe.betas),
+            eps=recipe.eps,
+        )
+    except (AssertionError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"recipe.optimizer={recipe.optimizer!r} cannot be made ({error}); "
+            "timm.optim.list_optimizers() names those that there are, such as adamw"
+        ) from error
+
+
+class LearningRate:
+    """Cosine decay after a linear warm-up, a function of the step alone."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: RunConfig, steps_per_epoch: int) -> None:
+        recipe = config.recipe
+        self._steps_per_epoch = steps_per_epoch
+        self._per_epoch = recipe.lr_steps == "epoch"
+        self._optimizer = optimizer
+        self._schedule, _ = create_scheduler_v2(
+            optimizer,
+            sched="cosine",
+            num_epochs=config.trainer.epochs,
+            warmup_epochs=recipe.warmup_epochs,
+            warmup_lr=recipe.warmup_lr,
+            min_lr=recipe.min_lr,
+            step_on_epochs=self._per_epoch,
+            updates_per_epoch=0 if self._per_epoch else steps_per_epoch,
+        )
+
+    def set(self, step: int) -> float:
+        """Set the optimizer's rate for a step, counted from 0, and return it."""
+        if self._per_epoch:
+            self._schedule.step(step // self._steps_per_epoch)
+        else:
+            self._schedule.step_update(step)
+        return self._optimizer.param_groups[0]["lr"]
+
+
+def create_mixing(recipe: RecipeConfig, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """Return what turns images and labels into mixed images and soft targets; None where nothing mixes.
+
+    It draws from numpy's global generator.
+    """
+    if recipe.mixup == 0 and recipe.cutmix == 0:
+        return None
+    return Mixup(
+        mixup_alpha=recipe.mixup,
+        cutmix_alpha=recipe.cutmix,
+        switch_prob=recipe.mixup_switch,
+        label_smoothing=recipe.label_smoothing,
+        num_classes=num_classes,
+    )
+
+
+def create_loss(recipe: RecipeConfig) -> nn.Module:
+    """Return the loss for soft targets where images mix, else for labels, with the recipe's smoothing."""
+    if recipe.mixup > 0 or recipe.cutmix > 0:
+        return SoftTargetCrossEntropy()
+    if recipe.label_smoothing > 0:
+        return LabelSmoothingCrossEntropy(recipe.label_smoothing)
+    return nn.CrossEntropyLoss()

@@ -1,0 +1,65 @@
+"""Where a run's numbers come from."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import famba
+from famba.ops.registry import resolve
+from famba.training.devices import describe_device
+
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "hydra-core")
+
+
+def provenance(device: torch.device, seed: int, world_size: int) -> dict[str, Any]:
+    """Versions, machine, commit, seed and backend of this run; no names of users or hosts."""
+    return {
+        "started": now(),
+        "famba": famba.__version__,
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "device": describe_device(device),
+        "processes": world_size,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "backend": resolve(device.type),
+        "seed": seed,
+        "arguments": sys.argv[1:],
+    }
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that famba is imported from, with "-dirty" where it is changed; None outside one."""
+    folder = Path(famba.__file__).resolve().parent
+    commit = _git(folder, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return f"{commit}-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no") else commit
+
+
+def now() -> str:
+    """Return the time in UTC, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    # The checkout has to be famba's own, not one that a virtual environment happens to lie in.
+    if not (folder.parent / "pyproject.toml").is_file():
+        return None
+    try:
+        done = subprocess.run(  # noqa: S603 - fixed arguments
+            ["git", "-C", str(folder), *arguments],  # noqa: S607 - the user's git
+            capture_output=True, text=True, timeout=10, check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

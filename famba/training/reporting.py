@@ -1,0 +1,126 @@
+"""What a run says while it goes on: metrics to files and to wandb, progress to the terminal."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from famba.training.config import LoggerConfig
+from famba.training.run_folder import RunFolder
+
+_log = logging.getLogger(__name__)
+_PLAIN_SECONDS = 30.0
+_WARM_STEPS, _TIMED_STEPS = 2, 8
+
+
+class Metrics:
+    """One line of metrics.jsonl per call, and the same to wandb where the logger is wandb."""
+
+    def __init__(self, folder: RunFolder, logger: LoggerConfig, config: dict[str, Any]) -> None:
+        self._folder = folder
+        self._wandb = _start_wandb(folder.path, logger, config) if folder.writes else None
+
+    def log(self, kind: str, step: int, epoch: int, values: dict[str, Any]) -> None:
+        """Log values after `step` steps, in epoch `epoch`; kind is "train" or "epoch"."""
+        self._folder.append_metrics({"kind": kind, "step": step, "epoch": epoch, **values})
+        self._try(lambda run: run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step))
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Hand the summary over and close."""
+        self._try(lambda run: run.summary.update(summary))
+        self._try(lambda run: run.finish(exit_code=0 if summary["status"] != "failed" else 1, quiet=True))
+
+    def _try(self, call: Any) -> None:
+        if self._wandb is None:
+            return
+        try:
+            call(self._wandb)
+        except Exception as error:
+            # Training is worth more than its log, and metrics.jsonl has it all.
+            _log.warning("wandb failed (%s); the run goes on, its metrics are in the run folder", error)
+            self._wandb = None
+
+
+def _start_wandb(folder: Path, logger: LoggerConfig, config: dict[str, Any]) -> Any:
+    if logger.name != "wandb":
+        return None
+    try:
+        import wandb
+
+        return wandb.init(
+            project=logger.project,
+            entity=logger.entity,
+            group=logger.group,
+            mode=logger.mode,
+            name=folder.name,
+            dir=folder,
+            config=config,
+            settings=wandb.Settings(silent=True),
+        )
+    except Exception as error:
+        _log.warning("wandb cannot start (%s); the run goes on, its metrics are in the run folder", error)
+        return None
+
+
+class Progress:
+    """A bar on a terminal, a plain line every half minute elsewhere, and a first estimate of the time left."""
+
+    def __init__(self, total_steps: int, step: int, images_per_step: int, shown: bool) -> None:
+        self._total = total_steps
+        self._images = images_per_step
+        self._shown = shown
+        self._on_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total_steps, initial=step, disable=None if shown else True, unit="step", dynamic_ncols=True
+        )
+        self._first = step
+        self._started = self._last_line = time.monotonic()
+
+    def step(self, step: int, epoch: int, loss: float | None) -> None:
+        """Say that `step` steps are done; loss where it is known."""
+        if not self._shown:
+            return
+        self._bar.update(step - self._bar.n if not self._bar.disable else 0)
+        if loss is not None:
+            self._bar.set_postfix_str(f"epoch {epoch} loss {loss:.3f}", refresh=False)
+        self._estimate(step)
+        due = time.monotonic() - self._last_line > _PLAIN_SECONDS
+        if not self._on_terminal and due and loss is not None:
+            self._last_line = time.monotonic()
+            rate = (step - self._first) / (self._last_line - self._started)
+            left = duration((self._total - step) / rate)
+            _log.info(
+                "step %d of %d, epoch %d, loss %.4f, %.1f images/s, %s left",
+                step, self._total, epoch, loss, rate * self._images, left,
+            )
+
+    def _estimate(self, step: int) -> None:
+        done = step - self._first
+        if done == _WARM_STEPS:
+            self._warm = time.monotonic()
+        if done == _WARM_STEPS + _TIMED_STEPS:
+            seconds = (time.monotonic() - self._warm) / _TIMED_STEPS
+            _log.info(
+                "%.2f s per step: about %s for the %d steps left, evaluation apart",
+                seconds, duration(seconds * (self._total - step)), self._total - step,
+            )
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""
+        self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """Write seconds for people: "45 s", "12 min", "3 h 20 min", "2 d 4 h"."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

@@ -1,0 +1,83 @@
+"""The run folder: the one product of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from famba.errors import ConfigError
+from famba.training.checkpoint import Checkpoints, write_whole
+
+
+class RunFolder:
+    """Files of a run. Only the main process writes; `writes` is False in the others, whose calls do nothing."""
+
+    def __init__(self, path: Path, writes: bool) -> None:
+        self.path = path
+        self.writes = writes
+        self.checkpoints = Checkpoints(path / "checkpoints")
+        self._lock = FileLock(path / ".lock")
+
+    def claim(self) -> None:
+        """Make the folder and keep other runs out of it. Raises ConfigError where it is taken or cannot be written."""
+        if not self.writes:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f"another run is writing to {self.path}; wait for it, or choose another run_dir"
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"run_dir={self.path} cannot be written: {error}") from error
+
+    def release(self) -> None:
+        """Let other runs into the folder."""
+        if self.writes:
+            self._lock.release()
+            (self.path / ".lock").unlink(missing_ok=True)
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """The summary so far; None where there is none."""
+        path = self.path / "summary.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Write the resolved configuration."""
+        if self.writes:
+            text = yaml.safe_dump(config, sort_keys=False)
+            write_whole(self.path / "config.yaml", lambda file: Path(file).write_text(text))
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write the summary."""
+        if self.writes:
+            text = json.dumps(summary, indent=2) + "\n"
+            write_whole(self.path / "summary.json", lambda file: Path(file).write_text(text))
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Add one object to metrics.jsonl."""
+        if self.writes:
+            with open(self.path / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop what metrics.jsonl says of steps after `step`, and a line that was cut off."""
+        path = self.path / "metrics.jsonl"
+        if not self.writes or not path.is_file():
+            return
+        kept = [line for line in path.read_text().splitlines() if _step(line) <= step]
+        text = "".join(f"{line}\n" for line in kept)
+        write_whole(path, lambda file: Path(file).write_text(text))
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")

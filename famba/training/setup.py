@@ -1,0 +1,156 @@
+"""From a configuration to the parts of a run, with every check that needs no data."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import get_pretrained_cfg
+
+from famba import data, ops
+from famba.errors import CheckpointError, ConfigError, near_miss
+from famba.fusion.schedules import PAPER, check_schedule, schedule, tokens_per_layer
+from famba.models import Vim
+from famba.ops.registry import AUTO, resolve
+from famba.training.config import RunConfig
+from famba.training.devices import choose_device, choose_precision, world_size
+
+VIM_NAMES = tuple(timm.list_models("vim_*", module="registered"))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a configuration comes to on this machine.
+
+    image_size: pixels. schedule: tokens that each layer removes. tokens: length of the unfused sequence.
+    matched: whether the schedule removes the same total as the other strategies of its budget.
+    """
+
+    image_size: int
+    schedule: tuple[int, ...]
+    tokens: int
+    matched: bool
+    device: torch.device
+    autocast: torch.dtype | None
+    model_arguments: dict[str, Any]
+
+    @property
+    def tokens_per_layer(self) -> tuple[int, ...]:
+        """Tokens left after each layer's fusion."""
+        return tokens_per_layer(self.schedule, self.tokens)
+
+
+def prepare(config: RunConfig) -> Setup:
+    """Check a configuration as a whole and work out what it comes to.
+
+    Raises FambaError for whatever cannot work, before any data is read and any folder made.
+    """
+    _check_model_name(config.model.name)
+    device = choose_device(config.trainer.device)
+    autocast = choose_precision(config.trainer.precision, device)
+    _check_backend(config.ops.backend, device)
+    known = config.data.num_classes or data.num_classes_of(config.data.name)
+    classes = config.model.num_classes if known is None else model_classes(config, known)
+    size = config.data.image_size or get_pretrained_cfg(config.model.name).input_size[-1]
+    arguments = _model_arguments(config, size, classes)
+    with torch.device("meta"):
+        outline = build_model(config.model.name, arguments)
+    depth, tokens = len(outline.layers), outline.num_tokens
+    fusion = config.fusion
+    counts = schedule(
+        fusion.strategy, depth, tokens, fusion.budget, fusion.layers, tokens - outline.num_patches
+    )
+    check_schedule(counts, depth, tokens, tokens - outline.num_patches)
+    _check_batch(config)
+    _check_files(config)
+    matched = fusion.budget != PAPER and not isinstance(fusion.budget, list)
+    arguments["fusion"] = counts
+    return Setup(size, counts, tokens, matched, device, autocast, arguments)
+
+
+def build_model(name: str, arguments: dict[str, Any]) -> Vim:
+    """Create the network with fresh weights."""
+    return timm.create_model(name, **arguments)
+
+
+def model_classes(config: RunConfig, found: int) -> int:
+    """Classes of the model, given those found in the data. Raises ConfigError where the data has more."""
+    classes = config.model.num_classes or found
+    if found > classes:
+        raise ConfigError(
+            f"the data has {found} classes, but model.num_classes is {classes}; leave it out, "
+            f"or set it to {found} or more"
+        )
+    return classes
+
+
+def _check_model_name(name: str) -> None:
+    if name not in VIM_NAMES:
+        raise ConfigError(f"unknown model.name {name!r}{near_miss(name, VIM_NAMES)}; allowed: {', '.join(VIM_NAMES)}")
+
+
+def _check_backend(backend: str, device: torch.device) -> None:
+    if backend == AUTO:
+        resolve(device.type)
+        return
+    with ops.use_backend(backend):
+        resolve(device.type)
+
+
+def _model_arguments(config: RunConfig, image_size: int, classes: int | None) -> dict[str, Any]:
+    model, fusion = config.model, config.fusion
+    arguments: dict[str, Any] = {
+        "img_size": image_size,
+        "num_classes": classes,
+        "patch_size": model.patch_size,
+        "depth": model.depth,
+        "embed_dim": model.embed_dim,
+        "d_state": model.d_state,
+        "drop_path_rate": model.drop_path,
+        "cls_position": model.cls_position,
+        "fusion_order": fusion.order,
+        "fusion_weighting": fusion.weighting,
+        "fusion_place": fusion.place,
+    }
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _check_batch(config: RunConfig) -> None:
+    trainer = config.trainer
+    parts = world_size() * trainer.accumulation
+    if trainer.batch_size % parts:
+        near = max(parts, round(trainer.batch_size / parts) * parts)
+        raise ConfigError(
+            f"trainer.batch_size={trainer.batch_size} is not divisible by {world_size()} processes x "
+            f"trainer.accumulation={trainer.accumulation}; {near} is"
+        )
+    mixes = config.recipe.mixup > 0 or config.recipe.cutmix > 0
+    if mixes and trainer.batch_size // parts % 2:
+        raise ConfigError(
+            f"mixup and cutmix pair the images of a micro-batch, but {trainer.batch_size // parts} is odd; "
+            "choose an even trainer.batch_size, or recipe.mixup=0 recipe.cutmix=0"
+        )
+    if config.trainer.max_steps is None and config.recipe.warmup_epochs >= trainer.epochs > 1:
+        raise ConfigError(
+            f"recipe.warmup_epochs={config.recipe.warmup_epochs} leaves none of trainer.epochs={trainer.epochs} to train; "
+            "choose fewer"
+        )
+
+
+def _check_files(config: RunConfig) -> None:
+    if config.resume not in ("auto", "never") and not Path(config.resume).is_file():
+        raise CheckpointError(
+            f"resume={config.resume} is no file{near_miss(config.resume, ('auto', 'never'))}; "
+            "allowed: auto, never, or a checkpoint of a run"
+        )
+    if config.init_from is not None and not Path(config.init_from).is_file():
+        raise CheckpointError(f"init_from={config.init_from} is no file; give a .safetensors file or a checkpoint")
+    folder = Path(config.run_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"run_dir={config.run_dir} cannot be written: {folder} is not a writable folder")

@@ -1,0 +1,96 @@
+"""summary.json: what a run came to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from famba.models import Vim
+from famba.training.config import RunConfig
+from famba.training.devices import Process, peak_memory_mib
+from famba.training.measure import macs_per_image, saved_bytes_per_image
+from famba.training.provenance import now, provenance
+from famba.training.setup import Setup
+from famba.training.state import TrainingState
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What does not change during a run."""
+
+    parameters: int
+    macs_per_image: int
+    saved_bytes_per_image: int
+    steps_per_epoch: int
+    total_steps: int
+    provenance: dict[str, Any]
+
+
+def gather_facts(
+    model: Vim, config: RunConfig, setup: Setup, process: Process, steps_per_epoch: int, total_steps: int
+) -> Facts:
+    """Measure a model on the device it is on."""
+    return Facts(
+        parameters=sum(p.numel() for p in model.parameters()),
+        macs_per_image=macs_per_image(model, setup.image_size),
+        saved_bytes_per_image=saved_bytes_per_image(model, setup.image_size, setup.autocast),
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        provenance=provenance(process.device, config.seed, process.world_size),
+    )
+
+
+def summarize(
+    status: str,
+    config: RunConfig,
+    setup: Setup,
+    process: Process,
+    state: TrainingState,
+    facts: Facts,
+    tested: dict[str, float],
+) -> dict[str, Any]:
+    """Gather a summary. Times are seconds.
+
+    Top-1 and Top-5 are percent of the test set, from `tested`, None until they are known. train_time_s is spent on data
+    and steps, evaluation apart; epoch_time_s has the mean of each part.
+    """
+    totals = state.totals
+    epochs = max(totals.steps / facts.steps_per_epoch, 1e-9)
+    train_time = totals.data_s + totals.step_s
+    return {
+        "status": status,
+        "model": config.model.name,
+        "data": config.data.name,
+        "strategy": config.fusion.strategy,
+        "top1": tested.get("top1"),
+        "top5": tested.get("top5"),
+        "loss": tested.get("loss"),
+        "ema_top1": tested.get("ema_top1"),
+        "ema_top5": tested.get("ema_top5"),
+        "selected": totals.best or None,
+        "epoch": state.step // facts.steps_per_epoch,
+        "epochs": config.trainer.epochs,
+        "step": state.step,
+        "steps": facts.total_steps,
+        "train_time_s": train_time,
+        "eval_time_s": totals.eval_s,
+        "epoch_time_s": {
+            "data": totals.data_s / epochs,
+            "step": totals.step_s / epochs,
+            "evaluation": totals.eval_s / max(1, totals.evaluations),
+        },
+        "images_per_s": config.trainer.batch_size * totals.steps / max(train_time, 1e-9),
+        "peak_memory_mib": peak_memory_mib(process.device),
+        "saved_bytes_per_image": facts.saved_bytes_per_image,
+        "macs_per_image": facts.macs_per_image,
+        "parameters": facts.parameters,
+        "image_size": setup.image_size,
+        "precision": "fp32" if setup.autocast is None else str(setup.autocast).removeprefix("torch."),
+        "tokens": setup.tokens,
+        "schedule": list(setup.schedule),
+        "budget_matched": setup.matched,
+        "tokens_per_layer": list(setup.tokens_per_layer),
+        "tokens_removed": sum(setup.schedule),
+        "updated": now(),
+        "provenance": facts.provenance,
+    }
