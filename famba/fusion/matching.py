@@ -33,9 +33,7 @@ class TokenMap:
     length: int
     protected: Int[Tensor, "b ..."] | None = None
 
-    def fuse(
-        self, x: Float[Tensor, "b l c"], sizes: Float[Tensor, "b l"] | None = None
-    ) -> Float[Tensor, "b fused c"]:
+    def fuse(self, x: Float[Tensor, "b l c"], sizes: Float[Tensor, "b l"] | None = None) -> Float[Tensor, "b fused c"]:
         """Average the tokens of each place.
 
         Args:
@@ -74,9 +72,7 @@ def check_order(order: str) -> None:
 
 
 @torch.no_grad()
-def match(
-    metric: Float[Tensor, "b l c"], r: int, protected: Protected = None, order: str = "sequence"
-) -> TokenMap:
+def match(metric: Float[Tensor, "b l c"], r: int, protected: Protected = None, order: str = "sequence") -> TokenMap:
     """Choose the r tokens that are most similar to another, and whom each joins.
 
     The tokens that may fuse are dealt out in turn to two sets, A and B, beginning as if the protected tokens stood
@@ -177,9 +173,7 @@ def _take(x: Tensor, places: Tensor) -> Tensor:
 
 def _check_r(r: int, free: int) -> None:
     if isinstance(r, bool) or not isinstance(r, int) or not 0 <= r <= free // 2:
-        raise ConfigError(
-            f"r is {r!r}: of {free} tokens that may fuse, 0 to {free // 2} can be removed in one layer"
-        )
+        raise ConfigError(f"r is {r!r}: of {free} tokens that may fuse, 0 to {free // 2} can be removed in one layer")
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from famba.errors import ConfigError, near_miss
 
@@ -90,12 +90,12 @@ def schedule(
             f"unknown fusion strategy {strategy!r}{near_miss(strategy, names)}; allowed: {', '.join(names)}"
         )
     patches = tokens - protected
-    if strategy == "custom" and _is_list(budget):
+    if strategy == "custom" and isinstance(budget, Sequence) and not isinstance(budget, str):
         if layers is not None:
             raise ConfigError(
                 "fusion strategy 'custom' takes a list of layers, or a list of tokens per layer as the budget, not both"
             )
-        counts = tuple(budget)  # type: ignore[arg-type]
+        counts = tuple(budget)
         check_schedule(counts, depth, tokens, protected)
         return counts
     fusing = _fusing_layers(strategy, depth, layers)
@@ -146,7 +146,9 @@ def _count(depth: int, layers: int | None) -> int:
     if layers is None:
         return max(1, (3 * depth + 2) // 4)
     if isinstance(layers, bool) or not isinstance(layers, int):
-        raise ConfigError(f"layers is {layers!r}; strategies 'lower' and 'upper' take how many layers fuse, a whole number")
+        raise ConfigError(
+            f"layers is {layers!r}; strategies 'lower' and 'upper' take how many layers fuse, a whole number"
+        )
     if not 1 <= layers <= depth:
         raise ConfigError(f"layers is {layers}; allowed: 1 to {depth}, the model's depth")
     return layers
@@ -201,7 +203,9 @@ def _total(budget: Budget, patches: int) -> int:
             raise ConfigError(f"budget is {budget}; allowed: 0 or more tokens")
         return budget
     if not 0 < budget < 1:
-        raise ConfigError(f"budget is {budget}; as a share of the patches it lies between 0 and 1, as tokens it is whole")
+        raise ConfigError(
+            f"budget is {budget}; as a share of the patches it lies between 0 and 1, as tokens it is whole"
+        )
     return math.floor(budget * patches + 0.5)
 
 
@@ -218,4 +222,4 @@ def _spread(total: int, fusing: int, patches: int, strategy: str) -> list[int]:
     for i in reversed(range(fusing)):
         left.append(min(patches - i * total // fusing, 2 * left[-1]))
     left.reverse()
-    return [before - after for before, after in zip(left, left[1:], strict=False)]
+    return [before - after for before, after in pairwise(left)]

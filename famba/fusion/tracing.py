@@ -10,9 +10,7 @@ from torch import Tensor
 from famba.fusion.matching import TokenMap
 
 
-def trace(
-    maps: Sequence[TokenMap | None], patches: Int[Tensor, "b n"]
-) -> tuple[Int[Tensor, "b n"], ...]:
+def trace(maps: Sequence[TokenMap | None], patches: Int[Tensor, "b n"]) -> tuple[Int[Tensor, "b n"], ...]:
     """Follow patches through the maps of a model's layers.
 
     Args:

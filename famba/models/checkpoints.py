@@ -15,7 +15,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from famba.errors import CheckpointError
-from famba.models.vim import CLS_POSITIONS, Vim, _check_choice
+from famba.models.vim import CLS_POSITIONS, Vim, check_choice
 
 _WEIGHT_KEYS = ("model", "state_dict")
 
@@ -37,7 +37,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
     except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()
         raise CheckpointError(
-            f"{path} is truncated or no checkpoint ({reason[0] if reason else type(error).__name__}); fetch or save it again"
+            f"{path} is truncated or no checkpoint ({reason[0] if reason else type(error).__name__}); "
+            "fetch or save it again"
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a dictionary of weights")
@@ -89,7 +90,7 @@ def _fit(
     model: Vim, weights: dict[str, Any], cls_position: str, reset_head: bool
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Weights for every parameter of the model, and what does not fit."""
-    _check_choice("cls_position", cls_position, CLS_POSITIONS)
+    check_choice("cls_position", cls_position, CLS_POSITIONS)
     own = model.state_dict()
     given = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
     misfits = [f"{name}: not a tensor" for name, value in weights.items() if not isinstance(value, Tensor)]

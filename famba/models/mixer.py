@@ -26,19 +26,22 @@ class VimMixer(nn.Module):
         self.d_state = d_state
         self.dt_rank = math.ceil(d_model / 16)
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
-        for direction in ("", "_b"):
-            self._add_direction(direction, d_conv)
+        # Forward, and with "_b" backward.
+        self.conv1d, self.conv1d_b = (self._conv(d_conv) for _ in range(2))
+        self.x_proj, self.x_proj_b = (self._projection() for _ in range(2))
+        self.dt_proj, self.dt_proj_b = (nn.Linear(self.dt_rank, self.d_inner) for _ in range(2))
+        self.A_log, self.A_b_log = (self._log_rates() for _ in range(2))
+        self.D, self.D_b = (nn.Parameter(torch.ones(self.d_inner)) for _ in range(2))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
 
-    def _add_direction(self, suffix: str, d_conv: int) -> None:
-        d_inner, rank = self.d_inner, self.dt_rank
-        conv = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv - 1)
-        self.add_module(f"conv1d{suffix}", conv)
-        self.add_module(f"x_proj{suffix}", nn.Linear(d_inner, rank + 2 * self.d_state, bias=False))
-        self.add_module(f"dt_proj{suffix}", nn.Linear(rank, d_inner))
-        rates = torch.arange(1, self.d_state + 1, dtype=torch.float32).log().repeat(d_inner, 1)
-        self.register_parameter("A_b_log" if suffix else "A_log", nn.Parameter(rates))
-        self.register_parameter(f"D{suffix}", nn.Parameter(torch.ones(d_inner)))
+    def _conv(self, width: int) -> nn.Conv1d:
+        return nn.Conv1d(self.d_inner, self.d_inner, width, groups=self.d_inner, padding=width - 1)
+
+    def _projection(self) -> nn.Linear:
+        return nn.Linear(self.d_inner, self.dt_rank + 2 * self.d_state, bias=False)
+
+    def _log_rates(self) -> nn.Parameter:
+        return nn.Parameter(torch.arange(1, self.d_state + 1).float().log().repeat(self.d_inner, 1))
 
     def init_weights(self, depth: int) -> None:
         """Initialise as Vim does: step sizes log-uniform in [0.001, 0.1], the output scaled by 1 / sqrt(depth)."""
@@ -59,9 +62,7 @@ class VimMixer(nn.Module):
     def scan(self, x: Float[Tensor, "b l d_model"]) -> Float[Tensor, "b l d_inner"]:
         """Everything but the output projection: the mean of the two gated scans (b, l, d_inner)."""
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        forward = self._scan_direction(
-            u, z, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D, reverse=False
-        )
+        forward = self._scan_direction(u, z, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D, reverse=False)
         backward = self._scan_direction(
             u, z, self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, reverse=True
         )
@@ -82,7 +83,5 @@ class VimMixer(nn.Module):
         dt, B, C = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         # The bias enters inside the scan, in float32, so that small steps survive bf16.
         delta = nn.functional.linear(dt, dt_proj.weight)
-        A = -A_log.float().exp() if A_log.dtype != torch.float64 else -A_log.exp()
-        return selective_scan(
-            u, delta, A, B, C, D, z=z, delta_bias=dt_proj.bias, delta_softplus=True, reverse=reverse
-        )
+        A = -A_log.to(torch.promote_types(A_log.dtype, torch.float32)).exp()
+        return selective_scan(u, delta, A, B, C, D, z=z, delta_bias=dt_proj.bias, delta_softplus=True, reverse=reverse)

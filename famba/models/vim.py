@@ -1,4 +1,4 @@
-"""Vision Mamba (Zhu et al. 2024, arXiv 2401.09417) with cross-layer token fusion (Shen et al. 2024, arXiv 2409.09808)."""
+"""Vision Mamba (Zhu et al. 2024, arXiv 2401.09417) with token fusion (Shen et al. 2024, arXiv 2409.09808)."""
 
 from __future__ import annotations
 
@@ -139,9 +139,9 @@ class Vim(nn.Module):
         fusion_place: str = "before_mixer",
     ) -> None:
         super().__init__()
-        _check_choice("cls_position", cls_position, CLS_POSITIONS)
-        _check_choice("fusion_weighting", fusion_weighting, WEIGHTINGS)
-        _check_choice("fusion_place", fusion_place, PLACES)
+        check_choice("cls_position", cls_position, CLS_POSITIONS)
+        check_choice("fusion_weighting", fusion_weighting, WEIGHTINGS)
+        check_choice("fusion_place", fusion_place, PLACES)
         check_order(fusion_order)
         _check_patches(_pair(img_size), _pair(patch_size))
         self.num_classes = num_classes
@@ -149,7 +149,8 @@ class Vim(nn.Module):
         self.cls_position = cls_position
         self.grad_checkpointing = False
 
-        self.patch_embed = PatchEmbed(_pair(img_size), _pair(patch_size), in_chans, embed_dim)
+        # timm's annotation says int, its code takes both.
+        self.patch_embed = PatchEmbed(_pair(img_size), _pair(patch_size), in_chans, embed_dim)  # type: ignore[arg-type]
         self.num_patches = self.patch_embed.num_patches
         self.num_tokens = self.num_patches + (cls_position != "none")
         if cls_position != "none":
@@ -177,12 +178,14 @@ class Vim(nn.Module):
 
     def _init_weights(self) -> None:
         lecun_normal_(self.patch_embed.proj.weight)
+        assert self.patch_embed.proj.bias is not None
         nn.init.zeros_(self.patch_embed.proj.bias)
         trunc_normal_(self.pos_embed, std=0.02)
         if self.cls_position != "none":
             trunc_normal_(self.cls_token, std=0.02)
-        for layer in self.layers:
-            layer.mixer.init_weights(len(self.layers))
+        for module in self.modules():
+            if isinstance(module, VimMixer):
+                module.init_weights(len(self.layers))
         self._init_head()
 
     def _init_head(self) -> None:
@@ -273,7 +276,8 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise ConfigError where a named choice is none of those allowed."""
     if value not in allowed:
         raise ConfigError(f"unknown {name} {value!r}{near_miss(value, allowed)}; allowed: {', '.join(allowed)}")
 

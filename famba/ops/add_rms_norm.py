@@ -32,24 +32,18 @@ def add_rms_norm(
     """
     check_rank("add_rms_norm", "x", x, "(b, l, d)")
     shape = tuple(x.shape)
-    check_shapes(
-        "add_rms_norm", "x", x=(x, shape), residual=(residual, shape), weight=(weight, (shape[2],))
-    )
+    check_shapes("add_rms_norm", "x", x=(x, shape), residual=(residual, shape), weight=(weight, (shape[2],)))
     return _norm(x, residual, weight, eps, resolve(x.device.type))
 
 
 @torch.library.custom_op("famba::add_rms_norm", mutates_args=())
-def _norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, backend: str
-) -> tuple[Tensor, Tensor]:
+def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
         return kernels(backend).add_rms_norm(x, residual, weight, eps)
 
 
 @_norm.register_fake
-def _norm_shape(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, backend: str
-) -> tuple[Tensor, Tensor]:
+def _norm_shape(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
     total = torch.float64 if x.dtype == torch.float64 else torch.float32
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=total)
 

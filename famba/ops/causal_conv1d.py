@@ -56,9 +56,7 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: b
 
 
 @_conv.register_fake
-def _conv_shape(
-    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool, backend: str
-) -> Tensor:
+def _conv_shape(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool, backend: str) -> Tensor:
     return x.new_empty(x.shape)
 
 

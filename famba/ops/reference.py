@@ -60,7 +60,8 @@ def selective_scan(
             if chunk.z is not None:
                 out = out * F.silu(chunk.z)
             scan.store(y, rows, steps, out)
-    return y, u.new_empty(scan_state_shape(*u.shape, A.shape[1]))
+    batch, length, channels = u.shape
+    return y, u.new_empty(scan_state_shape(batch, length, channels, A.shape[1]))
 
 
 def selective_scan_backward(

@@ -87,7 +87,7 @@ class Backend:
 
 
 def _absent() -> str:
-    return "not part of this release; use 'auto' or 'reference'"
+    return "not part of this release, use 'auto' or 'reference'"
 
 
 # In the order in which "auto" prefers them.
@@ -146,13 +146,12 @@ def resolve(device: str) -> str:
 
 
 def explain(device: str) -> str:
-    """Say in one line which backend serves a device type and why."""
+    """Say in one line which backend serves a device type, and why none that "auto" would prefer does."""
     name = resolve(device)
-    passed_over = [
-        f"{other}: {reason}" for other, reason in backends().items() if reason and _serves(_BACKENDS[other], device)
-    ]
-    why = f" ({'; '.join(passed_over)})" if passed_over else ""
-    return f"{name}{why}"
+    faster = list(_BACKENDS)[: list(_BACKENDS).index(name)]
+    passed_over = [n for n in faster if _serves(_BACKENDS[n], device) and _BACKENDS[n].obstacle() is not None]
+    why = "; ".join(f"{n} is {_BACKENDS[n].obstacle()}" for n in passed_over)
+    return f"{name} ({why})" if why else name
 
 
 def kernels(name: str) -> Kernels:

@@ -183,4 +183,5 @@ def scan_macs(batch: int, length: int, channels: int, states: int, skip: bool, g
 
 @register_flop_formula(torch.ops.famba.selective_scan)
 def _scan_flops(u, delta, A, B, C, D, z, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    return 2 * scan_macs(*u, A[1], D is not None, z is not None)
+    batch, length, channels = u
+    return 2 * scan_macs(batch, length, channels, A[1], D is not None, z is not None)

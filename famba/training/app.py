@@ -95,7 +95,10 @@ def _train(config: RunConfig, setup: Setup, folder: RunFolder, process: Process)
         raise
     _log.info(
         "finished: Top-1 %.2f %%, Top-5 %.2f %%, trained in %s; all of it in %s",
-        summary["top1"], summary["top5"], duration(summary["train_time_s"]), folder.path,
+        summary["top1"],
+        summary["top5"],
+        duration(summary["train_time_s"]),
+        folder.path,
     )
     return summary
 
@@ -106,8 +109,14 @@ def _announce(config: RunConfig, setup: Setup, folder: RunFolder) -> None:
     _log.info("run folder: %s", folder.path)
     _log.info(
         "%s at %d x %d, fusion %s: %d tokens, %d removed, %d left after the last layer%s",
-        config.model.name, setup.image_size, setup.image_size, config.fusion.strategy,
-        setup.tokens, sum(setup.schedule), left[-1], matched,
+        config.model.name,
+        setup.image_size,
+        setup.image_size,
+        config.fusion.strategy,
+        setup.tokens,
+        sum(setup.schedule),
+        left[-1],
+        matched,
     )
     precision = "float32" if setup.autocast is None else f"{str(setup.autocast).removeprefix('torch.')} autocast"
     _log.info("device %s, %s, ops by %s", setup.device, precision, explain(setup.device.type))

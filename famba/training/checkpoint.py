@@ -24,8 +24,15 @@ _log = logging.getLogger(__name__)
 
 # What may change between a run and its continuation: it does not touch the weights that come out.
 _FREE = (
-    "run_dir", "resume", "data.root", "data.workers", "trainer.max_steps", "trainer.device",
-    "trainer.log_every", "trainer.eval_every", "logger.",
+    "run_dir",
+    "resume",
+    "data.root",
+    "data.workers",
+    "trainer.max_steps",
+    "trainer.device",
+    "trainer.log_every",
+    "trainer.eval_every",
+    "logger.",
 )
 
 

@@ -90,7 +90,9 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     try:
         return OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
-        raise ConfigError(f"{str(error).splitlines()[0]}; overrides look like fusion=upper or trainer.epochs=10") from error
+        raise ConfigError(
+            f"{str(error).splitlines()[0]}; overrides look like fusion=upper or trainer.epochs=10"
+        ) from error
 
 
 def _check_groups(overrides: Sequence[Override]) -> None:
@@ -111,9 +113,13 @@ def _check_keys(overrides: Sequence[Override]) -> None:
     sections = {key.rsplit(".", 1)[0] for key in known if "." in key}
     for item in overrides:
         key = item.key_or_group
-        if key in groups() or key in known or key in sections or key.split("/")[0] == "hydra" or key.startswith("hydra."):
+        if (
+            key in groups()
+            or key in known
+            or key in sections
+            or key.split("/")[0] == "hydra"
+            or key.startswith("hydra.")
+        ):
             continue
         names = [*known, *groups()]
-        raise ConfigError(
-            f"unknown key {key!r}{near_miss(key, names)}; `python train.py --help` lists all"
-        )
+        raise ConfigError(f"unknown key {key!r}{near_miss(key, names)}; `python train.py --help` lists all")

@@ -13,9 +13,7 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, batches: Batches, process: Process, autocast: torch.dtype | None
-) -> dict[str, float]:
+def evaluate(model: nn.Module, batches: Batches, process: Process, autocast: torch.dtype | None) -> dict[str, float]:
     """Evaluate in eval mode, over all processes.
 
     Returns "top1" and "top5" in percent, and "loss", the mean cross-entropy. Where there are fewer than five classes,

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,6 @@ from famba.training.reporting import Metrics, Progress, duration
 from famba.training.run_folder import RunFolder
 from famba.training.seeds import Stream, derive, seed_generators
 from famba.training.setup import Setup
-from famba.training.state import TrainingState
 from famba.training.summary import gather_facts, summarize
 
 _log = logging.getLogger(__name__)
@@ -50,9 +49,7 @@ class Training:
         self.mix = create_mixing(config.recipe, self.state.model.num_classes)
         self.loss = create_loss(config.recipe)
         self._restore()
-        self.facts = gather_facts(
-            self.state.model, config, setup, process, self.steps_per_epoch, self.total_steps
-        )
+        self.facts = gather_facts(self.state.model, config, setup, process, self.steps_per_epoch, self.total_steps)
         self.forward = self._forward_model()
         self.metrics = Metrics(folder, config.logger, plain(config))
         # A look at the loss makes a GPU wait, so it is looked at now and then there, and at every step on a CPU.
@@ -279,9 +276,7 @@ class Training:
         resume = self.config.resume
         if resume == "never":
             return
-        found = (
-            self.folder.checkpoints.load_last() if resume == "auto" else checkpoint.load(Path(resume))
-        )
+        found = self.folder.checkpoints.load_last() if resume == "auto" else checkpoint.load(Path(resume))
         if found is None:
             self.folder.rewind_metrics(0)
             return
@@ -293,7 +288,7 @@ class Training:
     def _forward_model(self) -> nn.Module:
         model: nn.Module = self.state.model
         if self.config.trainer.compile:
-            model = torch.compile(model, fullgraph=True)
+            model = cast(nn.Module, torch.compile(model, fullgraph=True))
         if self.process.world_size == 1:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None

@@ -49,6 +49,4 @@ def _saved_bytes(model: nn.Module, batch: int, image_size: int, autocast: torch.
     ):
         model(images).sum()
     model.train(was_training)
-    return sum(
-        tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in parameters
-    )
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in parameters)

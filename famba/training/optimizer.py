@@ -51,7 +51,7 @@ class LearningRate:
             optimizer,
             sched="cosine",
             num_epochs=config.trainer.epochs,
-            warmup_epochs=recipe.warmup_epochs,
+            warmup_epochs=recipe.warmup_epochs,  # type: ignore[arg-type]  # a part of an epoch works too
             warmup_lr=recipe.warmup_lr,
             min_lr=recipe.min_lr,
             step_on_epochs=self._per_epoch,

@@ -96,7 +96,12 @@ class Progress:
             left = duration((self._total - step) / rate)
             _log.info(
                 "step %d of %d, epoch %d, loss %.4f, %.1f images/s, %s left",
-                step, self._total, epoch, loss, rate * self._images, left,
+                step,
+                self._total,
+                epoch,
+                loss,
+                rate * self._images,
+                left,
             )
 
     def _estimate(self, step: int) -> None:
@@ -107,7 +112,9 @@ class Progress:
             seconds = (time.monotonic() - self._warm) / _TIMED_STEPS
             _log.info(
                 "%.2f s per step: about %s for the %d steps left, evaluation apart",
-                seconds, duration(seconds * (self._total - step)), self._total - step,
+                seconds,
+                duration(seconds * (self._total - step)),
+                self._total - step,
             )
 
     def close(self) -> None:

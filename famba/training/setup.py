@@ -55,15 +55,13 @@ def prepare(config: RunConfig) -> Setup:
     _check_backend(config.ops.backend, device)
     known = config.data.num_classes or data.num_classes_of(config.data.name)
     classes = config.model.num_classes if known is None else model_classes(config, known)
-    size = config.data.image_size or get_pretrained_cfg(config.model.name).input_size[-1]
+    size = config.data.image_size or _own_image_size(config.model.name)
     arguments = _model_arguments(config, size, classes)
     with torch.device("meta"):
         outline = build_model(config.model.name, arguments)
     depth, tokens = len(outline.layers), outline.num_tokens
     fusion = config.fusion
-    counts = schedule(
-        fusion.strategy, depth, tokens, fusion.budget, fusion.layers, tokens - outline.num_patches
-    )
+    counts = schedule(fusion.strategy, depth, tokens, fusion.budget, fusion.layers, tokens - outline.num_patches)
     check_schedule(counts, depth, tokens, tokens - outline.num_patches)
     _check_batch(config)
     _check_files(config)
@@ -74,7 +72,9 @@ def prepare(config: RunConfig) -> Setup:
 
 def build_model(name: str, arguments: dict[str, Any]) -> Vim:
     """Create the network with fresh weights."""
-    return timm.create_model(name, **arguments)
+    model = timm.create_model(name, **arguments)
+    assert isinstance(model, Vim)
+    return model
 
 
 def model_classes(config: RunConfig, found: int) -> int:
@@ -91,6 +91,12 @@ def model_classes(config: RunConfig, found: int) -> int:
 def _check_model_name(name: str) -> None:
     if name not in VIM_NAMES:
         raise ConfigError(f"unknown model.name {name!r}{near_miss(name, VIM_NAMES)}; allowed: {', '.join(VIM_NAMES)}")
+
+
+def _own_image_size(name: str) -> int:
+    cfg = get_pretrained_cfg(name)
+    assert cfg is not None
+    return cfg.input_size[-1]
 
 
 def _check_backend(backend: str, device: torch.device) -> None:
@@ -136,8 +142,8 @@ def _check_batch(config: RunConfig) -> None:
         )
     if config.trainer.max_steps is None and config.recipe.warmup_epochs >= trainer.epochs > 1:
         raise ConfigError(
-            f"recipe.warmup_epochs={config.recipe.warmup_epochs} leaves none of trainer.epochs={trainer.epochs} to train; "
-            "choose fewer"
+            f"recipe.warmup_epochs={config.recipe.warmup_epochs} leaves nothing of "
+            f"trainer.epochs={trainer.epochs}; choose fewer"
         )
 
 

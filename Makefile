@@ -1,0 +1,42 @@
+# A virtual environment of its own, unless PYTHON and VENV say otherwise.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO ?= runs/demo-$(shell date +%Y-%m-%d_%H-%M-%S)
+
+.PHONY: help setup train test lint format clean
+
+help:
+	@echo "make train   set up and train a small Vim with and without fusion on digits (5 minutes)"
+	@echo "make test    run the tests"
+	@echo "make lint    check style and types"
+	@echo "make format  put the code into the project's style"
+	@echo "make clean   remove what builds and tests leave behind"
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+train: setup
+	$(BIN)/python train.py -m experiment=demo fusion=none,upper run_dir=$(DEMO)
+	$(BIN)/famba report $(DEMO)
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

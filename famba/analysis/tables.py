@@ -1,0 +1,50 @@
+"""Run folders side by side in a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from famba.errors import DataError
+
+_COLUMNS = ("model", "fusion", "seed", "Top-1 %", "time per epoch s", "tokens left", "status")
+
+
+def find_runs(paths: Iterable[str | Path]) -> list[Path]:
+    """Folders with a summary.json in or below the given ones. Raises DataError for a path that has none."""
+    runs: list[Path] = []
+    for path in map(Path, paths):
+        found = sorted(file.parent for file in path.rglob("summary.json"))
+        if not found:
+            raise DataError(f"no run folder (one with a summary.json) in {path}; give the run_dir of a run or a sweep")
+        runs += found
+    return runs
+
+
+def run_table(runs: Iterable[Path]) -> str:
+    """Return a table of runs: Top-1, time per epoch, tokens left after the last layer; "-" where a run has none yet."""
+    rows = [_row(_read(run)) for run in runs]
+    return tabulate(rows, headers=_COLUMNS, floatfmt=".2f", missingval="-")
+
+
+def _read(run: Path) -> dict[str, Any]:
+    try:
+        return json.loads((run / "summary.json").read_text())
+    except json.JSONDecodeError as error:
+        raise DataError(f"{run / 'summary.json'} is damaged ({error}); leave this run out, or run it again") from error
+
+
+def _row(summary: dict[str, Any]) -> list[Any]:
+    return [
+        summary["model"],
+        summary["strategy"],
+        summary["provenance"]["seed"],
+        summary["top1"],
+        sum(summary["epoch_time_s"].values()),
+        f"{summary['tokens_per_layer'][-1]} of {summary['tokens']}",
+        summary["status"],
+    ]

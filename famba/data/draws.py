@@ -1,0 +1,68 @@
+"""Random draws that depend on (seed, epoch, position) and on nothing else.
+
+No generator outlives a call, so any step of any epoch can be produced directly, whatever ran before it and
+however many processes and workers share the job. Each purpose has a stream of its own, so that, say, the
+order of the images says nothing about how they are cropped.
+"""
+
+from __future__ import annotations
+
+import enum
+import random
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+WORDS = 4  # 64-bit words in one block of Philox, hence for one position
+
+
+class Stream(enum.IntEnum):
+    """What draws are for. The values are part of every key: changing one changes every run."""
+
+    ORDER = 1
+    REPEATED_ORDER = 2
+    AUGMENTATION = 3
+    SPLIT = 4
+    STREAMED_ORDER = 5
+    STREAMED_AUGMENTATION = 6
+
+
+def derive(stream: Stream, *values: int) -> np.random.SeedSequence:
+    """Return a seed sequence for a stream and non-negative integers below 2**64."""
+    # Every value takes two 32-bit words, so that no two lists of values become the same entropy.
+    entropy = np.array([int(stream), len(values), *values], dtype=np.uint64).view(np.uint32)
+    return np.random.SeedSequence(entropy.tolist())
+
+
+def derived_integer(stream: Stream, *values: int, bits: int = 63) -> int:
+    """Return one integer in [0, 2**bits), bits at most 64, for interfaces that want a single seed."""
+    return int(derive(stream, *values).generate_state(1, np.uint64)[0]) >> (64 - bits)
+
+
+def _philox_key(stream: Stream, values: tuple[int, ...], epoch: int) -> npt.NDArray[np.uint64]:
+    return np.array([derived_integer(stream, *values, bits=64), epoch], dtype=np.uint64)
+
+
+def permutation(stream: Stream, seed: int, epoch: int, length: int) -> npt.NDArray[np.int64]:
+    """Return a permutation of range(length), int64 (length,)."""
+    bits = np.random.Philox(key=_philox_key(stream, (seed,), epoch))
+    return np.random.Generator(bits).permutation(length)
+
+
+def words(stream: Stream, values: tuple[int, ...], epoch: int, start: int, count: int) -> npt.NDArray[np.uint64]:
+    """Return uint64 (count, WORDS): row i belongs to position start + i, whatever start and count are."""
+    bits = np.random.Philox(key=_philox_key(stream, values, epoch), counter=[start, 0, 0, 0])
+    return np.asarray(bits.random_raw(count * WORDS), dtype=np.uint64).reshape(count, WORDS)
+
+
+def seed_global_generators(stream: Stream, values: tuple[int, ...], epoch: int, position: int) -> None:
+    """Seed `random`, `numpy.random` and torch's CPU generator for the transform of one sample.
+
+    timm's and torchvision's transforms draw from these three. The CUDA generators are left alone: a worker
+    process must not touch the device.
+    """
+    state = derive(stream, *values, epoch, position).generate_state(3, np.uint64)
+    random.seed(int(state[0]))
+    np.random.seed(int(state[1]) & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(int(state[2]) >> 1)

@@ -1,0 +1,109 @@
+"""Data sets by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from famba.data import digits
+from famba.data.cifar import KINDS, load_cifar
+from famba.data.draws import Stream, permutation
+from famba.data.folder import load_folder
+from famba.data.named import load_named
+from famba.data.sources import Source, Splits, take
+from famba.data.streams import StreamSource
+from famba.errors import ConfigError, near_miss
+
+NAMES = (*KINDS, "digits", "folder", "tar")
+
+
+def num_classes_of(name: str) -> int | None:
+    """Return the number of classes where the name alone tells it, else None."""
+    if name == "digits":
+        return digits.NUM_CLASSES
+    return KINDS[name].num_classes if name in KINDS else None
+
+
+def load_splits(
+    name: str,
+    root: str | Path | None,
+    *,
+    subset: int | None,
+    val_fraction: float,
+    num_classes: int | None,
+) -> Splits:
+    """Open a data set.
+
+    Args:
+        name: one of `NAMES`, or a name of timm's with a prefix ("torch/cifar10", "hfds/...", "wds/...").
+        root: folder that holds the data. None: CIFAR comes from `default_root()` and is downloaded where it
+            is missing there; digits need no folder.
+        subset: use the first N training images only; None for all.
+        val_fraction: share of these, in [0, 1), that is held out of training as the validation set. It
+            depends on no seed, so every run holds out the same images.
+        num_classes: number of classes where the data does not tell; where it does, it must be right.
+
+    Raises:
+        ConfigError: where an argument cannot work with this data.
+        DataError: where data is missing or damaged.
+    """
+    if not 0 <= val_fraction < 1:
+        raise ConfigError(f"val_fraction is {val_fraction}, but must be at least 0 and below 1.")
+    known = num_classes_of(name)
+    if None not in (known, num_classes) and known != num_classes:
+        raise ConfigError(f"num_classes is {num_classes}, but {name} has {known} classes.")
+    splits = _load(name, None if root is None else Path(root).expanduser(), num_classes)
+    return _hold_out(_first(splits, subset), val_fraction)
+
+
+def _load(name: str, root: Path | None, num_classes: int | None) -> Splits:
+    if name == "digits":
+        return digits.load_digits()
+    if name in KINDS:
+        return load_cifar(name, root)
+    if name in ("folder", "tar"):
+        if root is None:
+            raise ConfigError(f"data {name!r} needs data.root, the folder that holds train and val.")
+        return load_folder(root, tar=name == "tar", num_classes=num_classes)
+    if "/" in name:
+        return load_named(name, root, num_classes=num_classes)
+    known = ", ".join(NAMES)
+    raise ConfigError(
+        f"unknown data {name!r}{near_miss(name, NAMES)}. Known are {known}, "
+        "and timm's names with a prefix, such as torch/cifar10."
+    )
+
+
+def _first(splits: Splits, subset: int | None) -> Splits:
+    if subset is None:
+        return splits
+    train = _need_random_access(splits.train, "subset")
+    if not 1 <= subset <= len(train):
+        raise ConfigError(f"subset is {subset}, but must be from 1 to the {len(train)} training images.")
+    return replace(splits, train=take(train, np.arange(subset)))
+
+
+def _hold_out(splits: Splits, fraction: float) -> Splits:
+    if fraction == 0:
+        return splits
+    if splits.validation is not None:
+        raise ConfigError("the data comes with a validation set: set val_fraction to 0 to use it.")
+    train = _need_random_access(splits.train, "val_fraction")
+    if len(train) < 2:
+        raise ConfigError(f"val_fraction needs at least two training images, there is {len(train)}.")
+    order = permutation(Stream.SPLIT, 0, 0, len(train))
+    held = min(max(round(len(train) * fraction), 1), len(train) - 1)
+    # Sorted, so that what is left is in the order of the data set.
+    return replace(
+        splits,
+        train=take(train, np.sort(order[held:])),
+        validation=take(train, np.sort(order[:held])),
+    )
+
+
+def _need_random_access(source: Source | StreamSource, setting: str) -> Source:
+    if isinstance(source, StreamSource):
+        raise ConfigError(f"{setting} cannot be used with {source.name!r}: a stream has no random access.")
+    return source
