@@ -26,6 +26,8 @@ class Stream(enum.IntEnum):
     SPLIT = 4
     STREAMED_ORDER = 5
     STREAMED_AUGMENTATION = 6
+    WEIGHTS = 7
+    STEP = 8
 
 
 def derive(stream: Stream, *values: int) -> np.random.SeedSequence:

@@ -12,12 +12,13 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from famba import data
+from famba.data.draws import Stream
 from famba.models import load_vim_checkpoint
 from famba.models.checkpoints import has_other_head
 from famba.training.config import RunConfig
 from famba.training.devices import Process
 from famba.training.optimizer import create_optimizer
-from famba.training.seeds import Stream, derive, seed_generators
+from famba.training.seeds import seed_generators
 from famba.training.setup import Setup, build_model, model_classes
 from famba.training.state import TrainingState
 
@@ -97,7 +98,7 @@ def make_loaders(config: RunConfig, setup: Setup, splits: data.Splits, process: 
 
 def new_state(config: RunConfig, setup: Setup, classes_found: int, device: torch.device) -> TrainingState:
     """Build network and optimizer as they are before the first step; the same for every strategy at one seed."""
-    seed_generators(derive(config.seed, Stream.WEIGHTS))
+    seed_generators(Stream.WEIGHTS, config.seed)
     classes = model_classes(config, classes_found)
     model = build_model(config.model.name, {**setup.model_arguments, "num_classes": classes})
     if config.init_from is not None:

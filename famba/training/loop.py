@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from famba.data.draws import Stream
 from famba.errors import TrainingError
 from famba.training import checkpoint
 from famba.training.build import load_splits, make_loaders, new_state
@@ -24,7 +25,7 @@ from famba.training.interrupts import Interrupted, StopRequest
 from famba.training.optimizer import LearningRate, create_loss, create_mixing
 from famba.training.reporting import Metrics, Progress, duration
 from famba.training.run_folder import RunFolder
-from famba.training.seeds import Stream, derive, seed_generators
+from famba.training.seeds import seed_generators
 from famba.training.setup import Setup
 from famba.training.summary import gather_facts, summarize
 
@@ -132,8 +133,7 @@ class Training:
         """Add the gradients of one micro-batch; return its share of the step's loss."""
         images = images.to(self.device, non_blocking=True)
         labels = labels.to(self.device, non_blocking=True)
-        place = (self.state.step, part, self.process.rank)
-        seed_generators(derive(self.config.seed, Stream.STEP, *place))
+        seed_generators(Stream.STEP, self.config.seed, self.state.step, part, self.process.rank)
         targets = labels
         if self.mix is not None:
             images, targets = self.mix(images, labels)

@@ -1,29 +1,20 @@
-"""Random numbers that depend on the seed and the place in the run, never on what ran before."""
+"""The global generators, seeded from the seed and the place in the run."""
 
 from __future__ import annotations
 
 import random
-from enum import IntEnum
 
 import numpy as np
 import torch
 
-
-class Stream(IntEnum):
-    """Streams of random numbers: the draws of one never depend on how many another took."""
-
-    WEIGHTS = 0
-    STEP = 1
+from famba.data.draws import Stream, derived_integer
 
 
-def derive(seed: int, stream: Stream, *keys: int) -> int:
-    """Return a 63-bit seed for a stream and a place in it, the same on every machine."""
-    state = np.random.SeedSequence([seed, stream, *keys]).generate_state(1, np.uint64)
-    return int(state[0] >> np.uint64(1))
+def seed_generators(stream: Stream, *place: int) -> None:
+    """Seed every global generator that timm or torch draws from, for one use at one place in the run.
 
-
-def seed_generators(seed: int) -> None:
-    """Seed every global generator that timm or torch draws from in a step."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
+    So what is drawn never depends on what ran before, and nothing of a generator has to be saved.
+    """
+    torch.manual_seed(derived_integer(stream, *place))
+    np.random.seed(derived_integer(stream, *place, bits=32))
+    random.seed(derived_integer(stream, *place))

@@ -1,0 +1,178 @@
+"""A run that is stopped and continued is the run that it would have been."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import metrics, run
+
+from famba.errors import CheckpointError, ConfigError
+from famba.training.checkpoint import load
+from famba.training.interrupts import Interrupted
+from famba.training.reporting import Progress
+from famba.training.run_folder import RunFolder
+
+EVERYTHING = ("recipe.mixup=0.8", "recipe.cutmix=1.0", "recipe.ema_decay=0.9", "trainer.accumulation=2",
+              "model.drop_path=0.2", "fusion=upper", "fusion.budget=0.5", "data.val_fraction=0.25", "trainer.batch_size=12")  # fmt: skip
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that has the process sent a signal once a number of steps is done."""
+    original = Progress.step
+
+    def arrange(stop: int, number: signal.Signals = signal.SIGINT) -> None:
+        def step(self: Progress, done: int, epoch: int, loss: float | None) -> None:
+            original(self, done, epoch, loss)
+            if done == stop:
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(Progress, "step", step)
+
+    return arrange
+
+
+@pytest.mark.parametrize("stop", [1, 4, 5, 7])
+def test_stopped_and_resumed_is_bit_equal(tmp_path: Path, stop_after: Any, stop: int) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    expected = run(whole, *EVERYTHING)
+    assert expected["steps"] == 8
+
+    stop_after(stop, signal.SIGTERM if stop == 5 else signal.SIGINT)
+    with pytest.raises(Interrupted, match="the same command"):
+        run(parts, *EVERYTHING)
+    interrupted = RunFolder(parts, writes=True).summary
+    assert interrupted is not None
+    assert (interrupted["status"], interrupted["step"]) == ("interrupted", stop)
+
+    stop_after(-1)
+    resumed = run(parts, *EVERYTHING)
+    assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert metrics(parts) == metrics(whole)
+    for name in ("top1", "top5", "loss", "ema_top1", "selected"):
+        assert resumed[name] == expected[name], name
+    averaged, straight = (load(f / "checkpoints" / "step_00000008.pt")["ema"] for f in (parts, whole))
+    for name, value in straight.items():
+        assert torch.equal(averaged[name], value), name
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path: Path) -> None:
+    weights = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(tmp_path / name, f"seed={seed}", "recipe.mixup=0.8", "trainer.epochs=1", "recipe.warmup_epochs=0")
+        weights.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_resume_with_workers_and_timm_augmentation_is_bit_equal(tmp_path: Path, stop_after: Any) -> None:
+    paper = ("recipe.augmentation=timm", "recipe.auto_augment=rand-m9-mstd0.5-inc1", "recipe.random_erasing=0.5",
+             "data.workers=2", "trainer.epochs=1", "recipe.warmup_epochs=0")  # fmt: skip
+    run(tmp_path / "whole", *paper)
+    stop_after(2)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts", *paper, "data.workers=0")
+    stop_after(-1)
+    run(tmp_path / "parts", *paper)
+    whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
+
+
+def test_a_finished_run_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(tmp_path, "trainer.max_steps=2")
+    monkeypatch.setattr("famba.training.app.Training", None)
+    assert run(tmp_path, "trainer.max_steps=2") == first
+
+
+def test_more_steps_continue_a_run_that_max_steps_ended(tmp_path: Path) -> None:
+    run(tmp_path / "whole")
+    run(tmp_path / "parts", "trainer.max_steps=2")
+    run(tmp_path / "parts")
+    whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
+
+
+def test_other_settings_do_not_continue_a_run(tmp_path: Path) -> None:
+    run(tmp_path, "trainer.max_steps=2")
+    with pytest.raises(CheckpointError, match=r"recipe.lr: 0.003 before, 0.001 now"):
+        run(tmp_path, "recipe.lr=0.001", "trainer.max_steps=2")
+    with pytest.raises(CheckpointError, match=r"fusion.strategy: 'none' before, 'upper' now"):
+        run(tmp_path, "fusion=upper", "fusion.budget=4")
+
+
+def test_resume_never_leaves_a_run_alone(tmp_path: Path) -> None:
+    run(tmp_path, "trainer.max_steps=1")
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="resume=never would overwrite"):
+        run(tmp_path, "resume=never")
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_from_a_named_checkpoint_into_another_folder(tmp_path: Path) -> None:
+    run(tmp_path / "whole")
+    run(tmp_path / "begun", "trainer.max_steps=2")
+    begun = tmp_path / "begun" / "checkpoints" / "step_00000002.pt"
+    run(tmp_path / "other", f"resume={begun}")
+    whole, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "other"))
+    assert whole == other
+
+
+def test_a_torn_checkpoint_gives_way_to_the_one_before(
+    tmp_path: Path, stop_after: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path / "whole")
+    stop_after(5)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "torn")
+    stop_after(-1)
+    last = tmp_path / "torn" / "checkpoints" / "step_00000005.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    run(tmp_path / "torn")
+    assert "step_00000005.pt is truncated" in (tmp_path / "torn" / "train.log").read_text()
+    whole, torn = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "torn"))
+    assert whole == torn
+    assert metrics(tmp_path / "torn") == metrics(tmp_path / "whole")
+
+
+def test_nothing_but_torn_checkpoints_is_an_error(tmp_path: Path) -> None:
+    run(tmp_path, "trainer.max_steps=2")
+    for path in (tmp_path / "checkpoints").glob("*.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no checkpoint in .* can be read"):
+        run(tmp_path)
+
+
+def test_weights_are_no_checkpoint_to_resume(tmp_path: Path) -> None:
+    run(tmp_path / "a", "trainer.max_steps=1")
+    weights = tmp_path / "a" / "model.safetensors"
+    with pytest.raises(CheckpointError, match="use init_from instead of resume"):
+        run(tmp_path / "b", f"resume={weights}")
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    first = RunFolder(tmp_path, writes=True)
+    first.claim()
+    with pytest.raises(ConfigError, match="another run is writing"):
+        run(tmp_path)
+    first.release()
+    run(tmp_path, "trainer.max_steps=1")
+
+
+def test_init_from_takes_weights_and_a_new_classifier(tmp_path: Path) -> None:
+    run(tmp_path / "a", "trainer.max_steps=1")
+    weights = tmp_path / "a" / "model.safetensors"
+    run(tmp_path / "b", f"init_from={weights}", "trainer.max_steps=1", "recipe.warmup_lr=0")
+    run(tmp_path / "c", f"init_from={weights}", "trainer.max_steps=1", "recipe.warmup_lr=0", "model.num_classes=20")
+    from safetensors.torch import load_file
+
+    start, same, other = (load_file(tmp_path / name / "model.safetensors") for name in "abc")
+    # The first step's rate is 0, so weights are still those that the run began with.
+    assert all(torch.equal(start[name], same[name]) for name in start)
+    assert other["head.weight"].shape[0] == 20
+    assert all(torch.equal(start[name], other[name]) for name in start if not name.startswith("head."))
+    shutil.rmtree(tmp_path / "a")

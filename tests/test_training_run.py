@@ -1,0 +1,296 @@
+"""What a run computes, writes and says."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import TINY, metrics, run
+from safetensors.torch import load_file
+from torch import nn
+
+from famba import data
+from famba.errors import TrainingError
+from famba.models import Vim
+from famba.training import loop
+from famba.training.app import train
+from famba.training.build import load_splits, make_loaders, new_state
+from famba.training.checkpoint import load
+from famba.training.compose import compose
+from famba.training.devices import Process
+from famba.training.evaluation import evaluate
+from famba.training.measure import macs_per_image, saved_bytes_per_image
+from famba.training.setup import build_model, prepare
+
+ONE = Process(0, 1, torch.device("cpu"))
+
+
+def test_run_folder_holds_what_it_promises(tmp_path: Path) -> None:
+    summary = run(tmp_path, "fusion=upper", "fusion.budget=5", "recipe.ema_decay=0.5")
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert summary["status"] == "finished"
+    assert (summary["step"], summary["steps"], summary["epoch"]) == (6, 6, 2)
+    assert summary["schedule"] == [0, 5] or sum(summary["schedule"]) == 5
+    assert summary["tokens_removed"] == 5
+    assert summary["tokens_per_layer"][-1] == 17 - 5
+    assert summary["budget_matched"] is True
+    assert summary["parameters"] == sum(v.numel() for v in load_file(tmp_path / "model.safetensors").values())
+    assert 0 <= summary["top1"] <= summary["top5"] <= 100
+    assert summary["ema_top1"] is not None
+    for name in ("train_time_s", "images_per_s", "peak_memory_mib", "saved_bytes_per_image", "macs_per_image"):
+        assert summary[name] > 0, name
+    assert set(summary["epoch_time_s"]) == {"data", "step", "evaluation"}
+    origin = summary["provenance"]
+    assert origin["seed"] == 0
+    assert origin["backend"] == "reference"
+    assert origin["packages"]["torch"] == torch.__version__.split("+")[0] or origin["packages"]["torch"]
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [(line["step"], line["epoch"]) for line in lines if line["kind"] == "epoch"] == [(3, 0), (6, 1)]
+    assert lines[-1]["test_top1"] == summary["top1"]
+    assert "finished: Top-1" in (tmp_path / "train.log").read_text()
+    assert len(list((tmp_path / "checkpoints").glob("step_*.pt"))) == 2
+    assert not list(tmp_path.rglob(".*")), "nothing temporary stays"
+
+
+def test_the_summary_tells_what_the_saved_weights_score(tmp_path: Path) -> None:
+    summary = run(tmp_path)
+    config = compose([*TINY, f"run_dir={tmp_path}"])
+    setup = prepare(config)
+    model = build_model(config.model.name, {**setup.model_arguments, "num_classes": 10})
+    model.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    source = load_splits(config).test
+    assert isinstance(source, data.ArraySource)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.data.mean, config.data.std))
+    with torch.no_grad():
+        logits = model.eval()((source.images / 255 - mean) / std)
+    right = (logits.argmax(1) == source.labels).float().mean().item()
+    assert summary["top1"] == pytest.approx(100 * right)
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    summary = run(tmp_path, "data.subset=480", "trainer.epochs=6", "model.embed_dim=32", "recipe.lr=0.01")
+    assert summary["top1"] > 40
+    losses = [line["train_loss"] for line in metrics(tmp_path) if line["kind"] == "epoch"]
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_selection_is_by_validation_and_never_by_the_test_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([60.0, 20.0, 50.0, 30.0])
+
+    def scripted(model: nn.Module, batches: Any, process: Process, autocast: Any) -> dict[str, float]:
+        top1 = next(scores)
+        return {"top1": top1, "top5": 100.0, "loss": 1.0}
+
+    monkeypatch.setattr(loop, "evaluate", scripted)
+    summary = run(tmp_path, "data.val_fraction=0.25", "data.subset=96")
+    # Two epochs on validation, then the last and the selected weights on the test set.
+    assert summary["selected"] == {"epoch": 0, "validation_top1": 60.0, "top1": 30.0, "top5": 100.0}
+    assert summary["top1"] == 50.0
+    assert load(tmp_path / "checkpoints" / "best.pt")["step"] == 3
+
+
+def test_without_validation_nothing_is_selected(tmp_path: Path) -> None:
+    summary = run(tmp_path, "trainer.max_steps=1")
+    assert summary["selected"] is None
+    assert not (tmp_path / "checkpoints" / "best.pt").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def broken(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        loss = nn.functional.cross_entropy(logits, targets)
+        return loss * float("nan") if len(calls) == 5 else loss
+
+    monkeypatch.setattr(loop, "create_loss", lambda recipe: broken)
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 4 \(epoch 1\), with learning rate .* norm"):
+        run(tmp_path)
+    kept = load(tmp_path / "checkpoints" / "step_00000004.pt")
+    assert kept["step"] == 4
+    assert all(torch.isfinite(value).all() for value in kept["model"].values())
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert "not" not in summary["status"]
+    assert "loss is nan" in summary["error"]
+
+
+def test_out_of_memory_says_what_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Vim.forward
+
+    def forward(self: Vim, x: torch.Tensor) -> torch.Tensor:
+        if len(x) == 12:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return original(self, x)
+
+    monkeypatch.setattr(Vim, "forward", forward)
+    with pytest.raises(TrainingError, match=r"12 images at once.*trainer.accumulation=4.*grad_checkpointing"):
+        run(tmp_path, "trainer.accumulation=2")
+
+
+def test_strategies_share_weights_and_images_at_one_seed() -> None:
+    first = None
+    for strategy in ("none", "all", "lower", "upper"):
+        config = compose([*TINY, f"fusion={strategy}", "fusion.budget=6", "recipe.mixup=0.8", "run_dir=unused"])
+        setup = prepare(config)
+        splits = load_splits(config)
+        state = new_state(config, setup, 10, torch.device("cpu"))
+        batches = make_loaders(config, setup, splits, ONE).train.epoch(0)
+        images, labels = next(batches)
+        batches.close()
+        found = [*state.model.state_dict().values(), images, labels]
+        if first is not None:
+            assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True)), strategy
+        first = found
+
+
+def test_accumulation_is_the_same_step_in_parts(tmp_path: Path) -> None:
+    settings = ("trainer.max_steps=2", "recipe.clip_grad=0.1")
+    run(tmp_path / "whole", *settings)
+    run(tmp_path / "parts", *settings, "trainer.accumulation=4")
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_clipping_acts(tmp_path: Path) -> None:
+    run(tmp_path / "free", "recipe.clip_grad=null", "trainer.max_steps=2")
+    run(tmp_path / "clipped", "recipe.clip_grad=1e-6", "trainer.max_steps=2")
+    free, clipped = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("free", "clipped"))
+    assert free != clipped
+    norms = [line["grad_norm"] for line in metrics(tmp_path / "clipped") if line["kind"] == "train"]
+    assert norms[0] > 1e-6, "the norm is told as it was before clipping"
+
+
+def test_learning_rate_follows_the_recipe(tmp_path: Path) -> None:
+    per_step = ("trainer.epochs=4", "recipe.warmup_epochs=1", "recipe.lr=0.008", "recipe.lr_batch=48",
+                "recipe.warmup_lr=0.001", "recipe.min_lr=0.0005")  # fmt: skip
+    run(tmp_path / "update", *per_step)
+    rates = [line["lr"] for line in metrics(tmp_path / "update") if line["kind"] == "train"]
+    # 24 images per step, half of lr_batch: the peak is 0.004, from 0.001 over 3 steps.
+    assert rates[:3] == pytest.approx([0.001, 0.002, 0.003])
+    assert max(rates) <= 0.004
+    assert rates[6] == pytest.approx(0.0005 + 0.0035 / 2, rel=1e-6), "half way down the cosine"
+    run(tmp_path / "epoch", *per_step, "recipe.lr_steps=epoch")
+    rates = [line["lr"] for line in metrics(tmp_path / "epoch") if line["kind"] == "train"]
+    assert len(set(rates)) == 4
+    assert rates[0] == rates[2] == pytest.approx(0.001)
+
+
+def test_gradient_checkpointing_changes_memory_alone(tmp_path: Path) -> None:
+    plain = run(tmp_path / "plain", "trainer.max_steps=2")
+    saving = run(tmp_path / "saving", "trainer.max_steps=2", "trainer.grad_checkpointing=true")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "saving")]
+    assert weights[0] == weights[1]
+    assert saving["saved_bytes_per_image"] < plain["saved_bytes_per_image"] / 2
+
+
+def test_bf16_autocast_trains(tmp_path: Path) -> None:
+    from famba.training.devices import has_bf16
+
+    if not has_bf16(torch.device("cpu")):
+        pytest.skip("this CPU has no bfloat16 instructions")
+    summary = run(tmp_path, "trainer.precision=bf16", "fusion=upper", "fusion.budget=4")
+    assert summary["precision"] == "bfloat16"
+    assert all(v.dtype == torch.float32 for v in load_file(tmp_path / "model.safetensors").values())
+
+
+def test_fp16_trains_with_a_scaler(tmp_path: Path) -> None:
+    summary = run(tmp_path, "trainer.precision=fp16")
+    assert summary["precision"] == "float16"
+    assert load(tmp_path / "checkpoints" / "step_00000006.pt")["scaler"]["scale"] > 0
+
+
+def test_wandb_offline_gets_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[dict[str, Any]] = []
+
+    class FakeRun:
+        summary: dict[str, Any] = {}  # noqa: RUF012 - a stand-in
+
+        def log(self, values: dict[str, Any], step: int) -> None:
+            logged.append({"at": step, **values})
+            if len(logged) == 3:
+                raise OSError("no space left")
+
+        def finish(self, **_: Any) -> None: ...
+
+    asked = {}
+
+    def init(**arguments: Any) -> FakeRun:
+        asked.update(arguments)
+        return FakeRun()
+
+    monkeypatch.setattr("wandb.init", init)
+    summary = run(tmp_path, "logger=wandb")
+    assert asked["mode"] == "offline"
+    assert asked["config"]["recipe"]["lr"] == 0.003
+    assert logged[0]["at"] == 1
+    assert "train/loss" in logged[0]
+    assert summary["status"] == "finished", "a failing logger never ends a run"
+    assert "wandb failed (no space left)" in (tmp_path / "train.log").read_text()
+
+
+def test_macs_are_those_of_the_layers_by_hand() -> None:
+    config = compose([*TINY, "run_dir=unused"])
+    model = build_model(config.model.name, {**prepare(config).model_arguments, "num_classes": 10})
+    d, d_inner, n, rank, tokens, depth = 16, 32, 2, 1, 17, 2
+    per_token = d * 2 * d_inner + d_inner * d
+    per_token += 2 * (4 * d_inner + d_inner * (rank + 2 * n) + rank * d_inner + d_inner * (4 * n + 3))
+    expected = depth * tokens * per_token + 16 * d * 3 * 8 * 8 + d * 10
+    assert macs_per_image(model, 32) == expected
+
+
+def test_saved_bytes_fall_with_fusion_and_are_exact_per_image() -> None:
+    sizes = {}
+    for strategy in ("none", "lower", "upper"):
+        config = compose([*TINY, "model.depth=4", f"fusion={strategy}", "fusion.budget=9", "run_dir=unused"])
+        model = build_model(config.model.name, {**prepare(config).model_arguments, "num_classes": 10})
+        sizes[strategy] = saved_bytes_per_image(model, 32, None)
+        assert sizes[strategy] == saved_bytes_per_image(model, 32, None)
+    assert sizes["lower"] < sizes["upper"] < sizes["none"]
+
+
+def test_saved_bytes_count_each_storage_once_and_no_parameters() -> None:
+    class Square(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.sum((1, 2, 3)).unsqueeze(1) * self.weight  # keeps (b, 1) and the parameter
+            return x * x  # keeps (b, 5), twice the same
+
+    assert saved_bytes_per_image(Square(), 8, None) == 4 * (1 + 5)
+
+
+def test_evaluation_counts_top1_top5_and_loss() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1)
+
+    logits = torch.tensor([[9.0, 1, 2, 3, 4, 5], [9, 8, 7, 6, 5, 1], [0, 9, 3, 4, 5, 6]])
+    batches = [(logits[:2], torch.tensor([0, 1])), (logits[2:], torch.tensor([0]))]
+    model = Fixed().train()
+    result = evaluate(model, batches, ONE, None)
+    assert result["top1"] == pytest.approx(100 / 3)
+    assert result["top5"] == pytest.approx(200 / 3)
+    expected = nn.functional.cross_entropy(logits, torch.tensor([0, 1, 0])).item()
+    assert result["loss"] == pytest.approx(expected, rel=1e-6)
+    assert model.training
+
+
+def test_progress_estimates_the_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(tmp_path, "trainer.epochs=5")
+    assert "s per step: about" in (tmp_path / "train.log").read_text()
+
+
+def test_logging_is_as_before_after_a_run(tmp_path: Path) -> None:
+    root = logging.getLogger()
+    before = list(root.handlers)
+    train(compose([*TINY, f"run_dir={tmp_path}", "trainer.max_steps=1"]), tmp_path)
+    assert root.handlers == before
