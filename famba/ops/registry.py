@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ AUTO = "auto"
 ENVIRONMENT_VARIABLE = "FAMBA_BACKEND"
 
 
+@runtime_checkable
 class Kernels(Protocol):
     """What a backend's module provides; `famba.ops.reference` says what each function means.
 

@@ -19,7 +19,7 @@ from famba.training.config import RunConfig
 from famba.training.devices import Process
 from famba.training.optimizer import create_optimizer
 from famba.training.seeds import seed_generators
-from famba.training.setup import Setup, build_model, model_classes
+from famba.training.setup import Setup, augmentation, build_model, model_classes
 from famba.training.state import TrainingState
 
 _log = logging.getLogger(__name__)
@@ -49,22 +49,6 @@ def load_splits(config: RunConfig) -> data.Splits:
         subset=wanted.subset,
         val_fraction=wanted.val_fraction,
         num_classes=wanted.num_classes,
-    )
-
-
-def augmentation(config: RunConfig) -> data.Augmentation:
-    """Return what the recipe does to training images."""
-    recipe = config.recipe
-    return data.Augmentation(
-        kind=recipe.augmentation,
-        crop_padding=recipe.crop_padding,
-        hflip=recipe.hflip,
-        auto_augment=recipe.auto_augment,
-        color_jitter=recipe.color_jitter,
-        random_erasing=recipe.random_erasing,
-        erasing_mode=recipe.erasing_mode,
-        interpolation=recipe.interpolation,
-        eval_crop=recipe.eval_crop,
     )
 
 

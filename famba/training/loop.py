@@ -178,7 +178,7 @@ class Training:
         if self.state.is_finite():
             kept = f"the state before it is kept in {self._save()}"
         return (
-            f"the loss is {loss} at step {step} (epoch {epoch}), with learning rate {lr:.3g} and gradient norm "
+            f"the loss is {loss} at step {step + 1} (epoch {epoch + 1}), with learning rate {lr:.3g} and gradient norm "
             f"{norm:.3g}; {kept}. A smaller recipe.lr, recipe.clip_grad=1 or trainer.precision=fp32 may help"
         )
 

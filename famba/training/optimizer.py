@@ -32,10 +32,9 @@ def create_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimiz
             betas=tuple(recipe.betas),
             eps=recipe.eps,
         )
-    except (AssertionError, ValueError, TypeError) as error:
+    except TypeError as error:
         raise ConfigError(
-            f"recipe.optimizer={recipe.optimizer!r} cannot be made ({error}); "
-            "timm.optim.list_optimizers() names those that there are, such as adamw"
+            f"recipe.optimizer={recipe.optimizer} does not take betas and eps ({error}); use adamw"
         ) from error
 
 

@@ -87,7 +87,7 @@ class Progress:
             return
         self._bar.update(step - self._bar.n if not self._bar.disable else 0)
         if loss is not None:
-            self._bar.set_postfix_str(f"epoch {epoch} loss {loss:.3f}", refresh=False)
+            self._bar.set_postfix_str(f"epoch {epoch + 1} loss {loss:.3f}", refresh=False)
         self._estimate(step)
         due = time.monotonic() - self._last_line > _PLAIN_SECONDS
         if not self._on_terminal and due and loss is not None:
@@ -98,7 +98,7 @@ class Progress:
                 "step %d of %d, epoch %d, loss %.4f, %.1f images/s, %s left",
                 step,
                 self._total,
-                epoch,
+                epoch + 1,
                 loss,
                 rate * self._images,
                 left,

@@ -10,6 +10,7 @@ from typing import Any
 import timm
 import torch
 from timm.models import get_pretrained_cfg
+from timm.optim import list_optimizers
 
 from famba import data, ops
 from famba.errors import CheckpointError, ConfigError, near_miss
@@ -64,6 +65,8 @@ def prepare(config: RunConfig) -> Setup:
     counts = schedule(fusion.strategy, depth, tokens, fusion.budget, fusion.layers, tokens - outline.num_patches)
     check_schedule(counts, depth, tokens, tokens - outline.num_patches)
     _check_batch(config)
+    _check_optimizer(config.recipe.optimizer)
+    augmentation(config)
     _check_files(config)
     matched = fusion.budget != PAPER and not isinstance(fusion.budget, list)
     arguments["fusion"] = counts
@@ -75,6 +78,22 @@ def build_model(name: str, arguments: dict[str, Any]) -> Vim:
     model = timm.create_model(name, **arguments)
     assert isinstance(model, Vim)
     return model
+
+
+def augmentation(config: RunConfig) -> data.Augmentation:
+    """Return what the recipe does to training images."""
+    recipe = config.recipe
+    return data.Augmentation(
+        kind=recipe.augmentation,
+        crop_padding=recipe.crop_padding,
+        hflip=recipe.hflip,
+        auto_augment=recipe.auto_augment,
+        color_jitter=recipe.color_jitter,
+        random_erasing=recipe.random_erasing,
+        erasing_mode=recipe.erasing_mode,
+        interpolation=recipe.interpolation,
+        eval_crop=recipe.eval_crop,
+    )
 
 
 def model_classes(config: RunConfig, found: int) -> int:
@@ -123,6 +142,14 @@ def _model_arguments(config: RunConfig, image_size: int, classes: int | None) ->
         "fusion_place": fusion.place,
     }
     return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _check_optimizer(name: str) -> None:
+    known = list_optimizers()
+    if name not in known:
+        raise ConfigError(
+            f"unknown recipe.optimizer {name!r}{near_miss(name, known)}; timm.optim.list_optimizers() has all"
+        )
 
 
 def _check_batch(config: RunConfig) -> None:

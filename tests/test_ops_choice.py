@@ -1,0 +1,234 @@
+"""Which backend an op runs on, and what an op refuses."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from famba.errors import BackendError, ConfigError
+from famba.ops import add_rms_norm, backends, causal_conv1d, reference, registry, selective_scan, use_backend
+
+NAMES = ["mamba_ssm", "triton", "native", "reference"]
+
+
+@pytest.fixture(autouse=True)
+def no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_chosen", None)
+    monkeypatch.delenv("FAMBA_BACKEND", raising=False)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the functions called on a further backend, "counted", which is the reference's otherwise."""
+    called: list[str] = []
+    module = types.ModuleType("counted_kernels")
+
+    def counting(name: str) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            called.append(name)
+            return getattr(reference, name)(*args)
+
+        return run
+
+    module.scan_state_shape = reference.scan_state_shape  # type: ignore[attr-defined]
+    for name in ("selective_scan", "causal_conv1d", "add_rms_norm"):
+        setattr(module, name, counting(name))
+        setattr(module, f"{name}_backward", counting(f"{name}_backward"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(registry._BACKENDS, "counted", registry.Backend(module.__name__, ("cpu",), lambda: None))
+    return called
+
+
+def run_all() -> torch.Tensor:
+    x = torch.ones(1, 2, 3, requires_grad=True)
+    states = torch.ones(1, 2, 4)
+    y = selective_scan(x, x, -torch.ones(3, 4), states, states)
+    return add_rms_norm(causal_conv1d(y, torch.ones(3, 2)), x, torch.ones(3), 1e-5)[0].sum()
+
+
+def test_backends_maps_each_name_to_what_hinders_it() -> None:
+    known = backends()
+    assert list(known) == NAMES
+    assert known["reference"] is None
+    for name, obstacle in known.items():
+        if obstacle is not None:
+            assert "reference" in obstacle, f"{name} names no remedy"
+
+
+def test_an_unavailable_backend_gives_reason_and_remedy() -> None:
+    for name, obstacle in backends().items():
+        if obstacle is None:
+            continue
+        with pytest.raises(BackendError, match=name) as caught:
+            use_backend(name)
+        assert obstacle in str(caught.value)
+        assert registry.resolve("cpu") == "reference", "a refused choice changes nothing"
+
+
+def test_unknown_backends_are_refused_with_the_nearest_name() -> None:
+    with pytest.raises(BackendError, match="did you mean 'reference'") as caught:
+        use_backend("refrence")
+    assert all(name in str(caught.value) for name in [*NAMES, "auto"])
+    assert isinstance(caught.value, RuntimeError)
+
+
+def test_use_backend_in_a_block_restores_the_choice_before_it(calls: list[str]) -> None:
+    with use_backend("counted"):
+        run_all()
+        with use_backend("reference"):
+            before = list(calls)
+            run_all()
+            assert calls == before
+        run_all()
+        assert len(calls) == 2 * len(before)
+    calls.clear()
+    run_all()
+    assert not calls
+
+
+def test_use_backend_restores_after_an_error(calls: list[str]) -> None:
+    with pytest.raises(ZeroDivisionError), use_backend("counted"):
+        _ = 1 / 0
+    run_all()
+    assert not calls
+
+
+def test_use_backend_alone_is_a_switch(calls: list[str]) -> None:
+    use_backend("counted")
+    run_all()
+    assert sorted(calls) == ["add_rms_norm", "causal_conv1d", "selective_scan"]
+    use_backend("auto")
+    calls.clear()
+    run_all()
+    assert not calls
+
+
+def test_the_backward_runs_where_the_forward_ran(calls: list[str]) -> None:
+    with use_backend("counted"):
+        loss = run_all()
+    calls.clear()
+    loss.backward()
+    assert sorted(calls) == ["add_rms_norm_backward", "causal_conv1d_backward", "selective_scan_backward"]
+
+
+def test_the_environment_variable_chooses(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAMBA_BACKEND", "counted")
+    run_all()
+    assert calls
+    calls.clear()
+    with use_backend("reference"):
+        run_all()
+    assert not calls, "a choice in the program goes before the environment's"
+
+
+def test_a_wrong_environment_variable_is_refused_when_an_op_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAMBA_BACKEND", "nativ")
+    with pytest.raises(BackendError, match="'nativ', did you mean 'native'"):
+        run_all()
+
+
+def test_auto_passes_over_what_cannot_be_used_or_serves_another_device(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = registry._BACKENDS["counted"]
+    monkeypatch.setattr(registry, "_BACKENDS", {"counted": counted, **registry._BACKENDS})
+    assert registry.resolve("cpu") == "counted"
+    assert registry.resolve("cuda") == "reference"
+    broken = registry.Backend(counted.module, counted.devices, lambda: "broken; mend it")
+    monkeypatch.setattr(registry, "_BACKENDS", {"counted": broken, "reference": registry._BACKENDS["reference"]})
+    assert registry.resolve("cpu") == "reference"
+    assert registry.explain("cpu") == "reference (counted is broken; mend it)"
+
+
+def test_a_backend_for_another_device_is_refused(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = registry.Backend("counted_kernels", ("cuda",), lambda: None)
+    monkeypatch.setitem(registry._BACKENDS, "counted", elsewhere)
+    use_backend("counted")
+    with pytest.raises(BackendError, match="'counted' does not serve 'cpu' tensors, only cuda; use 'auto'"):
+        run_all()
+
+
+def scan_arguments(**changes: Any) -> dict[str, Any]:
+    shapes = {
+        "u": (2, 3, 4),
+        "delta": (2, 3, 4),
+        "A": (4, 5),
+        "B": (2, 3, 5),
+        "C": (2, 3, 5),
+        "D": (4,),
+        "z": (2, 3, 4),
+        "delta_bias": (4,),
+    }
+    return {name: torch.zeros(shape) for name, shape in shapes.items()} | changes
+
+
+def conv_arguments(**changes: Any) -> dict[str, Any]:
+    return {"x": torch.zeros(2, 3, 4), "weight": torch.zeros(4, 2), "bias": torch.zeros(4)} | changes
+
+
+def norm_arguments(**changes: Any) -> dict[str, Any]:
+    tensors = {"x": torch.zeros(2, 3, 4), "residual": torch.zeros(2, 3, 4), "weight": torch.zeros(4)}
+    return tensors | {"eps": 1e-5} | changes
+
+
+OPS = {
+    "selective_scan": (selective_scan, scan_arguments),
+    "causal_conv1d": (causal_conv1d, conv_arguments),
+    "add_rms_norm": (add_rms_norm, norm_arguments),
+}
+ARGUMENTS = [
+    (op, name) for op, (_, make) in OPS.items() for name, value in make().items() if isinstance(value, torch.Tensor)
+]
+
+
+@pytest.mark.parametrize(("op", "name"), ARGUMENTS)
+@pytest.mark.parametrize("fault", ["shape", "rank", "dtype", "complex", "device"])
+def test_what_does_not_fit_is_refused_by_name(op: str, name: str, fault: str) -> None:
+    # Without the checks of shapes in signatures, which users do not have.
+    function, make = inspect.unwrap(OPS[op][0]), OPS[op][1]
+    good = make()[name]
+    bad = {
+        "shape": torch.zeros(*good.shape[:-1], good.shape[-1] + 1),
+        "rank": good.unsqueeze(0),
+        "dtype": good.long(),
+        "complex": good.to(torch.complex64),
+        "device": good.to("meta"),
+    }[fault]
+    with pytest.raises(ConfigError) as caught:
+        function(**make(**{name: bad}))
+    message = str(caught.value)
+    assert message.startswith(f"{op}: ")
+    # Where the shapes are measured by this very argument, another one is the first that does not fit.
+    measure = name in ("u", "x", "A", "weight") and fault in ("shape", "device")
+    if not measure:
+        assert f" {name} " in message
+    if fault == "device":
+        assert "meta" in message
+        assert "cpu" in message
+    if fault == "shape":
+        assert "has shape" in message
+        assert "expected" in message
+    if fault in ("dtype", "complex"):
+        assert str(bad.dtype) in message
+
+
+def test_fitting_arguments_are_taken() -> None:
+    for function, make in OPS.values():
+        function(**make())
+
+
+def test_unknown_activations_are_refused() -> None:
+    for activation in ("relu", "SiLU", ""):
+        with pytest.raises(ConfigError, match="activation.*allowed: None, 'silu'"):
+            causal_conv1d(**conv_arguments(activation=activation))
+
+
+def test_tensors_without_data_give_shapes() -> None:
+    on_meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in scan_arguments().items()}
+    assert selective_scan(**on_meta).shape == (2, 3, 4)
