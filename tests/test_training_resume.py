@@ -18,8 +18,17 @@ from famba.training.interrupts import Interrupted
 from famba.training.reporting import Progress
 from famba.training.run_folder import RunFolder
 
-EVERYTHING = ("recipe.mixup=0.8", "recipe.cutmix=1.0", "recipe.ema_decay=0.9", "trainer.accumulation=2",
-              "model.drop_path=0.2", "fusion=upper", "fusion.budget=0.5", "data.val_fraction=0.25", "trainer.batch_size=12")  # fmt: skip
+EVERYTHING = (
+    "recipe.mixup=0.8",
+    "recipe.cutmix=1.0",
+    "recipe.ema_decay=0.9",
+    "trainer.accumulation=2",
+    "trainer.batch_size=12",
+    "model.drop_path=0.2",
+    "fusion=upper",
+    "fusion.budget=0.5",
+    "data.val_fraction=0.25",
+)
 
 
 @pytest.fixture

@@ -21,9 +21,10 @@ from famba import ops
 from famba.errors import CheckpointError, ConfigError, FambaError
 from famba.ops.registry import AUTO, explain
 from famba.training.checkpoint import differences
-from famba.training.compose import check_command, compose, config_dir, is_question
+from famba.training.compose import check_command, compose, config_dir, is_question, name_by_sweep
 from famba.training.config import RunConfig, parse, plain
 from famba.training.devices import Process, start_process, world_size
+from famba.training.help import help_text
 from famba.training.interrupts import Interrupted
 from famba.training.loop import Training
 from famba.training.reporting import duration
@@ -36,18 +37,19 @@ _log = logging.getLogger(__name__)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, 1 for a defect, 2 for what the user can mend, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    sys.argv[1:] = arguments
     # Errors come back here whole; Hydra would print them cut.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        if is_question(arguments):
-            _hydra_main()
-            return 0
-        check_command(arguments)
-        if world_size() > 1:
-            train(compose(arguments), None)
+        if {"--help", "-h"} & set(arguments):
+            print(help_text(), end="")
+        elif is_question(arguments):
+            _hydra_main(arguments)
         else:
-            _hydra_main()
+            check_command(arguments)
+            if world_size() > 1:
+                train(compose(arguments), None)
+            else:
+                _hydra_main([*arguments, name_by_sweep(arguments)])
     except FambaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -178,5 +180,6 @@ def _task(values: DictConfig) -> float:
     return summary["top1"]
 
 
-def _hydra_main() -> None:
+def _hydra_main(arguments: list[str]) -> None:
+    sys.argv[1:] = arguments
     hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(_task)()

@@ -145,7 +145,7 @@ def _model_arguments(config: RunConfig, image_size: int, classes: int | None) ->
 
 
 def _check_optimizer(name: str) -> None:
-    known = list_optimizers()
+    known = [str(optimizer) for optimizer in list_optimizers()]
     if name not in known:
         raise ConfigError(
             f"unknown recipe.optimizer {name!r}{near_miss(name, known)}; timm.optim.list_optimizers() has all"

@@ -1,0 +1,276 @@
+"""Weights from files, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from famba.errors import CheckpointError, ConfigError
+from famba.models import Vim, load_vim_checkpoint
+
+GRID = 4
+
+
+def make(seed: int = 0, **changes: Any) -> Vim:
+    torch.manual_seed(seed)
+    return Vim(**{"img_size": 8, "patch_size": 2, "embed_dim": 16, "depth": 2, "num_classes": 3, **changes})
+
+
+@pytest.fixture
+def source() -> Vim:
+    return make(seed=1)
+
+
+def save(path: Path, content: Any) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def assert_equal_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def official(model: Vim) -> dict[str, Any]:
+    namespace = argparse.Namespace(lr=5e-4, output_dir="", drop_path=0.0, layers=[1, 2], resume=None)
+    return {"model": model.state_dict(), "epoch": 299, "args": namespace}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt"])
+@pytest.mark.parametrize("layout", ["official", "state_dict", "plain", "legacy"])
+def test_torch_files_load(layout: str, suffix: str, tmp_path: Path, source: Vim) -> None:
+    path = tmp_path / f"weights{suffix}"
+    if layout == "legacy":
+        torch.save(official(source), path, _use_new_zipfile_serialization=False)
+    else:
+        weights = source.state_dict()
+        save(path, {"official": official(source), "state_dict": {"state_dict": weights}, "plain": weights}[layout])
+    model = make()
+    assert load_vim_checkpoint(model, path) is model
+    assert_equal_weights(model.state_dict(), source.state_dict())
+
+
+def test_safetensors_and_paths_as_text_load(tmp_path: Path, source: Vim) -> None:
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    model = load_vim_checkpoint(make(), str(tmp_path / "w.safetensors"))
+    assert_equal_weights(model.state_dict(), source.state_dict())
+
+
+def test_loading_permits_no_further_classes_afterwards(tmp_path: Path, source: Vim) -> None:
+    path = save(tmp_path / "w.pth", official(source))
+    load_vim_checkpoint(make(), path)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+
+
+def test_fused_and_plain_models_share_files(tmp_path: Path, source: Vim) -> None:
+    path = save(tmp_path / "w.pth", official(source))
+    model = load_vim_checkpoint(make(fusion=(3, 2), fusion_weighting="size"), path)
+    assert_equal_weights(model.state_dict(), source.state_dict())
+
+
+def rows(embed: Tensor, index: int) -> tuple[Tensor, Tensor]:
+    """The class token's row, and the rows of the patches."""
+    return embed[0, index], torch.cat([embed[0, :index], embed[0, index + 1 :]])
+
+
+@pytest.mark.parametrize("size", [(12, 12), (4, 4), (6, 10)])
+@pytest.mark.parametrize(("position", "old_index"), [("head", 0), ("middle", GRID * GRID // 2)])
+def test_position_embedding_is_resized(position: str, old_index: int, size: tuple[int, int], tmp_path: Path) -> None:
+    source = make(seed=1, cls_position=position)
+    path = save(tmp_path / "w.pth", official(source))
+    model = load_vim_checkpoint(make(img_size=size, cls_position=position), path)
+    grid = size[0] // 2, size[1] // 2
+    old_cls, old_patches = rows(source.pos_embed.detach(), old_index)
+    cls, patches = rows(model.pos_embed.detach(), 0 if position == "head" else grid[0] * grid[1] // 2)
+    assert torch.equal(cls, old_cls)
+    picture = old_patches.reshape(1, GRID, GRID, 16).permute(0, 3, 1, 2)
+    expected = F.interpolate(picture, size=grid, mode="bicubic", antialias=True).permute(0, 2, 3, 1).reshape(-1, 16)
+    torch.testing.assert_close(patches, expected)
+    assert torch.equal(model.cls_token, source.cls_token)
+
+
+@pytest.mark.parametrize(("old", "new"), [("middle", "head"), ("head", "middle")])
+@pytest.mark.parametrize("size", [8, 12])
+def test_class_token_moves_to_the_models_place(old: str, new: str, size: int, tmp_path: Path) -> None:
+    source = make(seed=1, cls_position=old)
+    path = save(tmp_path / "w.pth", official(source))
+    model = load_vim_checkpoint(make(img_size=size, cls_position=new), path, cls_position=old)
+    index = {"head": 0, "middle": GRID * GRID // 2}[old]
+    new_index = {"head": 0, "middle": (size // 2) ** 2 // 2}[new]
+    cls, patches = rows(model.pos_embed.detach(), new_index)
+    old_cls, old_patches = rows(source.pos_embed.detach(), index)
+    assert torch.equal(cls, old_cls)
+    if size == 8:
+        assert torch.equal(patches, old_patches)
+    back = load_vim_checkpoint(make(cls_position=old), save(tmp_path / "b.pth", model.state_dict()), cls_position=new)
+    if size == 8:
+        assert_equal_weights(back.state_dict(), source.state_dict())
+
+
+def test_without_a_class_token_the_grid_is_resized_too(tmp_path: Path) -> None:
+    source = make(seed=1, cls_position="none")
+    path = save(tmp_path / "w.pth", source.state_dict())
+    same = load_vim_checkpoint(make(cls_position="none"), path)
+    assert_equal_weights(same.state_dict(), source.state_dict())
+    assert load_vim_checkpoint(make(cls_position="none", img_size=12), path).pos_embed.shape == (1, 36, 16)
+
+
+def test_a_grid_that_is_not_square_loads_unchanged(tmp_path: Path) -> None:
+    source = make(seed=1, img_size=(4, 16))
+    path = save(tmp_path / "w.pth", source.state_dict())
+    assert_equal_weights(load_vim_checkpoint(make(img_size=(4, 16)), path).state_dict(), source.state_dict())
+
+
+def refused(model: Vim, path: Path, **options: Any) -> str:
+    """The refusal; nothing of the model may have changed."""
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(CheckpointError) as caught:
+        load_vim_checkpoint(model, path, **options)
+    assert_equal_weights(model.state_dict(), before)
+    assert path.name in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_refusal_lists_everything_and_loads_nothing(tmp_path: Path, source: Vim) -> None:
+    weights = source.state_dict()
+    del weights["layers.1.mixer.D_b"], weights["norm_f.weight"]
+    weights["extra.weight"] = torch.zeros(1)
+    weights["layers.0.mixer.A_log"] = torch.zeros(5, 5)
+    weights["head.weight"], weights["head.bias"] = torch.zeros(7, 16), torch.zeros(7)
+    weights["note"] = "text"
+    message = refused(make(), save(tmp_path / "w.pth", {"model": weights}))
+    for part in (
+        "nothing was loaded",
+        "layers.1.mixer.D_b: missing in the file",
+        "norm_f.weight: missing in the file",
+        "extra.weight: not in the model",
+        "layers.0.mixer.A_log: (5, 5) in the file, (32, 16) in the model",
+        "head.weight: (7, 16) in the file, (3, 16) in the model; reset_head=True keeps the model's own",
+        "head.bias: (7,) in the file, (3,) in the model; reset_head=True",
+        "note: not a tensor",
+    ):
+        assert part in message, part
+
+
+def test_another_depth_and_width_are_refused(tmp_path: Path, source: Vim) -> None:
+    path = save(tmp_path / "w.pth", official(source))
+    assert "layers.2.norm.weight: missing in the file" in refused(make(depth=3), path)
+    assert "layers.1.norm.weight: not in the model" in refused(make(depth=1), path)
+    assert "pos_embed: width 16 in the file, 32 in the model" in refused(make(embed_dim=32), path)
+
+
+def test_class_tokens_that_do_not_fit_are_refused(tmp_path: Path, source: Vim) -> None:
+    path = save(tmp_path / "w.pth", source.state_dict())
+    assert "cls_token: not in the model" in refused(make(cls_position="none"), path)
+    message = refused(make(cls_position="none"), path, cls_position="head")
+    assert "pos_embed: class token 'head' in the file, 'none' in the model" in message
+    bare = save(tmp_path / "none.pth", make(cls_position="none").state_dict())
+    message = refused(make(), bare)
+    assert "cls_token: missing in the file" in message
+    assert "pos_embed: 16 rows in the file are no square grid of patches with class token 'head'" in message
+    with pytest.raises(ConfigError, match="unknown cls_position 'mid', did you mean 'middle'"):
+        load_vim_checkpoint(make(), path, cls_position="mid")
+
+
+@pytest.mark.parametrize("shape", [(17, 16), (2, 17, 16), (1, 0, 16), (1, 1, 16), (2, 26, 16), (1, 7, 16)])
+def test_position_embeddings_of_other_shapes_are_refused(shape: tuple[int, ...], tmp_path: Path, source: Vim) -> None:
+    weights = {**source.state_dict(), "pos_embed": torch.zeros(shape)}
+    assert "pos_embed" in refused(make(), save(tmp_path / "w.pth", weights))
+
+
+def test_reset_head_keeps_the_models_own_classifier(tmp_path: Path, source: Vim) -> None:
+    path = save(tmp_path / "w.pth", official(source))
+    model = make(num_classes=7)
+    own = model.head.weight.clone()
+    load_vim_checkpoint(model, path, reset_head=True)
+    assert torch.equal(model.head.weight, own)
+    assert torch.equal(model.norm_f.weight, source.norm_f.weight)
+    assert torch.equal(model.layers[1].mixer.in_proj.weight, source.layers[1].mixer.in_proj.weight)
+    headless = load_vim_checkpoint(make(num_classes=0), path, reset_head=True)
+    assert torch.equal(headless.pos_embed, source.pos_embed)
+    same = load_vim_checkpoint(make(), path, reset_head=True)
+    assert torch.equal(same.head.weight, make().head.weight)
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    assert "no checkpoint at" in refused(make(), tmp_path / "absent.pth")
+    (tmp_path / "folder.pth").mkdir()
+    assert "no checkpoint at" in refused(make(), tmp_path / "folder.pth")
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_truncated_files_are_refused(kind: str, tmp_path: Path, source: Vim) -> None:
+    whole = tmp_path / ("whole.safetensors" if kind == "safetensors" else "whole.pth")
+    if kind == "safetensors":
+        save_file(source.state_dict(), whole)
+    else:
+        torch.save(official(source), whole, _use_new_zipfile_serialization=kind == "zip")
+    data = whole.read_bytes()
+    path = tmp_path / f"cut{whole.suffix}"
+    model = make()
+    for length in (0, 1, 2, 3, 9, 10, 100, 1000, *(len(data) * i // 13 for i in range(1, 13)), len(data) - 1):
+        path.write_bytes(data[:length])
+        assert "truncated or no checkpoint" in refused(model, path), f"{length} of {len(data)} bytes"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"hello world\n",
+        b"a: 1\nb: 2\n",
+        b"a,b\n1,2\n",
+        b"<!DOCTYPE html><html>Not found</html>",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n",
+        b"\x89PNG\r\n\x1a\n" + bytes(100),
+        b"\x1f\x8b" + bytes(50),
+        b"J",
+        bytes(1000),
+        pickle.dumps({"a": 1}, protocol=2),
+        pickle.dumps({"a": 1}, protocol=4),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_files_of_another_kind_are_refused(content: bytes, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"foreign{suffix}"
+    path.write_bytes(content)
+    assert "truncated or no checkpoint" in refused(make(), path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.ones(2), None, {}, {"model": None}, {0: torch.ones(1)}, {"a": 1}])
+@pytest.mark.parametrize("reset_head", [False, True])
+def test_files_that_hold_no_weights_are_refused(content: Any, reset_head: bool, tmp_path: Path) -> None:
+    refused(make(), save(tmp_path / "other.pth", content), reset_head=reset_head)
+
+
+class Touch:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_file_does_not_run(zipped: bool, tmp_path: Path, source: Vim) -> None:
+    mark = tmp_path / "ran"
+    path = tmp_path / "evil.pth"
+    torch.save({**official(source), "payload": Touch(mark)}, path, _use_new_zipfile_serialization=zipped)
+    refused(make(), path)
+    assert not mark.exists()
+    path.write_bytes(pickle.dumps(Touch(mark)))
+    refused(make(), path)
+    assert not mark.exists()
+    pickle.loads(path.read_bytes())
+    assert mark.exists(), "the payload acts where it is let"

@@ -1,0 +1,147 @@
+"""The model under torch.compile and torch.export, in a process of its own.
+
+The checks of shapes in signatures, on in this process, are Python that a compiler cannot see through and that users
+do not have.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SETUP = """
+import sys, types, warnings
+import torch
+from famba.fusion import schedule
+from famba.models import Vim
+from famba.ops import reference, registry, use_backend
+warnings.simplefilter("ignore")
+
+def make(fusion=None, **options):
+    torch.manual_seed(0)
+    return Vim(img_size=8, patch_size=2, embed_dim=16, depth=3, num_classes=3, d_state=4, fusion=fusion, **options)
+
+def images(batch=2):
+    return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(batch))
+
+def agrees(run, model, x):
+    outs, grads = [], []
+    for f in (run, model):
+        model.zero_grad()
+        logits = f(x)
+        logits.square().sum().backward()
+        outs.append(logits.detach())
+        grads.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+"""
+
+
+def run(script: str, tmp_path: Path) -> str:
+    """What a script prints; the test fails with its errors where it ends badly."""
+    path = tmp_path / "script.py"
+    path.write_text(SETUP + script)
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    environment.pop("FAMBA_BACKEND", None)
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_compiled_models_agree_with_eager_ones(tmp_path: Path) -> None:
+    out = run(
+        """
+for strategy in ("none", "all", "interleaved", "lower", "upper"):
+    counts = schedule(strategy, 3, 17, 6, layers=2 if strategy in ("lower", "upper") else None)
+    model = make(counts, cls_position="middle", fusion_weighting="size")
+    agrees(torch.compile(model, fullgraph=True), model, images())
+    print(strategy)
+""",
+        tmp_path,
+    )
+    assert out.split() == ["none", "all", "interleaved", "lower", "upper"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"cls_position": "head"}, {"cls_position": "none"}], ids=str)
+def test_every_place_of_the_class_token_compiles(options: dict[str, str], tmp_path: Path) -> None:
+    run(
+        f"""
+model = make((2, 0, 3), fusion_place="after_scan", fusion_order="tome", **{options})
+agrees(torch.compile(model, fullgraph=True), model, images())
+""",
+        tmp_path,
+    )
+
+
+@pytest.mark.slow
+def test_the_batch_is_a_dimension_that_may_vary(tmp_path: Path) -> None:
+    out = run(
+        """
+torch._dynamo.config.error_on_recompile = True
+for position in ("head", "middle", "none"):
+    model = make((2, 0, 3), cls_position=position)
+    run = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    for batch in (2, 3, 5):
+        torch.testing.assert_close(run(images(batch)), model(images(batch)))
+    print(position)
+""",
+        tmp_path,
+    )
+    assert out.split() == ["head", "middle", "none"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("position", ["head", "middle", "none"])
+def test_export_with_any_batch(position: str, tmp_path: Path) -> None:
+    run(
+        f"""
+for fusion in (None, (2, 0, 3)):
+    model = make(fusion, cls_position="{position}").eval()
+    dynamic = ({{0: torch.export.Dim("batch", min=1, max=64)}},)
+    program = torch.export.export(model, (images(2),), dynamic_shapes=dynamic).module()
+    for batch in (1, 2, 5):
+        torch.testing.assert_close(program(images(batch)), model(images(batch)))
+""",
+        tmp_path,
+    )
+
+
+@pytest.mark.slow
+def test_another_backend_is_taken_after_compiling(tmp_path: Path) -> None:
+    out = run(
+        """
+calls = []
+module = types.ModuleType("counted_kernels")
+for name in dir(reference):
+    setattr(module, name, getattr(reference, name))
+module.causal_conv1d = lambda *args: (calls.append(1), reference.causal_conv1d(*args))[1]
+sys.modules["counted_kernels"] = module
+registry._BACKENDS["counted"] = registry.Backend("counted_kernels", None, lambda: None)
+
+model = make()
+run = torch.compile(model, fullgraph=True, backend="aot_eager")
+first = run(images())
+assert not calls
+with use_backend("counted"):
+    again = run(images())
+assert len(calls) == 6, len(calls)
+run(images())
+assert len(calls) == 6
+assert torch.equal(first, again)
+
+import os
+os.environ["FAMBA_BACKEND"] = "counted"
+run(images())
+print(len(calls))
+""",
+        tmp_path,
+    )
+    assert out.split() == ["12"], "the environment variable is read when an op runs"
