@@ -75,8 +75,9 @@ def test_one_failing_run_of_a_sweep_does_not_keep_the_others_from_running(tmp_pa
     assert done.returncode == 2
     assert "famba download cifar100" in done.stderr
     assert "Traceback" not in done.stderr
-    states = {json.loads(p.read_text())["status"] for p in (tmp_path / "s").glob("*/summary.json")}
-    assert "finished" in states
+    states = {p.parent.name: json.loads(p.read_text())["status"] for p in (tmp_path / "s").glob("*/summary.json")}
+    assert states == {"data=cifar100": "failed", "data=digits": "finished"}
+    assert famba(["report", str(tmp_path / "s")]) == 0
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:

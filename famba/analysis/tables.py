@@ -39,12 +39,14 @@ def _read(run: Path) -> dict[str, Any]:
 
 
 def _row(summary: dict[str, Any]) -> list[Any]:
+    """One run; a run that failed before its first step knows little of itself."""
+    times, left = summary.get("epoch_time_s"), summary.get("tokens_per_layer")
     return [
-        summary["model"],
-        summary["strategy"],
-        summary["provenance"]["seed"],
-        summary["top1"],
-        sum(summary["epoch_time_s"].values()),
-        f"{summary['tokens_per_layer'][-1]} of {summary['tokens']}",
-        summary["status"],
+        summary.get("model"),
+        summary.get("strategy"),
+        summary.get("provenance", {}).get("seed"),
+        summary.get("top1"),
+        sum(times.values()) if times else None,
+        f"{left[-1]} of {summary['tokens']}" if left else None,
+        summary.get("status"),
     ]

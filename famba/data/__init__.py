@@ -6,12 +6,12 @@ from famba.data.augment import Augmentation
 from famba.data.download import default_root, download
 from famba.data.loader import Batches, EvalBatches, TrainBatches, eval_batches, train_batches
 from famba.data.sources import ArraySource, Source, Splits, SubsetSource, take
-from famba.data.splits import NAMES, load_splits, num_classes_of
+from famba.data.splits import LOADERS, check_name, load_splits, num_classes_of
 from famba.data.streams import StreamSource
 from famba.data.workers import Batch
 
 __all__ = [
-    "NAMES",
+    "LOADERS",
     "ArraySource",
     "Augmentation",
     "Batch",
@@ -22,6 +22,7 @@ __all__ = [
     "StreamSource",
     "SubsetSource",
     "TrainBatches",
+    "check_name",
     "default_root",
     "download",
     "eval_batches",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,27 @@ from famba.data.sources import Source, Splits, take
 from famba.data.streams import StreamSource
 from famba.errors import ConfigError, near_miss
 
-NAMES = (*KINDS, "digits", "folder", "tar")
+Loader = Callable[[Path | None, int | None], Splits]
+"""(data.root, data.num_classes) to the images, either None where it is not given."""
+
+
+def _from_folder(root: Path | None, num_classes: int | None, tar: bool = False) -> Splits:
+    if root is None:
+        raise ConfigError(f"data {'tar' if tar else 'folder'!r} needs data.root, the folder that holds train and val.")
+    return load_folder(root, tar=tar, num_classes=num_classes)
+
+
+def _cifar(name: str) -> Loader:
+    return lambda root, num_classes: load_cifar(name, root)
+
+
+LOADERS: dict[str, Loader] = {
+    **{name: _cifar(name) for name in KINDS},
+    "digits": lambda root, num_classes: digits.load_digits(),
+    "folder": _from_folder,
+    "tar": partial(_from_folder, tar=True),
+}
+"""What opens each data set. A new one is one more entry."""
 
 
 def num_classes_of(name: str) -> int | None:
@@ -24,6 +46,16 @@ def num_classes_of(name: str) -> int | None:
     if name == "digits":
         return digits.NUM_CLASSES
     return KINDS[name].num_classes if name in KINDS else None
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError for a name that is neither in `LOADERS` nor one of timm's with a prefix."""
+    if name in LOADERS or "/" in name:
+        return
+    raise ConfigError(
+        f"unknown data {name!r}{near_miss(name, LOADERS)}. Known are {', '.join(LOADERS)}, "
+        "and timm's names with a prefix, such as torch/cifar10."
+    )
 
 
 def load_splits(
@@ -37,7 +69,7 @@ def load_splits(
     """Open a data set.
 
     Args:
-        name: one of `NAMES`, or a name of timm's with a prefix ("torch/cifar10", "hfds/...", "wds/...").
+        name: one of `LOADERS`, or a name of timm's with a prefix ("torch/cifar10", "hfds/...", "wds/...").
         root: folder that holds the data. None: CIFAR comes from `default_root()` and is downloaded where it
             is missing there; digits need no folder.
         subset: use the first N training images only; None for all.
@@ -59,21 +91,10 @@ def load_splits(
 
 
 def _load(name: str, root: Path | None, num_classes: int | None) -> Splits:
-    if name == "digits":
-        return digits.load_digits()
-    if name in KINDS:
-        return load_cifar(name, root)
-    if name in ("folder", "tar"):
-        if root is None:
-            raise ConfigError(f"data {name!r} needs data.root, the folder that holds train and val.")
-        return load_folder(root, tar=name == "tar", num_classes=num_classes)
-    if "/" in name:
-        return load_named(name, root, num_classes=num_classes)
-    known = ", ".join(NAMES)
-    raise ConfigError(
-        f"unknown data {name!r}{near_miss(name, NAMES)}. Known are {known}, "
-        "and timm's names with a prefix, such as torch/cifar10."
-    )
+    check_name(name)
+    if name in LOADERS:
+        return LOADERS[name](root, num_classes)
+    return load_named(name, root, num_classes=num_classes)
 
 
 def _first(splits: Splits, subset: int | None) -> Splits:

@@ -33,7 +33,8 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, shape: dict[str, Any], chosen: dict[str, Any]) -> Vim:
+def create_vim(variant: str, pretrained: bool, shape: dict[str, Any], chosen: dict[str, Any]) -> Vim:
+    """Build a registered variant: `shape` is what makes it, `chosen` what the caller of timm.create_model asked for."""
     return build_model_with_cfg(Vim, variant, pretrained, **{**shape, **chosen})
 
 
@@ -41,22 +42,22 @@ def _create(variant: str, pretrained: bool, shape: dict[str, Any], chosen: dict[
 def vim_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> Vim:
     """A Vim for CPUs and tests, 1 M parameters, for 32 x 32 images."""
     shape = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 12}
-    return _create("vim_micro_patch4_32", pretrained, shape, kwargs)
+    return create_vim("vim_micro_patch4_32", pretrained, shape, kwargs)
 
 
 @register_model
 def vim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
     """Vim-Ti, 7 M parameters (arXiv 2401.09417)."""
-    return _create("vim_tiny_patch16_224", pretrained, {"embed_dim": 192, "depth": 24}, kwargs)
+    return create_vim("vim_tiny_patch16_224", pretrained, {"embed_dim": 192, "depth": 24}, kwargs)
 
 
 @register_model
 def vim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
     """Vim-S, 26 M parameters (arXiv 2401.09417)."""
-    return _create("vim_small_patch16_224", pretrained, {"embed_dim": 384, "depth": 24}, kwargs)
+    return create_vim("vim_small_patch16_224", pretrained, {"embed_dim": 384, "depth": 24}, kwargs)
 
 
 @register_model
 def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
     """Vim-B, 98 M parameters (arXiv 2401.09417)."""
-    return _create("vim_base_patch16_224", pretrained, {"embed_dim": 768, "depth": 24}, kwargs)
+    return create_vim("vim_base_patch16_224", pretrained, {"embed_dim": 768, "depth": 24}, kwargs)

@@ -92,7 +92,8 @@ def _train(config: RunConfig, setup: Setup, folder: RunFolder, process: Process)
         summary = training.run()
     except Exception as error:
         with suppress(FambaError):
-            folder.write_summary({**(folder.summary or {}), "status": "failed", "error": str(error)})
+            known = folder.summary or {"model": config.model.name, "strategy": config.fusion.strategy}
+            folder.write_summary({**known, "status": "failed", "error": str(error)})
         _log.error("%s", error)
         raise
     _log.info(

@@ -52,8 +52,9 @@ def check_command(arguments: Sequence[str]) -> None:
 def name_by_sweep(arguments: Sequence[str]) -> str:
     """Return the override that names a sweep's run folders by the keys that differ between its runs."""
     overrides = _parse(get_args_parser().parse_args(list(arguments)).overrides)
-    same = [item.key_or_group for item in overrides if not item.is_sweep_override()]
-    return f"hydra.job.config.override_dirname.exclude_keys=[{','.join(key for key in same if not key.startswith('hydra'))}]"
+    swept = {item.key_or_group for item in overrides if item.is_sweep_override()}
+    same = {item.key_or_group for item in overrides if not item.key_or_group.startswith("hydra")} - swept
+    return f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(same))}]"
 
 
 def compose(overrides: Sequence[str]) -> RunConfig:

@@ -30,7 +30,7 @@ def evaluate(model: nn.Module, batches: Batches, process: Process, autocast: tor
         logits = logits.float()
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
-        totals += torch.stack([best[:, 0].sum(), best.sum(), loss, loss.new_tensor(len(labels))])
+        totals += torch.stack([best[:, 0].sum().float(), best.sum().float(), loss, loss.new_tensor(len(labels))])
     model.train(was_training)
-    top1, top5, loss, count = process.sum(totals.cpu() if process.world_size == 1 else totals).tolist()
+    top1, top5, loss, count = process.sum(totals).tolist()
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}

@@ -9,7 +9,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import get_pretrained_cfg
 from timm.optim import list_optimizers
 
 from famba import data, ops
@@ -19,8 +18,6 @@ from famba.models import Vim
 from famba.ops.registry import AUTO, resolve
 from famba.training.config import RunConfig
 from famba.training.devices import choose_device, choose_precision, world_size
-
-VIM_NAMES = tuple(timm.list_models("vim_*", module="registered"))
 
 
 @dataclass(frozen=True)
@@ -54,10 +51,10 @@ def prepare(config: RunConfig) -> Setup:
     device = choose_device(config.trainer.device)
     autocast = choose_precision(config.trainer.precision, device)
     _check_backend(config.ops.backend, device)
+    data.check_name(config.data.name)
     known = config.data.num_classes or data.num_classes_of(config.data.name)
     classes = config.model.num_classes if known is None else model_classes(config, known)
-    size = config.data.image_size or _own_image_size(config.model.name)
-    arguments = _model_arguments(config, size, classes)
+    arguments = _model_arguments(config, classes)
     with torch.device("meta"):
         outline = build_model(config.model.name, arguments)
     depth, tokens = len(outline.layers), outline.num_tokens
@@ -70,7 +67,10 @@ def prepare(config: RunConfig) -> Setup:
     _check_files(config)
     matched = fusion.budget != PAPER and not isinstance(fusion.budget, list)
     arguments["fusion"] = counts
-    return Setup(size, counts, tokens, matched, device, autocast, arguments)
+    size = outline.patch_embed.img_size
+    if size[0] != size[1]:
+        raise ConfigError(f"{config.model.name} takes {size[0]} x {size[1]} images; loaders make square ones")
+    return Setup(size[0], counts, tokens, matched, device, autocast, arguments)
 
 
 def build_model(name: str, arguments: dict[str, Any]) -> Vim:
@@ -108,14 +108,9 @@ def model_classes(config: RunConfig, found: int) -> int:
 
 
 def _check_model_name(name: str) -> None:
-    if name not in VIM_NAMES:
-        raise ConfigError(f"unknown model.name {name!r}{near_miss(name, VIM_NAMES)}; allowed: {', '.join(VIM_NAMES)}")
-
-
-def _own_image_size(name: str) -> int:
-    cfg = get_pretrained_cfg(name)
-    assert cfg is not None
-    return cfg.input_size[-1]
+    known = timm.list_models("vim_*")
+    if name not in known:
+        raise ConfigError(f"unknown model.name {name!r}{near_miss(name, known)}; allowed: {', '.join(known)}")
 
 
 def _check_backend(backend: str, device: torch.device) -> None:
@@ -126,10 +121,10 @@ def _check_backend(backend: str, device: torch.device) -> None:
         resolve(device.type)
 
 
-def _model_arguments(config: RunConfig, image_size: int, classes: int | None) -> dict[str, Any]:
+def _model_arguments(config: RunConfig, classes: int | None) -> dict[str, Any]:
     model, fusion = config.model, config.fusion
     arguments: dict[str, Any] = {
-        "img_size": image_size,
+        "img_size": config.data.image_size,
         "num_classes": classes,
         "patch_size": model.patch_size,
         "depth": model.depth,

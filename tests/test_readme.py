@@ -1,0 +1,81 @@
+"""What the README shows works as it stands there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from famba.data import LOADERS
+from famba.fusion import schedule, tokens_per_layer
+from famba.fusion.schedules import STRATEGIES
+from famba.training import compose as composing
+from famba.training.config import keys
+from famba.training.setup import prepare
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def example(name: str) -> str:
+    """Return the code block behind a marker."""
+    found = re.search(rf"<!-- example: {name} -->\n```python\n(.*?)```", README, re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+@pytest.mark.parametrize("name", ["strategy", "model", "data"])
+def test_examples_run_and_are_short(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for registry in (STRATEGIES, LOADERS):
+        for key in registry:
+            monkeypatch.setitem(registry, key, registry[key])
+    code = example(name)
+    assert len(code.splitlines()) < 20
+    namespace = {"__name__": "famba.models.registered"} if name == "model" else {}
+    try:
+        exec(code, namespace)
+    finally:
+        STRATEGIES.pop("middle", None)
+        LOADERS.pop("noise", None)
+
+
+def test_an_added_strategy_is_found_by_train_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = tmp_path / "configs"
+    shutil.copytree(composing.config_dir(), configs)
+    yaml = re.search(r"`configs/fusion/middle.yaml`:\n\n```yaml\n(.*?)```", README, re.DOTALL)
+    assert yaml is not None
+    (configs / "fusion" / "middle.yaml").write_text(yaml[1])
+    monkeypatch.setattr(composing, "config_dir", lambda: configs)
+    monkeypatch.setitem(STRATEGIES, "middle", lambda depth, layers: list(range(depth // 4, depth - depth // 4)))
+    found = prepare(composing.compose(["fusion=middle", "model=vim_micro"]))
+    assert [i for i, r in enumerate(found.schedule) if r] == [3, 4, 5, 6, 7, 8]
+
+
+def test_the_five_lines_run() -> None:
+    found = re.search(r"five lines\n\n```python\n(.*?)```", README, re.DOTALL)
+    assert found is not None
+    namespace: dict[str, object] = {}
+    exec(found[1], namespace)
+    assert tuple(namespace["logits"].shape) == (2, 100)  # type: ignore[attr-defined]
+    assert len(namespace["patches"]) == 24  # type: ignore[arg-type]
+
+
+def test_the_table_of_strategies_is_right() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| [^|]* \| ([\d, ]+) \| ([\d.]+) \|$", README, re.MULTILINE)
+    assert [row[0] for row in rows] == ["none", "all", "interleaved", "lower", "upper"]
+    for strategy, left, share in rows:
+        tokens = tokens_per_layer(schedule(strategy, 24, 197, 168), 197)
+        assert [tokens[i - 1] for i in (1, 6, 12, 18, 24)] == [int(n) for n in left.split(",")]
+        assert float(share) == pytest.approx(sum(tokens) / (24 * 197), abs=5e-4)
+
+
+def test_keys_and_choices_named_in_the_readme_exist() -> None:
+    choices = composing.groups()
+    text = re.sub(r"```python\n.*?```", "", README, flags=re.DOTALL)
+    for group, value in re.findall(r"(?<![\w.])(model|fusion|data|recipe|logger|experiment)=([\w,]+)", text):
+        for choice in value.split(","):
+            assert choice in {*choices[group], "middle"}, f"{group}={choice}"
+    known = set(keys())
+    for key in re.findall(r"(?<![\w./])((?:model|fusion|data|recipe|trainer|logger|ops)\.\w+)=", text):
+        assert key in known, key
