@@ -205,7 +205,14 @@ def test_fp16_trains_with_a_scaler(tmp_path: Path) -> None:
     assert load(tmp_path / "checkpoints" / "step_00000006.pt")["scaler"]["scale"] > 0
 
 
-def test_wandb_offline_gets_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_runs_offline_without_key_or_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    run(tmp_path, "logger=wandb", "trainer.max_steps=1")
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert "wandb" not in (tmp_path / "train.log").read_text(), "nothing went wrong"
+
+
+def test_a_failing_logger_never_ends_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[dict[str, Any]] = []
 
     class FakeRun:

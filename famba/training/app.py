@@ -167,6 +167,8 @@ def _logging(folder: RunFolder) -> Iterator[None]:
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(file)
     before = root.handlers, root.level
+    for handler in handlers:
+        handler.addFilter(_ours_or_warning)
     root.handlers, root.level = handlers, logging.INFO if folder.writes else logging.WARNING
     try:
         yield
@@ -174,6 +176,10 @@ def _logging(folder: RunFolder) -> Iterator[None]:
         root.handlers, root.level = before
         for handler in handlers:
             handler.close()
+
+
+def _ours_or_warning(record: logging.LogRecord) -> bool:
+    return record.name.startswith("famba") or record.levelno >= logging.WARNING
 
 
 def _task(values: DictConfig) -> float:

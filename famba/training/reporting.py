@@ -33,7 +33,7 @@ class Metrics:
     def finish(self, summary: dict[str, Any]) -> None:
         """Hand the summary over and close."""
         self._try(lambda run: run.summary.update(summary))
-        self._try(lambda run: run.finish(exit_code=0 if summary["status"] != "failed" else 1, quiet=True))
+        self._try(lambda run: run.finish())
 
     def _try(self, call: Any) -> None:
         if self._wandb is None:
