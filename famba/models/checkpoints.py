@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
@@ -17,6 +15,7 @@ from torch import Tensor
 from famba.errors import CheckpointError
 from famba.models.vim import CLS_POSITIONS, Vim, check_choice
 
+_HEAD_HINT = "; reset_head=True keeps the model's own"
 _WEIGHT_KEYS = ("model", "state_dict")
 
 
@@ -34,11 +33,9 @@ def read_file(path: str | Path) -> dict[str, Any]:
         # The official files hold their command line's namespace beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()
+    except Exception as error:  # parsers raise whatever a damaged file leads them to
         raise CheckpointError(
-            f"{path} is truncated or no checkpoint ({reason[0] if reason else type(error).__name__}); "
-            "fetch or save it again"
+            f"{path} is truncated or no checkpoint ({type(error).__name__}); fetch or save it again"
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a dictionary of weights")
@@ -92,22 +89,24 @@ def _fit(
     """Weights for every parameter of the model, and what does not fit."""
     check_choice("cls_position", cls_position, CLS_POSITIONS)
     own = model.state_dict()
+    weights = {str(name): value for name, value in weights.items()}
     given = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
     misfits = [f"{name}: not a tensor" for name, value in weights.items() if not isinstance(value, Tensor)]
     if reset_head:
         given = {name: value for name, value in given.items() if not name.startswith("head.")}
         given |= {name: value for name, value in own.items() if name.startswith("head.")}
-    if "pos_embed" in given and given["pos_embed"].ndim == 3:
+    if "pos_embed" in given and given["pos_embed"].ndim == 3 and given["pos_embed"].shape[0] == 1:
         resized = _fit_pos_embed(model, given["pos_embed"], cls_position)
         if isinstance(resized, str):
             misfits.append(resized)
             resized = own["pos_embed"]
         given["pos_embed"] = resized
     misfits += [f"{name}: missing in the file" for name in own if name not in given]
-    misfits += [f"{name}: not in the model" for name in given if name not in own]
+    unknown = [name for name in given if name not in own]
+    misfits += [f"{name}: not in the model{_HEAD_HINT if name.startswith('head.') else ''}" for name in unknown]
     for name in own.keys() & given.keys():
         if own[name].shape != given[name].shape:
-            hint = "; reset_head=True keeps the model's own" if name.startswith("head.") else ""
+            hint = _HEAD_HINT if name.startswith("head.") else ""
             shapes = f"{tuple(given[name].shape)} in the file, {tuple(own[name].shape)} in the model"
             misfits.append(f"{name}: {shapes}{hint}")
     return given, sorted(misfits)
@@ -123,6 +122,8 @@ def _fit_pos_embed(model: Vim, embed: Tensor, cls_position: str) -> Tensor | str
         return f"pos_embed: width {width} in the file, {model.embed_dim} in the model"
     if has_cls != (model.cls_position != "none"):
         return f"pos_embed: class token {cls_position!r} in the file, {model.cls_position!r} in the model"
+    if patches < 1:
+        return f"pos_embed: {rows} rows in the file are no grid of patches with class token {cls_position!r}"
     old_grid = grid if patches == model.num_patches else (math.isqrt(patches),) * 2
     if old_grid[0] * old_grid[1] != patches:
         return f"pos_embed: {rows} rows in the file are no square grid of patches with class token {cls_position!r}"

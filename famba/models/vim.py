@@ -239,7 +239,7 @@ class Vim(nn.Module):
         patches = torch.arange(self.num_patches, device=x.device)
         if self.cls_index is not None:
             patches = patches + (patches >= self.cls_index)
-        return trace(maps, patches.expand(len(x), -1))
+        return trace(maps, patches.expand(x.shape[0], -1))
 
     def _run(self, x: Tensor) -> tuple[Tensor, Tokens, list[TokenMap | None]]:
         hidden, residual = self._embed(x), None
@@ -257,7 +257,7 @@ class Vim(nn.Module):
     def _embed(self, x: Tensor) -> Tensor:
         x = self.patch_embed(x)
         if self.cls_index is not None:
-            cls = self.cls_token.expand(len(x), -1, -1)
+            cls = self.cls_token.expand(x.shape[0], -1, -1)
             x = torch.cat([x[:, : self.cls_index], cls, x[:, self.cls_index :]], dim=1)
         return x + self.pos_embed
 

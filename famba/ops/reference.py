@@ -140,7 +140,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     x (b, l, d); residual (b, l, d) in float32 (float64), or None; weight (d,).
     Returns the normed sum in x's dtype and the sum in float32 (float64).
     """
-    total = x.to(compute_dtype(x), copy=True)
+    total = x.to(compute_dtype(x), copy=True, memory_format=torch.contiguous_format)
     if residual is not None:
         total += residual
     return (total * _inverse_rms(total, eps) * weight).to(x.dtype), total
@@ -156,7 +156,7 @@ def add_rms_norm_backward(
     dweight = (grad * normed).sum((0, 1)).to(weight.dtype)
     grad = grad * weight
     grad = inverse * (grad - normed * (grad * normed).mean(-1, keepdim=True))
-    return grad + dtotal, dweight
+    return (grad + dtotal).contiguous(), dweight
 
 
 @dataclass
@@ -204,7 +204,7 @@ class _Scan:
         self.u, self.delta, self.B, self.C, self.z = u, delta, B, C, z
         # (n, d): with the channels innermost every elementwise op runs over contiguous memory.
         self.A = A.t().to(self.dtype).contiguous()
-        self.delta_bias = delta_bias
+        self.delta_bias = None if delta_bias is None else delta_bias.to(self.dtype)
         self.delta_softplus = delta_softplus
         self.reverse = reverse
         self._buffers: dict[str, Tensor] = {}
@@ -279,7 +279,7 @@ class _Scan:
 def _read_out(states: Tensor, C: Tensor, u: Tensor, D: Tensor | None) -> Tensor:
     """The scan's output before the gate, (t, b, d)."""
     out = torch.matmul(C.unsqueeze(2), states[1:]).squeeze(2)
-    return out if D is None else out + D * u
+    return out if D is None else out + D.to(u.dtype) * u
 
 
 def _entering_states(scan: _Scan, rows: slice) -> list[Tensor]:
@@ -333,7 +333,7 @@ def _chunk_backward(
 
     du = dweighted_u * chunk.delta
     if D is not None:
-        du = du + dy * D
+        du = du + dy * D.to(dy.dtype)
         grads.D += (dy * chunk.u).sum((0, 1))
     scan.store(grads.u, rows, steps, du)
     return carry

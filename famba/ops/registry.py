@@ -111,7 +111,8 @@ class use_backend:  # noqa: N801 - called like a function, and a context manager
     """Choose the backend of all ops in this process: by itself for good, in a `with` block until its end.
 
     name: "mamba_ssm", "triton", "native", "reference", or "auto" (the fastest usable one for a tensor's device).
-    Raises BackendError for an unknown name, or for a backend that cannot be used here, with reason and remedy.
+    A `with` block takes a fresh call. Raises BackendError for an unknown name, or for a backend that cannot be
+    used here, with reason and remedy.
     """
 
     def __init__(self, name: str) -> None:
@@ -134,7 +135,7 @@ def resolve(device: str) -> str:
 
     The choice is that of `use_backend`, else of the environment variable FAMBA_BACKEND, else "auto".
     """
-    name = _chosen if _chosen is not None else os.environ.get(ENVIRONMENT_VARIABLE, AUTO)
+    name = _chosen if _chosen is not None else os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
     if name == AUTO:
         return next(n for n, b in _BACKENDS.items() if _serves(b, device) and b.obstacle() is None)
     _check(name)
