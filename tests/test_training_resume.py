@@ -108,7 +108,7 @@ def test_more_steps_continue_a_run_that_max_steps_ended(tmp_path: Path) -> None:
 
 def test_other_settings_do_not_continue_a_run(tmp_path: Path) -> None:
     run(tmp_path, "trainer.max_steps=2")
-    with pytest.raises(CheckpointError, match=r"recipe.lr: 0.003 before, 0.001 now"):
+    with pytest.raises(CheckpointError, match=r"recipe.lr: 0.004 before, 0.001 now"):
         run(tmp_path, "recipe.lr=0.001", "trainer.max_steps=2")
     with pytest.raises(CheckpointError, match=r"fusion.strategy: 'none' before, 'upper' now"):
         run(tmp_path, "fusion=upper", "fusion.budget=4")

@@ -234,7 +234,7 @@ def test_a_failing_logger_never_ends_a_run(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("wandb.init", init)
     summary = run(tmp_path, "logger=wandb")
     assert asked["mode"] == "offline"
-    assert asked["config"]["recipe"]["lr"] == 0.003
+    assert asked["config"]["recipe"]["lr"] == 0.004
     assert logged[0]["at"] == 1
     assert "train/loss" in logged[0]
     assert summary["status"] == "finished", "a failing logger never ends a run"
