@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,36 @@ def test_out_of_memory_says_what_helps(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Vim, "forward", forward)
     with pytest.raises(TrainingError, match=r"12 images at once.*trainer.accumulation=4.*grad_checkpointing"):
         run(tmp_path, "trainer.accumulation=2")
+
+
+def test_an_error_in_mid_epoch_loses_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Vim.forward
+    calls = []
+
+    def forward(self: Vim, x: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        if calls.count(24) == 3:
+            raise RuntimeError("the cable was pulled")
+        return original(self, x)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Vim, "forward", forward)
+        with pytest.raises(RuntimeError, match="cable"):
+            run(tmp_path / "broken")
+    assert load(tmp_path / "broken" / "checkpoints" / "step_00000002.pt")["step"] == 2
+    run(tmp_path / "broken")
+    run(tmp_path / "whole")
+    broken, whole = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("broken", "whole"))
+    assert broken == whole
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot begin a new peak of resident memory")
+def test_a_run_does_not_inherit_the_peak_memory_of_the_one_before(tmp_path: Path) -> None:
+    small = run(tmp_path / "before", "trainer.max_steps=1")
+    hoard = torch.ones(512, 2**20)
+    del hoard
+    after = run(tmp_path / "after", "trainer.max_steps=1")
+    assert after["peak_memory_mib"] < small["peak_memory_mib"] + 1000
 
 
 def test_strategies_share_weights_and_images_at_one_seed() -> None:

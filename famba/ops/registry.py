@@ -79,7 +79,7 @@ class Backend:
     """Where a backend's kernels lie and when they can be used.
 
     module: imported at first use; None where this release has none. devices: the torch device types it serves,
-    None for all. obstacle: None where it works here, else the reason and the remedy.
+    None for all. obstacle: None where it works here, else the reason and behind a semicolon the remedy.
     """
 
     module: str | None
@@ -88,7 +88,7 @@ class Backend:
 
 
 def _absent() -> str:
-    return "not part of this release, use 'auto' or 'reference'"
+    return "not part of this release; use 'auto' or 'reference'"
 
 
 # In the order in which "auto" prefers them.
@@ -152,8 +152,8 @@ def explain(device: str) -> str:
     name = resolve(device)
     faster = list(_BACKENDS)[: list(_BACKENDS).index(name)]
     passed_over = [n for n in faster if _serves(_BACKENDS[n], device) and _BACKENDS[n].obstacle() is not None]
-    why = "; ".join(f"{n} is {_BACKENDS[n].obstacle()}" for n in passed_over)
-    return f"{name} ({why})" if why else name
+    reasons = [f"{n} is {(_BACKENDS[n].obstacle() or '').split(';')[0]}" for n in passed_over]
+    return f"{name} ({'; '.join(reasons)})" if reasons else name
 
 
 def kernels(name: str) -> Kernels:

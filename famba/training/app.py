@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,9 @@ def train(config: RunConfig, run_dir: Path | None) -> dict[str, Any]:
             if done is not None:
                 _log.info("%s is finished already (Top-1 %.2f %%)", folder.path, done["top1"])
                 return done
-            return _train(config, setup, folder, process)
+            with nullcontext() if config.ops.backend == AUTO else ops.use_backend(config.ops.backend):
+                _announce(config, setup, folder)
+                return _train(config, setup, folder, process)
     finally:
         folder.release()
         if process.world_size > 1:
@@ -83,10 +85,7 @@ def train(config: RunConfig, run_dir: Path | None) -> dict[str, Any]:
 
 
 def _train(config: RunConfig, setup: Setup, folder: RunFolder, process: Process) -> dict[str, Any]:
-    if config.ops.backend != AUTO:
-        ops.use_backend(config.ops.backend)
     folder.write_config(plain(config))
-    _announce(config, setup, folder)
     try:
         training = Training(config, setup, folder, process)
         summary = training.run()

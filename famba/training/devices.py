@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import resource
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -116,7 +116,7 @@ def describe_device(device: torch.device) -> str:
     """Name the processor or GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    if sys.platform == "linux":
+    if platform.system() == "Linux":
         with open("/proc/cpuinfo") as info:
             names = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
         if names:
@@ -124,12 +124,23 @@ def describe_device(device: torch.device) -> str:
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin a new peak, so that runs after one another in a process do not inherit it; macOS cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif platform.system() == "Linux":
+        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+
+
 def peak_memory_mib(device: torch.device) -> float:
     """Peak memory in MiB: CUDA's allocator, or this process's resident set on other devices."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / _MIB
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / _MIB if sys.platform == "darwin" else peak / 1024
+    if platform.system() == "Linux":
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _MIB
 
 
 def synchronize(device: torch.device) -> None:

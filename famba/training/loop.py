@@ -19,7 +19,7 @@ from famba.errors import TrainingError
 from famba.training import checkpoint
 from famba.training.build import load_splits, make_loaders, new_state
 from famba.training.config import RunConfig, plain
-from famba.training.devices import Process, memory_error, out_of_memory, peak_memory_mib, synchronize
+from famba.training.devices import Process, memory_error, out_of_memory, peak_memory_mib, reset_peak_memory, synchronize
 from famba.training.evaluation import evaluate
 from famba.training.interrupts import Interrupted, StopRequest
 from famba.training.optimizer import LearningRate, create_loss, create_mixing
@@ -36,6 +36,7 @@ class Training:
     """One run in one process. `run` reads from top to bottom."""
 
     def __init__(self, config: RunConfig, setup: Setup, folder: RunFolder, process: Process) -> None:
+        reset_peak_memory(process.device)
         self.config, self.setup, self.folder, self.process = config, setup, folder, process
         self.device = process.device
         splits = load_splits(config)
@@ -50,6 +51,7 @@ class Training:
         self.mix = create_mixing(config.recipe, self.state.model.num_classes)
         self.loss = create_loss(config.recipe)
         self._restore()
+        self._saved = self.state.step
         self.facts = gather_facts(self.state.model, config, setup, process, self.steps_per_epoch, self.total_steps)
         self.forward = self._forward_model()
         self.metrics = Metrics(folder, config.logger, plain(config))
@@ -69,6 +71,7 @@ class Training:
                     self._finish_epoch()
                     self._stop_if_asked()
             except Exception as error:
+                self._keep()
                 if not out_of_memory(error):
                     raise
                 trainer = self.config.trainer
@@ -251,7 +254,14 @@ class Training:
     def _save(self) -> str:
         if not self.folder.writes:
             return "the run folder"
-        return str(self.folder.checkpoints.save(self.state.step, self._content()))
+        path = self.folder.checkpoints.save(self.state.step, self._content())
+        self._saved = self.state.step
+        return str(path)
+
+    def _keep(self) -> None:
+        """Save the steps since the last checkpoint before an error ends the run."""
+        if self.folder.writes and self.state.step > self._saved and self.state.is_finite():
+            _log.warning("the state after step %d is kept in %s", self.state.step, self._save())
 
     def _content(self) -> dict[str, Any]:
         content = {"config": plain(self.config), "world_size": self.process.world_size}

@@ -33,7 +33,7 @@ def provenance(device: torch.device, seed: int, world_size: int) -> dict[str, An
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "backend": resolve(device.type),
         "seed": seed,
-        "arguments": sys.argv[1:],
+        "arguments": [item for item in sys.argv[1:] if not item.startswith("hydra.job.config.")],
     }
 
 
