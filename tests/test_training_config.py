@@ -51,7 +51,8 @@ def test_every_recipe_composes_with_every_logger(recipe: str) -> None:
 
 def test_every_experiment_composes() -> None:
     for experiment in GROUPS["experiment"]:
-        prepare(compose([f"experiment={experiment}"]))
+        for strategy in STRATEGIES:
+            prepare(compose([f"experiment={experiment}", f"fusion={strategy}"]))
 
 
 def test_the_paper_recipe_is_the_released_one() -> None:
@@ -138,6 +139,11 @@ REFUSED = [
     (["ops.backend=triton"], BackendError, "backend 'triton' cannot be used: .*use 'auto' or 'reference'"),
     (["resume=ato"], CheckpointError, "resume=ato is no file, did you mean 'auto'?"),
     (["init_from=none.pth"], CheckpointError, "init_from=none.pth is no file"),
+    (["recipe=light", "recipe.random_erasing=0.5"], ConfigError, "augmentation 'batch' does not use it"),
+    (["recipe.crop_padding=4"], ConfigError, "augmentation 'timm' does not use it"),
+    (["trainer.epochs=1", "recipe.warmup_epochs=1"], ConfigError, "leaves nothing of trainer.epochs=1"),
+    (["fusion.budget=-7"], ConfigError, "budget is -7; allowed"),
+    (["data.std=[0,0,0]"], ConfigError, "data.std is 0"),
     (["recipe.optimizer=adamx"], ConfigError, "unknown recipe.optimizer 'adamx'"),
     (["recipe.auto_augment=rnd-m9"], ConfigError, "auto_augment"),
     (["fusion=none,upper"], ConfigError, "add -m for a run with each"),

@@ -47,13 +47,21 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Any:
     return arrange
 
 
-@pytest.mark.parametrize("stop", [1, 4, 5, 7])
-def test_stopped_and_resumed_is_bit_equal(tmp_path: Path, stop_after: Any, stop: int) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    expected = run(whole, *EVERYTHING)
-    assert expected["steps"] == 8
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run of 8 steps that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert run(folder, *EVERYTHING)["steps"] == 8
+    return folder
 
-    stop_after(stop, signal.SIGTERM if stop == 5 else signal.SIGINT)
+
+@pytest.mark.parametrize("stop", [1, 4, 7])
+def test_stopped_and_resumed_is_bit_equal(tmp_path: Path, uninterrupted: Path, stop_after: Any, stop: int) -> None:
+    whole, parts = uninterrupted, tmp_path
+    expected = RunFolder(whole, writes=True).summary
+    assert expected is not None
+
+    stop_after(stop, signal.SIGTERM if stop == 7 else signal.SIGINT)
     with pytest.raises(Interrupted, match="the same command"):
         run(parts, *EVERYTHING)
     interrupted = RunFolder(parts, writes=True).summary
@@ -69,6 +77,37 @@ def test_stopped_and_resumed_is_bit_equal(tmp_path: Path, stop_after: Any, stop:
     averaged, straight = (load(f / "checkpoints" / "step_00000008.pt")["ema"] for f in (parts, whole))
     for name, value in straight.items():
         assert torch.equal(averaged[name], value), name
+
+
+def test_an_evaluation_that_fails_costs_no_step(
+    tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("famba.training.loop.evaluate", None)
+        with pytest.raises(TypeError):
+            run(tmp_path, *EVERYTHING)
+    assert load(tmp_path / "checkpoints" / "step_00000004.pt")["step"] == 4
+    run(tmp_path, *EVERYTHING)
+    assert (tmp_path / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
+    assert metrics(tmp_path) == metrics(uninterrupted)
+
+
+def test_a_refused_start_leaves_the_folder_as_it_was(tmp_path: Path, stop_after: Any) -> None:
+    stop_after(2)
+    with pytest.raises(Interrupted):
+        run(tmp_path)
+    stop_after(-1)
+    before = {name: (tmp_path / name).read_bytes() for name in ("config.yaml", "summary.json", "metrics.jsonl")}
+    with pytest.raises(CheckpointError, match="of a run with other settings"):
+        run(tmp_path, "fusion=all", "fusion.budget=4")
+    assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
+
+
+def test_an_older_checkpoint_does_not_overwrite_later_ones(tmp_path: Path) -> None:
+    run(tmp_path)
+    older = tmp_path / "checkpoints" / "step_00000003.pt"
+    with pytest.raises(CheckpointError, match="is of step 3, but .* holds step 6 already"):
+        run(tmp_path, f"resume={older}")
 
 
 def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path: Path) -> None:

@@ -67,8 +67,21 @@ class Augmentation:
                 raise ConfigError(f"{name} is {value}, but must not be negative.")
         if not 0 < self.eval_crop <= 1:
             raise ConfigError(f"eval_crop is {self.eval_crop}, but must be above 0 and at most 1.")
+        self._refuse_what_the_kind_leaves_out()
         if self.kind == "timm":
             timm_transform(self, 8, (0.5,) * 3, (0.5,) * 3)  # a wrong policy shows here, before any work
+
+    def _refuse_what_the_kind_leaves_out(self) -> None:
+        neutral: dict[str, object] = {"crop_padding": 0}
+        if self.kind == "batch":
+            neutral = {"auto_augment": None, "color_jitter": 0, "random_erasing": 0}
+        for name, nothing in neutral.items():
+            if getattr(self, name) != nothing:
+                value = "null" if nothing is None else nothing
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}, but augmentation {self.kind!r} does not use it: "
+                    f"set it to {value}, or use the other augmentation."
+                )
 
 
 @dataclass(frozen=True)

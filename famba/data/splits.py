@@ -28,13 +28,21 @@ def _from_folder(root: Path | None, num_classes: int | None, tar: bool = False) 
     return load_folder(root, tar=tar, num_classes=num_classes)
 
 
+def _digits(root: Path | None, num_classes: int | None) -> Splits:
+    if root is not None:
+        raise ConfigError(
+            f"digits come with scikit-learn and are read from no folder: leave out data.root (given {root})."
+        )
+    return digits.load_digits()
+
+
 def _cifar(name: str) -> Loader:
     return lambda root, num_classes: load_cifar(name, root)
 
 
 LOADERS: dict[str, Loader] = {
     **{name: _cifar(name) for name in KINDS},
-    "digits": lambda root, num_classes: digits.load_digits(),
+    "digits": _digits,
     "folder": _from_folder,
     "tar": partial(_from_folder, tar=True),
 }

@@ -103,8 +103,8 @@ def schedule(
         counts = _paper_counts(strategy, depth, fusing)
         check_schedule(counts, depth, tokens, protected)
         return counts
-    total = 0 if strategy == "none" else _total(budget, patches)
-    shares = _spread(total, len(fusing), patches, strategy)
+    total = _total(budget, patches)
+    shares = [] if strategy == "none" else _spread(total, len(fusing), patches, strategy)
     counts_by_layer = dict(zip(fusing, shares, strict=True))
     return tuple(counts_by_layer.get(layer, 0) for layer in range(depth))
 

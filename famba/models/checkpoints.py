@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
@@ -76,6 +77,16 @@ def has_other_head(model: Vim, path: str | Path) -> bool:
     head = _read_weights(path).get("head.weight")
     own = model.state_dict().get("head.weight")
     return isinstance(head, Tensor) and own is not None and head.shape[:1] != own.shape[:1]
+
+
+def saved_cls_position(path: str | Path) -> str | None:
+    """Where a file's class token stands, as its run's configuration says, in the file or beside it; else None."""
+    beside = Path(path).parent / "config.yaml"
+    content = read_file(path)
+    config = content.get("config")
+    if config is None and beside.is_file():
+        config = yaml.safe_load(beside.read_text())
+    return config["model"]["cls_position"] if isinstance(config, dict) and "model" in config else None
 
 
 def _read_weights(path: str | Path) -> dict[str, Any]:

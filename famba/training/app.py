@@ -12,7 +12,6 @@ from typing import Any
 
 import hydra
 import torch.distributed as dist
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -32,6 +31,7 @@ from famba.training.run_folder import RunFolder
 from famba.training.setup import Setup, prepare
 
 _log = logging.getLogger(__name__)
+_FILE_ONLY = {"file_only": True}  # the terminal gets the error from the command itself
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,15 +85,21 @@ def train(config: RunConfig, run_dir: Path | None) -> dict[str, Any]:
 
 
 def _train(config: RunConfig, setup: Setup, folder: RunFolder, process: Process) -> dict[str, Any]:
-    folder.write_config(plain(config))
+    known = folder.summary
+    training = None
     try:
         training = Training(config, setup, folder, process)
         summary = training.run()
     except Exception as error:
-        with suppress(FambaError):
-            known = folder.summary or {"model": config.model.name, "strategy": config.fusion.strategy}
-            folder.write_summary({**known, "status": "failed", "error": str(error)})
-        _log.error("%s", error)
+        # A start that is refused leaves the summary of the run that is there as it was.
+        if training is not None or known is None:
+            named = {"model": config.model.name, "strategy": config.fusion.strategy}
+            failed = {**(folder.summary or named), "status": "failed", "error": str(error)}
+            with suppress(FambaError):
+                folder.write_summary(failed)
+            if training is not None:
+                training.metrics.finish(failed)
+        _log.error("%s", error, extra=_FILE_ONLY)
         raise
     _log.info(
         "finished: Top-1 %.2f %%, Top-5 %.2f %%, trained in %s; all of it in %s",
@@ -131,10 +137,9 @@ def _finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
         raise ConfigError(
             f"{folder.path} holds a run, which resume=never would overwrite; choose another run_dir, or resume=auto"
         )
-    path = folder.path / "config.yaml"
-    if config.resume != "auto" or summary is None or summary["status"] != "finished" or not path.is_file():
+    before = folder.config
+    if config.resume != "auto" or summary is None or summary["status"] != "finished" or before is None:
         return None
-    before = yaml.safe_load(path.read_text())
     changed = differences(before, plain(config))
     if changed:
         listed = "\n  ".join(changed)
@@ -161,6 +166,7 @@ def _logging(folder: RunFolder) -> Iterator[None]:
     root = logging.getLogger()
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     handlers[0].setFormatter(logging.Formatter("%(message)s"))
+    handlers[0].addFilter(lambda record: not hasattr(record, "file_only"))
     if folder.writes:
         file = logging.FileHandler(folder.path / "train.log")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from famba import data
 from famba.data.draws import Stream
-from famba.models import load_vim_checkpoint
-from famba.models.checkpoints import has_other_head
+from famba.models import Vim, load_vim_checkpoint
+from famba.models.checkpoints import has_other_head, saved_cls_position
 from famba.training.config import RunConfig
 from famba.training.devices import Process
 from famba.training.optimizer import create_optimizer
@@ -70,7 +70,7 @@ def make_loaders(config: RunConfig, setup: Setup, splits: data.Splits, process: 
         seed=config.seed,
         batch_size=trainer.batch_size,
         accumulation=trainer.accumulation,
-        repeats=config.recipe.repeats,
+        repeats=config.recipe.repeats if process.world_size > 1 else 1,
         **shared,
     )
     size = trainer.batch_size // (process.world_size * trainer.accumulation)
@@ -80,15 +80,18 @@ def make_loaders(config: RunConfig, setup: Setup, splits: data.Splits, process: 
     return Loaders(train, "validation", data.eval_batches(splits.validation, batch_size=size, **shared), test)
 
 
-def new_state(config: RunConfig, setup: Setup, classes_found: int, device: torch.device) -> TrainingState:
-    """Build network and optimizer as they are before the first step; the same for every strategy at one seed."""
+def new_state(
+    config: RunConfig, setup: Setup, classes_found: int, device: torch.device, fresh: bool = True
+) -> TrainingState:
+    """Build network and optimizer as they are before the first step; the same for every strategy at one seed.
+
+    Where not `fresh`, a checkpoint follows, and init_from is not read.
+    """
     seed_generators(Stream.WEIGHTS, config.seed)
     classes = model_classes(config, classes_found)
     model = build_model(config.model.name, {**setup.model_arguments, "num_classes": classes})
-    if config.init_from is not None:
-        other_head = has_other_head(model, config.init_from)
-        load_vim_checkpoint(model, config.init_from, reset_head=other_head)
-        _log.info("weights start from %s%s", config.init_from, ", with a new classifier" if other_head else "")
+    if fresh and config.init_from is not None:
+        _start_from(model, config.init_from)
     model.set_grad_checkpointing(config.trainer.grad_checkpointing)
     model.to(device)
     decay = config.recipe.ema_decay
@@ -98,3 +101,12 @@ def new_state(config: RunConfig, setup: Setup, classes_found: int, device: torch
         scaler=torch.amp.GradScaler(device.type, enabled=setup.autocast == torch.float16),
         ema=None if decay is None else ModelEmaV3(model, decay=decay),
     )
+
+
+def _start_from(model: Vim, path: str) -> None:
+    """Load weights, with a new classifier for another set of classes."""
+    other_head = has_other_head(model, path)
+    position = saved_cls_position(path) or model.cls_position
+    load_vim_checkpoint(model, path, cls_position=position, reset_head=other_head)
+    head = ", with a new classifier" if other_head else ""
+    _log.info("weights start from %s, whose class token is taken to stand at: %s%s", path, position, head)

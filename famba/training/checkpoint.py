@@ -20,6 +20,7 @@ from famba.training.config import flatten
 
 FORMAT = 1
 _KEPT = 2
+_CONTENT = {"format", "config", "world_size", "step", "model", "optimizer", "scaler", "ema", "totals"}
 _log = logging.getLogger(__name__)
 
 # What may change between a run and its continuation: it does not touch the weights that come out.
@@ -50,6 +51,11 @@ class Checkpoints:
             old.unlink()
         return path
 
+    def steps_after(self, step: int) -> list[int]:
+        """Later steps that there are checkpoints of, ascending."""
+        steps = [int(path.stem.removeprefix("step_")) for path in reversed(self._by_age())]
+        return [later for later in steps if later > step]
+
     def save_best(self, content: dict[str, Any]) -> None:
         """Write the checkpoint that validation selects."""
         write_whole(self.best, lambda file: torch.save({"format": FORMAT, **content}, file))
@@ -79,13 +85,13 @@ class Checkpoints:
         return bool(self._by_age())
 
     def _by_age(self) -> list[Path]:
-        return sorted(self.folder.glob("step_*.pt"), reverse=True)
+        return sorted(self.folder.glob("step_*[0-9].pt"), reverse=True)
 
 
 def load(path: Path) -> dict[str, Any]:
     """Read a run's checkpoint. Raises CheckpointError where it is missing, damaged, or none of famba's."""
     content = read_file(path)
-    if "format" not in content or "step" not in content:
+    if not content.keys() >= _CONTENT:
         raise CheckpointError(
             f"{path} holds no checkpoint of a famba run; for weights alone use init_from instead of resume"
         )

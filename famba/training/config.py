@@ -60,7 +60,7 @@ class DataConfig:
     image_size: Count | None
     num_classes: Count | None
     mean: Channels
-    std: Channels
+    std: Annotated[list[Positive], Field(min_length=3, max_length=3)]
     subset: Count | None
     val_fraction: Share
     workers: Annotated[int, Field(ge=0)]

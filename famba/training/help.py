@@ -50,6 +50,7 @@ def help_text() -> str:
             lines += ["  keys", *(f"    {group}.{line}" for line in _keys(shared))]
         sections.append("\n".join(lines))
     recipe = (config_dir() / "recipe" / "paper.yaml").read_text().split("recipe:\n")[1].splitlines()
+    recipe += _keys(config_dir() / "recipe" / "_base.yaml")
     sections.append("\n".join(["recipe: keys, with the paper's values", *(f"    recipe.{x.strip()}" for x in recipe)]))
     sections.append("Keys of their own\n" + "\n".join(f"  {line}" for line in _plain_keys()))
     return "\n\n".join(sections) + "\n"

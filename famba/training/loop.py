@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from famba.data.draws import Stream
-from famba.errors import TrainingError
+from famba.errors import CheckpointError, TrainingError
 from famba.training import checkpoint
 from famba.training.build import load_splits, make_loaders, new_state
 from famba.training.config import RunConfig, plain
@@ -36,7 +36,6 @@ class Training:
     """One run in one process. `run` reads from top to bottom."""
 
     def __init__(self, config: RunConfig, setup: Setup, folder: RunFolder, process: Process) -> None:
-        reset_peak_memory(process.device)
         self.config, self.setup, self.folder, self.process = config, setup, folder, process
         self.device = process.device
         splits = load_splits(config)
@@ -46,13 +45,17 @@ class Training:
         if config.trainer.max_steps is not None:
             self.total_steps = min(self.total_steps, config.trainer.max_steps)
 
-        self.state = new_state(config, setup, splits.train.num_classes, self.device)
+        found = self._find_checkpoint()
+        self.state = new_state(config, setup, splits.train.num_classes, self.device, fresh=found is None)
         self.learning_rate = LearningRate(self.state.optimizer, config, self.steps_per_epoch)
         self.mix = create_mixing(config.recipe, self.state.model.num_classes)
         self.loss = create_loss(config.recipe)
-        self._restore()
+        self._restore(found)
+        folder.write_config(plain(config))
         self._saved = self.state.step
+        self._stop_agreed = False
         self.facts = gather_facts(self.state.model, config, setup, process, self.steps_per_epoch, self.total_steps)
+        reset_peak_memory(process.device)
         self.forward = self._forward_model()
         self.metrics = Metrics(folder, config.logger, plain(config))
         # A look at the loss makes a GPU wait, so it is looked at now and then there, and at every step on a CPU.
@@ -66,10 +69,12 @@ class Training:
         progress = Progress(self.total_steps, start, self.config.trainer.batch_size, self.process.is_main)
         with StopRequest() as self._stop, contextlib.closing(progress):
             try:
+                if self.state.totals.epoch_open and self.state.step == self._epoch_end():
+                    self._finish_epoch()
                 while self.state.step < self.total_steps:
                     self._train_epoch(progress)
                     self._finish_epoch()
-                    self._stop_if_asked()
+                    self._stop_if_asked(self._agree_on_stop())
             except Exception as error:
                 self._keep()
                 if not out_of_memory(error):
@@ -92,13 +97,16 @@ class Training:
         if first == 0:
             self.state.totals.begin_epoch()
         self.forward.train()
+        self.state.totals.epoch_open = True
         with contextlib.closing(self.loaders.train.epoch(epoch, first)) as batches:
             last = min((epoch + 1) * self.steps_per_epoch, self.total_steps)
             while self.state.step < last:
                 loss = self._step(epoch, batches)
                 progress.step(self.state.step, epoch, loss)
                 if self.state.step < last:
-                    self._stop_if_asked()
+                    # Alone, a process needs no agreement.
+                    alone = self.process.world_size == 1
+                    self._stop_if_asked(self._stop.made if alone else self._stop_agreed)
 
     def _step(self, epoch: int, batches: Iterator[tuple[Tensor, Tensor]]) -> float | None:
         """Do one step; return its loss where it was looked at."""
@@ -167,27 +175,37 @@ class Training:
         stop = torch.tensor(float(self._stop.made), device=self.device)
         values = self.process.mean(torch.stack([stop, norm.to(loss.dtype), *self._unseen]))
         asked, norm_now, *losses = values.tolist()
-        self._stop.made = asked > 0
+        self._stop_agreed = asked > 0
         first = next_step - len(losses)
         self._unseen.clear()
         for step, value in enumerate(losses, start=first):
-            if not math.isfinite(value):
+            if not math.isfinite(value) or (not self.state.scaler.is_enabled() and not math.isfinite(norm_now)):
                 raise TrainingError(self._explain_loss(step, epoch, value, lr, norm_now))
             self.state.totals.add_loss(value)
         return losses[-1], norm_now
 
     def _explain_loss(self, step: int, epoch: int, loss: float, lr: float, norm: float) -> str:
-        kept = "the last checkpoint in its run folder holds the state before"
+        kept = "no state before it is kept, since this is the first epoch"
         if self.state.is_finite():
             kept = f"the state before it is kept in {self._save()}"
+        elif self._saved:
+            kept = f"the last good state is that of step {self._saved}"
         return (
             f"the loss is {loss} at step {step + 1} (epoch {epoch + 1}), with learning rate {lr:.3g} and gradient norm "
-            f"{norm:.3g}; {kept}. A smaller recipe.lr, recipe.clip_grad=1 or trainer.precision=fp32 may help"
+            f"{norm:.3g}; {kept}. In a new run_dir, a smaller recipe.lr, "
+            "recipe.clip_grad=1 or trainer.precision=fp32 may help"
         )
 
     # Between epochs
 
+    def _epoch_end(self) -> int:
+        """Steps after which the epoch under way ends."""
+        epoch = (self.state.step - 1) // self.steps_per_epoch
+        return min((epoch + 1) * self.steps_per_epoch, self.total_steps)
+
     def _finish_epoch(self) -> None:
+        """Save, evaluate, select, log, and save that it is done: an error on the way costs no step."""
+        self._save()
         state, trainer = self.state, self.config.trainer
         epoch = (state.step - 1) // self.steps_per_epoch
         at_end = state.step == self.total_steps
@@ -208,6 +226,7 @@ class Training:
         values |= {"images_per_s": self._images_per_s(), "peak_memory_mib": peak_memory_mib(self.device)}
         self.metrics.log("epoch", state.step, epoch, values)
         self._say(epoch, values)
+        state.totals.epoch_open = False
         self._save()
         self.folder.write_summary(self.summary("running"))
 
@@ -267,8 +286,13 @@ class Training:
         content = {"config": plain(self.config), "world_size": self.process.world_size}
         return {**content, "schedule": list(self.setup.schedule), **self.state.content()}
 
-    def _stop_if_asked(self) -> None:
-        if not self._stop.made or self.state.step >= self.total_steps:
+    def _agree_on_stop(self) -> bool:
+        """Whether any process has been asked to stop; the same answer in all of them."""
+        made = torch.tensor(float(self._stop.made), device=self.device)
+        return self.process.sum(made).item() > 0
+
+    def _stop_if_asked(self, agreed: bool) -> None:
+        if not agreed or self.state.step >= self.total_steps:
             return
         path = self._save()
         summary = self.summary("interrupted")
@@ -281,18 +305,29 @@ class Training:
 
     # Beginning
 
-    def _restore(self) -> None:
-        """Continue from the checkpoint that `resume` means, where there is one."""
-        resume = self.config.resume
+    def _find_checkpoint(self) -> dict[str, Any] | None:
+        """The checkpoint that `resume` means, checked to be of this run; None where the run starts anew."""
+        resume, folder = self.config.resume, self.folder.checkpoints
         if resume == "never":
-            return
-        found = self.folder.checkpoints.load_last() if resume == "auto" else checkpoint.load(Path(resume))
+            return None
+        found = folder.load_last() if resume == "auto" else checkpoint.load(Path(resume))
         if found is None:
-            self.folder.rewind_metrics(0)
-            return
+            return None
         checkpoint.check_same_run(found, plain(self.config), self.process.world_size)
+        later = folder.steps_after(found["step"])
+        if resume != "auto" and later:
+            raise CheckpointError(
+                f"{resume} is of step {found['step']}, but {self.folder.path} holds step {later[-1]} already; "
+                "choose another run_dir, or resume=auto to go on from there"
+            )
+        return found
+
+    def _restore(self, found: dict[str, Any] | None) -> None:
+        if found is None:
+            self.folder.rewind_metrics(0, epoch_ended=True)
+            return
         self.state.restore(found)
-        self.folder.rewind_metrics(self.state.step)
+        self.folder.rewind_metrics(self.state.step, epoch_ended=not self.state.totals.epoch_open)
         _log.info("continuing after step %d of %d", self.state.step, self.total_steps)
 
     def _forward_model(self) -> nn.Module:

@@ -40,13 +40,24 @@ class RunFolder:
         """Let other runs into the folder."""
         if self.writes:
             self._lock.release()
-            (self.path / ".lock").unlink(missing_ok=True)
 
     @property
     def summary(self) -> dict[str, Any] | None:
         """The summary so far; None where there is none."""
         path = self.path / "summary.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        try:
+            return json.loads(path.read_text()) if path.is_file() else None
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path} is damaged ({error}); remove it, or choose another run_dir") from error
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """The configuration of the run in this folder; None where there is none."""
+        path = self.path / "config.yaml"
+        try:
+            return yaml.safe_load(path.read_text()) if path.is_file() else None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is damaged; remove it, or choose another run_dir") from error
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Write the resolved configuration."""
@@ -66,18 +77,22 @@ class RunFolder:
             with open(self.path / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drop what metrics.jsonl says of steps after `step`, and a line that was cut off."""
+    def rewind_metrics(self, step: int, epoch_ended: bool) -> None:
+        """Drop what metrics.jsonl says of later than `step`, and a line that was cut off.
+
+        epoch_ended: whether the line of an epoch that ends with `step` is to stay.
+        """
         path = self.path / "metrics.jsonl"
         if not self.writes or not path.is_file():
             return
-        kept = [line for line in path.read_text().splitlines() if _step(line) <= step]
+        kept = [line for line in path.read_text().splitlines() if _is_before(line, step, epoch_ended)]
         text = "".join(f"{line}\n" for line in kept)
         write_whole(path, lambda file: Path(file).write_text(text))
 
 
-def _step(line: str) -> float:
+def _is_before(line: str, step: int, epoch_ended: bool) -> bool:
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")
+        logged = json.loads(line)
+        return logged["step"] < step or (logged["step"] == step and (epoch_ended or logged["kind"] != "epoch"))
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return False

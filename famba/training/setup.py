@@ -162,7 +162,7 @@ def _check_batch(config: RunConfig) -> None:
             f"mixup and cutmix pair the images of a micro-batch, but {trainer.batch_size // parts} is odd; "
             "choose an even trainer.batch_size, or recipe.mixup=0 recipe.cutmix=0"
         )
-    if config.trainer.max_steps is None and config.recipe.warmup_epochs >= trainer.epochs > 1:
+    if config.recipe.warmup_epochs >= trainer.epochs:
         raise ConfigError(
             f"recipe.warmup_epochs={config.recipe.warmup_epochs} leaves nothing of "
             f"trainer.epochs={trainer.epochs}; choose fewer"
@@ -175,7 +175,8 @@ def _check_files(config: RunConfig) -> None:
             f"resume={config.resume} is no file{near_miss(config.resume, ('auto', 'never'))}; "
             "allowed: auto, never, or a checkpoint of a run"
         )
-    if config.init_from is not None and not Path(config.init_from).is_file():
+    begun = (Path(config.run_dir) / "checkpoints").is_dir()
+    if config.init_from is not None and not begun and not Path(config.init_from).is_file():
         raise CheckpointError(f"init_from={config.init_from} is no file; give a .safetensors file or a checkpoint")
     folder = Path(config.run_dir).absolute()
     while not folder.exists():

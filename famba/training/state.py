@@ -15,8 +15,8 @@ from famba.models import Vim
 class Totals:
     """What a run has gathered so far. Times are seconds.
 
-    The epoch_ members cover the epoch under way; evaluated holds the last evaluation, best that of the
-    checkpoint that validation selected.
+    The epoch_ members cover the epoch under way; epoch_open says that it is not yet evaluated and logged. evaluated
+    holds the last evaluation, best that of the checkpoint that validation selected.
     """
 
     data_s: float = 0.0
@@ -24,6 +24,7 @@ class Totals:
     eval_s: float = 0.0
     steps: int = 0
     evaluations: int = 0
+    epoch_open: bool = False
     epoch_data_s: float = 0.0
     epoch_step_s: float = 0.0
     epoch_steps: int = 0
