@@ -70,6 +70,10 @@ def test_the_table_of_strategies_is_right() -> None:
         assert float(share) == pytest.approx(sum(tokens) / (24 * 197), abs=5e-4)
 
 
+def test_nothing_is_left_to_fill_in() -> None:
+    assert "@@" not in README
+
+
 def test_keys_and_choices_named_in_the_readme_exist() -> None:
     choices = composing.groups()
     text = re.sub(r"```python\n.*?```", "", README, flags=re.DOTALL)
