@@ -134,8 +134,10 @@ def test_each_option_of_timms_transform_acts() -> None:
         ({"crop_padding": -1}, "crop_padding is -1"),
         ({"color_jitter": -1.0}, "color_jitter is -1.0"),
         ({"eval_crop": 0.0}, "eval_crop is 0.0"),
-        ({"kind": "timm", "auto_augment": "rnad-m9"}, "auto_augment 'rnad-m9' is no policy"),
-        ({"kind": "timm", "auto_augment": "rand-q9"}, "auto_augment 'rand-q9' is no policy"),
+        ({"random_erasing": 0.5}, "augmentation 'batch' does not use it: set it to 0"),
+        ({"kind": "timm"}, "crop_padding is 3, but augmentation 'timm' does not use it"),
+        ({"kind": "timm", "crop_padding": 0, "auto_augment": "rnad-m9"}, "auto_augment 'rnad-m9' is no policy"),
+        ({"kind": "timm", "crop_padding": 0, "auto_augment": "rand-q9"}, "auto_augment 'rand-q9' is no policy"),
     ],
 )
 def test_values_out_of_range_are_named(change: dict[str, Any], message: str) -> None:
