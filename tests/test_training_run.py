@@ -35,7 +35,7 @@ def test_run_folder_holds_what_it_promises(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert summary["status"] == "finished"
     assert (summary["step"], summary["steps"], summary["epoch"]) == (6, 6, 2)
-    assert summary["schedule"] == [0, 5] or sum(summary["schedule"]) == 5
+    assert summary["schedule"] == [2, 3], "5 over the two layers that upper fuses at depth 2"
     assert summary["tokens_removed"] == 5
     assert summary["tokens_per_layer"][-1] == 17 - 5
     assert summary["budget_matched"] is True
@@ -48,7 +48,7 @@ def test_run_folder_holds_what_it_promises(tmp_path: Path) -> None:
     origin = summary["provenance"]
     assert origin["seed"] == 0
     assert origin["backend"] == "reference"
-    assert origin["packages"]["torch"] == torch.__version__.split("+")[0] or origin["packages"]["torch"]
+    assert origin["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert [(line["step"], line["epoch"]) for line in lines if line["kind"] == "epoch"] == [(3, 0), (6, 1)]
