@@ -33,7 +33,7 @@ def add_rms_norm(
     check_rank("add_rms_norm", "x", x, "(b, l, d)")
     shape = tuple(x.shape)
     check_shapes("add_rms_norm", "x", x=(x, shape), residual=(residual, shape), weight=(weight, (shape[2],)))
-    return _norm(x, residual, weight, eps, resolve(x.device.type))
+    return _norm(x, residual, weight, eps, resolve(x.device.type, x.dtype))
 
 
 @torch.library.custom_op("famba::add_rms_norm", mutates_args=())

@@ -46,7 +46,7 @@ def causal_conv1d(
     )
     if activation not in (None, "silu"):
         raise ConfigError(f"causal_conv1d: unknown activation {activation!r}; allowed: None, 'silu'")
-    return _conv(x, weight, bias, activation == "silu", reverse, resolve(x.device.type))
+    return _conv(x, weight, bias, activation == "silu", reverse, resolve(x.device.type, x.dtype))
 
 
 @torch.library.custom_op("famba::causal_conv1d", mutates_args=())

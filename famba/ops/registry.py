@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, cast, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from famba.errors import BackendError, near_miss
+from famba.ops.native import library
 
 AUTO = "auto"
 ENVIRONMENT_VARIABLE = "FAMBA_BACKEND"
@@ -79,12 +81,14 @@ class Backend:
     """Where a backend's kernels lie and when they can be used.
 
     module: imported at first use; None where this release has none. devices: the torch device types it serves,
-    None for all. obstacle: None where it works here, else the reason and behind a semicolon the remedy.
+    None for all. obstacle: None where it works here, else the reason and behind a semicolon the remedy. dtypes: what
+    an op's first input may be, None for all.
     """
 
     module: str | None
     devices: tuple[str, ...] | None
     obstacle: Callable[[], str | None]
+    dtypes: tuple[torch.dtype, ...] | None = None
 
 
 def _absent() -> str:
@@ -95,7 +99,9 @@ def _absent() -> str:
 _BACKENDS: dict[str, Backend] = {
     "mamba_ssm": Backend(None, ("cuda",), _absent),
     "triton": Backend(None, ("cuda",), _absent),
-    "native": Backend(None, ("cpu",), _absent),
+    "native": Backend(
+        "famba.ops.native.kernels", ("cpu",), library.obstacle, dtypes=(torch.float32, torch.bfloat16)
+    ),
     "reference": Backend("famba.ops.reference", None, lambda: None),
 }
 
@@ -130,19 +136,26 @@ class use_backend:  # noqa: N801 - called like a function, and a context manager
         _chosen = self._previous
 
 
-def resolve(device: str) -> str:
-    """Name the backend that serves a device type such as "cpu": the chosen one, or the first usable.
+def resolve(device: str, dtype: torch.dtype = torch.float32) -> str:
+    """Name the backend that serves a device type such as "cpu" and a dtype: the chosen one, or the first usable.
 
     The choice is that of `use_backend`, else of the environment variable FAMBA_BACKEND, else "auto".
     """
     name = _chosen if _chosen is not None else os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
     if name == AUTO:
-        return next(n for n, b in _BACKENDS.items() if _serves(b, device) and b.obstacle() is None)
+        return next(n for n, b in _BACKENDS.items() if _serves(b, device, dtype) and b.obstacle() is None)
     _check(name)
-    if not _serves(_BACKENDS[name], device):
+    backend = _BACKENDS[name]
+    if not _serves_device(backend, device):
         raise BackendError(
-            f"backend {name!r} does not serve {device!r} tensors, only {', '.join(_BACKENDS[name].devices or ())}; "
+            f"backend {name!r} does not serve {device!r} tensors, only {', '.join(backend.devices or ())}; "
             "use 'auto', or move the tensors"
+        )
+    if not _serves(backend, device, dtype):
+        dtypes = " and ".join(str(kind).removeprefix("torch.") for kind in backend.dtypes or ())
+        raise BackendError(
+            f"backend {name!r} does not serve {str(dtype).removeprefix('torch.')} tensors, only {dtypes}; "
+            "use 'auto', or cast the tensors"
         )
     return name
 
@@ -163,8 +176,12 @@ def kernels(name: str) -> Kernels:
     return cast(Kernels, importlib.import_module(module))
 
 
-def _serves(backend: Backend, device: str) -> bool:
+def _serves_device(backend: Backend, device: str) -> bool:
     return backend.devices is None or device in backend.devices
+
+
+def _serves(backend: Backend, device: str, dtype: torch.dtype = torch.float32) -> bool:
+    return _serves_device(backend, device) and (backend.dtypes is None or dtype in backend.dtypes)
 
 
 def _check(name: str) -> None:

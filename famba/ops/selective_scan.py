@@ -62,7 +62,7 @@ def selective_scan(
         z=(z, (batch, length, channels)),
         delta_bias=(delta_bias, (channels,)),
     )
-    return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, resolve(u.device.type))[0]
+    return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, resolve(u.device.type, u.dtype))[0]
 
 
 @torch.library.custom_op("famba::selective_scan", mutates_args=())

@@ -1,0 +1,173 @@
+"""The compiled kernels: finding and loading them, and the instruction set that they use.
+
+The interface is `src/interface.h`; the structures below mirror it field by field.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sysconfig
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from famba.errors import BackendError, near_miss
+
+ISAS = ("portable", "avx2", "avx512")
+ENVIRONMENT_VARIABLE = "FAMBA_ISA"
+PATH = Path(__file__).with_name("libfamba_kernels.so")
+# What the build left behind where it failed.
+FAILURE = Path(__file__).with_name("build_failure.txt")
+
+
+class Array(ctypes.Structure):
+    """A (batch, length, channels) array with adjacent channels; strides in elements."""
+
+    _fields_ = (("data", c_void_p), ("batch_stride", c_int64), ("row_stride", c_int64))
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> Array:
+        """Describe a tensor whose last stride is 1; an empty array for None."""
+        if tensor is None:
+            return cls(None, 0, 0)
+        return cls(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
+
+
+def _fields(kind: type, names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
+
+
+class Scan(ctypes.Structure):
+    """Arguments of the selective scan."""
+
+    _fields_ = (
+        *_fields(c_int64, "batch length channels states chunk"),
+        *_fields(c_int32, "dtype threads softplus reverse accumulate"),
+        *_fields(c_float, "scale"),
+        *_fields(Array, "u delta B C z y"),
+        *_fields(c_void_p, "A D delta_bias state"),
+        *_fields(Array, "dy du ddelta dB dC dz"),
+        *_fields(c_void_p, "dA dD ddelta_bias"),
+    )
+
+
+class Conv(ctypes.Structure):
+    """Arguments of the causal convolution."""
+
+    _fields_ = (
+        *_fields(c_int64, "batch length channels width"),
+        *_fields(c_int32, "dtype threads silu reverse accumulate"),
+        *_fields(Array, "x y"),
+        *_fields(c_void_p, "weight bias"),
+        *_fields(Array, "dy dx"),
+        *_fields(c_void_p, "dweight dbias"),
+    )
+
+
+class Norm(ctypes.Structure):
+    """Arguments of the residual addition and RMS norm."""
+
+    _fields_ = (
+        *_fields(c_int64, "rows channels"),
+        *_fields(c_int32, "dtype threads"),
+        *_fields(c_float, "eps"),
+        *_fields(c_void_p, "x dnormed normed residual weight dtotal total grad dweight"),
+    )
+
+
+class Fuse(ctypes.Structure):
+    """Arguments of the fusing of tokens."""
+
+    _fields_ = (
+        *_fields(c_int64, "batch length fused channels"),
+        *_fields(c_int32, "dtype threads"),
+        *_fields(Array, "x y"),
+        *_fields(c_void_p, "places weights"),
+    )
+
+
+_loaded: ctypes.CDLL | None = None
+_isa: int | None = None
+
+
+def obstacle() -> str | None:
+    """None where the kernels can be used, else the reason and behind a semicolon the remedy."""
+    try:
+        _library()
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+def isas() -> list[str]:
+    """Instruction sets that this processor has of those that were built, in rising order."""
+    best = _library().famba_isa_best()
+    return [name for number, name in enumerate(ISAS) if number <= best and _library().famba_isa_built(number)]
+
+
+def isa() -> str:
+    """The instruction set in use: the environment variable FAMBA_ISA, else the best of this processor."""
+    return ISAS[_isa_number()]
+
+
+def use_isa(name: str | None) -> None:
+    """Choose the instruction set for this process; None for what FAMBA_ISA says, else the best."""
+    global _isa
+    _isa = None if name is None else _checked_isa(name)
+
+
+def call(kernel: str, arguments: ctypes.Structure) -> None:
+    """Run a kernel. Raises MemoryError where its scratch memory cannot be had."""
+    status = getattr(_library(), f"famba_{kernel}")(_isa_number(), ctypes.byref(arguments))
+    if status:
+        raise MemoryError(f"native {kernel}: out of memory for scratch space")
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """How the interface names a dtype of activations."""
+    return {torch.float32: 0, torch.bfloat16: 1}[dtype]
+
+
+def _isa_number() -> int:
+    global _isa
+    if _isa is None:
+        name = os.environ.get(ENVIRONMENT_VARIABLE)
+        _isa = _checked_isa(name) if name else _library().famba_isa_best()
+    return _isa
+
+
+def _checked_isa(name: str) -> int:
+    usable = isas()
+    if name not in usable:
+        raise BackendError(
+            f"instruction set {name!r}{near_miss(name, ISAS)} cannot be used on this processor; "
+            f"usable: {', '.join(usable)}"
+        )
+    return ISAS.index(name)
+
+
+def _library() -> ctypes.CDLL:
+    global _loaded
+    if _loaded is None:
+        _loaded = _load()
+    return _loaded
+
+
+def _load() -> ctypes.CDLL:
+    remedy = "install a C++ compiler (g++ or clang++) and install famba again"
+    if not PATH.exists():
+        reason = FAILURE.read_text().strip() if FAILURE.exists() else "the kernels were not compiled at installation"
+        raise BackendError(f"{reason}; {remedy}")
+    try:
+        library = ctypes.CDLL(str(PATH))
+    except OSError as error:
+        raise BackendError(f"{PATH.name} does not load on {sysconfig.get_platform()} ({error}); {remedy}") from error
+    sizes = (c_int64 * 4)()
+    if hasattr(library, "famba_struct_sizes"):
+        library.famba_struct_sizes(sizes)
+    if list(sizes) != [ctypes.sizeof(kind) for kind in (Scan, Conv, Norm, Fuse)]:
+        raise BackendError(f"{PATH.name} is of another version of famba; install famba again")
+    return library

@@ -1,0 +1,93 @@
+// What Python and the kernels agree on: plain C, no torch, so that one build serves every release of torch and Python.
+// `famba/ops/native/library.py` mirrors the structs field by field.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Element type of activations; parameters and states are always float32.
+enum famba_dtype { FAMBA_FLOAT32 = 0, FAMBA_BFLOAT16 = 1 };
+
+// A (batch, length, channels) array: channels adjacent, strides in elements. data is NULL for what is absent.
+typedef struct {
+    void *data;
+    int64_t batch_stride, row_stride;
+} famba_array;
+
+typedef struct {
+    int64_t batch, length, channels, states;
+    int64_t chunk;       // steps between two kept states; the length or more where none is kept
+    int32_t dtype;       // of u, delta, B, C, z, y, dy and their gradients
+    int32_t threads;
+    int32_t softplus, reverse;
+    int32_t accumulate;  // add to y and dz instead of writing them
+    float scale;         // of y
+    famba_array u, delta, B, C, z, y;
+    const float *A, *D, *delta_bias;  // (channels, states), (channels), (channels)
+    float *state;                     // (batch, chunks - 1, channels, states), states that enter chunks 1, 2, ...
+    // Backward only. y may be asked for there too.
+    famba_array dy, du, ddelta, dB, dC, dz;
+    float *dA, *dD, *ddelta_bias;
+} famba_scan;
+
+typedef struct {
+    int64_t batch, length, channels, width;
+    int32_t dtype;  // of x, y, dy and dx
+    int32_t threads;
+    int32_t silu, reverse;
+    int32_t accumulate;  // add to dx instead of writing it
+    famba_array x, y;
+    const float *weight, *bias;  // (channels, width), (channels)
+    famba_array dy, dx;
+    float *dweight, *dbias;
+} famba_conv;
+
+typedef struct {
+    int64_t rows, channels;
+    int32_t dtype;  // of x, normed and dnormed
+    int32_t threads;
+    float eps;
+    const void *x, *dnormed;  // (rows, channels), adjacent
+    void *normed;
+    const float *residual, *weight, *dtotal;
+    float *total, *grad, *dweight;
+} famba_norm;
+
+typedef struct {
+    int64_t batch, length, fused, channels;
+    int32_t dtype;  // of x and y, or of dy and dx
+    int32_t threads;
+    famba_array x, y;       // (batch, length, channels), (batch, fused, channels)
+    const int64_t *places;  // (batch, length), each in [0, fused)
+    const float *weights;   // (batch, length)
+} famba_fuse;
+
+#pragma GCC visibility push(default)
+
+// Instruction sets in rising order. `famba_isa_best` is what this processor has of what was built.
+enum famba_isa { FAMBA_PORTABLE = 0, FAMBA_AVX2 = 1, FAMBA_AVX512 = 2 };
+int famba_isa_built(int isa);
+int famba_isa_best(void);
+int famba_isa_lanes(int isa);
+
+// Each returns 0, or 1 where memory ran out. The caller has checked shapes and strides.
+int famba_scan_forward(int isa, const famba_scan *);
+int famba_scan_backward(int isa, const famba_scan *);
+int famba_conv_forward(int isa, const famba_conv *);
+int famba_conv_backward(int isa, const famba_conv *);
+int famba_norm_forward(int isa, const famba_norm *);
+int famba_norm_backward(int isa, const famba_norm *);
+int famba_fuse_forward(int isa, const famba_fuse *);
+int famba_fuse_backward(int isa, const famba_fuse *);
+
+// Sizes of the structs above, in their order, for the loader to compare.
+void famba_struct_sizes(int64_t sizes[4]);
+
+#pragma GCC visibility pop
+
+#ifdef __cplusplus
+}
+#endif

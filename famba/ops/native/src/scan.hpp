@@ -1,0 +1,247 @@
+// The selective scan. Lanes hold channels, so the recurrence runs along the length in plain vector arithmetic.
+//
+// A task is one image and a range of channel blocks (W channels each). States are worked on in groups of a few that
+// stay in registers while the scan runs along a chunk of steps; the chunk's inputs are in scratch, as float32 and in
+// the order of the scan. Step s of a reversed scan is position length - 1 - s.
+#pragma once
+
+#include <algorithm>
+
+#include "parallel.hpp"
+#include "simd.hpp"
+
+namespace famba {
+namespace FAMBA_ISA {
+
+// States in registers at once.
+#if FAMBA_LANES == 16
+constexpr int FORWARD_GROUP = 8, BACKWARD_GROUP = 4;
+#else
+constexpr int FORWARD_GROUP = 4, BACKWARD_GROUP = 4;
+#endif
+
+// Steps whose inputs fit a first-level cache in the forward.
+constexpr int64_t FORWARD_STEPS = 32;
+
+// Tasks that a call is cut into at least; not the number of threads, so that results do not depend on it.
+constexpr int64_t TASKS = 16;
+
+template <class T>
+struct Rows {
+    T *data;
+    int64_t stride;
+
+    Rows(const famba_array &array, int64_t image)
+        : data(array.data ? static_cast<T *>(array.data) + image * array.batch_stride : nullptr),
+          stride(array.row_stride) {}
+    explicit operator bool() const { return data != nullptr; }
+    T *at(int64_t row, int64_t channel) const { return data + row * stride + channel; }
+};
+
+struct Blocks {
+    int64_t count, groups;
+
+    Blocks(int64_t batch, int64_t channels)
+        : count((channels + W - 1) / W),
+          groups(std::min(count, std::max<int64_t>(1, (TASKS + batch - 1) / batch))) {}
+    int64_t begin(int64_t group) const { return count * group / groups; }
+};
+
+// The position of a step.
+FAMBA_INLINE int64_t position(const famba_scan &p, int64_t step) { return p.reverse ? p.length - 1 - step : step; }
+
+// B or C of some steps of an image in the order of the scan, (count, states).
+template <class T>
+void gather_states(float *out, const Rows<T> &rows, int64_t begin, int64_t count, const famba_scan &p) {
+    for (int64_t s = 0; s < count; ++s) {
+        const T *row = rows.at(position(p, begin + s), 0);
+        for (int64_t n = 0; n < p.states; ++n) out[s * p.states + n] = load_one(row + n);
+    }
+}
+
+// A coefficient of a step for all lanes. Where the instruction set cannot take a number from memory for all lanes as an
+// operand, B and C are spread out to vectors beforehand.
+constexpr int SPREAD = FAMBA_LANES == 16 ? 1 : W;
+
+FAMBA_INLINE V coefficient(const float *spread, int64_t index) {
+    return SPREAD == 1 ? splat(spread[index]) : load(spread + index * W);
+}
+
+template <class T>
+void spread_states(float *out, const Rows<T> &rows, int64_t begin, int64_t count, const famba_scan &p) {
+    for (int64_t s = 0; s < count; ++s) {
+        const T *row = rows.at(position(p, begin + s), 0);
+        for (int64_t n = 0; n < p.states; ++n)
+            for (int i = 0; i < SPREAD; ++i) out[(s * p.states + n) * SPREAD + i] = load_one(row + n);
+    }
+}
+
+// A times log2(e) as vectors, (blocks, states, W), and the largest magnitude in each block.
+struct Rates {
+    float *vectors, *largest;
+    int64_t states;
+
+    const float *of(int64_t block) const { return vectors + block * states * W; }
+
+    void fill(const famba_scan &p, const Blocks &blocks) {
+        states = p.states;
+        for (int64_t block = 0; block < blocks.count; ++block) {
+            const int lanes = static_cast<int>(std::min<int64_t>(W, p.channels - block * W));
+            V most{};
+            for (int64_t n = 0; n < states; ++n) {
+                V a{};
+                for (int i = 0; i < lanes; ++i) a[i] = p.A[(block * W + i) * states + n];
+                a *= LOG2E;
+                store(vectors + (block * states + n) * W, a);
+                most = maximum(absolute(a), most);
+            }
+            largest[block] = famba::FAMBA_ISA::largest(most);
+        }
+    }
+};
+
+// Where the inputs of a chunk of steps lie, one vector for each step.
+struct Steps {
+    float *delta, *drive, *y;
+};
+
+// Runs G states along `count` steps: h = 2^(delta A) h + drive B, y += C h.
+template <int G, bool Safe>
+FAMBA_INLINE void forward_group(const Steps &steps, int64_t count, const float *A, float *h_memory, const float *B,
+                                const float *C, int64_t states) {
+    V h[G], rate[G];
+    for (int g = 0; g < G; ++g) {
+        h[g] = load(h_memory + g * W);
+        rate[g] = load(A + g * W);
+    }
+    for (int64_t s = 0; s < count; ++s) {
+        const V delta = load(steps.delta + s * W), drive = load(steps.drive + s * W);
+        V y = load(steps.y + s * W);
+        V decay[G];
+        exp2_products<!Safe>(delta, rate, decay);
+        for (int g = 0; g < G; ++g) h[g] = decay[g] * h[g] + drive * coefficient(B, s * states + g);
+        for (int g = 0; g < G; ++g) y += h[g] * coefficient(C, s * states + g);
+        store(steps.y + s * W, y);
+    }
+    for (int g = 0; g < G; ++g) store(h_memory + g * W, h[g]);
+}
+
+template <bool Safe>
+void forward_states(const Steps &steps, int64_t count, const float *A, float *h, const float *B, const float *C,
+                    int64_t states) {
+    int64_t n = 0;
+    for (; n + FORWARD_GROUP <= states; n += FORWARD_GROUP)
+        forward_group<FORWARD_GROUP, Safe>(steps, count, A + n * W, h + n * W, B + n * SPREAD, C + n * SPREAD, states);
+    for (; n < states; ++n) forward_group<1, Safe>(steps, count, A + n * W, h + n * W, B + n * SPREAD, C + n * SPREAD, states);
+}
+
+// What the scan does to one step's delta, before the exponent.
+FAMBA_INLINE V step_size(V raw, bool soft) { return soft ? softplus(raw) : raw; }
+
+// Whether 2^(delta A) needs no clamping, for the largest magnitudes of both.
+FAMBA_INLINE bool is_safe(V largest_delta, float largest_rate) { return largest(largest_delta) * largest_rate < 125.f; }
+
+FAMBA_INLINE void keep_states(float *out, const float *h, int64_t channel, int lanes, int64_t states) {
+    for (int64_t n = 0; n < states; ++n)
+        for (int i = 0; i < lanes; ++i) out[(channel + i) * states + n] = h[n * W + i];
+}
+
+FAMBA_INLINE void load_states(float *h, const float *kept, int64_t channel, int lanes, int64_t states) {
+    for (int64_t n = 0; n < states; ++n)
+        for (int i = 0; i < W; ++i) h[n * W + i] = i < lanes ? kept[(channel + i) * states + n] : 0.f;
+}
+
+template <class T>
+class ForwardTask {
+  public:
+    ForwardTask(const famba_scan &scan, const Rates &rates, const Blocks &blocks, int64_t task)
+        : p_(scan), rates_(rates), image_(task / blocks.groups), first_(blocks.begin(task % blocks.groups)),
+          last_(blocks.begin(task % blocks.groups + 1)), u_(scan.u, image_), delta_(scan.delta, image_),
+          z_(scan.z, image_), y_(scan.y, image_) {
+        const int64_t line = FORWARD_STEPS * W, n = p_.states;
+        carve(task_scratch(),
+              {(last_ - first_) * n * W, FORWARD_STEPS * n * SPREAD, FORWARD_STEPS * n * SPREAD, line, line, line},
+              {&h_, &B_, &C_, &steps_.delta, &steps_.drive, &steps_.y});
+    }
+
+    void run() {
+        std::fill(h_, h_ + (last_ - first_) * p_.states * W, 0.f);
+        for (int64_t begin = 0; begin < p_.length;) {
+            const int64_t chunk = begin / p_.chunk;
+            const int64_t count = std::min({FORWARD_STEPS, (chunk + 1) * p_.chunk - begin, p_.length - begin});
+            spread_states(B_, Rows<const T>(p_.B, image_), begin, count, p_);
+            spread_states(C_, Rows<const T>(p_.C, image_), begin, count, p_);
+            for (int64_t block = first_; block < last_; ++block) run_block(block, begin, count);
+            begin += count;
+        }
+    }
+
+  private:
+    void run_block(int64_t block, int64_t begin, int64_t count) {
+        const int64_t channel = block * W, n = p_.states;
+        const int lanes = static_cast<int>(std::min<int64_t>(W, p_.channels - channel));
+        float *h = h_ + (block - first_) * n * W;
+        if (begin && begin % p_.chunk == 0) {
+            const int64_t chunks = (p_.length + p_.chunk - 1) / p_.chunk;
+            const int64_t kept = image_ * (chunks - 1) + begin / p_.chunk - 1;
+            keep_states(p_.state + kept * p_.channels * n, h, channel, lanes, n);
+        }
+        const bool safe = is_safe(enter(begin, count, channel, lanes), rates_.largest[block]);
+        (safe ? forward_states<true> : forward_states<false>)(steps_, count, rates_.of(block), h, B_, C_, n);
+        leave(begin, count, channel, lanes);
+    }
+
+    // Returns the largest magnitude of delta.
+    V enter(int64_t begin, int64_t count, int64_t channel, int lanes) {
+        const V bias = p_.delta_bias ? load(p_.delta_bias + channel, lanes) : V{};
+        const V skip = p_.D ? load(p_.D + channel, lanes) : V{};
+        V most{};
+        for (int64_t s = 0; s < count; ++s) {
+            const int64_t t = position(p_, begin + s);
+            const V u = load(u_.at(t, channel), lanes);
+            const V delta = step_size(load(delta_.at(t, channel), lanes) + bias, p_.softplus);
+            most = maximum(absolute(delta), most);
+            store(steps_.delta + s * W, delta);
+            store(steps_.drive + s * W, delta * u);
+            store(steps_.y + s * W, skip * u);
+        }
+        return most;
+    }
+
+    void leave(int64_t begin, int64_t count, int64_t channel, int lanes) {
+        for (int64_t s = 0; s < count; ++s) {
+            const int64_t t = position(p_, begin + s);
+            V y = load(steps_.y + s * W) * p_.scale;
+            if (z_) {
+                const V z = load(z_.at(t, channel), lanes);
+                y *= z * sigmoid(z);
+            }
+            T *out = y_.at(t, channel);
+            if (p_.accumulate) y += load(out, lanes);
+            store(out, y, lanes);
+        }
+    }
+
+    const famba_scan &p_;
+    const Rates &rates_;
+    int64_t image_, first_, last_;
+    Rows<const T> u_, delta_, z_;
+    Rows<T> y_;
+    float *h_, *B_, *C_;
+    Steps steps_;
+};
+
+template <class T>
+void scan_forward(const famba_scan &p) {
+    const Blocks blocks(p.batch, p.channels);
+    Rates rates;
+    carve(call_scratch(), {blocks.count * p.states * W, blocks.count}, {&rates.vectors, &rates.largest});
+    rates.fill(p, blocks);
+    for_each(p.threads, p.batch * blocks.groups, [&](int64_t task) {
+        const FlushDenormals flush;
+        ForwardTask<T>(p, rates, blocks, task).run();
+    });
+}
+
+}  // namespace FAMBA_ISA
+}  // namespace famba

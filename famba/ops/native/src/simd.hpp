@@ -1,0 +1,199 @@
+// Vectors of FAMBA_LANES floats, written with the compiler's vector extensions, so that one source serves every
+// instruction set: the flags with which a translation unit is compiled decide what the operators become.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "interface.h"
+
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
+namespace famba {
+namespace FAMBA_ISA {
+
+constexpr int W = FAMBA_LANES;
+
+typedef float V __attribute__((vector_size(4 * FAMBA_LANES)));
+typedef int32_t I __attribute__((vector_size(4 * FAMBA_LANES)));
+typedef uint32_t U __attribute__((vector_size(4 * FAMBA_LANES)));
+typedef uint16_t H __attribute__((vector_size(2 * FAMBA_LANES)));
+
+#define FAMBA_INLINE inline __attribute__((always_inline))
+
+FAMBA_INLINE V splat(float x) { return V{} + x; }
+
+template <class To, class From>
+FAMBA_INLINE To bits(From x) {
+    static_assert(sizeof(To) == sizeof(From), "a cast of bits keeps the size");
+    To y;
+    std::memcpy(&y, &x, sizeof y);
+    return y;
+}
+
+FAMBA_INLINE V select(I mask, V yes, V no) { return bits<V>((mask & bits<I>(yes)) | (~mask & bits<I>(no))); }
+FAMBA_INLINE V maximum(V a, V b) { return select(a > b, a, b); }
+FAMBA_INLINE V absolute(V a) { return bits<V>(bits<I>(a) & 0x7fffffff); }
+
+// The numbers that the kernels read and write, always worked on as float32.
+
+struct bf16 {
+    uint16_t bits;
+};
+
+FAMBA_INLINE V load(const float *p) {
+    V x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+
+FAMBA_INLINE void store(float *p, V x) { std::memcpy(p, &x, sizeof x); }
+
+FAMBA_INLINE V load(const bf16 *p) {
+    H h;
+    std::memcpy(&h, p, sizeof h);
+    return bits<V>(__builtin_convertvector(h, U) << 16);
+}
+
+// Rounds to nearest, ties to even, as torch does; NaN stays NaN.
+FAMBA_INLINE void store(bf16 *p, V x) {
+    const U u = bits<U>(x);
+    const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    const U quiet = (u >> 16) | 0x40u;
+    const U nan = bits<U>(x != x);
+    const H h = __builtin_convertvector((nan & quiet) | (~nan & rounded), H);
+    std::memcpy(p, &h, sizeof h);
+}
+
+// The last channels may fill only a part of a vector: `lanes` of them, the others read as zero.
+template <class T>
+FAMBA_INLINE V load(const T *p, int lanes) {
+    if (__builtin_expect(lanes == W, 1)) return load(p);
+    T part[W] = {};
+    std::memcpy(part, p, lanes * sizeof(T));
+    return load(part);
+}
+
+template <class T>
+FAMBA_INLINE void store(T *p, V x, int lanes) {
+    if (__builtin_expect(lanes == W, 1)) return store(p, x);
+    T part[W];
+    store(part, x);
+    std::memcpy(p, part, lanes * sizeof(T));
+}
+
+FAMBA_INLINE float load_one(const float *p) { return *p; }
+FAMBA_INLINE float load_one(const bf16 *p) { return bits<float>(static_cast<uint32_t>(p->bits) << 16); }
+FAMBA_INLINE void store_one(float *p, float x) { *p = x; }
+FAMBA_INLINE void store_one(bf16 *p, float x) {
+    const uint32_t u = bits<uint32_t>(x);
+    p->bits = static_cast<uint16_t>(x != x ? (u >> 16) | 0x40u : (u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+FAMBA_INLINE float sum(V x) {
+    float part[W];
+    store(part, x);
+    // In halves: a fixed order, and the one with the smallest error.
+    for (int half = W / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) part[i] += part[i + half];
+    return part[0];
+}
+
+FAMBA_INLINE float largest(V x) {
+    float most = x[0];
+    for (int i = 1; i < W; ++i) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
+constexpr float LOG2E = 1.44269504088896341f;
+constexpr float LN2 = 0.693147180559945309f;
+
+// Added to a float below 2^22 in magnitude, this leaves the nearest integer in the low bits.
+constexpr float ROUND = 12582912.f;
+
+// 2^f for |f| <= 1/2 by the polynomial of least relative error with value 1 at 0 (error below 2e-7, and none at 0:
+// slow decays, over which errors would add up, are exact).
+constexpr float EXP2[] = {0x1.5bba12p-10f, 0x1.3cea88p-7f, 0x1.c6b752p-5f, 0x1.ebf9bcp-3f, 0x1.62e42ap-1f, 1.f};
+
+FAMBA_INLINE V clamp_exponent(V x) {
+    x = select(x < -127.f, splat(-127.f), x);
+    return select(x > 128.f, splat(128.f), x);  // NaN passes both
+}
+
+// out[g] = 2^(a b[g]), for every a b where `Any`, else for |a b| < 125.
+// Stage by stage over all g: one exponential alone is a chain of ten dependent steps, and a processor does not look far
+// enough ahead to find the next chain by itself.
+template <bool Any, int G>
+FAMBA_INLINE void exp2_products(V a, const V (&b)[G], V (&out)[G]) {
+    V f[G], r[G];
+    for (int g = 0; g < G; ++g) f[g] = Any ? clamp_exponent(a * b[g]) : a * b[g];
+    for (int g = 0; g < G; ++g) r[g] = f[g] + ROUND;
+    for (int g = 0; g < G; ++g) f[g] = f[g] - (r[g] - ROUND);
+    for (int g = 0; g < G; ++g) out[g] = f[g] * EXP2[0] + EXP2[1];
+    for (int k = 2; k < 6; ++k)
+        for (int g = 0; g < G; ++g) out[g] = out[g] * f[g] + EXP2[k];
+    // The integer goes into the exponent; where that might leave its range, by a product, which saturates.
+    for (int g = 0; g < G; ++g) {
+        const I n = bits<I>(r[g]) << 23;
+        out[g] = Any ? out[g] * bits<V>(n + (127 << 23)) : bits<V>(bits<I>(out[g]) + n);
+    }
+}
+
+// 2^(a b) for every a b.
+FAMBA_INLINE V exp2_product(V a, V b) {
+    const V rates[1] = {b};
+    V out[1];
+    exp2_products<true>(a, rates, out);
+    return out[0];
+}
+
+FAMBA_INLINE V exponential(V x) { return exp2_product(x, splat(LOG2E)); }
+
+// log(1 + e) for 0 <= e <= 1, relative error below 2e-7: 2 atanh(e / (2 + e)) as a series.
+FAMBA_INLINE V log1p_unit(V e) {
+    const V s = e / (e + 2.f), q = s * s;
+    V p = splat(1.f / 15);
+    p = p * q + 1.f / 13;
+    p = p * q + 1.f / 11;
+    p = p * q + 1.f / 9;
+    p = p * q + 1.f / 7;
+    p = p * q + 1.f / 5;
+    p = p * q + 1.f / 3;
+    p = p * q + 1.f;
+    return 2.f * s * p;
+}
+
+FAMBA_INLINE V sigmoid(V x) { return 1.f / (1.f + exponential(-x)); }
+
+struct Softplus {
+    V value, slope;
+};
+
+FAMBA_INLINE V softplus(V x) { return maximum(x, splat(0.f)) + log1p_unit(exponential(-absolute(x))); }
+
+FAMBA_INLINE Softplus softplus_with_slope(V x) {
+    const V e = exponential(-absolute(x));
+    const V inverse = 1.f / (1.f + e);
+    return {maximum(x, splat(0.f)) + log1p_unit(e), select(x > 0.f, inverse, e * inverse)};
+}
+
+// Flushes denormal numbers to zero while it lives: a state that has died away must not slow the scan down.
+class FlushDenormals {
+  public:
+#if defined(__SSE__)
+    FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040u); }
+    ~FlushDenormals() { _mm_setcsr(saved_); }
+
+  private:
+    unsigned saved_;
+#else
+    FlushDenormals() {}
+    ~FlushDenormals() {}
+#endif
+};
+
+}  // namespace FAMBA_ISA
+}  // namespace famba

@@ -1,0 +1,98 @@
+"""Compiles the CPU kernels where a compiler is at hand; everything else is said in pyproject.toml.
+
+The kernels are a plain shared library (famba/ops/native/src/interface.h), loaded at run time, that knows neither torch
+nor Python: one build serves all releases of both. Without a compiler the installation succeeds, and what went wrong is
+left for `famba doctor` to tell.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+FOLDER = "famba/ops/native"
+LIBRARY = f"{FOLDER}/libfamba_kernels.so"
+FAILURE = f"{FOLDER}/build_failure.txt"
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+
+# Instruction set, lanes and flags. In rising order, which the linker keeps: of an inline function that several of them
+# hold it takes the first, which every processor can run.
+PORTABLE = ("portable", 4, [])
+X86 = [
+    ("avx2", 8, ["-mavx2", "-mfma", "-mtune=haswell"]),
+    ("avx512", 16, ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]),
+]
+
+
+class BuildKernels(build_ext):
+    """One object for each instruction set, linked into a shared library."""
+
+    def run(self) -> None:
+        root = Path() if self.inplace or self.editable_mode else Path(self.build_lib)
+        target, failure = root / LIBRARY, root / FAILURE
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for old in (target, failure):
+            old.unlink(missing_ok=True)
+        try:
+            self._build(target)
+        except (OSError, subprocess.CalledProcessError) as error:
+            if os.environ.get("FAMBA_REQUIRE_KERNELS"):
+                raise
+            reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+            failure.write_text(f"the kernels could not be compiled at installation: {' / '.join(reason[:2])}\n")
+            print(f"warning: {failure.read_text().strip()}", file=sys.stderr)  # noqa: T201
+
+    def _build(self, target: Path) -> None:
+        compiler = os.environ.get("CXX", "c++").split()
+        extra = os.environ.get("CXXFLAGS", "").split()
+        is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        dispatch = folder / "dispatch.o"
+        define = ["-DFAMBA_X86"] if is_x86 else []
+        jobs = [([*define, "-c", f"{FOLDER}/src/dispatch.cpp"], dispatch)]
+        for name, lanes, flags in [PORTABLE, *(X86 if is_x86 else [])]:
+            named = [f"-DFAMBA_ISA={name}", f"-DFAMBA_LANES={lanes}", *flags]
+            jobs.append(([*named, "-c", f"{FOLDER}/src/kernels.cpp"], folder / f"{name}.o"))
+        running = [_start([*compiler, *FLAGS, *extra, *command, "-o", str(out)]) for command, out in jobs]
+        for process in running:
+            _finish(process)
+        objects = [str(out) for _, out in jobs]
+        _finish(_start([*compiler, *extra, "-shared", "-o", str(target), *objects, "-pthread", "-ldl"]))
+
+    def get_source_files(self) -> list[str]:
+        return [str(path) for path in sorted(Path(FOLDER, "src").iterdir())]
+
+    def get_outputs(self) -> list[str]:
+        built = [Path(self.build_lib, name) for name in (LIBRARY, FAILURE)]
+        return [str(path) for path in built if path.exists()]
+
+
+class PlatformWheel(bdist_wheel):
+    """A wheel for any Python on this platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+def _start(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # noqa: S603
+
+
+def _finish(process: subprocess.Popen[str]) -> None:
+    out, error = process.communicate()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args, out, error or out)
+
+
+setup(
+    ext_modules=[Extension("famba.ops.native.libfamba_kernels", sources=[f"{FOLDER}/src/kernels.cpp"])],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
+)
