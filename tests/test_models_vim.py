@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import famba  # noqa: F401 - registers the models
 from famba.errors import ConfigError
 from famba.fusion import schedule, tokens_per_layer
-from famba.models import Vim
+from famba.models import Vim, mixer
+from famba.ops import bidirectional_mixer
 
 SHAPE = {"img_size": (8, 12), "patch_size": (2, 4), "embed_dim": 20, "num_classes": 3, "d_state": 3}
 CLS_POSITIONS = ("head", "middle", "none")
@@ -172,14 +173,21 @@ def test_equal_seeds_give_equal_weights_whatever_the_strategy() -> None:
 @pytest.mark.parametrize("strategy", ["none", "all", "interleaved", "lower", "upper"])
 @pytest.mark.parametrize("place", ["before_mixer", "after_scan"])
 @pytest.mark.parametrize("cls", CLS_POSITIONS)
-def test_each_layer_holds_the_tokens_that_the_schedule_says(strategy: str, place: str, cls: str) -> None:
+def test_each_layer_holds_the_tokens_that_the_schedule_says(
+    strategy: str, place: str, cls: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokens = 12 + (cls != "none")
     counts = schedule(strategy, 4, tokens, 6, protected=int(cls != "none"))
     model = tiny(depth=4, fusion=counts, fusion_place=place, cls_position=cls)
     into_mixer: list[int] = []
     out_of_layer: list[tuple[int, int]] = []
+
+    def mixing(x: Tensor, *weights: Any) -> Tensor:
+        into_mixer.append(x.shape[1])
+        return bidirectional_mixer(x, *weights)
+
+    monkeypatch.setattr(mixer, "bidirectional_mixer", mixing)
     for layer in model.layers:
-        layer.mixer.in_proj.register_forward_hook(lambda m, x, y: into_mixer.append(y.shape[1]))
         layer.register_forward_hook(lambda m, x, y: out_of_layer.append((y[0].shape[1], y[1].shape[1])))
     features = model.forward_features(images())
     left = list(tokens_per_layer(counts, tokens))

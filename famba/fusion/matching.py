@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from famba.errors import ConfigError, near_miss
+from famba.ops import fuse_tokens
 
 ORDERS = ("sequence", "tome")
 
@@ -43,20 +44,15 @@ class TokenMap:
         Returns:
             (b, length, c) in x's dtype. A token that stands alone is passed on bit for bit.
         """
-        batch, _, channels = x.shape
-        dtype = _sum_dtype(x)
         if sizes is None:
-            sizes = torch.ones(self.places.shape, dtype=dtype, device=x.device)
-        sizes = sizes.to(dtype)
+            sizes = torch.ones(self.places.shape, dtype=_sum_dtype(x), device=x.device)
+        sizes = sizes.to(_sum_dtype(x))
         # Exactly 1 for a token that stands alone.
-        weights = (sizes / self.sizes(sizes).gather(1, self.places)).unsqueeze(2)
-        rows = torch.arange(batch, device=x.device).unsqueeze(1) * self.length + self.places
-        # One row of x to one row of the result: torch adds these without atomics, in a fixed order, on a CPU.
-        index = rows.reshape(-1, 1).expand(-1, channels)
-        # Negative zero is what leaves every number as it is when it is added.
-        nothing = weights.new_full((batch * self.length, channels), -0.0)
-        fused = nothing.scatter_add(0, index, (x * weights).reshape(-1, channels))
-        return fused.reshape(batch, self.length, channels).to(x.dtype)
+        weights = sizes / self.sizes(sizes).gather(1, self.places)
+        if not weights.requires_grad:
+            return fuse_tokens(x, self.places, weights, self.length)
+        weighted = x * weights.unsqueeze(2)
+        return fuse_tokens(weighted, self.places, torch.ones_like(weights), self.length).to(x.dtype)
 
     def sizes(self, sizes: Float[Tensor, "b l"] | None = None) -> Float[Tensor, "b fused"]:
         """Sum the sizes (b, l) of the tokens of each place; each counts one where None."""

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from famba.ops import causal_conv1d, selective_scan
+from famba.ops import Direction, bidirectional_mixer
 
 _DELTA_RANGE = (0.001, 0.1)
 _DELTA_FLOOR = 1e-4
@@ -57,31 +57,18 @@ class VimMixer(nn.Module):
 
     def forward(self, x: Float[Tensor, "b l d_model"]) -> Float[Tensor, "b l d_model"]:
         """Mix normed tokens (b, l, d_model)."""
-        return self.out_proj(self.scan(x))
+        return bidirectional_mixer(x, self.in_proj.weight, *self._directions(), self.out_proj.weight)
 
     def scan(self, x: Float[Tensor, "b l d_model"]) -> Float[Tensor, "b l d_inner"]:
         """Everything but the output projection: the mean of the two gated scans (b, l, d_inner)."""
-        u, z = self.in_proj(x).chunk(2, dim=-1)
-        forward = self._scan_direction(u, z, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D, reverse=False)
-        backward = self._scan_direction(
-            u, z, self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, reverse=True
-        )
-        return (forward + backward) / 2
+        return bidirectional_mixer(x, self.in_proj.weight, *self._directions())
 
-    def _scan_direction(
-        self,
-        u: Tensor,
-        z: Tensor,
-        conv: nn.Conv1d,
-        x_proj: nn.Linear,
-        dt_proj: nn.Linear,
-        A_log: Tensor,
-        D: Tensor,
-        reverse: bool,
-    ) -> Tensor:
-        u = causal_conv1d(u, conv.weight.squeeze(1), conv.bias, activation="silu", reverse=reverse)
-        dt, B, C = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        # The bias enters inside the scan, in float32, so that small steps survive bf16.
-        delta = nn.functional.linear(dt, dt_proj.weight)
+    def _directions(self) -> tuple[Direction, Direction]:
+        forward = (self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
+        backward = (self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
+        return self._direction(*forward), self._direction(*backward)
+
+    def _direction(self, conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor) -> Direction:
+        assert conv.bias is not None
         A = -A_log.to(torch.promote_types(A_log.dtype, torch.float32)).exp()
-        return selective_scan(u, delta, A, B, C, D, z=z, delta_bias=dt_proj.bias, delta_softplus=True, reverse=reverse)
+        return Direction(conv.weight.squeeze(1), conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, A, D)

@@ -1,8 +1,19 @@
 """What the backbone computes: torch custom ops, each with interchangeable backends."""
 
 from famba.ops.add_rms_norm import add_rms_norm
+from famba.ops.bidirectional_mixer import Direction, bidirectional_mixer
 from famba.ops.causal_conv1d import causal_conv1d
+from famba.ops.fuse_tokens import fuse_tokens
 from famba.ops.registry import backends, use_backend
 from famba.ops.selective_scan import selective_scan
 
-__all__ = ["add_rms_norm", "backends", "causal_conv1d", "selective_scan", "use_backend"]
+__all__ = [
+    "Direction",
+    "add_rms_norm",
+    "backends",
+    "bidirectional_mixer",
+    "causal_conv1d",
+    "fuse_tokens",
+    "selective_scan",
+    "use_backend",
+]

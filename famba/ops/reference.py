@@ -159,6 +159,25 @@ def add_rms_norm_backward(
     return (grad + dtotal).contiguous(), dweight
 
 
+def fuse_tokens(x: Tensor, places: Tensor, weights: Tensor, length: int) -> Tensor:
+    """Add up the tokens (b, l, c) of each place (b, l), times their weights (b, l): (b, length, c) in x's dtype."""
+    batch, _, channels = x.shape
+    weighted = x * weights.to(compute_dtype(x)).unsqueeze(2)
+    rows = torch.arange(batch, device=x.device).unsqueeze(1) * length + places
+    # One row of x to one row of the result: torch adds these without atomics, in a fixed order, on a CPU.
+    index = rows.reshape(-1, 1).expand(-1, channels)
+    # Negative zero is what leaves every number as it is when it is added.
+    nothing = weighted.new_full((batch * length, channels), -0.0)
+    fused = nothing.scatter_add(0, index, weighted.reshape(-1, channels))
+    return fused.reshape(batch, length, channels).to(x.dtype)
+
+
+def fuse_tokens_backward(dy: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """Gradient of the tokens, (b, l, c) in dy's dtype."""
+    index = places.unsqueeze(2).expand(-1, -1, dy.shape[2])
+    return (dy.gather(1, index) * weights.to(compute_dtype(dy)).unsqueeze(2)).to(dy.dtype)
+
+
 @dataclass
 class _Gradients:
     """Where the backward of the scan gathers; A is (n, d)."""

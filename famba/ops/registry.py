@@ -75,6 +75,12 @@ class Kernels(Protocol):
         dnormed: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]: ...
 
+    @staticmethod
+    def fuse_tokens(x: Tensor, places: Tensor, weights: Tensor, length: int) -> Tensor: ...
+
+    @staticmethod
+    def fuse_tokens_backward(dy: Tensor, places: Tensor, weights: Tensor) -> Tensor: ...
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -99,9 +105,7 @@ def _absent() -> str:
 _BACKENDS: dict[str, Backend] = {
     "mamba_ssm": Backend(None, ("cuda",), _absent),
     "triton": Backend(None, ("cuda",), _absent),
-    "native": Backend(
-        "famba.ops.native.kernels", ("cpu",), library.obstacle, dtypes=(torch.float32, torch.bfloat16)
-    ),
+    "native": Backend("famba.ops.native", ("cpu",), library.obstacle, dtypes=(torch.float32, torch.bfloat16)),
     "reference": Backend("famba.ops.reference", None, lambda: None),
 }
 

@@ -1,0 +1,29 @@
+"""The ops on CPUs by compiled kernels."""
+
+from famba.ops.native.kernels import (
+    add_rms_norm,
+    add_rms_norm_backward,
+    causal_conv1d,
+    causal_conv1d_backward,
+    fuse_tokens,
+    fuse_tokens_backward,
+    scan_state_shape,
+    selective_scan,
+    selective_scan_backward,
+)
+from famba.ops.native.mixer import mixer, mixer_backward, mixer_kept_shapes
+
+__all__ = [
+    "add_rms_norm",
+    "add_rms_norm_backward",
+    "causal_conv1d",
+    "causal_conv1d_backward",
+    "fuse_tokens",
+    "fuse_tokens_backward",
+    "mixer",
+    "mixer_backward",
+    "mixer_kept_shapes",
+    "scan_state_shape",
+    "selective_scan",
+    "selective_scan_backward",
+]

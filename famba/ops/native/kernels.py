@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from famba.ops.native.library import Array, Conv, Norm, Scan, call, dtype_code
+from famba.errors import ConfigError
+from famba.ops.native.library import Array, Conv, Fuse, Norm, Scan, call, dtype_code
 
 # The scan keeps the states that enter each chunk of at most this many steps; shorter sequences keep none.
 # A chunk's states then fit a processor's second-level cache in the backward.
@@ -115,6 +116,34 @@ def add_rms_norm_backward(
     norm.grad, norm.dweight = grad.data_ptr(), dweight.data_ptr()
     call("norm_backward", norm)
     return grad, dweight.to(weight.dtype)
+
+
+def fuse_tokens(x: Tensor, places: Tensor, weights: Tensor, length: int) -> Tensor:
+    """Return the fused tokens (b, length, c)."""
+    x = activation(x, x.dtype)
+    y = torch.empty(x.shape[0], length, x.shape[2], dtype=x.dtype)
+    _fuse("fuse_forward", x, y, places, weights)
+    return y
+
+
+def fuse_tokens_backward(dy: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """Gradient of the tokens."""
+    dy = activation(dy, dy.dtype)
+    dx = torch.empty(*places.shape, dy.shape[2], dtype=dy.dtype)
+    _fuse("fuse_backward", dx, dy, places, weights)
+    return dx
+
+
+def _fuse(kernel: str, tokens: Tensor, fused: Tensor, places: Tensor, weights: Tensor) -> None:
+    places, weights = places.contiguous(), parameter(weights)
+    length = fused.shape[1]
+    # A place outside would be written to outside.
+    if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < length:
+        raise ConfigError(f"fuse_tokens: places from {places.min()} to {places.max()}, expected 0 to {length - 1}")
+    fuse = Fuse(tokens.shape[0], tokens.shape[1], length, tokens.shape[2], dtype_code(tokens.dtype))
+    fuse.threads, fuse.x, fuse.y = torch.get_num_threads(), Array.of(tokens), Array.of(fused)
+    fuse.places, fuse.weights = places.data_ptr(), weights.data_ptr()
+    call(kernel, fuse)
 
 
 def parameter(x: Tensor) -> Tensor:

@@ -14,11 +14,7 @@ namespace famba {
 namespace FAMBA_ISA {
 
 // States in registers at once.
-#if FAMBA_LANES == 16
-constexpr int FORWARD_GROUP = 8, BACKWARD_GROUP = 4;
-#else
-constexpr int FORWARD_GROUP = 4, BACKWARD_GROUP = 4;
-#endif
+constexpr int FORWARD_GROUP = FAMBA_LANES == 16 ? 8 : 4, BACKWARD_GROUP = 4;
 
 // Steps whose inputs fit a first-level cache in the forward.
 constexpr int64_t FORWARD_STEPS = 32;
@@ -43,12 +39,17 @@ struct Blocks {
 
     Blocks(int64_t batch, int64_t channels)
         : count((channels + W - 1) / W),
-          groups(std::min(count, std::max<int64_t>(1, (TASKS + batch - 1) / batch))) {}
+          groups(std::max<int64_t>(1, std::min(count, (TASKS + batch - 1) / std::max<int64_t>(1, batch)))) {}
     int64_t begin(int64_t group) const { return count * group / groups; }
 };
 
 // The position of a step.
 FAMBA_INLINE int64_t position(const famba_scan &p, int64_t step) { return p.reverse ? p.length - 1 - step : step; }
+
+// The row to ask memory for while step `s` of `count` is worked on: the stride is too long for a processor to foresee.
+FAMBA_INLINE int64_t row_ahead(const famba_scan &p, int64_t begin, int64_t s, int64_t count) {
+    return position(p, begin + std::min(s + 12, count - 1));
+}
 
 // B or C of some steps of an image in the order of the scan, (count, states).
 template <class T>
@@ -197,7 +198,9 @@ class ForwardTask {
         const V skip = p_.D ? load(p_.D + channel, lanes) : V{};
         V most{};
         for (int64_t s = 0; s < count; ++s) {
-            const int64_t t = position(p_, begin + s);
+            const int64_t t = position(p_, begin + s), ahead = row_ahead(p_, begin, s, count);
+            __builtin_prefetch(u_.at(ahead, channel));
+            __builtin_prefetch(delta_.at(ahead, channel));
             const V u = load(u_.at(t, channel), lanes);
             const V delta = step_size(load(delta_.at(t, channel), lanes) + bias, p_.softplus);
             most = maximum(absolute(delta), most);

@@ -27,8 +27,12 @@ struct GroupMemory {
     float *carry, *dA;   // (G, W): the gradient of the chunk's last states, and of A
     const float *rates;  // (G, W)
     const float *B, *C;  // (count, states) from the group's first
-    float *dB, *dC;      // (count, G, W)
+    float *dB, *dC;      // (count, W), as `gather` leaves them
 };
+
+// Channel blocks that share a line of memory.
+template <class T>
+constexpr int64_t TILE = 64 / (W * static_cast<int64_t>(sizeof(T)));
 
 template <int G, bool Safe>
 FAMBA_INLINE void recompute_group(const BackwardSteps &steps, int64_t count, const GroupMemory &m, int64_t states) {
@@ -50,6 +54,20 @@ FAMBA_INLINE void recompute_group(const BackwardSteps &steps, int64_t count, con
     }
 }
 
+// Adds a step's products of G states to what channel blocks before have gathered. Four states at once share a vector:
+// their lanes are added up as far as lanes of four go, so that memory sees a quarter of the traffic.
+template <int G>
+FAMBA_INLINE void gather(float *out, int64_t step, const V (&products)[G]) {
+    if constexpr (G == 4) {
+        store(out + step * W, load(out + step * W) + sum_fours(products));
+    } else {
+        for (int g = 0; g < G; ++g) {
+            float *there = out + (step * G + g) * W;
+            store(there, load(there) + products[g]);
+        }
+    }
+}
+
 template <int G>
 FAMBA_INLINE void return_group(const BackwardSteps &steps, int64_t count, const GroupMemory &m, int64_t states) {
     V carry[G], dA[G];
@@ -58,16 +76,19 @@ FAMBA_INLINE void return_group(const BackwardSteps &steps, int64_t count, const 
         dA[g] = load(m.dA + g * W);
     }
     for (int64_t s = count - 1; s >= 0; --s) {
+        const int64_t here = s * G * W, next = here + G * W;
         const V delta = load(steps.delta + s * W), drive = load(steps.drive + s * W), dy = load(steps.dy + s * W);
         V ddrive = load(steps.ddrive + s * W), ddelta = load(steps.ddelta + s * W);
+        V products[G];
+        for (int g = 0; g < G; ++g) products[g] = dy * load(m.h + next + g * W);
+        gather<G>(m.dC, s, products);
+        for (int g = 0; g < G; ++g) carry[g] += dy * m.C[s * states + g];
+        for (int g = 0; g < G; ++g) ddrive += carry[g] * m.B[s * states + g];
+        for (int g = 0; g < G; ++g) products[g] = carry[g] * drive;
+        gather<G>(m.dB, s, products);
         for (int g = 0; g < G; ++g) {
-            const int64_t here = (s * G + g) * W;
-            const V dh = dy * m.C[s * states + g] + carry[g];
-            store(m.dC + here, load(m.dC + here) + dy * load(m.h + here + G * W));
-            store(m.dB + here, load(m.dB + here) + dh * drive);
-            ddrive += dh * m.B[s * states + g];
-            carry[g] = dh * load(m.decay + here);
-            const V dexponent = carry[g] * load(m.h + here);
+            carry[g] *= load(m.decay + here + g * W);
+            const V dexponent = carry[g] * load(m.h + here + g * W);
             ddelta += dexponent * load(m.rates + g * W);
             dA[g] += dexponent * delta;
         }
@@ -84,163 +105,195 @@ template <class T>
 class BackwardTask {
   public:
     BackwardTask(const famba_scan &scan, const Rates &rates, const Blocks &blocks, const Partial &partial, int64_t task)
-        : p_(scan), rates_(rates), blocks_(blocks), partial_(partial), image_(task / blocks.groups), group_(task % blocks.groups),
+        : p_(scan), rates_(rates), blocks_(blocks), partial_(partial), image_(task / blocks.groups),
+          group_(task % blocks.groups), first_(blocks.begin(group_)), last_(blocks.begin(group_ + 1)),
           u_(scan.u, image_), delta_(scan.delta, image_), z_(scan.z, image_), dy_(scan.dy, image_),
           y_(scan.y, image_), du_(scan.du, image_), ddelta_(scan.ddelta, image_), dz_(scan.dz, image_) {
         const int64_t n = p_.states, chunk = std::min(p_.chunk, p_.length), line = chunk * W;
-        const int64_t mine = blocks_.begin(group_ + 1) - blocks_.begin(group_);
+        const int64_t gathered = line * (n / BACKWARD_GROUP + n % BACKWARD_GROUP);
+        float *steps;
         carve(task_scratch(),
-              {chunk * n, chunk * n, mine * n * W, n * W, line * n, line * n, line * BACKWARD_GROUP,
-               (line + W) * BACKWARD_GROUP, line, line, line, line, line, line, line, line},
-              {&B_, &C_, &carries_, &entering_, &dB_, &dC_, &decay_, &h_, &steps_.u, &steps_.delta,
-               &steps_.slope, &steps_.drive, &steps_.dy, &steps_.y, &steps_.ddrive, &steps_.ddelta});
-        std::fill(carries_, carries_ + mine * n * W, 0.f);
+              {chunk * n, chunk * n, (last_ - first_) * n * W, n * W, gathered, gathered, line * BACKWARD_GROUP,
+               (line + W) * BACKWARD_GROUP, TILE<T> * 8 * line},
+              {&B_, &C_, &carries_, &entering_, &dB_, &dC_, &decay_, &h_, &steps});
+        for (int64_t i = 0; i < TILE<T>; ++i, steps += 8 * line)
+            steps_[i] = {steps,            steps + line,     steps + 2 * line, steps + 3 * line,
+                         steps + 4 * line, steps + 5 * line, steps + 6 * line, steps + 7 * line};
+        std::fill(carries_, carries_ + (last_ - first_) * n * W, 0.f);
     }
 
     void run() {
-        const int64_t chunks = (p_.length + p_.chunk - 1) / p_.chunk;
+        const int64_t chunks = (p_.length + p_.chunk - 1) / p_.chunk, n = p_.states;
         for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
             const int64_t begin = chunk * p_.chunk, count = std::min(p_.length - begin, p_.chunk);
+            const int64_t gathered = count * W * (n / BACKWARD_GROUP + n % BACKWARD_GROUP);
             gather_states(B_, Rows<const T>(p_.B, image_), begin, count, p_);
             gather_states(C_, Rows<const T>(p_.C, image_), begin, count, p_);
-            std::fill(dB_, dB_ + count * p_.states * W, 0.f);
-            std::fill(dC_, dC_ + count * p_.states * W, 0.f);
-            for (int64_t block = blocks_.begin(group_); block < blocks_.begin(group_ + 1); ++block)
-                run_block(block, chunk, chunks, begin, count);
-            const int64_t rows = ((image_ * blocks_.groups + group_) * p_.length + begin) * p_.states;
+            std::fill(dB_, dB_ + gathered, 0.f);
+            std::fill(dC_, dC_ + gathered, 0.f);
+            for (int64_t block = first_; block < last_; block += TILE<T>) {
+                const int64_t tile = std::min(TILE<T>, last_ - block);
+                V most[TILE<T>];
+                enter(begin, count, block, tile, most);
+                for (int64_t i = 0; i < tile; ++i) run_block(block + i, steps_[i], most[i], chunk, chunks, count);
+                leave(begin, count, block, tile, chunk == chunks - 1);
+            }
+            const int64_t rows = ((image_ * blocks_.groups + group_) * p_.length + begin) * n;
             add_lanes(partial_.dB + rows, dB_, count);
             add_lanes(partial_.dC + rows, dC_, count);
         }
     }
 
   private:
-    void run_block(int64_t block, int64_t chunk, int64_t chunks, int64_t begin, int64_t count) {
+    void run_block(int64_t block, const BackwardSteps &steps, V most, int64_t chunk, int64_t chunks, int64_t count) {
         const int64_t channel = block * W, n = p_.states;
-        const int lanes = static_cast<int>(std::min<int64_t>(W, p_.channels - channel));
         if (chunk)
-            load_states(entering_, p_.state + (image_ * (chunks - 1) + chunk - 1) * p_.channels * n, channel, lanes, n);
+            load_states(entering_, p_.state + (image_ * (chunks - 1) + chunk - 1) * p_.channels * n, channel,
+                        lanes(block), n);
         else
             std::fill(entering_, entering_ + n * W, 0.f);
-        const bool last = chunk == chunks - 1;
-        const int64_t place = image_ * blocks_.count + block;
-        float *dA = partial_.dA + place * n * W, *dD = partial_.dD + place * W, *dbias = partial_.dbias + place * W;
-        if (last) {
-            std::fill(dA, dA + n * W, 0.f);
-            std::fill(dD, dD + W, 0.f);
-            std::fill(dbias, dbias + W, 0.f);
-        }
-        const bool safe = is_safe(enter(begin, count, channel, lanes), rates_.largest[block]);
-        float *carry = carries_ + (block - blocks_.begin(group_)) * n * W;
-        int64_t first = 0;
-        for (; first + BACKWARD_GROUP <= n; first += BACKWARD_GROUP)
-            run_group<BACKWARD_GROUP>(rates_.of(block), first, count, safe, carry, dA);
-        for (; first < n; ++first) run_group<1>(rates_.of(block), first, count, safe, carry, dA);
-        leave(begin, count, channel, lanes, dD, dbias);
+        float *dA = partial_.dA + (image_ * blocks_.count + block) * n * W;
+        if (chunk == chunks - 1) std::fill(dA, dA + n * W, 0.f);
+        const bool safe = is_safe(most, rates_.largest[block]);
+        GroupMemory m{decay_, h_, carries_ + (block - first_) * n * W, dA, rates_.of(block), B_, C_, dB_, dC_};
+        const float *entering = entering_;
+        const auto advance = [&](int64_t G) {
+            m.carry += G * W, m.dA += G * W, m.rates += G * W, entering += G * W;
+            m.B += G, m.C += G;
+            m.dB += count * W, m.dC += count * W;
+        };
+        int64_t state = 0;
+        for (; state + BACKWARD_GROUP <= n; state += BACKWARD_GROUP, advance(BACKWARD_GROUP))
+            run_group<BACKWARD_GROUP>(steps, entering, count, safe, m);
+        for (; state < n; ++state, advance(1)) run_group<1>(steps, entering, count, safe, m);
     }
 
     template <int G>
-    void run_group(const float *rates, int64_t first, int64_t count, bool safe, float *carry, float *dA) {
-        const int64_t lanes_before = first * W;
-        std::copy(entering_ + lanes_before, entering_ + lanes_before + G * W, h_);
-        // A group's gradients of B and C lie together, so that each pass runs through memory in one stream.
-        const GroupMemory m{decay_,
-                            h_,
-                            carry + lanes_before,
-                            dA + lanes_before,
-                            rates + lanes_before,
-                            B_ + first,
-                            C_ + first,
-                            dB_ + lanes_before * count,
-                            dC_ + lanes_before * count};
+    void run_group(const BackwardSteps &steps, const float *entering, int64_t count, bool safe, const GroupMemory &m) {
+        std::copy(entering, entering + G * W, m.h);
         if (safe)
-            recompute_group<G, true>(steps_, count, m, p_.states);
+            recompute_group<G, true>(steps, count, m, p_.states);
         else
-            recompute_group<G, false>(steps_, count, m, p_.states);
-        return_group<G>(steps_, count, m, p_.states);
+            recompute_group<G, false>(steps, count, m, p_.states);
+        return_group<G>(steps, count, m, p_.states);
     }
 
-    // Returns the largest magnitude of delta.
-    V enter(int64_t begin, int64_t count, int64_t channel, int lanes) {
+    int lanes(int64_t block) const { return static_cast<int>(std::min<int64_t>(W, p_.channels - block * W)); }
+
+    // Blocks whose numbers share lines of memory are read and written together. `most` is each block's largest
+    // magnitude of delta.
+    void enter(int64_t begin, int64_t count, int64_t first, int64_t tile, V *most) {
+        for (int64_t i = 0; i < tile; ++i) most[i] = V{};
+        for (int64_t s = 0; s < count; ++s) {
+            const int64_t ahead = row_ahead(p_, begin, s, count), channel = first * W;
+            __builtin_prefetch(u_.at(ahead, channel));
+            __builtin_prefetch(delta_.at(ahead, channel));
+            __builtin_prefetch(dy_.at(ahead, channel));
+            if (z_) __builtin_prefetch(z_.at(ahead, channel));
+            for (int64_t i = 0; i < tile; ++i)
+                most[i] = maximum(enter_step(position(p_, begin + s), first + i, steps_[i], s * W), most[i]);
+        }
+    }
+
+    // Returns delta's magnitude.
+    FAMBA_INLINE V enter_step(int64_t t, int64_t block, const BackwardSteps &steps, int64_t here) const {
+        const int64_t channel = block * W;
+        const int lanes = this->lanes(block);
         const V bias = p_.delta_bias ? load(p_.delta_bias + channel, lanes) : V{};
         const V skip = p_.D ? load(p_.D + channel, lanes) : V{};
-        V most{};
-        for (int64_t s = 0; s < count; ++s) {
-            const int64_t t = position(p_, begin + s);
-            const V u = load(u_.at(t, channel), lanes);
-            Softplus delta{load(delta_.at(t, channel), lanes) + bias, splat(1.f)};
-            if (p_.softplus) delta = softplus_with_slope(delta.value);
-            V dy = load(dy_.at(t, channel), lanes) * p_.scale;
-            if (z_) {
-                const V z = load(z_.at(t, channel), lanes);
-                dy *= z * sigmoid(z);
-            }
-            most = maximum(absolute(delta.value), most);
-            store(steps_.u + s * W, u);
-            store(steps_.delta + s * W, delta.value);
-            store(steps_.slope + s * W, delta.slope);
-            store(steps_.drive + s * W, delta.value * u);
-            store(steps_.dy + s * W, dy);
-            store(steps_.y + s * W, skip * u);
-            store(steps_.ddrive + s * W, V{});
-            store(steps_.ddelta + s * W, V{});
+        const V u = load(u_.at(t, channel), lanes);
+        Softplus delta{load(delta_.at(t, channel), lanes) + bias, splat(1.f)};
+        if (p_.softplus) delta = softplus_with_slope(delta.value);
+        V dy = load(dy_.at(t, channel), lanes) * p_.scale;
+        if (z_) {
+            const V z = load(z_.at(t, channel), lanes);
+            dy *= z * sigmoid(z);
         }
-        return most;
+        store(steps.u + here, u);
+        store(steps.delta + here, delta.value);
+        store(steps.slope + here, delta.slope);
+        store(steps.drive + here, delta.value * u);
+        store(steps.dy + here, dy);
+        store(steps.y + here, skip * u);
+        store(steps.ddrive + here, V{});
+        store(steps.ddelta + here, V{});
+        return absolute(delta.value);
     }
 
-    void leave(int64_t begin, int64_t count, int64_t channel, int lanes, float *dD_memory, float *dbias_memory) {
+    void leave(int64_t begin, int64_t count, int64_t first, int64_t tile, bool last) {
+        V dD[TILE<T>], dbias[TILE<T>];
+        const int64_t place = (image_ * blocks_.count + first) * W;
+        for (int64_t i = 0; i < tile; ++i) {
+            dD[i] = last ? V{} : load(partial_.dD + place + i * W);
+            dbias[i] = last ? V{} : load(partial_.dbias + place + i * W);
+        }
+        for (int64_t s = 0; s < count; ++s) {
+            const int64_t ahead = row_ahead(p_, begin, s, count), channel = first * W;
+            __builtin_prefetch(du_.at(ahead, channel), 1);
+            __builtin_prefetch(ddelta_.at(ahead, channel), 1);
+            if (z_) __builtin_prefetch(dz_.at(ahead, channel), 1);
+            for (int64_t i = 0; i < tile; ++i)
+                leave_step(position(p_, begin + s), first + i, steps_[i], s * W, dD[i], dbias[i]);
+        }
+        for (int64_t i = 0; i < tile; ++i) {
+            store(partial_.dD + place + i * W, dD[i]);
+            store(partial_.dbias + place + i * W, dbias[i]);
+        }
+    }
+
+    FAMBA_INLINE void leave_step(int64_t t, int64_t block, const BackwardSteps &steps, int64_t here, V &dD,
+                                 V &dbias) const {
+        const int64_t channel = block * W;
+        const int lanes = this->lanes(block);
         const V skip = p_.D ? load(p_.D + channel, lanes) : V{};
-        V dD = load(dD_memory), dbias = load(dbias_memory);
-        for (int64_t s = 0; s < count; ++s) {
-            const int64_t t = position(p_, begin + s);
-            const V u = load(steps_.u + s * W), dy = load(steps_.dy + s * W), ddrive = load(steps_.ddrive + s * W);
-            const V from_rates = load(steps_.ddelta + s * W) * LN2;
-            const V ddelta = (from_rates + ddrive * u) * load(steps_.slope + s * W);
-            dD += dy * u;
-            dbias += ddelta;
-            store(du_.at(t, channel), ddrive * load(steps_.delta + s * W) + skip * dy, lanes);
-            store(ddelta_.at(t, channel), ddelta, lanes);
-            const V y = load(steps_.y + s * W) * p_.scale;
-            if (z_) leave_gate(t, channel, lanes, y);
-            else if (y_) put(y_.at(t, channel), y, lanes);
-        }
-        store(dD_memory, dD);
-        store(dbias_memory, dbias);
+        const V u = load(steps.u + here), dy = load(steps.dy + here), ddrive = load(steps.ddrive + here);
+        const V ddelta = (load(steps.ddelta + here) * LN2 + ddrive * u) * load(steps.slope + here);
+        dD += dy * u;
+        dbias += ddelta;
+        store(du_.at(t, channel), ddrive * load(steps.delta + here) + skip * dy, lanes);
+        store(ddelta_.at(t, channel), ddelta, lanes);
+        const V y = load(steps.y + here) * p_.scale;
+        if (z_)
+            leave_gate(t, channel, lanes, y);
+        else if (y_)
+            put(y_.at(t, channel), y, lanes);
     }
 
-    void leave_gate(int64_t t, int64_t channel, int lanes, V y) {
+    void leave_gate(int64_t t, int64_t channel, int lanes, V y) const {
         const V z = load(z_.at(t, channel), lanes), gate = sigmoid(z);
         const V slope = gate * (1.f + z * (1.f - gate));
         put(dz_.at(t, channel), load(dy_.at(t, channel), lanes) * y * slope, lanes);
         if (y_) put(y_.at(t, channel), y * z * gate, lanes);
     }
 
-    void put(T *out, V value, int lanes) {
+    void put(T *out, V value, int lanes) const {
         if (p_.accumulate) value += load(out, lanes);
         store(out, value, lanes);
     }
 
     // Sums over the lanes of what groups of states gathered, into (count, states).
-    void add_lanes(float *out, const float *gathered, int64_t count) {
-        int64_t first = 0;
-        const auto group = [&](int64_t G) {
+    void add_lanes(float *out, const float *gathered, int64_t count) const {
+        int64_t state = 0;
+        for (; state + BACKWARD_GROUP <= p_.states; state += BACKWARD_GROUP, gathered += count * W)
             for (int64_t s = 0; s < count; ++s)
-                for (int64_t g = 0; g < G; ++g)
-                    out[s * p_.states + first + g] = sum(load(gathered + (first * count + s * G + g) * W));
-            first += G;
-        };
-        while (first + BACKWARD_GROUP <= p_.states) group(BACKWARD_GROUP);
-        while (first < p_.states) group(1);
+                for (int g = 0; g < BACKWARD_GROUP; ++g) {
+                    float total = 0.f;
+                    for (int lane = g; lane < W; lane += 4) total += gathered[s * W + lane];
+                    out[s * p_.states + state + g] = total;
+                }
+        for (; state < p_.states; ++state, gathered += count * W)
+            for (int64_t s = 0; s < count; ++s) out[s * p_.states + state] = sum(load(gathered + s * W));
     }
 
     const famba_scan &p_;
     const Rates &rates_;
     const Blocks &blocks_;
     const Partial &partial_;
-    int64_t image_, group_;
+    int64_t image_, group_, first_, last_;
     Rows<const T> u_, delta_, z_, dy_;
     Rows<T> y_, du_, ddelta_, dz_;
     float *B_, *C_, *carries_, *entering_, *dB_, *dC_, *decay_, *h_;
-    BackwardSteps steps_;
+    BackwardSteps steps_[TILE<T>];
 };
 
 // Adds the images' gradients of A, D and the bias for one channel block.

@@ -102,6 +102,24 @@ FAMBA_INLINE float sum(V x) {
     return part[0];
 }
 
+// Four sums at once, as far as lanes of four go: lane 4 i + k holds the sum of x[k] over lanes 4 i to 4 i + 3.
+FAMBA_INLINE V sum_fours(const V (&x)[4]) {
+#if FAMBA_LANES == 4
+#define FAMBA_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k + 4, l + 4)
+#elif FAMBA_LANES == 8
+#define FAMBA_SHUFFLE(a, b, i, j, k, l) \
+    __builtin_shufflevector(a, b, i, j, k + 8, l + 8, i + 4, j + 4, k + 12, l + 12)
+#else
+#define FAMBA_SHUFFLE(a, b, i, j, k, l)                                                                          \
+    __builtin_shufflevector(a, b, i, j, k + 16, l + 16, i + 4, j + 4, k + 20, l + 20, i + 8, j + 8, k + 24, l + 24, \
+                            i + 12, j + 12, k + 28, l + 28)
+#endif
+    const V low = FAMBA_SHUFFLE(x[0], x[1], 0, 2, 0, 2) + FAMBA_SHUFFLE(x[0], x[1], 1, 3, 1, 3);
+    const V high = FAMBA_SHUFFLE(x[2], x[3], 0, 2, 0, 2) + FAMBA_SHUFFLE(x[2], x[3], 1, 3, 1, 3);
+    return FAMBA_SHUFFLE(low, high, 0, 2, 0, 2) + FAMBA_SHUFFLE(low, high, 1, 3, 1, 3);
+#undef FAMBA_SHUFFLE
+}
+
 FAMBA_INLINE float largest(V x) {
     float most = x[0];
     for (int i = 1; i < W; ++i) most = x[i] > most ? x[i] : most;

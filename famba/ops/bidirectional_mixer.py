@@ -1,0 +1,262 @@
+"""Vim's mixer from its input to its output projection, as one op where a backend has it so.
+
+One autograd node keeps a third of what its parts would keep: of the inner tensors only the scans' input before the
+convolution and the small projections; the gate, the convolution, the step sizes and the states are worked out again in
+the backward, from what is there anyway.
+"""
+
+# Annotations are evaluated here, not postponed: torch reads an op's schema from them.
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, cast, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from famba.errors import ConfigError
+from famba.ops.causal_conv1d import causal_conv1d
+from famba.ops.checks import check_rank, check_shapes
+from famba.ops.registry import kernels, resolve
+from famba.ops.selective_scan import scan_macs, selective_scan
+
+
+class Direction(NamedTuple):
+    """Weights of one of the two scans; d channels, n states, dt_rank r.
+
+    conv_weight (d, width), conv_bias (d,), x_weight (r + 2 n, d), dt_weight (d, r), dt_bias (d,), A (d, n), D (d,).
+    """
+
+    conv_weight: Tensor
+    conv_bias: Tensor
+    x_weight: Tensor
+    dt_weight: Tensor
+    dt_bias: Tensor
+    A: Tensor
+    D: Tensor
+
+
+@runtime_checkable
+class MixerKernels(Protocol):
+    """What a backend's module provides besides `Kernels` if it has the mixer as one op.
+
+    A direction is a list in the order of `Direction`'s fields. `mixer` returns the result and five tensors for the
+    backward, of the shapes `mixer_kept_shapes`; the first three are of x's dtype, the last two float32.
+    """
+
+    @staticmethod
+    def mixer_kept_shapes(
+        batch: int, length: int, channels: int, projected: int, states: int
+    ) -> list[tuple[int, ...]]: ...
+
+    @staticmethod
+    def mixer(
+        x: Tensor,
+        in_weight: Tensor,
+        forward: Sequence[Tensor],
+        backward: Sequence[Tensor],
+        out_weight: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+
+    @staticmethod
+    def mixer_backward(
+        dout: Tensor,
+        x: Tensor,
+        in_weight: Tensor,
+        forward: Sequence[Tensor],
+        backward: Sequence[Tensor],
+        out_weight: Tensor | None,
+        kept: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None]: ...
+
+
+def bidirectional_mixer(
+    x: Float[Tensor, "b l d_model"],
+    in_weight: Float[Tensor, "two_d d_model"],
+    forward: Direction,
+    backward: Direction,
+    out_weight: Float[Tensor, "d_out d"] | None = None,
+) -> Float[Tensor, "b l d_out"]:
+    """Mix tokens by a scan in each direction (Zhu et al. 2024, arXiv 2401.09417, Algorithm 1).
+
+    u, z = x in_weight^T. For each direction: u' = silu(conv(u)); dt, B, C = u' x_weight^T; y = the selective scan of u'
+    with step sizes softplus(dt dt_weight^T + dt_bias), gated by silu(z). The mean of both y, times out_weight^T.
+    Matrix products follow autocast; everything else is worked out in float32.
+
+    Args:
+        x: tokens (b, l, d_model).
+        in_weight: (2 d, d_model), the rows of u before those of z.
+        forward: weights of the scan from the first token to the last.
+        backward: weights of the scan from the last token to the first.
+        out_weight: (d_out, d); None for no output projection.
+
+    Returns:
+        (b, l, d_out), or (b, l, d) without `out_weight`, in the dtype of the matrix products.
+
+    Raises:
+        ConfigError: a shape, dtype or device does not fit.
+        BackendError: the chosen backend does not serve x's device.
+    """
+    _check(x, in_weight, forward, backward, out_weight)
+    dtype = _product_dtype(x)
+    backend = resolve(x.device.type, dtype)
+    if not isinstance(kernels(backend), MixerKernels):
+        return compose_mixer(x, in_weight, forward, backward, out_weight)
+    in_weight, x = in_weight.to(dtype), x.to(dtype)
+    out_weight = None if out_weight is None else out_weight.to(dtype)
+    directions = [
+        list(d._replace(x_weight=d.x_weight.to(dtype), dt_weight=d.dt_weight.to(dtype))) for d in (forward, backward)
+    ]
+    return _mixer(x, in_weight, *directions, out_weight, backend)[0]
+
+
+def compose_mixer(
+    x: Tensor, in_weight: Tensor, forward: Direction, backward: Direction, out_weight: Tensor | None = None
+) -> Tensor:
+    """The meaning of `bidirectional_mixer`: its parts one after the other, each with its own backward."""
+    u, z = F.linear(x, in_weight).chunk(2, dim=-1)
+    y = (_scan_direction(u, z, forward, reverse=False) + _scan_direction(u, z, backward, reverse=True)) / 2
+    return y if out_weight is None else F.linear(y, out_weight)
+
+
+def _scan_direction(u: Tensor, z: Tensor, weights: Direction, reverse: bool) -> Tensor:
+    u = causal_conv1d(u, weights.conv_weight, weights.conv_bias, activation="silu", reverse=reverse)
+    states = weights.A.shape[1]
+    dt, B, C = F.linear(u, weights.x_weight).split([weights.dt_weight.shape[1], states, states], dim=-1)
+    # The bias enters inside the scan, in float32, so that small steps survive bf16.
+    delta = F.linear(dt, weights.dt_weight)
+    return selective_scan(
+        u, delta, weights.A, B, C, weights.D, z=z, delta_bias=weights.dt_bias, delta_softplus=True, reverse=reverse
+    )
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def _check(x: Tensor, in_weight: Tensor, forward: Direction, backward: Direction, out_weight: Tensor | None) -> None:
+    op = "bidirectional_mixer"
+    check_rank(op, "x", x, "(b, l, d_model)")
+    check_rank(op, "in_weight", in_weight, "(2 d, d_model)")
+    if in_weight.shape[0] % 2:
+        raise ConfigError(f"{op}: in_weight has shape {tuple(in_weight.shape)}, expected an even number of rows")
+    d = in_weight.shape[0] // 2
+    shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {"in_weight": (in_weight, (2 * d, x.shape[2]))}
+    for name, weights in (("forward", forward), ("backward", backward)):
+        check_rank(op, f"{name}.A", weights.A, "(d, n)")
+        check_rank(op, f"{name}.dt_weight", weights.dt_weight, "(d, r)")
+        check_rank(op, f"{name}.conv_weight", weights.conv_weight, "(d, width)")
+        n, r = weights.A.shape[1], weights.dt_weight.shape[1]
+        expected = ((d, weights.conv_weight.shape[1]), (d,), (r + 2 * n, d), (d, r), (d,), (d, n), (d,))
+        for field, tensor, shape in zip(Direction._fields, weights, expected, strict=True):
+            shapes[f"{name}.{field}"] = (tensor, shape)
+    if out_weight is not None:
+        check_rank(op, "out_weight", out_weight, "(d_out, d)")
+        shapes["out_weight"] = (out_weight, (out_weight.shape[0], d))
+    check_shapes(op, "x", x=(x, tuple(x.shape)), **shapes)
+
+
+@torch.library.custom_op("famba::bidirectional_mixer", mutates_args=())
+def _mixer(
+    x: Tensor,
+    in_weight: Tensor,
+    forward: Sequence[Tensor],
+    backward: Sequence[Tensor],
+    out_weight: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        return _kernels(backend).mixer(x, in_weight, forward, backward, out_weight)
+
+
+@_mixer.register_fake
+def _mixer_shape(
+    x: Tensor,
+    in_weight: Tensor,
+    forward: Sequence[Tensor],
+    backward: Sequence[Tensor],
+    out_weight: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, length, _ = x.shape
+    channels = in_weight.shape[0] // 2
+    projected, states = forward[2].shape[0], forward[5].shape[1]
+    shapes = _kernels(backend).mixer_kept_shapes(batch, length, channels, projected, states)
+    u, from_u, from_u_back, *entering = (
+        x.new_empty(shape, dtype=x.dtype if i < 3 else torch.float32) for i, shape in enumerate(shapes)
+    )
+    out = x.new_empty(batch, length, channels if out_weight is None else out_weight.shape[0])
+    return out, u, from_u, from_u_back, entering[0], entering[1]
+
+
+@torch.library.custom_op("famba::bidirectional_mixer_backward", mutates_args=())
+def _mixer_backward(
+    dout: Tensor,
+    x: Tensor,
+    in_weight: Tensor,
+    forward: Sequence[Tensor],
+    backward: Sequence[Tensor],
+    out_weight: Tensor | None,
+    kept: Sequence[Tensor],
+    backend: str,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        *grads, dout_weight = _kernels(backend).mixer_backward(dout, x, in_weight, forward, backward, out_weight, kept)
+    # An op returns tensors only: an empty one stands for the gradient of a weight that is None.
+    return *grads, x.new_empty(0) if dout_weight is None else dout_weight  # type: ignore[return-value]
+
+
+@_mixer_backward.register_fake
+def _mixer_backward_shape(
+    dout: Tensor,
+    x: Tensor,
+    in_weight: Tensor,
+    forward: Sequence[Tensor],
+    backward: Sequence[Tensor],
+    out_weight: Tensor | None,
+    kept: Sequence[Tensor],
+    backend: str,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:
+    def like(tensor: Tensor) -> Tensor:
+        return tensor.new_empty(tensor.shape)
+
+    dout_weight = x.new_empty(0) if out_weight is None else like(out_weight)
+    return like(x), like(in_weight), [like(w) for w in forward], [like(w) for w in backward], dout_weight
+
+
+def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, in_weight, forward, backward, out_weight, ctx.backend = inputs
+    ctx.weights = len(forward)
+    ctx.save_for_backward(x, in_weight, out_weight, *forward, *backward, *output[1:])
+
+
+def _gradients(ctx, dout, *_):  # type: ignore[no-untyped-def]
+    x, in_weight, out_weight, *rest = ctx.saved_tensors
+    forward, backward, kept = rest[: ctx.weights], rest[ctx.weights : 2 * ctx.weights], rest[2 * ctx.weights :]
+    dx, din, dforward, dbackward, dout_weight = _mixer_backward(
+        dout, x, in_weight, forward, backward, out_weight, kept, ctx.backend
+    )
+    return dx, din, dforward, dbackward, None if out_weight is None else dout_weight, None
+
+
+_mixer.register_autograd(_gradients, setup_context=_keep)
+
+
+def _kernels(backend: str) -> MixerKernels:
+    return cast(MixerKernels, kernels(backend))
+
+
+@register_flop_formula(torch.ops.famba.bidirectional_mixer)
+def _mixer_flops(x, in_weight, forward, backward, out_weight, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    batch, length, d_model = x
+    channels = in_weight[0] // 2
+    macs = batch * length * (in_weight[0] * d_model + (0 if out_weight is None else out_weight[0] * channels))
+    for conv_weight, _, x_weight, dt_weight, _, A, _ in (forward, backward):
+        per_token = conv_weight[1] + x_weight[0] + dt_weight[1]
+        macs += batch * length * channels * per_token
+        macs += scan_macs(batch, length, channels, A[1], skip=True, gate=True)
+    return 2 * macs

@@ -1,0 +1,75 @@
+"""The fusing of tokens as a torch custom op."""
+
+# Annotations are evaluated here, not postponed: torch reads an op's schema from them.
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from famba.errors import ConfigError
+from famba.ops.checks import check_rank, check_shapes
+from famba.ops.registry import kernels, resolve
+
+
+def fuse_tokens(
+    x: Float[Tensor, "b l c"], places: Int[Tensor, "b l"], weights: Float[Tensor, "b l"], length: int
+) -> Float[Tensor, "b fused c"]:
+    """Add up the tokens of each place, each times its weight.
+
+    Args:
+        x: tokens (b, l, c), of any floating dtype; summed in float32 at least.
+        places: for each token its place in the result (b, l), int64 in [0, length); not looked at, since that would
+            make a device wait.
+        weights: (b, l); no gradient is drawn from them.
+        length: places in the result.
+
+    Returns:
+        (b, length, c) in x's dtype. A token that stands alone with weight 1 is passed on bit for bit.
+
+    Raises:
+        ConfigError: a shape, dtype or device does not fit.
+        BackendError: the chosen backend does not serve x's device.
+    """
+    check_rank("fuse_tokens", "x", x, "(b, l, c)")
+    batch, tokens, _ = x.shape
+    check_shapes("fuse_tokens", "x", x=(x, tuple(x.shape)), weights=(weights, (batch, tokens)))
+    if places.shape != weights.shape or places.dtype != torch.int64 or places.device != x.device:
+        raise ConfigError(
+            f"fuse_tokens: places is {places.dtype} of shape {tuple(places.shape)} on {places.device}, "
+            f"expected torch.int64 of shape {(batch, tokens)} on {x.device}"
+        )
+    return _fuse(x, places, weights.detach(), length, resolve(x.device.type, x.dtype))
+
+
+@torch.library.custom_op("famba::fuse_tokens", mutates_args=())
+def _fuse(x: Tensor, places: Tensor, weights: Tensor, length: int, backend: str) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return kernels(backend).fuse_tokens(x, places, weights, length)
+
+
+@_fuse.register_fake
+def _fuse_shape(x: Tensor, places: Tensor, weights: Tensor, length: int, backend: str) -> Tensor:
+    return x.new_empty(x.shape[0], length, x.shape[2])
+
+
+@torch.library.custom_op("famba::fuse_tokens_backward", mutates_args=())
+def _fuse_backward(dy: Tensor, places: Tensor, weights: Tensor, backend: str) -> Tensor:
+    with torch.autocast(dy.device.type, enabled=False):
+        return kernels(backend).fuse_tokens_backward(dy, places, weights)
+
+
+@_fuse_backward.register_fake
+def _fuse_backward_shape(dy: Tensor, places: Tensor, weights: Tensor, backend: str) -> Tensor:
+    return dy.new_empty(*places.shape, dy.shape[2])
+
+
+def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, places, weights, _, ctx.backend = inputs
+    ctx.save_for_backward(places, weights)
+
+
+def _gradients(ctx, dy):  # type: ignore[no-untyped-def]
+    places, weights = ctx.saved_tensors
+    return _fuse_backward(dy, places, weights, ctx.backend), None, None, None, None
+
+
+_fuse.register_autograd(_gradients, setup_context=_keep)
