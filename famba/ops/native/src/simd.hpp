@@ -9,7 +9,7 @@
 #include "interface.h"
 
 #if defined(__SSE__)
-#include <xmmintrin.h>
+#include <immintrin.h>
 #endif
 
 namespace famba {
@@ -34,8 +34,8 @@ FAMBA_INLINE To bits(From x) {
     return y;
 }
 
-FAMBA_INLINE V select(I mask, V yes, V no) { return bits<V>((mask & bits<I>(yes)) | (~mask & bits<I>(no))); }
-FAMBA_INLINE V maximum(V a, V b) { return select(a > b, a, b); }
+FAMBA_INLINE V maximum(V a, V b) { return a > b ? a : b; }  // b where one is NaN
+FAMBA_INLINE V minimum(V a, V b) { return a < b ? a : b; }
 FAMBA_INLINE V absolute(V a) { return bits<V>(bits<I>(a) & 0x7fffffff); }
 
 // The numbers that the kernels read and write, always worked on as float32.
@@ -136,10 +136,8 @@ constexpr float ROUND = 12582912.f;
 // slow decays, over which errors would add up, are exact).
 constexpr float EXP2[] = {0x1.5bba12p-10f, 0x1.3cea88p-7f, 0x1.c6b752p-5f, 0x1.ebf9bcp-3f, 0x1.62e42ap-1f, 1.f};
 
-FAMBA_INLINE V clamp_exponent(V x) {
-    x = select(x < -127.f, splat(-127.f), x);
-    return select(x > 128.f, splat(128.f), x);  // NaN passes both
-}
+// Where 2^x leaves the range of a float to 0 and to infinity; NaN passes.
+FAMBA_INLINE V clamp_exponent(V x) { return minimum(splat(128.f), maximum(splat(-127.f), x)); }
 
 // out[g] = 2^(a b[g]), for every a b where `Any`, else for |a b| < 125.
 // Stage by stage over all g: one exponential alone is a chain of ten dependent steps, and a processor does not look far
@@ -160,42 +158,51 @@ FAMBA_INLINE void exp2_products(V a, const V (&b)[G], V (&out)[G]) {
     }
 }
 
-// 2^(a b) for every a b.
-FAMBA_INLINE V exp2_product(V a, V b) {
-    const V rates[1] = {b};
+// exp(x), held within 2^-125 and 2^125, so that neither it nor its reciprocal leaves the range of a float.
+FAMBA_INLINE V bounded_exponential(V x) {
+    const V one[1] = {splat(1.f)};
     V out[1];
-    exp2_products<true>(a, rates, out);
+    exp2_products<false>(minimum(splat(124.9f), maximum(splat(-124.9f), x * LOG2E)), one, out);
     return out[0];
 }
 
-FAMBA_INLINE V exponential(V x) { return exp2_product(x, splat(LOG2E)); }
-
-// log(1 + e) for 0 <= e <= 1, relative error below 2e-7: 2 atanh(e / (2 + e)) as a series.
-FAMBA_INLINE V log1p_unit(V e) {
-    const V s = e / (e + 2.f), q = s * s;
-    V p = splat(1.f / 15);
-    p = p * q + 1.f / 13;
-    p = p * q + 1.f / 11;
-    p = p * q + 1.f / 9;
-    p = p * q + 1.f / 7;
-    p = p * q + 1.f / 5;
-    p = p * q + 1.f / 3;
-    p = p * q + 1.f;
-    return 2.f * s * p;
+// 1 / x for 2^-125 <= |x| <= 2^126, error below 2e-7: the processor's estimate and a Newton step, since divisions are
+// slow in wide vectors.
+FAMBA_INLINE V reciprocal(V x) {
+#if defined(__AVX512F__) && FAMBA_LANES == 16
+    const V r = bits<V>(_mm512_rcp14_ps(bits<__m512>(x)));
+#elif defined(__AVX__) && FAMBA_LANES == 8
+    const V r = bits<V>(_mm256_rcp_ps(bits<__m256>(x)));
+#else
+    return 1.f / x;
+#endif
+#if FAMBA_LANES > 4
+    return r + r * (1.f - x * r);
+#endif
 }
 
-FAMBA_INLINE V sigmoid(V x) { return 1.f / (1.f + exponential(-x)); }
+// log(1 + e) for 0 <= e <= 1, relative error below 2e-7, by the polynomial for log(1 + e) / e.
+constexpr float LOG1P[] = {0x1.56eddep-8f,  -0x1.e369c4p-6f, 0x1.4069cap-4f,  -0x1.17d2bap-3f, 0x1.874a7cp-3f,
+                           -0x1.fcc8c6p-3f, 0x1.553004p-2f,  -0x1.fffeacp-2f, 0x1.fffffep-1f};
+
+FAMBA_INLINE V log1p_unit(V e) {
+    V p = splat(LOG1P[0]);
+    for (int k = 1; k < 9; ++k) p = p * e + LOG1P[k];
+    return p * e;
+}
+
+FAMBA_INLINE V sigmoid(V x) { return reciprocal(1.f + bounded_exponential(-x)); }
 
 struct Softplus {
     V value, slope;
 };
 
-FAMBA_INLINE V softplus(V x) { return maximum(x, splat(0.f)) + log1p_unit(exponential(-absolute(x))); }
+FAMBA_INLINE V softplus(V x) { return maximum(x, splat(0.f)) + log1p_unit(bounded_exponential(-absolute(x))); }
 
 FAMBA_INLINE Softplus softplus_with_slope(V x) {
-    const V e = exponential(-absolute(x));
-    const V inverse = 1.f / (1.f + e);
-    return {maximum(x, splat(0.f)) + log1p_unit(e), select(x > 0.f, inverse, e * inverse)};
+    const V e = bounded_exponential(-absolute(x));
+    const V inverse = reciprocal(1.f + e);
+    return {maximum(x, splat(0.f)) + log1p_unit(e), x > 0.f ? inverse : e * inverse};
 }
 
 // Flushes denormal numbers to zero while it lives: a state that has died away must not slow the scan down.
