@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/demo-$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: help setup train test lint format clean
+.PHONY: help setup train test lint format clean retry
 
 help:
 	@echo "make train   set up and train a small Vim with and without fusion on digits (5 minutes)"
@@ -13,9 +13,14 @@ help:
 	@echo "make format  put the code into the project's style"
 	@echo "make clean   remove what builds and tests leave behind"
 
+# Again where the kernels could not be compiled and now there is a compiler.
+RETRY := $(if $(wildcard famba/ops/native/build_failure.txt),$(if $(shell command -v c++),retry))
+
 setup: $(VENV)/ready
 
-$(VENV)/ready: pyproject.toml setup.py $(wildcard famba/ops/native/src/*)
+retry:
+
+$(VENV)/ready: pyproject.toml setup.py $(wildcard famba/ops/native/src/*) $(RETRY)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'

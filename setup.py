@@ -35,6 +35,7 @@ class BuildKernels(build_ext):
     """One object for each instruction set, linked into a shared library."""
 
     def run(self) -> None:
+        """Build; where that fails, leave the reason in place of the library."""
         root = Path() if self.inplace or self.editable_mode else Path(self.build_lib)
         target, failure = root / LIBRARY, root / FAILURE
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -45,8 +46,7 @@ class BuildKernels(build_ext):
         except (OSError, subprocess.CalledProcessError) as error:
             if os.environ.get("FAMBA_REQUIRE_KERNELS"):
                 raise
-            reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-            failure.write_text(f"the kernels could not be compiled at installation: {' / '.join(reason[:2])}\n")
+            failure.write_text(f"the kernels could not be compiled at installation: {_reason(error)}\n")
             print(f"warning: {failure.read_text().strip()}", file=sys.stderr)  # noqa: T201
 
     def _build(self, target: Path) -> None:
@@ -62,15 +62,16 @@ class BuildKernels(build_ext):
             named = [f"-DFAMBA_ISA={name}", f"-DFAMBA_LANES={lanes}", *flags]
             jobs.append(([*named, "-c", f"{FOLDER}/src/kernels.cpp"], folder / f"{name}.o"))
         running = [_start([*compiler, *FLAGS, *extra, *command, "-o", str(out)]) for command, out in jobs]
-        for process in running:
-            _finish(process)
+        _finish(running)
         objects = [str(out) for _, out in jobs]
-        _finish(_start([*compiler, *extra, "-shared", "-o", str(target), *objects, "-pthread", "-ldl"]))
+        _finish([_start([*compiler, *extra, "-shared", "-o", str(target), *objects, "-pthread", "-ldl"])])
 
     def get_source_files(self) -> list[str]:
+        """What the source distribution has to hold."""
         return [str(path) for path in sorted(Path(FOLDER, "src").iterdir())]
 
     def get_outputs(self) -> list[str]:
+        """What the wheel has to hold."""
         built = [Path(self.build_lib, name) for name in (LIBRARY, FAILURE)]
         return [str(path) for path in built if path.exists()]
 
@@ -79,6 +80,7 @@ class PlatformWheel(bdist_wheel):
     """A wheel for any Python on this platform."""
 
     def get_tag(self) -> tuple[str, str, str]:
+        """Any Python 3, no ABI, this platform."""
         return "py3", "none", super().get_tag()[2]
 
 
@@ -86,10 +88,20 @@ def _start(command: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # noqa: S603
 
 
-def _finish(process: subprocess.Popen[str]) -> None:
-    out, error = process.communicate()
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, process.args, out, error or out)
+def _finish(processes: list[subprocess.Popen[str]]) -> None:
+    """Wait for all, then raise CalledProcessError for the first that failed; show warnings of the others."""
+    said = [process.communicate() for process in processes]
+    for process, (out, error) in zip(processes, said, strict=True):
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, process.args, out, error)
+        sys.stderr.write(error)
+
+
+def _reason(error: OSError | subprocess.CalledProcessError) -> str:
+    """What went wrong in one line: the compiler's first error, or the first line that there is."""
+    said = getattr(error, "stderr", None) or getattr(error, "stdout", None) or str(error)
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or [str(error)]
+    return next((line for line in lines if "error" in line.lower()), lines[0])
 
 
 setup(

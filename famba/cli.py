@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import famba
+from famba.analysis.benchmark.command import add_benchmark
 from famba.errors import FambaError
 
 
@@ -57,6 +58,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("runs", nargs="+", metavar="FOLDER", help="run folders, or folders that hold some")
     report.set_defaults(run=_report)
+
+    add_benchmark(commands)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="show versions, devices and backends, and check that they work",
+        description="Show versions, devices and backends, and check each backend that can be used against the "
+        "reference. The exit status is 1 where something fails.",
+    )
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -73,3 +84,11 @@ def _report(options: argparse.Namespace) -> int:
 
     print(run_table(find_runs(options.runs)))
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from famba.analysis.doctor import diagnose
+
+    report, works = diagnose()
+    print(report)
+    return 0 if works else 1

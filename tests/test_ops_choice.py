@@ -144,7 +144,7 @@ def test_auto_passes_over_what_cannot_be_used_or_serves_another_device(
     broken = registry.Backend(counted.module, counted.devices, lambda: "broken; mend it")
     monkeypatch.setattr(registry, "_BACKENDS", {"counted": broken, "reference": registry._BACKENDS["reference"]})
     assert registry.resolve("cpu") == "reference"
-    assert registry.explain("cpu") == "reference (counted is broken)"
+    assert registry.explain("cpu") == "reference (counted: broken)"
 
 
 def test_a_backend_for_another_device_is_refused(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

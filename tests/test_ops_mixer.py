@@ -99,8 +99,8 @@ def test_one_op_agrees_with_its_parts(
             library.use_isa(None)
     for number, (a, b) in enumerate(zip(actual, exact(tensors, dy), strict=True)):
         assert a.dtype == torch.float32
-        # Products of float32 are rounded before the kernels see them.
-        assert_close(a, b, 2e-5, f"result {number}", floor=1e-2)
+        # Sums of terms of size 1 that happen to cancel are as exact as their terms.
+        assert_close(a, b, 1e-5, f"result {number}", floor=1.0)
 
 
 @needs_kernels
@@ -147,9 +147,9 @@ def test_it_keeps_less_than_a_third_of_what_its_parts_keep() -> None:
             return kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
 
         x = drawn[0][:batch].detach().bfloat16().requires_grad_()
-        with use_backend(backend), torch.autocast("cpu", torch.bfloat16):
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-                bidirectional_mixer(*built([x, *drawn[1:]]))
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
+        with use_backend(backend), torch.autocast("cpu", torch.bfloat16), hooks:
+            bidirectional_mixer(*built([x, *drawn[1:]]))
         return sum(t.untyped_storage().nbytes() for t in kept.values())
 
     # Of one more image; weights count in both.

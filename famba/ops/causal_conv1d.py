@@ -37,6 +37,8 @@ def causal_conv1d(
     check_rank("causal_conv1d", "x", x, "(b, l, d)")
     check_rank("causal_conv1d", "weight", weight, "(d, width)")
     channels = x.shape[2]
+    if weight.shape[1] == 0:
+        raise ConfigError(f"causal_conv1d: weight has shape {tuple(weight.shape)}, expected a width of at least 1")
     check_shapes(
         "causal_conv1d",
         "x",

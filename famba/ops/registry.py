@@ -169,7 +169,7 @@ def explain(device: str) -> str:
     name = resolve(device)
     faster = list(_BACKENDS)[: list(_BACKENDS).index(name)]
     passed_over = [n for n in faster if _serves(_BACKENDS[n], device) and _BACKENDS[n].obstacle() is not None]
-    reasons = [f"{n} is {(_BACKENDS[n].obstacle() or '').split(';')[0]}" for n in passed_over]
+    reasons = [f"{n}: {(_BACKENDS[n].obstacle() or '').split(';')[0]}" for n in passed_over]
     return f"{name} ({'; '.join(reasons)})" if reasons else name
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from famba.errors import ConfigError
-from famba.ops.native.library import Array, Conv, Fuse, Norm, Scan, call, dtype_code
+from famba.ops.native.library import Array, Conv, Fuse, Norm, Scan, call, dtype_code, threads
 
 # The scan keeps the states that enter each chunk of at most this many steps; shorter sequences keep none.
 # A chunk's states then fit a processor's second-level cache in the backward.
@@ -39,11 +39,13 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """Return y and the states that enter the later chunks."""
     batch, length, channels = u.shape
+    dtype = u.dtype
+    u = u.to(_common_dtype(u, delta, B, C, z))
     y = torch.empty(u.shape, dtype=u.dtype)
     state = torch.empty(scan_state_shape(batch, length, channels, A.shape[1]))
     scan = ScanArguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, state)
     scan.forward(y)
-    return y, state
+    return y.to(dtype), state
 
 
 def selective_scan_backward(
@@ -61,12 +63,14 @@ def selective_scan_backward(
     state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the inputs, each in its input's dtype."""
-    scan = ScanArguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, state)
+    dtype = u.dtype
+    u = u.to(_common_dtype(u, delta, B, C, z))
+    scan = ScanArguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, state.contiguous())
     du, ddelta, dB, dC = (torch.empty(x.shape, dtype=u.dtype) for x in (u, delta, B, C))
     dz = None if z is None else torch.empty(z.shape, dtype=u.dtype)
     dA, dD, dbias = scan.backward(dy, du, ddelta, dB, dC, dz)
     return (
-        du,
+        du.to(dtype),
         ddelta.to(delta.dtype),
         dA.to(A.dtype),
         dB.to(B.dtype),
@@ -98,7 +102,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     x, residual, weight = x.contiguous(), _parameter(residual), parameter(weight)
     normed, total = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape)
     norm = Norm(rows=x.shape[0] * x.shape[1], channels=x.shape[2], dtype=dtype_code(x.dtype), eps=eps)
-    norm.threads, norm.x, norm.residual = torch.get_num_threads(), x.data_ptr(), address(residual)
+    norm.threads, norm.x, norm.residual = threads(), x.data_ptr(), address(residual)
     norm.weight, norm.normed, norm.total = weight.data_ptr(), normed.data_ptr(), total.data_ptr()
     call("norm_forward", norm)
     return normed, total
@@ -108,10 +112,10 @@ def add_rms_norm_backward(
     dnormed: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the sum and of weight."""
-    dnormed, dtotal, weights = dnormed.contiguous(), parameter(dtotal), parameter(weight)
+    dnormed, dtotal, weights, total = dnormed.contiguous(), parameter(dtotal), parameter(weight), parameter(total)
     grad, dweight = torch.empty(total.shape), torch.empty(weight.shape)
     norm = Norm(rows=total.shape[0] * total.shape[1], channels=total.shape[2], dtype=dtype_code(dnormed.dtype), eps=eps)
-    norm.threads, norm.dnormed, norm.dtotal = torch.get_num_threads(), dnormed.data_ptr(), dtotal.data_ptr()
+    norm.threads, norm.dnormed, norm.dtotal = threads(), dnormed.data_ptr(), dtotal.data_ptr()
     norm.total, norm.weight = total.data_ptr(), weights.data_ptr()
     norm.grad, norm.dweight = grad.data_ptr(), dweight.data_ptr()
     call("norm_backward", norm)
@@ -141,7 +145,7 @@ def _fuse(kernel: str, tokens: Tensor, fused: Tensor, places: Tensor, weights: T
     if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < length:
         raise ConfigError(f"fuse_tokens: places from {places.min()} to {places.max()}, expected 0 to {length - 1}")
     fuse = Fuse(tokens.shape[0], tokens.shape[1], length, tokens.shape[2], dtype_code(tokens.dtype))
-    fuse.threads, fuse.x, fuse.y = torch.get_num_threads(), Array.of(tokens), Array.of(fused)
+    fuse.threads, fuse.x, fuse.y = threads(), Array.of(tokens), Array.of(fused)
     fuse.places, fuse.weights = places.data_ptr(), weights.data_ptr()
     call(kernel, fuse)
 
@@ -153,6 +157,12 @@ def parameter(x: Tensor) -> Tensor:
 
 def _parameter(x: Tensor | None) -> Tensor | None:
     return None if x is None else parameter(x)
+
+
+def _common_dtype(*activations: Tensor | None) -> torch.dtype:
+    """The dtype of all, or float32 where they differ: nothing is rounded to the coarsest."""
+    dtypes = {x.dtype for x in activations if x is not None}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def activation(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -213,7 +223,7 @@ class ScanArguments:
 
     def forward(self, y: Tensor) -> None:
         """Write the result, and the states that enter later chunks."""
-        self._scan.threads = torch.get_num_threads()
+        self._scan.threads = threads()
         self._scan.y = Array.of(y)
         call("scan_forward", self._scan)
 
@@ -237,7 +247,7 @@ class ScanArguments:
         assert A is not None
         dA, dD, dbias = torch.empty(A.shape), torch.empty(A.shape[0]), torch.empty(A.shape[0])
         scan.dA, scan.dD, scan.ddelta_bias = dA.data_ptr(), dD.data_ptr(), dbias.data_ptr()
-        scan.threads = torch.get_num_threads()
+        scan.threads = threads()
         call("scan_backward", scan)
         return dA, dD, dbias
 
@@ -269,7 +279,7 @@ class ConvArguments:
 
     def forward(self, y: Tensor) -> None:
         """Write the result."""
-        self._conv.threads = torch.get_num_threads()
+        self._conv.threads = threads()
         self._conv.y = Array.of(y)
         call("conv_forward", self._conv)
 
@@ -277,7 +287,7 @@ class ConvArguments:
         """Write the input's gradient; return those of weight and bias."""
         dy = activation(dy, self._x.dtype)
         dweight, dbias = torch.empty(self._weight.shape), torch.empty(self._weight.shape[0])
-        self._conv.threads = torch.get_num_threads()
+        self._conv.threads = threads()
         self._conv.dy, self._conv.dx = Array.of(dy), Array.of(dx)
         self._conv.dweight, self._conv.dbias = dweight.data_ptr(), dbias.data_ptr()
         call("conv_backward", self._conv)

@@ -91,6 +91,7 @@ class Fuse(ctypes.Structure):
 
 _loaded: ctypes.CDLL | None = None
 _isa: int | None = None
+_is_forked_child = False
 
 
 def obstacle() -> str | None:
@@ -122,8 +123,22 @@ def use_isa(name: str | None) -> None:
 def call(kernel: str, arguments: ctypes.Structure) -> None:
     """Run a kernel. Raises MemoryError where its scratch memory cannot be had."""
     status = getattr(_library(), f"famba_{kernel}")(_isa_number(), ctypes.byref(arguments))
-    if status:
+    if status == 1:
         raise MemoryError(f"native {kernel}: out of memory for scratch space")
+    assert status == 0
+
+
+def threads() -> int:
+    """Threads that a kernel may use: torch's, or one in a forked child, which has none of its parent's."""
+    return 1 if _is_forked_child else torch.get_num_threads()
+
+
+def _note_fork() -> None:
+    global _is_forked_child
+    _is_forked_child = True
+
+
+os.register_at_fork(after_in_child=_note_fork)
 
 
 def dtype_code(dtype: torch.dtype) -> int:

@@ -30,7 +30,7 @@ class ConvBlock {
     void forward(const Rows<T> &out) const {
         for (int64_t s = 0; s < p_.length; ++s) {
             V y = bias_ + correlate(inputs_ + s * W);
-            if (p_.silu) y *= sigmoid(y);
+            if (p_.silu) y = silu(y);
             store(out.at(position(s), channel_), y, lanes_);
         }
     }
@@ -41,10 +41,7 @@ class ConvBlock {
         V dbias{};
         for (int64_t s = 0; s < p_.length; ++s) {
             V grad = load(dy.at(position(s), channel_), lanes_);
-            if (p_.silu) {
-                const V y = bias_ + correlate(inputs_ + s * W), gate = sigmoid(y);
-                grad *= gate * (1.f + y * (1.f - gate));
-            }
+            if (p_.silu) grad *= silu_with_slope(bias_ + correlate(inputs_ + s * W)).slope;
             dbias += grad;
             store(grads_ + s * W, grad);
         }

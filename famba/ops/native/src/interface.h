@@ -73,7 +73,8 @@ int famba_isa_built(int isa);
 int famba_isa_best(void);
 int famba_isa_lanes(int isa);
 
-// Each returns 0, or 1 where memory ran out. The caller has checked shapes and strides.
+// Each returns 0, 1 where memory ran out, or 2 for an instruction set that was not built. The caller has checked shapes
+// and strides.
 int famba_scan_forward(int isa, const famba_scan *);
 int famba_scan_backward(int isa, const famba_scan *);
 int famba_conv_forward(int isa, const famba_conv *);

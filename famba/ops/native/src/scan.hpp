@@ -215,10 +215,7 @@ class ForwardTask {
         for (int64_t s = 0; s < count; ++s) {
             const int64_t t = position(p_, begin + s);
             V y = load(steps_.y + s * W) * p_.scale;
-            if (z_) {
-                const V z = load(z_.at(t, channel), lanes);
-                y *= z * sigmoid(z);
-            }
+            if (z_) y *= silu(load(z_.at(t, channel), lanes));
             T *out = y_.at(t, channel);
             if (p_.accumulate) y += load(out, lanes);
             store(out, y, lanes);

@@ -205,10 +205,7 @@ class BackwardTask {
         Softplus delta{load(delta_.at(t, channel), lanes) + bias, splat(1.f)};
         if (p_.softplus) delta = softplus_with_slope(delta.value);
         V dy = load(dy_.at(t, channel), lanes) * p_.scale;
-        if (z_) {
-            const V z = load(z_.at(t, channel), lanes);
-            dy *= z * sigmoid(z);
-        }
+        if (z_) dy *= silu(load(z_.at(t, channel), lanes));
         store(steps.u + here, u);
         store(steps.delta + here, delta.value);
         store(steps.slope + here, delta.slope);
@@ -260,10 +257,9 @@ class BackwardTask {
     }
 
     void leave_gate(int64_t t, int64_t channel, int lanes, V y) const {
-        const V z = load(z_.at(t, channel), lanes), gate = sigmoid(z);
-        const V slope = gate * (1.f + z * (1.f - gate));
-        put(dz_.at(t, channel), load(dy_.at(t, channel), lanes) * y * slope, lanes);
-        if (y_) put(y_.at(t, channel), y * z * gate, lanes);
+        const Silu gate = silu_with_slope(load(z_.at(t, channel), lanes));
+        put(dz_.at(t, channel), load(dy_.at(t, channel), lanes) * y * gate.slope, lanes);
+        if (y_) put(y_.at(t, channel), y * gate.value, lanes);
     }
 
     void put(T *out, V value, int lanes) const {
@@ -337,6 +333,11 @@ void scan_backward(const famba_scan &p) {
           {blocks.count * p.states * W, blocks.count, per_channel * p.states, per_channel, per_channel, per_step, per_step},
           {&rates.vectors, &rates.largest, &partial.dA, &partial.dD, &partial.dbias, &partial.dB, &partial.dC});
     rates.fill(p, blocks);
+    if (p.length == 0) {
+        std::fill(partial.dA, partial.dA + per_channel * p.states, 0.f);
+        std::fill(partial.dD, partial.dD + per_channel, 0.f);
+        std::fill(partial.dbias, partial.dbias + per_channel, 0.f);
+    }
     for_each(p.threads, p.batch * blocks.groups, [&](int64_t task) {
         const FlushDenormals flush;
         BackwardTask<T>(p, rates, blocks, partial, task).run();

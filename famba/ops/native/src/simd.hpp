@@ -136,8 +136,10 @@ constexpr float ROUND = 12582912.f;
 // slow decays, over which errors would add up, are exact).
 constexpr float EXP2[] = {0x1.5bba12p-10f, 0x1.3cea88p-7f, 0x1.c6b752p-5f, 0x1.ebf9bcp-3f, 0x1.62e42ap-1f, 1.f};
 
-// Where 2^x leaves the range of a float to 0 and to infinity; NaN passes.
-FAMBA_INLINE V clamp_exponent(V x) { return minimum(splat(128.f), maximum(splat(-127.f), x)); }
+// Beyond these 2^x is 0 and infinity; NaN passes.
+FAMBA_INLINE V clamp_exponent(V x) { return minimum(splat(129.f), maximum(splat(-150.f), x)); }
+
+FAMBA_INLINE V power_of_two(I n) { return bits<V>((n + 127) << 23); }
 
 // out[g] = 2^(a b[g]), for every a b where `Any`, else for |a b| < 125.
 // Stage by stage over all g: one exponential alone is a chain of ten dependent steps, and a processor does not look far
@@ -151,10 +153,10 @@ FAMBA_INLINE void exp2_products(V a, const V (&b)[G], V (&out)[G]) {
     for (int g = 0; g < G; ++g) out[g] = f[g] * EXP2[0] + EXP2[1];
     for (int k = 2; k < 6; ++k)
         for (int g = 0; g < G; ++g) out[g] = out[g] * f[g] + EXP2[k];
-    // The integer goes into the exponent; where that might leave its range, by a product, which saturates.
+    // The integer goes into the exponent; where that might leave its range, by two products, which end at 0 or infinity.
     for (int g = 0; g < G; ++g) {
-        const I n = bits<I>(r[g]) << 23;
-        out[g] = Any ? out[g] * bits<V>(n + (127 << 23)) : bits<V>(bits<I>(out[g]) + n);
+        const I n = bits<I>(r[g]) - bits<I>(splat(ROUND)), half = n >> 1;
+        out[g] = Any ? out[g] * power_of_two(half) * power_of_two(n - half) : bits<V>(bits<I>(out[g]) + (bits<I>(r[g]) << 23));
     }
 }
 
@@ -170,7 +172,7 @@ FAMBA_INLINE V bounded_exponential(V x) {
 // slow in wide vectors.
 FAMBA_INLINE V reciprocal(V x) {
 #if defined(__AVX512F__) && FAMBA_LANES == 16
-    const V r = bits<V>(_mm512_rcp14_ps(bits<__m512>(x)));
+    const V r = bits<V>(_mm512_maskz_rcp14_ps(0xffff, bits<__m512>(x)));
 #elif defined(__AVX__) && FAMBA_LANES == 8
     const V r = bits<V>(_mm256_rcp_ps(bits<__m256>(x)));
 #else
@@ -191,7 +193,21 @@ FAMBA_INLINE V log1p_unit(V e) {
     return p * e;
 }
 
-FAMBA_INLINE V sigmoid(V x) { return reciprocal(1.f + bounded_exponential(-x)); }
+// silu(x) = x sigmoid(x), and its slope sigmoid(x) (1 + x sigmoid(-x)). Far out a sigmoid is 0 exactly, so that its
+// product with any number is.
+struct Silu {
+    V value, slope;
+};
+
+FAMBA_INLINE V silu(V x) {
+    return x * (x < -86.f ? V{} : reciprocal(1.f + bounded_exponential(-x)));
+}
+
+FAMBA_INLINE Silu silu_with_slope(V x) {
+    const V e = bounded_exponential(-x), inverse = reciprocal(1.f + e);
+    const V gate = x < -86.f ? V{} : inverse, rest = x > 86.f ? V{} : e * inverse;
+    return {x * gate, gate * (1.f + x * rest)};
+}
 
 struct Softplus {
     V value, slope;

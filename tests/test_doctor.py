@@ -1,0 +1,135 @@
+"""What `famba doctor` shows, and what it finds wrong."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ops_helpers import needs_kernels
+
+import famba as package
+from famba.cli import main as famba
+from famba.ops import reference, registry
+from famba.ops.native import library
+
+
+@pytest.fixture(autouse=True)
+def no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_chosen", None)
+    for variable in ("FAMBA_BACKEND", "FAMBA_ISA"):
+        monkeypatch.delenv(variable, raising=False)
+    library.use_isa(None) if library.obstacle() is None else None
+
+
+def doctor(capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    status = famba(["doctor"])
+    text = capsys.readouterr().out
+    assert all(len(line) <= 100 for line in text.splitlines()), text
+    return status, text
+
+
+def add_backend(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """A backend "other" for CPUs: the reference with some functions changed."""
+    module = types.ModuleType("other_kernels")
+    for name in (name for name in dir(reference) if not name.startswith("__")):
+        setattr(module, name, changes.get(name, getattr(reference, name)))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(registry._BACKENDS, "other", registry.Backend(module.__name__, ("cpu",), lambda: None))
+
+
+def results(text: str, *words: str) -> list[str]:
+    """Lines of the self-check that hold all these words."""
+    table = text[text.index("Self-check") :].splitlines()
+    return [line for line in table if all(word in line for word in words)]
+
+
+def test_a_machine_on_which_all_works(capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = doctor(capsys)
+    assert status == 0
+    assert "All that can be used works." in text
+    assert "FAILED" not in text
+    for expected in (package.__version__, torch.__version__, "CPU", "CUDA", "MPS", "bfloat16", "threads"):
+        assert expected in text
+    for name, obstacle in registry.backends().items():
+        assert name in text
+        assert obstacle is None or obstacle.rpartition("; ")[2] in text, "the remedy is shown"
+        assert bool(results(text, name)) == (obstacle is None)
+    for op in ("scan", "conv", "norm"):
+        for dtype in ("float32", "bfloat16"):
+            assert results(text, "reference", op, dtype, "ok")
+
+
+@needs_kernels
+def test_every_instruction_set_is_checked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAMBA_ISA", "portable")
+    _, text = doctor(capsys)
+    assert "portable, chosen by FAMBA_ISA" in text
+    for isa in library.isas():
+        assert len(results(text, "native", isa, "ok")) == 6
+    assert library.isa() == "portable", "the choice is as it was before"
+    library.use_isa(None)
+
+
+def test_a_backend_that_raises_is_reported_and_the_rest_goes_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("no such instruction\nand many more lines")
+
+    add_backend(monkeypatch, causal_conv1d=broken)
+    status, text = doctor(capsys)
+    assert status == 1
+    assert "Not all works" in text
+    assert len(results(text, "other", "conv", "FAILED")) == 2
+    assert "other cpu - float32 conv: RuntimeError: no such instruction" in text
+    assert "many more lines" not in text
+    assert len(results(text, "other", "scan", "ok")) == 2
+    assert len(results(text, "reference", "ok")) >= 6
+
+
+@pytest.mark.parametrize("fault", [lambda x: x * (1 + 1e-3), lambda x: x * torch.nan])
+def test_a_backend_that_computes_something_else_fails(
+    fault: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def off(*args: Any) -> Any:
+        grad, *others = reference.causal_conv1d_backward(*args)
+        return fault(grad), *others
+
+    add_backend(monkeypatch, causal_conv1d_backward=off)
+    status, text = doctor(capsys)
+    assert status == 1
+    assert results(text, "other", "conv", "float32", "FAILED")
+    assert results(text, "other", "norm", "float32", "ok")
+
+
+def test_without_kernels_reason_and_remedy_are_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(library, "_loaded", None)
+    monkeypatch.setattr(library, "PATH", tmp_path / "libfamba_kernels.so")
+    monkeypatch.setattr(library, "FAILURE", tmp_path / "build_failure.txt")
+    library.FAILURE.write_text("the kernels could not be compiled at installation: No such file: 'c++'\n")
+    status, text = doctor(capsys)
+    assert status == 0
+    assert "not usable: the kernels could not be compiled at installation: No such file: 'c++'" in text
+    assert "remedy: install a C++ compiler (g++ or clang++) and install famba again" in text
+    assert not results(text, "native")
+    assert results(text, "reference", "ok")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("FAMBA_BACKEND", "nativ"), pytest.param("FAMBA_ISA", "avx3", marks=needs_kernels)]
+)
+def test_a_choice_that_cannot_be_followed_is_shown(
+    variable: str, value: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    status, text = doctor(capsys)
+    assert status == 1
+    assert variable in text
+    assert f"'{value}', did you mean" in text
+    assert results(text, "reference", "ok"), "the checks run all the same"

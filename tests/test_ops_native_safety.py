@@ -1,0 +1,292 @@
+"""The native kernels beside threads, forks and wrong arguments; and that they are there at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import naive
+import pytest
+import torch
+from ops_helpers import draw, native, needs_kernels, scan_inputs, threads, usable_isas
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from famba.errors import BackendError, ConfigError
+from famba.ops import add_rms_norm, backends, causal_conv1d, reference, registry, selective_scan, use_backend
+from famba.ops.native import kernels, library
+
+ALLOW_FORK = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+def inputs_of(batch: int = 3, length: int = 70, channels: int = 37) -> list[Tensor]:
+    """A scan's inputs, drawn with a fixed seed; the last three also serve as weight, gate and bias elsewhere."""
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(0)
+    inputs = [x.float() for x in scan_inputs(batch, length, channels, 5) if x is not None]
+    torch.set_rng_state(generator_state)
+    return inputs
+
+
+def run_all(inputs: list[Tensor]) -> list[Tensor]:
+    """Results and gradients of all ops."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    u, delta, A, *_, D, _, _ = leaves
+    outs = [
+        selective_scan(*leaves, delta_softplus=True),
+        selective_scan(*leaves, delta_softplus=True, reverse=True),
+        causal_conv1d(u, A, D, activation="silu"),
+        *add_rms_norm(u, delta, D, 1e-5),
+    ]
+    return [x.detach() for x in [*outs, *torch.autograd.grad(sum(o.square().sum() for o in outs), leaves)]]
+
+
+def forward(inputs: list[Tensor]) -> list[Tensor]:
+    """Results of the kernels, and the scan's gradients, without the machinery of autograd, which forks badly."""
+    u, delta, A, *_, D, _, _ = inputs
+    y, state = kernels.selective_scan(*inputs, True, False)
+    grads = kernels.selective_scan_backward(y, *inputs, True, False, state)
+    conv = kernels.causal_conv1d(u, A, D, True, False)
+    return [y, *grads, conv, *kernels.add_rms_norm(u, delta, D, 1e-5)]
+
+
+def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_the_kernels_are_built_where_there_is_a_compiler() -> None:
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no C++ compiler {compiler!r} on this machine")
+    assert backends()["native"] is None, "run `make setup`"
+    assert registry.resolve("cpu") == "native" or os.environ.get("FAMBA_BACKEND")
+
+
+@needs_kernels
+def test_equal_input_gives_equal_bits_on_any_number_of_threads() -> None:
+    for batch in (1, 3, 17):
+        inputs = inputs_of(batch)
+        for isa in usable_isas():
+            with native(isa):
+                with threads(1):
+                    alone = run_all(inputs)
+                    assert same_bits(run_all(inputs), alone), isa
+                with threads(2):
+                    assert same_bits(run_all(inputs), alone), isa
+                with threads(5):
+                    assert same_bits(run_all(inputs), alone), isa
+
+
+@needs_kernels
+@pytest.mark.parametrize("per_call", [1, 2])
+def test_calls_from_two_threads_at_once(per_call: int) -> None:
+    both = [inputs_of(batch=2), inputs_of(batch=3, length=41)]
+    failures: list[object] = []
+    start = threading.Barrier(2)
+    with native(), threads(per_call):
+        wanted = [run_all(inputs) for inputs in both]
+
+        def work(inputs: list[Tensor], expected: list[Tensor]) -> None:
+            # A new thread has torch's own number of threads.
+            torch.set_num_threads(per_call)
+            start.wait(timeout=60)
+            try:
+                failures.extend("bits differ" for _ in range(10) if not same_bits(run_all(inputs), expected))
+            except BaseException as error:
+                failures.append(error)
+
+        workers = [threading.Thread(target=work, args=pair) for pair in zip(both, wanted, strict=True)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(timeout=120)
+    assert not any(worker.is_alive() for worker in workers)
+    assert not failures
+
+
+def in_forked_child(check: Callable[[], bool], seconds: float = 60) -> str:
+    """Run a check in a forked child: "passed", "failed" or "hangs"."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            status = 0 if check() else 1
+        finally:
+            os._exit(status)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return "passed" if status == 0 else "failed"
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return "hangs"
+
+
+@ALLOW_FORK
+@needs_kernels
+def test_a_forked_child_computes_the_same() -> None:
+    inputs = inputs_of()
+    with threads(2), native():
+        wanted = forward(inputs)
+        assert in_forked_child(lambda: same_bits(forward(inputs), wanted)) == "passed"
+        assert same_bits(forward(inputs), wanted), "the parent goes on"
+        # A child's child.
+        assert in_forked_child(lambda: in_forked_child(lambda: same_bits(forward(inputs), wanted)) == "passed")
+
+
+FIRST_CALL_AFTER_FORK = """
+import os, signal, torch
+torch.set_num_threads(2)
+numbers = torch.randn(400, 400)
+(numbers @ numbers).exp().sum()  # torch's threads are there, the kernels not yet loaded
+from famba.ops.native import kernels
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    kernels.causal_conv1d(torch.ones(8, 50, 64), torch.ones(64, 3), None, True, False)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0, "hangs"
+"""
+
+
+@needs_kernels
+def test_a_forked_child_may_be_the_first_to_call() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FIRST_CALL_AFTER_FORK], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+class Scans(Dataset[Tensor]):
+    """Each item is a scan that the worker runs."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> Tensor:
+        inputs = inputs_of(batch=1, length=20 + index, channels=9)
+        return torch.cat([x.flatten() for x in forward(inputs)])
+
+
+@ALLOW_FORK
+@needs_kernels
+def test_workers_of_a_loader_compute_the_same() -> None:
+    data = Scans()
+    with threads(2), native():
+        wanted = [data[i] for i in range(len(data))]
+        loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
+        assert same_bits(list(loader), wanted)
+
+
+@needs_kernels
+def test_inputs_are_never_written_to() -> None:
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        # Views of larger arrays, of which nothing outside may change either.
+        whole = [torch.randn(*(n + 2 for n in x.shape)).to(dtype) for x in inputs_of(2, 11, 9)]
+        inner = [x[tuple(slice(1, -1) for _ in x.shape)] for x in whole]
+        before = [x.clone() for x in whole]
+        for isa in usable_isas():
+            with native(isa):
+                run_all(inner)
+        assert same_bits(whole, before)
+
+
+@needs_kernels
+def test_states_kept_by_the_forward_are_not_changed_by_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_CHUNK", 16)
+    inputs = [x.requires_grad_() for x in inputs_of()]
+    with native():
+        loss = selective_scan(*inputs, delta_softplus=True).square().sum()
+        first = torch.autograd.grad(loss, inputs, retain_graph=True)
+        assert same_bits(list(torch.autograd.grad(loss, inputs)), list(first))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_dtypes_that_are_not_served_go_to_the_reference_or_are_refused(dtype: torch.dtype) -> None:
+    inputs = [x.to(dtype) for x in inputs_of(1, 5, 3)]
+    calls = [
+        lambda: selective_scan(*inputs, delta_softplus=True),
+        lambda: causal_conv1d(inputs[0], inputs[2]),
+        lambda: add_rms_norm(inputs[0], None, inputs[5], 1e-5)[0],
+    ]
+    for call in calls:
+        with native(), pytest.raises(BackendError, match="only float32 and bfloat16; use 'auto'") as caught:
+            call()
+        assert "native" in str(caught.value)
+        assert str(dtype).removeprefix("torch.") in str(caught.value)
+        with use_backend("auto"):
+            found = call()
+        with use_backend("reference"):
+            assert torch.equal(found, call())
+
+
+@needs_kernels
+def test_devices_that_are_not_served_are_refused() -> None:
+    inputs = [x.to("meta") for x in inputs_of(1, 5, 3)]
+    with native(), pytest.raises(BackendError, match="'native' does not serve 'meta' tensors, only cpu"):
+        selective_scan(*inputs)
+
+
+@needs_kernels
+def test_what_does_not_fit_is_refused_before_a_kernel_sees_it() -> None:
+    u, delta, A, B, C, *_ = inputs_of(1, 5, 3)
+    with native(), naive.as_users_run_it():
+        with pytest.raises(ConfigError, match="delta has shape"):
+            selective_scan(u, delta[:, :4], A, B, C)
+        with pytest.raises(ConfigError, match="C has shape"):
+            selective_scan(u, delta, A, B, C[..., :4])
+        with pytest.raises(ConfigError, match="residual has shape"):
+            add_rms_norm(u, delta[..., :2], u[0, 0], 1e-5)
+        with pytest.raises(ConfigError, match="width"):
+            causal_conv1d(u, torch.ones(3, 0))
+
+
+@needs_kernels
+def test_instruction_sets_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    usable = library.isas()
+    assert usable[0] == "portable"
+    try:
+        for name in usable:
+            library.use_isa(name)
+            assert library.isa() == name
+        monkeypatch.setenv("FAMBA_ISA", "portable")
+        library.use_isa(None)
+        assert library.isa() == "portable"
+        monkeypatch.setenv("FAMBA_ISA", "avx3")
+        library.use_isa(None)
+        with native(), pytest.raises(BackendError, match=r"'avx3', did you mean 'avx2'.*usable: portable"):
+            run_all(inputs_of(1, 5, 3))
+        with pytest.raises(BackendError, match="cannot be used on this processor"):
+            library.use_isa("neon")
+    finally:
+        monkeypatch.undo()
+        library.use_isa(None)
+
+
+@needs_kernels
+def test_dropping_a_backend_leaves_the_gradient_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [x.requires_grad_() for x in inputs_of(1, 5, 3)]
+    with native():
+        y = selective_scan(*inputs, delta_softplus=True)
+    monkeypatch.setattr(reference, "selective_scan_backward", None)
+    with use_backend("reference"):
+        y.sum().backward()
+
+
+@needs_kernels
+def test_results_are_contiguous_and_of_their_own() -> None:
+    x = draw(2, 5, 7, layout="transposed", dtype=torch.float32)
+    with native():
+        for out in (causal_conv1d(x, torch.ones(7, 3)), *add_rms_norm(x, None, torch.ones(7), 1e-5)):
+            assert out.is_contiguous()
+            assert out.data_ptr() != x.data_ptr()
