@@ -1,13 +1,61 @@
 // The causal depthwise convolution. Tap `width - 1` meets the position itself, earlier taps the steps before it.
 #pragma once
 
+#include <vector>
+
 #include "scan.hpp"
 
 namespace famba {
 namespace FAMBA_ISA {
 
+// One vector for each tap of the kernel, in registers where the width is known when this is compiled (0: it is not).
+template <int WIDTH>
+class Taps {
+  public:
+    explicit Taps(int64_t) {
+        for (V &tap : taps_) tap = V{};
+    }
+    Taps(const float *memory, int64_t) {
+        for (int k = 0; k < WIDTH; ++k) taps_[k] = load(memory + k * W);
+    }
+    FAMBA_INLINE V correlate(const float *window, int64_t stride) const {
+        V y = taps_[0] * load(window);
+        for (int k = 1; k < WIDTH; ++k) y += taps_[k] * load(window + k * stride);
+        return y;
+    }
+    FAMBA_INLINE void add(V factor, const float *window) {
+        for (int k = 0; k < WIDTH; ++k) taps_[k] += factor * load(window + k * W);
+    }
+    void write(float *out) const {
+        for (int k = 0; k < WIDTH; ++k) store(out + k * W, taps_[k]);
+    }
+
+  private:
+    V taps_[WIDTH];
+};
+
+template <>
+class Taps<0> {
+  public:
+    explicit Taps(int64_t width) : taps_(static_cast<size_t>(width) * W) {}
+    Taps(const float *memory, int64_t width) : taps_(memory, memory + width * W) {}
+    V correlate(const float *window, int64_t stride) const {
+        V y{};
+        for (size_t k = 0; k < taps_.size() / W; ++k)
+            y += load(&taps_[k * W]) * load(window + static_cast<int64_t>(k) * stride);
+        return y;
+    }
+    void add(V factor, const float *window) {
+        for (size_t i = 0; i < taps_.size(); i += W) store(&taps_[i], load(&taps_[i]) + factor * load(window + i));
+    }
+    void write(float *out) const { std::copy(taps_.begin(), taps_.end(), out); }
+
+  private:
+    std::vector<float> taps_;
+};
+
 // One image and one block of channels in the order of the convolution, x behind `width - 1` steps of zeros.
-template <class T>
+template <class T, int WIDTH>
 class ConvBlock {
   public:
     ConvBlock(const famba_conv &conv, int64_t image, int64_t block)
@@ -28,29 +76,32 @@ class ConvBlock {
     }
 
     void forward(const Rows<T> &out) const {
+        const Taps<WIDTH> taps(taps_, p_.width);
         for (int64_t s = 0; s < p_.length; ++s) {
-            V y = bias_ + correlate(inputs_ + s * W);
-            if (p_.silu) y = silu(y);
-            store(out.at(position(s), channel_), y, lanes_);
+            const V y = bias_ + taps.correlate(inputs_ + s * W, W);
+            store(out.at(position(s), channel_), p_.silu ? silu(y) : y, lanes_);
         }
     }
 
     // Writes the input's gradient, and into `partial` (width + 1, W) those of the taps and the bias.
     void backward(const Rows<const T> &dy, const Rows<T> &dx, float *partial) const {
-        const int64_t pad = p_.width - 1;
+        const Taps<WIDTH> taps(taps_, p_.width);
+        Taps<WIDTH> dtaps(p_.width);
         V dbias{};
         for (int64_t s = 0; s < p_.length; ++s) {
+            const float *window = inputs_ + s * W;
             V grad = load(dy.at(position(s), channel_), lanes_);
-            if (p_.silu) grad *= silu_with_slope(bias_ + correlate(inputs_ + s * W)).slope;
+            if (p_.silu) grad *= silu_with_slope(bias_ + taps.correlate(window, W)).slope;
             dbias += grad;
+            dtaps.add(grad, window);
             store(grads_ + s * W, grad);
         }
-        std::fill(grads_ + p_.length * W, grads_ + (p_.length + pad) * W, 0.f);
-        for (int64_t k = 0; k < p_.width; ++k) store(partial + k * W, tap_gradient(k));
+        dtaps.write(partial);
         store(partial + p_.width * W, dbias);
+        std::fill(grads_ + p_.length * W, grads_ + (p_.length + p_.width - 1) * W, 0.f);
         for (int64_t s = 0; s < p_.length; ++s) {
-            V grad{};
-            for (int64_t k = 0; k < p_.width; ++k) grad += load(grads_ + (s + pad - k) * W) * load(taps_ + k * W);
+            // A position is met by the last tap of its own window, and by earlier taps of those that follow.
+            V grad = taps.correlate(grads_ + (s + p_.width - 1) * W, -W);
             T *out = dx.at(position(s), channel_);
             if (p_.accumulate) grad += load(out, lanes_);
             store(out, grad, lanes_);
@@ -60,18 +111,6 @@ class ConvBlock {
   private:
     int64_t position(int64_t step) const { return p_.reverse ? p_.length - 1 - step : step; }
 
-    V correlate(const float *window) const {
-        V y{};
-        for (int64_t k = 0; k < p_.width; ++k) y += load(window + k * W) * load(taps_ + k * W);
-        return y;
-    }
-
-    V tap_gradient(int64_t k) const {
-        V grad{};
-        for (int64_t s = 0; s < p_.length; ++s) grad += load(grads_ + s * W) * load(inputs_ + (s + k) * W);
-        return grad;
-    }
-
     const famba_conv &p_;
     int64_t channel_;
     int lanes_;
@@ -80,25 +119,25 @@ class ConvBlock {
     V bias_;
 };
 
-template <class T>
-void conv_forward(const famba_conv &p) {
+template <class T, int WIDTH>
+void conv_forward_of(const famba_conv &p) {
     const Blocks blocks(p.batch, p.channels);
     for_each(p.threads, p.batch * blocks.groups, [&](int64_t task) {
         const int64_t image = task / blocks.groups, group = task % blocks.groups;
         for (int64_t block = blocks.begin(group); block < blocks.begin(group + 1); ++block)
-            ConvBlock<T>(p, image, block).forward(Rows<T>(p.y, image));
+            ConvBlock<T, WIDTH>(p, image, block).forward(Rows<T>(p.y, image));
     });
 }
 
-template <class T>
-void conv_backward(const famba_conv &p) {
+template <class T, int WIDTH>
+void conv_backward_of(const famba_conv &p) {
     const Blocks blocks(p.batch, p.channels);
     const int64_t size = (p.width + 1) * W;
     float *partial = call_scratch().take(p.batch * blocks.count * size);
     for_each(p.threads, p.batch * blocks.groups, [&](int64_t task) {
         const int64_t image = task / blocks.groups, group = task % blocks.groups;
         for (int64_t block = blocks.begin(group); block < blocks.begin(group + 1); ++block)
-            ConvBlock<T>(p, image, block)
+            ConvBlock<T, WIDTH>(p, image, block)
                 .backward(Rows<const T>(p.dy, image), Rows<T>(p.dx, image),
                           partial + (image * blocks.count + block) * size);
     });
@@ -115,6 +154,17 @@ void conv_backward(const famba_conv &p) {
                 store(p.dbias + channel, total, lanes);
         }
     });
+}
+
+// The width of all Mamba models has code of its own.
+template <class T>
+void conv_forward(const famba_conv &p) {
+    (p.width == 4 ? conv_forward_of<T, 4> : conv_forward_of<T, 0>)(p);
+}
+
+template <class T>
+void conv_backward(const famba_conv &p) {
+    (p.width == 4 ? conv_backward_of<T, 4> : conv_backward_of<T, 0>)(p);
 }
 
 }  // namespace FAMBA_ISA
