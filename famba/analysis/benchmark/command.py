@@ -199,6 +199,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _ops(options: argparse.Namespace, report: Report) -> None:
+    report.notes += machine.keep_freed_memory()
     plan = ops.Plan(
         ops=tuple(options.op),
         batches=tuple(options.batch),
@@ -240,6 +241,7 @@ def _length(options: argparse.Namespace, report: Report) -> None:
 
 
 def _fusion(options: argparse.Namespace, report: Report) -> None:
+    report.notes += machine.keep_freed_memory()
     plan = fusion.Plan(
         model=options.model,
         batch=options.batch,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import platform
 from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
@@ -20,6 +22,9 @@ PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Name to the dtype of activations."""
 SEED = 0
+# Of glibc's malloc.h; the library takes no larger threshold.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_KEPT_BYTES, _SMALLEST_RETURNED_BYTES = 2**25, 2**17
 _CONTESTANTS = ("mambapy", "mamba-ssm")
 
 
@@ -67,6 +72,35 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def keep_freed_memory() -> list[str]:
+    """Let the C library keep what is freed for the next use, in this process; return what to say of it.
+
+    Alone in a loop, an op gets its memory page by page from the system at every call, and its time is mostly that. In
+    the middle of a training step it does not: there, memory is at hand.
+    """
+    if not _set_malloc(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES):
+        return []
+    _set_malloc(_M_TRIM_THRESHOLD, 2**31 - 1)
+    return [
+        "freed memory is kept for the next use, for all contestants, as it is in the middle of a training step; the C "
+        f"library does so for tensors of up to {_LARGEST_KEPT_BYTES // 2**20} MiB"
+    ]
+
+
+def return_freed_memory() -> None:
+    """Let the C library return at once what is freed, in this process: resident memory is then what is in use.
+
+    By itself it keeps some of it, now a tenth and now twice as much as is in use, by the order of the requests.
+    """
+    _set_malloc(_M_MMAP_THRESHOLD, _SMALLEST_RETURNED_BYTES)
+
+
+def _set_malloc(parameter: int, value: int) -> bool:
+    if platform.system() != "Linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return False
+    return bool(libc.mallopt(parameter, value))
 
 
 def memory_bytes() -> int:

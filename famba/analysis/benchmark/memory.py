@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from famba.analysis.benchmark.machine import return_freed_memory
 from famba.analysis.benchmark.steps import Step, Subject
 from famba.errors import TrainingError
 from famba.training.devices import out_of_memory, peak_memory_mib, reset_peak_memory, synchronize
@@ -42,6 +43,7 @@ def step_peak(subject: Subject, threads: int) -> Peak | None:
 
 def measure(subject: Subject) -> Peak:
     """Measure one training step in this process, which should be a fresh one."""
+    return_freed_memory()
     device = torch.device(subject.device)
     step = Step(subject)
     step.allocate()

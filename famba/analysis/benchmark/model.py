@@ -111,8 +111,8 @@ def benchmark_model(plan: Plan, report: Report) -> None:
     report.notes += [
         f"'{PRODUCTS}' is what one unfused step multiplies and nothing else: every linear layer and the patch "
         "embedding, forward and backward, with operands and results allocated ahead",
-        "peak MiB is the resident memory of a process that takes one step, libraries included (on a GPU what torch "
-        "allocates there); the step's MiB is what the step adds to model, gradients and optimizer",
+        "peak MiB is the resident memory of a process that takes one step, libraries included and freed memory given "
+        "back at once (on a GPU what torch allocates); the step's MiB is what it adds to model, gradients, optimizer",
     ]
     for model, precision in plan.pairs():
         found = _Found(model, precision, TRANSFORMERS[model], plan.batch)

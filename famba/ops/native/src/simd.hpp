@@ -173,13 +173,12 @@ FAMBA_INLINE V bounded_exponential(V x) {
 FAMBA_INLINE V reciprocal(V x) {
 #if defined(__AVX512F__) && FAMBA_LANES == 16
     const V r = bits<V>(_mm512_maskz_rcp14_ps(0xffff, bits<__m512>(x)));
+    return r + r * (1.f - x * r);
 #elif defined(__AVX__) && FAMBA_LANES == 8
     const V r = bits<V>(_mm256_rcp_ps(bits<__m256>(x)));
+    return r + r * (1.f - x * r);
 #else
     return 1.f / x;
-#endif
-#if FAMBA_LANES > 4
-    return r + r * (1.f - x * r);
 #endif
 }
 
