@@ -101,7 +101,7 @@ def bidirectional_mixer(
     _check(x, in_weight, forward, backward, out_weight)
     dtype = _product_dtype(x)
     backend = resolve(x.device.type, dtype)
-    if not isinstance(kernels(backend), MixerKernels):
+    if not _is_fused(backend):
         return compose_mixer(x, in_weight, forward, backward, out_weight)
     in_weight, x = in_weight.to(dtype), x.to(dtype)
     out_weight = None if out_weight is None else out_weight.to(dtype)
@@ -129,6 +129,12 @@ def _scan_direction(u: Tensor, z: Tensor, weights: Direction, reverse: bool) -> 
     return selective_scan(
         u, delta, weights.A, B, C, weights.D, z=z, delta_bias=weights.dt_bias, delta_softplus=True, reverse=reverse
     )
+
+
+@torch.compiler.assume_constant_result
+def _is_fused(backend: str) -> bool:
+    """Whether a backend has the mixer as one op; not traced by torch.compile, since it imports the backend."""
+    return isinstance(kernels(backend), MixerKernels)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:

@@ -147,7 +147,7 @@ def resolve(device: str, dtype: torch.dtype = torch.float32) -> str:
     """
     name = _chosen if _chosen is not None else os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
     if name == AUTO:
-        return next(n for n, b in _BACKENDS.items() if _serves(b, device, dtype) and b.obstacle() is None)
+        return next(n for n, b in _BACKENDS.items() if _serves(b, device, dtype) and _obstacle(n) is None)
     _check(name)
     backend = _BACKENDS[name]
     if not _serves_device(backend, device):
@@ -180,6 +180,12 @@ def kernels(name: str) -> Kernels:
     return cast(Kernels, importlib.import_module(module))
 
 
+@torch.compiler.assume_constant_result
+def _obstacle(name: str) -> str | None:
+    """What hinders a backend; not traced by torch.compile, since it looks at files."""
+    return _BACKENDS[name].obstacle()
+
+
 def _serves_device(backend: Backend, device: str) -> bool:
     return backend.devices is None or device in backend.devices
 
@@ -194,6 +200,6 @@ def _check(name: str) -> None:
     if name not in _BACKENDS:
         allowed = [*_BACKENDS, AUTO]
         raise BackendError(f"unknown backend {name!r}{near_miss(name, allowed)}; allowed: {', '.join(allowed)}")
-    obstacle = _BACKENDS[name].obstacle()
+    obstacle = _obstacle(name)
     if obstacle is not None:
         raise BackendError(f"backend {name!r} cannot be used: {obstacle}")
