@@ -89,7 +89,7 @@ class Fuse(ctypes.Structure):
     )
 
 
-_loaded: ctypes.CDLL | None = None
+_loaded: ctypes.CDLL | str | None = None
 _isa: int | None = None
 _is_forked_child = False
 
@@ -167,12 +167,18 @@ def _checked_isa(name: str) -> int:
 def _library() -> ctypes.CDLL:
     global _loaded
     if _loaded is None:
-        _loaded = _load()
+        # What hinders is kept as well: every op asks, and the answer does not change.
+        try:
+            _loaded = _load()
+        except BackendError as error:
+            _loaded = str(error)
+    if isinstance(_loaded, str):
+        raise BackendError(_loaded)
     return _loaded
 
 
 def _load() -> ctypes.CDLL:
-    remedy = "install a C++ compiler (g++ or clang++) and install famba again"
+    remedy = "install a C++ compiler (g++ or clang++) and install famba again, or use 'reference'"
     if not PATH.exists():
         reason = FAILURE.read_text().strip() if FAILURE.exists() else "the kernels were not compiled at installation"
         raise BackendError(f"{reason}; {remedy}")
@@ -184,5 +190,5 @@ def _load() -> ctypes.CDLL:
     if hasattr(library, "famba_struct_sizes"):
         library.famba_struct_sizes(sizes)
     if list(sizes) != [ctypes.sizeof(kind) for kind in (Scan, Conv, Norm, Fuse)]:
-        raise BackendError(f"{PATH.name} is of another version of famba; install famba again")
+        raise BackendError(f"{PATH.name} is of another version of famba; install famba again, or use 'reference'")
     return library
