@@ -157,9 +157,9 @@ def _isa_number() -> int:
 def _checked_isa(name: str) -> int:
     usable = isas()
     if name not in usable:
+        guess = "" if name in ISAS else near_miss(name, ISAS)
         raise BackendError(
-            f"instruction set {name!r}{near_miss(name, ISAS)} cannot be used on this processor; "
-            f"usable: {', '.join(usable)}"
+            f"instruction set {name!r}{guess} cannot be used on this processor; usable: {', '.join(usable)}"
         )
     return ISAS.index(name)
 
