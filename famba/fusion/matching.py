@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from famba.errors import ConfigError, near_miss
-from famba.ops import fuse_tokens
+from famba.ops import fuse_tokens, match_tokens
+from famba.ops.reference import group_shares
 
 ORDERS = ("sequence", "tome")
 
@@ -22,17 +24,39 @@ Protected = int | Sequence[int] | Tensor | None
 """Places of tokens that never fuse: one, several, or per image a tensor (b,) or (b, p)."""
 
 
+class Shares(NamedTuple):
+    """Of sizes (b, l), None for all 1: each token's share of its place (b, l), and the places' sums (b, fused)."""
+
+    of: Tensor | None
+    weights: Tensor
+    totals: Tensor
+
+
 @dataclass(frozen=True)
 class TokenMap:
     """For each token of a sequence, its place in the fused sequence.
 
     places: (b, l), int64, in [0, length); tokens of equal place are fused. length: tokens left, l - r.
-    protected: the protected tokens' places in the fused sequence, (b,), or (b, p) where there are several.
+    guarded: places of the protected tokens before, (b,), or (b, p) where there are several.
+    known: shares and sums of the sizes that the tokens were matched with.
     """
 
     places: Int[Tensor, "b l"]
     length: int
-    protected: Int[Tensor, "b ..."] | None = None
+    guarded: Int[Tensor, "b ..."] | Sequence[int] | int | None = None
+    known: Shares | None = None
+
+    @property
+    def protected(self) -> Int[Tensor, "b ..."] | None:
+        """The protected tokens' places in the fused sequence, (b,), or (b, p) where there are several."""
+        if self.guarded is None or (isinstance(self.guarded, Sequence) and not self.guarded):
+            return None
+        if isinstance(self.guarded, int):
+            return self.places[:, self.guarded]
+        if isinstance(self.guarded, Sequence):
+            return torch.stack([self.places[:, place] for place in self.guarded], dim=1)
+        before = self.guarded.to(self.places.device)
+        return self.places.gather(1, before) if before.ndim == 2 else self.places.gather(1, before[:, None])[:, 0]
 
     def fuse(self, x: Float[Tensor, "b l c"], sizes: Float[Tensor, "b l"] | None = None) -> Float[Tensor, "b fused c"]:
         """Average the tokens of each place.
@@ -44,11 +68,7 @@ class TokenMap:
         Returns:
             (b, length, c) in x's dtype. A token that stands alone is passed on bit for bit.
         """
-        if sizes is None:
-            sizes = torch.ones(self.places.shape, dtype=_sum_dtype(x), device=x.device)
-        sizes = sizes.to(_sum_dtype(x))
-        # Exactly 1 for a token that stands alone.
-        weights = sizes / self.sizes(sizes).gather(1, self.places)
+        weights = self._shares(sizes, _sum_dtype(x)).weights.to(_sum_dtype(x))
         if not weights.requires_grad:
             return fuse_tokens(x, self.places, weights, self.length)
         weighted = x * weights.unsqueeze(2)
@@ -56,9 +76,14 @@ class TokenMap:
 
     def sizes(self, sizes: Float[Tensor, "b l"] | None = None) -> Float[Tensor, "b fused"]:
         """Sum the sizes (b, l) of the tokens of each place; each counts one where None."""
-        if sizes is None:
-            sizes = torch.ones(self.places.shape, device=self.places.device)
-        return sizes.new_zeros(sizes.shape[0], self.length).scatter_add(1, self.places, sizes)
+        return self._shares(sizes, torch.float32 if sizes is None else sizes.dtype).totals
+
+    def _shares(self, sizes: Tensor | None, dtype: torch.dtype) -> Shares:
+        known = self.known
+        # Shares known in float32 alone are too coarse for tokens in float64.
+        if known is not None and sizes is known.of and (known.weights.dtype == dtype or dtype != torch.float64):
+            return known
+        return Shares(sizes, *group_shares(self.places, sizes, self.length, dtype))
 
 
 def check_order(order: str) -> None:
@@ -67,8 +92,13 @@ def check_order(order: str) -> None:
         raise ConfigError(f"unknown order {order!r}{near_miss(order, ORDERS)}; allowed: {', '.join(ORDERS)}")
 
 
-@torch.no_grad()
-def match(metric: Float[Tensor, "b l c"], r: int, protected: Protected = None, order: str = "sequence") -> TokenMap:
+def match(
+    metric: Float[Tensor, "b l c"],
+    r: int,
+    protected: Protected = None,
+    order: str = "sequence",
+    sizes: Float[Tensor, "b l"] | None = None,
+) -> TokenMap:
     """Choose the r tokens that are most similar to another, and whom each joins.
 
     The tokens that may fuse are dealt out in turn to two sets, A and B, beginning as if the protected tokens stood
@@ -83,6 +113,8 @@ def match(metric: Float[Tensor, "b l c"], r: int, protected: Protected = None, o
             or several (ints, or a tensor (b, p)); None where all may fuse.
         order: "sequence", where a fused token stands at the place of its member of B and the order is kept; or "tome",
             where what is left of A, protected tokens with it, stands before B.
+        sizes: what `TokenMap.fuse` will weigh the tokens by (b, l), if known by now: their sums are then worked out
+            along with the matching, which they do not change.
 
     Returns:
         The map from the l tokens to l - r places.
@@ -92,53 +124,22 @@ def match(metric: Float[Tensor, "b l c"], r: int, protected: Protected = None, o
     """
     check_order(order)
     batch, length, _ = metric.shape
-    guarded = _protected_places(protected, batch, length, metric.device)
-    guards = 0 if guarded is None else guarded.shape[1]
+    leading, guarded = _guards(protected, batch, length, metric.device)
+    guards = leading if guarded is None else guarded.shape[1]
     _check_r(r, length - guards)
     if r == 0:
         places = torch.arange(length, device=metric.device).expand(batch, length)
-        return _token_map(places, length, guarded, protected)
-
-    free = _free_places(guarded, length, metric.device)
-    in_a, in_b = free[:, guards % 2 :: 2], free[:, 1 - guards % 2 :: 2]
-    source, target = _closest_pairs(metric, in_a, in_b, r)
-
-    kept = torch.ones(batch, length, dtype=torch.bool, device=metric.device).scatter_(1, source, False)
-    if order == "sequence":
-        places = kept.cumsum(1) - 1
-    else:
-        is_b = torch.zeros_like(kept).scatter_(1, in_b.expand(batch, -1), True)
-        rest = length - in_b.shape[1] - r
-        places = torch.where(is_b, rest + is_b.cumsum(1), (kept & ~is_b).cumsum(1)) - 1
-    places = places.scatter(1, source, places.gather(1, target))
-    return _token_map(places, length - r, guarded, protected)
+        return TokenMap(places, length, protected)
+    # The gradient of sizes goes through the sums that `fuse` then works out itself.
+    learned = sizes is not None and sizes.requires_grad
+    matched = match_tokens(metric, leading, guarded, None if learned else sizes, r, order)
+    return TokenMap(matched[0], length - r, protected, Shares(None if learned else sizes, *matched[1:]))
 
 
-def _closest_pairs(metric: Tensor, in_a: Tensor, in_b: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Places (b, r) of the tokens of A that fuse, and of the tokens of B that they join."""
-    batch = metric.shape[0]
-    with torch.autocast(metric.device.type, enabled=False):
-        unit = torch.nn.functional.normalize(metric.to(_sum_dtype(metric)), dim=-1)
-        similarity = _take(unit, in_a) @ _take(unit, in_b).transpose(1, 2)
-    closest, partner = similarity.max(dim=2)  # of equal values the first, by torch's definition
-    chosen = closest.argsort(dim=1, descending=True, stable=True)[:, :r]
-    source = in_a.expand(batch, -1).gather(1, chosen)
-    target = in_b.expand(batch, -1).gather(1, partner.gather(1, chosen))
-    return source, target
-
-
-def _token_map(places: Tensor, length: int, guarded: Tensor | None, protected: Protected) -> TokenMap:
-    if guarded is None:
-        return TokenMap(places, length)
-    moved = places.gather(1, guarded.expand(places.shape[0], -1))
-    single = isinstance(protected, int) or (isinstance(protected, Tensor) and protected.ndim == 1)
-    return TokenMap(places, length, moved.squeeze(1) if single else moved)
-
-
-def _protected_places(protected: Protected, batch: int, length: int, device: torch.device) -> Tensor | None:
-    """Places of the protected tokens, (1, p) where equal for all images or (b, p)."""
+def _guards(protected: Protected, batch: int, length: int, device: torch.device) -> tuple[int, Tensor | None]:
+    """Of the protected tokens how many stand at the head, or else their places, (1, p) if equal for all or (b, p)."""
     if protected is None:
-        return None
+        return 0, None
     if isinstance(protected, Tensor):
         # Whether the places lie in the sequence is not looked at: that would make a device wait.
         if protected.ndim not in (1, 2) or protected.shape[0] != batch or protected.is_floating_point():
@@ -146,32 +147,15 @@ def _protected_places(protected: Protected, batch: int, length: int, device: tor
                 f"protected is a {protected.dtype} tensor of shape {tuple(protected.shape)}; "
                 f"expected whole numbers of shape ({batch},) or ({batch}, p)"
             )
-        return protected.to(device).reshape(batch, protected.shape[1] if protected.ndim == 2 else 1)
+        return 0, protected.to(device).reshape(batch, protected.shape[1] if protected.ndim == 2 else 1)
     places = [protected] if isinstance(protected, int) else list(protected)
-    if not places:
-        return None
     wrong = any(isinstance(p, bool) or not 0 <= p < length for p in places)
     if wrong or len(set(places)) != len(places):
         raise ConfigError(f"protected places {places} are not distinct places of a sequence of {length} tokens")
+    if sorted(places) == list(range(len(places))):
+        return len(places), None
     # Built on the device: a copy from the host would make it wait.
-    return torch.stack([torch.full((1,), p, device=device) for p in places], dim=1)
-
-
-def _free_places(guarded: Tensor | None, length: int, device: torch.device) -> Tensor:
-    """Places of the tokens that may fuse, ascending, (1 or b, length - p)."""
-    if guarded is None:
-        return torch.arange(length, device=device).unsqueeze(0)
-    free = torch.arange(length - guarded.shape[1], device=device).unsqueeze(0)
-    for place in guarded.sort(dim=1).values.unbind(1):
-        free = free + (free >= place.unsqueeze(1))
-    return free
-
-
-def _take(x: Tensor, places: Tensor) -> Tensor:
-    """Rows of x (b, l, c) at places (1 or b, k)."""
-    if places.shape[0] == 1:
-        return x.index_select(1, places[0])
-    return x.gather(1, places.unsqueeze(2).expand(-1, -1, x.shape[2]))
+    return 0, torch.stack([torch.full((1,), p, device=device) for p in places], dim=1)
 
 
 def _check_r(r: int, free: int) -> None:

@@ -86,7 +86,7 @@ class VimBlock(nn.Module):
         return hidden, residual, self._fused(tokens, token_map), token_map
 
     def _match(self, metric: Tensor, tokens: Tokens) -> TokenMap:
-        return match(metric, self.fusion.r, tokens.cls, self.fusion.order)
+        return match(metric, self.fusion.r, tokens.cls, self.fusion.order, tokens.sizes)
 
     def _fused(self, tokens: Tokens, token_map: TokenMap) -> Tokens:
         # At the head the class token stays where it is in either order: a place known beforehand is cheaper.

@@ -4,6 +4,7 @@ from famba.ops.add_rms_norm import add_rms_norm
 from famba.ops.bidirectional_mixer import Direction, bidirectional_mixer
 from famba.ops.causal_conv1d import causal_conv1d
 from famba.ops.fuse_tokens import fuse_tokens
+from famba.ops.match_tokens import match_tokens
 from famba.ops.registry import backends, use_backend
 from famba.ops.selective_scan import selective_scan
 
@@ -14,6 +15,7 @@ __all__ = [
     "bidirectional_mixer",
     "causal_conv1d",
     "fuse_tokens",
+    "match_tokens",
     "selective_scan",
     "use_backend",
 ]

@@ -178,6 +178,71 @@ def fuse_tokens_backward(dy: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     return (dy.gather(1, index) * weights.to(compute_dtype(dy)).unsqueeze(2)).to(dy.dtype)
 
 
+def match_tokens(
+    metric: Tensor, leading: int, guarded: Tensor | None, sizes: Tensor | None, r: int, order: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose r tokens that fuse with another, by ToMe's bipartite matching (Bolya et al. 2023, arXiv 2210.09461).
+
+    metric (b, l, c); of tokens that never fuse, `leading` at the head, or guarded: their places (1 or b, p), in any
+    order; sizes (b, l), 1 where None; order "sequence" or "tome". `famba.fusion.match` says which tokens are chosen.
+    Returns places (b, l), int64 in [0, l - r); each token's share of its place (b, l), its size over the sum of sizes;
+    and these sums (b, l - r), both in float32 (float64).
+    """
+    batch, length, _ = metric.shape
+    guards = leading if guarded is None else guarded.shape[1]
+    free = _free_places(leading, guarded, length, metric.device)
+    in_a, in_b = free[:, guards % 2 :: 2], free[:, 1 - guards % 2 :: 2]
+    source, target = _closest_pairs(metric, in_a, in_b, r)
+
+    kept = torch.ones(batch, length, dtype=torch.bool, device=metric.device).scatter_(1, source, False)
+    if order == "sequence":
+        places = kept.cumsum(1) - 1
+    else:
+        is_b = torch.zeros_like(kept).scatter_(1, in_b.expand(batch, -1), True)
+        rest = length - in_b.shape[1] - r
+        places = torch.where(is_b, rest + is_b.cumsum(1), (kept & ~is_b).cumsum(1)) - 1
+    places = places.scatter(1, source, places.gather(1, target))
+    return places, *group_shares(places, sizes, length - r, compute_dtype(metric))
+
+
+def group_shares(places: Tensor, sizes: Tensor | None, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Each token's share of its place's size (b, l), exactly 1 where it stands alone, and the sizes (b, length)."""
+    if sizes is None:
+        sizes = torch.ones(places.shape, dtype=dtype, device=places.device)
+    sizes = sizes.to(dtype)
+    totals = sizes.new_zeros(sizes.shape[0], length).scatter_add(1, places, sizes)
+    return sizes / totals.gather(1, places), totals
+
+
+def _closest_pairs(metric: Tensor, in_a: Tensor, in_b: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Places (b, r) of the tokens of A that fuse, and of the tokens of B that they join."""
+    batch = metric.shape[0]
+    unit = F.normalize(metric.to(compute_dtype(metric)), dim=-1)
+    similarity = _take(unit, in_a) @ _take(unit, in_b).transpose(1, 2)
+    closest, partner = similarity.max(dim=2)  # of equal values the first, by torch's definition
+    chosen = closest.argsort(dim=1, descending=True, stable=True)[:, :r]
+    source = in_a.expand(batch, -1).gather(1, chosen)
+    target = in_b.expand(batch, -1).gather(1, partner.gather(1, chosen))
+    return source, target
+
+
+def _free_places(leading: int, guarded: Tensor | None, length: int, device: torch.device) -> Tensor:
+    """Places of the tokens that may fuse, ascending, (1 or b, length - p)."""
+    if guarded is None:
+        return torch.arange(leading, length, device=device).unsqueeze(0)
+    free = torch.arange(length - guarded.shape[1], device=device).unsqueeze(0)
+    for place in guarded.sort(dim=1).values.unbind(1):
+        free = free + (free >= place.unsqueeze(1))
+    return free
+
+
+def _take(x: Tensor, places: Tensor) -> Tensor:
+    """Rows of x (b, l, c) at places (1 or b, k)."""
+    if places.shape[0] == 1:
+        return x.index_select(1, places[0])
+    return x.gather(1, places.unsqueeze(2).expand(-1, -1, x.shape[2]))
+
+
 @dataclass
 class _Gradients:
     """Where the backward of the scan gathers; A is (n, d)."""

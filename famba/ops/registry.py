@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from famba.errors import BackendError, near_miss
+from famba.ops.availability import triton_obstacle, triton_on_request
 from famba.ops.native import library
 
 AUTO = "auto"
@@ -76,6 +77,11 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
     @staticmethod
+    def match_tokens(
+        metric: Tensor, leading: int, guarded: Tensor | None, sizes: Tensor | None, r: int, order: str
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    @staticmethod
     def fuse_tokens(x: Tensor, places: Tensor, weights: Tensor, length: int) -> Tensor: ...
 
     @staticmethod
@@ -86,25 +92,24 @@ class Kernels(Protocol):
 class Backend:
     """Where a backend's kernels lie and when they can be used.
 
-    module: imported at first use; None where this release has none. devices: the torch device types it serves,
-    None for all. obstacle: None where it works here, else the reason and behind a semicolon the remedy. dtypes: what
-    an op's first input may be, None for all.
+    module: imported at first use. devices: the torch device types it serves, None for all. obstacle: None where it
+    works here, else the reason and behind a semicolon the remedy. dtypes: what an op's first input may be, None for
+    all. on_request: device types that it serves only where it is chosen by name.
     """
 
-    module: str | None
+    module: str
     devices: tuple[str, ...] | None
     obstacle: Callable[[], str | None]
     dtypes: tuple[torch.dtype, ...] | None = None
+    on_request: Callable[[], tuple[str, ...]] = tuple
 
 
-def _absent() -> str:
-    return "not part of this release; use 'auto' or 'reference'"
+_HALF = (torch.float32, torch.bfloat16, torch.float16)
 
 
 # In the order in which "auto" prefers them.
 _BACKENDS: dict[str, Backend] = {
-    "mamba_ssm": Backend(None, ("cuda",), _absent),
-    "triton": Backend(None, ("cuda",), _absent),
+    "triton": Backend("famba.ops.triton", ("cuda",), triton_obstacle, _HALF, triton_on_request),
     "native": Backend("famba.ops.native", ("cpu",), library.obstacle, dtypes=(torch.float32, torch.bfloat16)),
     "reference": Backend("famba.ops.reference", None, lambda: None),
 }
@@ -150,12 +155,12 @@ def resolve(device: str, dtype: torch.dtype = torch.float32) -> str:
         return next(n for n, b in _BACKENDS.items() if _serves(b, device, dtype) and _obstacle(n) is None)
     _check(name)
     backend = _BACKENDS[name]
-    if not _serves_device(backend, device):
+    if not _serves_device(backend, device) and device not in backend.on_request():
         raise BackendError(
             f"backend {name!r} does not serve {device!r} tensors, only {', '.join(backend.devices or ())}; "
             "use 'auto', or move the tensors"
         )
-    if not _serves(backend, device, dtype):
+    if backend.dtypes is not None and dtype not in backend.dtypes:
         dtypes = " and ".join(str(kind).removeprefix("torch.") for kind in backend.dtypes or ())
         raise BackendError(
             f"backend {name!r} does not serve {str(dtype).removeprefix('torch.')} tensors, only {dtypes}; "
@@ -175,9 +180,7 @@ def explain(device: str) -> str:
 
 def kernels(name: str) -> Kernels:
     """The functions of a backend that `resolve` named."""
-    module = _BACKENDS[name].module
-    assert module is not None
-    return cast(Kernels, importlib.import_module(module))
+    return cast(Kernels, importlib.import_module(_BACKENDS[name].module))
 
 
 @torch.compiler.assume_constant_result

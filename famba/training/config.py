@@ -109,6 +109,7 @@ class TrainerConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     device: str
     compile: bool
+    cuda_graphs: bool
     grad_checkpointing: bool
     log_every: Count
     eval_every: Count

@@ -150,6 +150,9 @@ class Training:
             images, targets = self.mix(images, labels)
         autocast = self.setup.autocast
         with self._gather_gradients(last=part == parts - 1):
+            if self.config.trainer.cuda_graphs:
+                # What the replay before left behind is no longer needed.
+                torch.compiler.cudagraph_mark_step_begin()
             with torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None):
                 logits = self.forward(images)
             loss = self.loss(logits.float(), targets) / parts
@@ -333,7 +336,9 @@ class Training:
     def _forward_model(self) -> nn.Module:
         model: nn.Module = self.state.model
         if self.config.trainer.compile:
-            model = cast(nn.Module, torch.compile(model, fullgraph=True))
+            # Shapes are fixed by schedule and batch size: a graph for each is faster than one for all.
+            mode = "reduce-overhead" if self.config.trainer.cuda_graphs else "default"
+            model = cast(nn.Module, torch.compile(model, fullgraph=True, dynamic=False, mode=mode))
         if self.process.world_size == 1:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None

@@ -51,6 +51,7 @@ def prepare(config: RunConfig) -> Setup:
     device = choose_device(config.trainer.device)
     autocast = choose_precision(config.trainer.precision, device)
     _check_backend(config.ops.backend, device)
+    _check_cuda_graphs(config, device)
     data.check_name(config.data.name)
     known = config.data.num_classes or data.num_classes_of(config.data.name)
     classes = config.model.num_classes if known is None else model_classes(config, known)
@@ -105,6 +106,15 @@ def model_classes(config: RunConfig, found: int) -> int:
             f"or set it to {found} or more"
         )
     return classes
+
+
+def _check_cuda_graphs(config: RunConfig, device: torch.device) -> None:
+    if not config.trainer.cuda_graphs:
+        return
+    if not config.trainer.compile:
+        raise ConfigError("trainer.cuda_graphs=true records what was compiled; add trainer.compile=true or leave it out")
+    if device.type != "cuda":
+        raise ConfigError(f"trainer.cuda_graphs=true needs a CUDA device, this run is on {device.type}; leave it out")
 
 
 def _check_model_name(name: str) -> None:

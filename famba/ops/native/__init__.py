@@ -13,6 +13,9 @@ from famba.ops.native.kernels import (
 )
 from famba.ops.native.mixer import mixer, mixer_backward, mixer_kept_shapes
 
+# A product and a sort, which torch does well on a CPU.
+from famba.ops.reference import match_tokens
+
 __all__ = [
     "add_rms_norm",
     "add_rms_norm_backward",
@@ -20,6 +23,7 @@ __all__ = [
     "causal_conv1d_backward",
     "fuse_tokens",
     "fuse_tokens_backward",
+    "match_tokens",
     "mixer",
     "mixer_backward",
     "mixer_kept_shapes",

@@ -1,0 +1,66 @@
+"""The matching of tokens as a torch custom op."""
+
+# Annotations are evaluated here, not postponed: torch reads an op's schema from them.
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from famba.errors import ConfigError
+from famba.ops.checks import check_rank, check_shapes
+from famba.ops.registry import kernels, resolve
+
+
+@torch.no_grad()
+def match_tokens(
+    metric: Float[Tensor, "b l c"],
+    leading: int,
+    guarded: Int[Tensor, "images p"] | None,
+    sizes: Float[Tensor, "b l"] | None,
+    r: int,
+    order: str,
+) -> tuple[Int[Tensor, "b l"], Float[Tensor, "b l"], Float[Tensor, "b fused"]]:
+    """Choose r tokens that fuse with another; `famba.fusion.match` says how, and checks r and order.
+
+    Args:
+        metric: what similarity is measured on (b, l, c), of any floating dtype.
+        leading: tokens at the head that never fuse.
+        guarded: instead of `leading`, which is 0 then, the places of tokens that never fuse, equal for all images
+            (1, p) or not (b, p); None where there are no others.
+        sizes: weight of each token in the token it becomes part of (b, l); equal weights where None.
+        r: tokens to remove, from 1 to half of those that may fuse.
+        order: "sequence" or "tome".
+
+    Returns:
+        Places (b, l) in the fused sequence, int64 in [0, l - r); each token's share of its place (b, l); the sums of
+        sizes at each place (b, l - r). The latter two in float32, or float64 where metric is. No gradient is drawn.
+
+    Raises:
+        ConfigError: a shape, dtype or device does not fit.
+        BackendError: the chosen backend does not serve metric's device.
+    """
+    check_rank("match_tokens", "metric", metric, "(b, l, c)")
+    batch, length, _ = metric.shape
+    check_shapes("match_tokens", "metric", metric=(metric, tuple(metric.shape)), sizes=(sizes, (batch, length)))
+    if guarded is not None and (guarded.ndim != 2 or guarded.shape[0] not in (1, batch)):
+        raise ConfigError(f"match_tokens: guarded has shape {tuple(guarded.shape)}, expected (1, p) or ({batch}, p)")
+    if leading and guarded is not None:
+        raise ConfigError(f"match_tokens: leading is {leading} beside guarded places; expected one of the two")
+    return _match(metric, leading, guarded, sizes, r, order, resolve(metric.device.type, metric.dtype))
+
+
+@torch.library.custom_op("famba::match_tokens", mutates_args=())
+def _match(
+    metric: Tensor, leading: int, guarded: Tensor | None, sizes: Tensor | None, r: int, order: str, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(metric.device.type, enabled=False):
+        return kernels(backend).match_tokens(metric, leading, guarded, sizes, r, order)
+
+
+@_match.register_fake
+def _match_shape(
+    metric: Tensor, leading: int, guarded: Tensor | None, sizes: Tensor | None, r: int, order: str, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, _ = metric.shape
+    dtype = torch.float64 if metric.dtype == torch.float64 else torch.float32
+    places = metric.new_empty(batch, length, dtype=torch.int64)
+    return places, metric.new_empty(batch, length, dtype=dtype), metric.new_empty(batch, length - r, dtype=dtype)

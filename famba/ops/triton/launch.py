@@ -1,0 +1,121 @@
+"""How the Triton kernels are launched: tuned on a CUDA device, by Triton's interpreter on a CPU, or only noted down.
+
+An argument of a kernel is a tensor, a `tl.constexpr`, or a number that may differ from call to call; no number is
+compiled in unless it is declared constexpr, so that neither length nor batch makes Triton compile again.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from famba.ops.availability import interpreted
+
+Grid = Callable[[Mapping[str, int]], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One way to run a kernel: values of constexpr arguments, warps of a program, and stages of its pipelined loops."""
+
+    constants: Mapping[str, int] = field(default_factory=dict)
+    warps: int = 4
+    stages: int = 2
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A call of a kernel that was noted down instead of made."""
+
+    kernel: Kernel
+    arguments: Mapping[str, Any]
+
+
+_noted: list[Launch] | None = None
+
+
+class Kernel:
+    """A Triton function with the configurations that tuning may choose from.
+
+    On a device Triton times each configuration at the first call for the constants named in `key` and the dtypes, and
+    keeps the fastest; results do not depend on the choice. The interpreter takes the first. A configuration must not
+    change the shape of a tensor.
+    """
+
+    def __init__(self, function: Callable[..., None], configurations: Sequence[Configuration], key: Sequence[str]):
+        parameters = inspect.signature(function).parameters
+        constants = [name for name, parameter in parameters.items() if "constexpr" in str(parameter.annotation)]
+        self.name = function.__name__.lstrip("_")
+        self.configurations = tuple(configurations)
+        self.constants = frozenset(constants)
+        self.jit = triton.jit(function)
+        self._function, self._key = function, list(key)
+        self._tuned = len(self.configurations) > 1 and not interpreted()
+        self._launched: Any = None
+
+    def _prepared(self, arguments: Mapping[str, Any]) -> Any:
+        # Only a call tells numbers from tensors, whose alignment must be compiled in: wide loads depend on it.
+        given = {name: value for name, value in arguments.items() if name not in self.constants}
+        numbers = [name for name, value in given.items() if isinstance(value, (int, float))]
+        jit = triton.jit(self._function, do_not_specialize=numbers)
+        return self._with_tuning(jit) if self._tuned else jit
+
+    def _with_tuning(self, jit: Any) -> Any:
+        configs = [
+            triton.Config(dict(c.constants), num_warps=c.warps, num_stages=c.stages) for c in self.configurations
+        ]
+        # Before Triton 3.4 what was tuned lasts for a process; since then it is kept beside the compiled kernels.
+        keep = {"cache_results": True} if "cache_results" in inspect.signature(triton.autotune).parameters else {}
+        return triton.autotune(configs, self._key, **keep)(jit)
+
+    def launch(self, grid: Grid, **arguments: Any) -> None:
+        """Run over a grid, a function of the constants, on the device of the first tensor."""
+        if _noted is not None:
+            _noted.append(Launch(self, arguments))
+            return
+        tensor = next(x for x in arguments.values() if isinstance(x, Tensor))
+        with torch.cuda.device_of(tensor):
+            if self._launched is None:
+                self._launched = self._prepared(arguments)
+            if self._tuned:
+                self._launched[grid](**arguments)
+                return
+            first = self.configurations[0]
+            every = {**arguments, **first.constants}
+            self._launched[grid(every)](**every, num_warps=first.warps, num_stages=first.stages)
+
+
+def kernel(configurations: Sequence[Configuration], key: Sequence[str] = ()) -> Callable[[Callable[..., None]], Kernel]:
+    """Decorate a Triton function; see `Kernel`."""
+    return lambda function: Kernel(function, configurations, key)
+
+
+@contextmanager
+def noted() -> Iterator[list[Launch]]:
+    """Note down launches instead of making them, so that they can be compiled without a device."""
+    global _noted
+    before, _noted = _noted, []
+    try:
+        yield _noted
+    finally:
+        _noted = before
+
+
+def activation(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give x (b, l, c) as the kernels read it: of `dtype`, rows contiguous and at equal distances over images too."""
+    x = x.to(dtype)
+    rows = x.stride(1)
+    even = x.stride(2) == 1 and x.stride(0) == x.shape[1] * rows and rows >= x.shape[2]
+    return x if even else x.contiguous()
+
+
+def parameter(x: Tensor) -> Tensor:
+    """Give what is no activation as the kernels read it: float32 and contiguous."""
+    return x.to(torch.float32).contiguous()
