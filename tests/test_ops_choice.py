@@ -139,7 +139,8 @@ def test_auto_passes_over_what_cannot_be_used_or_serves_another_device(
     calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted = registry._BACKENDS["counted"]
-    monkeypatch.setattr(registry, "_BACKENDS", {"counted": counted, **registry._BACKENDS})
+    known = {name: registry._BACKENDS[name] for name in ("native", "reference")}
+    monkeypatch.setattr(registry, "_BACKENDS", {"counted": counted, **known})
     assert registry.resolve("cpu") == "counted"
     assert registry.resolve("cuda") == "reference"
     broken = registry.Backend(counted.module, counted.devices, lambda: "broken; mend it")

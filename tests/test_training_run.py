@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from famba.training.evaluation import evaluate
 from famba.training.measure import macs_per_image, saved_bytes_per_image
 from famba.training.setup import build_model, prepare
 
+ROOT = Path(__file__).parents[1]
 ONE = Process(0, 1, torch.device("cpu"))
 
 
@@ -330,3 +332,18 @@ def test_logging_is_as_before_after_a_run(tmp_path: Path) -> None:
     before = list(root.handlers)
     train(compose([*TINY, f"run_dir={tmp_path}", "trainer.max_steps=1"]), tmp_path)
     assert root.handlers == before
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_like_an_eager_one(tmp_path: Path) -> None:
+    # In processes of their own, without the checks of shapes in signatures, which a compiler cannot see through.
+    losses = []
+    for name, more in (("eager", ()), ("compiled", ("trainer.compile=true",))):
+        folder = tmp_path / name
+        command = [sys.executable, str(ROOT / "train.py"), *TINY, "trainer.epochs=1", f"run_dir={folder}", *more]
+        command += ["fusion=upper", "fusion.budget=5"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-4000:]
+        losses.append([line["loss"] for line in metrics(folder) if line["kind"] == "train"])
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)

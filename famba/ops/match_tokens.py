@@ -4,6 +4,7 @@
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from famba.errors import ConfigError
 from famba.ops.checks import check_rank, check_shapes
@@ -64,3 +65,11 @@ def _match_shape(
     dtype = torch.float64 if metric.dtype == torch.float64 else torch.float32
     places = metric.new_empty(batch, length, dtype=torch.int64)
     return places, metric.new_empty(batch, length, dtype=dtype), metric.new_empty(batch, length - r, dtype=dtype)
+
+
+@register_flop_formula(torch.ops.famba.match_tokens)
+def _match_flops(metric, leading, guarded, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    """The similarities between the two halves of the tokens that may fuse."""
+    batch, length, channels = metric
+    free = length - (leading if guarded is None else guarded[1])
+    return 2 * batch * (free // 2) * (free - free // 2) * channels

@@ -160,22 +160,29 @@ def resolve(device: str, dtype: torch.dtype = torch.float32) -> str:
             f"backend {name!r} does not serve {device!r} tensors, only {', '.join(backend.devices or ())}; "
             "use 'auto', or move the tensors"
         )
-    if backend.dtypes is not None and dtype not in backend.dtypes:
-        dtypes = " and ".join(str(kind).removeprefix("torch.") for kind in backend.dtypes or ())
+    if not _serves_dtype(backend, dtype):
         raise BackendError(
-            f"backend {name!r} does not serve {str(dtype).removeprefix('torch.')} tensors, only {dtypes}; "
+            f"backend {name!r} does not serve {str(dtype).removeprefix('torch.')} tensors, only {_dtypes(backend)}; "
             "use 'auto', or cast the tensors"
         )
     return name
 
 
-def explain(device: str) -> str:
-    """Say in one line which backend serves a device type, and why none that "auto" would prefer does."""
-    name = resolve(device)
+def explain(device: str, dtype: torch.dtype = torch.float32) -> str:
+    """Say in one line which backend serves a device type and dtype, and why none that "auto" would prefer does."""
+    name = resolve(device, dtype)
     faster = list(_BACKENDS)[: list(_BACKENDS).index(name)]
-    passed_over = [n for n in faster if _serves(_BACKENDS[n], device) and _BACKENDS[n].obstacle() is not None]
-    reasons = [f"{n}: {(_BACKENDS[n].obstacle() or '').split(';')[0]}" for n in passed_over]
-    return f"{name} ({'; '.join(reasons)})" if reasons else name
+    reasons = {n: _reason(_BACKENDS[n], dtype) for n in faster if _serves_device(_BACKENDS[n], device)}
+    told = "; ".join(f"{n}: {reason}" for n, reason in reasons.items() if reason is not None)
+    return f"{name} ({told})" if told else name
+
+
+def _reason(backend: Backend, dtype: torch.dtype) -> str | None:
+    """Why a backend is passed over, in short."""
+    obstacle = backend.obstacle()
+    if obstacle is not None:
+        return obstacle.split(";")[0]
+    return None if _serves_dtype(backend, dtype) else f"serves {_dtypes(backend)} alone"
 
 
 def kernels(name: str) -> Kernels:
@@ -194,7 +201,15 @@ def _serves_device(backend: Backend, device: str) -> bool:
 
 
 def _serves(backend: Backend, device: str, dtype: torch.dtype = torch.float32) -> bool:
-    return _serves_device(backend, device) and (backend.dtypes is None or dtype in backend.dtypes)
+    return _serves_device(backend, device) and _serves_dtype(backend, dtype)
+
+
+def _serves_dtype(backend: Backend, dtype: torch.dtype) -> bool:
+    return backend.dtypes is None or dtype in backend.dtypes
+
+
+def _dtypes(backend: Backend) -> str:
+    return " and ".join(str(kind).removeprefix("torch.") for kind in backend.dtypes or ())
 
 
 def _check(name: str) -> None:

@@ -127,7 +127,7 @@ def _announce(config: RunConfig, setup: Setup, folder: RunFolder) -> None:
         matched,
     )
     precision = "float32" if setup.autocast is None else f"{str(setup.autocast).removeprefix('torch.')} autocast"
-    _log.info("device %s, %s, ops by %s", setup.device, precision, explain(setup.device.type))
+    _log.info("device %s, %s, ops by %s", setup.device, precision, explain(setup.device.type, setup.dtype))
 
 
 def _finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -16,25 +18,32 @@ import famba
 from famba.ops.registry import resolve
 from famba.training.devices import describe_device
 
-_PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "hydra-core")
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "hydra-core", "triton", "mamba-ssm", "causal-conv1d")
 
 
-def provenance(device: torch.device, seed: int, world_size: int) -> dict[str, Any]:
+def provenance(device: torch.device, seed: int, world_size: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """Versions, machine, commit, seed and backend of this run; no names of users or hosts."""
     return {
         "started": now(),
         "famba": famba.__version__,
         "git_commit": git_commit(),
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "packages": dict(_versions()),
         "platform": platform.platform(),
         "device": describe_device(device),
         "processes": world_size,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "backend": resolve(device.type),
+        "backend": resolve(device.type, dtype),
         "seed": seed,
         "arguments": [item for item in sys.argv[1:] if not item.startswith("hydra.job.config.")],
     }
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    """Packages that are installed, and their versions."""
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            yield name, metadata.version(name)
 
 
 def git_commit() -> str | None:

@@ -37,6 +37,11 @@ class Setup:
     model_arguments: dict[str, Any]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What matrix products are computed in."""
+        return self.autocast or torch.float32
+
+    @property
     def tokens_per_layer(self) -> tuple[int, ...]:
         """Tokens left after each layer's fusion."""
         return tokens_per_layer(self.schedule, self.tokens)
@@ -50,7 +55,7 @@ def prepare(config: RunConfig) -> Setup:
     _check_model_name(config.model.name)
     device = choose_device(config.trainer.device)
     autocast = choose_precision(config.trainer.precision, device)
-    _check_backend(config.ops.backend, device)
+    _check_backend(config.ops.backend, device, autocast or torch.float32)
     _check_cuda_graphs(config, device)
     data.check_name(config.data.name)
     known = config.data.num_classes or data.num_classes_of(config.data.name)
@@ -112,7 +117,7 @@ def _check_cuda_graphs(config: RunConfig, device: torch.device) -> None:
     if not config.trainer.cuda_graphs:
         return
     if not config.trainer.compile:
-        raise ConfigError("trainer.cuda_graphs=true records what was compiled; add trainer.compile=true or leave it out")
+        raise ConfigError("trainer.cuda_graphs=true records what was compiled; add trainer.compile=true, or leave it")
     if device.type != "cuda":
         raise ConfigError(f"trainer.cuda_graphs=true needs a CUDA device, this run is on {device.type}; leave it out")
 
@@ -123,12 +128,12 @@ def _check_model_name(name: str) -> None:
         raise ConfigError(f"unknown model.name {name!r}{near_miss(name, known)}; allowed: {', '.join(known)}")
 
 
-def _check_backend(backend: str, device: torch.device) -> None:
+def _check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
     if backend == AUTO:
-        resolve(device.type)
+        resolve(device.type, dtype)
         return
     with ops.use_backend(backend):
-        resolve(device.type)
+        resolve(device.type, dtype)
 
 
 def _model_arguments(config: RunConfig, classes: int | None) -> dict[str, Any]:

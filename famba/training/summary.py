@@ -36,7 +36,7 @@ def gather_facts(
         saved_bytes_per_image=saved_bytes_per_image(model, setup.image_size, setup.autocast),
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
-        provenance=provenance(process.device, config.seed, process.world_size),
+        provenance=provenance(process.device, config.seed, process.world_size, setup.dtype),
     )
 
 
