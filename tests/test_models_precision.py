@@ -1,0 +1,122 @@
+"""Training in half precision on extreme inputs: everything stays finite, and what must be float32 is."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from famba.fusion import schedule
+from famba.models import Vim
+from famba.ops import use_backend
+from famba.ops.availability import triton_obstacle
+
+HALF = [torch.bfloat16, torch.float16]
+BACKENDS = ["auto", "reference", *(["triton"] if triton_obstacle() is None else [])]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make(**options: object) -> Vim:
+    torch.manual_seed(0)
+    counts = schedule("all", 3, 17, 6)
+    return Vim(img_size=8, patch_size=2, embed_dim=16, depth=3, num_classes=5, fusion=counts, **options).to(DEVICE)
+
+
+def extreme_images() -> Tensor:
+    """Black, white, a single bright pixel, noise far beyond normalised pixels, and ordinary ones."""
+    images = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images[0], images[1] = 0.0, 30.0
+    images[2] = 0.0
+    images[2, :, 3, 3] = 1000.0
+    images[3] *= 300
+    images[4] *= 1e-6
+    return images.to(DEVICE)
+
+
+def push_to_extremes(model: Vim) -> None:
+    """Steps near nothing and far above what training reaches, decays at once and never."""
+    with torch.no_grad():
+        for number, layer in enumerate(model.layers):
+            for projection in (layer.mixer.dt_proj, layer.mixer.dt_proj_b):
+                projection.bias[0::4] = 30.0
+                projection.bias[1::4] = -30.0
+                projection.weight[2::4] *= 100
+            layer.mixer.A_log[number::5] = 6.0
+            layer.mixer.A_b_log[number::5] = -20.0
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("weighting", ["mean", "size"])
+def test_training_on_extremes_stays_finite(backend: str, dtype: torch.dtype, weighting: str) -> None:
+    model = make(fusion_weighting=weighting)
+    push_to_extremes(model)
+    images, labels = extreme_images(), torch.arange(6, device=DEVICE) % 5
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    scaler = torch.amp.GradScaler(DEVICE, enabled=dtype == torch.float16, init_scale=2.0**12)
+    losses = []
+    with use_backend(backend):
+        for _ in range(2 if backend == "triton" and DEVICE == "cpu" else 12):
+            optimizer.zero_grad()
+            with torch.autocast(DEVICE, dtype=dtype):
+                logits = model(images)
+            loss = nn.functional.cross_entropy(logits.float(), labels)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            for name, parameter in model.named_parameters():
+                assert parameter.grad is not None, name
+                assert parameter.grad.dtype == torch.float32, name
+                assert parameter.grad.isfinite().all(), name
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss.item())
+    assert all(torch.tensor(losses).isfinite())
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert losses[-1] < losses[0]
+
+
+class Dtypes(TorchDispatchMode):
+    """Notes what is handed to each op of this package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, tuple]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if function.namespace == "famba":
+            self.seen.append((function._schema.name.removeprefix("famba::"), args))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_steps_enter_in_half_and_rates_bias_skip_and_stream_in_float32(dtype: torch.dtype) -> None:
+    model = make()
+    with use_backend("reference"), torch.autocast(DEVICE, dtype=dtype), Dtypes() as noted:
+        model(extreme_images())
+    scans = [args for name, args in noted.seen if name == "selective_scan"]
+    assert len(scans) == 6
+    for u, delta, A, B, C, D, z, delta_bias, *_ in scans:
+        assert {x.dtype for x in (u, delta, B, C, z)} == {dtype}
+        assert {x.dtype for x in (A, D, delta_bias)} == {torch.float32}
+    norms = [args for name, args in noted.seen if name == "add_rms_norm"]
+    assert len(norms) == 4
+    for _, residual, weight, *_ in norms:
+        assert residual is None or residual.dtype == torch.float32
+        assert weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_half_precision_is_near_float32(dtype: torch.dtype) -> None:
+    model = make(drop_path_rate=0.0)
+    images = extreme_images()[4:]
+
+    def run(autocast: bool) -> Tensor:
+        with torch.autocast(DEVICE, dtype=dtype) if autocast else nullcontext(), torch.no_grad():
+            return model(images).float()
+
+    exact = run(False)
+    assert (run(True) - exact).abs().max() <= 0.05 * exact.abs().max().clamp(min=0.1)
