@@ -1,0 +1,338 @@
+"""The causal depthwise convolution: both directions of a mixer at once, or one.
+
+A program works on a tile of steps and channels of one image, and for all directions. The backward keeps nothing of the
+forward: it works out again what entered silu, at each step as often as the kernel has taps, since that moves no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from famba.ops.triton.launch import Configuration, activation, kernel, parameter
+from famba.ops.triton.sums import column_sums
+
+
+def tile_steps(width: int) -> int:
+    """Steps of a tile, which decide how many partial sums there are: fewer where many taps fill the registers."""
+    return 64 if width <= 4 else 16
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
+    """Return y."""
+    return convolve(x, [weight], [bias], silu, (reverse,)).squeeze(0)
+
+
+def causal_conv1d_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of x, weight and bias, each in its input's dtype."""
+    dx, (dweight,), (dbias,) = convolve_backward(dy.unsqueeze(0), x, [weight], [bias], silu, (reverse,))
+    return dx, dweight, dbias
+
+
+def convolve(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], silu: bool, reverses: tuple[bool, ...]
+) -> Tensor:
+    """The convolutions of x (b, l, d) in one or two directions, (directions, b, l, d) in x's dtype, in one launch.
+
+    weights: (d, width) for each direction, of one width; biases: (d,), or all None.
+    """
+    batch, length, channels = x.shape
+    y = torch.empty(len(weights), batch, length, channels, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    tiles = batch * triton.cdiv(length, tile_steps(weights[0].shape[1]))
+    _conv_forward.launch(
+        lambda constants: (tiles, triton.cdiv(channels, constants["BLOCK"])),
+        y=y,
+        **_arguments(x, weights, biases, silu, reverses),
+    )
+    return y
+
+
+def convolve_backward(
+    dys: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    silu: bool,
+    reverses: tuple[bool, ...],
+) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+    """Gradients of x, summed over the directions, and of weights and biases, each in its input's dtype.
+
+    dys: (directions, b, l, d). One launch, and one that adds up the tiles' sums.
+    """
+    batch, length, channels = x.shape
+    width = weights[0].shape[1]
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dweights = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
+    dbiases = [None if b is None else torch.empty_like(b, memory_format=torch.contiguous_format) for b in biases]
+    if channels == 0:
+        return dx, dweights, dbiases
+    tiles = batch * triton.cdiv(length, tile_steps(width))
+    columns = len(weights) * (width + 1) * channels
+    partials = torch.empty(tiles, columns, dtype=torch.float32, device=x.device)
+    if tiles:
+        _conv_backward.launch(
+            lambda constants: (tiles, triton.cdiv(channels, constants["BLOCK"])),
+            dy=dys.to(x.dtype).contiguous(),
+            dx=dx,
+            partials=partials,
+            TAPS=triton.next_power_of_2(len(weights) * (width + 1)),
+            **_arguments(x, weights, biases, silu, reverses),
+        )
+    _conv_sums.launch(
+        lambda constants: (triton.cdiv(columns, constants["BLOCK"]),),
+        partials=partials,
+        tiles=tiles,
+        dweight=dweights[0],
+        dbias=dbiases[0],
+        dweight2=dweights[-1],
+        dbias2=dbiases[-1],
+        CHANNELS=channels,
+        WIDTH=width,
+        DIRECTIONS=len(weights),
+        BIASED=biases[0] is not None,
+    )
+    return dx, dweights, dbiases
+
+
+def _arguments(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], silu: bool, reverses: tuple[bool, ...]
+) -> dict[str, object]:
+    """What both kernels take. Of one direction alone the second is the first again, and not looked at."""
+    x = activation(x, x.dtype)
+    readable = [parameter(weight) for weight in weights]
+    shifts = [None if bias is None else parameter(bias) for bias in biases]
+    return {
+        "x": x,
+        "weight": readable[0],
+        "bias": shifts[0],
+        "weight2": readable[-1],
+        "bias2": shifts[-1],
+        "batch": x.shape[0],
+        "length": x.shape[1],
+        "CHANNELS": x.shape[2],
+        "X_ROW": x.stride(1),
+        "WIDTH": weights[0].shape[1],
+        "DIRECTIONS": len(weights),
+        "REVERSE": reverses[0],
+        "REVERSE2": reverses[-1],
+        "BIASED": biases[0] is not None,
+        "SILU": silu,
+        "STEPS": tile_steps(weights[0].shape[1]),
+    }
+
+
+@triton.jit
+def _tile(start, step, channel, length, CHANNELS: tl.constexpr, ROW: tl.constexpr):
+    """Steps of one image, whose rows begin at `start`, in float32; 0 outside."""
+    inside = ((step >= 0) & (step < length))[:, None] & (channel < CHANNELS)[None, :]
+    return tl.load(start + step[:, None] * ROW + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _tap(weight, channel, k: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
+    """One tap of the kernel for each channel, as a row."""
+    return tl.load(weight + channel * WIDTH + k, mask=channel < CHANNELS, other=0.0)[None, :]
+
+
+@triton.jit
+def _convolved(
+    start,
+    step,
+    channel,
+    length,
+    weight,
+    bias,
+    CHANNELS: tl.constexpr,
+    X_ROW: tl.constexpr,
+    WIDTH: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BIASED: tl.constexpr,
+):
+    """The convolution before silu at some steps of an image, (steps, channels)."""
+    total = tl.zeros([step.shape[0], channel.shape[0]], tl.float32)
+    if BIASED:
+        total += tl.load(bias + channel, mask=channel < CHANNELS, other=0.0)[None, :]
+    for k in tl.static_range(WIDTH):
+        there = step + ((WIDTH - 1 - k) if REVERSE else (k - WIDTH + 1))
+        seen = _tile(start, there, channel, length, CHANNELS, X_ROW)
+        total += seen * _tap(weight, channel, k, CHANNELS, WIDTH)
+    return total
+
+
+@kernel(
+    [
+        Configuration({"BLOCK": 32}, warps=4),
+        Configuration({"BLOCK": 32}, warps=8),
+        Configuration({"BLOCK": 64}, warps=8),
+    ],
+    key=["CHANNELS", "WIDTH", "DIRECTIONS"],
+)
+def _conv_forward(
+    x,
+    weight,
+    bias,
+    weight2,
+    bias2,
+    y,
+    batch,
+    length,
+    CHANNELS: tl.constexpr,
+    X_ROW: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    REVERSE2: tl.constexpr,
+    BIASED: tl.constexpr,
+    SILU: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tiles = tl.cdiv(length, STEPS)
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    step = tl.program_id(0) % tiles * STEPS + tl.arange(0, STEPS)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (step < length)[:, None] & (channel < CHANNELS)[None, :]
+    start = x + image * length * X_ROW
+    for direction in tl.static_range(DIRECTIONS):
+        if direction == 0:
+            total = _convolved(start, step, channel, length, weight, bias, CHANNELS, X_ROW, WIDTH, REVERSE, BIASED)
+        else:
+            total = _convolved(start, step, channel, length, weight2, bias2, CHANNELS, X_ROW, WIDTH, REVERSE2, BIASED)
+        if SILU:
+            total *= tl.sigmoid(total)
+        out = y + (direction * batch + image) * length * CHANNELS
+        tl.store(out + step[:, None] * CHANNELS + channel[None, :], total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _through_silu(
+    dy,
+    start,
+    step,
+    channel,
+    length,
+    weight,
+    bias,
+    CHANNELS: tl.constexpr,
+    X_ROW: tl.constexpr,
+    WIDTH: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BIASED: tl.constexpr,
+    SILU: tl.constexpr,
+):
+    """The gradient of what entered silu, at some steps of an image whose gradients begin at `dy`; 0 outside."""
+    grad = _tile(dy, step, channel, length, CHANNELS, CHANNELS)
+    if SILU:
+        before = _convolved(start, step, channel, length, weight, bias, CHANNELS, X_ROW, WIDTH, REVERSE, BIASED)
+        gate = tl.sigmoid(before)
+        grad *= gate * (1 + before * (1 - gate))
+    return grad
+
+
+@kernel(
+    [
+        Configuration({"BLOCK": 16}, warps=4),
+        Configuration({"BLOCK": 16}, warps=8),
+        Configuration({"BLOCK": 32}, warps=8),
+    ],
+    key=["CHANNELS", "WIDTH", "DIRECTIONS"],
+)
+def _conv_backward(
+    dy,
+    x,
+    weight,
+    bias,
+    weight2,
+    bias2,
+    dx,
+    partials,
+    batch,
+    length,
+    CHANNELS: tl.constexpr,
+    X_ROW: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    REVERSE2: tl.constexpr,
+    BIASED: tl.constexpr,
+    SILU: tl.constexpr,
+    TAPS: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tiles = tl.cdiv(length, STEPS)
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    step = tl.program_id(0) % tiles * STEPS + tl.arange(0, STEPS)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    start = x + image * length * X_ROW
+    seen = _tile(start, step, channel, length, CHANNELS, X_ROW)
+    total = tl.zeros([STEPS, BLOCK], tl.float32)
+    # Row by row the sums for each direction's taps, then for its bias.
+    slot = tl.arange(0, TAPS)[:, None]
+    sums = tl.zeros([TAPS, BLOCK], tl.float32)
+    for direction in tl.static_range(DIRECTIONS):
+        begin = dy + (direction * batch + image) * length * CHANNELS
+        for k in tl.static_range(WIDTH):
+            # Where the step of this program's tile is seen through tap k.
+            if direction == 0:
+                there = step + ((k - WIDTH + 1) if REVERSE else (WIDTH - 1 - k))
+                grad = _through_silu(
+                    begin, start, there, channel, length, weight, bias, CHANNELS, X_ROW, WIDTH, REVERSE, BIASED, SILU
+                )
+                total += grad * _tap(weight, channel, k, CHANNELS, WIDTH)
+            else:
+                there = step + ((k - WIDTH + 1) if REVERSE2 else (WIDTH - 1 - k))
+                grad = _through_silu(
+                    begin, start, there, channel, length, weight2, bias2, CHANNELS, X_ROW, WIDTH, REVERSE2, BIASED, SILU
+                )
+                total += grad * _tap(weight2, channel, k, CHANNELS, WIDTH)
+            sums = tl.where(slot == direction * (WIDTH + 1) + k, tl.sum(grad * seen, 0)[None, :], sums)
+            if k == WIDTH - 1:
+                sums = tl.where(slot == direction * (WIDTH + 1) + WIDTH, tl.sum(grad, 0)[None, :], sums)
+    inside = (step < length)[:, None] & (channel < CHANNELS)[None, :]
+    out = dx + image * length * CHANNELS
+    tl.store(out + step[:, None] * CHANNELS + channel[None, :], total.to(dx.dtype.element_ty), mask=inside)
+    held = (slot < DIRECTIONS * (WIDTH + 1)) & (channel < CHANNELS)[None, :]
+    mine = partials + tl.program_id(0).to(tl.int64) * (DIRECTIONS * (WIDTH + 1) * CHANNELS)
+    tl.store(mine + slot * CHANNELS + channel[None, :], sums, mask=held)
+
+
+@kernel([Configuration({"BLOCK": 32, "BLOCK_ROWS": 32}, warps=4)])
+def _conv_sums(
+    partials,
+    tiles,
+    dweight,
+    dbias,
+    dweight2,
+    dbias2,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    BIASED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    COLUMNS: tl.constexpr = DIRECTIONS * (WIDTH + 1) * CHANNELS
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = column_sums(partials, tiles, column, column < COLUMNS, COLUMNS, BLOCK_ROWS, BLOCK)
+    slot, channel = column // CHANNELS, column % CHANNELS
+    for direction in tl.static_range(DIRECTIONS):
+        k = slot - direction * (WIDTH + 1)
+        tap = (k >= 0) & (k < WIDTH) & (column < COLUMNS)
+        shift = (k == WIDTH) & (column < COLUMNS)
+        if direction == 0:
+            tl.store(dweight + channel * WIDTH + k, total.to(dweight.dtype.element_ty), mask=tap)
+            if BIASED:
+                tl.store(dbias + channel, total.to(dbias.dtype.element_ty), mask=shift)
+        else:
+            tl.store(dweight2 + channel * WIDTH + k, total.to(dweight2.dtype.element_ty), mask=tap)
+            if BIASED:
+                tl.store(dbias2 + channel, total.to(dbias2.dtype.element_ty), mask=shift)
