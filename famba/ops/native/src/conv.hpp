@@ -71,45 +71,51 @@ class ConvBlock {
         const int64_t pad = p_.width - 1;
         std::fill(inputs_, inputs_ + pad * W, 0.f);
         for (int64_t s = 0; s < p_.length; ++s)
-            store(inputs_ + (s + pad) * W, load(x_.at(position(s), channel_), lanes_));
+            store(inputs_ + (s + pad) * W, load(x_.at(position(p_, s), channel_), lanes_));
         bias_ = p_.bias ? load(p_.bias + channel_, lanes_) : V{};
     }
 
-    void forward(const Rows<T> &out) const {
-        const Taps<WIDTH> taps(taps_, p_.width);
-        for (int64_t s = 0; s < p_.length; ++s) {
-            const V y = bias_ + taps.correlate(inputs_ + s * W, W);
-            store(out.at(position(s), channel_), p_.silu ? silu(y) : y, lanes_);
+    // By value, and copies: where the address of a number is known, a store of floats might change it, and every use
+    // loads it again.
+    void forward(const Rows<T> out) const {
+        const ConvBlock own = *this;
+        const famba_conv p = p_;
+        const Taps<WIDTH> taps(taps_, p.width);
+        for (int64_t s = 0; s < p.length; ++s) {
+            const V y = own.bias_ + taps.correlate(own.inputs_ + s * W, W);
+            store(out.at(position(p, s), own.channel_), p.silu ? silu(y) : y, own.lanes_);
         }
     }
 
     // Writes the input's gradient, and into `partial` (width + 1, W) those of the taps and the bias.
-    void backward(const Rows<const T> &dy, const Rows<T> &dx, float *partial) const {
-        const Taps<WIDTH> taps(taps_, p_.width);
-        Taps<WIDTH> dtaps(p_.width);
+    void backward(const Rows<const T> dy, const Rows<T> dx, float *partial) const {
+        const ConvBlock own = *this;
+        const famba_conv p = p_;
+        const Taps<WIDTH> taps(taps_, p.width);
+        Taps<WIDTH> dtaps(p.width);
         V dbias{};
-        for (int64_t s = 0; s < p_.length; ++s) {
-            const float *window = inputs_ + s * W;
-            V grad = load(dy.at(position(s), channel_), lanes_);
-            if (p_.silu) grad *= silu_with_slope(bias_ + taps.correlate(window, W)).slope;
+        for (int64_t s = 0; s < p.length; ++s) {
+            const float *window = own.inputs_ + s * W;
+            V grad = load(dy.at(position(p, s), own.channel_), own.lanes_);
+            if (p.silu) grad *= silu_with_slope(own.bias_ + taps.correlate(window, W)).slope;
             dbias += grad;
             dtaps.add(grad, window);
-            store(grads_ + s * W, grad);
+            store(own.grads_ + s * W, grad);
         }
         dtaps.write(partial);
-        store(partial + p_.width * W, dbias);
-        std::fill(grads_ + p_.length * W, grads_ + (p_.length + p_.width - 1) * W, 0.f);
-        for (int64_t s = 0; s < p_.length; ++s) {
+        store(partial + p.width * W, dbias);
+        std::fill(own.grads_ + p.length * W, own.grads_ + (p.length + p.width - 1) * W, 0.f);
+        for (int64_t s = 0; s < p.length; ++s) {
             // A position is met by the last tap of its own window, and by earlier taps of those that follow.
-            V grad = taps.correlate(grads_ + (s + p_.width - 1) * W, -W);
-            T *out = dx.at(position(s), channel_);
-            if (p_.accumulate) grad += load(out, lanes_);
-            store(out, grad, lanes_);
+            V grad = taps.correlate(own.grads_ + (s + p.width - 1) * W, -W);
+            T *out = dx.at(position(p, s), own.channel_);
+            if (p.accumulate) grad += load(out, own.lanes_);
+            store(out, grad, own.lanes_);
         }
     }
 
   private:
-    int64_t position(int64_t step) const { return p_.reverse ? p_.length - 1 - step : step; }
+    static int64_t position(const famba_conv &p, int64_t step) { return p.reverse ? p.length - 1 - step : step; }
 
     const famba_conv &p_;
     int64_t channel_;

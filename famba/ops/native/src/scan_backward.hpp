@@ -34,8 +34,9 @@ struct GroupMemory {
 template <class T>
 constexpr int64_t TILE = 64 / (W * static_cast<int64_t>(sizeof(T)));
 
+// Both by value: where their address is known, a store of floats might change them, and every use loads them again.
 template <int G, bool Safe>
-FAMBA_INLINE void recompute_group(const BackwardSteps &steps, int64_t count, const GroupMemory &m, int64_t states) {
+FAMBA_INLINE void recompute_group(const BackwardSteps steps, int64_t count, const GroupMemory m, int64_t states) {
     V h[G], rate[G];
     for (int g = 0; g < G; ++g) {
         h[g] = load(m.h + g * W);
@@ -69,7 +70,7 @@ FAMBA_INLINE void gather(float *out, int64_t step, const V (&products)[G]) {
 }
 
 template <int G>
-FAMBA_INLINE void return_group(const BackwardSteps &steps, int64_t count, const GroupMemory &m, int64_t states) {
+FAMBA_INLINE void return_group(const BackwardSteps steps, int64_t count, const GroupMemory m, int64_t states) {
     V carry[G], dA[G];
     for (int g = 0; g < G; ++g) {
         carry[g] = load(m.carry + g * W);
@@ -183,89 +184,117 @@ class BackwardTask {
     // Blocks whose numbers share lines of memory are read and written together. `most` is each block's largest
     // magnitude of delta.
     void enter(int64_t begin, int64_t count, int64_t first, int64_t tile, V *most) {
-        for (int64_t i = 0; i < tile; ++i) most[i] = V{};
-        for (int64_t s = 0; s < count; ++s) {
-            const int64_t ahead = row_ahead(p_, begin, s, count), channel = first * W;
-            __builtin_prefetch(u_.at(ahead, channel));
-            __builtin_prefetch(delta_.at(ahead, channel));
-            __builtin_prefetch(dy_.at(ahead, channel));
-            if (z_) __builtin_prefetch(z_.at(ahead, channel));
-            for (int64_t i = 0; i < tile; ++i)
-                most[i] = maximum(enter_step(position(p_, begin + s), first + i, steps_[i], s * W), most[i]);
-        }
+        if (tile == TILE<T>) return enter_blocks<TILE<T>>(begin, count, first, steps_, most);
+        for (int64_t i = 0; i < tile; ++i) enter_blocks<1>(begin, count, first + i, steps_ + i, most + i);
     }
 
-    // Returns delta's magnitude.
-    FAMBA_INLINE V enter_step(int64_t t, int64_t block, const BackwardSteps &steps, int64_t here) const {
-        const int64_t channel = block * W;
-        const int lanes = this->lanes(block);
-        const V bias = p_.delta_bias ? load(p_.delta_bias + channel, lanes) : V{};
-        const V skip = p_.D ? load(p_.D + channel, lanes) : V{};
-        const V u = load(u_.at(t, channel), lanes);
-        Softplus delta{load(delta_.at(t, channel), lanes) + bias, splat(1.f)};
-        if (p_.softplus) delta = softplus_with_slope(delta.value);
-        V dy = load(dy_.at(t, channel), lanes) * p_.scale;
-        if (z_) dy *= silu(load(z_.at(t, channel), lanes));
-        store(steps.u + here, u);
-        store(steps.delta + here, delta.value);
-        store(steps.slope + here, delta.slope);
-        store(steps.drive + here, delta.value * u);
-        store(steps.dy + here, dy);
-        store(steps.y + here, skip * u);
-        store(steps.ddrive + here, V{});
-        store(steps.ddelta + here, V{});
-        return absolute(delta.value);
+    // What does not change from step to step is copied first, for the reason given at recompute_group.
+    template <int64_t N>
+    void enter_blocks(int64_t begin, int64_t count, int64_t first, const BackwardSteps *steps_of, V *most_of) const {
+        const int64_t channel = first * W;
+        const int lanes = this->lanes(first + N - 1);
+        const famba_scan p = p_;
+        const Rows<const T> u_rows = u_, delta_rows = delta_, dy_rows = dy_, z_rows = z_;
+        BackwardSteps steps[N];
+        V bias[N], skip[N], most[N];
+        for (int64_t i = 0; i < N; ++i) {
+            steps[i] = steps_of[i];
+            bias[i] = p.delta_bias ? load(p.delta_bias + channel + i * W, i + 1 < N ? W : lanes) : V{};
+            skip[i] = p.D ? load(p.D + channel + i * W, i + 1 < N ? W : lanes) : V{};
+            most[i] = V{};
+        }
+        for (int64_t s = 0; s < count; ++s) {
+            const int64_t t = position(p, begin + s), ahead = row_ahead(p, begin, s, count), here = s * W;
+            __builtin_prefetch(u_rows.at(ahead, channel));
+            __builtin_prefetch(delta_rows.at(ahead, channel));
+            __builtin_prefetch(dy_rows.at(ahead, channel));
+            if (z_rows) __builtin_prefetch(z_rows.at(ahead, channel));
+            for (int64_t i = 0; i < N; ++i) {
+                const int64_t from = channel + i * W;
+                const int width = i + 1 < N ? W : lanes;
+                const V u = load(u_rows.at(t, from), width);
+                Softplus delta{load(delta_rows.at(t, from), width) + bias[i], splat(1.f)};
+                if (p.softplus) delta = softplus_with_slope(delta.value);
+                V dy = load(dy_rows.at(t, from), width) * p.scale;
+                if (z_rows) dy *= silu(load(z_rows.at(t, from), width));
+                store(steps[i].u + here, u);
+                store(steps[i].delta + here, delta.value);
+                store(steps[i].slope + here, delta.slope);
+                store(steps[i].drive + here, delta.value * u);
+                store(steps[i].dy + here, dy);
+                store(steps[i].y + here, skip[i] * u);
+                store(steps[i].ddrive + here, V{});
+                store(steps[i].ddelta + here, V{});
+                most[i] = maximum(absolute(delta.value), most[i]);
+            }
+        }
+        for (int64_t i = 0; i < N; ++i) most_of[i] = most[i];
     }
 
     void leave(int64_t begin, int64_t count, int64_t first, int64_t tile, bool last) {
-        V dD[TILE<T>], dbias[TILE<T>];
-        const int64_t place = (image_ * blocks_.count + first) * W;
-        for (int64_t i = 0; i < tile; ++i) {
+        if (tile == TILE<T>) return leave_blocks<TILE<T>>(begin, count, first, steps_, last);
+        for (int64_t i = 0; i < tile; ++i) leave_blocks<1>(begin, count, first + i, steps_ + i, last);
+    }
+
+    template <int64_t N>
+    void leave_blocks(int64_t begin, int64_t count, int64_t first, const BackwardSteps *steps_of, bool last) const {
+        const int64_t channel = first * W, place = (image_ * blocks_.count + first) * W;
+        const int lanes = this->lanes(first + N - 1);
+        const famba_scan p = p_;
+        const Outputs out{Rows<const T>(dy_), Rows<const T>(z_), y_, du_, ddelta_, dz_, p.accumulate != 0};
+        BackwardSteps steps[N];
+        V skip[N], dD[N], dbias[N];
+        for (int64_t i = 0; i < N; ++i) {
+            steps[i] = steps_of[i];
+            skip[i] = p.D ? load(p.D + channel + i * W, i + 1 < N ? W : lanes) : V{};
             dD[i] = last ? V{} : load(partial_.dD + place + i * W);
             dbias[i] = last ? V{} : load(partial_.dbias + place + i * W);
         }
         for (int64_t s = 0; s < count; ++s) {
-            const int64_t ahead = row_ahead(p_, begin, s, count), channel = first * W;
-            __builtin_prefetch(du_.at(ahead, channel), 1);
-            __builtin_prefetch(ddelta_.at(ahead, channel), 1);
-            if (z_) __builtin_prefetch(dz_.at(ahead, channel), 1);
-            for (int64_t i = 0; i < tile; ++i)
-                leave_step(position(p_, begin + s), first + i, steps_[i], s * W, dD[i], dbias[i]);
+            const int64_t t = position(p, begin + s), ahead = row_ahead(p, begin, s, count), here = s * W;
+            __builtin_prefetch(out.du.at(ahead, channel), 1);
+            __builtin_prefetch(out.ddelta.at(ahead, channel), 1);
+            if (out.z) __builtin_prefetch(out.dz.at(ahead, channel), 1);
+            for (int64_t i = 0; i < N; ++i) {
+                const int64_t to = channel + i * W;
+                const int width = i + 1 < N ? W : lanes;
+                const V u = load(steps[i].u + here), dy = load(steps[i].dy + here);
+                const V ddrive = load(steps[i].ddrive + here);
+                const V ddelta = (load(steps[i].ddelta + here) * LN2 + ddrive * u) * load(steps[i].slope + here);
+                dD[i] += dy * u;
+                dbias[i] += ddelta;
+                store(out.du.at(t, to), ddrive * load(steps[i].delta + here) + skip[i] * dy, width);
+                store(out.ddelta.at(t, to), ddelta, width);
+                out.gate(t, to, width, load(steps[i].y + here) * p.scale);
+            }
         }
-        for (int64_t i = 0; i < tile; ++i) {
+        for (int64_t i = 0; i < N; ++i) {
             store(partial_.dD + place + i * W, dD[i]);
             store(partial_.dbias + place + i * W, dbias[i]);
         }
     }
 
-    FAMBA_INLINE void leave_step(int64_t t, int64_t block, const BackwardSteps &steps, int64_t here, V &dD,
-                                 V &dbias) const {
-        const int64_t channel = block * W;
-        const int lanes = this->lanes(block);
-        const V skip = p_.D ? load(p_.D + channel, lanes) : V{};
-        const V u = load(steps.u + here), dy = load(steps.dy + here), ddrive = load(steps.ddrive + here);
-        const V ddelta = (load(steps.ddelta + here) * LN2 + ddrive * u) * load(steps.slope + here);
-        dD += dy * u;
-        dbias += ddelta;
-        store(du_.at(t, channel), ddrive * load(steps.delta + here) + skip * dy, lanes);
-        store(ddelta_.at(t, channel), ddelta, lanes);
-        const V y = load(steps.y + here) * p_.scale;
-        if (z_)
-            leave_gate(t, channel, lanes, y);
-        else if (y_)
-            put(y_.at(t, channel), y, lanes);
-    }
+    // Where results go, and the gate between the scan and them.
+    struct Outputs {
+        Rows<const T> dy, z;
+        Rows<T> y, du, ddelta, dz;
+        bool accumulate;
 
-    void leave_gate(int64_t t, int64_t channel, int lanes, V y) const {
-        const Silu gate = silu_with_slope(load(z_.at(t, channel), lanes));
-        put(dz_.at(t, channel), load(dy_.at(t, channel), lanes) * y * gate.slope, lanes);
-        if (y_) put(y_.at(t, channel), y * gate.value, lanes);
-    }
+        FAMBA_INLINE void gate(int64_t t, int64_t channel, int lanes, V value) const {
+            if (z) {
+                const Silu by = silu_with_slope(load(z.at(t, channel), lanes));
+                put(dz.at(t, channel), load(dy.at(t, channel), lanes) * value * by.slope, lanes);
+                if (y) put(y.at(t, channel), value * by.value, lanes);
+            } else if (y) {
+                put(y.at(t, channel), value, lanes);
+            }
+        }
 
-    void put(T *out, V value, int lanes) const {
-        if (p_.accumulate) value += load(out, lanes);
-        store(out, value, lanes);
-    }
+        FAMBA_INLINE void put(T *to, V value, int lanes) const {
+            if (accumulate) value += load(to, lanes);
+            store(to, value, lanes);
+        }
+    };
 
     // Sums over the lanes of what groups of states gathered, into (count, states).
     void add_lanes(float *out, const float *gathered, int64_t count) const {
