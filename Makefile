@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/demo-$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: help setup train test lint format clean retry
+.PHONY: help setup train test test-gpu lint format clean retry
 
 help:
 	@echo "make train   set up and train a small Vim with and without fusion on digits (5 minutes)"
 	@echo "make test    run the tests"
+	@echo "make test-gpu  learn whether everything works on this machine's GPU (minutes)"
 	@echo "make lint    check style and types"
 	@echo "make format  put the code into the project's style"
 	@echo "make clean   remove what builds and tests leave behind"
@@ -32,6 +33,9 @@ train: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,0 +1,282 @@
+"""What only a GPU can show, by `make test-gpu`; the arithmetic of the kernels is tested without one, elsewhere."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from ops_helpers import assert_close, draw
+from torch import Tensor, nn
+
+from famba.analysis.doctor import diagnose
+from famba.fusion import match, schedule
+from famba.models import Vim
+from famba.ops import add_rms_norm, backends, bidirectional_mixer, causal_conv1d, selective_scan, use_backend
+from famba.ops.bidirectional_mixer import Direction
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+ROOT = Path(__file__).parents[1]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+STRATEGIES = ["none", "all", "interleaved", "lower", "upper"]
+
+
+def gpu_backends() -> list[object]:
+    """mamba_ssm and triton, each skipped with its reason where it cannot be used."""
+    found = backends()
+    return [
+        pytest.param(name, marks=pytest.mark.skipif(found[name] is not None, reason=f"{name}: {found[name]}"))
+        for name in ("mamba_ssm", "triton")
+    ]
+
+
+each_backend = pytest.mark.parametrize("backend", gpu_backends())
+
+
+def results(run: Callable[..., object], inputs: list[Tensor]) -> list[Tensor]:
+    """Outputs and all gradients."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    outputs = run(*leaves)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    grads = [draw(*y.shape).to(y) for y in outputs]
+    return [y.detach() for y in (*outputs, *torch.autograd.grad(outputs, leaves, grads))]
+
+
+def check(
+    backend: str, run: Callable[..., object], inputs: list[Tensor], dtype: torch.dtype, roundings: int = 1
+) -> None:
+    """Compare a backend on the GPU with the reference in float64 on the same numbers, outputs and all gradients."""
+    on_gpu = [x.to("cuda") for x in inputs]
+    torch.manual_seed(1)
+    with use_backend(backend):
+        found = results(run, on_gpu)
+    torch.manual_seed(1)
+    with use_backend("reference"):
+        wanted = results(run, [x.double() for x in on_gpu])
+    for number, (x, y) in enumerate(zip(found, wanted, strict=True)):
+        assert_close(x.cpu(), y.cpu(), roundings * TOLERANCE[dtype], f"result {number}", floor=0.1)
+
+
+def scan_inputs(length: int, channels: int, states: int, dtype: torch.dtype) -> list[Tensor]:
+    wide = [draw(8, length, channels, dtype=dtype) for _ in range(3)]
+    B, C = (draw(8, length, states, dtype=dtype) for _ in range(2))
+    A, D, bias = -draw(channels, states).exp().float(), draw(channels).float(), draw(channels).float() - 2
+    return [wide[0], wide[1], A, B, C, D, wide[2], bias]
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("length", "channels", "states"), [(197, 384, 16), (1, 64, 16), (785, 48, 8), (50, 24, 1)])
+def test_scan(backend: str, dtype: torch.dtype, reverse: bool, length: int, channels: int, states: int) -> None:
+    torch.manual_seed(0)
+
+    def run(u, delta, A, B, C, D, z, bias):  # type: ignore[no-untyped-def]
+        return selective_scan(u, delta, A, B, C, D, z, bias, delta_softplus=True, reverse=reverse)
+
+    check(backend, run, scan_inputs(length, channels, states, dtype), dtype)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_convolution(backend: str, dtype: torch.dtype, reverse: bool) -> None:
+    torch.manual_seed(0)
+    inputs = [draw(8, 197, 384, dtype=dtype), draw(384, 4).float(), draw(384).float()]
+    check(backend, lambda x, w, b: causal_conv1d(x, w, b, "silu", reverse), inputs, dtype)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm(backend: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    inputs = [draw(8, 197, 192, dtype=dtype), draw(8, 197, 192).float(), draw(192).float()]
+    check(backend, lambda x, residual, weight: add_rms_norm(x, residual, weight, 1e-5), inputs, dtype)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mixer(backend: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    d_model, d, n, rank = 192, 384, 16, 12
+    inputs = [draw(8, 197, d_model), draw(2 * d, d_model) / d_model**0.5, draw(d_model, d) / d**0.5]
+    for _ in range(2):
+        inputs += [draw(d, 4) / 2, draw(d), draw(rank + 2 * n, d) / d**0.5, draw(d, rank) / rank, draw(d) - 2]
+        inputs += [-draw(d, n).exp(), draw(d)]
+    # Matrix products in the activations' dtype; what is worked out in float32 stays so.
+    halves = {0, 1, 2, 5, 6, 12, 13}
+    inputs = [x.to(dtype if i in halves else torch.float32) for i, x in enumerate(inputs)]
+
+    def run(x, into, out, *weights):  # type: ignore[no-untyped-def]
+        return bidirectional_mixer(x, into, Direction(*weights[:7]), Direction(*weights[7:]), out)
+
+    with full_precision():
+        check(backend, run, inputs, dtype, roundings=6)
+
+
+@each_backend
+@pytest.mark.parametrize("order", ["sequence", "tome"])
+@pytest.mark.parametrize(("length", "r", "protected"), [(197, 7, 0), (197, 98, 0), (785, 40, 392), (64, 32, None)])
+def test_matching_and_fusing(backend: str, order: str, length: int, r: int, protected: int | None) -> None:
+    torch.manual_seed(0)
+    metric, x = draw(8, length, 192).float(), draw(8, length, 192).float()
+    sizes = torch.randint(1, 4, (8, length)).float()
+    with use_backend("reference"):
+        wanted = match(metric, r, protected, order, sizes)
+    with use_backend(backend):
+        found = match(metric.cuda(), r, protected, order, sizes.cuda())
+        fused = found.fuse(x.cuda(), found.known.of)
+    assert torch.equal(found.places.cpu(), wanted.places)
+    assert_close(fused.cpu(), wanted.fuse(x.double(), sizes.double()), 1e-5)
+
+
+@each_backend
+def test_the_same_input_gives_the_same_bits(backend: str) -> None:
+    torch.manual_seed(0)
+    model, images = vim("upper"), torch.randn(4, 3, 64, 64, device="cuda")
+
+    def run() -> list[Tensor]:
+        model.zero_grad()
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            model(images).float().square().sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    with use_backend(backend), deterministic():
+        assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@each_backend
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_step_never_makes_the_host_wait(backend: str, strategy: str) -> None:
+    model, images, labels = vim(strategy), torch.randn(4, 3, 64, 64, device="cuda"), torch.arange(4, device="cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def step() -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            logits = model(images)
+        nn.functional.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with use_backend(backend):
+        step()  # compiles and tunes, which waits
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@each_backend
+@pytest.mark.parametrize("strategy", ["none", "upper"])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"], ids=["compiled", "CUDA graphs"])
+def test_compiled_in_one_graph(backend: str, strategy: str, mode: str) -> None:
+    script = SCRIPT.format(backend=backend, strategy=strategy, mode=mode, tests=str(ROOT / "tests"))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+# In a process of its own: the checks of shapes in signatures are Python that a compiler cannot see through.
+SCRIPT = """
+import torch
+from famba.fusion import schedule
+from famba.models import Vim
+from famba.ops import use_backend
+
+torch.manual_seed(0)
+counts = schedule("{strategy}", 4, 17, 6)
+model = Vim(img_size=64, patch_size=16, embed_dim=64, depth=4, num_classes=10, fusion=counts).cuda()
+compiled = torch.compile(model, fullgraph=True, dynamic=False, mode="{mode}")
+with use_backend("{backend}"):
+    for number in range(4):
+        images = torch.randn(8, 3, 64, 64, device="cuda")
+        grads = []
+        for run in (compiled, model):
+            torch.compiler.cudagraph_mark_step_begin()
+            model.zero_grad()
+            logits = run(images)
+            logits.square().sum().backward()
+            grads.append([logits.detach().clone(), *(p.grad.clone() for p in model.parameters())])
+        for a, b in zip(*grads):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+"""
+
+
+@each_backend
+@pytest.mark.parametrize("options", [("fp32",), ("bf16",), ("fp16",), ("bf16", "trainer.compile=true")], ids=" ".join)
+def test_training_learns(backend: str, options: tuple[str, ...], tmp_path: Path) -> None:
+    precision, *more = options
+    command = [sys.executable, "train.py", "experiment=demo", f"trainer.precision={precision}", "trainer.device=cuda"]
+    command += [f"ops.backend={backend}", "fusion=upper", "trainer.epochs=2", f"run_dir={tmp_path / 'run'}", *more]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert f"ops by {backend}" in done.stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["top1"] > 20, "digits have ten classes"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+@each_backend
+def test_another_device_than_the_current_one(backend: str) -> None:
+    model = vim("upper").to("cuda:1")
+    with use_backend(backend):
+        logits = model(torch.randn(2, 3, 64, 64, device="cuda:1"))
+    logits.sum().backward()
+    assert logits.device == torch.device("cuda", 1)
+    assert logits.isfinite().all()
+
+
+def test_doctor_finds_nothing_wrong() -> None:
+    text, works = diagnose()
+    assert works, text
+
+
+def test_the_benchmark_runs(tmp_path: Path) -> None:
+    out = tmp_path / "ops.json"
+    command = ["-m", "famba", "benchmark", "ops", "--quick", "--device", "cuda", "--batch", "4", "--length", "65"]
+    done = subprocess.run(
+        [sys.executable, *command, "--json", str(out)], capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads(out.read_text())["complete"]
+
+
+def vim(strategy: str) -> Vim:
+    torch.manual_seed(0)
+    counts = schedule(strategy, 4, 17, 6)
+    return Vim(img_size=64, patch_size=16, embed_dim=64, depth=4, num_classes=10, fusion=counts).cuda()
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products in float32 proper, not in TF32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Of torch's own kernels those that give the same bits twice."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
