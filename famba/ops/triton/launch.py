@@ -113,7 +113,8 @@ def activation(x: Tensor, dtype: torch.dtype) -> Tensor:
     x = x.to(dtype)
     rows = x.stride(1)
     even = x.stride(2) == 1 and x.stride(0) == x.shape[1] * rows and rows >= x.shape[2]
-    return x if even else x.contiguous()
+    # Not `contiguous`: where a size is 1 it may leave strides that are no distance between rows.
+    return x if even else x.clone(memory_format=torch.contiguous_format)
 
 
 def parameter(x: Tensor) -> Tensor:
