@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -19,11 +20,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from famba.analysis.benchmark import contestants, fusion, length, machine, memory, model
+from famba.analysis.benchmark.cases import OPS as ALL_OPS
+from famba.analysis.benchmark.cases import USUAL_OPS
 from famba.analysis.benchmark.memory import Peak, step_peak
 from famba.analysis.benchmark.products import Linear, Products, step_linears
 from famba.analysis.benchmark.report import Report, Table
 from famba.analysis.benchmark.steps import Step, Subject
-from famba.analysis.benchmark.timing import Race, Times, ratio
+from famba.analysis.benchmark.timing import HostClock, Race, Times, ratio
 from famba.cli import main as famba
 from famba.errors import TrainingError
 from famba.ops import use_backend
@@ -82,7 +85,7 @@ def test_contestants_take_turns_and_the_warm_up_does_not_count() -> None:
             "a": clock.contestant("a", iter([9.0, 0.001, 0.003, 0.002, 0.100])),
             "b": clock.contestant("b", iter([9.0, 0.010, 0.020, 0.040, 0.030])),
         },
-        clock=clock,
+        clock=HostClock(CPU, clock),
     )
     race.run(4)
     assert clock.calls == ["a", "b"] * 5
@@ -102,7 +105,7 @@ def test_an_interrupted_race_keeps_what_it_has() -> None:
     race = Race(
         "race",
         {"a": clock.contestant("a", iter([1.0, 1.0, 2.0])), "b": clock.contestant("b", interrupted([1.0]))},
-        clock=clock,
+        clock=HostClock(CPU, clock),
     )
     with pytest.raises(KeyboardInterrupt):
         race.run(2)
@@ -174,13 +177,13 @@ def test_ops_are_timed_on_every_usable_backend(tmp_path: Path, capsys: pytest.Ca
     told = found([*OPS, "--dtype", "fp32", "bf16"], tmp_path)
     rows = told["ops"]
     assert {(r["op"], r["precision"]) for r in rows if r["contestant"] == "reference"} == {
-        (op, precision) for op in contestants.OPS for precision in ("fp32", "bf16")
+        (op, precision) for op in USUAL_OPS for precision in ("fp32", "bf16")
     }
     for row in rows:
         assert len(row["forward_ms_samples"]) == len(row["both_ms_samples"]) == 2
         assert (row["batch"], row["length"], row["channels"]) == (2, 9, 6)
         assert row["forward_of_fastest"] >= 1
-    for op in contestants.OPS:
+    for op in USUAL_OPS:
         assert min(r["both_of_fastest"] for r in rows if r["op"] == op) == 1
     assert told["complete"]
     assert told["benchmark"] == "ops"
@@ -247,7 +250,7 @@ def test_nothing_is_timed_where_results_differ(
 
 def test_a_scan_that_needs_too_much_memory_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _install(monkeypatch, "mambapy.pscan", "pscan", _scan)
-    monkeypatch.setattr(contestants, "memory_bytes", lambda: 2**10)
+    monkeypatch.setattr(contestants, "memory_bytes", lambda device: 2**10)
     told = found([*OPS, "--op", "selective_scan", "--dtype", "fp32"], tmp_path)
     assert "mamba.py" not in {row["contestant"] for row in told["ops"]}
     assert any(line.startswith("mamba.py: keeps all states") and "(2, 9, 6)" in line for line in told["left_out"])
@@ -258,13 +261,13 @@ def test_ctrl_c_tells_what_has_been_measured(
 ) -> None:
     left = iter(range(7))
 
-    def time(self: Race[Any], contestant: Callable[[], object]) -> float:
+    def time(self: HostClock, contestant: Callable[[], object], calls: int) -> float:
         contestant()
         if next(left, None) is None:
             raise KeyboardInterrupt
         return 5.0
 
-    monkeypatch.setattr(Race, "_time", time)
+    monkeypatch.setattr(HostClock, "time", time)
     file = tmp_path / "found.json"
     assert famba([*OPS, "--dtype", "fp32", "--json", str(file)]) == 130
     told = json.loads(file.read_text())
@@ -281,7 +284,7 @@ def test_memory_that_runs_out_is_an_error_and_loses_nothing(
     def no_memory(*tensors: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("out of memory: tried to allocate 9 GiB")
 
-    monkeypatch.setitem(contestants.OPS, "causal_conv1d", no_memory)
+    monkeypatch.setitem(ALL_OPS, "causal_conv1d", replace(ALL_OPS["causal_conv1d"], run=no_memory))
     assert famba([*OPS, "--op", "add_rms_norm", "causal_conv1d", "--dtype", "fp32"]) == 2
     out, err = capsys.readouterr()
     assert "add_rms_norm" in out

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from famba.analysis.benchmark import fusion, length, machine, model, ops
-from famba.analysis.benchmark.contestants import OPS
+from famba.analysis.benchmark import fusion, gpu, gpu_tables, length, machine, model, ops
+from famba.analysis.benchmark.cases import OPS, SHORTEST_FUSED, USUAL_OPS
 from famba.analysis.benchmark.length import PATCH
 from famba.analysis.benchmark.model import STRATEGIES, TRANSFORMERS
+from famba.analysis.benchmark.peaks import peaks
 from famba.analysis.benchmark.report import Report
+from famba.analysis.benchmark.timing import EventClock, cache_note, overwriting_cache
 from famba.errors import ConfigError, TrainingError, near_miss
+from famba.ops import use_backend
+from famba.ops.registry import resolve
 from famba.training.devices import out_of_memory
 
 _MODELS = tuple(TRANSFORMERS)
 _VIM_TI = _MODELS[0]
 _SIZES = [128, 224, 448, 896]
+_COLD, _WARM = _CACHES = ("cold", "warm")
 # Options that count something, and options that name something with what they may name.
 _COUNTS = ("rounds", "threads", "batch", "length", "channels", "states", "tokens")
 _NAMES: dict[str, Sequence[str]] = {
@@ -27,6 +33,7 @@ _NAMES: dict[str, Sequence[str]] = {
     "model": _MODELS,
     "fusion": STRATEGIES,
     "precision": tuple(machine.PRECISIONS),
+    "cache": _CACHES,
 }
 
 
@@ -42,16 +49,19 @@ def add_benchmark(commands: Any) -> None:
     _add_model(kinds)
     _add_length(kinds)
     _add_fusion(kinds)
+    _add_gpu(kinds)
 
 
 def _add_ops(kinds: Any) -> None:
     parser = _add(kinds, "ops", _ops, 9, "each op by every backend, and the scan by mamba-ssm's reference and mamba.py")
-    _several_of(parser, "--op", list(OPS), "ops")
+    _several_of(parser, "--op", list(USUAL_OPS), f"ops of {', '.join(OPS)}")
     _several_of(parser, "--batch", [8, 32], "batch sizes")
     _several_of(parser, "--length", [65, 197, 785], "tokens")
     _one_of(parser, "--channels", 384, "channels, as in Vim-Ti")
     _one_of(parser, "--states", 16, "states of the scan")
     _add_precision(parser, "--dtype")
+    _one_of(parser, "--cache", _COLD, "on CUDA: cold overwrites the cache before each call, warm does not")
+    _add_bandwidth(parser)
     parser.set_defaults(quick_values={"batch": [8], "length": [197]})
 
 
@@ -62,6 +72,11 @@ def _add_model(kinds: Any) -> None:
     _one_of(parser, "--batch", 32, "images at once")
     _one_of(parser, "--image-size", 224, "pixels a side")
     _add_precision(parser, "--precision")
+    parser.add_argument(
+        "--backend", nargs="+", default=[], metavar="NAME", help="backends that compute the unfused model once more"
+    )
+    parser.add_argument("--compile", action="store_true", help="all models by torch.compile")
+    _add_bandwidth(parser)
     parser.set_defaults(quick_values={"model": [_VIM_TI], "fusion": ["none", "upper"]})
 
 
@@ -81,6 +96,18 @@ def _add_fusion(kinds: Any) -> None:
     _one_of(parser, "--image-size", 224, "pixels a side")
     _add_precision(parser, "--precision")
     parser.set_defaults(quick_values={})
+
+
+def _add_gpu(kinds: Any) -> None:
+    parser = _add(kinds, "gpu", _gpu, 15, "ops and models on a CUDA device: the tables of docs/performance.md")
+    parser.add_argument(
+        "--fill", dest="page", type=Path, metavar="FILE", help="put the tables between the markers in FILE"
+    )
+    parser.add_argument(
+        "--floors", action="store_true", help="what A100 and H100 need at their best, alone; that needs no GPU"
+    )
+    _add_bandwidth(parser)
+    parser.set_defaults(run=_run_gpu, quick_values={})
 
 
 def _add(
@@ -115,7 +142,16 @@ def _add_precision(parser: argparse.ArgumentParser, flag: str) -> None:
         dest="precision",
         nargs="+",
         metavar="NAME",
-        help="fp32, bf16 (default: fp32, and bf16 where the processor has instructions for it)",
+        help="fp32, bf16, on CUDA fp16 (default: fp32, and bf16 where the processor has instructions for it)",
+    )
+
+
+def _add_bandwidth(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--bandwidth",
+        type=float,
+        metavar="GB/S",
+        help="bandwidth of the device's memory, 10^9 bytes a second (default: as published, for GPUs that are known)",
     )
 
 
@@ -124,14 +160,34 @@ def _run(options: argparse.Namespace) -> int:
     _check(options)
     options.device = machine.pick_device(options.device)
     options.precision = tuple(options.precision or machine.default_precisions(options.device))
+    machine.check_precisions(options.precision, options.device)
     with machine.threads(options.threads):
         report = Report(options.what, machine.describe(options.device), _settings(options))
         report.notes += machine.precision_notes(options.precision, options.device)
+        if options.device.type == "cuda":
+            report.notes.append(cache_note(cold=getattr(options, "cache", _WARM) == _COLD))
         try:
             _fill(options, report)
         finally:
             # Whatever ended the run: what has been measured took its time.
             _tell(report, options.json)
+    return 0
+
+
+def _run_gpu(options: argparse.Namespace) -> int:
+    """Refuse what cannot be written or measured before anything is."""
+    if options.page is not None:
+        gpu.read(options.page)
+    if not options.floors:
+        gpu.check_cuda(machine.pick_device(options.device))
+        options.precision = [gpu_tables.PRECISION]
+        return _run(options)
+    if options.json is not None:
+        raise ConfigError("--json writes what was measured, and --floors measures nothing; leave out one of them")
+    if options.page is None:
+        print(gpu.floors())
+    else:
+        gpu.fill(options.page, gpu.floors())
     return 0
 
 
@@ -175,6 +231,16 @@ def _check(options: argparse.Namespace) -> None:
             raise ConfigError(
                 f"--image-size is {value}; allowed: multiples of {PATCH}, the patch size, from {2 * PATCH}"
             )
+    for value in _given(options, "bandwidth"):
+        if not value > 0:
+            raise ConfigError(f"--bandwidth is {value:g}; allowed: numbers above 0, in GB/s")
+    shortest = min(_given(options, "length"), default=SHORTEST_FUSED)
+    if shortest < SHORTEST_FUSED and {"match_tokens", "fuse_tokens"} & set(_given(options, "op")):
+        raise ConfigError(f"--length is {shortest}; match_tokens and fuse_tokens need {SHORTEST_FUSED} tokens")
+    _check_names(options)
+
+
+def _check_names(options: argparse.Namespace) -> None:
     for name, allowed in _NAMES.items():
         for value in _given(options, name):
             if value not in allowed:
@@ -193,13 +259,15 @@ def _given(options: argparse.Namespace, name: str) -> Sequence[Any]:
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    hidden = ("run", "fill", "json", "quick_values", "usual_rounds", "parser", "what")
+    hidden = ("run", "fill", "json", "page", "floors", "quick_values", "usual_rounds", "parser", "what")
     settings = {name: value for name, value in vars(options).items() if name not in hidden}
     return settings | {"device": str(options.device), "threads": torch.get_num_threads()}
 
 
 def _ops(options: argparse.Namespace, report: Report) -> None:
-    report.notes += machine.keep_freed_memory()
+    on_cuda = options.device.type == "cuda"
+    report.notes += [] if on_cuda else machine.keep_freed_memory()
+    cold = on_cuda and options.cache == _COLD
     plan = ops.Plan(
         ops=tuple(options.op),
         batches=tuple(options.batch),
@@ -209,11 +277,14 @@ def _ops(options: argparse.Namespace, report: Report) -> None:
         precisions=options.precision,
         rounds=options.rounds,
         device=options.device,
+        clock=EventClock(options.device, overwriting_cache(options.device)) if cold else None,
+        peaks=peaks(options.device, options.bandwidth),
     )
     ops.benchmark_ops(plan, report)
 
 
 def _model(options: argparse.Namespace, report: Report) -> None:
+    _check_backends(options)
     plan = model.Plan(
         models=tuple(options.model),
         strategies=tuple(options.fusion),
@@ -223,8 +294,18 @@ def _model(options: argparse.Namespace, report: Report) -> None:
         rounds=options.rounds,
         threads=torch.get_num_threads(),
         device=options.device,
+        backends=tuple(options.backend),
+        compiled=options.compile,
+        peaks=peaks(options.device, options.bandwidth),
     )
     model.benchmark_model(plan, report)
+
+
+def _check_backends(options: argparse.Namespace) -> None:
+    """Raise BackendError where one cannot serve the device in a precision."""
+    for name, precision in product(options.backend, options.precision):
+        with use_backend(name):
+            resolve(options.device.type, machine.DTYPES[precision])
 
 
 def _length(options: argparse.Namespace, report: Report) -> None:
@@ -241,7 +322,7 @@ def _length(options: argparse.Namespace, report: Report) -> None:
 
 
 def _fusion(options: argparse.Namespace, report: Report) -> None:
-    report.notes += machine.keep_freed_memory()
+    report.notes += [] if options.device.type == "cuda" else machine.keep_freed_memory()
     plan = fusion.Plan(
         model=options.model,
         batch=options.batch,
@@ -251,3 +332,10 @@ def _fusion(options: argparse.Namespace, report: Report) -> None:
         device=options.device,
     )
     fusion.benchmark_fusion(plan, report)
+
+
+def _gpu(options: argparse.Namespace, report: Report) -> None:
+    limits = peaks(options.device, options.bandwidth)
+    gpu.measure(options.device, options.rounds, limits, report)
+    if options.page is not None:
+        gpu.fill(options.page, gpu.tables(report, limits))

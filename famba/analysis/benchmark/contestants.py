@@ -9,32 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from famba.analysis.benchmark.cases import OPS, Case
 from famba.analysis.benchmark.machine import memory_bytes
 from famba.errors import BackendError
-from famba.ops import add_rms_norm, backends, causal_conv1d, selective_scan, use_backend
+from famba.ops import backends, use_backend
+from famba.ops.availability import interpreted
 from famba.ops.registry import resolve
 
 MAMBA_PY = "mamba.py"
 MAMBA_SSM = "mamba-ssm reference"
 # Arrays of all states that autograd and the scans of other libraries hold at once, at most.
 _STATE_ARRAYS = 12
-
-
-@dataclass(frozen=True)
-class Case:
-    """An op and its size: (batch, length, channels), for the scan states per channel; precision as in DTYPES."""
-
-    op: str
-    batch: int
-    length: int
-    channels: int
-    states: int
-    precision: str
-
-    @property
-    def title(self) -> str:
-        """The case in one line."""
-        return f"{self.op} {self.precision} ({self.batch}, {self.length}, {self.channels})"
 
 
 @dataclass(frozen=True)
@@ -50,51 +35,19 @@ class Contestant:
     restore: Callable[[Tensor], Tensor] = lambda x: x
 
 
-def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Random inputs as a model has them under autocast: activations in `dtype`, parameters and residual in float32."""
-    generator = torch.Generator().manual_seed(0)
-    batch, length, channels, states = case.batch, case.length, case.channels, case.states
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator)
-
-    if case.op == "selective_scan":
-        u, delta = normal(batch, length, channels), uniform(batch, length, channels) * 0.1
-        B, C = normal(batch, length, states), normal(batch, length, states)
-        tensors = [u.to(dtype), delta.to(dtype), -16 * uniform(channels, states)]
-        tensors += [B.to(dtype), C.to(dtype), torch.ones(channels)]
-    elif case.op == "causal_conv1d":
-        tensors = [normal(batch, length, channels).to(dtype), normal(channels, 4), normal(channels)]
-    else:
-        x, residual = normal(batch, length, channels), normal(batch, length, channels)
-        tensors = [x.to(dtype), residual, uniform(channels) + 0.5]
-    return [x.to(device).requires_grad_() for x in tensors]
-
-
-OPS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
-    "selective_scan": selective_scan,
-    "causal_conv1d": lambda x, weight, bias: causal_conv1d(x, weight, bias, activation="silu"),
-    "add_rms_norm": lambda x, residual, weight: add_rms_norm(x, residual, weight, 1e-5),
-}
-"""Name to what is timed; a test of speed adds nothing by other arguments."""
-
-
 def contestants(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Contestant], dict[str, str]]:
     """Return those that can compute a case here, by name, and of the others why they cannot."""
     found: dict[str, Contestant] = {}
     missing: dict[str, str] = {}
     for name, obstacle in backends().items():
-        reason = obstacle or _not_served(name, device, dtype)
+        reason = obstacle or not_served(name, device, dtype)
         if reason is None:
             found[name] = Contestant(_by_backend(name, case.op))
         else:
             missing[name] = reason
     if case.op == "selective_scan":
         for name, offer in ((MAMBA_SSM, _mamba_ssm), (MAMBA_PY, _mamba_py)):
-            reason = _too_large(case)
+            reason = _too_large(case, device)
             other = offer() if reason is None else reason
             if isinstance(other, Contestant):
                 found[name] = other
@@ -103,7 +56,10 @@ def contestants(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[d
     return found, missing
 
 
-def _not_served(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def not_served(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend is not timed on a device in a dtype; None where it is."""
+    if name == "triton" and interpreted():
+        return "TRITON_INTERPRET=1 has it run in Triton's interpreter, whose times say nothing; unset it"
     try:
         with use_backend(name):
             resolve(device.type, dtype)
@@ -115,7 +71,7 @@ def _not_served(name: str, device: torch.device, dtype: torch.dtype) -> str | No
 def _by_backend(name: str, op: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
     def run(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
         with use_backend(name):
-            return OPS[op](*tensors)
+            return OPS[op].run(*tensors)
 
     return run
 
@@ -150,12 +106,14 @@ def _swapped(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous() if x.ndim == 3 else x
 
 
-def _too_large(case: Case) -> str | None:
+def _too_large(case: Case, device: torch.device) -> str | None:
     """Why a scan that keeps all states in memory does not fit, or None."""
     # mamba.py pads the length to a power of two.
     padded = 2 ** (case.length - 1).bit_length()
     need = _STATE_ARRAYS * 4 * case.batch * padded * case.channels * case.states
-    if 2 * need <= memory_bytes():
+    if 2 * need <= memory_bytes(device):
         return None
-    size = f"about {need / 2**30:.0f} GiB, more than half of this machine's memory"
+    size = (
+        f"about {need / 2**30:.0f} GiB, more than half of this {'GPU' if device.type == 'cuda' else 'machine'}'s memory"
+    )
     return f"keeps all states and would need {size} for {case.title}"

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -17,23 +17,21 @@ from famba.ops.native import library
 from famba.training.devices import choose_device, has_bf16
 from famba.training.provenance import provenance
 
-PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
-"""Name to the dtype of autocast, None for no autocast."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Name to the dtype of autocast, None for no autocast; fp16 is for CUDA devices alone."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Name to the dtype of activations."""
 SEED = 0
 # Of glibc's malloc.h; the library takes no larger threshold.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_KEPT_BYTES, _SMALLEST_RETURNED_BYTES = 2**25, 2**17
-_CONTESTANTS = ("mambapy", "mamba-ssm")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Machine, threads, instruction set, versions, commit and date."""
     found = provenance(device, seed=SEED, world_size=1)
-    for package in _CONTESTANTS:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found["packages"][package] = metadata.version(package)
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        found["packages"]["mambapy"] = metadata.version("mambapy")
     obstacle = library.obstacle()
     found["threads"] = torch.get_num_threads()
     found["native_isa"] = library.isa() if obstacle is None else f"none ({obstacle})"
@@ -53,14 +51,31 @@ def default_precisions(device: torch.device) -> list[str]:
     return ["fp32", "bf16"] if has_bf16(device) else ["fp32"]
 
 
-def precision_notes(precisions: list[str], device: torch.device) -> list[str]:
+def check_precisions(precisions: Sequence[str], device: torch.device) -> None:
+    """Raise ConfigError for one that is not timed on this device."""
+    if "fp16" in precisions and device.type != "cuda":
+        raise ConfigError(f"fp16 is timed on CUDA devices alone, this is a {device.type} device; use fp32 or bf16")
+
+
+def precision_notes(precisions: Sequence[str], device: torch.device) -> list[str]:
     """What to know of the chosen precisions on this device."""
+    if device.type == "cuda":
+        return _cuda_precision_notes(precisions)
     if "bf16" not in precisions or has_bf16(device):
         return []
     return [
         "this processor has no bfloat16 instructions; torch emulates them, slowly, so times in bf16 here say nothing "
         "about a processor that has them"
     ]
+
+
+def _cuda_precision_notes(precisions: Sequence[str]) -> list[str]:
+    notes = []
+    if "fp32" in precisions and torch.get_float32_matmul_precision() == "highest":
+        notes.append("products in fp32 do not use TF32, which torch has to be told to use")
+    if "fp16" in precisions:
+        notes.append("steps in fp16 are taken without a loss scaler")
+    return notes
 
 
 @contextlib.contextmanager
@@ -103,6 +118,8 @@ def _set_malloc(parameter: int, value: int) -> bool:
     return bool(libc.mallopt(parameter, value))
 
 
-def memory_bytes() -> int:
-    """Memory that this machine has."""
+def memory_bytes(device: torch.device) -> int:
+    """Memory of a CUDA device, or of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -24,6 +24,9 @@ class Peak(NamedTuple):
 
 def step_peak(subject: Subject, threads: int) -> Peak | None:
     """Measure one training step; None where memory runs out."""
+    if torch.device(subject.device).type == "cuda":
+        # What this process has freed and keeps is not there for the other.
+        torch.cuda.empty_cache()
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, subject, threads), daemon=True)
@@ -46,6 +49,9 @@ def measure(subject: Subject) -> Peak:
     return_freed_memory()
     device = torch.device(subject.device)
     step = Step(subject)
+    if device.type == "cuda":
+        # Tuning the kernels and the products' workspaces take memory once.
+        step.train()
     step.allocate()
     reset_peak_memory(device)
     at_rest = peak_memory_mib(device)

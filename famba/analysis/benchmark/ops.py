@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from famba.analysis.benchmark.contestants import Case, Contestant, contestants, inputs
+from famba.analysis.benchmark.cases import OPS, Case, inputs, passes
+from famba.analysis.benchmark.contestants import Contestant, contestants
 from famba.analysis.benchmark.machine import DTYPES
+from famba.analysis.benchmark.peaks import Peaks
 from famba.analysis.benchmark.report import Report, Table
-from famba.analysis.benchmark.timing import Race, Times, ratio
+from famba.analysis.benchmark.timing import Clock, Race, Times, ratio
+from famba.analysis.benchmark.traffic import floor_ms, total_bytes
 from famba.errors import BackendError
 
 # Relative errors, in the norm, up to which contestants agree.
-_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
 _COLUMNS = {
     "op": "op",
     "precision": "precision",
@@ -27,16 +30,23 @@ _COLUMNS = {
     "forward ms": "forward_ms",
     "x native": "forward_of_native",
     "x fastest": "forward_of_fastest",
+    "x floor": "forward_of_floor",
+    "of bandwidth": "forward_of_bandwidth",
     "forward + backward ms": "both_ms",
     "x native ": "both_of_native",
     "x fastest ": "both_of_fastest",
+    "x floor ": "both_of_floor",
+    "of bandwidth ": "both_of_bandwidth",
 }
 _MODES = ("forward", "both")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to time: every combination, in `rounds` rounds. channels and states are those of the scan, per direction."""
+    """What to time: every combination, in `rounds` rounds. channels and states are those of the scan, per direction.
+
+    clock: that of the device where None. peaks: what the device can do, None where that is not known.
+    """
 
     ops: tuple[str, ...]
     batches: tuple[int, ...]
@@ -46,6 +56,8 @@ class Plan:
     precisions: tuple[str, ...]
     rounds: int
     device: torch.device
+    clock: Clock | None = None
+    peaks: Peaks | None = None
 
     def cases(self) -> Iterator[Case]:
         """All cases."""
@@ -61,29 +73,32 @@ def benchmark_ops(plan: Plan, report: Report) -> None:
         "x native and x fastest say how many times as long a contestant takes; "
         "all of a case agreed in result and gradients before they were timed"
     )
+    if plan.peaks is not None:
+        report.notes.append(_floor_note(plan.peaks))
     for case in plan.cases():
         dtype = DTYPES[case.precision]
         tensors = inputs(case, dtype, plan.device)
         entered, missing = contestants(case, dtype, plan.device)
         report.leave_out(missing)
         _check_agreement(case, entered, tensors)
-        race = Race(case.title, _timed(entered, tensors), plan.device)
+        race = Race(case.title, _timed(entered, tensors), plan.device, plan.clock)
         try:
             race.run(plan.rounds)
         finally:
-            table.rows += _rows(case, race.times)
+            table.rows += _rows(case, race.times, plan.peaks)
 
 
 def _timed(entered: dict[str, Contestant], tensors: list[Tensor]) -> dict[tuple[str, str], Callable[[], object]]:
-    """For each contestant its forward, and its forward and backward; keys are (contestant, mode)."""
+    """For each contestant its forward, and its forward and backward if it has one; keys are (contestant, mode)."""
     timed: dict[tuple[str, str], Callable[[], object]] = {}
     for name, contestant in entered.items():
         own = _arranged(contestant, tensors)
-        with torch.no_grad():
-            outputs = _tuple(contestant.run(*own))
-        grads = [_gradient_like(y) for y in outputs]
         timed[name, "forward"] = _forward(contestant, own)
-        timed[name, "both"] = _both(contestant, own, grads)
+        if learned := _learned(own):
+            with torch.no_grad():
+                outputs = _tuple(contestant.run(*own))
+            grads = [_gradient_like(y) for y in outputs]
+            timed[name, "both"] = _both(contestant, own, learned, grads)
     return timed
 
 
@@ -95,21 +110,24 @@ def _forward(contestant: Contestant, tensors: list[Tensor]) -> Callable[[], obje
     return run
 
 
-def _both(contestant: Contestant, tensors: list[Tensor], grads: list[Tensor]) -> Callable[[], object]:
+def _both(
+    contestant: Contestant, tensors: list[Tensor], learned: list[Tensor], grads: list[Tensor]
+) -> Callable[[], object]:
     def run() -> object:
-        return torch.autograd.grad(_tuple(contestant.run(*tensors)), tensors, grads)
+        return torch.autograd.grad(_tuple(contestant.run(*tensors)), learned, grads)
 
     return run
 
 
 def _check_agreement(case: Case, entered: dict[str, Contestant], tensors: list[Tensor]) -> None:
+    allowed = OPS[case.op].tolerance or _TOLERANCE[case.precision]
     expected = _results(entered["reference"], tensors)
     for name, contestant in entered.items():
         worst = max(_error(x, y) for x, y in zip(_results(contestant, tensors), expected, strict=True))
-        if not worst <= _TOLERANCE[case.precision]:
+        if not worst <= allowed:
             raise BackendError(
                 f"{name} and reference do not agree on {case.title}: relative error {worst:.1e}, allowed "
-                f"{_TOLERANCE[case.precision]:.0e}; nothing is timed before that is mended"
+                f"{allowed:.0e}; nothing is timed before that is mended"
             )
 
 
@@ -117,14 +135,20 @@ def _results(contestant: Contestant, tensors: list[Tensor]) -> list[Tensor]:
     """Outputs and gradients, in the common layout."""
     own = _arranged(contestant, tensors)
     outputs = _tuple(contestant.run(*own))
-    # The same gradient for all contestants, whatever their layout.
-    grads = [contestant.arrange(_gradient_like(contestant.restore(y))) for y in outputs]
-    gradients = torch.autograd.grad(outputs, own, grads)
+    gradients: tuple[Tensor, ...] = ()
+    if learned := _learned(own):
+        # The same gradient for all contestants, whatever their layout.
+        grads = [contestant.arrange(_gradient_like(contestant.restore(y))) for y in outputs]
+        gradients = torch.autograd.grad(outputs, learned, grads)
     return [contestant.restore(x.detach()) for x in (*outputs, *gradients)]
 
 
 def _arranged(contestant: Contestant, tensors: list[Tensor]) -> list[Tensor]:
-    return [contestant.arrange(x.detach()).requires_grad_() for x in tensors]
+    return [contestant.arrange(x.detach()).requires_grad_(x.requires_grad) for x in tensors]
+
+
+def _learned(tensors: list[Tensor]) -> list[Tensor]:
+    return [x for x in tensors if x.requires_grad]
 
 
 def _gradient_like(y: Tensor) -> Tensor:
@@ -136,11 +160,14 @@ def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _error(x: Tensor, expected: Tensor) -> float:
+    """Relative error in the norm; of whole numbers the share that differs."""
+    if not x.is_floating_point():
+        return float((x != expected).double().mean())
     difference = (x.double() - expected.double()).norm()
     return float(difference / expected.double().norm().clamp(min=1e-30))
 
 
-def _rows(case: Case, times: dict[tuple[str, str], Times]) -> list[dict[str, Any]]:
+def _rows(case: Case, times: dict[tuple[str, str], Times], peaks: Peaks | None) -> list[dict[str, Any]]:
     fastest = {mode: min((t.median_ms for (_, m), t in times.items() if m == mode), default=None) for mode in _MODES}
     rows = []
     for name in dict.fromkeys(name for name, _ in times):
@@ -159,5 +186,25 @@ def _rows(case: Case, times: dict[tuple[str, str], Times]) -> list[dict[str, Any
                 row |= own.entries(f"{mode}_ms")
                 row[f"{mode}_of_native"] = ratio(own.median_ms, native.median_ms if native else None)
                 row[f"{mode}_of_fastest"] = ratio(own.median_ms, fastest[mode])
+                if peaks is not None:
+                    row |= _against_floor(case, mode, own.median_ms, peaks)
         rows.append(row)
     return rows
+
+
+def _against_floor(case: Case, mode: str, milliseconds: float, peaks: Peaks) -> dict[str, Any]:
+    work = passes(case).forward if mode == "forward" else passes(case).both
+    moved, floor = total_bytes(work), floor_ms(work, peaks, case.precision)
+    return {
+        f"{mode}_bytes": moved,
+        f"{mode}_floor_ms": floor,
+        f"{mode}_of_floor": milliseconds / floor,
+        f"{mode}_of_bandwidth": moved / (milliseconds / 1000) / peaks.bandwidth,
+    }
+
+
+def _floor_note(peaks: Peaks) -> str:
+    return (
+        f"x floor says how many times as long as {peaks.name} needs at its best, see docs/performance.md; of bandwidth "
+        f"is the share of {peaks.bandwidth / 1e9:.0f} GB/s at which the op's inputs and outputs moved, each once"
+    )

@@ -11,6 +11,7 @@ from tabulate import tabulate
 
 # Packages whose versions the terminal is told; JSON has all.
 _TOLD = ("torch", "timm", "mambapy", "mamba-ssm")
+_TOLD_ON_CUDA = ("triton", "causal-conv1d")
 
 
 @dataclass
@@ -85,10 +86,19 @@ class Report:
         path.write_text(json.dumps(found, indent=2) + "\n")
 
 
+def told_packages(provenance: dict[str, Any]) -> str:
+    """Names and versions of the packages that matter for a time."""
+    packages = provenance["packages"]
+    told = _TOLD if provenance["cuda"] is None else _TOLD + _TOLD_ON_CUDA
+    return ", ".join(f"{name} {packages[name]}" for name in told if name in packages)
+
+
 def _origin(provenance: dict[str, Any]) -> str:
-    packages = ", ".join(f"{n} {provenance['packages'][n]}" for n in _TOLD if n in provenance["packages"])
+    packages = told_packages(provenance)
+    native = f"native kernels: {provenance['native_isa']}"
+    kernels = native if provenance["cuda"] is None else f"CUDA {provenance['cuda']}, backend: {provenance['backend']}"
     return (
-        f"{provenance['device']}, native kernels: {provenance['native_isa']}\n"
+        f"{provenance['device']}, {kernels}\n"
         f"famba {provenance['famba']}, commit {provenance['git_commit']}, Python {provenance['python']}, {packages}\n"
         f"{provenance['started']}; medians, in brackets the first and third quartile"
     )
@@ -102,11 +112,11 @@ def _cell(row: dict[str, Any], key: str) -> str:
         return f"{value:,}" if key.endswith("_bytes") else str(value)
     if f"{key}_quartiles" in row:
         low, high = row[f"{key}_quartiles"]
-        return f"{_short(value)} ({_short(low)}-{_short(high)})"
-    return f"{value:.0f}" if key.endswith(("_mib", "_bytes")) else _short(value)
+        return f"{short(value)} ({short(low)}-{short(high)})"
+    return f"{value:.0f}" if key.endswith(("_mib", "_bytes")) else short(value)
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Three digits that count, and no fewer than stand before the point."""
     digits = next((n for n, limit in enumerate((100, 10, 1, 0.1)) if abs(value) >= limit), 4)
     return f"{value:.{digits}f}"

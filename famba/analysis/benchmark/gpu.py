@@ -1,0 +1,100 @@
+"""`famba benchmark gpu`: everything that docs/performance.md has to say of a GPU, in one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from famba.analysis.benchmark import gpu_tables, model, ops
+from famba.analysis.benchmark.cases import OPS
+from famba.analysis.benchmark.contestants import not_served
+from famba.analysis.benchmark.gpu_tables import BACKENDS, PRECISION, filled, markdown
+from famba.analysis.benchmark.machine import DTYPES
+from famba.analysis.benchmark.model import STRATEGIES, TRANSFORMERS
+from famba.analysis.benchmark.peaks import Peaks
+from famba.analysis.benchmark.report import Report, told_packages
+from famba.analysis.benchmark.timing import EventClock, overwriting_cache
+from famba.errors import ConfigError
+
+_FLOORS = (
+    "**Nothing here has been measured on a GPU**: none was at hand. Floors are worked out, by `famba benchmark gpu "
+    "--floors`; `famba benchmark gpu --fill docs/performance.md` measures the rest."
+)
+
+
+def check_cuda(device: torch.device) -> None:
+    """Raise ConfigError for a device that is no CUDA device, saying what to do."""
+    if device.type == "cuda":
+        return
+    built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
+    raise ConfigError(
+        f"famba benchmark gpu measures a CUDA device, and was given {device.type} (torch {torch.__version__} {built}); "
+        "run it on a machine with an NVIDIA GPU, its driver and a torch for CUDA, or take --floors, which needs none"
+    )
+
+
+def measure(device: torch.device, rounds: int, peaks: Peaks | None, report: Report) -> None:
+    """Time ops and models at the sizes of the tables, with every backend that serves the device."""
+    obstacles = {name: not_served(name, device, DTYPES[PRECISION]) for name in BACKENDS}
+    report.leave_out({name: reason for name, reason in obstacles.items() if reason is not None})
+    sizes: dict[str, Any] = {"precisions": (PRECISION,), "rounds": rounds, "device": device, "peaks": peaks}
+    clock = EventClock(device, overwriting_cache(device))
+    of_ops = ops.Plan(
+        ops=tuple(OPS),
+        batches=(gpu_tables.BATCH,),
+        lengths=(gpu_tables.LENGTH,),
+        channels=gpu_tables.CHANNELS,
+        states=gpu_tables.STATES,
+        clock=clock,
+        **sizes,
+    )
+    ops.benchmark_ops(of_ops, report)
+    of_models = model.Plan(
+        models=tuple(TRANSFORMERS),
+        strategies=STRATEGIES,
+        batch=gpu_tables.BATCH,
+        image_size=gpu_tables.IMAGE_SIZE,
+        threads=torch.get_num_threads(),
+        backends=tuple(name for name, reason in obstacles.items() if reason is None),
+        **sizes,
+    )
+    model.benchmark_model(of_models, report)
+
+
+def floors() -> str:
+    """The tables with floors alone."""
+    return markdown(_FLOORS, None, None, None)
+
+
+def tables(report: Report, peaks: Peaks | None) -> str:
+    """The tables of what `measure` found."""
+    found = report.provenance
+    origin = (
+        f"Measured on {found['device']}, CUDA {found['cuda']}, {found['started']}, famba {found['famba']} at commit "
+        f"{found['git_commit']}, Python {found['python']}, {told_packages(found)}, by `famba benchmark gpu --fill "
+        f"docs/performance.md`: medians of {report.settings['rounds']} rounds, contestants in turn. Models without the "
+        f"name of a backend ran on {found['backend']}."
+    )
+    origin += "".join(f" Left out: {line}." for line in report.left_out)
+    ops_rows, times, memory = (report.tables[name].rows for name in ("ops", "times", "memory"))
+    return markdown(origin, ops_rows, times, memory, peaks)
+
+
+def fill(file: Path, text: str) -> None:
+    """Put tables into a file, between its markers. Raises ConfigError where it has none."""
+    file.write_text(filled(read(file), text))
+
+
+def read(file: Path) -> str:
+    """The text of a file that tables can be put into; raises ConfigError for another."""
+    try:
+        text = file.read_text()
+    except OSError as error:
+        raise ConfigError(f"--fill {file} cannot be read ({error.strerror}); name a file with markers") from error
+    try:
+        filled(text, "")
+    except ConfigError as error:
+        raise ConfigError(f"--fill {file}: {error}") from error
+    return text
