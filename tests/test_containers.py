@@ -1,0 +1,133 @@
+"""What docker/ holds agrees with the rest of the project; no engine is needed to know that."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from famba.cli import _parser
+from famba.training.compose import compose
+
+ROOT = Path(__file__).parents[1]
+DOCKERFILES = ["docker/Dockerfile", "docker/Dockerfile.cpu"]
+APPTAINER = (ROOT / "docker/famba.def").read_text()
+
+
+def joined(text: str) -> Iterator[str]:
+    """Lines that say something, continued ones as one."""
+    without_comments = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    return (line.strip() for line in without_comments.replace("\\\n", " ").splitlines() if line.strip())
+
+
+def instructions(path: str) -> list[tuple[str, str]]:
+    return [(word, rest.strip()) for word, _, rest in (x.partition(" ") for x in joined((ROOT / path).read_text()))]
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (line.split("==") for line in joined((ROOT / f"docker/requirements/{name}.txt").read_text()))
+    return {package.lower().replace("_", "-"): version for package, version in lines}
+
+
+def bases(path: str) -> list[str]:
+    """Images from a registry; not the names of stages."""
+    stages = [rest.split() for word, rest in instructions(path) if word == "FROM"]
+    named = {stage[2] for stage in stages if len(stage) == 3}
+    return [stage[0] for stage in stages if stage[0] not in named]
+
+
+def sources(path: str) -> list[str]:
+    """What a Dockerfile takes from the checkout."""
+    copied = [rest.split()[:-1] for word, rest in instructions(path) if word == "COPY" and "--from" not in rest]
+    mounts = [x for word, rest in instructions(path) if word == "RUN" for x in re.findall(r"--mount=(\S+)", rest)]
+    bound = [dict(re.findall(r"(\w+)=([^,]+)", x)) for x in mounts if "type=bind" in x and "from=" not in x]
+    return [name for names in copied for name in names] + [x["source"] for x in bound]
+
+
+def test_pinned_versions_are_those_that_famba_asks_for() -> None:
+    pinned = pins("torch") | pins("famba") | pins("extensions")
+    asked = [Requirement(text) for text in metadata.requires("famba") or []]
+    asked = [x for x in asked if x.marker is None or x.marker.evaluate({"extra": "cuda"})]
+    assert {"torch", "timm", "mamba-ssm", "causal-conv1d"} <= {x.name for x in asked}
+    for requirement in asked:
+        assert requirement.specifier.contains(pinned[requirement.name]), requirement
+
+
+@pytest.mark.parametrize("path", DOCKERFILES)
+def test_base_images_are_pinned_by_version(path: str) -> None:
+    assert bases(path)
+    for image in bases(path):
+        assert re.fullmatch(r"[\w/.-]+:\d+\.\d+\.\d+-[\w.-]+", image)
+
+
+def test_apptainer_builds_the_same_image() -> None:
+    path = "docker/Dockerfile"
+    assert set(re.findall(r"^From: (\S+)", APPTAINER, re.MULTILINE)) == set(bases(path))
+    sections = re.findall(r"^%files\n((?:    .*\n)+)", APPTAINER, re.MULTILINE)
+    copied = {line.split()[0] for section in sections for line in joined(section)}
+    assert copied == {re.sub("(docker/requirements)/.*", r"\1", source) for source in sources(path)}
+    targets = re.compile(r'TORCH_CUDA_ARCH_LIST=("\S+")')
+    assert targets.findall((ROOT / path).read_text()) == targets.findall(APPTAINER)
+
+
+@pytest.mark.parametrize("path", DOCKERFILES)
+def test_what_is_copied_is_there_and_not_ignored(path: str) -> None:
+    ignored, *kept = joined((ROOT / ".dockerignore").read_text())
+    assert ignored == "*"
+    context = {line[1:] for line in kept if line.startswith("!")}
+    for source in sources(path):
+        assert (ROOT / source).exists()
+        assert Path(source).parts[0] in context
+
+
+def test_data_runs_and_history_stay_out_of_the_images() -> None:
+    kept = {line[1:] for line in joined((ROOT / ".dockerignore").read_text()) if line.startswith("!")}
+    assert kept == {"configs", "docker", "famba", "LICENSE", "pyproject.toml", "README.md", "setup.py", "train.py"}
+
+
+@pytest.mark.parametrize("path", DOCKERFILES)
+def test_images_do_not_run_as_root(path: str) -> None:
+    words = [word for word, _ in instructions(path)]
+    user = next(rest for word, rest in reversed(instructions(path)) if word == "USER")
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
+    last = len(words) - 1 - words[::-1].index("USER")
+    assert "FROM" not in words[last:]
+    assert {"ENTRYPOINT", "CMD"} <= set(words[last:])
+
+
+def commands(text: str) -> list[list[str]]:
+    """Arguments of each call of famba or train.py, as the famba command takes them."""
+    found = []
+    for line in joined(text):
+        words = shlex.split(line, comments=True)
+        places = [i for i, word in enumerate(words) if re.fullmatch(r"famba|(/famba/)?train\.py|famba\.sif", word)]
+        if places and "build" not in words:
+            *_, last = places
+            found.append((["train"] if words[last].endswith("train.py") else []) + words[last + 1 :])
+    return found
+
+
+DOCUMENT = "\n".join(re.findall(r"```sh\n(.*?)```", (ROOT / "docs/containers.md").read_text(), re.DOTALL))
+DEFAULTS = [shlex.join(json.loads(rest)) for x in DOCKERFILES for word, rest in instructions(x) if word == "CMD"]
+CALLS = {
+    "check": (commands((ROOT / "docker/check_image.sh").read_text()), {"doctor", "train", "report"}),
+    "document": (commands(DOCUMENT), {"doctor", "train", "download"}),
+    "default": (commands("\n".join(DEFAULTS)), {"doctor"}),
+}
+
+
+@pytest.mark.parametrize("where", CALLS)
+def test_commands_exist(where: str) -> None:
+    calls, expected = CALLS[where]
+    assert {arguments[0] for arguments in calls} == expected
+    for command, *arguments in calls:
+        if command == "train":
+            compose([x for x in arguments if "=" in x])
+        else:
+            _parser().parse_args([command, *arguments])
