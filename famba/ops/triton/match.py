@@ -1,0 +1,263 @@
+"""The matching of tokens in two launches: who is closest to whom, then who fuses, and where everyone goes.
+
+The second kernel finds everything by counting: a token's rank is the number of tokens that are closer, its place the
+number of tokens that stay before it. So no program waits for what another, or another of its own threads, has written.
+
+Triton compiles the second kernel once for each power of two of half the tokens, the first for each number of channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from famba.errors import BackendError
+from famba.ops.triton.launch import Configuration, activation, kernel
+
+# Half of them lie in the registers of one program.
+_MOST_TOKENS = 8192
+# Pairs that a program of the second kernel compares at once.
+_PAIRS = 4096
+
+
+def match_tokens(
+    metric: Tensor, leading: int, guarded: Tensor | None, sizes: Tensor | None, r: int, order: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return places, shares and sums of sizes; of at most 8192 tokens."""
+    batch, length, channels = metric.shape
+    if length > _MOST_TOKENS:
+        raise BackendError(
+            f"match_tokens: {length} tokens; backend 'triton' takes at most {_MOST_TOKENS}; "
+            "use_backend('reference') takes any"
+        )
+    places = torch.empty(batch, length, dtype=torch.int64, device=metric.device)
+    shares = torch.empty(batch, length, dtype=torch.float32, device=metric.device)
+    totals = torch.empty(batch, length - r, dtype=torch.float32, device=metric.device)
+    if batch == 0:
+        return places, shares, totals
+    metric = activation(metric, metric.dtype)
+    guards = leading if guarded is None else guarded.shape[1]
+    in_a = (length - guards + 1 - guards % 2) // 2
+    closest = torch.empty(batch, in_a, dtype=torch.float32, device=metric.device)
+    partner = torch.empty(batch, in_a, dtype=torch.int32, device=metric.device)
+    given = {
+        "closest": closest,
+        "partner": partner,
+        "guarded": None if guarded is None else guarded.contiguous(),
+        "guards": guards,
+        "guards_apart": 0 if guarded is None or guarded.shape[0] == 1 else guards,
+        "length": length,
+        "LISTED": guarded is not None,
+    }
+    _closest_partners.launch(
+        lambda constants: (batch * triton.cdiv(in_a, constants["BLOCK_A"]),),
+        metric=metric,
+        CHANNELS=channels,
+        ROW=metric.stride(1),
+        **given,
+    )
+    block = max(16, triton.next_power_of_2(in_a))
+    _places.launch(
+        lambda constants: (batch,),
+        sizes=None if sizes is None else sizes.contiguous(),
+        places=places,
+        shares=shares,
+        totals=totals,
+        r=r,
+        SIZED=sizes is not None,
+        TOME=order == "tome",
+        BLOCK_A=block,
+        BLOCK=max(2, _PAIRS // block),
+        **given,
+    )
+    return places, shares, totals
+
+
+@triton.jit
+def _free_before(place, guarded, guards, LISTED: tl.constexpr):
+    """How many tokens before a place may fuse."""
+    before = tl.maximum(place - guards, 0)
+    if LISTED:
+        before = place
+        for i in range(guards):
+            before -= (tl.load(guarded + i) < place).to(tl.int32)
+    return before
+
+
+@triton.jit
+def _is_free(place, guarded, guards, LISTED: tl.constexpr):
+    """Whether the token at a place may fuse."""
+    free = place >= guards
+    if LISTED:
+        free = place >= 0
+        for i in range(guards):
+            free &= tl.load(guarded + i) != place
+    return free
+
+
+@triton.jit
+def _free_place(index, guarded, guards, LISTED: tl.constexpr):
+    """Where the tokens stand that are, of those that may fuse, at an index."""
+    place = index + guards
+    if LISTED:
+        # The guards that a place passes move it on, past others: as many times as there are guards at most.
+        place = index
+        for _ in range(guards):
+            passed = index * 0
+            for i in range(guards):
+                passed += (tl.load(guarded + i) <= place).to(tl.int32)
+            place = index + passed
+    return place
+
+
+@triton.jit
+def _tile(metric, row, held, channel, CHANNELS: tl.constexpr):
+    """Some channels, in float32, of tokens whose numbers begin at `row`; 0 outside."""
+    inside = held[:, None] & (channel < CHANNELS)[None, :]
+    return tl.load(metric + (row[:, None] + channel[None, :]), mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _inverse_norm(metric, row, held, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """One over the lengths of tokens, as torch.nn.functional.normalize limits them."""
+    squares = tl.zeros([row.shape[0], BLOCK], tl.float32)
+    for first in range(0, CHANNELS, BLOCK):
+        x = _tile(metric, row, held, first + tl.arange(0, BLOCK), CHANNELS)
+        squares += x * x
+    return 1.0 / tl.maximum(tl.sqrt(tl.sum(squares, 1)), 1e-12, propagate_nan=tl.PropagateNan.ALL)
+
+
+@kernel(
+    [
+        Configuration({"BLOCK_A": 32, "BLOCK_B": 32, "BLOCK": 16}, warps=4),
+        Configuration({"BLOCK_A": 16, "BLOCK_B": 32, "BLOCK": 32}, warps=4),
+    ],
+    key=["CHANNELS"],
+)
+def _closest_partners(
+    metric,
+    guarded,
+    closest,
+    partner,
+    length,
+    guards,
+    guards_apart,
+    CHANNELS: tl.constexpr,
+    ROW: tl.constexpr,
+    LISTED: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # Free tokens are dealt out in turn; with an odd number of guards before them, to B first.
+    odd = guards % 2
+    in_a = (length - guards + 1 - odd) // 2
+    in_b = (length - guards + odd) // 2
+    blocks = tl.cdiv(in_a, BLOCK_A)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    if LISTED:
+        guarded += image * guards_apart
+    metric += image * length * ROW
+    a = tl.program_id(0) % blocks * BLOCK_A + tl.arange(0, BLOCK_A)
+    row_a = _free_place(2 * a + odd, guarded, guards, LISTED) * ROW
+    inverse_a = _inverse_norm(metric, row_a, a < in_a, CHANNELS, BLOCK)
+    best = tl.full([BLOCK_A], -4.0, tl.float32)
+    best_b = tl.zeros([BLOCK_A], tl.int32)
+    for first in range(0, in_b, BLOCK_B):
+        b = first + tl.arange(0, BLOCK_B)
+        row_b = _free_place(2 * b + 1 - odd, guarded, guards, LISTED) * ROW
+        inverse_b = _inverse_norm(metric, row_b, b < in_b, CHANNELS, BLOCK)
+        similarity = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
+        for start in range(0, CHANNELS, BLOCK):
+            channel = start + tl.arange(0, BLOCK)
+            unit_a = _tile(metric, row_a, a < in_a, channel, CHANNELS) * inverse_a[:, None]
+            unit_b = _tile(metric, row_b, b < in_b, channel, CHANNELS) * inverse_b[:, None]
+            # TF32 would leave it to the device which tokens fuse.
+            similarity = tl.dot(unit_a, tl.trans(unit_b), similarity, input_precision="ieee")
+        # NaN counts as the largest, as in torch; a cosine is at most 1 but for rounding.
+        similarity = tl.where(similarity != similarity, 3.0, similarity)
+        similarity = tl.where((b < in_b)[None, :], similarity, -4.0)
+        nearest = tl.max(similarity, 1)
+        nearest_b = tl.min(tl.where(similarity == nearest[:, None], b[None, :], in_b), 1)
+        closer = nearest > best
+        best_b = tl.where(closer, nearest_b, best_b)
+        best = tl.where(closer, nearest, best)
+    tl.store(closest + image * in_a + a, best, mask=a < in_a)
+    place = _free_place(2 * best_b + 1 - odd, guarded, guards, LISTED)
+    tl.store(partner + image * in_a + a, place, mask=a < in_a)
+
+
+@kernel([Configuration(warps=4)])
+def _places(
+    closest,
+    partner,
+    guarded,
+    sizes,
+    places,
+    shares,
+    totals,
+    length,
+    guards,
+    guards_apart,
+    r,
+    LISTED: tl.constexpr,
+    SIZED: tl.constexpr,
+    TOME: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    odd = guards % 2
+    in_a = (length - guards + 1 - odd) // 2
+    in_b = (length - guards + odd) // 2
+    image = tl.program_id(0).to(tl.int64)
+    if LISTED:
+        guarded += image * guards_apart
+    closest += image * in_a
+    partner += image * in_a
+    # All of A at once. Which of them fuse: those that fewer than r others precede.
+    a = tl.arange(0, BLOCK_A)
+    mine = tl.load(closest + a, mask=a < in_a, other=-4.0)
+    # Counts are in float32, exact up to 2^24: those of whole numbers LLVM packs into bytes, through local memory.
+    rank = tl.zeros([BLOCK_A], tl.float32)
+    for first in range(0, in_a, BLOCK):
+        other = first + tl.arange(0, BLOCK)
+        theirs = tl.load(closest + other, mask=other < in_a, other=-5.0)
+        equal = (theirs[:, None] == mine[None, :]) & (other[:, None] < a[None, :])
+        rank += tl.sum(((theirs[:, None] > mine[None, :]) | equal).to(tl.float32), 0)
+    fuses = (rank < r) & (a < in_a)
+    source = tl.where(fuses, _free_place(2 * a + odd, guarded, guards, LISTED), length)
+    target = tl.where(fuses, tl.load(partner + a, mask=a < in_a, other=0), length)
+    if SIZED:
+        sizes += image * length
+        size_a = tl.load(sizes + source, mask=fuses, other=0.0).to(tl.float32)
+    else:
+        size_a = fuses.to(tl.float32)
+
+    # All tokens, some at a time: where each goes, and with whom.
+    for first in range(0, length, BLOCK):
+        token = first + tl.arange(0, BLOCK)
+        moves = source[None, :] == token[:, None]
+        goes_to = tl.max(tl.where(moves, target[None, :], -1), 1)
+        stays = goes_to < 0
+        stand = tl.where(stays, token, goes_to)
+        gone = tl.sum((source[None, :] < stand[:, None]).to(tl.float32), 1).to(tl.int32)
+        joined = tl.sum(tl.where(target[None, :] == stand[:, None], size_a[None, :], 0.0), 1)
+        place = stand - gone
+        if TOME:
+            free = _free_before(stand, guarded, guards, LISTED)
+            in_b_before = (free + odd) // 2
+            is_b = _is_free(stand, guarded, guards, LISTED) & (free % 2 != odd)
+            place = tl.where(is_b, length - in_b - r + in_b_before, place - in_b_before)
+        if SIZED:
+            size = tl.load(sizes + token, mask=token < length, other=1.0).to(tl.float32)
+            base = tl.load(sizes + stand, mask=token < length, other=1.0).to(tl.float32)
+        else:
+            size = tl.full([BLOCK], 1.0, tl.float32)
+            base = size
+        total = base + joined
+        tl.store(places + image * length + token, place.to(tl.int64), mask=token < length)
+        # Rounded as division is defined, so that the share of a token alone is 1 exactly.
+        tl.store(shares + image * length + token, tl.div_rn(size, total), mask=token < length)
+        tl.store(totals + image * (length - r) + place, total, mask=stays & (token < length))
