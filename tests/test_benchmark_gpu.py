@@ -302,6 +302,8 @@ def page(tmp_path: Path) -> Path:
 
 def test_the_tables_in_the_documentation_are_what_the_command_writes() -> None:
     text = DOCS.read_text()
+    if "Nothing here has been measured on a GPU" not in text:
+        pytest.skip("a GPU has filled them")
     assert filled(text, gpu.floors()) == text, "famba benchmark gpu --floors --fill docs/performance.md"
 
 
@@ -395,7 +397,8 @@ def test_one_command_measures_and_fills_the_tables(tmp_path: Path, capsys: pytes
     assert "not measured" not in text
     assert f"Measured on {told['provenance']['device']}" in text
     assert f"commit {told['provenance']['git_commit']}" in text
-    assert "Left out: mamba_ssm: " in text
+    assert "Left out: " in text
+    assert "none, backend triton" not in rows
     assert float(cells(text, "selective_scan", "forward")["reference"]) == pytest.approx(scan["forward_ms"], rel=0.01)
     assert cells(text, "selective_scan", "forward")["mamba_ssm"] == ""
     assert float(cells(text, "vim_tiny", "none")["step"]) == pytest.approx(none["step_ms"], rel=0.01)

@@ -39,8 +39,7 @@ def contestants(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[d
     """Return those that can compute a case here, by name, and of the others why they cannot."""
     found: dict[str, Contestant] = {}
     missing: dict[str, str] = {}
-    for name, obstacle in backends().items():
-        reason = obstacle or not_served(name, device, dtype)
+    for name, reason in obstacles(device, dtype).items():
         if reason is None:
             found[name] = Contestant(_by_backend(name, case.op))
         else:
@@ -56,8 +55,12 @@ def contestants(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[d
     return found, missing
 
 
-def not_served(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a backend is not timed on a device in a dtype; None where it is."""
+def obstacles(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """Map each backend's name to None where it is timed on a device in a dtype, else to the reason."""
+    return {name: reason or _not_served(name, device, dtype) for name, reason in backends().items()}
+
+
+def _not_served(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if name == "triton" and interpreted():
         return "TRITON_INTERPRET=1 has it run in Triton's interpreter, whose times say nothing; unset it"
     try:

@@ -9,7 +9,7 @@ import torch
 
 from famba.analysis.benchmark import gpu_tables, model, ops
 from famba.analysis.benchmark.cases import OPS
-from famba.analysis.benchmark.contestants import not_served
+from famba.analysis.benchmark.contestants import obstacles
 from famba.analysis.benchmark.gpu_tables import BACKENDS, PRECISION, filled, markdown
 from famba.analysis.benchmark.machine import DTYPES
 from famba.analysis.benchmark.model import STRATEGIES, TRANSFORMERS
@@ -37,8 +37,7 @@ def check_cuda(device: torch.device) -> None:
 
 def measure(device: torch.device, rounds: int, peaks: Peaks | None, report: Report) -> None:
     """Time ops and models at the sizes of the tables, with every backend that serves the device."""
-    obstacles = {name: not_served(name, device, DTYPES[PRECISION]) for name in BACKENDS}
-    report.leave_out({name: reason for name, reason in obstacles.items() if reason is not None})
+    backends = [name for name, reason in obstacles(device, DTYPES[PRECISION]).items() if reason is None]
     sizes: dict[str, Any] = {"precisions": (PRECISION,), "rounds": rounds, "device": device, "peaks": peaks}
     clock = EventClock(device, overwriting_cache(device))
     of_ops = ops.Plan(
@@ -57,7 +56,7 @@ def measure(device: torch.device, rounds: int, peaks: Peaks | None, report: Repo
         batch=gpu_tables.BATCH,
         image_size=gpu_tables.IMAGE_SIZE,
         threads=torch.get_num_threads(),
-        backends=tuple(name for name, reason in obstacles.items() if reason is None),
+        backends=tuple(name for name in backends if name in BACKENDS),
         **sizes,
     )
     model.benchmark_model(of_models, report)
