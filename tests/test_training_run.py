@@ -19,7 +19,7 @@ from famba import data
 from famba.errors import TrainingError
 from famba.models import Vim
 from famba.ops.registry import resolve
-from famba.training import devices, loop
+from famba.training import devices, loop, provenance
 from famba.training.app import train
 from famba.training.build import load_splits, make_loaders, new_state
 from famba.training.checkpoint import load
@@ -347,3 +347,11 @@ def test_a_compiled_model_trains_like_an_eager_one(tmp_path: Path) -> None:
         losses.append([line["loss"] for line in metrics(folder) if line["kind"] == "train"])
     assert len(losses[0]) == 3
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_outside_a_checkout_the_environment_names_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "_git", lambda *args: None)
+    monkeypatch.delenv("FAMBA_COMMIT", raising=False)
+    assert provenance.git_commit() is None
+    monkeypatch.setenv("FAMBA_COMMIT", "0123abc")
+    assert provenance.git_commit() == "0123abc"

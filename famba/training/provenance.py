@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import subprocess
 import sys
@@ -47,11 +48,14 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that famba is imported from, with "-dirty" where it is changed; None outside one."""
+    """Commit of the checkout that famba is imported from, with "-dirty" where it is changed.
+
+    Outside a checkout what the environment variable FAMBA_COMMIT says, as in a container; None where that is not set.
+    """
     folder = Path(famba.__file__).resolve().parent
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:
-        return None
+        return os.environ.get("FAMBA_COMMIT") or None
     return f"{commit}-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no") else commit
 
 
