@@ -17,7 +17,7 @@ from famba.errors import BackendError
 from famba.ops.triton.launch import Configuration, activation, kernel
 
 # Half of them lie in the registers of one program.
-_MOST_TOKENS = 8192
+_MOST_TOKENS = 4096
 # Pairs that a program of the second kernel compares at once.
 _PAIRS = 4096
 
@@ -25,7 +25,7 @@ _PAIRS = 4096
 def match_tokens(
     metric: Tensor, leading: int, guarded: Tensor | None, sizes: Tensor | None, r: int, order: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return places, shares and sums of sizes; of at most 8192 tokens."""
+    """Return places, shares and sums of sizes; of at most 4096 tokens."""
     batch, length, channels = metric.shape
     if length > _MOST_TOKENS:
         raise BackendError(
