@@ -59,7 +59,9 @@ def test_backends_maps_each_name_to_what_hinders_it() -> None:
     assert known["reference"] is None
     for name, obstacle in known.items():
         if obstacle is not None:
-            assert "reference" in obstacle, f"{name} names no remedy"
+            reason, _, remedy = obstacle.rpartition("; ")
+            assert reason, f"{name} names no reason"
+            assert remedy.startswith(("use ", "pip ", "export ", "install ")), f"{name} names no remedy"
 
 
 def test_an_unavailable_backend_gives_reason_and_remedy() -> None:

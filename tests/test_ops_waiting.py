@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -27,6 +28,34 @@ def valueless() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def autocast() -> Iterator[None]:
+    """What torch.autocast switches on, which refuses to where no GPU is."""
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.clear_autocast_cache()
+
+
+def make(device: str, strategy: str, position: str) -> Vim:
+    guards = int(position != "none")
+    with torch.device(device):
+        return Vim(
+            img_size=8,
+            patch_size=2,
+            embed_dim=16,
+            depth=4,
+            num_classes=5,
+            fusion=schedule(strategy, 4, 16 + guards, 6, protected=guards),
+            cls_position=position,
+            fusion_weighting="size" if position == "middle" else "mean",
+            drop_path_rate=0.1,
+        )
+
+
 def on_gpu(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="cuda")
 
@@ -40,19 +69,26 @@ def test_a_value_that_is_asked_for_would_show(valueless: None) -> None:
 
 @pytest.mark.parametrize("strategy", ["none", "all", "interleaved", "lower", "upper"])
 @pytest.mark.parametrize("position", ["head", "middle", "none"])
-def test_a_step_of_the_model_waits_for_nothing(valueless: None, strategy: str, position: str) -> None:
-    counts = schedule(strategy, 4, 16 + (position != "none"), 6, protected=int(position != "none"))
-    with torch.device("cuda"):
-        model = Vim(
-            img_size=8, patch_size=2, embed_dim=16, depth=4, num_classes=5, fusion=counts, cls_position=position,
-            fusion_weighting="size" if position == "middle" else "mean", drop_path_rate=0.1,
-        )  # fmt: skip
-    images = on_gpu(2, 3, 8, 8)
+def test_a_forward_of_the_model_waits_for_nothing(valueless: None, strategy: str, position: str) -> None:
+    model = make("cuda", strategy, position)
     for backend in ("triton", "reference"):
-        with use_backend(backend), torch.autocast("cuda", dtype=torch.bfloat16):
-            logits = model(images)
-        nn.functional.cross_entropy(logits.float(), torch.empty(2, dtype=torch.int64, device="cuda")).backward()
-        assert logits.device.type == "cuda"
+        with use_backend(backend), autocast():
+            logits = model(on_gpu(2, 3, 8, 8))
+        assert (logits.device.type, logits.dtype) == ("cuda", torch.bfloat16)
+
+
+@pytest.mark.parametrize("position", ["head", "middle", "none"])
+def test_a_step_asks_for_no_value(valueless: None, position: str) -> None:
+    # On the CPU: autograd asks for a GPU's context, even for tensors without values.
+    model = make("cpu", "all", position)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for backend in ("triton", "reference"):
+        with use_backend(backend):
+            logits = model(torch.empty(2, 3, 8, 8))
+        nn.functional.cross_entropy(logits, torch.empty(2, dtype=torch.int64)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
