@@ -1,0 +1,136 @@
+"""Vim's mixer by Triton kernels against its parts, by the interpreter or a GPU."""
+
+from __future__ import annotations
+
+import warnings
+
+import naive
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from ops_helpers import assert_close
+from test_ops_mixer import built, draw, drawn_inputs, exact, flat, run, weights
+from torch import Tensor
+
+from famba.ops import availability, bidirectional_mixer, use_backend
+from famba.ops.bidirectional_mixer import compose_mixer
+
+pytestmark = [
+    pytest.mark.skipif(availability.triton_obstacle() is not None, reason=f"triton: {availability.triton_obstacle()}"),
+    # numpy says so where the interpreter meets infinity.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
+]
+mixer = pytest.importorskip("famba.ops.triton.mixer")
+launch = pytest.importorskip("famba.ops.triton.launch")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter cuts bfloat16 off instead of rounding it, which makes for several times the error.
+BFLOAT16 = 3e-2 if availability.interpreted() else 1e-2
+
+
+def placed(tensors: list[Tensor | None], dtype: torch.dtype = torch.float32) -> list[Tensor | None]:
+    return [None if t is None else t.to(DEVICE, dtype) for t in tensors]
+
+
+def fused(tensors: list[Tensor | None], dy: Tensor) -> list[Tensor]:
+    with use_backend("triton"):
+        return run(bidirectional_mixer, tensors, dy)
+
+
+def error(x: Tensor, y: Tensor) -> float:
+    return ((x.double() - y).norm() / y.norm()).item()
+
+
+@settings(max_examples=4, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    batch=st.integers(0, 2),
+    length=st.sampled_from([0, 1, 2, 5, 9]),
+    sizes=st.tuples(st.integers(1, 9), st.integers(1, 20), st.sampled_from([1, 3]), st.integers(1, 4)),
+    width=st.integers(1, 5),
+    out=st.booleans(),
+)
+@example(0, 2, 9, (6, 11, 3, 2), 4, True)
+@example(0, 1, 5, (3, 7, 1, 1), 3, False)
+def test_one_op_agrees_with_its_parts(
+    seed: int, batch: int, length: int, sizes: tuple[int, ...], width: int, out: bool
+) -> None:
+    torch.manual_seed(seed)
+    drawn = weights(*sizes, width=width, out=out)
+    tensors = placed(flat(draw(batch, length, sizes[0]), drawn))
+    dy = draw(batch, length, sizes[0] if out else sizes[1]).to(DEVICE, torch.float32)
+    for number, (a, b) in enumerate(zip(fused(tensors, dy), exact(tensors, dy), strict=True)):
+        assert a.dtype == torch.float32
+        # Sums of terms of size 1 that happen to cancel are as exact as their terms.
+        assert_close(a, b, 1e-5, f"result {number}", floor=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_near_as_the_parts_in_it(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    tensors = placed(flat(draw(2, 13, 24), weights(24, 48, 4, 3)), dtype)
+    dy = draw(2, 13, 24).to(DEVICE, dtype)
+    wanted, actual = exact(tensors, dy), fused(tensors, dy)
+    with use_backend("reference"):
+        parts = run(compose_mixer, tensors, dy)
+    for number, (a, p, w) in enumerate(zip(actual, parts, wanted, strict=True)):
+        assert a.dtype == dtype
+        limit = max(BFLOAT16 if dtype == torch.bfloat16 else 1e-2, 1.2 * error(p, w))
+        assert error(a, w) <= limit, f"result {number}"
+
+
+def test_autocast_casts_the_products_and_keeps_the_weights_gradients_in_float32() -> None:
+    torch.manual_seed(0)
+    tensors, dy = drawn_inputs(2, 9)
+    tensors, dy = placed(tensors), dy.to(DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        actual = fused(tensors, dy)
+    assert actual[0].dtype == torch.bfloat16
+    for number, (a, w) in enumerate(zip(actual, exact(tensors, dy), strict=True)):
+        assert number == 0 or a.dtype == torch.float32
+        assert error(a, w) <= 2 * BFLOAT16, f"result {number}"
+
+
+def test_it_keeps_the_input_and_the_small_projections() -> None:
+    shapes = mixer.mixer_kept_shapes(4, 197, 384, 44, 16)
+    assert sum(torch.Size(shape).numel() for shape in shapes) == 4 * 197 * (384 + 2 * 44)
+
+
+def test_the_same_bits_twice_and_only_the_gradients_asked_for() -> None:
+    torch.manual_seed(0)
+    tensors, dy = drawn_inputs(1, 9)
+    tensors, dy = placed(tensors), dy.to(DEVICE)
+    first, second = fused(tensors, dy), fused(tensors, dy)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    tensors[0].requires_grad_()
+    with use_backend("triton"):
+        bidirectional_mixer(*built(tensors)).backward(dy.float())
+    assert torch.equal(tensors[0].grad, first[1])
+    assert all(t.grad is None for t in tensors[1:])
+
+
+def test_launches_of_kernels() -> None:
+    tensors, dy = drawn_inputs(2, 5)
+    x, in_weight, forward, backward, out_weight = built([t.float() for t in tensors])
+    with launch.noted() as ahead:
+        _, *kept = mixer.mixer(x, in_weight, forward, backward, out_weight)
+    with launch.noted() as back:
+        mixer.mixer_backward(dy.float(), x, in_weight, forward, backward, out_weight, kept)
+    assert [found.kernel.name for found in ahead] == ["conv_forward", "scan_forward"]
+    assert [found.kernel.name for found in back] == [
+        "conv_forward",
+        "scan_forward",
+        "scan_backward",
+        "conv_backward",
+        "conv_sums",
+    ]
+
+
+def test_torch_accepts_the_op() -> None:
+    tensors, _ = drawn_inputs(1, 3)
+    x, in_weight, forward, backward, out_weight = built([t.requires_grad_() for t in placed(tensors)])
+    arguments = (x, in_weight, list(forward), list(backward), out_weight, "triton")
+    with warnings.catch_warnings(), naive.as_users_run_it():
+        warnings.simplefilter("ignore")
+        torch.library.opcheck(torch.ops.famba.bidirectional_mixer, arguments)
