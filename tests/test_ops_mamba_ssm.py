@@ -46,7 +46,7 @@ INSTALLED = all(importlib.util.find_spec(name) for name in ("mamba_ssm", "causal
 HOW = "scripts/install_extension_python.sh installs the Python of mamba-ssm and causal-conv1d for this"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCES = {**TOLERANCE, torch.float16: 2e-3}
-FEW = settings(max_examples=25, deadline=None)
+FEW = settings(max_examples=20, deadline=None)
 
 
 class Extensions:
