@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 from jaxtyping import install_import_hook
@@ -11,7 +12,11 @@ from jaxtyping import install_import_hook
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Before famba is first imported. float annotations take ints, as PEP 484 has it.
+# Before famba is first imported. Not in Triton's functions, which Triton compiles from their sources. float annotations
+# take ints, as PEP 484 has it.
+OPS = Path(__file__).parents[1] / "famba" / "ops"
+CHECKED = sorted(f"famba.ops.{path.stem}" for path in OPS.iterdir() if path.stem not in ("__init__", "triton"))
 install_import_hook(
-    ["famba.ops", "famba.fusion", "famba.models"], "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+    [*CHECKED, "famba.fusion", "famba.models"],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )

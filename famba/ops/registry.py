@@ -14,6 +14,7 @@ from torch import Tensor
 
 from famba.errors import BackendError, near_miss
 from famba.ops.availability import triton_obstacle, triton_on_request
+from famba.ops.mamba_ssm import extensions
 from famba.ops.native import library
 
 AUTO = "auto"
@@ -109,6 +110,7 @@ _HALF = (torch.float32, torch.bfloat16, torch.float16)
 
 # In the order in which "auto" prefers them.
 _BACKENDS: dict[str, Backend] = {
+    "mamba_ssm": Backend("famba.ops.mamba_ssm.backend", ("cuda",), extensions.obstacle, _HALF),
     "triton": Backend("famba.ops.triton", ("cuda",), triton_obstacle, _HALF, triton_on_request),
     "native": Backend("famba.ops.native", ("cpu",), library.obstacle, dtypes=(torch.float32, torch.bfloat16)),
     "reference": Backend("famba.ops.reference", None, lambda: None),
