@@ -181,11 +181,7 @@ def compile_launch(call: str, dtype: str, launch: Launch, configuration: Configu
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", target, 32),
-        options={
-            "num_warps": configuration.warps,
-            "num_stages": configuration.stages,
-            "enable_fp_fusion": True,
-        },
+        options={**configuration.options(), "enable_fp_fusion": True},
     )
     registers, stack = _resources(compiled.asm["cubin"])
     chosen = ", ".join(f"{name} {value}" for name, value in configuration.constants.items())

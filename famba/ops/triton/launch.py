@@ -23,11 +23,21 @@ Grid = Callable[[Mapping[str, int]], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Configuration:
-    """One way to run a kernel: values of constexpr arguments, warps of a program, and stages of its pipelined loops."""
+    """One way to run a kernel: values of constexpr arguments, warps of a program, and stages of its pipelined loops.
+
+    registers: the most that a thread may take. Where it is None the assembler looks for room for more programs at once,
+    and may spill a few bytes for it that it would have had registers for.
+    """
 
     constants: Mapping[str, int] = field(default_factory=dict)
     warps: int = 4
     stages: int = 2
+    registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """The same but for the constants, by Triton's names."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
 @dataclass(frozen=True)
@@ -68,9 +78,7 @@ class Kernel:
         return self._with_tuning(jit) if self._tuned else jit
 
     def _with_tuning(self, jit: Any) -> Any:
-        configs = [
-            triton.Config(dict(c.constants), num_warps=c.warps, num_stages=c.stages) for c in self.configurations
-        ]
+        configs = [triton.Config(dict(c.constants), **c.options()) for c in self.configurations]
         # Before Triton 3.4 what was tuned lasts for a process; since then it is kept beside the compiled kernels.
         keep = {"cache_results": True} if "cache_results" in inspect.signature(triton.autotune).parameters else {}
         return triton.autotune(configs, self._key, **keep)(jit)
@@ -89,7 +97,7 @@ class Kernel:
                 return
             first = self.configurations[0]
             every = {**arguments, **first.constants}
-            self._launched[grid(every)](**every, num_warps=first.warps, num_stages=first.stages)
+            self._launched[grid(every)](**every, **first.options())
 
 
 def kernel(configurations: Sequence[Configuration], key: Sequence[str] = ()) -> Callable[[Callable[..., None]], Kernel]:

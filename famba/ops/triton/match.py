@@ -113,26 +113,26 @@ def _free_place(index, guarded, guards, LISTED: tl.constexpr):
 
 
 @triton.jit
-def _tile(metric, row, held, channel, CHANNELS: tl.constexpr):
-    """Some channels, in float32, of tokens whose numbers begin at `row`; 0 outside."""
-    inside = held[:, None] & (channel < CHANNELS)[None, :]
+def _tile(metric, row, channel, CHANNELS: tl.constexpr):
+    """Some channels, in float32, of tokens whose numbers begin at `row`; 0 beyond the last channel."""
+    inside = (channel < CHANNELS)[None, :]
     return tl.load(metric + (row[:, None] + channel[None, :]), mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _inverse_norm(metric, row, held, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+def _inverse_norm(metric, row, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
     """One over the lengths of tokens, as torch.nn.functional.normalize limits them."""
     squares = tl.zeros([row.shape[0], BLOCK], tl.float32)
     for first in range(0, CHANNELS, BLOCK):
-        x = _tile(metric, row, held, first + tl.arange(0, BLOCK), CHANNELS)
+        x = _tile(metric, row, first + tl.arange(0, BLOCK), CHANNELS)
         squares += x * x
     return 1.0 / tl.maximum(tl.sqrt(tl.sum(squares, 1)), 1e-12, propagate_nan=tl.PropagateNan.ALL)
 
 
 @kernel(
     [
-        Configuration({"BLOCK_A": 32, "BLOCK_B": 32, "BLOCK": 16}, warps=4),
-        Configuration({"BLOCK_A": 16, "BLOCK_B": 32, "BLOCK": 32}, warps=4),
+        Configuration({"BLOCK_A": 32, "BLOCK_B": 32, "BLOCK": 16}, warps=4, registers=128),
+        Configuration({"BLOCK_A": 16, "BLOCK_B": 32, "BLOCK": 32}, warps=4, registers=128),
     ],
     key=["CHANNELS"],
 )
@@ -161,19 +161,20 @@ def _closest_partners(
         guarded += image * guards_apart
     metric += image * length * ROW
     a = tl.program_id(0) % blocks * BLOCK_A + tl.arange(0, BLOCK_A)
-    row_a = _free_place(2 * a + odd, guarded, guards, LISTED) * ROW
-    inverse_a = _inverse_norm(metric, row_a, a < in_a, CHANNELS, BLOCK)
+    # Beyond the last token the last is read again, and what comes of it is not looked at.
+    row_a = _free_place(2 * tl.minimum(a, in_a - 1) + odd, guarded, guards, LISTED) * ROW
+    inverse_a = _inverse_norm(metric, row_a, CHANNELS, BLOCK)
     best = tl.full([BLOCK_A], -4.0, tl.float32)
     best_b = tl.zeros([BLOCK_A], tl.int32)
     for first in range(0, in_b, BLOCK_B):
         b = first + tl.arange(0, BLOCK_B)
-        row_b = _free_place(2 * b + 1 - odd, guarded, guards, LISTED) * ROW
-        inverse_b = _inverse_norm(metric, row_b, b < in_b, CHANNELS, BLOCK)
+        row_b = _free_place(2 * tl.minimum(b, in_b - 1) + 1 - odd, guarded, guards, LISTED) * ROW
+        inverse_b = _inverse_norm(metric, row_b, CHANNELS, BLOCK)
         similarity = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
         for start in range(0, CHANNELS, BLOCK):
             channel = start + tl.arange(0, BLOCK)
-            unit_a = _tile(metric, row_a, a < in_a, channel, CHANNELS) * inverse_a[:, None]
-            unit_b = _tile(metric, row_b, b < in_b, channel, CHANNELS) * inverse_b[:, None]
+            unit_a = _tile(metric, row_a, channel, CHANNELS) * inverse_a[:, None]
+            unit_b = _tile(metric, row_b, channel, CHANNELS) * inverse_b[:, None]
             # TF32 would leave it to the device which tokens fuse.
             similarity = tl.dot(unit_a, tl.trans(unit_b), similarity, input_precision="ieee")
         # NaN counts as the largest, as in torch; a cosine is at most 1 but for rounding.
@@ -189,7 +190,7 @@ def _closest_partners(
     tl.store(partner + image * in_a + a, place, mask=a < in_a)
 
 
-@kernel([Configuration(warps=4)])
+@kernel([Configuration(warps=4, registers=168)])
 def _places(
     closest,
     partner,
