@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def _mixer(x: Draw) -> list[Any]:
 
 def _mixer_backward(x: Draw) -> None:
     shapes = ops.mixer_kept_shapes(BATCH, LENGTH, D_INNER, DT_RANK + 2 * D_STATE, D_STATE)
-    ops.mixer_backward(x(BATCH, LENGTH, D_MODEL), *_mixer(x), [x(*shape) for shape in shapes])
+    ops.mixer_backward(*[x(BATCH, LENGTH, D_MODEL), *_mixer(x), [x(*shape) for shape in shapes]])
 
 
 def _norm_backward(x: Draw) -> None:
@@ -100,7 +100,7 @@ def _places() -> tuple[Tensor, Tensor]:
 CALLS: dict[str, Callable[[Draw], object]] = {
     "selective_scan": lambda x: ops.selective_scan(*_scan(x)),
     "selective_scan_backward": lambda x: ops.selective_scan_backward(
-        x(BATCH, LENGTH, D_INNER), *_scan(x), torch.empty(0)
+        *[x(BATCH, LENGTH, D_INNER), *_scan(x), torch.empty(0)]
     ),
     "causal_conv1d": lambda x: ops.causal_conv1d(*_conv(x)),
     "causal_conv1d_backward": lambda x: ops.causal_conv1d_backward(x(BATCH, LENGTH, D_INNER), *_conv(x)),
@@ -198,7 +198,7 @@ def compile_launch(call: str, dtype: str, launch: Launch, configuration: Configu
 
 
 def _signature(
-    arguments: dict[str, Any], constants: frozenset[str]
+    arguments: Mapping[str, Any], constants: frozenset[str]
 ) -> tuple[dict[str, str], dict[str, Any], list[str]]:
     """Types of arguments as Triton would find them at a launch, values of constants, and names of aligned tensors."""
     types, values, aligned = {}, {}, []

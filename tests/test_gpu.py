@@ -78,7 +78,9 @@ def scan_inputs(length: int, channels: int, states: int, dtype: torch.dtype) -> 
 @each_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize(("length", "channels", "states"), [(197, 384, 16), (1, 64, 16), (785, 48, 8), (50, 24, 1)])
+@pytest.mark.parametrize(
+    ("length", "channels", "states"), [(197, 384, 16), (1, 64, 16), (785, 48, 8), (50, 24, 1), (2049, 8, 4)]
+)
 def test_scan(backend: str, dtype: torch.dtype, reverse: bool, length: int, channels: int, states: int) -> None:
     torch.manual_seed(0)
 

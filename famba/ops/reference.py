@@ -61,7 +61,7 @@ def selective_scan(
                 out = out * F.silu(chunk.z)
             scan.store(y, rows, steps, out)
     batch, length, channels = u.shape
-    return y, u.new_empty(scan_state_shape(batch, length, channels, A.shape[1]))
+    return y, u.new_empty(scan_state_shape(batch, length, channels, A.shape[1]), dtype=scan.dtype)
 
 
 def selective_scan_backward(

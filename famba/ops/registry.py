@@ -25,7 +25,8 @@ ENVIRONMENT_VARIABLE = "FAMBA_BACKEND"
 class Kernels(Protocol):
     """What a backend's module provides; `famba.ops.reference` says what each function means.
 
-    `selective_scan` returns its result and a state for its backward, of shape `scan_state_shape`.
+    `selective_scan` returns its result and a state for its backward, of shape `scan_state_shape`, in float32, or in
+    float64 where u is.
     """
 
     @staticmethod

@@ -99,7 +99,8 @@ def _scan_shape(
 ) -> tuple[Tensor, Tensor]:
     batch, length, channels = u.shape
     state = kernels(backend).scan_state_shape(batch, length, channels, A.shape[1])
-    return u.new_empty(u.shape), u.new_empty(state)
+    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    return u.new_empty(u.shape), u.new_empty(state, dtype=dtype)
 
 
 @torch.library.custom_op("famba::selective_scan_backward", mutates_args=())

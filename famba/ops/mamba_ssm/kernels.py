@@ -27,7 +27,7 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """Return y and an empty tensor."""
     y, *_ = calls.scan(_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse))
-    return _back(y, reverse, u.dtype), u.new_empty(0)
+    return _back(y, reverse, u.dtype), u.new_empty(0, dtype=torch.float32)
 
 
 def selective_scan_backward(

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from famba.ops.availability import interpreted
 
+# Products and sums in one instruction: what Triton does by itself in some releases and warns of in others.
+_FUSED = {"enable_fp_fusion": True}
+
 Grid = Callable[[Mapping[str, int]], tuple[int, ...]]
 
 
@@ -93,11 +96,11 @@ class Kernel:
             if self._launched is None:
                 self._launched = self._prepared(arguments)
             if self._tuned:
-                self._launched[grid](**arguments)
+                self._launched[grid](**arguments, **_FUSED)
                 return
             first = self.configurations[0]
             every = {**arguments, **first.constants}
-            self._launched[grid(every)](**every, **first.options())
+            self._launched[grid(every)](**every, **first.options(), **_FUSED)
 
 
 def kernel(configurations: Sequence[Configuration], key: Sequence[str] = ()) -> Callable[[Callable[..., None]], Kernel]:

@@ -45,7 +45,7 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """Return y, and an empty tensor."""
     scans = _single(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
-    return scan(scans).squeeze(0), u.new_empty(0)
+    return scan(scans).squeeze(0), u.new_empty(0, dtype=torch.float32)
 
 
 def selective_scan_backward(
