@@ -31,8 +31,9 @@ train: setup
 	$(BIN)/python train.py -m experiment=demo fusion=none,upper run_dir=$(DEMO)
 	$(BIN)/famba report $(DEMO)
 
+# A process for each core, up to eight, each with one thread: more threads than cores would wait for one another.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

@@ -19,6 +19,7 @@ from famba.ops.native import library
 
 @pytest.fixture(autouse=True)
 def no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(registry, "_chosen", None)
     for variable in ("FAMBA_BACKEND", "FAMBA_ISA"):
         monkeypatch.delenv(variable, raising=False)
@@ -133,3 +134,15 @@ def test_a_choice_that_cannot_be_followed_is_shown(
     assert variable in text
     assert f"'{value}', did you mean" in text
     assert results(text, "reference", "ok"), "the checks run all the same"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is chosen when Triton is imported")
+def test_kernels_in_the_interpreter_are_checked_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    chosen = {name: registry._BACKENDS[name] for name in ("triton", "reference")}
+    monkeypatch.setattr(registry, "_BACKENDS", chosen)
+    status, text = doctor(capsys)
+    assert status == 0
+    assert len(results(text, "triton", "cpu", "float32", "ok")) == 5
