@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from famba.analysis.benchmark import contestants, fusion, length, machine, memory, model
 from famba.analysis.benchmark.cases import OPS as ALL_OPS
-from famba.analysis.benchmark.cases import USUAL_OPS
+from famba.analysis.benchmark.cases import USUAL_OPS, Case, inputs
 from famba.analysis.benchmark.memory import Peak, step_peak
 from famba.analysis.benchmark.products import Linear, Products, step_linears
 from famba.analysis.benchmark.report import Report, Table
@@ -42,6 +43,23 @@ def _no_other_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is installed here: importing these raises ImportError."""
     for name in ("mambapy", "mambapy.pscan", "mamba_ssm", "mamba_ssm.ops.selective_scan_interface"):
         monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("mamba_ssm") is None,
+    reason="mamba-ssm is not installed; scripts/install_extension_python.sh",
+)
+@pytest.mark.filterwarnings("ignore")  # of what mamba_ssm imports
+def test_the_reference_of_mamba_ssm_takes_part_without_its_extensions(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("mamba_ssm", "mamba_ssm.ops.selective_scan_interface"):
+        monkeypatch.delitem(sys.modules, name)
+    offered = contestants._mamba_ssm()
+    assert isinstance(offered, contestants.Contestant), offered
+    assert not {"mamba_ssm", "selective_scan_cuda", "causal_conv1d_cuda"} & set(sys.modules), "others see none of it"
+    case = Case("selective_scan", 2, 7, 5, 3, "fp32")
+    given = inputs(case, torch.float32, torch.device("cpu"))
+    y = offered.restore(offered.run(*(offered.arrange(x) for x in given)))
+    torch.testing.assert_close(y, ALL_OPS["selective_scan"].run(*given), rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture

@@ -75,12 +75,21 @@ def scan_inputs(length: int, channels: int, states: int, dtype: torch.dtype) -> 
     return [wide[0], wide[1], A, B, C, D, wide[2], bias]
 
 
+# Each kernel and dtype is compiled and tuned, which takes seconds: not every combination has its turn.
+SCANS = [
+    (torch.float32, False, 197, 384, 16),
+    (torch.float32, True, 197, 384, 16),
+    (torch.bfloat16, True, 197, 384, 16),
+    (torch.float16, False, 197, 384, 16),
+    (torch.float32, True, 1, 64, 16),
+    (torch.float32, False, 50, 24, 1),
+    (torch.bfloat16, False, 785, 48, 8),
+    (torch.bfloat16, True, 2049, 8, 4),
+]
+
+
 @each_backend
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize(
-    ("length", "channels", "states"), [(197, 384, 16), (1, 64, 16), (785, 48, 8), (50, 24, 1), (2049, 8, 4)]
-)
+@pytest.mark.parametrize(("dtype", "reverse", "length", "channels", "states"), SCANS, ids=str)
 def test_scan(backend: str, dtype: torch.dtype, reverse: bool, length: int, channels: int, states: int) -> None:
     torch.manual_seed(0)
 
@@ -91,8 +100,7 @@ def test_scan(backend: str, dtype: torch.dtype, reverse: bool, length: int, chan
 
 
 @each_backend
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("dtype", "reverse"), list(zip(DTYPES, [False, True, False], strict=True)), ids=str)
 def test_convolution(backend: str, dtype: torch.dtype, reverse: bool) -> None:
     torch.manual_seed(0)
     inputs = [draw(8, 197, 384, dtype=dtype), draw(384, 4).float(), draw(384).float()]
@@ -181,10 +189,9 @@ def test_a_step_never_makes_the_host_wait(backend: str, strategy: str) -> None:
 
 
 @each_backend
-@pytest.mark.parametrize("strategy", ["none", "upper"])
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"], ids=["compiled", "CUDA graphs"])
-def test_compiled_in_one_graph(backend: str, strategy: str, mode: str) -> None:
-    script = SCRIPT.format(backend=backend, strategy=strategy, mode=mode, tests=str(ROOT / "tests"))
+def test_compiled_in_one_graph(backend: str, mode: str) -> None:
+    script = SCRIPT.format(backend=backend, mode=mode)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -197,7 +204,7 @@ from famba.models import Vim
 from famba.ops import use_backend
 
 torch.manual_seed(0)
-counts = schedule("{strategy}", 4, 17, 6)
+counts = schedule("upper", 4, 17, 6)
 model = Vim(img_size=64, patch_size=16, embed_dim=64, depth=4, num_classes=10, fusion=counts).cuda()
 compiled = torch.compile(model, fullgraph=True, dynamic=False, mode="{mode}")
 with use_backend("{backend}"):
@@ -216,7 +223,7 @@ with use_backend("{backend}"):
 
 
 @each_backend
-@pytest.mark.parametrize("options", [("fp32",), ("bf16",), ("fp16",), ("bf16", "trainer.compile=true")], ids=" ".join)
+@pytest.mark.parametrize("options", [("fp16",), ("bf16", "trainer.compile=true")], ids=" ".join)
 def test_training_learns(backend: str, options: tuple[str, ...], tmp_path: Path) -> None:
     precision, *more = options
     command = [sys.executable, "train.py", "experiment=demo", f"trainer.precision={precision}", "trainer.device=cuda"]

@@ -47,7 +47,7 @@ def run(script: str, tmp_path: Path) -> str:
     path = tmp_path / "script.py"
     path.write_text(SETUP + script)
     root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "TRITON_INTERPRET": "1"}
     environment.pop("FAMBA_BACKEND", None)
     done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -129,6 +129,21 @@ assert len(calls) == 4, len(calls)
 run(images())
 assert len(calls) == 4
 torch.testing.assert_close(first, again)
+print("done")
+""",
+        tmp_path,
+    )
+    assert out.split() == ["done"]
+
+
+@pytest.mark.slow
+def test_one_graph_with_the_kernels_for_gpus(tmp_path: Path) -> None:
+    # Compiled, but for the last step to machine code; the kernels themselves in Triton's interpreter.
+    out = run(
+        """
+model = make((3,), depth=1)
+with use_backend("triton"):
+    agrees(torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager"), model, images())
 print("done")
 """,
         tmp_path,

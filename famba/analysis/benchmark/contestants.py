@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -18,6 +22,7 @@ from famba.ops.registry import resolve
 
 MAMBA_PY = "mamba.py"
 MAMBA_SSM = "mamba-ssm reference"
+_EXTENSIONS = ("selective_scan_cuda", "causal_conv1d_cuda")
 # Arrays of all states that autograd and the scans of other libraries hold at once, at most.
 _STATE_ARRAYS = 12
 
@@ -81,11 +86,26 @@ def _by_backend(name: str, op: str) -> Callable[..., Tensor | tuple[Tensor, ...]
 
 def _mamba_ssm() -> Contestant | str:
     try:
-        module = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
-        scan = module.selective_scan_ref
+        with _missing_extensions_stubbed():
+            scan = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_ref
     except Exception as error:
         return f"mamba_ssm.ops.selective_scan_interface.selective_scan_ref cannot be imported ({error})"
     return Contestant(scan, _swapped, _swapped)
+
+
+@contextlib.contextmanager
+def _missing_extensions_stubbed() -> Iterator[None]:
+    """Let mamba_ssm be imported without its CUDA extensions, which its reference does not need, and be forgotten after."""
+    missing = [name for name in _EXTENSIONS if importlib.util.find_spec(name) is None]
+    before = set(sys.modules)
+    sys.modules.update({name: ModuleType(name) for name in missing})
+    try:
+        yield
+    finally:
+        if missing:
+            for name in set(sys.modules) - before:
+                if name.split(".")[0] in ("mamba_ssm", "causal_conv1d", *missing):
+                    del sys.modules[name]
 
 
 def _mamba_py() -> Contestant | str:
