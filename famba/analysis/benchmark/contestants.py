@@ -95,7 +95,7 @@ def _mamba_ssm() -> Contestant | str:
 
 @contextlib.contextmanager
 def _missing_extensions_stubbed() -> Iterator[None]:
-    """Let mamba_ssm be imported without its CUDA extensions, which its reference does not need, and be forgotten after."""
+    """Let mamba_ssm be imported without its CUDA extensions, as its reference needs none, and be forgotten after."""
     missing = [name for name in _EXTENSIONS if importlib.util.find_spec(name) is None]
     before = set(sys.modules)
     sys.modules.update({name: ModuleType(name) for name in missing})
