@@ -44,12 +44,12 @@ def gpu_backends() -> list[object]:
 each_backend = pytest.mark.parametrize("backend", gpu_backends())
 
 
-def results(run: Callable[..., object], inputs: list[Tensor]) -> list[Tensor]:
-    """Outputs and all gradients."""
+def results(run: Callable[..., object], inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Outputs and all gradients, for the same random gradients rounded to dtype."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     outputs = run(*leaves)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-    grads = [draw(*y.shape).to(y) for y in outputs]
+    grads = [draw(*y.shape, dtype=dtype).to(y) for y in outputs]
     return [y.detach() for y in (*outputs, *torch.autograd.grad(outputs, leaves, grads))]
 
 
@@ -60,10 +60,10 @@ def check(
     on_gpu = [x.to("cuda") for x in inputs]
     torch.manual_seed(1)
     with use_backend(backend):
-        found = results(run, on_gpu)
+        found = results(run, on_gpu, dtype)
     torch.manual_seed(1)
     with use_backend("reference"):
-        wanted = results(run, [x.double() for x in on_gpu])
+        wanted = results(run, [x.double() for x in on_gpu], dtype)
     for number, (x, y) in enumerate(zip(found, wanted, strict=True)):
         assert_close(x.cpu(), y.cpu(), roundings * TOLERANCE[dtype], f"result {number}", floor=0.1)
 
@@ -79,12 +79,11 @@ def scan_inputs(length: int, channels: int, states: int, dtype: torch.dtype) -> 
 SCANS = [
     (torch.float32, False, 197, 384, 16),
     (torch.float32, True, 197, 384, 16),
-    (torch.bfloat16, True, 197, 384, 16),
-    (torch.float16, False, 197, 384, 16),
-    (torch.float32, True, 1, 64, 16),
+    (torch.float32, True, 1, 384, 16),
     (torch.float32, False, 50, 24, 1),
-    (torch.bfloat16, False, 785, 48, 8),
-    (torch.bfloat16, True, 2049, 8, 4),
+    (torch.bfloat16, True, 197, 384, 16),
+    (torch.bfloat16, True, 2049, 384, 16),
+    (torch.float16, False, 785, 384, 16),
 ]
 
 
@@ -151,7 +150,8 @@ def test_matching_and_fusing(backend: str, order: str, length: int, r: int, prot
     assert_close(fused.cpu(), wanted.fuse(x.double(), sizes.double()), 1e-5)
 
 
-@each_backend
+# mamba-ssm's backward adds in whatever order threads arrive.
+@pytest.mark.parametrize("backend", gpu_backends()[1:])
 def test_the_same_input_gives_the_same_bits(backend: str) -> None:
     torch.manual_seed(0)
     model, images = vim("upper"), torch.randn(4, 3, 64, 64, device="cuda")
@@ -223,7 +223,9 @@ with use_backend("{backend}"):
 
 
 @each_backend
-@pytest.mark.parametrize("options", [("fp16",), ("bf16", "trainer.compile=true")], ids=" ".join)
+@pytest.mark.parametrize(
+    "options", [("fp16",), ("bf16", "trainer.compile=true", "trainer.cuda_graphs=true")], ids=" ".join
+)
 def test_training_learns(backend: str, options: tuple[str, ...], tmp_path: Path) -> None:
     precision, *more = options
     command = [sys.executable, "train.py", "experiment=demo", f"trainer.precision={precision}", "trainer.device=cuda"]

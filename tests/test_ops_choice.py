@@ -12,7 +12,17 @@ import pytest
 import torch
 
 from famba.errors import BackendError, ConfigError
-from famba.ops import add_rms_norm, backends, causal_conv1d, reference, registry, selective_scan, use_backend
+from famba.ops import (
+    add_rms_norm,
+    backends,
+    causal_conv1d,
+    fuse_tokens,
+    reference,
+    registry,
+    selective_scan,
+    use_backend,
+)
+from famba.ops.checks import check_shapes
 
 NAMES = ["mamba_ssm", "triton", "native", "reference"]
 
@@ -237,3 +247,17 @@ def test_unknown_activations_are_refused() -> None:
 def test_tensors_without_data_give_shapes() -> None:
     on_meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in scan_arguments().items()}
     assert selective_scan(**on_meta).shape == (2, 3, 4)
+
+
+def test_what_may_not_be_left_out_is_named() -> None:
+    x = torch.ones(1, 2, 3)
+    check_shapes("selective_scan", "u", u=(x, (1, 2, 3)), z=(None, (1, 2, 3)))
+    with pytest.raises(ConfigError, match=r"selective_scan: delta is None, expected a tensor of shape \(1, 2, 3\)"):
+        check_shapes("selective_scan", "u", u=(x, (1, 2, 3)), delta=(None, (1, 2, 3)))
+
+
+def test_a_length_that_no_sequence_has_is_refused() -> None:
+    x = torch.ones(1, 2, 3)
+    for length in (-1, 2**62):
+        with pytest.raises(ConfigError, match="expected 0 to 2147483647"):
+            fuse_tokens(x, torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2), length)

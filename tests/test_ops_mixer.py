@@ -31,8 +31,8 @@ def direction(channels: int, states: int, rank: int, width: int) -> Direction:
     return Direction(
         conv_weight=draw(channels, width) / width,
         conv_bias=draw(channels),
-        x_weight=draw(rank + 2 * states, channels) / channels**0.5,
-        dt_weight=draw(channels, rank) / rank,
+        x_weight=draw(rank + 2 * states, channels) / max(1, channels) ** 0.5,
+        dt_weight=draw(channels, rank) / max(1, rank),
         dt_bias=draw(channels) - 1,
         A=-draw(channels, states).exp(),
         D=draw(channels),
@@ -41,8 +41,8 @@ def direction(channels: int, states: int, rank: int, width: int) -> Direction:
 
 def weights(d_model: int, channels: int, states: int, rank: int, width: int = 4, out: bool = True) -> Weights:
     two = [direction(channels, states, rank, width) for _ in range(2)]
-    in_weight = draw(2 * channels, d_model) / d_model**0.5
-    return in_weight, two[0], two[1], draw(d_model, channels) / channels**0.5 if out else None
+    in_weight = draw(2 * channels, d_model) / max(1, d_model) ** 0.5
+    return in_weight, two[0], two[1], draw(d_model, channels) / max(1, channels) ** 0.5 if out else None
 
 
 def flat(x: Tensor, w: Weights) -> list[Tensor | None]:
@@ -77,7 +77,7 @@ def drawn_inputs(batch: int, length: int, d_model: int = 6, out: bool = True) ->
     seed=st.integers(0, 2**31),
     batch=st.integers(0, 3),
     length=st.sampled_from([0, 1, 2, 5, 16, 17, 33]),
-    sizes=st.tuples(st.integers(1, 9), st.integers(1, 20), st.sampled_from([1, 3, 4, 16]), st.integers(1, 4)),
+    sizes=st.tuples(st.integers(0, 9), st.integers(0, 20), st.sampled_from([0, 1, 3, 4, 16]), st.integers(0, 4)),
     width=st.integers(1, 5),
     out=st.booleans(),
     isa=st.sampled_from(library.isas() if library.obstacle() is None else ["portable"]),
@@ -217,3 +217,10 @@ def test_torch_accepts_the_op() -> None:
     with warnings.catch_warnings(), naive.as_users_run_it():
         warnings.simplefilter("ignore")
         torch.library.opcheck(torch.ops.famba.bidirectional_mixer, arguments)
+
+
+def test_a_convolution_without_taps_is_refused() -> None:
+    torch.manual_seed(0)
+    for backend in ("auto", "reference"):
+        with use_backend(backend), pytest.raises(ConfigError, match=r"forward.conv_weight has shape \(5, 0\)"):
+            bidirectional_mixer(draw(1, 3, 4).float(), *weights(4, 5, 2, 1, width=0))

@@ -139,7 +139,8 @@ def test_a_forked_child_computes_the_same() -> None:
         assert in_forked_child(lambda: same_bits(forward(inputs), wanted)) == "passed"
         assert same_bits(forward(inputs), wanted), "the parent goes on"
         # A child's child.
-        assert in_forked_child(lambda: in_forked_child(lambda: same_bits(forward(inputs), wanted)) == "passed")
+        grandchild = in_forked_child(lambda: in_forked_child(lambda: same_bits(forward(inputs), wanted)) == "passed")
+        assert grandchild == "passed"
 
 
 FIRST_CALL_AFTER_FORK = """
@@ -266,7 +267,7 @@ def test_instruction_sets_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) ->
         library.use_isa(None)
         with native(), pytest.raises(BackendError, match=r"'avx3', did you mean 'avx2'.*usable: portable"):
             run_all(inputs_of(1, 5, 3))
-        with pytest.raises(BackendError, match="cannot be used on this processor"):
+        with pytest.raises(BackendError, match="is unknown; usable"):
             library.use_isa("neon")
     finally:
         monkeypatch.undo()

@@ -61,8 +61,9 @@ def test_no_configuration_spills_on_an_a100(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_no_first_configuration_spills_on_an_h100(tmp_path: Path) -> None:
-    check(compiled(tmp_path, "--dtype", "bfloat16", "--target", "90", "--first"))
+@pytest.mark.parametrize(("dtype", "more"), [("float32", ()), ("float16", ("--first",))], ids=["float32", "float16"])
+def test_no_configuration_spills_on_an_h100(tmp_path: Path, dtype: str, more: tuple[str, ...]) -> None:
+    check(compiled(tmp_path, "--dtype", dtype, "--target", "90", *more))
 
 
 def test_a_kernel_by_its_name(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from ops_helpers import assert_close
 from test_ops_mixer import built, draw, drawn_inputs, exact, flat, run, weights
 from torch import Tensor
 
-from famba.ops import availability, bidirectional_mixer, use_backend
+from famba.errors import ConfigError
+from famba.ops import Direction, availability, bidirectional_mixer, use_backend
 from famba.ops.bidirectional_mixer import compose_mixer
 
 pytestmark = [
@@ -134,3 +135,16 @@ def test_torch_accepts_the_op() -> None:
     with warnings.catch_warnings(), naive.as_users_run_it():
         warnings.simplefilter("ignore")
         torch.library.opcheck(torch.ops.famba.bidirectional_mixer, arguments)
+
+
+@pytest.mark.parametrize("field", ["conv_weight", "dt_weight", "A"])
+def test_directions_of_unequal_shapes_are_refused(field: str) -> None:
+    torch.manual_seed(0)
+    into, forward, _, out = weights(4, 5, 2, 2)
+    other = weights(4, 5, 2, 2, width=3)[2] if field == "conv_weight" else weights(4, 5, 2 + (field == "A"), 1)[2]
+    with use_backend("triton"), pytest.raises(ConfigError, match="backend 'triton' needs the same"):
+        bidirectional_mixer(
+            *(x.to(DEVICE, torch.float32) for x in (draw(1, 3, 4), into)),
+            *(Direction(*(w.to(DEVICE, torch.float32) for w in side)) for side in (forward, other)),
+            out.to(DEVICE, torch.float32),
+        )

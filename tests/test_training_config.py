@@ -138,6 +138,7 @@ REFUSED = [
     (["ops.backend=natve"], BackendError, "unknown backend 'natve', did you mean 'native'?"),
     (["ops.backend=mamba_ssm"], BackendError, "backend 'mamba_ssm' cannot be used: .*; "),
     (["ops.backend=native", "trainer.precision=fp16"], BackendError, "'native' does not serve float16 .*use 'auto'"),
+    (["ops.backend=nativ"], BackendError, "did you mean 'native'"),
     (["trainer.cuda_graphs=true"], ConfigError, "add trainer.compile=true, or leave it"),
     (["trainer.cuda_graphs=true", "trainer.compile=true", "trainer.device=cpu"], ConfigError, "needs a CUDA device"),
     (["resume=ato"], CheckpointError, "resume=ato is no file, did you mean 'auto'?"),

@@ -104,7 +104,8 @@ def match(
     The tokens that may fuse are dealt out in turn to two sets, A and B, beginning as if the protected tokens stood
     first (so that a class token at the head gives ToMe's even and odd places). Each of A is drawn to its most similar
     of B by cosine; the r most similar pairs fuse. Of equal similarities the first in the sequence wins.
-    Works in float32 (float64 for float64 input) even under autocast, draws no gradient, never waits for a device.
+    Works in float32 (float64 for float64 input) even under autocast, draws no gradient, never waits for a device, as
+    long as `protected` is no tensor on another one.
 
     Args:
         metric: what similarity is measured on (b, l, c).

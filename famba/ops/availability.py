@@ -24,20 +24,22 @@ def triton_obstacle() -> str | None:
         return "the package triton is not installed; pip install triton"
     if interpreted():
         return None
+    if torch.version.hip is not None:
+        return "torch is built for ROCm, for which these kernels are not made; use 'reference'"
     if not torch.cuda.is_available():
         return (
             f"{_no_device()}; use 'auto', or set TRITON_INTERPRET=1 before Python starts to try the kernels on a CPU, "
             "thousands of times slower"
         )
-    if torch.version.hip is None and torch.cuda.get_device_capability() < _OLDEST_CAPABILITY:
+    if torch.cuda.get_device_capability() < _OLDEST_CAPABILITY:
         major, minor = torch.cuda.get_device_capability()
         return f"Triton needs a GPU of compute capability 7.0 or more, this one has {major}.{minor}; use 'reference'"
     return None
 
 
 def triton_on_request() -> tuple[str, ...]:
-    """Device types besides CUDA: the interpreter takes CPU tensors, for whoever asks for it by name."""
-    return ("cpu",) if interpreted() else ()
+    """Device types for whoever asks for it by name: the interpreter takes CPU tensors too, and is slow on any."""
+    return ("cpu", "cuda") if interpreted() else ()
 
 
 def _no_device() -> str:

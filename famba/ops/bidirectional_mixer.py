@@ -157,6 +157,8 @@ def _check(x: Tensor, in_weight: Tensor, forward: Direction, backward: Direction
         check_rank(op, f"{name}.dt_weight", weights.dt_weight, "(d, r)")
         check_rank(op, f"{name}.conv_weight", weights.conv_weight, "(d, width)")
         n, r = weights.A.shape[1], weights.dt_weight.shape[1]
+        if weights.conv_weight.shape[1] == 0:
+            raise ConfigError(f"{op}: {name}.conv_weight has shape ({d}, 0), expected a width of at least 1")
         expected = ((d, weights.conv_weight.shape[1]), (d,), (r + 2 * n, d), (d, r), (d,), (d, n), (d,))
         for field, tensor, shape in zip(Direction._fields, weights, expected, strict=True):
             shapes[f"{name}.{field}"] = (tensor, shape)

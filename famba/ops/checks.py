@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from famba.errors import ConfigError
+
+# Arguments that may be None.
+_OPTIONAL = ("D", "z", "delta_bias", "bias", "residual", "sizes")
 
 
 def check_shapes(op: str, device_of: str, **expected: tuple[Tensor | None, tuple[int, ...]]) -> None:
     """Raise ConfigError where a tensor has another shape, or lies on another device than `device_of`.
 
-    expected: argument name to (tensor, shape); a tensor of None is passed over.
+    expected: argument name to (tensor, shape); None is passed over where an argument may be left out.
     """
     first = expected[device_of][0]
     assert first is not None
     for name, (tensor, shape) in expected.items():
-        if tensor is None:
+        if tensor is None and name in _OPTIONAL:
             continue
+        if not isinstance(tensor, Tensor):
+            raise ConfigError(f"{op}: {name} is {tensor!r}, expected a tensor of shape {tuple(shape)}")
         if tuple(tensor.shape) != tuple(shape):
             raise ConfigError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
         if tensor.device != first.device:
             raise ConfigError(f"{op}: {name} is on {tensor.device}, but {device_of} on {first.device}")
         if not tensor.is_floating_point():
             raise ConfigError(f"{op}: {name} has dtype {tensor.dtype}, expected a floating-point dtype")
+
+
+def check_equal_directions(backend: str, forward: Sequence[Tensor], backward: Sequence[Tensor]) -> None:
+    """Raise ConfigError where a mixer's directions differ in shape, which kernels that take both at once cannot do."""
+    for ours, theirs in zip(forward, backward, strict=True):
+        if ours.shape != theirs.shape:
+            raise ConfigError(
+                f"bidirectional_mixer: weights of {tuple(ours.shape)} forward and {tuple(theirs.shape)} backward, "
+                f"backend {backend!r} needs the same; use backend 'reference'"
+            )
 
 
 def check_rank(op: str, name: str, tensor: Tensor, axes: str) -> None:

@@ -9,6 +9,8 @@ from famba.errors import ConfigError
 from famba.ops.checks import check_rank, check_shapes
 from famba.ops.registry import kernels, resolve
 
+_MOST_PLACES = 2**31 - 1
+
 
 def fuse_tokens(
     x: Float[Tensor, "b l c"], places: Int[Tensor, "b l"], weights: Float[Tensor, "b l"], length: int
@@ -37,6 +39,8 @@ def fuse_tokens(
             f"fuse_tokens: places is {places.dtype} of shape {tuple(places.shape)} on {places.device}, "
             f"expected torch.int64 of shape {(batch, tokens)} on {x.device}"
         )
+    if not 0 <= length <= _MOST_PLACES:
+        raise ConfigError(f"fuse_tokens: length is {length}, expected 0 to {_MOST_PLACES}")
     return _fuse(x, places, weights.detach(), length, resolve(x.device.type, x.dtype))
 
 

@@ -96,7 +96,7 @@ class Backend:
 
     module: imported at first use. devices: the torch device types it serves, None for all. obstacle: None where it
     works here, else the reason and behind a semicolon the remedy. dtypes: what an op's first input may be, None for
-    all. on_request: device types that it serves only where it is chosen by name.
+    all. on_request: device types that it serves, also of `devices`, only where it is chosen by name.
     """
 
     module: str
@@ -200,7 +200,8 @@ def _obstacle(name: str) -> str | None:
 
 
 def _serves_device(backend: Backend, device: str) -> bool:
-    return backend.devices is None or device in backend.devices
+    """Whether "auto" may choose a backend for a device type."""
+    return (backend.devices is None or device in backend.devices) and device not in backend.on_request()
 
 
 def _serves(backend: Backend, device: str, dtype: torch.dtype = torch.float32) -> bool:

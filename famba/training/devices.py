@@ -72,6 +72,13 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def make_current(device: torch.device) -> None:
+    """Let a GPU be what "cuda" means, in each of torchrun's processes its own: backends try themselves on it."""
+    if device.type == "cuda":
+        own = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+        torch.cuda.set_device(own % torch.cuda.device_count())
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether the device computes in bfloat16 natively."""
     if device.type == "cuda":

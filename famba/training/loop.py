@@ -151,7 +151,7 @@ class Training:
         autocast = self.setup.autocast
         with self._gather_gradients(last=part == parts - 1):
             if self.config.trainer.cuda_graphs:
-                # What the replay before left behind is no longer needed.
+                # What the step before left behind is no longer needed.
                 torch.compiler.cudagraph_mark_step_begin()
             with torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None):
                 logits = self.forward(images)

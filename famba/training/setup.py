@@ -17,7 +17,7 @@ from famba.fusion.schedules import PAPER, check_schedule, schedule, tokens_per_l
 from famba.models import Vim
 from famba.ops.registry import AUTO, resolve
 from famba.training.config import RunConfig
-from famba.training.devices import choose_device, choose_precision, world_size
+from famba.training.devices import choose_device, choose_precision, make_current, world_size
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ def prepare(config: RunConfig) -> Setup:
     """
     _check_model_name(config.model.name)
     device = choose_device(config.trainer.device)
+    make_current(device)
     autocast = choose_precision(config.trainer.precision, device)
     _check_backend(config.ops.backend, device, autocast or torch.float32)
     _check_cuda_graphs(config, device)
@@ -120,6 +121,12 @@ def _check_cuda_graphs(config: RunConfig, device: torch.device) -> None:
         raise ConfigError("trainer.cuda_graphs=true records what was compiled; add trainer.compile=true, or leave it")
     if device.type != "cuda":
         raise ConfigError(f"trainer.cuda_graphs=true needs a CUDA device, this run is on {device.type}; leave it out")
+    if config.trainer.accumulation > 1:
+        # The gradients of one micro-batch are memory of the graph that the next one overwrites.
+        raise ConfigError(
+            f"trainer.cuda_graphs=true with trainer.accumulation={config.trainer.accumulation}: graphs cannot add up "
+            "gradients over micro-batches; leave one of them out"
+        )
 
 
 def _check_model_name(name: str) -> None:

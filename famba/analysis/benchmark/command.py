@@ -246,8 +246,12 @@ def _check_names(options: argparse.Namespace) -> None:
             if value not in allowed:
                 raise ConfigError(f"unknown {name} {value!r}{near_miss(value, allowed)}; allowed: {', '.join(allowed)}")
     file = options.json
-    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise ConfigError(f"--json {file} cannot be written; name a file in a folder that exists")
+    if file is not None:
+        try:
+            # Found out now: after the measuring it would be lost.
+            file.open("a").close()
+        except OSError as error:
+            raise ConfigError(f"--json {file} cannot be written ({error.strerror}); name another file") from error
 
 
 def _given(options: argparse.Namespace, name: str) -> Sequence[Any]:

@@ -132,12 +132,12 @@ def add_rms_norm(batch: int, length: int, channels: int, item: int, *, first: bo
 def match_tokens(batch: int, length: int, channels: int, removed: int, item: int) -> Passes:
     """Count a matching with one protected token: the metric is read; places, shares and sums are written.
 
-    Similarities are b ceil((l - 1) / 2) floor((l - 1) / 2) d multiply-adds, and stay on the chip.
+    Similarities are b ceil((l - 1) / 2) floor((l - 1) / 2) d multiply-adds in float32, and stay on the chip.
     """
     free = length - 1
     written = batch * (length * (_INT64 + _FP32) + (length - removed) * _FP32)
     pairs = math.ceil(free / 2) * (free // 2)
-    return Passes((Work(batch * length * channels * item + written, products=2 * batch * pairs * channels),))
+    return Passes((Work(batch * length * channels * item + written, vector=batch * pairs * channels),))
 
 
 def fuse_tokens(batch: int, length: int, channels: int, removed: int, item: int) -> Passes:

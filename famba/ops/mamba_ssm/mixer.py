@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from famba.errors import ConfigError
+from famba.ops.checks import check_equal_directions
 from famba.ops.mamba_ssm import calls
 
 
@@ -104,12 +104,7 @@ class _Weights:
     """The weights of both directions, stacked as the extensions and the products of both take them."""
 
     def __init__(self, forward: Sequence[Tensor], backward: Sequence[Tensor]) -> None:
-        for ours, theirs in zip(forward, backward, strict=True):
-            if ours.shape != theirs.shape:
-                raise ConfigError(
-                    f"bidirectional_mixer: weights of {tuple(ours.shape)} forward and {tuple(theirs.shape)} backward, "
-                    "backend 'mamba_ssm' needs the same; use backend 'triton' or 'reference'"
-                )
+        check_equal_directions("mamba_ssm", forward, backward)
         self._dtypes = [[weight.dtype for weight in direction] for direction in (forward, backward)]
         conv_weight, conv_bias, x_weight, dt_weight, dt_bias, A, D = zip(forward, backward, strict=True)
         self._conv_weight, self._conv_bias, self._dt_bias, self._A, self._D = (

@@ -157,9 +157,11 @@ def _isa_number() -> int:
 def _checked_isa(name: str) -> int:
     usable = isas()
     if name not in usable:
-        guess = "" if name in ISAS else near_miss(name, ISAS)
+        guess = "" if name in ISAS else near_miss(name.lower(), ISAS)
+        fault = "cannot be used on this processor" if name in ISAS else "is unknown"
         raise BackendError(
-            f"instruction set {name!r}{guess} cannot be used on this processor; usable: {', '.join(usable)}"
+            f"instruction set {name!r}{guess} {fault}; usable: {', '.join(usable)} "
+            f"(chosen by {ENVIRONMENT_VARIABLE} where that is set)"
         )
     return ISAS.index(name)
 

@@ -20,10 +20,10 @@ def mixer(
     x: Tensor, in_weight: Tensor, forward: Sequence[Tensor], backward: Sequence[Tensor], out_weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the result, and what the backward needs."""
-    batch, length, d_model = x.shape
+    batch, length, _ = x.shape
     channels = in_weight.shape[0] // 2
-    tokens = x.reshape(-1, d_model)
-    u, z = (_rows(tokens @ half.t(), x) for half in in_weight.split(channels))
+    tokens = _flat(x.contiguous())
+    u, z = (_rows(tokens @ half.t(), x) for half in (in_weight[:channels], in_weight[channels:]))
     y, inner, delta = (torch.empty_like(u) for _ in range(3))
     projections, entering = [], []
     for reverse, weights in enumerate((forward, backward)):
@@ -48,12 +48,12 @@ def mixer_backward(
     """Gradients of x, in_weight, both directions' weights and out_weight, each in its input's dtype."""
     u, *projections = kept[:3]
     channels = u.shape[2]
-    tokens, dout = x.reshape(-1, x.shape[2]), activation(dout, x.dtype)
+    tokens, dout = _flat(x.contiguous()), activation(dout, x.dtype).contiguous()
     # The gate is worked out again: keeping it would cost a third more memory, its product 4 % of a step's.
     z = _rows(tokens @ in_weight[channels:].t(), x)
     dy, y = dout, None
     if out_weight is not None:
-        dy, y = _rows(dout.reshape(-1, dout.shape[2]) @ out_weight, x), torch.empty_like(u)
+        dy, y = _rows(_flat(dout) @ out_weight, x), torch.empty_like(u)
     inner, delta, dinner, ddelta = (torch.empty_like(u) for _ in range(4))
     dxz = x.new_empty(*x.shape[:2], 2 * channels)
     grads = []
@@ -61,7 +61,7 @@ def mixer_backward(
         run = _Direction(u, z, weights, bool(reverse), inner, delta)
         grads.append(run.backward(projected, state, dy, y, dinner, ddelta, dxz))
     flat = _flat(dxz)
-    dout_weight = None if y is None else dout.reshape(-1, dout.shape[2]).t() @ _flat(y)
+    dout_weight = None if y is None else _flat(dout).t() @ _flat(y)
     return (flat @ in_weight).view(x.shape), flat.t() @ tokens, grads[0], grads[1], dout_weight
 
 
@@ -135,7 +135,7 @@ class _Direction:
 
 def _flat(x: Tensor) -> Tensor:
     """(b, l, c) as (b l, c)."""
-    return x.view(-1, x.shape[2])
+    return x.view(x.shape[0] * x.shape[1], x.shape[2])
 
 
 def _rows(flat: Tensor, like: Tensor) -> Tensor:

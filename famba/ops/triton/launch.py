@@ -58,8 +58,9 @@ class Kernel:
     """A Triton function with the configurations that tuning may choose from.
 
     On a device Triton times each configuration at the first call for the constants named in `key` and the dtypes, and
-    keeps the fastest; results do not depend on the choice. The interpreter takes the first. A configuration must not
-    change the shape of a tensor.
+    keeps the fastest for the process: not on disk, where a first call of another size would decide for all that follow.
+    Sums over states may be rounded otherwise in another configuration. The interpreter takes the first. A configuration
+    must not change the shape of a tensor.
     """
 
     def __init__(self, function: Callable[..., None], configurations: Sequence[Configuration], key: Sequence[str]):
@@ -82,9 +83,7 @@ class Kernel:
 
     def _with_tuning(self, jit: Any) -> Any:
         configs = [triton.Config(dict(c.constants), **c.options()) for c in self.configurations]
-        # Before Triton 3.4 what was tuned lasts for a process; since then it is kept beside the compiled kernels.
-        keep = {"cache_results": True} if "cache_results" in inspect.signature(triton.autotune).parameters else {}
-        return triton.autotune(configs, self._key, **keep)(jit)
+        return triton.autotune(configs, self._key)(jit)
 
     def launch(self, grid: Grid, **arguments: Any) -> None:
         """Run over a grid, a function of the constants, on the device of the first tensor."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from famba.ops.checks import check_equal_directions
 from famba.ops.triton.conv import convolve, convolve_backward
 from famba.ops.triton.launch import activation
 from famba.ops.triton.scan import Gradients, Scans, scan, scan_backward, stack_parameters
@@ -28,6 +29,7 @@ def mixer(
     x: Tensor, in_weight: Tensor, forward: Sequence[Tensor], backward: Sequence[Tensor], out_weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the result, and what the backward needs."""
+    check_equal_directions("triton", forward, backward)
     channels = in_weight.shape[0] // 2
     tokens = x.reshape(-1, x.shape[2])
     u, z = (_rows(tokens @ half.t(), x) for half in in_weight.split(channels))

@@ -464,6 +464,7 @@ def _scan_backward(
     for n in range(STATES):
         tl.store(carried + n * channels, tl.zeros([BLOCK], tl.float32), mask=held)
         tl.store(partials + n * channels, tl.zeros([BLOCK], tl.float32), mask=held)
+    tl.debug_barrier()
 
     step = tl.arange(0, TILE)
     total_skip = tl.zeros([BLOCK], tl.float32)
