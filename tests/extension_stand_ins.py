@@ -5,13 +5,17 @@ They take and refuse what the C++ does, but for the device, and give tensors of 
 
 from __future__ import annotations
 
+import importlib.metadata
 import types
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from famba.ops import reference
+from famba.ops.mamba_ssm import extensions, norm, packages
+from famba.ops.mamba_ssm.packages import CAUSAL_CONV1D
 
 HALF_OR_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 STEPS_PER_CHUNK = 2048
@@ -171,3 +175,36 @@ def _turn(x: Tensor) -> Tensor:
 
 def _part(x: Tensor | None, channels: slice) -> Tensor | None:
     return None if x is None else x[channels]
+
+
+class Extensions:
+    """The stand-ins in use, and whether the installed packages' Python is what calls them."""
+
+    def __init__(self, installed: bool) -> None:
+        self.installed = installed
+        release = CAUSAL_CONV1D.installed() if installed else None
+        writes = release is not None and packages.numbers(release) >= (1, 5, 1)
+        self.scan, self.conv = SelectiveScan(), CausalConv1d(writes)
+
+    def forget(self) -> None:
+        self.scan.calls.clear()
+        self.conv.calls.clear()
+
+
+def pretend(patch: pytest.MonkeyPatch, versions: dict[str, str | None]) -> None:
+    """Let these versions be installed, None for none; others as they are."""
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        found = versions[name] if name in versions else real(name)
+        if found is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found
+
+    patch.setattr(importlib.metadata, "version", version)
+
+
+def forget_caches() -> None:
+    extensions.obstacle.cache_clear()
+    extensions.convolution.cache_clear()
+    norm.package.cache_clear()

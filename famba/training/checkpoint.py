@@ -33,6 +33,7 @@ _FREE = (
     "trainer.device",
     "trainer.log_every",
     "trainer.eval_every",
+    "trainer.save_every_min",
     "logger.",
 )
 

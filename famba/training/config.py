@@ -113,6 +113,7 @@ class TrainerConfig:
     grad_checkpointing: bool
     log_every: Count
     eval_every: Count
+    save_every_min: Positive
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -126,7 +127,7 @@ class OpsConfig:
 class LoggerConfig:
     """Where metrics go besides the run folder."""
 
-    name: Literal["none", "wandb"]
+    name: Literal["none", "wandb", "tensorboard"]
     project: str
     entity: str | None
     group: str | None
