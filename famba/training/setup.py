@@ -47,8 +47,8 @@ class Setup:
         return tokens_per_layer(self.schedule, self.tokens)
 
 
-def prepare(config: RunConfig) -> Setup:
-    """Check a configuration as a whole and work out what it comes to.
+def prepare(config: RunConfig, processes: int | None = None) -> Setup:
+    """Check a configuration as a whole and work out what it comes to, for a number of processes; None for those there are.
 
     Raises FambaError for whatever cannot work, before any data is read and any folder made.
     """
@@ -68,7 +68,7 @@ def prepare(config: RunConfig) -> Setup:
     fusion = config.fusion
     counts = schedule(fusion.strategy, depth, tokens, fusion.budget, fusion.layers, tokens - outline.num_patches)
     check_schedule(counts, depth, tokens, tokens - outline.num_patches)
-    _check_batch(config)
+    _check_batch(config, processes or world_size())
     _check_optimizer(config.recipe.optimizer)
     augmentation(config)
     _check_files(config)
@@ -169,13 +169,13 @@ def _check_optimizer(name: str) -> None:
         )
 
 
-def _check_batch(config: RunConfig) -> None:
+def _check_batch(config: RunConfig, processes: int) -> None:
     trainer = config.trainer
-    parts = world_size() * trainer.accumulation
+    parts = processes * trainer.accumulation
     if trainer.batch_size % parts:
         near = max(parts, round(trainer.batch_size / parts) * parts)
         raise ConfigError(
-            f"trainer.batch_size={trainer.batch_size} is not divisible by {world_size()} processes x "
+            f"trainer.batch_size={trainer.batch_size} is not divisible by {processes} processes x "
             f"trainer.accumulation={trainer.accumulation}; {near} is"
         )
     mixes = config.recipe.mixup > 0 or config.recipe.cutmix > 0
