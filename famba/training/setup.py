@@ -48,7 +48,7 @@ class Setup:
 
 
 def prepare(config: RunConfig, processes: int | None = None) -> Setup:
-    """Check a configuration as a whole and work out what it comes to, for a number of processes; None for those there are.
+    """Check a configuration as a whole and work out what it comes to, for `processes`, None for those there are.
 
     Raises FambaError for whatever cannot work, before any data is read and any folder made.
     """
