@@ -1,0 +1,166 @@
+#!/usr/bin/env bash
+# A real Slurm on this machine, with all of its files in one folder: for the tests, and to try a sweep before it goes to
+# a cluster.
+set -euo pipefail
+
+readonly PACKAGES="apt-get install -y --no-install-recommends slurm-wlm munge"
+
+usage() {
+    cat <<'TEXT'
+Usage: scripts/local_slurm.sh start|stop|status DIR
+
+  start DIR    start munged, slurmctld and slurmd; print the lines that make a shell use them:
+               eval "$(scripts/local_slurm.sh start DIR)"
+  stop DIR     end all jobs and the three daemons
+  status DIR   show which daemons run, the node and the queue; exit status 1 where one does not run
+
+DIR holds configuration, state, logs and sockets; it may be removed after stop. The node has as many cores as the machine,
+at least four, and two GPUs that are only names (--gres=gpu:1). Jobs start at once, after a requeue too. There is no
+accounting, as on some clusters: sacct knows nothing.
+
+Needs root, and Debian's or Ubuntu's packages slurm-wlm and munge.
+TEXT
+}
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# Whether the process that wrote a pid file still runs.
+runs() {
+    local pid
+    pid=$(cat "$1" 2>/dev/null) && kill -0 "$pid" 2>/dev/null
+}
+
+free_port() {
+    local port
+    while true; do
+        port=$((RANDOM % 20000 + 20000))
+        if ! (: >"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+            echo "$port"
+            return
+        fi
+    done
+}
+
+check() {
+    [[ $(id -u) -eq 0 ]] || fail "Slurm's daemons need root here; run this as root"
+    local name absent=()
+    for name in munged mungekey slurmctld slurmd sbatch srun; do
+        [[ -n $(type -P "$name") ]] || absent+=("$name")
+    done
+    [[ ${#absent[@]} -eq 0 ]] || fail "not installed: ${absent[*]}; as root: apt-get update && $PACKAGES"
+}
+
+write_conf() {
+    local dir=$1 host cores
+    host=$(hostname -s)
+    cores=$(nproc --all)
+    [[ $cores -ge 4 ]] || cores=4
+    # A requeued job waits until its credential has expired, by default two minutes; five seconds is the least.
+    cat >"$dir/slurm.conf" <<CONF
+ClusterName=famba
+SlurmctldHost=$host(127.0.0.1)
+SlurmctldPort=$(free_port)
+SlurmdPort=$(free_port)
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket=$dir/munge.socket,cred_expire=5
+StateSaveLocation=$dir/state
+SlurmdSpoolDir=$dir/spool
+SlurmctldPidFile=$dir/slurmctld.pid
+SlurmdPidFile=$dir/slurmd.pid
+SlurmctldLogFile=$dir/slurmctld.log
+SlurmdLogFile=$dir/slurmd.log
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=sched_interval=1,bf_interval=1
+ReturnToService=2
+JobRequeue=1
+KillWait=30
+GresTypes=gpu
+NodeName=$host NodeAddr=127.0.0.1 CPUs=$cores Gres=gpu:2 State=UNKNOWN
+PartitionName=main Nodes=$host Default=YES MaxTime=INFINITE State=UP
+CONF
+    # Slurm wants devices; these are everywhere.
+    printf 'Name=gpu File=%s\n' /dev/null /dev/zero >"$dir/gres.conf"
+}
+
+start() {
+    local dir=$1
+    check
+    [[ ${#dir} -le 80 ]] || fail "$dir is too long a path for a socket; choose one of at most 80 characters"
+    ! runs "$dir/slurmctld.pid" || fail "a Slurm runs in $dir already; scripts/local_slurm.sh stop $dir"
+    mkdir -p "$dir/state" "$dir/spool"
+    [[ -f $dir/munge.key ]] || mungekey --create --keyfile="$dir/munge.key"
+    write_conf "$dir"
+    munged --socket="$dir/munge.socket" --key-file="$dir/munge.key" --pid-file="$dir/munged.pid" \
+        --log-file="$dir/munged.log" --seed-file="$dir/munge.seed" >&2
+    slurmctld -f "$dir/slurm.conf" >&2
+    slurmd -f "$dir/slurm.conf" >&2
+    export SLURM_CONF=$dir/slurm.conf
+    local try
+    for try in {1..100}; do
+        if [[ $(sinfo --noheader --format=%t 2>/dev/null) == idle ]]; then
+            echo "export SLURM_CONF=$(printf %q "$SLURM_CONF")"
+            return
+        fi
+        sleep 0.2
+    done
+    tail -n 5 "$dir"/*.log >&2
+    stop "$dir"
+    fail "Slurm's node was not ready after $((try / 5)) seconds; the ends of the logs are above"
+}
+
+stop() {
+    local dir=$1 name pid
+    if runs "$dir/slurmctld.pid"; then
+        SLURM_CONF=$dir/slurm.conf scancel --user="$(id -un)" --signal=KILL --full 2>/dev/null || true
+        SLURM_CONF=$dir/slurm.conf scancel --user="$(id -un)" 2>/dev/null || true
+    fi
+    for name in slurmctld slurmd munged; do
+        runs "$dir/$name.pid" || continue
+        pid=$(cat "$dir/$name.pid")
+        kill "$pid"
+        for _ in {1..100}; do
+            kill -0 "$pid" 2>/dev/null || continue 2
+            sleep 0.1
+        done
+        kill -KILL "$pid"
+    done
+}
+
+status() {
+    local dir=$1 name missing=0
+    for name in munged slurmctld slurmd; do
+        if runs "$dir/$name.pid"; then
+            echo "$name runs, process $(cat "$dir/$name.pid")"
+        else
+            echo "$name does not run"
+            missing=1
+        fi
+    done
+    [[ $missing -eq 0 ]] || return 1
+    export SLURM_CONF=$dir/slurm.conf
+    sinfo
+    squeue
+}
+
+case ${1-} in
+-h | --help)
+    usage
+    exit
+    ;;
+start | stop | status) [[ $# -eq 2 ]] || { usage >&2; exit 2; } ;;
+*)
+    usage >&2
+    exit 2
+    ;;
+esac
+"$1" "$(realpath -m "$2")"
