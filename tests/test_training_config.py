@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from famba.errors import BackendError, CheckpointError, ConfigError, FambaError
+from famba.files import write_whole
 from famba.training import devices, setup
-from famba.training.checkpoint import write_whole
 from famba.training.compose import check_command, compose, groups
 from famba.training.config import flatten, keys, parse, plain
 from famba.training.devices import choose_device, choose_precision

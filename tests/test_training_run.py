@@ -24,7 +24,7 @@ from famba.training.app import train
 from famba.training.build import load_splits, make_loaders, new_state
 from famba.training.checkpoint import load
 from famba.training.compose import compose
-from famba.training.devices import Process
+from famba.training.distributed import Process
 from famba.training.evaluation import evaluate
 from famba.training.measure import macs_per_image, saved_bytes_per_image
 from famba.training.setup import build_model, prepare

@@ -14,6 +14,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from famba.errors import CheckpointError
+from famba.files import read_seal
 from famba.models.vim import CLS_POSITIONS, Vim, check_choice
 
 _HEAD_HINT = "; reset_head=True keeps the model's own"
@@ -23,17 +24,21 @@ _WEIGHT_KEYS = ("model", "state_dict")
 def read_file(path: str | Path) -> dict[str, Any]:
     """Read what a .pth or .safetensors file holds, without running any code that it may hold.
 
-    Raises CheckpointError where the file is missing, damaged or of another kind.
+    Raises CheckpointError where the file is missing, damaged (its seal, where it bears one, says so) or of another kind.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}; give a .pth, .pt or .safetensors file")
     try:
+        if read_seal(path) is False:
+            raise CheckpointError(f"{path} is damaged: it is not what was written (its SHA-256 differs)")
         if path.suffix == ".safetensors":
             return load_file(path)
         # The official files hold their command line's namespace beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # parsers raise whatever a damaged file leads them to
         raise CheckpointError(
             f"{path} is truncated or no checkpoint ({type(error).__name__}); fetch or save it again"

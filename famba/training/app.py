@@ -11,31 +11,35 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from famba import ops
-from famba.errors import CheckpointError, ConfigError, FambaError
+from famba.errors import CheckpointError, ConfigError, FambaError, TrainingError
 from famba.ops.registry import AUTO, explain
+from famba.training import slurm
 from famba.training.checkpoint import differences
 from famba.training.compose import check_command, compose, config_dir, is_question, name_by_sweep
 from famba.training.config import RunConfig, parse, plain
-from famba.training.devices import Process, start_process, world_size
+from famba.training.distributed import Process, part, start_process, world_size
 from famba.training.help import help_text
-from famba.training.interrupts import Interrupted
+from famba.training.interrupts import Interrupted, StopRequest
 from famba.training.loop import Training
 from famba.training.reporting import duration
 from famba.training.run_folder import RunFolder
 from famba.training.setup import Setup, prepare
+from famba.training.watch import Watch
 
 _log = logging.getLogger(__name__)
 _FILE_ONLY = {"file_only": True}  # the terminal gets the error from the command itself
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 0, 1 for a defect, 2 for what the user can mend, 130 for Ctrl-C."""
+    """Run the command line.
+
+    Returns the exit status: 0, 1 for a defect, 2 for what the user can mend, 128 + n where signal n stopped it.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # Errors come back here whole; Hydra would print them cut.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -45,17 +49,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif is_question(arguments):
             _hydra_main(arguments)
         else:
-            check_command(arguments)
-            if world_size() > 1:
+            together = world_size() > 1 and not {"-m", "--multirun"} & set(arguments)
+            if together:
+                # Checked once the processes have joined, so that all hear of one that cannot take part.
                 train(compose(arguments), None)
             else:
+                check_command(arguments)
                 _hydra_main([*arguments, name_by_sweep(arguments)])
     except FambaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:
         print(stop, file=sys.stderr)
-        return 130
+        return 128 + stop.signal
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -63,43 +69,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(config: RunConfig, run_dir: Path | None) -> dict[str, Any]:
-    """Train as configured in `run_dir`, or where None in the configuration's own; return the summary."""
-    setup = prepare(config)
-    process = start_process(setup.device)
-    path = _agree(str(run_dir or config.run_dir), process)
-    folder = RunFolder(Path(path), writes=process.is_main)
-    folder.claim()
-    try:
-        with _logging(folder), logging_redirect_tqdm():
-            done = _finished(folder, config)
-            if done is not None:
-                _log.info("%s is finished already (Top-1 %.2f %%)", folder.path, done["top1"])
-                return done
-            with nullcontext() if config.ops.backend == AUTO else ops.use_backend(config.ops.backend):
-                _announce(config, setup, folder)
-                return _train(config, setup, folder, process)
-    finally:
-        folder.release()
-        if process.world_size > 1:
-            dist.destroy_process_group()
+    """Train as configured in `run_dir`, or where None in the configuration's own; return the summary.
+
+    Raises Interrupted where the run was asked to stop and has saved itself; after a notice of Slurm's it is back in the
+    queue by then.
+    """
+    with StopRequest() as stop, Watch() as watch:
+        try:
+            setup = prepare(config)
+            process = start_process(setup.device)
+            path = process.from_main(str(run_dir or config.run_dir))
+            with _claimed(Path(path), process) as folder, _logging(folder), logging_redirect_tqdm():
+                watch.before_exit = lambda reason: _record_failure(folder, config, reason)
+                summary = _train_in(folder, config, setup, process, stop, watch)
+            process.wait_for_all()
+        except Interrupted:
+            part(process)
+            raise
+        except Exception as error:
+            failure = watch.explained(error)
+            if failure is error:
+                raise
+            raise failure from error
+    part(process)
+    return summary
 
 
-def _train(config: RunConfig, setup: Setup, folder: RunFolder, process: Process) -> dict[str, Any]:
+def _train_in(
+    folder: RunFolder, config: RunConfig, setup: Setup, process: Process, stop: StopRequest, watch: Watch
+) -> dict[str, Any]:
+    done = process.from_main(_finished(folder, config) if process.is_main else None)
+    if done is not None:
+        _log.info("%s is finished already (Top-1 %.2f %%)", folder.path, done["top1"])
+        return done
     known = folder.summary
     training = None
     try:
-        training = Training(config, setup, folder, process)
-        summary = training.run()
+        with nullcontext() if config.ops.backend == AUTO else ops.use_backend(config.ops.backend):
+            _announce(config, setup, folder)
+            training = Training(config, setup, folder, process, stop)
+            summary = training.run()
+    except Interrupted as stopped:
+        assert training is not None
+        _leave(training, stopped)
+        raise
     except Exception as error:
+        reason = str(watch.explained(error))
         # A start that is refused leaves the summary of the run that is there as it was.
         if training is not None or known is None:
-            named = {"model": config.model.name, "strategy": config.fusion.strategy}
-            failed = {**(folder.summary or named), "status": "failed", "error": str(error)}
-            with suppress(FambaError):
-                folder.write_summary(failed)
+            failed = _record_failure(folder, config, reason)
             if training is not None:
                 training.metrics.finish(failed)
-        _log.error("%s", error, extra=_FILE_ONLY)
+        _log.error("%s", reason, extra=_FILE_ONLY)
         raise
     _log.info(
         "finished: Top-1 %.2f %%, Top-5 %.2f %%, trained in %s; all of it in %s",
@@ -109,6 +130,33 @@ def _train(config: RunConfig, setup: Setup, folder: RunFolder, process: Process)
         folder.path,
     )
     return summary
+
+
+def _leave(training: Training, stopped: Interrupted) -> None:
+    """Go back to Slurm's queue where it gave notice, and close the loggers."""
+    _log.info("%s", stopped, extra=_FILE_ONLY)
+    goes_on = stopped.on_notice and slurm.in_job()
+    if goes_on and not training.has_progressed:
+        raise TrainingError(
+            f"{stopped.args[0]}. It is not requeued: Slurm gave notice before a step or an evaluation was done, "
+            "and would again; raise the job's time limit"
+        )
+    if goes_on and training.process.is_main:
+        slurm.requeue()
+        _log.info("back in Slurm's queue")
+    training.metrics.finish(training.summary("interrupted"))
+    if goes_on:
+        training.folder.release()
+        slurm.wait_for_the_end(training.stop)
+
+
+def _record_failure(folder: RunFolder, config: RunConfig, reason: str) -> dict[str, Any]:
+    """Write that the run failed and why into its summary; return that."""
+    named = {"model": config.model.name, "strategy": config.fusion.strategy}
+    failed = {**(folder.summary or named), "status": "failed", "error": reason}
+    with suppress(FambaError):
+        folder.write_summary(failed)
+    return failed
 
 
 def _announce(config: RunConfig, setup: Setup, folder: RunFolder) -> None:
@@ -133,7 +181,7 @@ def _announce(config: RunConfig, setup: Setup, folder: RunFolder) -> None:
 def _finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
     """The summary of a run that is done in this folder, with the same settings; None where there is work left."""
     summary = folder.summary
-    if config.resume == "never" and (summary is not None or folder.checkpoints.exist()):
+    if config.resume == "never" and (summary is not None or folder.checkpoints.latest is not None):
         raise ConfigError(
             f"{folder.path} holds a run, which resume=never would overwrite; choose another run_dir, or resume=auto"
         )
@@ -151,13 +199,14 @@ def _finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
     return None if longer else summary
 
 
-def _agree(path: str, process: Process) -> str:
-    """The run folder of the main process, whose dated name others would miss by a second."""
-    if process.world_size == 1:
-        return path
-    agreed = [path]
-    dist.broadcast_object_list(agreed, src=0)
-    return agreed[0]
+@contextmanager
+def _claimed(path: Path, process: Process) -> Iterator[RunFolder]:
+    folder = RunFolder(path, writes=process.is_main)
+    folder.claim()
+    try:
+        yield folder
+    finally:
+        folder.release()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from famba.data.draws import Stream
 from famba.models import Vim, load_vim_checkpoint
 from famba.models.checkpoints import has_other_head, saved_cls_position
 from famba.training.config import RunConfig
-from famba.training.devices import Process
+from famba.training.distributed import Process
 from famba.training.optimizer import create_optimizer
 from famba.training.seeds import seed_generators
 from famba.training.setup import Setup, augmentation, build_model, model_classes

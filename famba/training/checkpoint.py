@@ -1,12 +1,10 @@
-"""Checkpoints of a run: written whole or not at all, read without running code."""
+"""Checkpoints of a run: written whole and sealed, read without running code."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import tempfile
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from famba.errors import CheckpointError
+from famba.files import read_seal, remove_unfinished, seal, write_whole
 from famba.models.checkpoints import read_file
 from famba.training.config import flatten
 
-FORMAT = 1
+FORMAT = 2
 _KEPT = 2
 _CONTENT = {"format", "config", "world_size", "step", "model", "optimizer", "scaler", "ema", "totals"}
 _log = logging.getLogger(__name__)
@@ -44,46 +43,58 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def save(self, step: int, content: dict[str, Any]) -> Path:
-        """Write the checkpoint of a step; older ones than the last two go."""
-        path = self.folder / f"step_{step:08d}.pt"
-        write_whole(path, lambda file: torch.save({"format": FORMAT, **content}, file))
+    def save(self, step: int, content: dict[str, Any], selected: bool = False) -> Path:
+        """Write the checkpoint of a step, as the selected one too where it is; older ones than the last two go."""
+        path = self.path(step)
+        _write(path, content)
+        if selected:
+            write_whole(self.best, lambda file: _link(path, file))
         for old in self._by_age()[_KEPT:]:
-            old.unlink()
+            old.unlink(missing_ok=True)
         return path
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self.folder / f"step_{step:08d}.pt"
+
+    def remove_unfinished(self) -> None:
+        """Remove what a save left behind that was killed."""
+        remove_unfinished(self.folder)
 
     def steps_after(self, step: int) -> list[int]:
         """Later steps that there are checkpoints of, ascending."""
         steps = [int(path.stem.removeprefix("step_")) for path in reversed(self._by_age())]
         return [later for later in steps if later > step]
 
-    def save_best(self, content: dict[str, Any]) -> None:
-        """Write the checkpoint that validation selects."""
-        write_whole(self.best, lambda file: torch.save({"format": FORMAT, **content}, file))
-
     @property
     def best(self) -> Path:
         """Where the selected checkpoint is."""
         return self.folder / "best.pt"
 
-    def load_last(self) -> dict[str, Any] | None:
-        """Read the newest checkpoint that is whole; None where there is none at all.
+    def find_last(self) -> Path | None:
+        """Find the newest checkpoint that is whole, and put damaged later ones aside; None where there is none.
 
         Raises CheckpointError where there are some, but none can be read.
         """
-        paths = self._by_age()
-        for path in paths:
+        damaged: list[Path] = []
+        for path in self._by_age():
             try:
-                return load(path)
+                load(path)
             except CheckpointError as error:
                 _log.warning("%s; trying the one before it", error)
-        if paths:
+                damaged.append(path)
+                continue
+            for later in damaged:
+                later.rename(later.with_suffix(".damaged"))
+            return path
+        if damaged:
             raise CheckpointError(f"no checkpoint in {self.folder} can be read; start anew in another run_dir")
         return None
 
-    def exist(self) -> bool:
-        """Whether there is any."""
-        return bool(self._by_age())
+    @property
+    def latest(self) -> Path | None:
+        """The newest checkpoint, whole or not; None where there is none."""
+        return next(iter(self._by_age()), None)
 
     def _by_age(self) -> list[Path]:
         return sorted(self.folder.glob("step_*[0-9].pt"), reverse=True)
@@ -92,7 +103,7 @@ class Checkpoints:
 def load(path: Path) -> dict[str, Any]:
     """Read a run's checkpoint. Raises CheckpointError where it is missing, damaged, or none of famba's."""
     content = read_file(path)
-    if not content.keys() >= _CONTENT:
+    if "format" not in content or "step" not in content:
         raise CheckpointError(
             f"{path} holds no checkpoint of a famba run; for weights alone use init_from instead of resume"
         )
@@ -100,7 +111,26 @@ def load(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format {content['format']}, this release reads {FORMAT}; use the release that wrote it"
         )
+    if not read_seal(path) or not content.keys() >= _CONTENT:
+        raise CheckpointError(f"{path} is damaged: its end, which seals it, is missing or changed")
     return content
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    def write(file: str) -> None:
+        torch.save({"format": FORMAT, **content}, file)
+        seal(file)
+
+    write_whole(path, write)
+
+
+def _link(path: Path, name: str) -> None:
+    """Give a file another name that stays where the first one goes; copy it where the file system has no links."""
+    os.unlink(name)
+    try:
+        os.link(path, name)
+    except OSError:
+        shutil.copyfile(path, name)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -117,7 +147,10 @@ def check_same_run(content: dict[str, Any], config: dict[str, Any], world_size: 
     """Raise CheckpointError where a checkpoint is of a run with other settings, naming each."""
     differ = differences(content["config"], config)
     if content["world_size"] != world_size:
-        differ.append(f"processes: {content['world_size']} before, {world_size} now")
+        differ.append(
+            f"processes: {content['world_size']} before, {world_size} now "
+            "(another number adds up gradients in another order, so the run would not be the same)"
+        )
     if differ:
         listed = "\n  ".join(differ)
         raise CheckpointError(
@@ -130,24 +163,3 @@ def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
     """Write weights alone as safetensors; equal weights give equal bytes."""
     weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     write_whole(path, lambda file: save_file(weights, file))
-
-
-def write_whole(path: Path, write: Callable[[str], object]) -> None:
-    """Write a file beside its place, sync it and rename it: a reader sees the old one or the new one, whole.
-
-    Raises CheckpointError where the disk refuses; the old file is then still there.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"cannot write {path}: {error}; the file before it is unharmed") from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)

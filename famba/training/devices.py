@@ -1,4 +1,4 @@
-"""Devices, precision, memory and processes."""
+"""Devices, precision and memory."""
 
 from __future__ import annotations
 
@@ -6,44 +6,12 @@ import contextlib
 import os
 import platform
 import resource
-from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-from timm.utils.distributed import init_distributed_device_so
 
 from famba.errors import ConfigError, TrainingError
 
 _MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Process:
-    """This process among those that train together."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes files."""
-        return self.rank == 0
-
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """Average over processes, in place."""
-        return self.sum(values) / self.world_size
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Add over processes, in place."""
-        if self.world_size > 1:
-            dist.all_reduce(values)
-        return values
-
-
-def world_size() -> int:
-    """Processes that torchrun started together; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def choose_device(name: str) -> torch.device:
@@ -109,14 +77,6 @@ def choose_precision(precision: str, device: torch.device) -> torch.dtype | None
     if precision == "fp16" and device.type == "mps":
         raise ConfigError("trainer.precision=fp16 is not supported on mps; use trainer.precision=fp32 or auto")
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
-def start_process(device: torch.device) -> Process:
-    """Join the processes that torchrun started, or be the only one."""
-    if world_size() == 1:
-        return Process(0, 1, device)
-    joined = init_distributed_device_so(str(device))
-    return Process(joined["global_rank"], joined["world_size"], torch.device(joined["device"]))
 
 
 def describe_device(device: torch.device) -> str:

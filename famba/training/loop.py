@@ -16,15 +16,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from famba.data.draws import Stream
 from famba.errors import CheckpointError, TrainingError
+from famba.files import sha256
 from famba.training import checkpoint
 from famba.training.build import load_splits, make_loaders, new_state
 from famba.training.config import RunConfig, plain
-from famba.training.devices import Process, memory_error, out_of_memory, peak_memory_mib, reset_peak_memory, synchronize
+from famba.training.devices import memory_error, out_of_memory, peak_memory_mib, reset_peak_memory, synchronize
+from famba.training.distributed import Process
 from famba.training.evaluation import evaluate
-from famba.training.interrupts import Interrupted, StopRequest
+from famba.training.interrupts import Interrupted, StopAsked, StopRequest
+from famba.training.loggers import Metrics
 from famba.training.optimizer import LearningRate, create_loss, create_mixing
-from famba.training.reporting import Metrics, Progress, duration
+from famba.training.reporting import Progress, duration
 from famba.training.run_folder import RunFolder
+from famba.training.saving import Saver
 from famba.training.seeds import seed_generators
 from famba.training.setup import Setup
 from famba.training.summary import gather_facts, summarize
@@ -35,8 +39,8 @@ _log = logging.getLogger(__name__)
 class Training:
     """One run in one process. `run` reads from top to bottom."""
 
-    def __init__(self, config: RunConfig, setup: Setup, folder: RunFolder, process: Process) -> None:
-        self.config, self.setup, self.folder, self.process = config, setup, folder, process
+    def __init__(self, config: RunConfig, setup: Setup, folder: RunFolder, process: Process, stop: StopRequest) -> None:
+        self.config, self.setup, self.folder, self.process, self.stop = config, setup, folder, process, stop
         self.device = process.device
         splits = load_splits(config)
         self.loaders = make_loaders(config, setup, splits, process)
@@ -52,12 +56,13 @@ class Training:
         self.loss = create_loss(config.recipe)
         self._restore(found)
         folder.write_config(plain(config))
-        self._saved = self.state.step
-        self._stop_agreed = False
+        self.saver = Saver()
+        self._at_start = self._saved = self._place()
+        self._saved_at = time.monotonic()
         self.facts = gather_facts(self.state.model, config, setup, process, self.steps_per_epoch, self.total_steps)
         reset_peak_memory(process.device)
         self.forward = self._forward_model()
-        self.metrics = Metrics(folder, config.logger, plain(config))
+        self.metrics = Metrics(folder, config.logger, plain(config), self.state.step)
         # A look at the loss makes a GPU wait, so it is looked at now and then there, and at every step on a CPU.
         self._look_every = 1 if self.device.type == "cpu" else config.trainer.log_every
         self._unseen: list[Tensor] = []
@@ -67,22 +72,28 @@ class Training:
         self.folder.write_summary(self.summary("running"))
         start = self.state.step
         progress = Progress(self.total_steps, start, self.config.trainer.batch_size, self.process.is_main)
-        with StopRequest() as self._stop, contextlib.closing(progress):
+        with contextlib.closing(progress):
             try:
                 if self.state.totals.epoch_open and self.state.step == self._epoch_end():
                     self._finish_epoch()
                 while self.state.step < self.total_steps:
                     self._train_epoch(progress)
                     self._finish_epoch()
-                    self._stop_if_asked(self._agree_on_stop())
+                return self._finish()
+            except StopAsked as asked:
+                raise self._stopped(asked.signal) from None
             except Exception as error:
-                self._keep()
+                self._keep(error)
                 if not out_of_memory(error):
                     raise
                 trainer = self.config.trainer
                 parts = trainer.accumulation * self.process.world_size
                 raise memory_error(error, trainer.batch_size // parts, trainer.accumulation) from error
-        return self._finish()
+
+    @property
+    def has_progressed(self) -> bool:
+        """Whether a step or an evaluation was done since the start."""
+        return self._place() != self._at_start
 
     def summary(self, status: str) -> dict[str, Any]:
         """Summary of the run so far."""
@@ -104,9 +115,19 @@ class Training:
                 loss = self._step(epoch, batches)
                 progress.step(self.state.step, epoch, loss)
                 if self.state.step < last:
-                    # Alone, a process needs no agreement.
-                    alone = self.process.world_size == 1
-                    self._stop_if_asked(self._stop.made if alone else self._stop_agreed)
+                    self._between_steps()
+
+    def _between_steps(self) -> None:
+        """Save where it is time to or where a stop is asked for, in all processes at the same step."""
+        self.saver.check()
+        due = time.monotonic() - self._saved_at > 60 * self.config.trainer.save_every_min
+        number, save = self.process.largest(self.stop.number, int(due and self.process.is_main))
+        if number or save:
+            self._take_losses()
+        if number:
+            raise StopAsked(number)
+        if save:
+            self._save()
 
     def _step(self, epoch: int, batches: Iterator[tuple[Tensor, Tensor]]) -> float | None:
         """Do one step; return its loss where it was looked at."""
@@ -166,7 +187,7 @@ class Training:
         return contextlib.nullcontext()
 
     def _look(self, epoch: int, loss: Tensor, norm: Tensor, lr: float) -> tuple[float, float] | None:
-        """Take the losses since the last look to the host, and hear whether any process is asked to stop.
+        """Take the losses since the last look to the host.
 
         Returns loss and gradient norm of this step, or None where it is not yet time. Raises TrainingError for a loss
         that is not finite, before the optimizer sees its gradients.
@@ -175,10 +196,7 @@ class Training:
         next_step = self.state.step + 1
         if next_step % self._look_every and next_step < self.total_steps and next_step % self.steps_per_epoch:
             return None
-        stop = torch.tensor(float(self._stop.made), device=self.device)
-        values = self.process.mean(torch.stack([stop, norm.to(loss.dtype), *self._unseen]))
-        asked, norm_now, *losses = values.tolist()
-        self._stop_agreed = asked > 0
+        norm_now, *losses = self.process.mean(torch.stack([norm.to(loss.dtype), *self._unseen])).tolist()
         first = next_step - len(losses)
         self._unseen.clear()
         for step, value in enumerate(losses, start=first):
@@ -187,12 +205,20 @@ class Training:
             self.state.totals.add_loss(value)
         return losses[-1], norm_now
 
+    def _take_losses(self) -> None:
+        """Count the losses since the last look, so that a checkpoint holds them."""
+        if self._unseen:
+            for value in self.process.mean(torch.stack(self._unseen)).tolist():
+                self.state.totals.add_loss(value)
+            self._unseen.clear()
+
     def _explain_loss(self, step: int, epoch: int, loss: float, lr: float, norm: float) -> str:
         kept = "no state before it is kept, since this is the first epoch"
         if self.state.is_finite():
             kept = f"the state before it is kept in {self._save()}"
-        elif self._saved:
-            kept = f"the last good state is that of step {self._saved}"
+            self.saver.wait()
+        elif self._saved[0]:
+            kept = f"the last good state is that of step {self._saved[0]}"
         return (
             f"the loss is {loss} at step {step + 1} (epoch {epoch + 1}), with learning rate {lr:.3g} and gradient norm "
             f"{norm:.3g}; {kept}. In a new run_dir, a smaller recipe.lr, "
@@ -212,6 +238,7 @@ class Training:
         state, trainer = self.state, self.config.trainer
         epoch = (state.step - 1) // self.steps_per_epoch
         at_end = state.step == self.total_steps
+        selected = False
         values: dict[str, float] = {
             "train_loss": state.totals.epoch_loss / max(1, state.totals.epoch_losses),
             "time_data_s": state.totals.epoch_data_s,
@@ -225,85 +252,114 @@ class Training:
             state.totals.eval_s += values["time_eval_s"]
             state.totals.evaluations += 1
             state.totals.evaluated = results
-            self._select(epoch, results)
+            selected = self._select(epoch, results)
         values |= {"images_per_s": self._images_per_s(), "peak_memory_mib": peak_memory_mib(self.device)}
         self.metrics.log("epoch", state.step, epoch, values)
         self._say(epoch, values)
         state.totals.epoch_open = False
-        self._save()
+        self._save(selected)
         self.folder.write_summary(self.summary("running"))
 
     def _evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
         """Top-1, Top-5 and loss, and with EMA those of its weights under ema_ names."""
-        results = evaluate(self.state.model, batches, self.process, self.setup.autocast)
+        results = self._test(self.state.model, batches)
         if self.state.ema is not None:
-            averaged = evaluate(self.state.ema.module, batches, self.process, self.setup.autocast)
+            averaged = self._test(self.state.ema.module, batches)
             results |= {f"ema_{name}": value for name, value in averaged.items()}
         return results
 
-    def _select(self, epoch: int, results: dict[str, float]) -> None:
-        """Keep the best checkpoint by validation, where images are held out for it; never by the test set."""
+    def _test(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+        return evaluate(model, batches, self.process, self.setup.autocast, lambda: self.stop.number)
+
+    def _select(self, epoch: int, results: dict[str, float]) -> bool:
+        """Whether this is the best epoch by validation, where images are held out for it; never by the test set."""
         best = self.state.totals.best
         if self.loaders.selection_name != "validation" or results["top1"] <= best.get("validation_top1", -1.0):
-            return
+            return False
         self.state.totals.best = {"epoch": epoch, "validation_top1": results["top1"]}
-        if self.folder.writes:
-            self.folder.checkpoints.save_best(self._content())
+        return True
 
     def _finish(self) -> dict[str, Any]:
+        self.saver.wait()
         if self.loaders.selection_name == "validation":
             self.state.totals.evaluated = self._evaluate(self.loaders.test)
             self._evaluate_selected()
-        if self.folder.writes:
-            checkpoint.save_weights(self.folder.path / "model.safetensors", self.state.model.state_dict())
         summary = self.summary("finished")
+        if self.folder.writes:
+            weights = self.folder.path / "model.safetensors"
+            checkpoint.save_weights(weights, self.state.model.state_dict())
+            summary["weights_sha256"] = sha256(weights)
+        self.metrics.sync()
         self.folder.write_summary(summary)
         self.metrics.finish(summary)
         return summary
 
     def _evaluate_selected(self) -> None:
         """Test the checkpoint that validation selected."""
-        if not self.folder.checkpoints.best.is_file():
+        path = self.folder.checkpoints.best
+        if not self.process.from_main(path.is_file()):
+            return
+        try:
+            selected = checkpoint.load(path)["model"]
+        except CheckpointError as error:
+            _log.warning("the selected weights cannot be tested: %s", error)
             return
         last = {name: value.clone() for name, value in self.state.model.state_dict().items()}
-        self.state.model.load_state_dict(checkpoint.load(self.folder.checkpoints.best)["model"])
-        results = evaluate(self.state.model, self.loaders.test, self.process, self.setup.autocast)
+        self.state.model.load_state_dict(selected)
+        try:
+            results = self._test(self.state.model, self.loaders.test)
+        finally:
+            self.state.model.load_state_dict(last)
         self.state.totals.best |= {"top1": results["top1"], "top5": results["top5"]}
-        self.state.model.load_state_dict(last)
 
     # Saving and stopping
 
-    def _save(self) -> str:
-        if not self.folder.writes:
-            return "the run folder"
-        path = self.folder.checkpoints.save(self.state.step, self._content())
-        self._saved = self.state.step
-        return str(path)
+    def _place(self) -> tuple[int, bool]:
+        """Where the run is: steps done, and whether their epoch is yet to be evaluated."""
+        return self.state.step, self.state.totals.epoch_open
 
-    def _keep(self) -> None:
+    def _save(self, selected: bool = False) -> Path:
+        """Save the state as it is now, beside what follows; the path is there once the saver has written it."""
+        step = self.state.step
+        self._saved, self._saved_at = self._place(), time.monotonic()
+
+        def write(content: dict[str, Any]) -> None:
+            # Lines that the checkpoint's continuation will not write again must be there before it is.
+            self.metrics.sync()
+            self.folder.checkpoints.save(step, content, selected)
+
+        if self.folder.writes:
+            self.saver.save(self._content(), write)
+        return self.folder.checkpoints.path(step)
+
+    def _keep(self, error: Exception) -> None:
         """Save the steps since the last checkpoint before an error ends the run."""
-        if self.folder.writes and self.state.step > self._saved and self.state.is_finite():
-            _log.warning("the state after step %d is kept in %s", self.state.step, self._save())
+        try:
+            self.saver.wait()
+            unsaved = self.folder.writes and self._place() != self._saved and not self._unseen
+            if isinstance(error, CheckpointError) and (kept := self.folder.checkpoints.latest) is not None:
+                _log.warning("the last checkpoint is %s; the same command goes on from there", kept)
+            if unsaved and not isinstance(error, CheckpointError) and self.state.is_finite():
+                path = self._save()
+                self.saver.wait()
+                _log.warning("the state after step %d is kept in %s", self.state.step, path)
+        except CheckpointError as refused:
+            _log.warning("%s", refused)
 
     def _content(self) -> dict[str, Any]:
         content = {"config": plain(self.config), "world_size": self.process.world_size}
         return {**content, "schedule": list(self.setup.schedule), **self.state.content()}
 
-    def _agree_on_stop(self) -> bool:
-        """Whether any process has been asked to stop; the same answer in all of them."""
-        made = torch.tensor(float(self._stop.made), device=self.device)
-        return self.process.sum(made).item() > 0
-
-    def _stop_if_asked(self, agreed: bool) -> None:
-        if not agreed or self.state.step >= self.total_steps:
-            return
-        path = self._save()
-        summary = self.summary("interrupted")
-        self.folder.write_summary(summary)
-        self.metrics.finish(summary)
-        raise Interrupted(
+    def _stopped(self, number: int) -> Interrupted:
+        """Save where that is not done yet, and say what was done; in all processes before any of them ends."""
+        path = self._save() if self._place() != self._saved else self.folder.checkpoints.path(self.state.step)
+        self.saver.wait()
+        self.folder.write_summary(self.summary("interrupted"))
+        self.process.wait_for_all()
+        return Interrupted(
             f"stopped after step {self.state.step} of {self.total_steps}, saved in {path}; "
-            f"the same command with run_dir={self.folder.path} goes on"
+            f"the same command with run_dir={self.folder.path} goes on",
+            number,
         )
 
     # Beginning
@@ -313,9 +369,11 @@ class Training:
         resume, folder = self.config.resume, self.folder.checkpoints
         if resume == "never":
             return None
-        found = folder.load_last() if resume == "auto" else checkpoint.load(Path(resume))
-        if found is None:
+        # One process looks for the last whole one, and the others take the same.
+        path = Path(resume) if resume != "auto" else self.process.from_main(self._last_checkpoint())
+        if path is None:
             return None
+        found = checkpoint.load(path)
         checkpoint.check_same_run(found, plain(self.config), self.process.world_size)
         later = folder.steps_after(found["step"])
         if resume != "auto" and later:
@@ -324,6 +382,9 @@ class Training:
                 "choose another run_dir, or resume=auto to go on from there"
             )
         return found
+
+    def _last_checkpoint(self) -> Path | None:
+        return self.folder.checkpoints.find_last() if self.process.is_main else None
 
     def _restore(self, found: dict[str, Any] | None) -> None:
         if found is None:

@@ -1,70 +1,16 @@
-"""What a run says while it goes on: metrics to files and to wandb, progress to the terminal."""
+"""What a run says to the terminal while it goes on."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
-from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
-
-from famba.training.config import LoggerConfig
-from famba.training.run_folder import RunFolder
 
 _log = logging.getLogger(__name__)
 _PLAIN_SECONDS = 30.0
 _WARM_STEPS, _TIMED_STEPS = 2, 8
-
-
-class Metrics:
-    """One line of metrics.jsonl per call, and the same to wandb where the logger is wandb."""
-
-    def __init__(self, folder: RunFolder, logger: LoggerConfig, config: dict[str, Any]) -> None:
-        self._folder = folder
-        self._wandb = _start_wandb(folder.path, logger, config) if folder.writes else None
-
-    def log(self, kind: str, step: int, epoch: int, values: dict[str, Any]) -> None:
-        """Log values after `step` steps, in epoch `epoch`; kind is "train" or "epoch"."""
-        self._folder.append_metrics({"kind": kind, "step": step, "epoch": epoch, **values})
-        self._try(lambda run: run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step))
-
-    def finish(self, summary: dict[str, Any]) -> None:
-        """Hand the summary over and close."""
-        self._try(lambda run: run.summary.update(summary))
-        self._try(lambda run: run.finish())
-
-    def _try(self, call: Any) -> None:
-        if self._wandb is None:
-            return
-        try:
-            call(self._wandb)
-        except Exception as error:
-            # Training is worth more than its log, and metrics.jsonl has it all.
-            _log.warning("wandb failed (%s); the run goes on, its metrics are in the run folder", error)
-            self._wandb = None
-
-
-def _start_wandb(folder: Path, logger: LoggerConfig, config: dict[str, Any]) -> Any:
-    if logger.name != "wandb":
-        return None
-    try:
-        import wandb
-
-        return wandb.init(
-            project=logger.project,
-            entity=logger.entity,
-            group=logger.group,
-            mode=logger.mode,
-            name=folder.name,
-            dir=folder,
-            config=config,
-            settings=wandb.Settings(silent=True),
-        )
-    except Exception as error:
-        _log.warning("wandb cannot start (%s); the run goes on, its metrics are in the run folder", error)
-        return None
 
 
 class Progress:

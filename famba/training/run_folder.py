@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,13 @@ import yaml
 from filelock import FileLock, Timeout
 
 from famba.errors import ConfigError
-from famba.training.checkpoint import Checkpoints, write_whole
+from famba.files import remove_unfinished, write_whole
+from famba.training.checkpoint import Checkpoints
+
+METRICS = "metrics.jsonl"
+SWEEP = "sweep.json"
+_REQUEUED_S = 60.0
+_log = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -28,18 +36,29 @@ class RunFolder:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
+            # A job that Slurm requeued may start while a file system still holds the lock of its last start.
+            self._lock.acquire(timeout=_REQUEUED_S if "SLURM_RESTART_COUNT" in os.environ else 0)
         except Timeout:
             raise ConfigError(
                 f"another run is writing to {self.path}; wait for it, or choose another run_dir"
             ) from None
+        except NotImplementedError:
+            _log.warning("the file system of %s has no locks: see to it that no other run writes there", self.path)
         except OSError as error:
             raise ConfigError(f"run_dir={self.path} cannot be written: {error}") from error
+        remove_unfinished(self.path)
+        self.checkpoints.remove_unfinished()
 
     def release(self) -> None:
         """Let other runs into the folder."""
         if self.writes:
             self._lock.release()
+
+    @property
+    def sweep(self) -> str | None:
+        """Name of the sweep that the run belongs to; None where it stands alone."""
+        parent = self.path.resolve().parent
+        return parent.name if (parent / SWEEP).is_file() else None
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -71,18 +90,12 @@ class RunFolder:
             text = json.dumps(summary, indent=2) + "\n"
             write_whole(self.path / "summary.json", lambda file: Path(file).write_text(text))
 
-    def append_metrics(self, line: dict[str, Any]) -> None:
-        """Add one object to metrics.jsonl."""
-        if self.writes:
-            with open(self.path / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-
     def rewind_metrics(self, step: int, epoch_ended: bool) -> None:
         """Drop what metrics.jsonl says of later than `step`, and a line that was cut off.
 
         epoch_ended: whether the line of an epoch that ends with `step` is to stay.
         """
-        path = self.path / "metrics.jsonl"
+        path = self.path / METRICS
         if not self.writes or not path.is_file():
             return
         kept = [line for line in path.read_text().splitlines() if _is_before(line, step, epoch_ended)]

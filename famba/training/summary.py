@@ -7,7 +7,8 @@ from typing import Any
 
 from famba.models import Vim
 from famba.training.config import RunConfig
-from famba.training.devices import Process, peak_memory_mib
+from famba.training.devices import peak_memory_mib
+from famba.training.distributed import Process
 from famba.training.measure import macs_per_image, saved_bytes_per_image
 from famba.training.provenance import now, provenance
 from famba.training.setup import Setup

@@ -1,0 +1,107 @@
+"""Files that are written whole or not at all, and seals that show damage."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import struct
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from famba.errors import CheckpointError
+
+_TEMPORARY = ".tmp"
+# The seal is the comment at the end of a zip file, which readers of zip files pass over.
+_MARK = b"famba-sha256="
+_SEAL_BYTES = len(_MARK) + 64
+_NO_COMMENT = b"\0\0"
+_BLOCK = 1 << 20
+
+
+def write_whole(path: Path, write: Callable[[str], object]) -> None:
+    """Write a file beside its place, sync it and rename it: a reader sees the old one or the new one, whole.
+
+    Raises CheckpointError where the disk refuses; the old file is then still there.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY)
+        os.close(handle)
+        write(temporary)
+        _sync(Path(temporary))
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # not every file system syncs folders
+            _sync(path.parent)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError where a disk is full
+        raise CheckpointError(f"cannot write {path}: {_reason(error)}; the file before it is unharmed") from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what writes into this folder left behind that were killed; nobody may be writing there."""
+    for path in folder.glob(f".*{_TEMPORARY}"):
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+
+
+def seal(path: str | Path) -> None:
+    """Add the SHA-256 of a zip file, such as torch.save writes, as its comment. It stays a zip file."""
+    with open(path, "rb+") as file:
+        file.seek(-len(_NO_COMMENT), os.SEEK_END)
+        assert file.read() == _NO_COMMENT, "a zip file without a comment"
+        end = file.seek(-len(_NO_COMMENT), os.SEEK_END)
+        file.write(struct.pack("<H", _SEAL_BYTES))
+        file.flush()
+        digest = _digest(path, end + len(_NO_COMMENT))
+        file.write(_MARK + digest.encode())
+
+
+def read_seal(path: str | Path) -> bool | None:
+    """Whether a file is as it was sealed; None where it bears no seal. Raises OSError where it cannot be read."""
+    size = os.path.getsize(path)
+    if size < _SEAL_BYTES:
+        return None
+    with open(path, "rb") as file:
+        file.seek(size - _SEAL_BYTES)
+        found = file.read()
+    if not found.startswith(_MARK):
+        return None
+    return found == _MARK + _digest(path, size - _SEAL_BYTES).encode()
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    return _digest(path, os.path.getsize(path))
+
+
+def _digest(path: str | Path, length: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while length > 0 and (block := file.read(min(_BLOCK, length))):
+            digest.update(block)
+            length -= len(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong in one line; the disk's own word where torch hides it behind its own."""
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, OSError):
+        error = cause
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
