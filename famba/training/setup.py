@@ -17,7 +17,8 @@ from famba.fusion.schedules import PAPER, check_schedule, schedule, tokens_per_l
 from famba.models import Vim
 from famba.ops.registry import AUTO, resolve
 from famba.training.config import RunConfig
-from famba.training.devices import choose_device, choose_precision, make_current, world_size
+from famba.training.devices import choose_device, choose_precision, make_current
+from famba.training.distributed import world_size
 
 
 @dataclass(frozen=True)
