@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 import famba
 from famba.errors import ConfigError, near_miss
 from famba.training.config import RunConfig, keys, parse
-from famba.training.devices import world_size
+from famba.training.distributed import world_size
 from famba.training.setup import prepare
 
 _QUESTIONS = ("help", "hydra_help", "version", "cfg", "info", "shell_completion")
