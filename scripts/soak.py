@@ -2,8 +2,8 @@
 
     python scripts/soak.py --hours 2 --out runs/soak -- model=vim_micro data=cifar100 recipe=light
 
-What follows -- goes to train.py. The run is sampled from outside while it trains, into soak.csv of the output folder, and
-stopped by SIGTERM after the time; then a verdict is printed. The exit status is 1 where something grew.
+What follows -- goes to train.py. The run is sampled from outside while it trains, into soak.csv of the output folder,
+and stopped by SIGTERM after the time; then a verdict is printed. The exit status is 1 where something grew.
 """
 
 from __future__ import annotations
@@ -98,6 +98,9 @@ def _epochs(run_dir: Path) -> list[dict[str, Any]]:
 def _judge(samples: list[dict[str, Any]], epochs: list[dict[str, Any]], left: list[int]) -> bool:
     """Compare the second epoch with the last ones."""
     steady = [row for row in samples if row["epoch"] >= 1]
+    if not steady or len(epochs) < 3:
+        print("too short: it takes three epochs to tell")
+        return False
     part = max(1, len(steady) // 5)
     verdicts = []
     for name in ("resident_mib", "threads", "files", "processes"):
@@ -105,9 +108,8 @@ def _judge(samples: list[dict[str, Any]], epochs: list[dict[str, Any]], left: li
         limit = _LIMIT if name == "resident_mib" else 0.0
         verdicts.append(last <= first * (1 + limit))
         values = [row[name] for row in steady]
-        print(
-            f"{name}: {first:g} at first, {last:g} at last ({last / first - 1:+.2%}), {min(values):g} to {max(values):g}"
-        )
+        change, least, most = last / first - 1, min(values), max(values)
+        print(f"{name}: {first:g} at first, {last:g} at last ({change:+.2%}), {least:g} to {most:g}")
     speeds = [line["images_per_s"] for line in epochs[1:]]
     part = max(1, len(speeds) // 5)
     first, last = statistics.median(speeds[:part]), statistics.median(speeds[-part:])
