@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import famba
@@ -19,8 +25,29 @@ from famba.errors import ConfigError, near_miss
 from famba.training.config import RunConfig, keys, parse
 from famba.training.distributed import world_size
 from famba.training.setup import prepare
+from famba.training.sweeps.launchers import check_launcher, check_run, elsewhere, processes
+from famba.training.sweeps.names import register_resolvers, sweep_name
 
 _QUESTIONS = ("help", "hydra_help", "version", "cfg", "info", "shell_completion")
+_LAUNCHER = "hydra/launcher"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line, taken apart. config_dir is the user's own folder of configuration files, None without one."""
+
+    overrides: tuple[str, ...]
+    multirun: bool = False
+    config_dir: Path | None = None
+
+    @classmethod
+    def parse(cls, arguments: Sequence[str]) -> Command:
+        """Take a command line apart. Raises ConfigError for a --config-dir that is no folder."""
+        parsed = get_args_parser().parse_args(list(arguments))
+        folder = None if parsed.config_dir is None else Path(parsed.config_dir).absolute()
+        if folder is not None and not folder.is_dir():
+            raise ConfigError(f"--config-dir {parsed.config_dir} is no folder")
+        return cls(tuple(parsed.overrides), parsed.multirun, folder)
 
 
 def config_dir() -> Path:
@@ -41,56 +68,138 @@ def check_command(arguments: Sequence[str]) -> None:
 
     Raises FambaError for the first that cannot work, with what is allowed.
     """
-    parsed = get_args_parser().parse_args(list(arguments))
-    if parsed.multirun and world_size() > 1:
+    command = Command.parse(arguments)
+    if command.multirun and world_size() > 1:
         raise ConfigError("-m does not go with torchrun; sweep without it, or start one run at a time")
-    for job in _jobs(parsed.overrides, parsed.multirun):
-        config = compose(job)
-        prepare(config)
+    checked: list[RunConfig] = []
+    for job in _jobs(command):
+        values = _compose(job, command.config_dir)
+        config, launcher = run_config(values), values.hydra.launcher
+        if not command.multirun:
+            prepare(config)
+            continue
+        if not checked:
+            check_launcher(launcher)
+        check_run(config, launcher)
+        # Whatever the seed, a run is made of the same parts.
+        config = replace(elsewhere(config, launcher), seed=0)
+        if config not in checked:
+            prepare(config, processes=processes(launcher))
+            checked.append(config)
 
 
 def name_by_sweep(arguments: Sequence[str]) -> str:
-    """Return the override that names a sweep's run folders by the keys that differ between its runs."""
-    overrides = _parse(get_args_parser().parse_args(list(arguments)).overrides)
+    """Return the override that names a sweep's folder by what its runs share, and theirs by what they differ in.
+
+    A name that the command line gives stays.
+    """
+    command = Command.parse(arguments)
+    overrides = _parse(command.overrides)
+    given = {item.key_or_group for item in overrides}
     swept = {item.key_or_group for item in overrides if item.is_sweep_override()}
-    same = {item.key_or_group for item in overrides if not item.key_or_group.startswith("hydra")} - swept
-    return f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(same))}]"
+    swept |= _swept_by_config(command).keys() if command.multirun else set()
+    fixed = [item for item in overrides if item.key_or_group not in swept and not _is_hydra(item)]
+    names = {}
+    if "hydra.sweep.subdir" not in given:
+        excluded = ",".join(sorted({item.key_or_group for item in fixed}))
+        names["subdir"] = f"${{run_name:${{hydra.overrides.task}},[{excluded}]}}"
+    if command.multirun and not given & {"run_dir", "hydra.sweep.dir"}:
+        experiment = next((str(item.value()) for item in fixed if item.key_or_group == "experiment"), None)
+        names["dir"] = f"runs/{sweep_name(experiment, (str(item.input_line) for item in fixed), swept)}"
+    return f"hydra.sweep={{{','.join(f'{key}:{quoted(value)}' for key, value in names.items())}}}"
 
 
-def compose(overrides: Sequence[str]) -> RunConfig:
-    """Compose one run's configuration from Hydra overrides. Raises ConfigError, with a near miss where there is one."""
-    overrides = [item for item in overrides if not item.startswith("-")]
-    parsed = _parse(overrides)
-    _check_groups(parsed)
-    _check_keys(parsed)
-    try:
-        with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
-            values = hydra.compose("config", overrides=list(overrides))
-        plain = OmegaConf.to_container(values, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(str(error)) from error
-    return parse(plain)  # type: ignore[arg-type]
+def compose(arguments: Sequence[str]) -> RunConfig:
+    """Compose one run's configuration from a command line. Raises ConfigError, with a near miss where there is one."""
+    command = Command.parse(arguments)
+    return run_config(_compose(command.overrides, command.config_dir))
 
 
-def groups() -> dict[str, list[str]]:
-    """Config groups and their choices."""
-    return {
-        folder.name: sorted(f.stem for f in folder.glob("*.yaml") if not f.stem.startswith("_"))
-        for folder in sorted(config_dir().iterdir())
-        if folder.is_dir() and any(folder.glob("*.yaml"))
-    }
+def run_config(values: DictConfig) -> RunConfig:
+    """Return the part of a composed configuration that is famba's."""
+    with _explained():
+        plain = {str(key): _resolved(values, key) for key in values if key != "hydra"}
+    return parse(plain)
 
 
-def _jobs(overrides: Sequence[str], multirun: bool) -> list[list[str]]:
-    parsed = _parse(overrides)
+def groups(own: Path | None = None) -> dict[str, list[str]]:
+    """Config groups and their choices, with those in the folder `own`."""
+    found: dict[str, set[str]] = {}
+    for folder in [config_dir()] if own is None else [config_dir(), own]:
+        for file in folder.rglob("*.yaml"):
+            if file.parent != folder and not file.stem.startswith("_"):
+                found.setdefault(file.parent.relative_to(folder).as_posix(), set()).add(file.stem)
+    return {group: sorted(found[group]) for group in sorted(found)}
+
+
+def quoted(value: str) -> str:
+    """Write a value so that Hydra takes it as it stands."""
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
+    return f"'{escaped}'"
+
+
+def _jobs(command: Command) -> list[list[str]]:
+    """The overrides of each run that a command line asks for."""
+    parsed = _parse(command.overrides)
     sweeps = [item.input_line for item in parsed if item.is_sweep_override()]
-    if not multirun:
+    if not command.multirun:
         if sweeps:
             raise ConfigError(f"{sweeps[0]!r} names several values; add -m for a run with each of them")
-        return [list(overrides)]
+        _check_single(command, parsed)
+        return [list(command.overrides)]
+    if any(item.key_or_group == "run_dir" and item.is_sweep_override() for item in parsed):
+        raise ConfigError("run_dir is the folder of all runs of a sweep, so it cannot be swept; give one")
+    by_config = [f"{key}={value}" for key, value in _swept_by_config(command).items()]
     try:
-        return BasicSweeper.split_arguments(parsed, None)[0]
+        return BasicSweeper.split_arguments([*_parse(by_config), *parsed], None)[0]
     except HydraException as error:
+        raise ConfigError(str(error)) from error
+
+
+def _check_single(command: Command, parsed: Sequence[Override]) -> None:
+    """Refuse what makes sense for sweeps alone."""
+    launcher = [item.input_line for item in parsed if item.key_or_group.startswith((_LAUNCHER, "hydra.launcher."))]
+    if launcher:
+        raise ConfigError(f"{launcher[0]!r} is for sweeps; add -m, also for a sweep of one run")
+    given = {item.key_or_group for item in parsed}
+    swept = {key: values for key, values in _swept_by_config(command).items() if key not in given}
+    if swept:
+        example = " ".join(f"{key}={str(values).split(',')[0]}" for key, values in swept.items())
+        raise ConfigError(
+            f"the experiment has several values of {', '.join(swept)}; add -m for a run with each combination, "
+            f"or give one value of each: {example}"
+        )
+
+
+def _swept_by_config(command: Command) -> dict[str, Any]:
+    """What hydra.sweeper.params asks for, where an experiment or the command line sets them."""
+    parsed = _parse(command.overrides)
+    single = [str(item.input_line) for item in parsed if not item.is_sweep_override()]
+    params = OmegaConf.select(_compose(single, command.config_dir).hydra.sweeper, "params")
+    return {} if params is None else OmegaConf.to_container(params, resolve=True)  # type: ignore[return-value]
+
+
+def _compose(overrides: Sequence[str], own: Path | None) -> DictConfig:
+    """Compose the whole configuration, Hydra's own part too."""
+    parsed = _parse(overrides)
+    _check_groups(parsed, own)
+    _check_keys(parsed, own)
+    search = [] if own is None else [f"hydra.searchpath=[{quoted(f'file://{own}')}]"]
+    register_resolvers()
+    with _explained(), hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return hydra.compose("config", overrides=[*search, *overrides], return_hydra_config=True)
+
+
+def _resolved(values: DictConfig, key: Any) -> Any:
+    value = values[key]
+    return OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if OmegaConf.is_config(value) else value
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error)) from error
 
 
@@ -103,31 +212,36 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
         ) from error
 
 
-def _check_groups(overrides: Sequence[Override]) -> None:
-    known = groups()
+def _is_hydra(item: Override) -> bool:
+    return item.key_or_group.split("/")[0] == "hydra" or item.key_or_group.startswith("hydra.")
+
+
+def _check_groups(overrides: Sequence[Override], own: Path | None) -> None:
+    known = groups(own)
     for item in overrides:
         choices = known.get(item.key_or_group)
         if choices is None or item.is_delete():
             continue
         value = item.value()
+        if item.key_or_group == _LAUNCHER:
+            choices = sorted({*choices, *_other_launchers()})
         if value is not None and value not in choices:
             raise ConfigError(
                 f"unknown {item.key_or_group} {value!r}{near_miss(str(value), choices)}; allowed: {', '.join(choices)}"
             )
 
 
-def _check_keys(overrides: Sequence[Override]) -> None:
-    known = keys()
+def _other_launchers() -> list[str]:
+    """Launchers of Hydra's own and of other plugins."""
+    Plugins.instance()  # these register them
+    return [name.removesuffix(".yaml") for name in ConfigStore.instance().list(_LAUNCHER)]
+
+
+def _check_keys(overrides: Sequence[Override], own: Path | None) -> None:
+    known, choices = keys(), groups(own)
     sections = {key.rsplit(".", 1)[0] for key in known if "." in key}
     for item in overrides:
         key = item.key_or_group
-        if (
-            key in groups()
-            or key in known
-            or key in sections
-            or key.split("/")[0] == "hydra"
-            or key.startswith("hydra.")
-        ):
-            continue
-        names = [*known, *groups()]
-        raise ConfigError(f"unknown key {key!r}{near_miss(key, names)}; `python train.py --help` lists all")
+        if not (key in choices or key in known or key in sections or _is_hydra(item)):
+            names = [*known, *choices]
+            raise ConfigError(f"unknown key {key!r}{near_miss(key, names)}; `python train.py --help` lists all")

@@ -10,31 +10,42 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from famba.errors import ConfigError, near_miss
 
-_STRICT = ConfigDict(extra="forbid", strict=True)
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+_SHOWN = 100  # characters of a value that an error repeats
 
-Count = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
+
+def _without_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("a NUL character is in no name and no path")
+    return text
+
+
+# Upper bounds are far beyond what anybody trains with: they turn slips into errors instead of full memories.
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Width = Annotated[int, Field(ge=1, le=16_384)]
+NotNegative = Annotated[float, Field(ge=0, le=1e9)]
+Positive = Annotated[float, Field(gt=0, le=1e9)]
+Rate = Annotated[float, Field(ge=0, le=1000)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
-Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
+Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_without_nul)]
 
 
 @dataclass(frozen=True, config=_STRICT)
 class ModelConfig:
     """Which network; None leaves a value as the registered model has it."""
 
-    name: str
-    num_classes: Count | None
-    patch_size: Count | None
-    depth: Count | None
-    embed_dim: Count | None
-    d_state: Count | None
+    name: Text
+    num_classes: Annotated[int, Field(ge=1, le=10**7)] | None
+    patch_size: Width | None
+    depth: Annotated[int, Field(ge=1, le=512)] | None
+    embed_dim: Width | None
+    d_state: Annotated[int, Field(ge=1, le=1024)] | None
     drop_path: Share
     cls_position: Literal["head", "middle", "none"]
 
@@ -43,8 +54,8 @@ class ModelConfig:
 class FusionConfig:
     """How many tokens fuse where, as in `famba.fusion.schedule`, and how, as in `famba.models.Vim`."""
 
-    strategy: str
-    budget: int | float | str | list[int]
+    strategy: Text
+    budget: int | float | Text | list[int]
     layers: int | list[int] | None
     order: Literal["sequence", "tome"]
     weighting: Literal["mean", "size"]
@@ -55,47 +66,47 @@ class FusionConfig:
 class DataConfig:
     """Which images, as in `famba.data.load_splits`; sizes in pixels, mean and std of RGB in [0, 1]."""
 
-    name: str
-    root: str | None
-    image_size: Count | None
-    num_classes: Count | None
-    mean: Channels
-    std: Annotated[list[Positive], Field(min_length=3, max_length=3)]
+    name: Text
+    root: Text | None
+    image_size: Width | None
+    num_classes: Annotated[int, Field(ge=1, le=10**7)] | None
+    mean: Annotated[list[Probability], Field(min_length=3, max_length=3)]
+    std: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=3, max_length=3)]
     subset: Count | None
     val_fraction: Share
-    workers: Annotated[int, Field(ge=0)]
+    workers: Annotated[int, Field(ge=0, le=1024)]
 
 
 @dataclass(frozen=True, config=_STRICT)
 class RecipeConfig:
     """Optimizer, schedule, augmentation and regularisation; lr holds for lr_batch images per step."""
 
-    optimizer: str
+    optimizer: Text
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)]
-    eps: Positive
-    lr: Positive
+    eps: Annotated[float, Field(gt=0, le=1)]
+    lr: Annotated[float, Field(gt=0, le=1000)]
     lr_batch: Count
     weight_decay: NotNegative
     clip_grad: Positive | None
     warmup_epochs: NotNegative
-    warmup_lr: NotNegative
-    min_lr: NotNegative
+    warmup_lr: Rate
+    min_lr: Rate
     lr_steps: Literal["epoch", "update"]
-    mixup: NotNegative
-    cutmix: NotNegative
+    mixup: Rate
+    cutmix: Rate
     mixup_switch: Probability
     label_smoothing: Share
     ema_decay: Share | None
     augmentation: Literal["batch", "timm"]
-    crop_padding: Annotated[int, Field(ge=0)]
+    crop_padding: Annotated[int, Field(ge=0, le=1024)]
     hflip: Probability
-    auto_augment: str | None
-    color_jitter: NotNegative
+    auto_augment: Text | None
+    color_jitter: Rate
     random_erasing: Probability
     erasing_mode: Literal["const", "rand", "pixel"]
     interpolation: Literal["bilinear", "bicubic"]
-    eval_crop: Annotated[float, Field(gt=0, le=1)]
-    repeats: Count
+    eval_crop: Annotated[float, Field(ge=0.1, le=1)]
+    repeats: Annotated[int, Field(ge=1, le=1000)]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -107,7 +118,7 @@ class TrainerConfig:
     batch_size: Count
     accumulation: Count
     precision: Literal["auto", "fp32", "bf16", "fp16"]
-    device: str
+    device: Text
     compile: bool
     cuda_graphs: bool
     grad_checkpointing: bool
@@ -120,7 +131,7 @@ class TrainerConfig:
 class OpsConfig:
     """Which backend computes, as in `famba.ops.use_backend`."""
 
-    backend: str
+    backend: Text
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -128,9 +139,9 @@ class LoggerConfig:
     """Where metrics go besides the run folder."""
 
     name: Literal["none", "wandb", "tensorboard"]
-    project: str
-    entity: str | None
-    group: str | None
+    project: Text
+    entity: Text | None
+    group: Text | None
     mode: Literal["disabled", "offline", "online"]
 
 
@@ -146,9 +157,9 @@ class RunConfig:
     logger: LoggerConfig
     ops: OpsConfig
     seed: Annotated[int, Field(ge=0, lt=2**63)]
-    run_dir: str
-    resume: str
-    init_from: str | None
+    run_dir: Text
+    resume: Text
+    init_from: Text | None
 
 
 _ADAPTER = TypeAdapter(RunConfig)
@@ -159,12 +170,12 @@ def parse(values: Mapping[str, Any]) -> RunConfig:
 
     Raises ConfigError with every key that is unknown, missing or of a wrong value.
     """
+    _refuse_broken_text(values)
     try:
         # By way of JSON, in which strict validation builds dataclasses from objects.
         return _ADAPTER.validate_json(json.dumps(values))
     except ValidationError as error:
-        lines = sorted({_explain(problem) for problem in error.errors()})
-        raise ConfigError("\n".join(lines)) from None
+        raise ConfigError("\n".join(_explain(error.errors()))) from None
 
 
 def plain(config: RunConfig) -> dict[str, Any]:
@@ -192,13 +203,38 @@ def keys(cls: type = RunConfig, prefix: str = "") -> list[str]:
     return names
 
 
-def _explain(problem: Any) -> str:
+def _refuse_broken_text(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError for text that is no Unicode, as file names and command lines may hold."""
+    for key, value in flatten(values).items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{key} is {_shown(value)}: it has to be valid UTF-8") from None
+
+
+def _explain(problems: list[Any]) -> list[str]:
+    """One line for each key at fault; what each member of a union would take is joined."""
+    found: dict[str, list[str]] = {}
+    for problem in problems:
+        start, reason = _start(problem)
+        found.setdefault(start, []).append(reason)
+    return sorted(start + " or ".join(dict.fromkeys(reasons)) for start, reasons in found.items())
+
+
+def _start(problem: Any) -> tuple[str, str]:
+    """Which key has which value, and what is wrong with it."""
     # Members of a union come with their type's name behind the key.
     key = ".".join(str(part) for part in problem["loc"])
     known = keys()
     if problem["type"] == "unexpected_keyword_argument":
-        return f"unknown key {key!r}{near_miss(key, known)}"
+        return f"unknown key {key!r}{near_miss(key, known)}", ""
     key = next((k for k in sorted(known, key=len, reverse=True) if key == k or key.startswith(f"{k}.")), key)
     if problem["type"] == "missing":
-        return f"{key} is missing"
-    return f"{key} is {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
+        return f"{key} is missing", ""
+    reason = problem["msg"].removeprefix("Value error, ")
+    return f"{key} is {_shown(problem['input'])}: ", f"{reason[:1].lower()}{reason[1:]}"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
