@@ -108,7 +108,6 @@ class Training:
         if first == 0:
             self.state.totals.begin_epoch()
         self.forward.train()
-        self.state.totals.epoch_open = True
         with contextlib.closing(self.loaders.train.epoch(epoch, first)) as batches:
             last = min((epoch + 1) * self.steps_per_epoch, self.total_steps)
             while self.state.step < last:
@@ -154,6 +153,7 @@ class Training:
         if state.ema is not None:
             state.ema.update(state.model, state.step)
         state.step += 1
+        state.totals.epoch_open = True
         state.totals.add_step(data_s, time.perf_counter() - begin - data_s)
         if state.step % self.config.trainer.log_every == 0 and seen is not None:
             speed = self._images_per_s()

@@ -19,11 +19,12 @@ _log = logging.getLogger(__name__)
 
 _POLL_S = 1.0
 # Polls, not seconds: a job that is suspended as a whole counts none.
-_SILENT_POLLS = 30
-_UNREACHABLE_POLLS = 5
-_HEARSAY_S = 2 * _UNREACHABLE_POLLS * _POLL_S
+_SILENT_POLLS = 25
+# Where a collective broke, a shorter silence tells why.
+_SUSPICIOUS_POLLS = 5
+_HEARSAY_S = 2 * _SUSPICIOUS_POLLS * _POLL_S
 # What a process may take to end by itself once it has heard of a failure.
-_GRACE_S = 20.0
+_GRACE_S = 15.0
 _FAILURE = "failure"
 
 
@@ -46,6 +47,8 @@ class Watch:
     def __enter__(self) -> Watch:
         if not self._alone:
             self._store = connect("watch")
+            # Heard of from now on: joining the others is where a process that is lost would be waited for longest.
+            self._store.add(f"beat/{self._rank}", 1)
             self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
             self._thread.start()
         return self
@@ -65,7 +68,7 @@ class Watch:
         deadline = time.monotonic() + (0.0 if own else _HEARSAY_S)
         # A collective that breaks comes out sooner than word of what broke it.
         while self._failure is None and time.monotonic() < deadline:
-            self._tell_of_silence(_UNREACHABLE_POLLS)
+            self._tell_of_silence(_SUSPICIOUS_POLLS)
             time.sleep(_POLL_S / 4)
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         mine = f"process {self._rank} failed: {text}"
@@ -73,20 +76,14 @@ class Watch:
         return error if first == mine else TrainingError(first)
 
     def _run(self) -> None:
-        unreachable = 0
-        while not self._stopped.wait(_POLL_S):
+        while self._failure is None and not self._stopped.wait(_POLL_S):
             try:
                 self._poll()
-                unreachable = 0
             except (RuntimeError, dist.DistError):
-                unreachable += 1
-            if unreachable >= _UNREACHABLE_POLLS and self._failure is None:
-                self._failure = (
-                    "lost process 0, which keeps the others together: killed, out of memory, or its node died"
-                )
-            if self._failure is not None:
-                self._leave_in_time()
-                return
+                # The connection is broken, and the store was in process 0 or in torchrun beside it.
+                self._failure = "lost process 0, which holds the others together: killed, or its node died"
+        if self._failure is not None:
+            self._leave_in_time()
 
     def _poll(self) -> None:
         self._store.add(f"beat/{self._rank}", 1)
