@@ -122,9 +122,11 @@ class Run:
         self.folder = folder
         self._processes = processes
         self._living: list[int] = []
+        self._starts = 0
 
     def start(self) -> None:
         """Start the processes by the same command as ever."""
+        self._starts += 1
         port = _free_port()
         self._living = [self._fork(rank, port) for rank in range(self._processes)]
 
@@ -155,6 +157,11 @@ class Run:
         path = self.folder / "metrics.jsonl"
         text = path.read_text() if path.exists() else ""
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def has_joined(self) -> bool:
+        """Whether the processes have found one another; before that, whoever started them would end them."""
+        said = self._log.read_text() if self._log.exists() else ""
+        return self._processes == 1 or said.count("run folder:") == self._starts
 
     def is_saving(self) -> bool:
         """Whether a checkpoint is half written."""
@@ -221,7 +228,7 @@ def _wait_for_a_moment(run: Run, draw: random.Random) -> bool:
         "checkpoint": (lambda: len(run.lines()) >= step and run.is_saving(), 0.0),
     }
     reached, later = moments[draw.choices(list(moments), weights=(1, 3, 3, 3))[0]]
-    while not reached():
+    while not (run.has_joined() and reached()):
         if run.ended():
             return False
         time.sleep(0.0005)

@@ -20,6 +20,8 @@ _log = logging.getLogger(__name__)
 _POLL_S = 1.0
 # Polls, not seconds: a job that is suspended as a whole counts none.
 _SILENT_POLLS = 25
+# Nodes that import from a busy file system come late.
+_JOIN_POLLS = 300
 # Where a collective broke, a shorter silence tells why.
 _SUSPICIOUS_POLLS = 5
 _HEARSAY_S = 2 * _SUSPICIOUS_POLLS * _POLL_S
@@ -97,14 +99,15 @@ class Watch:
                 silent = self._beats[other][1] + 1
             self._beats[other] = beat, silent
         self._tell_of_silence(_SILENT_POLLS)
+        absent = [other for other, (beat, silent) in self._beats.items() if beat == 0 and silent >= _JOIN_POLLS]
+        if absent:
+            self._tell(f"{_named(absent)} did not join the others in {_JOIN_POLLS * _POLL_S / 60:.0f} minutes")
 
     def _tell_of_silence(self, polls: int) -> None:
         """Tell of processes that have been heard of, but not for so many polls."""
         lost = [other for other, (beat, silent) in list(self._beats.items()) if beat > 0 and silent >= polls]
         if lost:
-            which = "processes" if len(lost) > 1 else "process"
-            numbers = ", ".join(map(str, lost))
-            self._tell(f"lost {which} {numbers} of {world_size()}: killed, out of memory, or its node died")
+            self._tell(f"lost {_named(lost)}: killed, out of memory, or its node died")
 
     def _tell(self, text: str) -> str:
         """Tell of a failure; return the one that was told of first, which all hear."""
@@ -128,3 +131,7 @@ class Watch:
         _log.error("%s", reason)
         self.before_exit(reason)
         os._exit(1)
+
+
+def _named(ranks: list[int]) -> str:
+    return f"process{'es' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} of {world_size()}"
