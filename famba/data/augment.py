@@ -26,7 +26,7 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 _NUMBER = r"\d{1,2}(\.\d+)?"
 # timm's settings, with whole numbers where it reads whole numbers. More than 99 operations on an image is a slip.
 _POLICY = re.compile(
-    rf"rand(-(m|n|mmax|inc)\d{{1,2}}|-(p|mstd){_NUMBER}|-mstd\d{{3}}|-t[a-z0-9]+)*"
+    rf"rand(-(m|n|mmax|inc)\d{{1,2}}|-(p|mstd){_NUMBER}|-mstd\d{{3}}|-t(weights|3aw?))*"
     rf"|augmix(-(m|w|d|b)\d{{1,2}}|-(a|mstd){_NUMBER})*"
     rf"|(3a|original|originalr|v0|v0r)(-mstd{_NUMBER})?"
 )
