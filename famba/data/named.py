@@ -48,8 +48,13 @@ def check_named(name: str, root: Path | None) -> None:
     if prefix not in PREFIXES:
         known = ", ".join(f"{known}/" for known in PREFIXES)
         raise ConfigError(f"data {name!r}: unknown prefix, known are {known}{near_miss(prefix, PREFIXES)}.", "name")
-    if root is None and prefix in _NEED_ROOT:
+    if root is None and needs_root(name):
         raise ConfigError(f"data {name!r} needs data.root, the folder that holds it.", "root")
+
+
+def needs_root(name: str) -> bool:
+    """Whether a name with a prefix is read from a folder that has to be there."""
+    return _prefix(name) in _NEED_ROOT
 
 
 def _prefix(name: str) -> str:

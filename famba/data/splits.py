@@ -13,7 +13,7 @@ from famba.data import cifar, digits
 from famba.data.cifar import KINDS, load_cifar
 from famba.data.draws import Stream, permutation
 from famba.data.folder import find_parts, load_folder
-from famba.data.named import check_named, load_named
+from famba.data.named import check_named, load_named, needs_root
 from famba.data.sources import Source, Splits, take
 from famba.data.streams import StreamSource
 from famba.errors import ConfigError, DataError, near_miss
@@ -68,8 +68,11 @@ def check_request(
 
 
 def check_folder(name: str, root: str | Path | None) -> None:
-    """Raise DataError where the folder that is given cannot hold the data; no image is read."""
-    if root is None:
+    """Raise DataError where the folder that is given cannot hold the data; no image is read.
+
+    Other packages' caches and the folders of loaders that were added are not judged.
+    """
+    if root is None or not (name in KINDS or name in _PARTS or needs_root(name)):
         return
     folder = Path(root).expanduser()
     if not folder.is_dir():
