@@ -64,6 +64,15 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", metavar="FOLDER", help="run folders, or folders that hold some")
     report.set_defaults(run=_report)
 
+    status = commands.add_parser(
+        "status",
+        help="show how far runs are",
+        description="Show how far runs are, in a table of all in some folders, and the count of each state.",
+    )
+    status.add_argument("runs", nargs="+", metavar="FOLDER", help="runs, sweeps, or folders that hold some")
+    status.add_argument("--json", action="store_true", help="print a list of JSON objects instead")
+    status.set_defaults(run=_status)
+
     add_benchmark(commands)
 
     doctor = commands.add_parser(
@@ -88,6 +97,14 @@ def _report(options: argparse.Namespace) -> int:
     from famba.analysis.tables import find_runs, run_table
 
     print(run_table(find_runs(options.runs)))
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from famba.analysis.status import status, status_json, status_table
+
+    runs = status(options.runs)
+    print(status_json(runs) if options.json else status_table(runs))
     return 0
 
 

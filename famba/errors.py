@@ -11,7 +11,14 @@ from collections.abc import Iterable
 
 
 class FambaError(Exception):
-    """Base of all errors that come from input, files or the machine rather than from a defect."""
+    """Base of all errors that come from input, files or the machine rather than from a defect.
+
+    argument: the name of the argument at fault where there is one, so that a caller can put its own name for it.
+    """
+
+    def __init__(self, message: str = "", argument: str | None = None) -> None:
+        super().__init__(message)
+        self.argument = argument
 
 
 class ConfigError(FambaError, ValueError):

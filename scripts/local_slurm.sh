@@ -15,7 +15,7 @@ Usage: scripts/local_slurm.sh start|stop|status DIR
   status DIR   show which daemons run, the node and the queue; exit status 1 where one does not run
 
 DIR holds configuration, state, logs and sockets; it may be removed after stop. The node has as many cores as the machine,
-at least four, and two GPUs that are only names (--gres=gpu:1). Jobs start at once, after a requeue too. There is no
+at least four, and two GPUs that are only names (--gres=gpu:1). Jobs start at once, requeued ones after five seconds. There is no
 accounting, as on some clusters: sacct knows nothing.
 
 Needs root, and Debian's or Ubuntu's packages slurm-wlm and munge.
@@ -100,7 +100,8 @@ start() {
     mkdir -p "$dir/state" "$dir/spool"
     [[ -f $dir/munge.key ]] || mungekey --create --keyfile="$dir/munge.key"
     write_conf "$dir"
-    munged --socket="$dir/munge.socket" --key-file="$dir/munge.key" --pid-file="$dir/munged.pid" \
+    # By force: only root has to reach the socket, others need not.
+    munged --force --socket="$dir/munge.socket" --key-file="$dir/munge.key" --pid-file="$dir/munged.pid" \
         --log-file="$dir/munged.log" --seed-file="$dir/munge.seed" >&2
     slurmctld -f "$dir/slurm.conf" >&2
     slurmd -f "$dir/slurm.conf" >&2

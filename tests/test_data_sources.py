@@ -240,6 +240,7 @@ def test_tar_files_are_read_like_folders(tmp_path: Path) -> None:
 
 def test_a_tar_file_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "train.tar").write_bytes(b"nothing")
+    write_tar(tmp_path / "val.tar", count=1)
     with pytest.raises(DataError, match=r"train\.tar: holds no readable images"):
         load("tar", tmp_path)
 

@@ -6,7 +6,15 @@ from famba.data.augment import Augmentation
 from famba.data.download import default_root, download
 from famba.data.loader import Batches, EvalBatches, TrainBatches, eval_batches, train_batches
 from famba.data.sources import ArraySource, Source, Splits, SubsetSource, take
-from famba.data.splits import LOADERS, check_name, load_splits, num_classes_of
+from famba.data.splits import (
+    LOADERS,
+    check_folder,
+    check_request,
+    held_out,
+    load_splits,
+    num_classes_of,
+    training_images_of,
+)
 from famba.data.streams import StreamSource
 from famba.data.workers import Batch
 
@@ -22,12 +30,15 @@ __all__ = [
     "StreamSource",
     "SubsetSource",
     "TrainBatches",
-    "check_name",
+    "check_folder",
+    "check_request",
     "default_root",
     "download",
     "eval_batches",
+    "held_out",
     "load_splits",
     "num_classes_of",
     "take",
     "train_batches",
+    "training_images_of",
 ]

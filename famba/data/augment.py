@@ -6,6 +6,7 @@ transforms. Both draw from (seed, epoch, position) alone, see `draws`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,14 @@ from famba.errors import ConfigError, near_miss
 KINDS = ("batch", "timm")
 ERASING_MODES = ("pixel", "rand", "const")
 INTERPOLATIONS = ("bilinear", "bicubic")
+_NUMBER = r"\d{1,2}(\.\d+)?"
+# timm's settings, with whole numbers where it reads whole numbers. More than 99 operations on an image is a slip.
+_POLICY = re.compile(
+    rf"rand(-(m|n|mmax|inc)\d{{1,2}}|-(p|mstd){_NUMBER}|-mstd\d{{3}}|-t(weights|3aw?))*"
+    rf"|augmix(-(m|w|d|b)\d{{1,2}}|-(a|mstd){_NUMBER})*"
+    rf"|(3a|original|originalr|v0|v0r)(-mstd{_NUMBER})?"
+)
+_EXAMPLES = ("rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2", "original-mstd0.5", "3a")
 
 
 @dataclass(frozen=True)
@@ -61,14 +70,15 @@ class Augmentation:
         _one_of("interpolation", self.interpolation, INTERPOLATIONS)
         for name, value in (("hflip", self.hflip), ("random_erasing", self.random_erasing)):
             if not 0 <= value <= 1:
-                raise ConfigError(f"{name} is {value}, but a probability lies in 0..1.")
+                raise ConfigError(f"{name} is {value}, but a probability lies in 0..1.", name)
         for name, value in (("crop_padding", self.crop_padding), ("color_jitter", self.color_jitter)):
             if value < 0:
-                raise ConfigError(f"{name} is {value}, but must not be negative.")
+                raise ConfigError(f"{name} is {value}, but must not be negative.", name)
         if not 0 < self.eval_crop <= 1:
-            raise ConfigError(f"eval_crop is {self.eval_crop}, but must be above 0 and at most 1.")
+            raise ConfigError(f"eval_crop is {self.eval_crop}, but must be above 0 and at most 1.", "eval_crop")
         self._refuse_what_the_kind_leaves_out()
         if self.kind == "timm":
+            _check_policy(self.auto_augment)
             timm_transform(self, 8, (0.5,) * 3, (0.5,) * 3)  # a wrong policy shows here, before any work
 
     def _refuse_what_the_kind_leaves_out(self) -> None:
@@ -80,7 +90,8 @@ class Augmentation:
                 value = "null" if nothing is None else nothing
                 raise ConfigError(
                     f"{name} is {getattr(self, name)!r}, but augmentation {self.kind!r} does not use it: "
-                    f"set it to {value}, or use the other augmentation."
+                    f"set it to {value}, or use the other augmentation.",
+                    name,
                 )
 
 
@@ -190,6 +201,17 @@ def evaluation_scaling(augmentation: Augmentation, image_size: int) -> Scaling:
     return Scaling(round(image_size / augmentation.eval_crop), image_size, augmentation.interpolation)
 
 
+def _check_policy(policy: str | None) -> None:
+    """Refuse what timm would pass over in silence, or count by the million."""
+    if policy is None or _POLICY.fullmatch(policy):
+        return
+    raise ConfigError(
+        f"auto_augment {policy!r} is no policy: allowed are rand, augmix, 3a, original, originalr, v0 and v0r, behind "
+        f"them settings of timm such as -m9 with numbers up to 99{near_miss(policy, _EXAMPLES)}.",
+        "auto_augment",
+    )
+
+
 def timm_transform(
     augmentation: Augmentation, image_size: int, mean: Sequence[float], std: Sequence[float]
 ) -> Callable[[Image.Image], torch.Tensor]:
@@ -210,7 +232,8 @@ def timm_transform(
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         raise ConfigError(
             f"auto_augment {augmentation.auto_augment!r} is no policy that timm reads ({error}). "
-            "An example is rand-m9-mstd0.5-inc1."
+            "An example is rand-m9-mstd0.5-inc1.",
+            "auto_augment",
         ) from error
 
 
@@ -230,7 +253,7 @@ def _pad_crop(images: torch.Tensor, padding: int, down: np.ndarray, right: np.nd
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         hint = near_miss(str(value), allowed) or "."
-        raise ConfigError(f"{name} {value!r} is not one of {', '.join(allowed)}{hint}")
+        raise ConfigError(f"{name} {value!r} is not one of {', '.join(allowed)}{hint}", name)
 
 
 def images_transform(

@@ -26,6 +26,7 @@ KINDS = {
     "cifar10": _Kind(10, "labels", ("label",), "plain_text"),
     "cifar100": _Kind(100, "fine_labels", ("fine_label", "label"), "cifar100"),
 }
+TRAINING_IMAGES = 50_000
 
 
 def load_cifar(name: str, root: Path | None) -> Splits:
@@ -44,9 +45,12 @@ def load_cifar(name: str, root: Path | None) -> Splits:
         # Checks what is there under a lock, so that a download in another process is never seen half done.
         download(name, folder)
     load = _find(name, folder)
-    if load is None:
-        raise DataError(_not_found(name, folder))
     return Splits(train=load("train"), validation=None, test=load("test"))
+
+
+def check_folder(name: str, root: Path) -> None:
+    """Raise DataError where a folder holds CIFAR in none of the known layouts; its files are not read."""
+    _find(name, root)
 
 
 def _placed_by_hand(name: str, root: Path) -> bool:
@@ -54,8 +58,8 @@ def _placed_by_hand(name: str, root: Path) -> bool:
     return not _missing_pickles(name, root) or any(shards(f, "train") for f in _parquet_folders(name, root))
 
 
-def _find(name: str, root: Path) -> Callable[[str], ArraySource] | None:
-    """Return what loads a split by its name, or None where no layout fits."""
+def _find(name: str, root: Path) -> Callable[[str], ArraySource]:
+    """Return what loads a split by its name. Raises DataError where no layout fits."""
     for folder in _pickle_folders(name, root):
         missing = _missing_pickles(name, folder)
         if not missing:
@@ -67,7 +71,7 @@ def _find(name: str, root: Path) -> Callable[[str], ArraySource] | None:
         if any(found.values()):
             _need_both(folder, found)
             return partial(_load_parquet, name, found)
-    return None
+    raise DataError(_not_found(name, root), "root")
 
 
 def _pickle_folders(name: str, root: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from famba.data.sources import ArraySource, Splits
 
 SIDE = 32  # pixels, as CIFAR
 NUM_CLASSES = 10
+TRAINING_IMAGES = 1437
 _TEST_IMAGES = 360
 
 

@@ -9,6 +9,7 @@ import filelock
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets import utils as torchvision_utils
 
+from famba.data.archives import unpack
 from famba.data.pickles import file_md5
 from famba.errors import ConfigError, DataError, near_miss
 
@@ -60,9 +61,9 @@ def download(name: str, root: str | Path | None) -> Path:
 
 def _fetch(name: str, folder: Path) -> None:
     archive = ARCHIVES[name]
-    torchvision_utils.download_and_extract_archive(
-        archive.url, str(folder), filename=archive.filename, md5=archive.tgz_md5, remove_finished=True
-    )
+    torchvision_utils.download_url(archive.url, str(folder), filename=archive.filename, md5=archive.tgz_md5)
+    unpack(folder / archive.filename, folder)
+    (folder / archive.filename).unlink()
     if not _is_complete(name, folder):
         raise RuntimeError("the archive does not hold the published files")
 

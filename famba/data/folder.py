@@ -31,19 +31,25 @@ def load_folder(root: Path, *, tar: bool, num_classes: int | None) -> Splits:
         ConfigError: where `num_classes` is not what is found.
         DataError: where a part is missing or empty, or the classes of the parts differ.
     """
-    suffix = ".tar" if tar else ""
-    train = _open(_need(root, _TRAIN, suffix))
-    validation_path, test_path = _existing(root, _VALIDATION, suffix), _existing(root, _TEST, suffix)
-    if test_path is None:
-        test_path, validation_path = validation_path or _need(root, _VALIDATION + _TEST, suffix), None
-    test = _open(test_path)
+    train_path, validation_path, test_path = find_parts(root, tar=tar)
+    train, test = _open(train_path), _open(test_path)
     validation = _open(validation_path) if validation_path else None
     for other in (test, validation):
         if other is not None:
             _same_classes(train, other)
     if num_classes is not None and num_classes != train.num_classes:
-        raise ConfigError(f"num_classes is {num_classes}, but {root} holds {train.num_classes} classes.")
+        raise ConfigError(f"num_classes is {num_classes}, but {root} holds {train.num_classes} classes.", "num_classes")
     return Splits(train=train, validation=validation, test=test)
+
+
+def find_parts(root: Path, *, tar: bool) -> tuple[Path, Path | None, Path]:
+    """Return where training, validation and test images lie. Raises DataError where a part is missing."""
+    suffix = ".tar" if tar else ""
+    train = _need(root, _TRAIN, suffix)
+    validation, test = _existing(root, _VALIDATION, suffix), _existing(root, _TEST, suffix)
+    if test is None:
+        return train, None, validation or _need(root, _VALIDATION + _TEST, suffix)
+    return train, validation, test
 
 
 def classes_of(reader: Any) -> dict[str, int]:
@@ -64,7 +70,7 @@ def _need(root: Path, names: tuple[str, ...], suffix: str) -> Path:
     if path is None:
         wanted = " or ".join(str(root / (name + suffix)) for name in names)
         layout = "it holds one folder of images for each class."
-        raise DataError(f"no {wanted}: {layout}")
+        raise DataError(f"no {wanted}: {layout}", "root")
     return path
 
 

@@ -34,16 +34,31 @@ def load_named(name: str, root: Path | None, *, num_classes: int | None) -> Spli
         ConfigError: for an unknown prefix, a missing root, or a number of classes that is missing or wrong.
         DataError: where timm cannot open the data.
     """
-    prefix = name.partition("/")[0].lower()
-    if prefix not in PREFIXES:
-        known = ", ".join(f"{known}/" for known in PREFIXES)
-        raise ConfigError(f"data {name!r}: unknown prefix, known are {known}{near_miss(prefix, PREFIXES)}.")
-    if root is None and prefix in _NEED_ROOT:
-        raise ConfigError(f"data {name!r} needs data.root, the folder that holds it.")
+    check_named(name, root)
+    prefix = _prefix(name)
     folder = None if root is None else str(root)
     train = _open(name, folder, ("train",), num_classes, streamed=prefix in _STREAMED)
     test = _open(name, folder, _TEST_SPLITS, num_classes or train.num_classes, streamed=prefix in _STREAMED)
     return Splits(train=train, validation=None, test=test)
+
+
+def check_named(name: str, root: Path | None) -> None:
+    """Raise ConfigError for an unknown prefix or a missing root."""
+    prefix = _prefix(name)
+    if prefix not in PREFIXES:
+        known = ", ".join(f"{known}/" for known in PREFIXES)
+        raise ConfigError(f"data {name!r}: unknown prefix, known are {known}{near_miss(prefix, PREFIXES)}.", "name")
+    if root is None and needs_root(name):
+        raise ConfigError(f"data {name!r} needs data.root, the folder that holds it.", "root")
+
+
+def needs_root(name: str) -> bool:
+    """Whether a name with a prefix is read from a folder that has to be there."""
+    return _prefix(name) in _NEED_ROOT
+
+
+def _prefix(name: str) -> str:
+    return name.partition("/")[0].lower()
 
 
 def _open(
@@ -81,7 +96,7 @@ def _attempt(name: str, root: str | None, split: str, *, training: bool, reasons
 def _num_classes(name: str, dataset: Any, given: int | None) -> int:
     known = classes_of(getattr(dataset, "reader", None)) or getattr(dataset, "classes", None) or ()
     if given is None and not known:
-        raise ConfigError(f"data {name!r} does not say how many classes it has: set num_classes.")
+        raise ConfigError(f"data {name!r} does not say how many classes it has: set num_classes.", "num_classes")
     if given is not None and known and given != len(known):
-        raise ConfigError(f"num_classes is {given}, but {name!r} has {len(known)} classes.")
+        raise ConfigError(f"num_classes is {given}, but {name!r} has {len(known)} classes.", "num_classes")
     return len(known) if given is None else given

@@ -115,12 +115,15 @@ class Plan:
         if self.batch_size % unit:
             below = self.batch_size // unit * unit
             near = f"{below} or {below + unit}" if below else f"{unit}"
-            raise ConfigError(f"batch_size {self.batch_size} is not divisible by {split}; {near} would be.")
+            raise ConfigError(
+                f"batch_size {self.batch_size} is not divisible by {split}; {near} would be.", "batch_size"
+            )
         if self.batch_size > self.length or self.steps_per_epoch == 0:
             largest = min(self.length, self._images_per_rank() * self.world_size) // unit * unit
             remedy = f"at most {largest} with {split}" if largest else f"fewer than {split} = {unit}"
             raise ConfigError(
-                f"batch_size {self.batch_size} does not fit into the {self.length} training images: {remedy}."
+                f"batch_size {self.batch_size} does not fit into the {self.length} training images: {remedy}.",
+                "batch_size",
             )
 
 

@@ -9,30 +9,25 @@ from pathlib import Path
 
 import numpy as np
 
-from famba.data import digits
+from famba.data import cifar, digits
 from famba.data.cifar import KINDS, load_cifar
 from famba.data.draws import Stream, permutation
-from famba.data.folder import load_folder
-from famba.data.named import load_named
+from famba.data.folder import find_parts, load_folder
+from famba.data.named import check_named, load_named, needs_root
 from famba.data.sources import Source, Splits, take
 from famba.data.streams import StreamSource
-from famba.errors import ConfigError, near_miss
+from famba.errors import ConfigError, DataError, near_miss
 
 Loader = Callable[[Path | None, int | None], Splits]
 """(data.root, data.num_classes) to the images, either None where it is not given."""
 
 
 def _from_folder(root: Path | None, num_classes: int | None, tar: bool = False) -> Splits:
-    if root is None:
-        raise ConfigError(f"data {'tar' if tar else 'folder'!r} needs data.root, the folder that holds train and val.")
+    assert root is not None
     return load_folder(root, tar=tar, num_classes=num_classes)
 
 
 def _digits(root: Path | None, num_classes: int | None) -> Splits:
-    if root is not None:
-        raise ConfigError(
-            f"digits come with scikit-learn and are read from no folder: leave out data.root (given {root})."
-        )
     return digits.load_digits()
 
 
@@ -47,6 +42,7 @@ LOADERS: dict[str, Loader] = {
     "tar": partial(_from_folder, tar=True),
 }
 """What opens each data set. A new one is one more entry."""
+_PARTS = ("folder", "tar")
 
 
 def num_classes_of(name: str) -> int | None:
@@ -56,14 +52,71 @@ def num_classes_of(name: str) -> int | None:
     return KINDS[name].num_classes if name in KINDS else None
 
 
-def check_name(name: str) -> None:
-    """Raise ConfigError for a name that is neither in `LOADERS` nor one of timm's with a prefix."""
-    if name in LOADERS or "/" in name:
+def check_request(
+    name: str, root: str | Path | None, *, subset: int | None, val_fraction: float, num_classes: int | None
+) -> None:
+    """Raise ConfigError for what `load_splits` could not open whatever lies on the disk; arguments as there."""
+    if not 0 <= val_fraction < 1:
+        raise ConfigError(f"val_fraction is {val_fraction}, but must be at least 0 and below 1.", "val_fraction")
+    _check_name(name, root)
+    known = num_classes_of(name)
+    if None not in (known, num_classes) and known != num_classes:
+        raise ConfigError(f"num_classes is {num_classes}, but {name} has {known} classes.", "num_classes")
+    images = training_images_of(name)
+    if images is not None:
+        _check_subset(subset, images)
+
+
+def check_folder(name: str, root: str | Path | None) -> None:
+    """Raise DataError where the folder that is given cannot hold the data; no image is read.
+
+    Other packages' caches and the folders of loaders that were added are not judged.
+    """
+    if root is None or not (name in KINDS or name in _PARTS or needs_root(name)):
+        return
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"root {folder} is no folder; give the one that holds the data.", "root")
+    if name in KINDS:
+        cifar.check_folder(name, folder)
+    elif name in _PARTS:
+        find_parts(folder, tar=name == "tar")
+
+
+def training_images_of(name: str) -> int | None:
+    """Return the number of training images where the name alone tells it, else None."""
+    if name == "digits":
+        return digits.TRAINING_IMAGES
+    return cifar.TRAINING_IMAGES if name in KINDS else None
+
+
+def held_out(images: int, fraction: float) -> int:
+    """Return how many of the training images are held out for validation: at least one, and not all."""
+    return min(max(round(images * fraction), 1), images - 1) if fraction else 0
+
+
+def _check_name(name: str, root: str | Path | None) -> None:
+    if name == "digits" and root is not None:
+        raise ConfigError(
+            f"digits come with scikit-learn and are read from no folder: leave out data.root (given {root}).", "root"
+        )
+    if name in _PARTS and root is None:
+        raise ConfigError(f"data {name!r} needs data.root, the folder that holds train and val.", "root")
+    if name in LOADERS:
+        return
+    if "/" in name:
+        check_named(name, None if root is None else Path(root))
         return
     raise ConfigError(
         f"unknown data {name!r}{near_miss(name, LOADERS)}. Known are {', '.join(LOADERS)}, "
-        "and timm's names with a prefix, such as torch/cifar10."
+        "and timm's names with a prefix, such as torch/cifar10.",
+        "name",
     )
+
+
+def _check_subset(subset: int | None, images: int) -> None:
+    if subset is not None and not 1 <= subset <= images:
+        raise ConfigError(f"subset is {subset}, but must be from 1 to the {images} training images.", "subset")
 
 
 def load_splits(
@@ -89,17 +142,12 @@ def load_splits(
         ConfigError: where an argument cannot work with this data.
         DataError: where data is missing or damaged.
     """
-    if not 0 <= val_fraction < 1:
-        raise ConfigError(f"val_fraction is {val_fraction}, but must be at least 0 and below 1.")
-    known = num_classes_of(name)
-    if None not in (known, num_classes) and known != num_classes:
-        raise ConfigError(f"num_classes is {num_classes}, but {name} has {known} classes.")
+    check_request(name, root, subset=subset, val_fraction=val_fraction, num_classes=num_classes)
     splits = _load(name, None if root is None else Path(root).expanduser(), num_classes)
     return _hold_out(_first(splits, subset), val_fraction)
 
 
 def _load(name: str, root: Path | None, num_classes: int | None) -> Splits:
-    check_name(name)
     if name in LOADERS:
         return LOADERS[name](root, num_classes)
     return load_named(name, root, num_classes=num_classes)
@@ -109,8 +157,7 @@ def _first(splits: Splits, subset: int | None) -> Splits:
     if subset is None:
         return splits
     train = _need_random_access(splits.train, "subset")
-    if not 1 <= subset <= len(train):
-        raise ConfigError(f"subset is {subset}, but must be from 1 to the {len(train)} training images.")
+    _check_subset(subset, len(train))
     return replace(splits, train=take(train, np.arange(subset)))
 
 
@@ -118,12 +165,12 @@ def _hold_out(splits: Splits, fraction: float) -> Splits:
     if fraction == 0:
         return splits
     if splits.validation is not None:
-        raise ConfigError("the data comes with a validation set: set val_fraction to 0 to use it.")
+        raise ConfigError("the data comes with a validation set: set val_fraction to 0 to use it.", "val_fraction")
     train = _need_random_access(splits.train, "val_fraction")
     if len(train) < 2:
-        raise ConfigError(f"val_fraction needs at least two training images, there is {len(train)}.")
+        raise ConfigError(f"val_fraction needs at least two training images, there is {len(train)}.", "val_fraction")
     order = permutation(Stream.SPLIT, 0, 0, len(train))
-    held = min(max(round(len(train) * fraction), 1), len(train) - 1)
+    held = held_out(len(train), fraction)
     # Sorted, so that what is left is in the order of the data set.
     return replace(
         splits,
@@ -134,5 +181,5 @@ def _hold_out(splits: Splits, fraction: float) -> Splits:
 
 def _need_random_access(source: Source | StreamSource, setting: str) -> Source:
     if isinstance(source, StreamSource):
-        raise ConfigError(f"{setting} cannot be used with {source.name!r}: a stream has no random access.")
+        raise ConfigError(f"{setting} cannot be used with {source.name!r}: a stream has no random access.", setting)
     return source

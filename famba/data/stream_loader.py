@@ -38,7 +38,7 @@ class StreamBatches:
 
     def __post_init__(self) -> None:
         if self.plan.repeats > 1:
-            raise ConfigError(f"repeats must be 1 with {self.source.name!r}: a stream cannot repeat images.")
+            raise ConfigError(f"repeats must be 1 with {self.source.name!r}: a stream cannot repeat images.", "repeats")
 
     @property
     def steps_per_epoch(self) -> int:

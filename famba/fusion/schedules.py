@@ -87,13 +87,15 @@ def schedule(
     names = strategy_names()
     if strategy not in names:
         raise ConfigError(
-            f"unknown fusion strategy {strategy!r}{near_miss(strategy, names)}; allowed: {', '.join(names)}"
+            f"unknown fusion strategy {strategy!r}{near_miss(strategy, names)}; allowed: {', '.join(names)}",
+            "strategy",
         )
     patches = tokens - protected
     if strategy == "custom" and isinstance(budget, Sequence) and not isinstance(budget, str):
         if layers is not None:
             raise ConfigError(
-                "fusion strategy 'custom' takes a list of layers, or a list of tokens per layer as the budget, not both"
+                "fusion strategy 'custom' takes a list of layers, or a list of tokens per layer as budget, not both",
+                "layers",
             )
         counts = tuple(budget)
         check_schedule(counts, depth, tokens, protected)
@@ -112,15 +114,16 @@ def schedule(
 def check_schedule(counts: Sequence[int], depth: int, tokens: int, protected: int = 1) -> None:
     """Raise ConfigError where a schedule does not fit a model of `depth` layers on `tokens` tokens."""
     if len(counts) != depth:
-        raise ConfigError(f"the schedule has {len(counts)} entries, but the model has {depth} layers")
+        raise ConfigError(f"the schedule has {len(counts)} entries, but the model has {depth} layers", "counts")
     left = tokens - protected
     for layer, count in enumerate(counts):
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise ConfigError(f"layer {layer} removes {count!r} tokens; allowed: whole numbers from 0")
+            raise ConfigError(f"layer {layer} removes {count!r} tokens; allowed: whole numbers from 0", "counts")
         if count > left // 2:
             raise ConfigError(
                 f"layer {layer} removes {count} tokens of the {left} that may fuse there; "
-                f"at most half of them, {left // 2}, can go in one layer"
+                f"at most half of them, {left // 2}, can go in one layer",
+                "counts",
             )
         left -= count
 
@@ -132,7 +135,7 @@ def tokens_per_layer(counts: Sequence[int], tokens: int) -> tuple[int, ...]:
 
 def _check_sizes(depth: int, tokens: int, protected: int) -> None:
     if depth < 1:
-        raise ConfigError(f"depth is {depth}; allowed: 1 or more")
+        raise ConfigError(f"depth is {depth}; allowed: 1 or more", "depth")
     if protected < 0 or tokens <= protected:
         raise ConfigError(f"{tokens} tokens of which {protected} are protected leave none to fuse")
 
@@ -147,10 +150,10 @@ def _count(depth: int, layers: int | None) -> int:
         return max(1, (3 * depth + 2) // 4)
     if isinstance(layers, bool) or not isinstance(layers, int):
         raise ConfigError(
-            f"layers is {layers!r}; strategies 'lower' and 'upper' take how many layers fuse, a whole number"
+            f"layers is {layers!r}; strategies 'lower' and 'upper' take how many layers fuse, a whole number", "layers"
         )
     if not 1 <= layers <= depth:
-        raise ConfigError(f"layers is {layers}; allowed: 1 to {depth}, the model's depth")
+        raise ConfigError(f"layers is {layers}; allowed: 1 to {depth}, the model's depth", "layers")
     return layers
 
 
@@ -162,7 +165,8 @@ def _fusing_layers(strategy: str, depth: int, layers: int | Sequence[int] | None
     if layers is not None:
         raise ConfigError(
             f"fusion strategy {strategy!r} takes no layers (given {layers!r}); 'lower' and 'upper' take how many, "
-            "'custom' a list"
+            "'custom' a list",
+            "layers",
         )
     return [] if strategy == "none" else STRATEGIES[strategy](depth, layers)
 
@@ -171,14 +175,15 @@ def _custom_layers(depth: int, layers: int | Sequence[int] | None) -> list[int]:
     if not _is_list(layers) or not layers:
         raise ConfigError(
             f"fusion strategy 'custom' needs a list of layers, such as [2, 5, 8] (given {layers!r}), "
-            "or a list of tokens per layer as the budget"
+            "or a list of tokens per layer as the budget",
+            "layers",
         )
     assert isinstance(layers, Sequence)
     wrong = [n for n in layers if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < depth]
     if wrong:
-        raise ConfigError(f"layers holds {wrong[0]!r}; allowed: 0 to {depth - 1}, counted from the input")
+        raise ConfigError(f"layers holds {wrong[0]!r}; allowed: 0 to {depth - 1}, counted from the input", "layers")
     if len(set(layers)) != len(layers):
-        raise ConfigError(f"layers names a layer twice: {list(layers)}")
+        raise ConfigError(f"layers names a layer twice: {list(layers)}", "layers")
     return sorted(layers)
 
 
@@ -187,7 +192,8 @@ def _paper_counts(strategy: str, depth: int, fusing: list[int]) -> tuple[int, ..
         return (0,) * depth
     if strategy not in _PAPER_PER_LAYER:
         raise ConfigError(
-            f"budget 'paper' is known for {', '.join(_PAPER_PER_LAYER)}, not for {strategy!r}; give a number instead"
+            f"budget 'paper' is known for {', '.join(_PAPER_PER_LAYER)}, not for {strategy!r}; give a number instead",
+            "budget",
         )
     return tuple(_PAPER_PER_LAYER[strategy] if layer in fusing else 0 for layer in range(depth))
 
@@ -196,15 +202,16 @@ def _total(budget: Budget, patches: int) -> int:
     if isinstance(budget, bool) or not isinstance(budget, int | float):
         raise ConfigError(
             f"budget is {budget!r}; allowed: tokens in total (a whole number), a share of the patches "
-            f"(between 0 and 1), 'paper', or for strategy 'custom' a list of tokens per layer"
+            f"(between 0 and 1), 'paper', or for strategy 'custom' a list of tokens per layer",
+            "budget",
         )
     if isinstance(budget, int):
         if budget < 0:
-            raise ConfigError(f"budget is {budget}; allowed: 0 or more tokens")
+            raise ConfigError(f"budget is {budget}; allowed: 0 or more tokens", "budget")
         return budget
     if not 0 < budget < 1:
         raise ConfigError(
-            f"budget is {budget}; as a share of the patches it lies between 0 and 1, as tokens it is whole"
+            f"budget is {budget}; as a share of the patches it lies between 0 and 1, as tokens it is whole", "budget"
         )
     return math.floor(budget * patches + 0.5)
 
@@ -215,7 +222,8 @@ def _spread(total: int, fusing: int, patches: int, strategy: str) -> list[int]:
     if total > largest:
         raise ConfigError(
             f"a budget of {total} tokens does not fit: strategy {strategy!r} fuses in {fusing} layers, of {patches} "
-            f"patches, at most half in each layer; the largest that fits is {largest}"
+            f"patches, at most half in each layer; the largest that fits is {largest}",
+            "budget",
         )
     # From the last layer back: what enters a layer is at most twice what leaves it.
     left = [patches - total]

@@ -90,8 +90,20 @@ def saved_cls_position(path: str | Path) -> str | None:
     content = read_file(path)
     config = content.get("config")
     if config is None and beside.is_file():
-        config = yaml.safe_load(beside.read_text())
-    return config["model"]["cls_position"] if isinstance(config, dict) and "model" in config else None
+        config = _read_config(beside)
+    model = config.get("model") if isinstance(config, dict) else None
+    position = model.get("cls_position") if isinstance(model, dict) else None
+    return position if position in CLS_POSITIONS else None
+
+
+def _read_config(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CheckpointError(
+            f"{path}, which would say where the class token of the weights beside it stands, cannot be read "
+            f"({type(error).__name__}); mend it, or move the weights to another folder"
+        ) from error
 
 
 def _read_weights(path: str | Path) -> dict[str, Any]:

@@ -279,7 +279,7 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise ConfigError where a named choice is none of those allowed."""
     if value not in allowed:
-        raise ConfigError(f"unknown {name} {value!r}{near_miss(value, allowed)}; allowed: {', '.join(allowed)}")
+        raise ConfigError(f"unknown {name} {value!r}{near_miss(value, allowed)}; allowed: {', '.join(allowed)}", name)
 
 
 def _check_patches(image: tuple[int, int], patch: tuple[int, int]) -> None:
@@ -288,5 +288,6 @@ def _check_patches(image: tuple[int, int], patch: tuple[int, int]) -> None:
             low = max(step, size - size % step) if step >= 1 else 0
             raise ConfigError(
                 f"image {side} {size} is not divisible by patch size {step}; "
-                f"use {low} or {low + step}, or another patch size"
+                f"use {low} or {low + step}, or another patch size",
+                "img_size",
             )

@@ -17,6 +17,7 @@ from famba.models import Vim, load_vim_checkpoint
 from famba.models.checkpoints import has_other_head, saved_cls_position
 from famba.training.config import RunConfig
 from famba.training.distributed import Process
+from famba.training.naming import BATCHES, DATA, naming
 from famba.training.optimizer import create_optimizer
 from famba.training.seeds import seed_generators
 from famba.training.setup import Setup, augmentation, build_model, model_classes
@@ -43,13 +44,14 @@ class Loaders:
 def load_splits(config: RunConfig) -> data.Splits:
     """Open the data that the configuration names."""
     wanted = config.data
-    return data.load_splits(
-        wanted.name,
-        wanted.root,
-        subset=wanted.subset,
-        val_fraction=wanted.val_fraction,
-        num_classes=wanted.num_classes,
-    )
+    with naming(DATA):
+        return data.load_splits(
+            wanted.name,
+            wanted.root,
+            subset=wanted.subset,
+            val_fraction=wanted.val_fraction,
+            num_classes=wanted.num_classes,
+        )
 
 
 def make_loaders(config: RunConfig, setup: Setup, splits: data.Splits, process: Process) -> Loaders:
@@ -65,14 +67,15 @@ def make_loaders(config: RunConfig, setup: Setup, splits: data.Splits, process: 
         "pin_memory": process.device.type == "cuda",
     }
     trainer = config.trainer
-    train = data.train_batches(
-        splits.train,
-        seed=config.seed,
-        batch_size=trainer.batch_size,
-        accumulation=trainer.accumulation,
-        repeats=config.recipe.repeats if process.world_size > 1 else 1,
-        **shared,
-    )
+    with naming(BATCHES):
+        train = data.train_batches(
+            splits.train,
+            seed=config.seed,
+            batch_size=trainer.batch_size,
+            accumulation=trainer.accumulation,
+            repeats=config.recipe.repeats if process.world_size > 1 else 1,
+            **shared,
+        )
     size = trainer.batch_size // (process.world_size * trainer.accumulation)
     test = data.eval_batches(splits.test, batch_size=size, **shared)
     if splits.validation is None:

@@ -28,6 +28,7 @@ from famba.training.setup import prepare
 from famba.training.sweeps.launchers import check_launcher, check_run, elsewhere, processes
 from famba.training.sweeps.names import register_resolvers, sweep_name
 
+_SHOWN = 200  # characters of an override that an error repeats
 _QUESTIONS = ("help", "hydra_help", "version", "cfg", "info", "shell_completion")
 _LAUNCHER = "hydra/launcher"
 
@@ -204,11 +205,18 @@ def _explained() -> Iterator[None]:
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
+    return [_parse_one(item) for item in overrides]
+
+
+def _parse_one(override: str) -> Override:
     try:
-        return OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
+        return OverridesParser.create().parse_override(override)
+    except (HydraException, ValueError, RecursionError) as error:
+        # Python itself refuses numbers of thousands of digits, and lists in a thousand lists.
+        given = override if len(override) <= _SHOWN else f"{override[:_SHOWN]}..."
         raise ConfigError(
-            f"{str(error).splitlines()[0]}; overrides look like fusion=upper or trainer.epochs=10"
+            f"{given!r} cannot be read ({str(error).splitlines()[0]}); "
+            "overrides look like fusion=upper or trainer.epochs=10, text with special characters like \"key='a,b'\""
         ) from error
 
 

@@ -6,6 +6,7 @@ Defaults stand in configs/ alone: a dataclass here has none, so a key that is mi
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from typing import Annotated, Any, Literal, get_type_hints
@@ -19,9 +20,20 @@ _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _SHOWN = 100  # characters of a value that an error repeats
 
 
-def _without_nul(text: str) -> str:
+_CREDENTIALS = re.compile(r"(?<=://)[^/?#@\s]*(?=@)")
+
+
+def without_credentials(text: str) -> str:
+    """Return a text with *** for what stands before the @ in addresses."""
+    return _CREDENTIALS.sub("***", text)
+
+
+def _writable(text: str) -> str:
+    """Refuse text that is no name and no path, or that nobody should find in a run folder."""
     if "\0" in text:
         raise ValueError("a NUL character is in no name and no path")
+    if _CREDENTIALS.search(text):
+        raise ValueError("a password or token in an address would be written to the run folder; leave it out")
     return text
 
 
@@ -33,7 +45,7 @@ Positive = Annotated[float, Field(gt=0, le=1e9)]
 Rate = Annotated[float, Field(ge=0, le=1000)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
-Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_without_nul)]
+Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_writable)]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -236,5 +248,5 @@ def _start(problem: Any) -> tuple[str, str]:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    text = without_credentials(repr(value))
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -13,13 +13,14 @@ Train a Vision Mamba with cross-layer token fusion.
 
 Usage
   python train.py [GROUP=CHOICE ...] [KEY=VALUE ...]     one run
-  python train.py -m fusion=none,upper seed=0,1,2        a run for each combination
+  python train.py -m fusion=none,upper seed=0,1,2        a run for each combination; once more: what is left of them
   python train.py --cfg job [...]                        print the configuration and end
 
 Examples
   python train.py model=vim_s fusion=upper
   python train.py model=vim_micro recipe=light fusion=all fusion.budget=0.5 data.root=/data/cifar100
   python train.py experiment=demo
+  python train.py -m experiment=paper_table hydra/launcher=slurm
   python train.py run_dir=runs/mine                      once more: goes on where it stopped
 
 Data ahead of time, for machines without network: famba download cifar100
@@ -31,8 +32,9 @@ _GROUPS = {
     "data": "the images; data.root is the folder that holds them",
     "recipe": "augmentation, optimizer and schedule, with trainer.epochs, trainer.batch_size and trainer.precision",
     "logger": "where metrics go besides the run folder",
-    "experiment": "several choices under one name",
+    "experiment": "several choices under one name; those of several values need -m",
 }
+_LAUNCHER = "hydra/launcher"
 
 
 def help_text() -> str:
@@ -49,11 +51,29 @@ def help_text() -> str:
         if group != "recipe" and shared.is_file():
             lines += ["  keys", *(f"    {group}.{line}" for line in _keys(shared))]
         sections.append("\n".join(lines))
+    sections.append(_launchers(chosen[f"override {_LAUNCHER}"]))
     recipe = (config_dir() / "recipe" / "paper.yaml").read_text().split("recipe:\n")[1].splitlines()
     recipe += _keys(config_dir() / "recipe" / "_base.yaml")
     sections.append("\n".join(["recipe: keys, with the paper's values", *(f"    recipe.{x.strip()}" for x in recipe)]))
     sections.append("Keys of their own\n" + "\n".join(f"  {line}" for line in _plain_keys()))
     return "\n\n".join(sections) + "\n"
+
+
+def _launchers(default: str) -> str:
+    lines = [
+        f"{_LAUNCHER}: with -m, where the runs go (default: {default})",
+        *(f"  {_LAUNCHER}={choice:16} {_first_comment(_launcher_file(choice))}" for choice in groups()[_LAUNCHER]),
+        f"  one's own: --config-dir DIR with a file in DIR/{_LAUNCHER}/. `famba status FOLDER` shows how far runs are",
+    ]
+    for choice in ("local", "slurm"):
+        # The class is no choice.
+        keys = [line for line in _keys(_launcher_file(choice)) if not line.startswith("_")]
+        lines += [f"  keys of {choice}", *(f"    hydra.launcher.{line}" for line in keys)]
+    return "\n".join(lines)
+
+
+def _launcher_file(choice: str) -> Path:
+    return config_dir() / _LAUNCHER / f"{choice}.yaml"
 
 
 def _first_comment(path: Path) -> str:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
-from famba.errors import ConfigError
+from famba.errors import ConfigError, near_miss
 from famba.training.config import RecipeConfig, RunConfig
 
 
@@ -20,22 +21,46 @@ def peak_lr(config: RunConfig) -> float:
     return config.recipe.lr * config.trainer.batch_size / config.recipe.lr_batch
 
 
+def check_optimizer_name(name: str) -> None:
+    """Raise ConfigError for a name that timm does not know."""
+    known = [str(optimizer) for optimizer in list_optimizers()]
+    if name not in known:
+        raise ConfigError(
+            f"unknown recipe.optimizer {name!r}{near_miss(name, known)}; timm.optim.list_optimizers() has all"
+        )
+
+
+def try_optimizer(config: RunConfig, device: torch.device) -> None:
+    """Raise ConfigError where the optimizer cannot be built, or take a step, as the recipe has it.
+
+    Some need a GPU, a package, a third beta or a graph of the gradients: a step on four numbers shows it.
+    """
+    tiny = nn.Linear(2, 2, bias=False, device=device)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what an optimizer recommends is shown when the run builds its own
+            optimizer = create_optimizer(tiny, config)
+            tiny(torch.ones(1, 2, device=device)).sum().backward()
+            optimizer.step()
+    except Exception as error:  # each optimizer has its own way to fail
+        reason = str(error) or type(error).__name__
+        raise ConfigError(
+            f"recipe.optimizer={config.recipe.optimizer} does not work with this recipe here ({reason}); "
+            "use adamw, or change recipe.betas and recipe.eps"
+        ) from error
+
+
 def create_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     """Build the optimizer; one-dimensional parameters and those of `no_weight_decay` do not decay."""
     recipe = config.recipe
-    try:
-        return create_optimizer_v2(
-            model,
-            opt=recipe.optimizer,
-            lr=peak_lr(config),
-            weight_decay=recipe.weight_decay,
-            betas=tuple(recipe.betas),
-            eps=recipe.eps,
-        )
-    except TypeError as error:
-        raise ConfigError(
-            f"recipe.optimizer={recipe.optimizer} does not take betas and eps ({error}); use adamw"
-        ) from error
+    return create_optimizer_v2(
+        model,
+        opt=recipe.optimizer,
+        lr=peak_lr(config),
+        weight_decay=recipe.weight_decay,
+        betas=tuple(recipe.betas),
+        eps=recipe.eps,
+    )
 
 
 class LearningRate:

@@ -17,6 +17,7 @@ import torch
 
 import famba
 from famba.ops.registry import resolve
+from famba.training.config import without_credentials
 from famba.training.devices import describe_device
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "hydra-core", "triton", "mamba-ssm", "causal-conv1d")
@@ -36,7 +37,7 @@ def provenance(device: torch.device, seed: int, world_size: int, dtype: torch.dt
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "backend": resolve(device.type, dtype),
         "seed": seed,
-        "arguments": [item for item in sys.argv[1:] if not item.startswith("hydra.job.config.")],
+        "arguments": [without_credentials(item) for item in sys.argv[1:] if not item.startswith("hydra.job.config.")],
     }
 
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.optim import list_optimizers
 
-from famba import data, ops
-from famba.errors import CheckpointError, ConfigError, near_miss
+from famba import data
+from famba.errors import ConfigError
 from famba.fusion.schedules import PAPER, check_schedule, schedule, tokens_per_layer
 from famba.models import Vim
-from famba.ops.registry import AUTO, resolve
+from famba.training import checks
 from famba.training.config import RunConfig
 from famba.training.devices import choose_device, choose_precision, make_current
 from famba.training.distributed import world_size
+from famba.training.naming import AUGMENTATION, FUSION, MODEL, naming
+from famba.training.optimizer import check_optimizer_name, try_optimizer
 
 
 @dataclass(frozen=True)
@@ -49,36 +48,32 @@ class Setup:
 
 
 def prepare(config: RunConfig, processes: int | None = None) -> Setup:
-    """Check a configuration as a whole and work out what it comes to, for `processes`, None for those there are.
+    """Check a configuration as a whole and work out what it comes to, for `processes` on other machines, None for here.
 
     Raises FambaError for whatever cannot work, before any data is read and any folder made.
     """
-    _check_model_name(config.model.name)
+    checks.check_model_name(config.model.name)
     device = choose_device(config.trainer.device)
     make_current(device)
     autocast = choose_precision(config.trainer.precision, device)
-    _check_backend(config.ops.backend, device, autocast or torch.float32)
-    _check_cuda_graphs(config, device)
-    data.check_name(config.data.name)
-    known = config.data.num_classes or data.num_classes_of(config.data.name)
-    classes = config.model.num_classes if known is None else model_classes(config, known)
-    arguments = _model_arguments(config, classes)
-    with torch.device("meta"):
-        outline = build_model(config.model.name, arguments)
-    depth, tokens = len(outline.layers), outline.num_tokens
-    fusion = config.fusion
-    counts = schedule(fusion.strategy, depth, tokens, fusion.budget, fusion.layers, tokens - outline.num_patches)
-    check_schedule(counts, depth, tokens, tokens - outline.num_patches)
-    _check_batch(config, processes or world_size())
-    _check_optimizer(config.recipe.optimizer)
+    checks.check_backend(config.ops.backend, device, autocast or torch.float32)
+    checks.check_cuda_graphs(config, device)
+    checks.check_data(config)
+    checks.check_batch(config, processes or world_size())
+    checks.check_schedules(config)
+    check_optimizer_name(config.recipe.optimizer)
     augmentation(config)
-    _check_files(config)
-    matched = fusion.budget != PAPER and not isinstance(fusion.budget, list)
-    arguments["fusion"] = counts
+    outline, arguments = _outline(config)
+    counts = _fusion(config, outline)
     size = outline.patch_embed.img_size
     if size[0] != size[1]:
         raise ConfigError(f"{config.model.name} takes {size[0]} x {size[1]} images; loaders make square ones")
-    return Setup(size[0], counts, tokens, matched, device, autocast, arguments)
+    if processes is None:
+        checks.check_memory(outline, device)
+        checks.check_files(config)
+        try_optimizer(config, device)
+    matched = config.fusion.budget != PAPER and not isinstance(config.fusion.budget, list)
+    return Setup(size[0], counts, outline.num_tokens, matched, device, autocast, {**arguments, "fusion": counts})
 
 
 def build_model(name: str, arguments: dict[str, Any]) -> Vim:
@@ -91,17 +86,18 @@ def build_model(name: str, arguments: dict[str, Any]) -> Vim:
 def augmentation(config: RunConfig) -> data.Augmentation:
     """Return what the recipe does to training images."""
     recipe = config.recipe
-    return data.Augmentation(
-        kind=recipe.augmentation,
-        crop_padding=recipe.crop_padding,
-        hflip=recipe.hflip,
-        auto_augment=recipe.auto_augment,
-        color_jitter=recipe.color_jitter,
-        random_erasing=recipe.random_erasing,
-        erasing_mode=recipe.erasing_mode,
-        interpolation=recipe.interpolation,
-        eval_crop=recipe.eval_crop,
-    )
+    with naming(AUGMENTATION):
+        return data.Augmentation(
+            kind=recipe.augmentation,
+            crop_padding=recipe.crop_padding,
+            hflip=recipe.hflip,
+            auto_augment=recipe.auto_augment,
+            color_jitter=recipe.color_jitter,
+            random_erasing=recipe.random_erasing,
+            erasing_mode=recipe.erasing_mode,
+            interpolation=recipe.interpolation,
+            eval_crop=recipe.eval_crop,
+        )
 
 
 def model_classes(config: RunConfig, found: int) -> int:
@@ -115,33 +111,23 @@ def model_classes(config: RunConfig, found: int) -> int:
     return classes
 
 
-def _check_cuda_graphs(config: RunConfig, device: torch.device) -> None:
-    if not config.trainer.cuda_graphs:
-        return
-    if not config.trainer.compile:
-        raise ConfigError("trainer.cuda_graphs=true records what was compiled; add trainer.compile=true, or leave it")
-    if device.type != "cuda":
-        raise ConfigError(f"trainer.cuda_graphs=true needs a CUDA device, this run is on {device.type}; leave it out")
-    if config.trainer.accumulation > 1:
-        # The gradients of one micro-batch are memory of the graph that the next one overwrites.
-        raise ConfigError(
-            f"trainer.cuda_graphs=true with trainer.accumulation={config.trainer.accumulation}: graphs cannot add up "
-            "gradients over micro-batches; leave one of them out"
-        )
+def _outline(config: RunConfig) -> tuple[Vim, dict[str, Any]]:
+    """Return the network without memory, and the arguments that make it."""
+    known = config.data.num_classes or data.num_classes_of(config.data.name)
+    classes = config.model.num_classes if known is None else model_classes(config, known)
+    arguments = _model_arguments(config, classes)
+    with naming(MODEL), torch.device("meta"):
+        return build_model(config.model.name, arguments), arguments
 
 
-def _check_model_name(name: str) -> None:
-    known = timm.list_models("vim_*")
-    if name not in known:
-        raise ConfigError(f"unknown model.name {name!r}{near_miss(name, known)}; allowed: {', '.join(known)}")
-
-
-def _check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
-    if backend == AUTO:
-        resolve(device.type, dtype)
-        return
-    with ops.use_backend(backend):
-        resolve(device.type, dtype)
+def _fusion(config: RunConfig, outline: Vim) -> tuple[int, ...]:
+    """Return the tokens that each layer removes."""
+    fusion = config.fusion
+    depth, tokens, protected = len(outline.layers), outline.num_tokens, outline.num_tokens - outline.num_patches
+    with naming(FUSION):
+        counts = schedule(fusion.strategy, depth, tokens, fusion.budget, fusion.layers, protected)
+        check_schedule(counts, depth, tokens, protected)
+    return counts
 
 
 def _model_arguments(config: RunConfig, classes: int | None) -> dict[str, Any]:
@@ -160,49 +146,3 @@ def _model_arguments(config: RunConfig, classes: int | None) -> dict[str, Any]:
         "fusion_place": fusion.place,
     }
     return {name: value for name, value in arguments.items() if value is not None}
-
-
-def _check_optimizer(name: str) -> None:
-    known = [str(optimizer) for optimizer in list_optimizers()]
-    if name not in known:
-        raise ConfigError(
-            f"unknown recipe.optimizer {name!r}{near_miss(name, known)}; timm.optim.list_optimizers() has all"
-        )
-
-
-def _check_batch(config: RunConfig, processes: int) -> None:
-    trainer = config.trainer
-    parts = processes * trainer.accumulation
-    if trainer.batch_size % parts:
-        near = max(parts, round(trainer.batch_size / parts) * parts)
-        raise ConfigError(
-            f"trainer.batch_size={trainer.batch_size} is not divisible by {processes} processes x "
-            f"trainer.accumulation={trainer.accumulation}; {near} is"
-        )
-    mixes = config.recipe.mixup > 0 or config.recipe.cutmix > 0
-    if mixes and trainer.batch_size // parts % 2:
-        raise ConfigError(
-            f"mixup and cutmix pair the images of a micro-batch, but {trainer.batch_size // parts} is odd; "
-            "choose an even trainer.batch_size, or recipe.mixup=0 recipe.cutmix=0"
-        )
-    if config.recipe.warmup_epochs >= trainer.epochs:
-        raise ConfigError(
-            f"recipe.warmup_epochs={config.recipe.warmup_epochs} leaves nothing of "
-            f"trainer.epochs={trainer.epochs}; choose fewer"
-        )
-
-
-def _check_files(config: RunConfig) -> None:
-    if config.resume not in ("auto", "never") and not Path(config.resume).is_file():
-        raise CheckpointError(
-            f"resume={config.resume} is no file{near_miss(config.resume, ('auto', 'never'))}; "
-            "allowed: auto, never, or a checkpoint of a run"
-        )
-    begun = (Path(config.run_dir) / "checkpoints").is_dir()
-    if config.init_from is not None and not begun and not Path(config.init_from).is_file():
-        raise CheckpointError(f"init_from={config.init_from} is no file; give a .safetensors file or a checkpoint")
-    folder = Path(config.run_dir).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"run_dir={config.run_dir} cannot be written: {folder} is not a writable folder")

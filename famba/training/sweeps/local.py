@@ -125,7 +125,7 @@ class _Pool:
         if summary is not None:
             self._sweep.finish(run, summary)
         elif self._stopped and status in _INTERRUPTED:
-            say(f"{run.name}: stopped, {last_error(going.log, going.log_from) or 'not saved'}")
+            say(f"{run.name}: {last_error(going.log, going.log_from) or 'stopped'}")
         else:
             ended = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
             self._sweep.fail(run, TrainingError(last_error(going.log, going.log_from) or ended), going.log)

@@ -10,6 +10,8 @@ _SHOWN = 20
 _TRACEBACK = "Traceback (most recent call last):"
 _EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(: |$)")
 
+_OURS = re.compile(r"^famba\.[\w.]+: ")  # the message says it all
+
 
 def last_error(path: Path, begin: int = 0) -> str:
     """Return the error with which a log ends, else its last line; "" for an empty one. It is read from byte `begin`."""
@@ -28,7 +30,7 @@ def exception_of(text: str) -> str:
     lines = text.rsplit(_TRACEBACK, 1)[-1].strip().splitlines()
     for index, line in enumerate(lines):
         if _EXCEPTION.match(line):
-            return "\n".join(lines[index : index + _SHOWN])
+            return "\n".join([_OURS.sub("", line), *lines[index + 1 : index + _SHOWN]])
     return lines[-1] if lines else ""
 
 

@@ -68,7 +68,7 @@ class Sweep:
     def fail(self, run: Run, error: Exception, log: Path) -> None:
         """Take down that a run failed, and say so."""
         self._errors[run.name] = RunFailedError(error, log)
-        say(f"{run.name}: {self._errors[run.name]}{self._progress()}")
+        say(f"{run.name}: failed{self._progress()}, {self._errors[run.name]}")
 
     def returns(self) -> list[JobReturn]:
         """Return what came of each run, as Hydra's sweepers take it."""
@@ -91,8 +91,8 @@ class RunFailedError(FambaError):
     """A run of a sweep that failed, and where it says more."""
 
     def __init__(self, error: Exception, log: Path) -> None:
-        known = isinstance(error, FambaError)
-        super().__init__(f"{'error' if known else type(error).__name__}: {error} ({short(log)} has more)")
+        kind = "error" if isinstance(error, FambaError) else type(error).__name__
+        super().__init__(f"{kind}: {error}\n    log: {short(log)}")
 
 
 class _Return(JobReturn):

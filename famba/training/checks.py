@@ -1,0 +1,149 @@
+"""Checks of a configuration that look at more than one value, or at the machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import timm
+import torch
+
+from famba import data, ops
+from famba.errors import BackendError, CheckpointError, ConfigError, near_miss
+from famba.models import Vim
+from famba.ops.registry import AUTO, ENVIRONMENT_VARIABLE, resolve
+from famba.training.config import RunConfig
+from famba.training.naming import DATA, naming
+
+_GIB = 2**30
+
+
+def check_cuda_graphs(config: RunConfig, device: torch.device) -> None:
+    """Raise ConfigError where a step cannot be recorded as graphs."""
+    if not config.trainer.cuda_graphs:
+        return
+    if not config.trainer.compile:
+        raise ConfigError("trainer.cuda_graphs=true records what was compiled; add trainer.compile=true, or leave it")
+    if device.type != "cuda":
+        raise ConfigError(f"trainer.cuda_graphs=true needs a CUDA device, this run is on {device.type}; leave it out")
+    if config.trainer.accumulation > 1:
+        # The gradients of one micro-batch are memory of the graph that the next one overwrites.
+        raise ConfigError(
+            f"trainer.cuda_graphs=true with trainer.accumulation={config.trainer.accumulation}: graphs cannot add up "
+            "gradients over micro-batches; leave one of them out"
+        )
+
+
+def check_model_name(name: str) -> None:
+    """Raise ConfigError for a name under which timm knows no Vim."""
+    known = timm.list_models("vim_*")
+    if name not in known:
+        raise ConfigError(f"unknown model.name {name!r}{near_miss(name, known)}; allowed: {', '.join(known)}")
+
+
+def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise BackendError where a backend is unknown, or does not serve this device and precision."""
+    try:
+        with nullcontext() if backend == AUTO else ops.use_backend(backend):
+            resolve(device.type, dtype)
+    except BackendError as error:
+        raise BackendError(f"{ENVIRONMENT_VARIABLE if backend == AUTO else 'ops.backend'}: {error}") from error
+
+
+def check_data(config: RunConfig) -> None:
+    """Raise ConfigError for what no data under this name can give."""
+    wanted = config.data
+    with naming(DATA):
+        data.check_request(
+            wanted.name,
+            wanted.root,
+            subset=wanted.subset,
+            val_fraction=wanted.val_fraction,
+            num_classes=wanted.num_classes,
+        )
+    known = data.training_images_of(wanted.name)
+    images = wanted.subset or known
+    if images is None:
+        return
+    left = images - data.held_out(images, wanted.val_fraction)
+    if config.trainer.batch_size > left:
+        raise ConfigError(
+            f"trainer.batch_size={config.trainer.batch_size} does not fit into the {left} training images that "
+            f"{wanted.name}, data.subset and data.val_fraction leave; choose {left} or fewer"
+        )
+
+
+def check_memory(outline: Vim, device: torch.device) -> None:
+    """Raise ConfigError where the weights and their gradients alone are more than all the memory of the device."""
+    parameters = sum(weight.numel() for weight in outline.parameters())
+    needed, there = 8 * parameters, _memory(device)
+    if needed > there:
+        raise ConfigError(
+            f"a model of {parameters:,} parameters needs {needed / _GIB:,.0f} GiB for its weights and gradients, "
+            f"{device} has {there / _GIB:,.0f} GiB; choose less of model.depth, model.embed_dim, model.d_state, "
+            "model.num_classes or data.image_size, or a larger model.patch_size"
+        )
+
+
+def _memory(device: torch.device) -> int:
+    """All the memory of a device, in bytes; that of the machine where torch does not tell the device's own."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_batch(config: RunConfig, processes: int) -> None:
+    """Raise ConfigError where a step cannot be dealt out to `processes` and micro-batches."""
+    trainer = config.trainer
+    parts = processes * trainer.accumulation
+    if trainer.batch_size % parts:
+        near = max(parts, round(trainer.batch_size / parts) * parts)
+        raise ConfigError(
+            f"trainer.batch_size={trainer.batch_size} is not divisible by {processes} processes x "
+            f"trainer.accumulation={trainer.accumulation}; {near} is"
+        )
+    mixes = config.recipe.mixup > 0 or config.recipe.cutmix > 0
+    if mixes and trainer.batch_size // parts % 2:
+        raise ConfigError(
+            f"mixup and cutmix pair the images of a micro-batch, but {trainer.batch_size // parts} is odd; "
+            "choose an even trainer.batch_size, or recipe.mixup=0 recipe.cutmix=0"
+        )
+
+
+def check_schedules(config: RunConfig) -> None:
+    """Raise ConfigError where the learning rate never leaves its warm-up."""
+    trainer = config.trainer
+    if config.recipe.warmup_epochs >= trainer.epochs:
+        raise ConfigError(
+            f"recipe.warmup_epochs={config.recipe.warmup_epochs} leaves nothing of "
+            f"trainer.epochs={trainer.epochs}; choose fewer"
+        )
+
+
+def check_files(config: RunConfig) -> None:
+    """Raise FambaError where a file that is named is missing, or the run folder cannot be written."""
+    with naming(DATA):
+        data.check_folder(config.data.name, config.data.root)
+    if config.resume not in ("auto", "never") and not _asked(Path.is_file, "resume", config.resume):
+        raise CheckpointError(
+            f"resume={config.resume} is no file{near_miss(config.resume, ('auto', 'never'))}; "
+            "allowed: auto, never, or a checkpoint of a run"
+        )
+    begun = _asked(Path.is_dir, "run_dir", f"{config.run_dir}/checkpoints")
+    if config.init_from is not None and not begun and not _asked(Path.is_file, "init_from", config.init_from):
+        raise CheckpointError(f"init_from={config.init_from} is no file; give a .safetensors file or a checkpoint")
+    folder = Path(config.run_dir).absolute()
+    while not _asked(Path.exists, "run_dir", str(folder)):
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"run_dir={config.run_dir} cannot be written: {folder} is not a writable folder")
+
+
+def _asked(question: Callable[[Path], bool], key: str, path: str) -> bool:
+    """Ask the file system about a path. Raises ConfigError for one that it cannot even look up, such as a long name."""
+    try:
+        return question(Path(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}={path} cannot be looked up ({error}); give another path") from error

@@ -1,0 +1,261 @@
+"""Files from elsewhere run no code and write nowhere else; secrets stay out of run folders."""
+
+from __future__ import annotations
+
+import ast
+import io
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from runs import TINY, run
+
+from famba.data.archives import unpack
+from famba.data.pickles import file_md5, read_pickles
+from famba.errors import CheckpointError, ConfigError, DataError, FambaError
+from famba.models import load_vim_checkpoint
+from famba.training import provenance
+from famba.training.compose import check_command, compose
+from famba.training.setup import prepare
+
+REPOSITORY = Path(__file__).parents[1]
+SOURCES = sorted(
+    [*REPOSITORY.glob("famba/**/*.py"), *REPOSITORY.glob("hydra_plugins/**/*.py"), REPOSITORY / "train.py"]
+)
+# The restricted unpickler, and what it is made of.
+UNPICKLES = REPOSITORY / "famba" / "data" / "pickles.py"
+
+
+class Hostile:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_the_hostile_pickle_works_where_nothing_stops_it(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Hostile(tmp_path / "ran")))
+    assert (tmp_path / "ran").is_dir()
+
+
+def by_torch(content: Any, path: Path) -> None:
+    torch.save(content, path)
+
+
+def by_pickle(content: Any, path: Path) -> None:
+    path.write_bytes(pickle.dumps(content))
+
+
+@pytest.mark.parametrize("write", [by_torch, by_pickle])
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
+def test_a_hostile_checkpoint_is_refused_and_its_code_does_not_run(
+    tmp_path: Path, write: Callable[[Any, Path], None], suffix: str
+) -> None:
+    path, marker = tmp_path / f"weights{suffix}", tmp_path / "ran"
+    write({"model": {"head.weight": Hostile(marker)}, "step": 1}, path)
+    model = timm.create_model("vim_micro_patch4_32", depth=1, embed_dim=16)
+    with pytest.raises(CheckpointError):
+        load_vim_checkpoint(model, path)
+    for key in ("resume", "init_from"):
+        with pytest.raises(FambaError):
+            run(tmp_path / f"run_{key}", f"{key}={path}")
+    assert not marker.exists()
+
+
+def test_a_hostile_checkpoint_in_the_run_folder_is_refused(tmp_path: Path) -> None:
+    marker, checkpoints = tmp_path / "ran", tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    by_torch({"format": 1, "model": Hostile(marker)}, checkpoints / "step_00000001.pt")
+    with pytest.raises(FambaError):
+        run(tmp_path / "run")
+    assert not marker.exists()
+
+
+def test_a_hostile_configuration_beside_weights_is_refused(tmp_path: Path) -> None:
+    model = timm.create_model("vim_micro_patch4_32", depth=2, embed_dim=16, d_state=2, patch_size=8, num_classes=10)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    marker = tmp_path / "ran"
+    (tmp_path / "config.yaml").write_text(f"model: !!python/object/apply:os.mkdir ['{marker}']\n")
+    with pytest.raises(CheckpointError, match=r"config\.yaml"):
+        run(tmp_path / "run", f"init_from={tmp_path / 'weights.pt'}")
+    assert not marker.exists()
+
+
+def test_a_hostile_cifar_pickle_is_refused_by_its_sum_and_by_what_it_asks_for(tmp_path: Path) -> None:
+    marker, path = tmp_path / "ran", tmp_path / "train"
+    by_pickle({"data": Hostile(marker), "fine_labels": []}, path)
+    with pytest.raises(DataError, match="not the published file"):
+        read_pickles(tmp_path, [("train", "0" * 32)], "fine_labels", 100)
+    with pytest.raises(DataError, match=r"it asks for posix\.mkdir"):
+        read_pickles(tmp_path, [("train", file_md5(path))], "fine_labels", 100)
+    assert not marker.exists()
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    found = tarfile.TarInfo(name)
+    found.type, found.linkname = kind, link
+    found.size = 4 if kind == tarfile.REGTYPE else 0
+    return found
+
+
+ESCAPES = {
+    "a folder above": [member("../escaped")],
+    "above, by way of below": [member("a/../../escaped")],
+    "a symbolic link": [member("link", tarfile.SYMTYPE, ".."), member("link/escaped")],
+    "an absolute symbolic link": [member("link", tarfile.SYMTYPE, "/"), member("link/tmp/escaped")],
+    "a hard link": [member("link", tarfile.LNKTYPE, "../outside")],
+    "a device": [member("device", tarfile.CHRTYPE)],
+    "a pipe": [member("pipe", tarfile.FIFOTYPE)],
+}
+
+
+@pytest.mark.parametrize("members", ESCAPES.values(), ids=ESCAPES)
+def test_nothing_in_an_archive_gets_out_of_its_folder(tmp_path: Path, members: list[tarfile.TarInfo]) -> None:
+    (tmp_path / "outside").write_text("safe")
+    with tarfile.open(tmp_path / "archive.tar.gz", "w:gz") as tar:
+        for item in members:
+            tar.addfile(item, io.BytesIO(b"evil") if item.isreg() else None)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    with pytest.raises(DataError, match="cannot be unpacked"):
+        unpack(tmp_path / "archive.tar.gz", folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["archive.tar.gz", "data", "outside"]
+    assert (tmp_path / "outside").read_text() == "safe"
+    assert not any(path.is_symlink() or path.is_fifo() or path.is_char_device() for path in folder.iterdir())
+
+
+def test_an_absolute_name_in_an_archive_lands_in_the_folder(tmp_path: Path) -> None:
+    target = tmp_path / "elsewhere"
+    with tarfile.open(tmp_path / "archive.tar", "w") as tar:
+        tar.addfile(member(str(target)), io.BytesIO(b"evil"))
+    unpack(tmp_path / "archive.tar", tmp_path / "data")
+    assert not target.exists()
+    assert (tmp_path / "data" / str(target).lstrip("/")).read_bytes() == b"evil"
+
+
+def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
+    (tmp_path / "archive.tar.gz").write_bytes(b"\x1f\x8bnothing")
+    with pytest.raises(DataError, match=r"archive\.tar\.gz cannot be unpacked .*fetch it again"):
+        unpack(tmp_path / "archive.tar.gz", tmp_path / "data")
+
+
+def test_a_python_that_cannot_unpack_safely_says_which_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(tarfile, "data_filter")
+    with pytest.raises(DataError, match=r"use 3\.10\.12"):
+        unpack(tmp_path / "archive.tar", tmp_path)
+
+
+@pytest.mark.parametrize("choice", ["../cifar10", "/etc/passwd", "..", "cifar10/../cifar100", "_base"])
+def test_a_choice_is_a_name_and_no_path(choice: str) -> None:
+    for group in ("data", "model", "experiment"):
+        with pytest.raises(ConfigError, match=f"unknown {group}"):
+            check_command([f"{group}={choice}"])
+
+
+SECRETS = {
+    "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
+    "HF_TOKEN": "hf_secretsecretsecretsecretsecret",
+    "AWS_SECRET_ACCESS_KEY": "aws/secret/secret/secret/secret",
+    "GITHUB_TOKEN": "ghp_secretsecretsecretsecretsecret",
+    "MY_PASSWORD": "correct-horse-battery",
+}
+REMOTE = "https://user:glpat-secretremote@example.org/x.git"
+
+
+@pytest.mark.slow
+def test_a_run_writes_no_secret_and_no_name_of_the_machine(tmp_path: Path) -> None:
+    for command in (["init", "-q"], ["remote", "add", "origin", REMOTE]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    command = [sys.executable, str(REPOSITORY / "train.py"), *TINY, "logger=wandb", "run_dir=run", "trainer.epochs=1"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, **SECRETS}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    forbidden = [*SECRETS.values(), "glpat-secretremote"]
+    if len(socket.gethostname()) > 5:  # a shorter one stands in compressed bytes by chance
+        forbidden.append(socket.gethostname())
+    texts = {"the terminal": (done.stdout + done.stderr).encode(), **{str(path): path.read_bytes() for path in files}}
+    leaks = [(secret, name) for name, text in texts.items() for secret in forbidden if secret.encode() in text]
+    assert not leaks
+
+
+ADDRESS = "https://user:hunter2@example.org/data"
+
+
+@pytest.mark.parametrize("key", ["data.root", "run_dir", "init_from", "resume", "logger.entity", "data.name"])
+def test_an_address_with_a_password_is_refused_without_repeating_it(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key} .*password") as caught:
+        prepare(compose([f"{key}='{ADDRESS}'"]))
+    assert "hunter2" not in str(caught.value)
+
+
+def test_provenance_keeps_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "seed=1", f"hydra.x={ADDRESS}", "data.root=https://token@example.org"]
+    )
+    kept = provenance.provenance(torch.device("cpu"), seed=1, world_size=1)["arguments"]
+    assert kept == ["seed=1", "hydra.x=https://***@example.org/data", "data.root=https://***@example.org"]
+
+
+def _calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def _given(call: ast.Call, name: str) -> Any:
+    return next((ast.unparse(item.value) for item in call.keywords if item.arg == name), None)
+
+
+UNSAFE = (
+    "pickle.load",
+    "pickle.loads",
+    "pickle.Unpickler",
+    "marshal.loads",
+    "shelve.open",
+    "joblib.load",
+    "eval",
+    "exec",
+)
+UNSAFE += (
+    "yaml.load",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "os.system",
+    "os.popen",
+    "tarfile.extract",
+    "shutil.unpack_archive",
+)
+UNSAFE += ("torch.hub.load", "torchvision_utils.extract_archive", "torchvision_utils.download_and_extract_archive")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_the_sources_call_nothing_that_runs_what_it_reads(path: Path) -> None:
+    for name, call in _calls(path):
+        assert name not in UNSAFE, f"line {call.lineno}: {name}"
+        if name == "torch.load":
+            assert _given(call, "weights_only") == "True", f"line {call.lineno}"
+        if name.endswith((".extractall", ".extract")):
+            assert _given(call, "filter") == "'data'", f"line {call.lineno}"
+        for keyword in ("allow_pickle", "trust_remote_code", "shell"):
+            assert _given(call, keyword) in (None, "False"), f"line {call.lineno}: {keyword}"
+    subclasses = [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and any("Unpickler" in ast.unparse(base) for base in node.bases)
+    ]
+    assert not subclasses or path == UNPICKLES

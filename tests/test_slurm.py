@@ -1,0 +1,222 @@
+"""Sweeps on a real Slurm, started on this machine for the tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from runs import TINY, metrics
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "local_slurm.sh"
+# Long enough to be stopped on the way: 180 steps and one evaluation.
+LONG = [*TINY, "trainer.epochs=60", "trainer.eval_every=1000", "fusion.budget=5", "trainer.device=cpu"]
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One Slurm for all processes of pytest; the last to leave stops it."""
+    absent = [name for name in ("munged", "slurmctld", "slurmd") if shutil.which(name, path="/usr/sbin:/sbin") is None]
+    if absent:
+        pytest.skip(f"Slurm is not installed: no {', '.join(absent)}; apt-get install slurm-wlm munge")
+    if os.getuid() != 0:
+        pytest.skip("Slurm's daemons need root")
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "slurm"
+    users, lock = shared.with_suffix(".users"), FileLock(shared.with_suffix(".lock"))
+    with lock:
+        count = int(users.read_text()) if users.exists() else 0
+        if count == 0:
+            subprocess.run([SCRIPT, "start", shared], check=True, stdout=subprocess.DEVNULL, timeout=60)
+        users.write_text(str(count + 1))
+    os.environ["SLURM_CONF"] = f"{shared}/slurm.conf"
+    yield
+    with lock:
+        count = int(users.read_text()) - 1
+        users.write_text(str(count))
+        if count == 0:
+            subprocess.run([SCRIPT, "stop", shared], check=True, timeout=60)
+
+
+class Sweep:
+    """A sweep's folder and the command that works on it."""
+
+    def __init__(self, folder: Path, *overrides: str) -> None:
+        self.folder = folder
+        self.command = [sys.executable, "train.py", "-m", *overrides, "hydra/launcher=slurm", f"run_dir={folder}"]
+        self.command += ["hydra.launcher.poll_s=0.5", "hydra.launcher.cpus_per_task=1"]
+
+    def start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def run(self, status: int = 0) -> str:
+        return finish(self.start(), status)
+
+    def job(self, name: str) -> str:
+        wait_for(lambda: (self.folder / "slurm" / "jobs.json").exists())
+        return json.loads((self.folder / "slurm" / "jobs.json").read_text())[name]
+
+    def logged(self, name: str) -> int:
+        path = self.folder / name / "metrics.jsonl"
+        return path.read_text().count("\n") if path.exists() else 0
+
+    def summary(self, name: str) -> dict[str, Any]:
+        return json.loads((self.folder / name / "summary.json").read_text())
+
+    def states(self) -> dict[str, str]:
+        return {
+            path.parent.name: self.summary(path.parent.name)["status"] for path in self.folder.glob("*/summary.json")
+        }
+
+    def processes(self, name: str) -> list[int]:
+        """The training processes of a run's job."""
+        job = self.job(name)
+        main, _, task = job.partition("_")
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                is_ours = f"{self.folder}/slurm\0" in (entry / "cmdline").read_text()
+                given = (entry / "environ").read_text().split("\0")
+            except OSError:
+                continue
+            mine = {f"SLURM_ARRAY_JOB_ID={main}", f"SLURM_ARRAY_TASK_ID={task}"} if task else {f"SLURM_JOB_ID={main}"}
+            # srun has the same arguments, but no step.
+            in_step = any(variable.startswith("SLURM_STEP_NUM_TASKS=") for variable in given)
+            if is_ours and in_step and mine <= set(given):
+                found.append(int(entry.name))
+        return found
+
+
+def finish(process: subprocess.Popen[str], status: int = 0) -> str:
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode == status, output
+    assert "Traceback" not in output
+    return output
+
+
+def wait_for(true: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_cancelled_job_is_saved_and_reported_and_the_same_command_goes_on(slurm: None, tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path / "sweep", *LONG, "fusion=none,upper", "seed=0,1")
+    names = ["fusion=none,seed=0", "fusion=none,seed=1", "fusion=upper,seed=0", "fusion=upper,seed=1"]
+    cancelled = names[2]
+    first = sweep.start()
+    wait_for(lambda: sweep.logged(cancelled) > 5)
+    send(signal.SIGSTOP, sweep.processes(cancelled))
+    subprocess.run(["scancel", sweep.job(cancelled)], check=True)
+    output = finish(first, status=2)
+    assert f"{cancelled}: failed" in output
+    assert "error: 1 of 4 runs failed" in output
+    assert sweep.states() == {name: "interrupted" if name == cancelled else "finished" for name in names}
+    stopped_at = sweep.summary(cancelled)["step"]
+    assert 5 < stopped_at < 180
+
+    assert "3 finished already" in sweep.run()
+    assert set(sweep.states().values()) == {"finished"}
+    log = (sweep.folder / cancelled / "train.log").read_text()
+    assert f"continuing after step {stopped_at}" in log
+    scripts = sorted((sweep.folder / "slurm").glob("*.sh"))
+    assert len(scripts) == 2
+
+    assert "sweep of 4 runs" in (output := sweep.run())
+    assert "4 finished already" in output
+    assert sorted((sweep.folder / "slurm").glob("*.sh")) == scripts, "nothing was submitted"
+
+
+def test_failing_and_killed_jobs_are_named_and_others_finish(slurm: None, tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path / "sweep", *LONG, "recipe.optimizer=sgd", "recipe.lr=0.004,0.005,1000")
+    started = sweep.start()
+    killed = "recipe.lr=0.005"
+    wait_for(lambda: sweep.logged(killed) > 5)
+    send(signal.SIGKILL, sweep.processes(killed))
+    output = finish(started, status=2)
+    assert "error: 2 of 3 runs failed" in output
+    assert "recipe.lr=1000: failed" in output
+    assert "the loss is" in output
+    assert f"{killed}: failed" in output
+    assert f"job {sweep.job(killed)} ended without a result" in output
+    assert sweep.states() == {"recipe.lr=0.004": "finished", killed: "running", "recipe.lr=1000": "failed"}
+
+
+def test_two_time_limits_give_the_weights_of_a_run_without(slurm: None, tmp_path: Path) -> None:
+    longer = [*LONG, "trainer.epochs=200", "fusion=upper"]
+    sweep = Sweep(tmp_path / "sweep", *longer, "hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=10")
+    started = sweep.start()
+    whole = subprocess.run(
+        [sys.executable, "train.py", *longer, f"run_dir={tmp_path}/whole"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert whole.returncode == 0, whole.stderr
+    # On its way a run is slowed down, not the others: most of the time it is stopped.
+    log = sweep.folder / "run" / "train.log"
+    restarts = 0
+    while restarts < 2:
+        assert started.poll() is None, finish(started)
+        before = sweep.logged("run")
+        time.sleep(0.02)
+        if sweep.logged("run") > before > 0:
+            processes = sweep.processes("run")
+            send(signal.SIGSTOP, processes)
+            time.sleep(1.5)
+            send(signal.SIGCONT, processes)
+        restarts = log.read_text().count("back in Slurm's queue") if log.exists() else 0
+    assert "waiting in Slurm again" in finish(started)
+    assert log.read_text().count("continuing after step") == 2
+    assert (sweep.folder / "run" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole/model.safetensors"
+    ).read_bytes()
+    assert metrics(sweep.folder / "run") == metrics(tmp_path / "whole")
+
+
+def send(number: signal.Signals, processes: list[int]) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process, number)
+
+
+def test_two_processes_that_are_preempted_train_to_the_same_weights(slurm: None, tmp_path: Path) -> None:
+    # The group is a name in a logger: two runs of the same settings.
+    sweep = Sweep(tmp_path / "sweep", *LONG, "fusion=upper", "logger.group=a,b", "hydra.launcher.tasks_per_node=2")
+    started = sweep.start()
+    wait_for(lambda: sweep.logged("logger.group=a") > 5)
+    processes = sweep.processes("logger.group=a")
+    assert len(processes) == 2
+    send(signal.SIGSTOP, processes)
+    subprocess.run(["scancel", "--signal=USR2", sweep.job("logger.group=a")], check=True)
+    send(signal.SIGCONT, processes)
+    output = finish(started)
+    assert "logger.group=a: waiting in Slurm again" in output
+    assert "logger.group=b: waiting in Slurm again" not in output
+    one, other = (sweep.folder / f"logger.group={group}" for group in "ab")
+    assert "continuing after step" in (one / "train.log").read_text()
+    assert sweep.summary("logger.group=a")["provenance"]["processes"] == 2
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert metrics(one) == metrics(other)

@@ -1,0 +1,139 @@
+"""`famba status` on folders of every kind."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from famba.analysis import status as looking
+from famba.cli import main as famba
+
+SUMMARY = {"status": "running", "top1": None, "epoch": 1, "epochs": 4, "step": 30, "steps": 120}
+
+
+def write_run(folder: Path, lines: list[dict[str, Any]], **changes: Any) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps({**SUMMARY, **changes}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "config.yaml").write_text("trainer: {batch_size: 20, eval_every: 1}\n")
+    return folder
+
+
+def train_line(step: int) -> dict[str, Any]:
+    return {"kind": "train", "step": step, "epoch": step // 30, "loss": 1.0, "images_per_s": 10.0}
+
+
+EPOCH = {"kind": "epoch", "step": 30, "epoch": 0, "test_top1": 12.5, "time_eval_s": 5.0, "images_per_s": 10.0}
+
+
+def states(folder: Path) -> dict[str, str]:
+    return {run.run: run.state for run in looking.status([folder])}
+
+
+def test_a_running_run_says_how_far_it_is_and_how_long_it_takes(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [EPOCH, train_line(45)])
+    with FileLock(run / ".lock"):
+        (found,) = looking.status([run])
+    assert (found.state, found.epoch, found.epochs, found.step, found.steps) == ("running", 1, 4, 45, 120)
+    assert found.top1 == 12.5
+    # 75 steps of 2 s, and 2.5 evaluations of 5 s.
+    assert found.seconds_left == pytest.approx(75 * 2 + 2.5 * 5)
+    assert found.updated == pytest.approx(time.time(), abs=60)
+
+
+def test_every_state_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for said in ("finished", "interrupted"):
+        write_run(tmp_path / said, [EPOCH], status=said, top1=30.0)
+    write_run(tmp_path / "failed", [EPOCH], status="failed", error="the loss is nan")
+    write_run(tmp_path / "stopped", [EPOCH])
+    held = write_run(tmp_path / "running", [EPOCH])
+    again = write_run(tmp_path / "again", [EPOCH], status="failed", error="before")
+    (tmp_path / "sweep.json").write_text(json.dumps({"runs": [{"folder": "later", "overrides": []}]}))
+    with FileLock(held / ".lock"), FileLock(again / ".lock"):
+        found = states(tmp_path)
+        assert famba(["status", str(tmp_path)]) == 0
+    named = {name: name for name in ("finished", "interrupted", "failed", "stopped", "running")}
+    assert found == {**named, "again": "running", "later": "not started"}
+    table = capsys.readouterr().out
+    assert "failed: the loss is nan" in table
+    assert "again: before" not in table
+    assert "30.00" in table
+    counts = "7 runs: 1 finished, 2 running, 1 interrupted, 1 stopped, 1 failed, 1 not started"
+    assert table.splitlines()[-1] == counts
+
+
+def test_jobs_that_wait_in_slurm_are_told_from_those_that_never_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sweep.json").write_text(
+        json.dumps({"runs": [{"folder": name, "overrides": []} for name in ("new", "gone", "never")]})
+    )
+    write_run(tmp_path / "requeued", [EPOCH], status="interrupted")
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "jobs.json").write_text('{"new": "7_0", "gone": "7_1", "requeued": "7_2"}')
+    monkeypatch.setattr(looking, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(looking.slurm, "queue", lambda: {"7_0": "PENDING", "7_2": "PENDING"})
+    assert states(tmp_path) == {
+        "new": "waiting",
+        "gone": "not started",
+        "never": "not started",
+        "requeued": "waiting",
+    }
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"status": 3}', "\x00\x00"])
+def test_a_damaged_summary_is_marked(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "good", [EPOCH], status="finished", top1=30.0)
+    write_run(tmp_path / "bad", [EPOCH])
+    (tmp_path / "bad" / "summary.json").write_text(text)
+    assert states(tmp_path) == {"bad": "damaged", "good": "finished"}
+    assert famba(["status", str(tmp_path)]) == 0
+    assert "summary.json is damaged" in capsys.readouterr().out
+
+
+def test_other_damage_leaves_the_rest_readable(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [EPOCH, train_line(40)])
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(b'{"kind": "train", "st\xff')
+    (run / "config.yaml").write_text("trainer: [")
+    (tmp_path / "sweep.json").write_text('{"runs": [3]}')
+    with FileLock(run / ".lock"):
+        (found,) = looking.status([tmp_path])
+    assert (found.run, found.state, found.step, found.top1) == ("run", "running", 40, 12.5)
+    assert found.seconds_left is None
+    for file in ("metrics.jsonl", "config.yaml"):
+        (run / file).unlink()
+    (found,) = looking.status([run])
+    assert (found.state, found.step, found.top1) == ("stopped", 30, None)
+
+
+def test_looking_takes_no_lock_and_leaves_nothing(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [])
+    before = sorted(run.iterdir())
+    looking.status([run])
+    assert sorted(run.iterdir()) == before
+    with FileLock(run / ".lock", timeout=0):
+        looking.status([run])
+    FileLock(run / ".lock", timeout=0).acquire().lock.release()
+
+
+def test_json_and_folders_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert famba(["status", str(tmp_path / "absent")]) == 2
+    assert "no run in" in capsys.readouterr().err
+    write_run(tmp_path / "run", [EPOCH], status="finished", top1=30.0)
+    assert famba(["status", "--json", str(tmp_path)]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["run"], found["state"], found["top1"]) == ("run", "finished", 30.0)
+
+
+def test_hundreds_of_runs_are_a_matter_of_a_second(tmp_path: Path) -> None:
+    for index in range(300):
+        write_run(tmp_path / f"run{index:03}", [EPOCH, *map(train_line, range(31, 120))])
+    began = time.perf_counter()
+    assert len(looking.status([tmp_path])) == 300
+    assert time.perf_counter() - began < 5
