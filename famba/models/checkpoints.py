@@ -24,7 +24,7 @@ _WEIGHT_KEYS = ("model", "state_dict")
 def read_file(path: str | Path) -> dict[str, Any]:
     """Read what a .pth or .safetensors file holds, without running any code that it may hold.
 
-    Raises CheckpointError where the file is missing, damaged (its seal, where it bears one, says so) or of another kind.
+    Raises CheckpointError where the file is missing, of another kind or damaged, as its seal tells where it bears one.
     """
     path = Path(path)
     if not path.is_file():

@@ -117,9 +117,11 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    def write(file: str) -> None:
-        torch.save({"format": FORMAT, **content}, file)
-        seal(file)
+    def write(name: str) -> None:
+        # Through a file of Python's, whose error says that a disk is full; torch's own does not.
+        with open(name, "wb") as file:
+            torch.save({"format": FORMAT, **content}, file)
+        seal(name)
 
     write_whole(path, write)
 

@@ -1,0 +1,159 @@
+"""Metrics reach their files whole, and a logger that fails ends no run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import TINY, run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from famba.errors import CheckpointError
+from famba.training import loggers
+from famba.training.compose import compose
+from famba.training.config import plain
+from famba.training.interrupts import Interrupted
+from famba.training.loggers import JsonLines, Metrics
+from famba.training.reporting import Progress
+from famba.training.run_folder import RunFolder
+
+
+def test_what_the_disk_refuses_is_written_with_the_next_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = JsonLines(tmp_path)
+    write = os.write
+    lines.log("train", 1, 0, {"loss": 1.0})
+    with monkeypatch.context() as patched:
+        # A disk that takes three more bytes, and then none.
+        room = [3]
+
+        def refuse(handle: int, data: bytes) -> int:
+            if not room[0]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            taken, room[0] = write(handle, data[: room[0]]), 0
+            return taken
+
+        patched.setattr(os, "write", refuse)
+        lines.log("train", 2, 0, {"loss": 2.0})
+        with pytest.raises(CheckpointError, match=r"metrics.jsonl: .*No space left"):
+            lines.sync()
+    lines.log("train", 3, 0, {"loss": 3.0})
+    lines.finish({})
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in written] == [1, 2, 3]
+
+
+def test_lines_from_two_threads_stay_whole(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path)
+    syncing = threading.Thread(target=lambda: [lines.sync() for _ in range(50)])
+    syncing.start()
+    for step in range(500):
+        lines.log("train", step, 0, {"loss": 0.5})
+    syncing.join()
+    lines.finish({})
+    written = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert written == list(range(500))
+
+
+def test_tensorboard_has_the_metrics_and_an_interruption_leaves_no_gap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Progress.step
+
+    def stop(self: Progress, done: int, epoch: int, loss: float | None) -> None:
+        original(self, done, epoch, loss)
+        if done == 4:
+            os.kill(os.getpid(), 15)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Progress, "step", stop)
+        with pytest.raises(Interrupted):
+            run(tmp_path, "logger=tensorboard")
+    run(tmp_path, "logger=tensorboard")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Scalars("epoch/test_top1")] == [3, 6]
+    assert "WARNING" not in (tmp_path / "train.log").read_text().replace("WARNING SIGTERM", "")
+
+
+def test_a_logger_that_is_not_installed_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    assert run(tmp_path, "logger=tensorboard", "trainer.max_steps=1")["status"] == "finished"
+    assert "tensorboard failed to start" in (tmp_path / "train.log").read_text()
+
+
+class FakeWandb:
+    """What wandb is asked for; every run's arguments, values and summary."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.steps: list[int] = []
+        self.finished = 0
+        self.summary: dict[str, Any] = {}
+
+    def init(self, **arguments: Any) -> FakeWandb:
+        self.asked.append(arguments)
+        return self
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.steps.append(step)
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+    fake = FakeWandb()
+    monkeypatch.setattr("wandb.init", fake.init)
+    return fake
+
+
+def test_wandb_goes_on_under_the_same_id(tmp_path: Path, wandb: FakeWandb) -> None:
+    run(tmp_path / "a", "logger=wandb", "logger.mode=online", "trainer.max_steps=2")
+    run(tmp_path / "a", "logger=wandb", "logger.mode=online")
+    run(tmp_path / "b", "logger=wandb", "logger.mode=online", "trainer.max_steps=1")
+    first, second, other = (asked["id"] for asked in wandb.asked)
+    assert first == second != other
+    assert [asked["resume"] for asked in wandb.asked] == ["allow"] * 3
+    assert wandb.finished == 3
+    assert wandb.summary["status"] == "finished"
+
+
+def test_runs_of_a_sweep_are_one_group(tmp_path: Path, wandb: FakeWandb) -> None:
+    sweep = tmp_path / "strategies"
+    sweep.mkdir()
+    (sweep / "sweep.json").write_text("{}")
+    run(sweep / "fusion=none", "logger=wandb", "trainer.max_steps=1")
+    run(tmp_path / "alone", "logger=wandb", "trainer.max_steps=1")
+    run(sweep / "named", "logger=wandb", "logger.group=mine", "trainer.max_steps=1")
+    assert [asked["group"] for asked in wandb.asked] == ["strategies", None, "mine"]
+
+
+def test_a_logger_that_does_not_come_to_its_end_is_left_behind(
+    tmp_path: Path, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(wandb, "finish", lambda: release.wait(60))
+    monkeypatch.setattr(loggers, "_FINISH_IN_HASTE_S", 0.2)
+    config = compose([*TINY, f"run_dir={tmp_path}", "logger=wandb"])
+    written = Metrics(RunFolder(tmp_path, writes=True), config.logger, plain(config), 0)
+    written.log("train", 1, 0, {"loss": 1.0})
+    written.finish({"status": "interrupted"})
+    release.set()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 1.0
+
+
+def test_only_the_main_process_has_loggers(tmp_path: Path, wandb: FakeWandb) -> None:
+    config = compose([*TINY, f"run_dir={tmp_path}", "logger=wandb"])
+    other = Metrics(RunFolder(tmp_path, writes=False), config.logger, plain(config), 0)
+    other.log("train", 1, 0, {"loss": 1.0})
+    other.sync()
+    other.finish({"status": "finished"})
+    assert not wandb.asked
+    assert not list(tmp_path.iterdir())
