@@ -9,20 +9,20 @@ each kind also as `python train.py ...` with ten seconds each. The exit status i
 from __future__ import annotations
 
 import argparse
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
 from config_fuzz import Case, Verdict, cases, fault, judge  # type: ignore[import-not-found]  # noqa: E402
-
-LIMIT_S = 10.0  # for a command
 
 
 def main() -> int:
@@ -31,13 +31,17 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=1000, help="how many in this process")
     parser.add_argument("--commands", type=int, default=20, help="how many also as a command")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=float, default=10.0, help="seconds that a command may take")
     options = parser.parse_args()
     drawn = cases(options.cases, options.seed)
     inside = [_in_folder(case, judge) for case in drawn]
     spread = drawn[:: max(1, len(drawn) // max(1, options.commands))][: options.commands]
-    outside = [_in_folder(case, _command) for case in spread]
+    outside = [_in_folder(case, partial(_command, limit_s=options.limit)) for case in spread]
     _report("in one process", inside)
     _report("as commands", outside)
+    if outside:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        print(f"each command took {(used.ru_utime + used.ru_stime) / len(outside):.1f} s of a processor on average")
     return int(any(verdict.fault for verdict in inside + outside))
 
 
@@ -50,15 +54,15 @@ def _in_folder(case: Case, run: Callable[[Case, Path], Verdict]) -> Verdict:
     return verdict
 
 
-def _command(case: Case, folder: Path) -> Verdict:
+def _command(case: Case, folder: Path, limit_s: float) -> Verdict:
     started = time.perf_counter()
     command = [sys.executable, str(REPOSITORY / "train.py"), *case.arguments]
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=LIMIT_S, check=False)  # noqa: S603
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=limit_s, check=False)  # noqa: S603
     except subprocess.TimeoutExpired:
-        return Verdict(case, "", LIMIT_S, f"runs longer than {LIMIT_S:.0f} s")
+        return Verdict(case, "", limit_s, f"runs longer than {limit_s:.0f} s")
     seconds = time.perf_counter() - started
-    return Verdict(case, done.stderr, seconds, fault(case, done.returncode, done.stderr, seconds, folder, LIMIT_S))
+    return Verdict(case, done.stderr, seconds, fault(case, done.returncode, done.stderr, seconds, folder, limit_s))
 
 
 def _report(where: str, verdicts: list[Verdict]) -> None:
