@@ -3,7 +3,7 @@
     python scripts/fuzz_config.py --cases 1000 --commands 20
 
 The cases come from the schema of the configuration (tests/config_fuzz.py). All run in this process, the first few of
-each kind also as `python train.py ...` with ten seconds each. The exit status is 1 where one ends otherwise.
+each kind also as `python train.py ...` with a limit of ten seconds. The exit status is 1 where one ends otherwise.
 """
 
 from __future__ import annotations
