@@ -176,6 +176,10 @@ REFUSED = [
     ([f"resume={'x' * 300}"], ConfigError, "resume=x.* cannot be looked up"),
     ([f"run_dir={'x' * 300}"], ConfigError, "run_dir=.* cannot be looked up"),
     (["trainer.epochs=[1,2"], ConfigError, "'trainer.epochs=[1,2' cannot be read"),
+    (["model=null"], ConfigError, "unknown model None; allowed: vim_b"),
+    (["experiment=null"], ConfigError, "unknown experiment None"),
+    (["--config-name=other"], ConfigError, "--config-name is not taken; add your own files by --config-dir"),
+    (["--experimental-rerun=run.pickle"], ConfigError, "--experimental-rerun is not taken"),
     (["fusion=none,upper"], ConfigError, "add -m for a run with each"),
     (["fusion"], ConfigError, "overrides look like fusion=upper"),
 ]
