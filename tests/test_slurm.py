@@ -140,12 +140,12 @@ def test_a_cancelled_job_is_saved_and_reported_and_the_same_command_goes_on(slur
     assert set(sweep.states().values()) == {"finished"}
     log = (sweep.folder / cancelled / "train.log").read_text()
     assert f"continuing after step {stopped_at}" in log
-    scripts = sorted((sweep.folder / "slurm").glob("*.sh"))
+    scripts = sorted((sweep.folder / "slurm").glob("[0-9]*.sh"))
     assert len(scripts) == 2
 
     assert "sweep of 4 runs" in (output := sweep.run())
     assert "4 finished already" in output
-    assert sorted((sweep.folder / "slurm").glob("*.sh")) == scripts, "nothing was submitted"
+    assert sorted((sweep.folder / "slurm").glob("[0-9]*.sh")) == scripts, "nothing was submitted"
 
 
 def test_failing_and_killed_jobs_are_named_and_others_finish(slurm: None, tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
-from famba.errors import BackendError, CheckpointError, ConfigError, FambaError
+from famba.errors import BackendError, CheckpointError, ConfigError, DataError, FambaError
 from famba.files import write_whole
 from famba.training import devices, setup
 from famba.training.compose import check_command, compose, groups
@@ -158,6 +159,27 @@ REFUSED = [
     (["data.std=[0,0,0]"], ConfigError, "data.std is 0"),
     (["recipe.optimizer=adamx"], ConfigError, "unknown recipe.optimizer 'adamx'"),
     (["recipe.auto_augment=rnd-m9"], ConfigError, "auto_augment"),
+    (["recipe.lr=nan"], ConfigError, "recipe.lr is nan: input should be a finite number"),
+    (["fusion.budget=inf"], ConfigError, "fusion.budget is inf: input should be a valid integer or a finite number"),
+    (["model.depth=10000"], ConfigError, "model.depth is 10000: input should be less than or equal to 512"),
+    (["model.depth=50", "model.embed_dim=16384"], ConfigError, "GiB for its weights .* choose less of model.depth"),
+    (["data.root=''"], ConfigError, "data.root is '': string should have at least 1 character"),
+    (["data.root=absent"], DataError, "data.root absent is no folder; give the one that holds the data"),
+    (["data=folder"], ConfigError, "data 'folder' needs data.root, the folder that holds"),
+    (["data.name=hf/x"], ConfigError, "data.name: data 'hf/x': unknown prefix, known are .*"),
+    (["data.num_classes=10"], ConfigError, "data.num_classes is 10, but cifar100 has 100 classes"),
+    (["data.subset=60000"], ConfigError, "data.subset is 60000, but must be from 1 to the 50000 training images"),
+    (["trainer.batch_size=60000"], ConfigError, "trainer.batch_size=60000 does not fit into the 50000 training images"),
+    (["data.subset=600", "data.val_fraction=0.2"], ConfigError, "does not fit into the 480 .* choose 480 or fewer"),
+    (["recipe.optimizer=adan"], ConfigError, "recipe.optimizer=adan does not work with this recipe here"),
+    (["recipe.auto_augment=rand-n1000000"], ConfigError, "recipe.auto_augment 'rand-n1000000' is no policy"),
+    ([f"resume={'x' * 300}"], ConfigError, "resume=x.* cannot be looked up"),
+    ([f"run_dir={'x' * 300}"], ConfigError, "run_dir=.* cannot be looked up"),
+    (["trainer.epochs=[1,2"], ConfigError, "'trainer.epochs=[1,2' cannot be read"),
+    (["model=null"], ConfigError, "unknown model None; allowed: vim_b"),
+    (["experiment=null"], ConfigError, "unknown experiment None"),
+    (["--config-name=other"], ConfigError, "--config-name is not taken; add your own files by --config-dir"),
+    (["--experimental-rerun=run.pickle"], ConfigError, "--experimental-rerun is not taken"),
     (["fusion=none,upper"], ConfigError, "add -m for a run with each"),
     (["fusion"], ConfigError, "overrides look like fusion=upper"),
 ]
@@ -167,7 +189,7 @@ REFUSED = [
 def test_what_cannot_work_is_refused_before_any_work(
     overrides: list[str], error: type[FambaError], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(error, match=message.replace("?", r"\?").replace("(", r"\(")):
+    with pytest.raises(error, match=re.sub(r"([?(\[])", r"\\\1", message)):
         check_command(overrides)
     assert not list(tmp_path.iterdir()), "no folder is made"
 

@@ -31,6 +31,8 @@ from famba.training.sweeps.names import register_resolvers, sweep_name
 _SHOWN = 200  # characters of an override that an error repeats
 _QUESTIONS = ("help", "hydra_help", "version", "cfg", "info", "shell_completion")
 _LAUNCHER = "hydra/launcher"
+# They would start what was not checked, the last one from a pickle, which can run any code.
+_UNCHECKED = ("config-name", "config-path", "experimental-rerun")
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,11 @@ class Command:
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> Command:
-        """Take a command line apart. Raises ConfigError for a --config-dir that is no folder."""
+        """Take a command line apart. Raises ConfigError for a --config-dir that is no folder, and for _UNCHECKED."""
         parsed = get_args_parser().parse_args(list(arguments))
+        for option in _UNCHECKED:
+            if getattr(parsed, option.replace("-", "_"), None) is not None:
+                raise ConfigError(f"--{option} is not taken; add your own files by --config-dir")
         folder = None if parsed.config_dir is None else Path(parsed.config_dir).absolute()
         if folder is not None and not folder.is_dir():
             raise ConfigError(f"--config-dir {parsed.config_dir} is no folder")
@@ -233,7 +238,7 @@ def _check_groups(overrides: Sequence[Override], own: Path | None) -> None:
         value = item.value()
         if item.key_or_group == _LAUNCHER:
             choices = sorted({*choices, *_other_launchers()})
-        if value is not None and value not in choices:
+        if value not in choices:
             raise ConfigError(
                 f"unknown {item.key_or_group} {value!r}{near_miss(str(value), choices)}; allowed: {', '.join(choices)}"
             )

@@ -230,7 +230,12 @@ def _explain(problems: list[Any]) -> list[str]:
     for problem in problems:
         start, reason = _start(problem)
         found.setdefault(start, []).append(reason)
-    return sorted(start + " or ".join(dict.fromkeys(reasons)) for start, reasons in found.items())
+    return sorted(start + _either(reasons) for start, reasons in found.items())
+
+
+def _either(reasons: list[str]) -> str:
+    first, *others = dict.fromkeys(reasons)
+    return " or ".join([first, *(other.removeprefix("input should be ") for other in others)])
 
 
 def _start(problem: Any) -> tuple[str, str]:

@@ -82,6 +82,8 @@ class _Pool:
 
     def run(self) -> None:
         """Start runs as places become free, until all are done. Raises Interrupted where asked to stop."""
+        each = f"{self._threads} thread{'s' if self._threads != 1 else ''}"
+        say(f"{len(self._places)} at once, each with {each}")
         with self._answering():
             while self._going or (self._waiting and not self._stopped):
                 self._pass_on()

@@ -84,17 +84,18 @@ def launch(launcher: FambaLauncher, job_overrides: Sequence[Sequence[str]], firs
 
 
 def queue() -> dict[str, str]:
-    """Return the state of each of the user's jobs that is waiting or running, by its id.
+    """Return the state of each of the user's jobs that waits or runs, by its id; HELD for one that waits in vain.
 
     Raises TrainingError where Slurm does not answer.
     """
-    command = ["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i|%T"]
+    command = ["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i|%T|%r"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)  # noqa: S603 - Slurm's own
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         raise TrainingError(f"squeue does not answer: {said.strip()}") from error
-    return dict(line.split("|", 1) for line in done.stdout.split() if "|" in line)
+    jobs = [line.split("|", 2) for line in done.stdout.splitlines() if line.count("|") >= 2]
+    return {job: "HELD" if state == "PENDING" and "held" in reason.lower() else state for job, state, reason in jobs}
 
 
 def remembered(folder: Path) -> dict[str, str]:
@@ -205,7 +206,10 @@ class _Watch:
         if state in (job.state, "COMPLETING"):
             return
         again = " again" if job.state == "RUNNING" else ""
-        words = {"PENDING": f"waiting in Slurm{again}", "RUNNING": "running"}
+        words = {
+            "PENDING": f"waiting in Slurm{again}",
+            "HELD": f"held back by Slurm until `scontrol release {job.id}`",
+        }
         say(f"{job.run.name}: {words.get(state, state.lower())}, job {job.id}")
         job.state = state
 
