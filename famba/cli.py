@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Hydra reads everything behind "train" itself, --help included.
         from famba.training.app import main as train
 
+        gc.freeze()  # as in train.py
         return train(arguments[1:])
     options = _parser().parse_args(arguments)
     try:

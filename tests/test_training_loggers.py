@@ -129,7 +129,7 @@ def test_runs_of_a_sweep_are_one_group(tmp_path: Path, wandb: FakeWandb) -> None
     sweep = tmp_path / "strategies"
     sweep.mkdir()
     (sweep / "sweep.json").write_text("{}")
-    run(sweep / "fusion=none", "logger=wandb", "trainer.max_steps=1")
+    run(sweep / "first", "logger=wandb", "trainer.max_steps=1")
     run(tmp_path / "alone", "logger=wandb", "trainer.max_steps=1")
     run(sweep / "named", "logger=wandb", "logger.group=mine", "trainer.max_steps=1")
     assert [asked["group"] for asked in wandb.asked] == ["strategies", None, "mine"]

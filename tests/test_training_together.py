@@ -12,9 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import TINY, metrics, run
+from runs import TINY, metrics
 
+from famba.errors import CheckpointError, ConfigError, TrainingError
 from famba.training import distributed, slurm
+from famba.training.checkpoint import check_same_run
 from famba.training.distributed import adopt_slurm, world_size
 
 MINUTE = 60.0
@@ -106,8 +108,11 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step_and_the_run_goes_on(
     stopped, whole = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("stopped", "whole"))
     assert stopped == whole
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
-    with pytest.raises(Exception, match=r"processes: 2 before, 1 now \(another number"):
-        run(tmp_path / "stopped", "trainer.max_steps=7", "trainer.epochs=3")
+
+
+def test_another_number_of_processes_is_refused_and_why() -> None:
+    with pytest.raises(CheckpointError, match=r"processes: 2 before, 1 now \(another number adds up gradients"):
+        check_same_run({"config": {}, "world_size": 2}, {}, 1)
 
 
 @pytest.fixture
@@ -156,5 +161,15 @@ def test_a_job_that_slurm_does_not_requeue_says_what_to_do(monkeypatch: pytest.M
     refusing.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "5")
-    with pytest.raises(Exception, match="does not requeue job 5: Requested operation is presently disabled. Submit"):
+    with pytest.raises(
+        TrainingError, match="does not requeue job 5: Requested operation is presently disabled. Submit"
+    ):
         slurm.requeue()
+
+
+@pytest.mark.usefixtures("no_ranks")
+@pytest.mark.parametrize("given", ["two", "0", "-1"])
+def test_a_world_size_that_is_no_number_of_processes_is_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", given)
+    with pytest.raises(ConfigError, match=f"WORLD_SIZE is '{given}'; torchrun sets it"):
+        world_size()

@@ -12,7 +12,9 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from famba import ops
@@ -47,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if {"--help", "-h"} & set(arguments):
             print(help_text(), end="")
         elif is_question(arguments):
-            _hydra_main(arguments)
+            _answer(arguments)
         else:
             together = world_size() > 1 and not {"-m", "--multirun"} & set(arguments)
             if together:
@@ -239,6 +241,13 @@ def _ours_or_warning(record: logging.LogRecord) -> bool:
 def _task(values: DictConfig) -> float:
     summary = train(parse(OmegaConf.to_container(values, resolve=True)), Path(HydraConfig.get().runtime.output_dir))  # type: ignore[arg-type]
     return summary["top1"]
+
+
+def _answer(question: list[str]) -> None:
+    try:
+        _hydra_main(question)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(str(error)) from error
 
 
 def _hydra_main(arguments: list[str]) -> None:

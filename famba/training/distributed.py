@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from famba.errors import TrainingError
+from famba.errors import ConfigError, TrainingError
 
 # Nodes that import from a busy file system come late; a collective waits for the slowest evaluation.
 _JOIN_TIMEOUT = timedelta(minutes=10)
@@ -66,9 +66,14 @@ class Process:
 
 
 def world_size() -> int:
-    """Processes that torchrun or srun started together; 1 without them."""
+    """Processes that torchrun or srun started together; 1 without them. Raises ConfigError where that is no number."""
     adopt_slurm()
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isdecimal() or int(given) < 1:
+        raise ConfigError(
+            f"WORLD_SIZE is {given!r}; torchrun sets it to the number of processes, take it out of the environment"
+        )
+    return int(given)
 
 
 def rank() -> int:

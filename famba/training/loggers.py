@@ -88,7 +88,7 @@ class WandbLogger:
             dir=folder.path,
             config=config,
             # Neither the checkout's remote, whose address may hold a token, nor the machine's names.
-            settings=wandb.Settings(silent=True, disable_git=True, disable_code=True, x_disable_meta=True),
+            settings=wandb.Settings(silent=True, host="", disable_git=True, disable_code=True, x_disable_meta=True),
         )
 
     def log(self, kind: str, step: int, epoch: int, values: dict[str, Any]) -> None:
