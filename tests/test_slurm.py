@@ -55,22 +55,30 @@ class Sweep:
     """A sweep's folder and the command that works on it."""
 
     def __init__(self, folder: Path, *overrides: str) -> None:
-        self.folder = folder
+        self.folder, self.output = folder, folder.with_name("output.txt")
         self.command = [sys.executable, "train.py", "-m", *overrides, "hydra/launcher=slurm", f"run_dir={folder}"]
         self.command += ["hydra.launcher.poll_s=0.5", "hydra.launcher.cpus_per_task=1"]
 
     def start(self) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            self.command,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        with open(self.output, "w") as output:
+            return subprocess.Popen(
+                self.command,
+                cwd=ROOT,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+
+    def finish(self, process: subprocess.Popen[str], status: int = 0) -> str:
+        process.wait(timeout=400)
+        output = self.output.read_text()
+        assert process.returncode == status, output
+        assert "Traceback" not in output
+        return output
 
     def run(self, status: int = 0) -> str:
-        return finish(self.start(), status)
+        return self.finish(self.start(), status)
 
     def job(self, name: str) -> str:
         wait_for(lambda: (self.folder / "slurm" / "jobs.json").exists())
@@ -107,14 +115,7 @@ class Sweep:
         return found
 
 
-def finish(process: subprocess.Popen[str], status: int = 0) -> str:
-    output, _ = process.communicate(timeout=280)
-    assert process.returncode == status, output
-    assert "Traceback" not in output
-    return output
-
-
-def wait_for(true: Callable[[], bool], seconds: float = 120) -> None:
+def wait_for(true: Callable[[], bool], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline
@@ -128,8 +129,12 @@ def test_a_cancelled_job_is_saved_and_reported_and_the_same_command_goes_on(slur
     first = sweep.start()
     wait_for(lambda: sweep.logged(cancelled) > 5)
     send(signal.SIGSTOP, sweep.processes(cancelled))
+    first.send_signal(signal.SIGINT)
+    assert "jobs stay in Slurm. The same command waits for them again" in sweep.finish(first, status=130)
+    second = sweep.start()
+    wait_for(lambda: f"{cancelled}: running" in sweep.output.read_text())
     subprocess.run(["scancel", sweep.job(cancelled)], check=True)
-    output = finish(first, status=2)
+    output = sweep.finish(second, status=2)
     assert f"{cancelled}: failed" in output
     assert "error: 1 of 4 runs failed" in output
     assert sweep.states() == {name: "interrupted" if name == cancelled else "finished" for name in names}
@@ -154,7 +159,7 @@ def test_failing_and_killed_jobs_are_named_and_others_finish(slurm: None, tmp_pa
     killed = "recipe.lr=0.005"
     wait_for(lambda: sweep.logged(killed) > 5)
     send(signal.SIGKILL, sweep.processes(killed))
-    output = finish(started, status=2)
+    output = sweep.finish(started, status=2)
     assert "error: 2 of 3 runs failed" in output
     assert "recipe.lr=1000: failed" in output
     assert "the loss is" in output
@@ -179,7 +184,7 @@ def test_two_time_limits_give_the_weights_of_a_run_without(slurm: None, tmp_path
     log = sweep.folder / "run" / "train.log"
     restarts = 0
     while restarts < 2:
-        assert started.poll() is None, finish(started)
+        assert started.poll() is None, sweep.finish(started)
         before = sweep.logged("run")
         time.sleep(0.02)
         if sweep.logged("run") > before > 0:
@@ -188,7 +193,7 @@ def test_two_time_limits_give_the_weights_of_a_run_without(slurm: None, tmp_path
             time.sleep(1.5)
             send(signal.SIGCONT, processes)
         restarts = log.read_text().count("back in Slurm's queue") if log.exists() else 0
-    assert "waiting in Slurm again" in finish(started)
+    assert "waiting in Slurm again" in sweep.finish(started)
     assert log.read_text().count("continuing after step") == 2
     assert (sweep.folder / "run" / "model.safetensors").read_bytes() == (
         tmp_path / "whole/model.safetensors"
@@ -212,7 +217,7 @@ def test_two_processes_that_are_preempted_train_to_the_same_weights(slurm: None,
     send(signal.SIGSTOP, processes)
     subprocess.run(["scancel", "--signal=USR2", sweep.job("logger.group=a")], check=True)
     send(signal.SIGCONT, processes)
-    output = finish(started)
+    output = sweep.finish(started)
     assert "logger.group=a: waiting in Slurm again" in output
     assert "logger.group=b: waiting in Slurm again" not in output
     one, other = (sweep.folder / f"logger.group={group}" for group in "ab")
