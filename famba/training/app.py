@@ -18,18 +18,17 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from famba import ops
-from famba.errors import CheckpointError, ConfigError, FambaError, TrainingError
+from famba.errors import ConfigError, FambaError, TrainingError
 from famba.ops.registry import AUTO, explain
 from famba.training import slurm
-from famba.training.checkpoint import differences
 from famba.training.compose import check_command, compose, config_dir, is_question, name_by_sweep
-from famba.training.config import RunConfig, parse, plain
+from famba.training.config import RunConfig, parse
 from famba.training.distributed import Process, part, start_process, world_size
 from famba.training.help import help_text
 from famba.training.interrupts import Interrupted, StopRequest
 from famba.training.loop import Training
 from famba.training.reporting import duration
-from famba.training.run_folder import RunFolder
+from famba.training.run_folder import RunFolder, finished
 from famba.training.setup import Setup, prepare
 from famba.training.watch import Watch
 
@@ -100,7 +99,7 @@ def train(config: RunConfig, run_dir: Path | None) -> dict[str, Any]:
 def _train_in(
     folder: RunFolder, config: RunConfig, setup: Setup, process: Process, stop: StopRequest, watch: Watch
 ) -> dict[str, Any]:
-    done = process.from_main(_finished(folder, config) if process.is_main else None)
+    done = process.from_main(finished(folder, config) if process.is_main else None)
     if done is not None:
         _log.info("%s is finished already (Top-1 %.2f %%)", folder.path, done["top1"])
         return done
@@ -178,27 +177,6 @@ def _announce(config: RunConfig, setup: Setup, folder: RunFolder) -> None:
     )
     precision = "float32" if setup.autocast is None else f"{str(setup.autocast).removeprefix('torch.')} autocast"
     _log.info("device %s, %s, ops by %s", setup.device, precision, explain(setup.device.type, setup.dtype))
-
-
-def _finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
-    """The summary of a run that is done in this folder, with the same settings; None where there is work left."""
-    summary = folder.summary
-    if config.resume == "never" and (summary is not None or folder.checkpoints.latest is not None):
-        raise ConfigError(
-            f"{folder.path} holds a run, which resume=never would overwrite; choose another run_dir, or resume=auto"
-        )
-    before = folder.config
-    if config.resume != "auto" or summary is None or summary["status"] != "finished" or before is None:
-        return None
-    changed = differences(before, plain(config))
-    if changed:
-        listed = "\n  ".join(changed)
-        raise CheckpointError(
-            f"{folder.path} holds a finished run with other settings:\n  {listed}\nChoose another run_dir"
-        )
-    goal = config.trainer.max_steps
-    longer = before["trainer"]["max_steps"] is not None and (goal is None or goal > summary["step"])
-    return None if longer else summary
 
 
 @contextmanager

@@ -11,13 +11,14 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from famba.errors import ConfigError
+from famba.errors import CheckpointError, ConfigError
 from famba.files import remove_unfinished, write_whole
-from famba.training.checkpoint import Checkpoints
+from famba.training.checkpoint import Checkpoints, differences
+from famba.training.config import RunConfig, plain
 
 METRICS = "metrics.jsonl"
 SWEEP = "sweep.json"
-_REQUEUED_S = 60.0
+_REQUEUED_S, _LOOKED_AT_S = 60.0, 0.5
 _log = logging.getLogger(__name__)
 
 
@@ -36,8 +37,9 @@ class RunFolder:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            # A job that Slurm requeued may start while a file system still holds the lock of its last start.
-            self._lock.acquire(timeout=_REQUEUED_S if "SLURM_RESTART_COUNT" in os.environ else 0)
+            # A job that Slurm requeued may start while a file system still holds the lock of its last start, and
+            # `famba status` holds it for an instant.
+            self._lock.acquire(timeout=_REQUEUED_S if "SLURM_RESTART_COUNT" in os.environ else _LOOKED_AT_S)
         except Timeout:
             raise ConfigError(
                 f"another run is writing to {self.path}; wait for it, or choose another run_dir"
@@ -101,6 +103,30 @@ class RunFolder:
         kept = [line for line in path.read_text().splitlines() if _is_before(line, step, epoch_ended)]
         text = "".join(f"{line}\n" for line in kept)
         write_whole(path, lambda file: Path(file).write_text(text))
+
+
+def finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
+    """Return the summary of a run that is done in this folder, with the same settings; None where there is work left.
+
+    Raises FambaError where the folder holds a run that this configuration may not continue, or damage.
+    """
+    summary = folder.summary
+    if config.resume == "never" and (summary is not None or folder.checkpoints.latest is not None):
+        raise ConfigError(
+            f"{folder.path} holds a run, which resume=never would overwrite; choose another run_dir, or resume=auto"
+        )
+    before = folder.config
+    if config.resume != "auto" or summary is None or summary["status"] != "finished" or before is None:
+        return None
+    changed = differences(before, plain(config))
+    if changed:
+        listed = "\n  ".join(changed)
+        raise CheckpointError(
+            f"{folder.path} holds a finished run with other settings:\n  {listed}\nChoose another run_dir"
+        )
+    goal = config.trainer.max_steps
+    longer = before["trainer"]["max_steps"] is not None and (goal is None or goal > summary["step"])
+    return None if longer else summary
 
 
 def _is_before(line: str, step: int, epoch_ended: bool) -> bool:

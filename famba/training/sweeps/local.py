@@ -123,7 +123,7 @@ class _Pool:
 
     def _conclude(self, going: _Going) -> None:
         run, status = going.run, going.process.returncode
-        summary = run.finished() if status == 0 else None
+        summary = run.done() if status == 0 else None
         if summary is not None:
             self._sweep.finish(run, summary)
         elif self._stopped and status in _INTERRUPTED:

@@ -15,7 +15,7 @@ from famba.errors import FambaError, TrainingError
 from famba.files import write_whole
 from famba.training.compose import run_config
 from famba.training.config import RunConfig
-from famba.training.run_folder import SWEEP, RunFolder
+from famba.training.run_folder import SWEEP, RunFolder, finished
 
 if TYPE_CHECKING:
     from hydra_plugins.famba_launchers import FambaLauncher
@@ -31,14 +31,12 @@ class Run:
     config: RunConfig
     values: DictConfig
 
-    def finished(self) -> dict[str, Any] | None:
+    def done(self) -> dict[str, Any] | None:
         """Return the summary where nothing is left to do.
 
         Raises FambaError where the folder holds something else, or damage.
         """
-        from famba.training.app import _finished
-
-        return _finished(RunFolder(self.folder, writes=False), self.config)
+        return finished(RunFolder(self.folder, writes=False), self.config)
 
 
 class Sweep:
@@ -49,7 +47,7 @@ class Sweep:
         setup_globals()
         self.runs = [_plan(launcher, overrides, first + index) for index, overrides in enumerate(job_overrides)]
         self.folder = Path(str(launcher.config.hydra.sweep.dir)).absolute()
-        self._results = {run.name: summary for run in self.runs if (summary := run.finished()) is not None}
+        self._results = {run.name: summary for run in self.runs if (summary := run.done()) is not None}
         self._errors: dict[str, Exception] = {}
         self.left = [run for run in self.runs if run.name not in self._results]
 

@@ -216,7 +216,7 @@ class _Watch:
     def _conclude(self, job: _Job) -> bool:
         """Take down what came of a job that left the queue; False where it may still be under way from the disk."""
         try:
-            summary = job.run.finished()
+            summary = job.run.done()
         except FambaError as error:
             self._sweep.fail(job.run, error, self._log(job, 0))
             return True
