@@ -161,9 +161,7 @@ def test_a_job_that_slurm_does_not_requeue_says_what_to_do(monkeypatch: pytest.M
     refusing.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "5")
-    with pytest.raises(
-        TrainingError, match="does not requeue job 5: Requested operation is .* disabled. Submit"
-    ):
+    with pytest.raises(TrainingError, match="does not requeue job 5: Requested operation is .* disabled. Submit"):
         slurm.requeue()
 
 

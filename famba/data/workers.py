@@ -16,6 +16,8 @@ from famba.errors import ConfigError, FambaError
 Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 Fetch: TypeAlias = Callable[[MicroBatch], Batch]
 
+_TIME_TO_SAVE_S = 60
+
 
 class _Fetching(Dataset[Any]):
     """Lets torch's workers call a fetch function with micro-batches as the "indices"."""
@@ -87,7 +89,7 @@ def _start(
         num_workers=workers,
         collate_fn=_unchanged,
         pin_memory=_pins(pin_memory),
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_leave_signals_to_parent,
         # Its own generator: the global one belongs to the training loop.
         generator=torch.Generator().manual_seed(worker_seed),
     )
@@ -112,10 +114,12 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _ignore_signals(_: int) -> None:
+def _leave_signals_to_parent(_: int) -> None:
     # Sent to the whole group by Ctrl-C or Slurm, they are for the training process, which ends its workers.
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    # By this one Python ends workers too, should one be left at its exit: not at once, but all the same.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_TIME_TO_SAVE_S))
 
 
 def _pins(pin_memory: bool) -> bool:

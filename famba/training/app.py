@@ -149,6 +149,8 @@ def _leave(training: Training, stopped: Interrupted) -> None:
     if goes_on:
         training.folder.release()
         slurm.wait_for_the_end(training.stop)
+    # Whoever started the processes may end all of them as soon as one ends.
+    training.process.wait_for_all()
 
 
 def _record_failure(folder: RunFolder, config: RunConfig, reason: str) -> dict[str, Any]:
@@ -197,7 +199,7 @@ def _logging(folder: RunFolder) -> Iterator[None]:
     handlers[0].setFormatter(logging.Formatter("%(message)s"))
     handlers[0].addFilter(lambda record: not hasattr(record, "file_only"))
     if folder.writes:
-        file = logging.FileHandler(folder.path / "train.log")
+        file = _LogFile(folder.path / "train.log")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(file)
     before = root.handlers, root.level
@@ -210,6 +212,18 @@ def _logging(folder: RunFolder) -> Iterator[None]:
         root.handlers, root.level = before
         for handler in handlers:
             handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """A log that a full disk cuts short without a word: the error that ends the run is told elsewhere."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Let the line go."""
+
+    def close(self) -> None:
+        """Close the file; what it could not take is let go."""
+        with suppress(OSError):
+            super().close()
 
 
 def _ours_or_warning(record: logging.LogRecord) -> bool:

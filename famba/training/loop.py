@@ -66,6 +66,8 @@ class Training:
         # A look at the loss makes a GPU wait, so it is looked at now and then there, and at every step on a CPU.
         self._look_every = 1 if self.device.type == "cpu" else config.trainer.log_every
         self._unseen: list[Tensor] = []
+        # Between two steps, the state is that of the step before; within the optimizer's it is of none.
+        self._sound = True
 
     def run(self) -> dict[str, Any]:
         """Train to the end and return the summary. Raises Interrupted once a requested stop is saved."""
@@ -146,14 +148,15 @@ class Training:
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if recipe.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(parameters, recipe.clip_grad, norm)
-        seen = self._look(epoch, loss, norm, lr)
+        seen = self._look(loss, norm)
+        self._sound = False
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
         if state.ema is not None:
             state.ema.update(state.model, state.step)
         state.step += 1
-        state.totals.epoch_open = True
+        state.totals.epoch_open = self._sound = True
         state.totals.add_step(data_s, time.perf_counter() - begin - data_s)
         if state.step % self.config.trainer.log_every == 0 and seen is not None:
             speed = self._images_per_s()
@@ -186,7 +189,7 @@ class Training:
             return self.forward.no_sync()
         return contextlib.nullcontext()
 
-    def _look(self, epoch: int, loss: Tensor, norm: Tensor, lr: float) -> tuple[float, float] | None:
+    def _look(self, loss: Tensor, norm: Tensor) -> tuple[float, float] | None:
         """Take the losses since the last look to the host.
 
         Returns loss and gradient norm of this step, or None where it is not yet time. Raises TrainingError for a loss
@@ -197,32 +200,37 @@ class Training:
         if next_step % self._look_every and next_step < self.total_steps and next_step % self.steps_per_epoch:
             return None
         norm_now, *losses = self.process.mean(torch.stack([norm.to(loss.dtype), *self._unseen])).tolist()
-        first = next_step - len(losses)
-        self._unseen.clear()
-        for step, value in enumerate(losses, start=first):
-            if not math.isfinite(value) or (not self.state.scaler.is_enabled() and not math.isfinite(norm_now)):
-                raise TrainingError(self._explain_loss(step, epoch, value, lr, norm_now))
-            self.state.totals.add_loss(value)
+        if not self.state.scaler.is_enabled() and not math.isfinite(norm_now):
+            self._unseen.clear()
+            raise TrainingError(self._explain_loss(next_step, losses[-1], norm_now))
+        self._count(losses, next_step, norm_now)
         return losses[-1], norm_now
 
     def _take_losses(self) -> None:
-        """Count the losses since the last look, so that a checkpoint holds them."""
+        """Count the losses since the last look: a checkpoint is to hold them, and none that is not finite."""
         if self._unseen:
-            for value in self.process.mean(torch.stack(self._unseen)).tolist():
-                self.state.totals.add_loss(value)
-            self._unseen.clear()
+            self._count(self.process.mean(torch.stack(self._unseen)).tolist(), self.state.step, None)
 
-    def _explain_loss(self, step: int, epoch: int, loss: float, lr: float, norm: float) -> str:
+    def _count(self, losses: list[float], last_step: int, norm: float | None) -> None:
+        self._unseen.clear()
+        for step, value in enumerate(losses, start=last_step - len(losses) + 1):
+            if not math.isfinite(value):
+                raise TrainingError(self._explain_loss(step, value, norm))
+            self.state.totals.add_loss(value)
+
+    def _explain_loss(self, step: int, loss: float, norm: float | None) -> str:
         kept = "no state before it is kept, since this is the first epoch"
         if self.state.is_finite():
             kept = f"the state before it is kept in {self._save()}"
             self.saver.wait()
         elif self._saved[0]:
             kept = f"the last good state is that of step {self._saved[0]}"
+        epoch = (step - 1) // self.steps_per_epoch
+        lr = self.state.optimizer.param_groups[0]["lr"]
+        gradient = "" if norm is None else f" and gradient norm {norm:.3g}"
         return (
-            f"the loss is {loss} at step {step + 1} (epoch {epoch + 1}), with learning rate {lr:.3g} and gradient norm "
-            f"{norm:.3g}; {kept}. In a new run_dir, a smaller recipe.lr, "
-            "recipe.clip_grad=1 or trainer.precision=fp32 may help"
+            f"the loss is {loss} at step {step} (epoch {epoch + 1}), with learning rate {lr:.3g}{gradient}; {kept}. "
+            "In a new run_dir, a smaller recipe.lr, recipe.clip_grad=1 or trainer.precision=fp32 may help"
         )
 
     # Between epochs
@@ -336,7 +344,10 @@ class Training:
         """Save the steps since the last checkpoint before an error ends the run."""
         try:
             self.saver.wait()
-            unsaved = self.folder.writes and self._place() != self._saved and not self._unseen
+            if self.process.world_size == 1:
+                with contextlib.suppress(RuntimeError):  # a device may be beyond answering
+                    self._take_losses()
+            unsaved = self.folder.writes and self._place() != self._saved and self._sound and not self._unseen
             if isinstance(error, CheckpointError) and (kept := self.folder.checkpoints.latest) is not None:
                 _log.warning("the last checkpoint is %s; the same command goes on from there", kept)
             if unsaved and not isinstance(error, CheckpointError) and self.state.is_finite():

@@ -1,0 +1,116 @@
+"""Runs that are killed, and runs whose whole group of processes is told to stop, go on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import TINY, run
+from torch import nn
+
+from famba.errors import TrainingError
+from famba.training import loop
+from famba.training.checkpoint import load
+
+ROOT = Path(__file__).parents[1]
+
+
+def kill_runs(*options: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "kill_runs.py"), "--json", *options],
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.stdout, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_runs_that_are_killed_end_as_one_that_nobody_killed() -> None:
+    outcome = kill_runs("--runs", "5")
+    assert outcome["differing"] == {}
+    assert sum(outcome["kills"].values()) >= 5
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_is_killed_end_within_a_minute_and_go_on() -> None:
+    outcome = kill_runs("--runs", "1", "--processes", "2", "--seed", "1")
+    assert outcome["differing"] == {}
+    assert sum(outcome["kills"].values()) >= 1
+    assert outcome["longest_end_s"] < 60
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_group_reaches_training_before_its_loaders_end(tmp_path: Path) -> None:
+    arguments = [*TINY, f"run_dir={tmp_path}", "recipe.augmentation=timm", "data.workers=2", "trainer.epochs=400"]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    metrics = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "stopped after step" in errors
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # no loader is left behind
+
+
+def test_no_checkpoint_holds_what_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where losses are looked at now and then, as on a GPU, a checkpoint that falls due looks first."""
+    calls = []
+
+    def broken(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        loss = nn.functional.cross_entropy(logits, targets)
+        return loss * float("nan") if len(calls) >= 2 else loss
+
+    start = loop.Training.__init__
+
+    def rarely(self: loop.Training, *arguments: Any) -> None:
+        start(self, *arguments)
+        self._look_every = 10
+
+    monkeypatch.setattr(loop, "create_loss", lambda recipe: broken)
+    monkeypatch.setattr(loop.Training, "__init__", rarely)
+    with pytest.raises(TrainingError, match="the loss is nan at step 2"):
+        run(tmp_path, "trainer.save_every_min=1e-9", "trainer.log_every=10")
+    kept = [load(path) for path in (tmp_path / "checkpoints").glob("step_*.pt")]
+    assert [content["step"] for content in kept] == [1]
+    assert all(torch.isfinite(value).all() for value in kept[0]["model"].values())
+
+
+def test_an_error_within_the_optimizer_leaves_no_checkpoint_of_half_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, calls = torch.optim.AdamW.step, []
+
+    def fail(self: torch.optim.AdamW, *arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            for group in self.param_groups:
+                group["params"][0].data.add_(1.0)
+            raise MemoryError("no memory for the rest")
+        return step(self, *arguments, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim.AdamW, "step", fail)
+        with pytest.raises(TrainingError, match="out of memory"):
+            run(tmp_path / "parts")
+    assert not (tmp_path / "parts" / "checkpoints").exists(), "the first checkpoint was not due"
+    run(tmp_path / "parts")
+    run(tmp_path / "whole")
+    parts, whole = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("parts", "whole"))
+    assert parts == whole
