@@ -67,7 +67,7 @@ def _wait_for_share(folder: Path, share: float, driver: subprocess.Popen[bytes])
 
 
 def _only(folder: Path) -> Path:
-    (path,) = folder.glob("*/.lock")
+    (path,) = folder.glob("*/summary.json")
     return path.parent
 
 
