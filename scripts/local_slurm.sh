@@ -103,9 +103,11 @@ start() {
     # By force: only root has to reach the socket, others need not.
     munged --force --socket="$dir/munge.socket" --key-file="$dir/munge.key" --pid-file="$dir/munged.pid" \
         --log-file="$dir/munged.log" --seed-file="$dir/munge.seed" >&2
-    slurmctld -f "$dir/slurm.conf" >&2
-    slurmd -f "$dir/slurm.conf" >&2
+    # In the environment of every process that a job starts, by which stop finds them.
     export SLURM_CONF=$dir/slurm.conf
+    # Jobs of an earlier start are not taken up again.
+    slurmctld -c -f "$SLURM_CONF" >&2
+    slurmd -c -f "$SLURM_CONF" >&2
     local try
     for try in {1..100}; do
         if [[ $(sinfo --noheader --format=%t 2>/dev/null) == idle ]]; then
@@ -122,8 +124,13 @@ start() {
 stop() {
     local dir=$1 name pid
     if runs "$dir/slurmctld.pid"; then
-        SLURM_CONF=$dir/slurm.conf scancel --user="$(id -un)" --signal=KILL --full 2>/dev/null || true
-        SLURM_CONF=$dir/slurm.conf scancel --user="$(id -un)" 2>/dev/null || true
+        export SLURM_CONF=$dir/slurm.conf
+        scancel --user="$(id -un)" --signal=KILL --full 2>/dev/null || true
+        scancel --user="$(id -un)" 2>/dev/null || true
+        for _ in {1..50}; do
+            [[ -n $(squeue --noheader 2>/dev/null) ]] || break
+            sleep 0.2
+        done
     fi
     for name in slurmctld slurmd munged; do
         runs "$dir/$name.pid" || continue
@@ -134,6 +141,12 @@ stop() {
             sleep 0.1
         done
         kill -KILL "$pid"
+    done
+    # Without slurmd, what it left behind would wait for it for ever.
+    for pid in $(pgrep -x slurmstepd); do
+        if tr '\0' '\n' <"/proc/$pid/environ" | grep -qxF "SLURM_CONF=$dir/slurm.conf"; then
+            kill -KILL "$pid"
+        fi
     done
 }
 
