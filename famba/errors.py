@@ -33,6 +33,10 @@ class CheckpointError(FambaError):
     """A checkpoint that is missing, damaged, foreign or of another model."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint that is not what was written: cut off, or changed since."""
+
+
 class BackendError(FambaError, RuntimeError):
     """A backend that is unknown or cannot be used here."""
 

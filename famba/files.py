@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import struct
-import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,23 +25,19 @@ def write_whole(path: Path, write: Callable[[str], object]) -> None:
 
     Raises CheckpointError where the disk refuses; the old file is then still there.
     """
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_TEMPORARY}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY)
-        os.close(handle)
-        write(temporary)
-        _sync(Path(temporary))
-        os.chmod(temporary, 0o644)
+        temporary.touch(exist_ok=False)
+        write(str(temporary))
+        _sync(temporary)
         os.replace(temporary, path)
         with contextlib.suppress(OSError):  # not every file system syncs folders
             _sync(path.parent)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError where a disk is full
         raise CheckpointError(f"cannot write {path}: {_reason(error)}; the file before it is unharmed") from error
     finally:
-        if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -79,7 +79,7 @@ def main() -> int:
         if options.out is None:
             shutil.rmtree(folder)
     print(json.dumps(outcome) if options.json else _told(outcome))
-    return 1 if outcome["differing"] or outcome["runs"] != options.runs else 0
+    return 1 if outcome["differing"] or not outcome["kills"] else 0
 
 
 def _kill_all(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -188,6 +188,10 @@ class Run:
         return {
             "weights": (self.folder / "model.safetensors").read_bytes(),
             "averaged weights": {name: value.numpy().tobytes() for name, value in content["ema"].items()},
+            "selected weights": {
+                name: value.numpy().tobytes()
+                for name, value in load(self.folder / "checkpoints" / "best.pt")["model"].items()
+            },
             "metrics": lines,
             "summary": {key: summary.get(key) for key in _RESULTS},
             "files": sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*")),

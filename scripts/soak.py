@@ -42,6 +42,9 @@ def main() -> int:
         family = _family(training.pid)
         training.send_signal(signal.SIGTERM)
         status = training.wait(timeout=300)
+    if not samples:
+        print(f"ended with status {status} before it began to train; see {options.out / 'output.log'}")
+        return 1
     print(f"ended with status {status} after {samples[-1]['seconds'] / 3600:.2f} h, {samples[-1]['step']} steps")
     left = [pid for pid in family if Path(f"/proc/{pid}").exists()]
     return 0 if _judge(samples, _epochs(run_dir), left) and status == 128 + signal.SIGTERM else 1

@@ -20,7 +20,7 @@ from runs import metrics, run
 from famba.errors import CheckpointError
 from famba.files import read_seal, remove_unfinished, seal, sha256, write_whole
 from famba.models.checkpoints import read_file
-from famba.training import loop
+from famba.training import checkpoint, loop
 from famba.training.checkpoint import Checkpoints, load
 from famba.training.saving import Saver, on_host
 
@@ -258,3 +258,45 @@ def test_saving_blocks_training_for_a_small_part_of_the_write(tmp_path: Path) ->
     saver.save(content, slow)
     assert saver.blocked_s < 0.5
     saver.wait()
+
+
+def test_a_disk_that_does_not_answer_is_no_damage(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **named: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*Input/output error; try again"):
+        Checkpoints(trained / "checkpoints").find_last()
+    assert not list(trained.rglob("*.damaged"))
+
+
+def test_another_format_is_refused_at_once(tmp_path: Path) -> None:
+    for step in (1, 2):
+        torch.save({"format": 3, "step": step}, tmp_path / f"step_0000000{step}.pt")
+        seal(tmp_path / f"step_0000000{step}.pt")
+    with pytest.raises(CheckpointError, match=r"step_00000002.pt has format 3, this release reads 2; use the release"):
+        Checkpoints(tmp_path).find_last()
+
+
+def test_a_selected_checkpoint_that_cannot_be_written_is_selected_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out = ("data.val_fraction=0.25", "data.subset=96")
+    write, calls = checkpoint.write_whole, []
+
+    def refuse_once(path: Path, do: Any) -> None:
+        if path.name == "best.pt":
+            calls.append(1)
+            if len(calls) == 1:
+                raise CheckpointError("no space")
+        write(path, do)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write_whole", refuse_once)
+        with pytest.raises(CheckpointError, match="no space"):
+            run(tmp_path / "parts", *held_out)
+    parts, whole = (run(tmp_path / name, *held_out) for name in ("parts", "whole"))
+    assert parts["selected"] == whole["selected"]
+    assert "top1" in parts["selected"]
+    one, other = (load(tmp_path / name / "checkpoints" / "best.pt")["model"] for name in ("parts", "whole"))
+    assert all(torch.equal(one[name], other[name]) for name in one)

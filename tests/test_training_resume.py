@@ -224,3 +224,58 @@ def test_init_from_takes_weights_and_a_new_classifier(tmp_path: Path) -> None:
     assert other["head.weight"].shape[0] == 20
     assert all(torch.equal(start[name], other[name]) for name in start if not name.startswith("head."))
     shutil.rmtree(tmp_path / "a")
+
+
+def test_the_same_command_with_a_named_checkpoint_goes_on_where_it_stopped(tmp_path: Path, stop_after: Any) -> None:
+    run(tmp_path / "whole")
+    run(tmp_path / "begun", "trainer.max_steps=2")
+    begun = f"resume={tmp_path}/begun/checkpoints/step_00000002.pt"
+    stop_after(4)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "other", begun)
+    stop_after(-1)
+    run(tmp_path / "other", begun)
+    assert "continuing after step 4" in (tmp_path / "other" / "train.log").read_text()
+    whole, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "other"))
+    assert whole == other
+
+
+def test_a_job_that_slurm_starts_again_goes_on_whatever_it_was_told_first(
+    tmp_path: Path, stop_after: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_after(2)
+    with pytest.raises(Interrupted):
+        run(tmp_path, "resume=never")
+    stop_after(-1)
+    with pytest.raises(ConfigError, match="resume=never would overwrite"):
+        run(tmp_path, "resume=never")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run(tmp_path, "resume=never")["status"] == "finished"
+    assert "continuing after step 2" in (tmp_path / "train.log").read_text()
+
+
+def test_a_stop_is_answered_between_epochs_without_evaluation(tmp_path: Path, stop_after: Any) -> None:
+    stop_after(3)
+    with pytest.raises(Interrupted, match="stopped after step 3 of 6"):
+        run(tmp_path, "trainer.eval_every=1000")
+
+
+@pytest.mark.parametrize("name", ["summary.json", "config.yaml"])
+@pytest.mark.parametrize("content", [b"{}", b"[]", b"\xff\xfe", b""])
+def test_a_damaged_small_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    run(tmp_path, "trainer.max_steps=1")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{name} is damaged .*remove it, or choose another run_dir"):
+        run(tmp_path, "trainer.max_steps=1")
+
+
+def test_a_line_of_metrics_that_is_no_text_is_dropped(tmp_path: Path, stop_after: Any) -> None:
+    stop_after(2)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "damaged")
+    stop_after(-1)
+    with open(tmp_path / "damaged" / "metrics.jsonl", "ab") as file:
+        file.write(b"\xff\xfe{")
+    run(tmp_path / "damaged")
+    run(tmp_path / "whole")
+    assert metrics(tmp_path / "damaged") == metrics(tmp_path / "whole")

@@ -17,7 +17,7 @@ from runs import TINY, metrics
 from famba.errors import CheckpointError, ConfigError, TrainingError
 from famba.training import distributed, slurm
 from famba.training.checkpoint import check_same_run
-from famba.training.distributed import adopt_slurm, world_size
+from famba.training.distributed import adopt_slurm, connect, world_size
 
 MINUTE = 60.0
 # Lets the process of a rank do something once a number of steps is done.
@@ -34,29 +34,29 @@ def step(self, done, epoch, loss):
     if done == 2:
         {action}
 
-if os.environ["RANK"] == "1":
+if os.environ["RANK"] == "{rank}":
     Progress.step = step
 sys.exit(main(sys.argv[1:]))
 """
 
 
-def start(action: str, folder: Path, *overrides: str) -> list[subprocess.Popen[str]]:
-    """Start two processes that train together; `action` is what the second does after two steps."""
+def start(action: str, folder: Path, *overrides: str, rank: int = 1) -> list[subprocess.Popen[str]]:
+    """Start two processes that train together; `action` is what that of `rank` does after two steps."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     shared["OMP_NUM_THREADS"] = "1"
-    command = [sys.executable, "-c", PROGRAM.format(action=action), *TINY, f"run_dir={folder}", *overrides]
+    command = [sys.executable, "-c", PROGRAM.format(action=action, rank=rank), *TINY, f"run_dir={folder}", *overrides]
     return [
         subprocess.Popen(
             command,
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**shared, "RANK": str(number), "LOCAL_RANK": str(number)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for number in range(2)
     ]
 
 
@@ -81,18 +81,20 @@ def test_an_error_of_one_process_ends_all_with_that_error(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
-    main, other = start("os.kill(os.getpid(), signal.SIGSTOP)", tmp_path)
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_process_that_is_frozen_is_not_waited_for(tmp_path: Path, frozen: int) -> None:
+    processes = start("os.kill(os.getpid(), signal.SIGSTOP)", tmp_path, rank=frozen)
     try:
         wait_for_step(tmp_path, 2)
-        _, errors = main.communicate(timeout=MINUTE)
+        _, errors = processes[1 - frozen].communicate(timeout=MINUTE)
     finally:
-        other.kill()
-        other.communicate()
-    assert main.returncode == 1
-    assert "lost process 1 of 2" in (tmp_path / "train.log").read_text()
-    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "failed"
-    assert not errors.count("Traceback")
+        processes[frozen].kill()
+        processes[frozen].communicate()
+    assert processes[1 - frozen].returncode == 1
+    assert "Traceback" not in errors
+    if frozen == 1:
+        assert "lost process 1 of 2" in (tmp_path / "train.log").read_text()
+        assert json.loads((tmp_path / "summary.json").read_text())["status"] == "failed"
 
 
 @pytest.mark.slow
@@ -171,3 +173,10 @@ def test_a_world_size_that_is_no_number_of_processes_is_refused(given: str, monk
     monkeypatch.setenv("WORLD_SIZE", given)
     with pytest.raises(ConfigError, match=f"WORLD_SIZE is '{given}'; torchrun sets it"):
         world_size()
+
+
+@pytest.mark.usefixtures("no_ranks")
+def test_processes_without_a_place_to_meet_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 2, but MASTER_ADDR=None and MASTER_PORT=None name no place"):
+        connect("group")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from famba.errors import CheckpointError
+from famba.errors import CheckpointError, DamagedError
 from famba.files import read_seal
 from famba.models.vim import CLS_POSITIONS, Vim, check_choice
 
@@ -31,7 +31,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"no checkpoint at {path}; give a .pth, .pt or .safetensors file")
     try:
         if read_seal(path) is False:
-            raise CheckpointError(f"{path} is damaged: it is not what was written (its SHA-256 differs)")
+            raise DamagedError(f"{path} is damaged: it is not what was written (its SHA-256 differs)")
         if path.suffix == ".safetensors":
             return load_file(path)
         # The official files hold their command line's namespace beside the weights.
@@ -39,6 +39,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
+    except (OSError, MemoryError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error or type(error).__name__}; try again") from error
     except Exception as error:  # parsers raise whatever a damaged file leads them to
         raise CheckpointError(
             f"{path} is truncated or no checkpoint ({type(error).__name__}); fetch or save it again"

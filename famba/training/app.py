@@ -13,6 +13,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -33,6 +34,7 @@ from famba.training.setup import Setup, prepare
 from famba.training.watch import Watch
 
 _log = logging.getLogger(__name__)
+_STALLED_STARTS = 3
 _FILE_ONLY = {"file_only": True}  # the terminal gets the error from the command itself
 
 
@@ -112,7 +114,7 @@ def _train_in(
             summary = training.run()
     except Interrupted as stopped:
         assert training is not None
-        _leave(training, stopped)
+        _leave(training, stopped, (known or {}).get("stalled_starts", 0))
         raise
     except Exception as error:
         reason = str(watch.explained(error))
@@ -133,19 +135,26 @@ def _train_in(
     return summary
 
 
-def _leave(training: Training, stopped: Interrupted) -> None:
-    """Go back to Slurm's queue where it gave notice, and close the loggers."""
+def _leave(training: Training, stopped: Interrupted, stalled: int) -> None:
+    """Go back to Slurm's queue where it gave notice, and close the loggers.
+
+    stalled: starts before this one, in a row, that came to their end without a step or an evaluation.
+    """
     _log.info("%s", stopped, extra=_FILE_ONLY)
     goes_on = stopped.on_notice and slurm.in_job()
+    summary = training.summary("interrupted")
     if goes_on and not training.has_progressed:
-        raise TrainingError(
-            f"{stopped.args[0]}. It is not requeued: Slurm gave notice before a step or an evaluation was done, "
-            "and would again; raise the job's time limit"
-        )
+        stalled += 1
+        training.folder.write_summary({**summary, "stalled_starts": stalled})
+        if stalled >= _STALLED_STARTS:
+            raise TrainingError(
+                f"{stopped.args[0]}. It is not requeued: {stalled} starts in a row were stopped before a step or an "
+                "evaluation was done; raise the job's time limit"
+            )
     if goes_on and training.process.is_main:
         slurm.requeue()
         _log.info("back in Slurm's queue")
-    training.metrics.finish(training.summary("interrupted"))
+    training.metrics.finish(summary)
     if goes_on:
         training.folder.release()
         slurm.wait_for_the_end(training.stop)
@@ -155,8 +164,10 @@ def _leave(training: Training, stopped: Interrupted) -> None:
 
 def _record_failure(folder: RunFolder, config: RunConfig, reason: str) -> dict[str, Any]:
     """Write that the run failed and why into its summary; return that."""
-    named = {"model": config.model.name, "strategy": config.fusion.strategy}
-    failed = {**(folder.summary or named), "status": "failed", "error": reason}
+    failed: dict[str, Any] = {"model": config.model.name, "strategy": config.fusion.strategy}
+    with suppress(FambaError):
+        failed = folder.summary or failed
+    failed = {**failed, "status": "failed", "error": reason}
     with suppress(FambaError):
         folder.write_summary(failed)
     return failed
@@ -243,5 +254,19 @@ def _answer(question: list[str]) -> None:
 
 
 def _hydra_main(arguments: list[str]) -> None:
+    """Let Hydra compose the configuration and do the run, or the runs of a sweep. Raises what the run raised."""
+    errors: list[Exception] = []
+
+    def task(values: DictConfig) -> float | None:
+        try:
+            return _task(values)
+        except Exception as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise  # the sweep goes on with its other runs
+            errors.append(error)  # Hydra would print a line of its own above it
+            return None
+
     sys.argv[1:] = arguments
-    hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(_task)()
+    hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(task)()
+    if errors:
+        raise errors[0]

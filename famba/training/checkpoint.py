@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from famba.errors import CheckpointError
+from famba.errors import CheckpointError, DamagedError
 from famba.files import read_seal, remove_unfinished, seal, write_whole
 from famba.models.checkpoints import read_file
 from famba.training.config import flatten
@@ -46,9 +46,12 @@ class Checkpoints:
     def save(self, step: int, content: dict[str, Any], selected: bool = False) -> Path:
         """Write the checkpoint of a step, as the selected one too where it is; older ones than the last two go."""
         path = self.path(step)
-        _write(path, content)
         if selected:
-            write_whole(self.best, lambda file: _link(path, file))
+            # First, since a run that goes on from the other does not select again.
+            _write(self.best, content)
+            write_whole(path, lambda file: _link(self.best, file))
+        else:
+            _write(path, content)
         for old in self._by_age()[_KEPT:]:
             old.unlink(missing_ok=True)
         return path
@@ -74,13 +77,14 @@ class Checkpoints:
     def find_last(self) -> Path | None:
         """Find the newest checkpoint that is whole, and put damaged later ones aside; None where there is none.
 
-        Raises CheckpointError where there are some, but none can be read.
+        Raises CheckpointError where there are some, but all are damaged, or where the disk or another format keeps the
+        newest whole one from being read.
         """
         damaged: list[Path] = []
         for path in self._by_age():
             try:
                 load(path)
-            except CheckpointError as error:
+            except DamagedError as error:
                 _log.warning("%s; trying the one before it", error)
                 damaged.append(path)
                 continue
@@ -90,6 +94,10 @@ class Checkpoints:
         if damaged:
             raise CheckpointError(f"no checkpoint in {self.folder} can be read; start anew in another run_dir")
         return None
+
+    def contain(self, path: str) -> bool:
+        """Whether a path leads into this folder."""
+        return Path(path).resolve().parent == self.folder.resolve()
 
     @property
     def latest(self) -> Path | None:
@@ -101,8 +109,12 @@ class Checkpoints:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a run's checkpoint. Raises CheckpointError where it is missing, damaged, or none of famba's."""
-    content = read_file(path)
+    """Read a run's checkpoint.
+
+    Raises DamagedError where it is not what was written, CheckpointError where it is missing, none of famba's, of
+    another format, or cannot be read.
+    """
+    content = _read(path)
     if "format" not in content or "step" not in content:
         raise CheckpointError(
             f"{path} holds no checkpoint of a famba run; for weights alone use init_from instead of resume"
@@ -112,8 +124,19 @@ def load(path: Path) -> dict[str, Any]:
             f"{path} has format {content['format']}, this release reads {FORMAT}; use the release that wrote it"
         )
     if not read_seal(path) or not content.keys() >= _CONTENT:
-        raise CheckpointError(f"{path} is damaged: its end, which seals it, is missing or changed")
+        raise DamagedError(f"{path} is damaged: its end, which seals it, is missing or changed")
     return content
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_file(path)
+    except DamagedError:
+        raise
+    except CheckpointError as error:
+        if path.is_file() and not read_seal(path) and path.suffix != ".safetensors":
+            raise DamagedError(str(error)) from error
+        raise
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

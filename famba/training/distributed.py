@@ -108,11 +108,16 @@ def connect(purpose: str) -> dist.Store:
     """
     # torchrun keeps the store itself, and keeps it when it starts the processes again.
     kept_for_us = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if address is None or not port.isdecimal():
+        raise ConfigError(
+            f"WORLD_SIZE is {world_size()}, but MASTER_ADDR={address} and MASTER_PORT={port or None} name no place to "
+            "meet; start the processes by torchrun or srun, or unset WORLD_SIZE"
+        )
     try:
         store = dist.TCPStore(
             address,
-            port,
+            int(port),
             world_size(),
             is_master=rank() == 0 and not kept_for_us,
             timeout=_JOIN_TIMEOUT,

@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from famba.data.draws import Stream
 from famba.errors import CheckpointError, TrainingError
 from famba.files import sha256
-from famba.training import checkpoint
+from famba.ops.registry import resolve
+from famba.training import checkpoint, slurm
 from famba.training.build import load_splits, make_loaders, new_state
 from famba.training.config import RunConfig, plain
 from famba.training.devices import memory_error, out_of_memory, peak_memory_mib, reset_peak_memory, synchronize
@@ -81,6 +82,9 @@ class Training:
                 while self.state.step < self.total_steps:
                     self._train_epoch(progress)
                     self._finish_epoch()
+                    (number,) = self.process.largest(self.stop.number)
+                    if number and self.state.step < self.total_steps:
+                        raise StopAsked(number)
                 return self._finish()
             except StopAsked as asked:
                 raise self._stopped(asked.signal) from None
@@ -305,20 +309,29 @@ class Training:
     def _evaluate_selected(self) -> None:
         """Test the checkpoint that validation selected."""
         path = self.folder.checkpoints.best
-        if not self.process.from_main(path.is_file()):
+        if not self.state.totals.best:
             return
-        try:
-            selected = checkpoint.load(path)["model"]
-        except CheckpointError as error:
-            _log.warning("the selected weights cannot be tested: %s", error)
+        selected = self._load_selected(path)
+        # Where one process cannot read it, none goes on to test it.
+        if self.process.largest(int(selected is None)) != [0]:
             return
         last = {name: value.clone() for name, value in self.state.model.state_dict().items()}
-        self.state.model.load_state_dict(selected)
+        self.state.model.load_state_dict(selected)  # type: ignore[arg-type]
         try:
             results = self._test(self.state.model, self.loaders.test)
         finally:
             self.state.model.load_state_dict(last)
         self.state.totals.best |= {"top1": results["top1"], "top5": results["top5"]}
+
+    def _load_selected(self, path: Path) -> dict[str, Any] | None:
+        try:
+            found = checkpoint.load(path)
+            if found["totals"]["best"].get("epoch") != self.state.totals.best["epoch"]:
+                raise CheckpointError(f"{path} is of another epoch than the one that was selected")
+            return found["model"]
+        except CheckpointError as error:
+            _log.warning("the selected weights cannot be tested: %s", error)
+            return None
 
     # Saving and stopping
 
@@ -358,7 +371,7 @@ class Training:
             _log.warning("%s", refused)
 
     def _content(self) -> dict[str, Any]:
-        content = {"config": plain(self.config), "world_size": self.process.world_size}
+        content = {"config": plain(self.config), "world_size": self.process.world_size, "computed": self._computed()}
         return {**content, "schedule": list(self.setup.schedule), **self.state.content()}
 
     def _stopped(self, number: int) -> Interrupted:
@@ -378,16 +391,20 @@ class Training:
     def _find_checkpoint(self) -> dict[str, Any] | None:
         """The checkpoint that `resume` means, checked to be of this run; None where the run starts anew."""
         resume, folder = self.config.resume, self.folder.checkpoints
-        if resume == "never":
+        if resume == "never" and not slurm.is_restarted():
             return None
         # One process looks for the last whole one, and the others take the same.
-        path = Path(resume) if resume != "auto" else self.process.from_main(self._last_checkpoint())
+        path = self.process.from_main(self._last_checkpoint())
+        named = Path(resume) if resume not in ("auto", "never") else None
+        # A checkpoint of elsewhere is where the run began; what it has saved since is where it goes on.
+        if named is not None and (path is None or folder.contain(resume)):
+            path = named
         if path is None:
             return None
         found = checkpoint.load(path)
         checkpoint.check_same_run(found, plain(self.config), self.process.world_size)
         later = folder.steps_after(found["step"])
-        if resume != "auto" and later:
+        if path == named and later:
             raise CheckpointError(
                 f"{resume} is of step {found['step']}, but {self.folder.path} holds step {later[-1]} already; "
                 "choose another run_dir, or resume=auto to go on from there"
@@ -402,8 +419,16 @@ class Training:
             self.folder.rewind_metrics(0, epoch_ended=True)
             return
         self.state.restore(found)
+        if found.get("computed", self._computed()) != self._computed():
+            _log.warning(
+                "begun in %s, going on in %s: not the run that it would have been", found["computed"], self._computed()
+            )
         self.folder.rewind_metrics(self.state.step, epoch_ended=not self.state.totals.epoch_open)
         _log.info("continuing after step %d of %d", self.state.step, self.total_steps)
+
+    def _computed(self) -> str:
+        backend = resolve(self.device.type, self.setup.dtype)
+        return f"{str(self.setup.dtype).removeprefix('torch.')} on {self.device.type} by {backend}"
 
     def _forward_model(self) -> nn.Module:
         model: nn.Module = self.state.model

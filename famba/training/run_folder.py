@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from famba.errors import CheckpointError, ConfigError
 from famba.files import remove_unfinished, write_whole
+from famba.training import slurm
 from famba.training.checkpoint import Checkpoints, differences
 from famba.training.config import RunConfig, plain
 
@@ -39,7 +39,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             # A job that Slurm requeued may start while a file system still holds the lock of its last start, and
             # `famba status` holds it for an instant.
-            self._lock.acquire(timeout=_REQUEUED_S if "SLURM_RESTART_COUNT" in os.environ else _LOOKED_AT_S)
+            self._lock.acquire(timeout=_REQUEUED_S if slurm.is_restarted() else _LOOKED_AT_S)
         except Timeout:
             raise ConfigError(
                 f"another run is writing to {self.path}; wait for it, or choose another run_dir"
@@ -66,19 +66,29 @@ class RunFolder:
     def summary(self) -> dict[str, Any] | None:
         """The summary so far; None where there is none."""
         path = self.path / "summary.json"
+        if not path.is_file():
+            return None
         try:
-            return json.loads(path.read_text()) if path.is_file() else None
-        except json.JSONDecodeError as error:
+            summary = json.loads(path.read_bytes())
+            if not isinstance(summary, dict) or "status" not in summary:
+                raise ValueError("it holds no summary")
+        except ValueError as error:  # of JSON or of its encoding
             raise ConfigError(f"{path} is damaged ({error}); remove it, or choose another run_dir") from error
+        return summary
 
     @property
     def config(self) -> dict[str, Any] | None:
         """The configuration of the run in this folder; None where there is none."""
         path = self.path / "config.yaml"
+        if not path.is_file():
+            return None
         try:
-            return yaml.safe_load(path.read_text()) if path.is_file() else None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is damaged; remove it, or choose another run_dir") from error
+            config = yaml.safe_load(path.read_bytes())
+            if not isinstance(config, dict) or not config.keys() >= {"trainer", "model"}:
+                raise ValueError("it holds no configuration")
+        except (yaml.YAMLError, ValueError) as error:
+            raise ConfigError(f"{path} is damaged ({error}); remove it, or choose another run_dir") from error
+        return config
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Write the resolved configuration."""
@@ -100,7 +110,7 @@ class RunFolder:
         path = self.path / METRICS
         if not self.writes or not path.is_file():
             return
-        kept = [line for line in path.read_text().splitlines() if _is_before(line, step, epoch_ended)]
+        kept = [line for line in path.read_text(errors="replace").splitlines() if _is_before(line, step, epoch_ended)]
         text = "".join(f"{line}\n" for line in kept)
         write_whole(path, lambda file: Path(file).write_text(text))
 
@@ -110,13 +120,17 @@ def finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
 
     Raises FambaError where the folder holds a run that this configuration may not continue, or damage.
     """
-    summary = folder.summary
-    if config.resume == "never" and (summary is not None or folder.checkpoints.latest is not None):
-        raise ConfigError(
-            f"{folder.path} holds a run, which resume=never would overwrite; choose another run_dir, or resume=auto"
-        )
-    before = folder.config
-    if config.resume != "auto" or summary is None or summary["status"] != "finished" or before is None:
+    summary, before = folder.summary, folder.config
+    # A job that Slurm starts again goes on with what it began itself.
+    if config.resume == "never" and not slurm.is_restarted():
+        if summary is not None or folder.checkpoints.latest is not None:
+            raise ConfigError(
+                f"{folder.path} holds a run, which resume=never would overwrite; choose another run_dir, or resume=auto"
+            )
+        return None
+    if folder.checkpoints.contain(config.resume) or summary is None or before is None:
+        return None
+    if summary["status"] != "finished":
         return None
     changed = differences(before, plain(config))
     if changed:

@@ -18,6 +18,11 @@ def in_job() -> bool:
     return "SLURM_JOB_ID" in os.environ
 
 
+def is_restarted() -> bool:
+    """Whether Slurm has started this job before."""
+    return "SLURM_RESTART_COUNT" in os.environ
+
+
 def requeue() -> None:
     """Put this job back into Slurm's queue, which ends it here. Raises TrainingError where Slurm refuses."""
     given = os.environ

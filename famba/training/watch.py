@@ -33,8 +33,8 @@ _FAILURE = "failure"
 class Watch:
     """In a `with` block, tells the other processes of an error and learns of theirs; alone, it does nothing.
 
-    A process that dies without a word is noticed by its silence within a minute, and one that waits for it in vain on
-    its device is ended.
+    A process that dies or is frozen is noticed by its silence within a minute, and one that waits for it in vain on its
+    device is ended. One that is alive and makes no progress is not noticed before a collective's time limit.
     """
 
     def __init__(self) -> None:
@@ -43,6 +43,7 @@ class Watch:
         self._stopped = threading.Event()
         self._failure: str | None = None
         self._beats: dict[int, tuple[int, int]] = {}
+        self._polls = 0
         self.before_exit: Callable[[str], object] = lambda reason: None
         """Called with the reason before this process is ended from outside its main thread."""
 
@@ -51,8 +52,8 @@ class Watch:
             self._store = connect("watch")
             # Heard of from now on: joining the others is where a process that is lost would be waited for longest.
             self._store.add(f"beat/{self._rank}", 1)
-            self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-            self._thread.start()
+            for watching in (self._run, self._guard):
+                threading.Thread(target=watching, name="watch", daemon=True).start()
         return self
 
     def __exit__(
@@ -84,8 +85,18 @@ class Watch:
             except (RuntimeError, dist.DistError):
                 # The connection is broken, and the store was in process 0 or in torchrun beside it.
                 self._failure = "lost process 0, which holds the others together: killed, or its node died"
+            self._polls += 1
         if self._failure is not None:
             self._leave_in_time()
+
+    def _guard(self) -> None:
+        """See to it that the questions to process 0 are answered: one that is frozen leaves them open without end."""
+        seen, silent = self._polls, 0
+        while self._failure is None and not self._stopped.wait(_POLL_S):
+            seen, silent = self._polls, silent + 1 if seen == self._polls else 0
+            if silent >= _SILENT_POLLS:
+                self._failure = "lost process 0, which holds the others together: it does not answer"
+                self._leave_in_time()
 
     def _poll(self) -> None:
         self._store.add(f"beat/{self._rank}", 1)
@@ -128,9 +139,11 @@ class Watch:
     def _end(self) -> None:
         time.sleep(_GRACE_S)
         reason = self._failure or "the run failed"
-        _log.error("%s", reason)
-        self.before_exit(reason)
-        os._exit(1)
+        try:
+            _log.error("%s", reason)
+            self.before_exit(reason)
+        finally:
+            os._exit(1)
 
 
 def _named(ranks: list[int]) -> str:
