@@ -8,18 +8,23 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from omegaconf import OmegaConf
 from runs import TINY
 
-from famba.errors import ConfigError
+from famba.errors import ConfigError, TrainingError
 from famba.training import compose as composing
 from famba.training.compose import Command, check_command, compose, groups, name_by_sweep
-from famba.training.sweeps import launchers, slurm
+from famba.training.interrupts import Interrupted, StopRequest
+from famba.training.sweeps import launchers, local, slurm
 from famba.training.sweeps.limits import Limits
 from famba.training.sweeps.logs import last_error
 from famba.training.sweeps.names import folder_name
@@ -292,6 +297,133 @@ def train(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def states(folder: Path) -> dict[str, str]:
     return {path.parent.name: json.loads(path.read_text())["status"] for path in folder.glob("*/summary.json")}
+
+
+class Stand:
+    """A launcher whose runs are commands of the test's own."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, script: str, runs: int = 2) -> None:
+        self.runs = [Run(f"run{i}", folder / f"run{i}", (), compose([]), OmegaConf.create()) for i in range(runs)]
+        self.failed: dict[str, str] = {}
+        self.left, self.folder = self.runs, folder
+        monkeypatch.setattr(local, "Sweep", lambda *given: self)
+        monkeypatch.setattr(local, "command_of", lambda run, *given: [sys.executable, "-c", script, str(run.folder)])
+        monkeypatch.setattr(local, "_config_dir", lambda launcher: None)
+        settings = {"jobs": runs, "threads": 1, "gpus_per_run": 0}
+        self.config = OmegaConf.create({"hydra": {"launcher": settings}})
+
+    def announce(self) -> None: ...
+
+    def finish(self, run: Run, summary: dict[str, Any]) -> None: ...
+
+    def returns(self) -> list[Any]:
+        return []
+
+    def fail(self, run: Run, error: Exception, log: Path) -> None:
+        self.failed[run.name] = str(error)
+
+    def launch(self) -> None:
+        local.launch(self, [], 0)  # type: ignore[arg-type]
+
+    def processes(self) -> str:
+        return subprocess.run(["pgrep", "-f", str(self.folder)], capture_output=True, text=True).stdout
+
+
+WAIT = "import time; time.sleep(60)"
+SAVE = """
+import json, os, pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+def save(number, frame):
+    said = {"status": "interrupted", "step": 7, "job": os.environ.get("SLURM_JOB_ID")}
+    (folder / "summary.json").write_text(json.dumps(said))
+    sys.exit(1)  # as torchrun does
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGINT, save)
+(folder / "ready").touch()
+time.sleep(60)
+"""
+
+
+def send_when(ready: Callable[[], bool], number: signal.Signals) -> threading.Thread:
+    """Send this process a signal once something is so."""
+
+    def wait() -> None:
+        while not ready():
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_run_that_is_stopped_has_not_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand = Stand(tmp_path, monkeypatch, WAIT)
+    send_when(lambda: (tmp_path / "run1" / "output.log").exists(), signal.SIGINT)
+    with pytest.raises(Interrupted):
+        stand.launch()
+    assert stand.failed == {}
+    assert "run0: stopped before it began" in capsys.readouterr().out
+
+    stand = Stand(tmp_path, monkeypatch, SAVE)
+    send_when(lambda: len(list(tmp_path.glob("*/ready"))) == 2, signal.SIGINT)
+    with pytest.raises(Interrupted):
+        stand.launch()
+    assert stand.failed == {}
+    assert "run0: stopped after step 7, saved" in capsys.readouterr().out
+
+
+def test_a_run_that_cannot_be_started_leaves_the_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand = Stand(tmp_path, monkeypatch, "pass", runs=3)
+    (tmp_path / "run1" / "output.log").mkdir(parents=True)
+    monkeypatch.setattr(Run, "done", lambda run: {"top1": 1.0})
+    stand.launch()
+    assert list(stand.failed) == ["run1"]
+    assert "cannot be started: " in stand.failed["run1"]
+    assert (tmp_path / "run2" / "output.log").is_file()
+
+
+def test_no_run_outlives_a_sweep_that_ends_by_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand = Stand(tmp_path, monkeypatch, WAIT)
+
+    def broken(line: str) -> None:
+        if "run1" in line:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(local, "say", broken)
+    with pytest.raises(BrokenPipeError):
+        stand.launch()
+    assert stand.processes() == ""
+
+
+@pytest.mark.parametrize("progressed", [True, False])
+def test_a_sweep_in_a_job_is_requeued_once_for_all_its_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, progressed: bool
+) -> None:
+    calls = []
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(local.slurm, "requeue", lambda: calls.append("requeued"))
+    stand = Stand(tmp_path, monkeypatch, SAVE if progressed else SAVE.replace('"step": 7', '"step": 0'))
+
+    def end(stop: StopRequest) -> None:
+        with FileLock(tmp_path / ".lock", timeout=0):  # the requeued job may begin
+            calls.append(stop.number)
+        raise SystemExit(128 + stop.number)
+
+    monkeypatch.setattr(local.slurm, "wait_for_the_end", end)
+    send_when(lambda: len(list(tmp_path.glob("*/ready"))) == 2, signal.SIGUSR2)
+    if progressed:
+        with pytest.raises(SystemExit):
+            stand.launch()
+        assert calls == ["requeued", signal.SIGUSR2]
+    else:
+        with pytest.raises(TrainingError, match="not requeued: Slurm gave notice before any run had come further"):
+            stand.launch()
+        assert calls == []
+    jobs = [json.loads(path.read_text())["job"] for path in tmp_path.glob("*/summary.json")]
+    assert jobs == [None, None], "else each run would requeue the job by itself"
 
 
 @pytest.mark.slow

@@ -38,6 +38,10 @@ class Run:
         """
         return finished(RunFolder(self.folder, writes=False), self.config)
 
+    def summary(self) -> dict[str, Any] | None:
+        """Return what its folder says so far. Raises FambaError where that is damaged."""
+        return RunFolder(self.folder, writes=False).summary
+
 
 class Sweep:
     """The runs of a launch, and what came of those that are done."""
