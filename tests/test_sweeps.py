@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -107,6 +108,25 @@ def test_the_folder_of_a_sweep_depends_on_what_its_runs_share() -> None:
     assert len({names(*arguments)[0] for arguments in others} - {folder}) == 3
 
 
+def test_a_run_that_is_there_already_keeps_its_folder(tmp_path: Path) -> None:
+    def begun(*runs: tuple[str, list[str]]) -> None:
+        known = [{"folder": folder, "overrides": overrides} for folder, overrides in runs]
+        (tmp_path / "sweep.json").write_text(json.dumps({"runs": known}))
+
+    there = f"run_dir={tmp_path}"
+    begun(*((f"seed={seed}", [f"seed={seed}", "fusion=upper", there]) for seed in (0, 2)))
+    assert names("-m", "fusion=upper", "seed=0", there)[1] == ["seed=0"]
+    assert names("-m", "fusion=upper", "seed=5", there)[1] == ["seed=5"]
+    assert names("-m", "fusion=upper", "seed=2,5", there)[1] == ["seed=2", "seed=5"]
+    assert names("-m", "fusion=lower", "seed=0", f"run_dir={tmp_path}/new")[1] == ["run"]
+
+    # Names of before stay, also where later runs differ in more.
+    begun(("seed=0", ["seed=0", "fusion=upper", there]), ("seed=1", ["seed=1", "fusion=lower", there]))
+    assert names("-m", "fusion=upper", "seed=0,1", there)[1] == ["seed=0", "fusion=upper,seed=1"]
+    begun(("../seed=0", ["seed=0"]))
+    assert names("-m", "seed=0", there)[1] == ["run"]
+
+
 # The paper's table
 
 
@@ -168,12 +188,63 @@ def launcher(name: str, *overrides: str) -> OmegaConf:
 REFUSED = [
     (["hydra/launcher=local"], "'hydra/launcher=local' is for sweeps; add -m"),
     (["-m", "hydra/launcher=slrm"], "unknown hydra/launcher 'slrm', did you mean 'slurm'"),
-    (["-m", "hydra/launcher=local", "hydra.launcher.jobs=0"], "hydra.launcher.jobs is 0; allowed: null, or a whole"),
+    (["-m", "hydra/launcher=local", "hydra.launcher.jobs=0"], "hydra.launcher.jobs is 0: input should be greater"),
     (["-m", "hydra/launcher=local", "hydra.launcher.threads=many"], "hydra.launcher.threads is 'many'"),
     (["-m", "hydra/launcher=local", "hydra.launcher.gpus_per_run=99"], "takes 99 GPUs, this process sees"),
     (["-m", "hydra/launcher=slurm"], "needs Slurm's commands, sbatch, srun, squeue not found"),
     (["-m", "run_dir=a,b"], "run_dir is the folder of all runs of a sweep"),
     (["-m", "--config-dir", "/nowhere", "seed=0"], "--config-dir /nowhere is no folder"),
+]
+
+
+FOREIGN = ["basic", "submitit_slurm", "submitit_local", "joblib"]
+REFUSED += [
+    (["-m", f"hydra/launcher={name}"], f"unknown hydra/launcher '{name}'.*allowed: .*local") for name in FOREIGN
+]
+_BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+REFUSED += [
+    (["-m", f"hydra.launcher._target_={_BASIC}"], "BasicLauncher', which knows nothing of run folders; allowed")
+]
+REFUSED += [(["-m", "~hydra/launcher"], "knows nothing of run folders; allowed: sequential, local, slurm")]
+WRONG = {
+    "local": ["jobs=true", "jobs=1.5", "threads=0", "gpus_per_run=-1", "gpus_per_run=one"],
+    "slurm": [
+        "name=null",
+        "partition=3",
+        "nodes=1.5",
+        "nodes=0",
+        "timeout_min=0.2",
+        "tasks_per_node=true",
+        "signal_delay_s=-5",
+        "gpus_per_node=a100",
+        "mem_gb=-1",
+        "mem_gb=.inf",
+        "cpus_per_task=0",
+        "array_parallelism=0",
+        "setup='module load cuda'",
+        "setup=[3]",
+        "python=3",
+        "srun_args=x",
+        "additional_parameters=requeue",
+        "max_num_timeout=x",
+        "poll_s=0",
+    ],
+}
+for _name, _settings in WRONG.items():
+    for _setting in _settings:
+        _key = re.escape(f"hydra.launcher.{_setting.split('=')[0]}")
+        REFUSED += [(["-m", f"hydra/launcher={_name}", f"hydra.launcher.{_setting}"], f"^{_key} is .*: ")]
+REFUSED += [
+    (["-m", "+hydra.launcher.jobs=2"], "^unknown key hydra.launcher.jobs$"),
+    (["-m", "hydra/launcher=local", "+hydra.launcher.job=2"], "^unknown key hydra.launcher.job, did you mean 'jobs'"),
+    (
+        ["-m", "hydra/launcher=slurm", "+hydra.launcher.partitoin=gpu"],
+        "^unknown key hydra.launcher.partitoin, did you mean 'partition'.; other options of sbatch go into additional_",
+    ),
+    (
+        ["-m", "hydra/launcher=slurm", "hydra.launcher.name=${oc.env:NOT_THERE}"],
+        "^hydra.launcher: .* 'NOT_THERE' not found",
+    ),
 ]
 
 
@@ -231,13 +302,6 @@ def test_the_example_of_a_cluster_becomes_its_batch_script(commands: Path, tmp_p
         "--kill-on-bad-exit=1 --cpus-per-task=12 apptainer exec --nv --bind /scratch famba.sif python -u -m submitit",
     ):
         assert line in script, line
-
-
-def test_a_key_that_submitit_does_not_know_is_named(commands: Path, tmp_path: Path) -> None:
-    settings = {**OmegaConf.to_container(launcher("slurm"), resolve=True), "partitoin": "gpu"}
-    run = Run("run", tmp_path / "run", (), compose([]), OmegaConf.create())
-    with pytest.raises(ConfigError, match="partitoin"):
-        slurm._submit([run], settings, tmp_path / "slurm")
 
 
 @pytest.mark.parametrize(
