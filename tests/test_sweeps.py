@@ -299,9 +299,30 @@ def test_the_example_of_a_cluster_becomes_its_batch_script(commands: Path, tmp_p
         "#SBATCH --signal=USR2@120",
         "#SBATCH --requeue",
         "module load apptainer",
-        "--kill-on-bad-exit=1 --cpus-per-task=12 apptainer exec --nv --bind /scratch famba.sif python -u -m submitit",
+        "--kill-on-bad-exit=1 --cpus-per-task=12 apptainer exec --nv "
+        "--bind /scratch,/usr/bin/scontrol,/etc/slurm,/run/munge famba.sif python -u -m submitit",
     ):
         assert line in script, line
+
+
+def test_jobs_that_were_submitted_but_not_written_down_are_found_in_the_queue(commands: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "a|b" / "slurm"
+    folder.mkdir(parents=True)
+    runs = [Run(name, tmp_path / name, (), compose([]), OmegaConf.create()) for name in ("old", "one", "two", "three")]
+    (folder / "jobs.json").write_text('{"old": "6"}')
+    (folder / "submitting.json").write_text('["one", "two", "three"]')
+    mine, other = folder / ".submission_file_0.sh", tmp_path / "other" / ".submission_file_1.sh"
+    lines = [f"6|RUNNING|None|{mine}", f"7_0|RUNNING|None|{mine}", f"7_2|PENDING|Resources|{mine}"]
+    lines += [f"8_1|RUNNING|None|{other}"]
+    (commands / "squeue").write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
+    jobs = {"old": "6", "one": "7_0", "three": "7_2"}
+    assert slurm._still_queued(folder, runs) == jobs
+    slurm._remember(folder, jobs)
+    assert not (folder / "submitting.json").exists()
+    assert slurm._still_queued(folder, runs) == jobs
+    (folder / "submitting.json").write_text("{")
+    with pytest.raises(ConfigError, match="submitting.json is damaged"):
+        slurm._still_queued(folder, runs)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,9 @@ def recorded(folder: Path) -> list[dict[str, Any]]:
     """
     try:
         runs = json.loads((folder / SWEEP).read_text())["runs"]
-        found = [{"folder": str(run["folder"]), "overrides": [str(line) for line in run["overrides"]]} for run in runs]
+        found: list[dict[str, Any]] = [
+            {"folder": str(run["folder"]), "overrides": [str(line) for line in run["overrides"]]} for run in runs
+        ]
     except (OSError, ValueError, KeyError, TypeError):
         return []
     return [run for run in found if _is_inside(run["folder"])]
