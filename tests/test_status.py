@@ -112,6 +112,43 @@ def test_other_damage_leaves_the_rest_readable(tmp_path: Path) -> None:
     assert (found.state, found.step, found.top1) == ("stopped", 30, None)
 
 
+@pytest.mark.parametrize("folder", ["/etc", "../escape", "a/../../escape", "", ".", "a\0b"])
+def test_a_sweep_lists_nothing_outside_its_folder(folder: str, tmp_path: Path) -> None:
+    write_run(tmp_path / "escape", [EPOCH])
+    write_run(tmp_path / "sweep" / "run", [EPOCH])
+    known = [{"folder": name, "overrides": []} for name in (folder, "later")]
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps({"runs": known}))
+    assert states(tmp_path / "sweep") == {"later": "not started", "run": "stopped"}
+
+
+def test_links_lead_nowhere_twice(tmp_path: Path) -> None:
+    write_run(tmp_path / "sweep" / "run", [EPOCH])
+    (tmp_path / "sweep" / "self").symlink_to(tmp_path / "sweep")
+    (tmp_path / "sweep" / "broken").symlink_to(tmp_path / "sweep" / "broken")
+    write_run(tmp_path / "elsewhere" / "linked", [EPOCH])
+    (tmp_path / "sweep" / "linked").symlink_to(tmp_path / "elsewhere" / "linked")
+    assert sorted(states(tmp_path / "sweep")) == ["linked", "run"]
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
+def test_what_is_no_finite_number_is_not_known(value: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [EPOCH, train_line(45)])
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(text.replace("12.5", value).replace(": 45", f": {value}").replace("10.0", value))
+    with FileLock(run / ".lock"):
+        (found,) = looking.status([run])
+    assert (found.state, found.top1, found.step, found.seconds_left) == ("running", None, 30, None)
+
+
+def test_top1_of_validation_images_is_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "tested", [EPOCH])
+    write_run(tmp_path / "validated", [{"validation_top1" if k == "test_top1" else k: v for k, v in EPOCH.items()}])
+    assert [run.top1_of for run in looking.status([tmp_path])] == ["test", "validation"]
+    assert famba(["status", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [" 12.50 val " in line for line in lines if "12.50" in line] == [False, True]
+
+
 def test_looking_takes_no_lock_and_leaves_nothing(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [])
     before = sorted(run.iterdir())

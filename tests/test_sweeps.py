@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from omegaconf import OmegaConf
 from runs import TINY
 
-from famba.errors import ConfigError
+from famba.errors import ConfigError, TrainingError
 from famba.training import compose as composing
 from famba.training.compose import Command, check_command, compose, groups, name_by_sweep
-from famba.training.sweeps import launchers, slurm
+from famba.training.interrupts import Interrupted, StopRequest
+from famba.training.sweeps import launchers, local, slurm
 from famba.training.sweeps.limits import Limits
 from famba.training.sweeps.logs import last_error
 from famba.training.sweeps.names import folder_name
@@ -102,6 +108,25 @@ def test_the_folder_of_a_sweep_depends_on_what_its_runs_share() -> None:
     assert len({names(*arguments)[0] for arguments in others} - {folder}) == 3
 
 
+def test_a_run_that_is_there_already_keeps_its_folder(tmp_path: Path) -> None:
+    def begun(*runs: tuple[str, list[str]]) -> None:
+        known = [{"folder": folder, "overrides": overrides} for folder, overrides in runs]
+        (tmp_path / "sweep.json").write_text(json.dumps({"runs": known}))
+
+    there = f"run_dir={tmp_path}"
+    begun(*((f"seed={seed}", [f"seed={seed}", "fusion=upper", there]) for seed in (0, 2)))
+    assert names("-m", "fusion=upper", "seed=0", there)[1] == ["seed=0"]
+    assert names("-m", "fusion=upper", "seed=5", there)[1] == ["seed=5"]
+    assert names("-m", "fusion=upper", "seed=2,5", there)[1] == ["seed=2", "seed=5"]
+    assert names("-m", "fusion=lower", "seed=0", f"run_dir={tmp_path}/new")[1] == ["run"]
+
+    # Names of before stay, also where later runs differ in more.
+    begun(("seed=0", ["seed=0", "fusion=upper", there]), ("seed=1", ["seed=1", "fusion=lower", there]))
+    assert names("-m", "fusion=upper", "seed=0,1", there)[1] == ["seed=0", "fusion=upper,seed=1"]
+    begun(("../seed=0", ["seed=0"]))
+    assert names("-m", "seed=0", there)[1] == ["run"]
+
+
 # The paper's table
 
 
@@ -163,12 +188,63 @@ def launcher(name: str, *overrides: str) -> OmegaConf:
 REFUSED = [
     (["hydra/launcher=local"], "'hydra/launcher=local' is for sweeps; add -m"),
     (["-m", "hydra/launcher=slrm"], "unknown hydra/launcher 'slrm', did you mean 'slurm'"),
-    (["-m", "hydra/launcher=local", "hydra.launcher.jobs=0"], "hydra.launcher.jobs is 0; allowed: null, or a whole"),
+    (["-m", "hydra/launcher=local", "hydra.launcher.jobs=0"], "hydra.launcher.jobs is 0: input should be greater"),
     (["-m", "hydra/launcher=local", "hydra.launcher.threads=many"], "hydra.launcher.threads is 'many'"),
     (["-m", "hydra/launcher=local", "hydra.launcher.gpus_per_run=99"], "takes 99 GPUs, this process sees"),
     (["-m", "hydra/launcher=slurm"], "needs Slurm's commands, sbatch, srun, squeue not found"),
     (["-m", "run_dir=a,b"], "run_dir is the folder of all runs of a sweep"),
     (["-m", "--config-dir", "/nowhere", "seed=0"], "--config-dir /nowhere is no folder"),
+]
+
+
+FOREIGN = ["basic", "submitit_slurm", "submitit_local", "joblib"]
+REFUSED += [
+    (["-m", f"hydra/launcher={name}"], f"unknown hydra/launcher '{name}'.*allowed: .*local") for name in FOREIGN
+]
+_BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+REFUSED += [
+    (["-m", f"hydra.launcher._target_={_BASIC}"], "BasicLauncher', which knows nothing of run folders; allowed")
+]
+REFUSED += [(["-m", "~hydra/launcher"], "knows nothing of run folders; allowed: sequential, local, slurm")]
+WRONG = {
+    "local": ["jobs=true", "jobs=1.5", "threads=0", "gpus_per_run=-1", "gpus_per_run=one"],
+    "slurm": [
+        "name=null",
+        "partition=3",
+        "nodes=1.5",
+        "nodes=0",
+        "timeout_min=0.2",
+        "tasks_per_node=true",
+        "signal_delay_s=-5",
+        "gpus_per_node=a100",
+        "mem_gb=-1",
+        "mem_gb=.inf",
+        "cpus_per_task=0",
+        "array_parallelism=0",
+        "setup='module load cuda'",
+        "setup=[3]",
+        "python=3",
+        "srun_args=x",
+        "additional_parameters=requeue",
+        "max_num_timeout=x",
+        "poll_s=0",
+    ],
+}
+for _name, _settings in WRONG.items():
+    for _setting in _settings:
+        _key = re.escape(f"hydra.launcher.{_setting.split('=')[0]}")
+        REFUSED += [(["-m", f"hydra/launcher={_name}", f"hydra.launcher.{_setting}"], f"^{_key} is .*: ")]
+REFUSED += [
+    (["-m", "+hydra.launcher.jobs=2"], "^unknown key hydra.launcher.jobs$"),
+    (["-m", "hydra/launcher=local", "+hydra.launcher.job=2"], "^unknown key hydra.launcher.job, did you mean 'jobs'"),
+    (
+        ["-m", "hydra/launcher=slurm", "+hydra.launcher.partitoin=gpu"],
+        "^unknown key hydra.launcher.partitoin, did you mean 'partition'.; other options of sbatch go into additional_",
+    ),
+    (
+        ["-m", "hydra/launcher=slurm", "hydra.launcher.name=${oc.env:NOT_THERE}"],
+        "^hydra.launcher: .* 'NOT_THERE' not found",
+    ),
 ]
 
 
@@ -223,16 +299,30 @@ def test_the_example_of_a_cluster_becomes_its_batch_script(commands: Path, tmp_p
         "#SBATCH --signal=USR2@120",
         "#SBATCH --requeue",
         "module load apptainer",
-        "--kill-on-bad-exit=1 --cpus-per-task=12 apptainer exec --nv --bind /scratch famba.sif python -u -m submitit",
+        "--kill-on-bad-exit=1 --cpus-per-task=12 apptainer exec --nv "
+        "--bind /scratch,/usr/bin/scontrol,/etc/slurm,/run/munge famba.sif python -u -m submitit",
     ):
         assert line in script, line
 
 
-def test_a_key_that_submitit_does_not_know_is_named(commands: Path, tmp_path: Path) -> None:
-    settings = {**OmegaConf.to_container(launcher("slurm"), resolve=True), "partitoin": "gpu"}
-    run = Run("run", tmp_path / "run", (), compose([]), OmegaConf.create())
-    with pytest.raises(ConfigError, match="partitoin"):
-        slurm._submit([run], settings, tmp_path / "slurm")
+def test_jobs_that_were_submitted_but_not_written_down_are_found_in_the_queue(commands: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "a|b" / "slurm"
+    folder.mkdir(parents=True)
+    runs = [Run(name, tmp_path / name, (), compose([]), OmegaConf.create()) for name in ("old", "one", "two", "three")]
+    (folder / "jobs.json").write_text('{"old": "6"}')
+    (folder / "submitting.json").write_text('["one", "two", "three"]')
+    mine, other = folder / ".submission_file_0.sh", tmp_path / "other" / ".submission_file_1.sh"
+    lines = [f"6|RUNNING|None|{mine}", f"7_0|RUNNING|None|{mine}", f"7_2|PENDING|Resources|{mine}"]
+    lines += [f"8_1|RUNNING|None|{other}"]
+    (commands / "squeue").write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
+    jobs = {"old": "6", "one": "7_0", "three": "7_2"}
+    assert slurm._still_queued(folder, runs) == jobs
+    slurm._remember(folder, jobs)
+    assert not (folder / "submitting.json").exists()
+    assert slurm._still_queued(folder, runs) == jobs
+    (folder / "submitting.json").write_text("{")
+    with pytest.raises(ConfigError, match="submitting.json is damaged"):
+        slurm._still_queued(folder, runs)
 
 
 @pytest.mark.parametrize(
@@ -292,6 +382,133 @@ def train(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def states(folder: Path) -> dict[str, str]:
     return {path.parent.name: json.loads(path.read_text())["status"] for path in folder.glob("*/summary.json")}
+
+
+class Stand:
+    """A launcher whose runs are commands of the test's own."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, script: str, runs: int = 2) -> None:
+        self.runs = [Run(f"run{i}", folder / f"run{i}", (), compose([]), OmegaConf.create()) for i in range(runs)]
+        self.failed: dict[str, str] = {}
+        self.left, self.folder = self.runs, folder
+        monkeypatch.setattr(local, "Sweep", lambda *given: self)
+        monkeypatch.setattr(local, "command_of", lambda run, *given: [sys.executable, "-c", script, str(run.folder)])
+        monkeypatch.setattr(local, "_config_dir", lambda launcher: None)
+        settings = {"jobs": runs, "threads": 1, "gpus_per_run": 0}
+        self.config = OmegaConf.create({"hydra": {"launcher": settings}})
+
+    def announce(self) -> None: ...
+
+    def finish(self, run: Run, summary: dict[str, Any]) -> None: ...
+
+    def returns(self) -> list[Any]:
+        return []
+
+    def fail(self, run: Run, error: Exception, log: Path) -> None:
+        self.failed[run.name] = str(error)
+
+    def launch(self) -> None:
+        local.launch(self, [], 0)  # type: ignore[arg-type]
+
+    def processes(self) -> str:
+        return subprocess.run(["pgrep", "-f", str(self.folder)], capture_output=True, text=True).stdout
+
+
+WAIT = "import time; time.sleep(60)"
+SAVE = """
+import json, os, pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+def save(number, frame):
+    said = {"status": "interrupted", "step": 7, "job": os.environ.get("SLURM_JOB_ID")}
+    (folder / "summary.json").write_text(json.dumps(said))
+    sys.exit(1)  # as torchrun does
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGINT, save)
+(folder / "ready").touch()
+time.sleep(60)
+"""
+
+
+def send_when(ready: Callable[[], bool], number: signal.Signals) -> threading.Thread:
+    """Send this process a signal once something is so."""
+
+    def wait() -> None:
+        while not ready():
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_run_that_is_stopped_has_not_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand = Stand(tmp_path, monkeypatch, WAIT)
+    send_when(lambda: (tmp_path / "run1" / "output.log").exists(), signal.SIGINT)
+    with pytest.raises(Interrupted):
+        stand.launch()
+    assert stand.failed == {}
+    assert "run0: stopped before it began" in capsys.readouterr().out
+
+    stand = Stand(tmp_path, monkeypatch, SAVE)
+    send_when(lambda: len(list(tmp_path.glob("*/ready"))) == 2, signal.SIGINT)
+    with pytest.raises(Interrupted):
+        stand.launch()
+    assert stand.failed == {}
+    assert "run0: stopped after step 7, saved" in capsys.readouterr().out
+
+
+def test_a_run_that_cannot_be_started_leaves_the_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand = Stand(tmp_path, monkeypatch, "pass", runs=3)
+    (tmp_path / "run1" / "output.log").mkdir(parents=True)
+    monkeypatch.setattr(Run, "done", lambda run: {"top1": 1.0})
+    stand.launch()
+    assert list(stand.failed) == ["run1"]
+    assert "cannot be started: " in stand.failed["run1"]
+    assert (tmp_path / "run2" / "output.log").is_file()
+
+
+def test_no_run_outlives_a_sweep_that_ends_by_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand = Stand(tmp_path, monkeypatch, WAIT)
+
+    def broken(line: str) -> None:
+        if "run1" in line:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(local, "say", broken)
+    with pytest.raises(BrokenPipeError):
+        stand.launch()
+    assert stand.processes() == ""
+
+
+@pytest.mark.parametrize("progressed", [True, False])
+def test_a_sweep_in_a_job_is_requeued_once_for_all_its_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, progressed: bool
+) -> None:
+    calls = []
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(local.slurm, "requeue", lambda: calls.append("requeued"))
+    stand = Stand(tmp_path, monkeypatch, SAVE if progressed else SAVE.replace('"step": 7', '"step": 0'))
+
+    def end(stop: StopRequest) -> None:
+        with FileLock(tmp_path / ".lock", timeout=0):  # the requeued job may begin
+            calls.append(stop.number)
+        raise SystemExit(128 + stop.number)
+
+    monkeypatch.setattr(local.slurm, "wait_for_the_end", end)
+    send_when(lambda: len(list(tmp_path.glob("*/ready"))) == 2, signal.SIGUSR2)
+    if progressed:
+        with pytest.raises(SystemExit):
+            stand.launch()
+        assert calls == ["requeued", signal.SIGUSR2]
+    else:
+        with pytest.raises(TrainingError, match="not requeued: Slurm gave notice before any run had come further"):
+            stand.launch()
+        assert calls == []
+    jobs = [json.loads(path.read_text())["job"] for path in tmp_path.glob("*/summary.json")]
+    assert jobs == [None, None], "else each run would requeue the job by itself"
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import time
 from collections import Counter
@@ -21,7 +22,7 @@ from famba.errors import DataError, FambaError
 from famba.training.reporting import duration
 from famba.training.run_folder import METRICS
 from famba.training.sweeps import slurm
-from famba.training.sweeps.plan import recorded
+from famba.training.sweeps.names import recorded
 
 _COLUMNS = ("run", "state", "epoch", "done", "Top-1 %", "time left", "updated")
 _FILES = ("summary.json", "config.yaml", METRICS, "train.log", "output.log")
@@ -32,6 +33,8 @@ _ORDER = ("finished", "running", "waiting", "interrupted", "stopped", "failed", 
 @dataclass(frozen=True)
 class Status:
     """One run. None stands for what is not known; updated is seconds since the epoch, note says more of the state.
+
+    top1 is of the images that top1_of names: test, or validation.
 
     state: not started, waiting (in Slurm), running, interrupted (saved itself), stopped (ended without saying so),
     failed, finished, or damaged where its summary cannot be read.
@@ -45,6 +48,7 @@ class Status:
     step: int | None
     steps: int | None
     top1: float | None
+    top1_of: str | None
     seconds_left: float | None
     updated: float | None
     note: str | None
@@ -64,7 +68,7 @@ def status(paths: Iterable[str | Path]) -> list[Status]:
 
 def status_table(runs: Sequence[Status]) -> str:
     """Return a table of runs, what there is to say of those in trouble, and the count of each state."""
-    table = tabulate([_row(run) for run in runs], headers=_COLUMNS, floatfmt=".2f", missingval="-")
+    table = tabulate([_row(run) for run in runs], headers=_COLUMNS, missingval="-", disable_numparse=True)
     notes = [f"{run.run}: {run.note}" for run in runs if run.note]
     counts = Counter(run.state for run in runs)
     listed = ", ".join(f"{counts[state]} {state}" for state in _ORDER if counts[state])
@@ -79,14 +83,23 @@ def status_json(runs: Sequence[Status]) -> str:
 
 def _runs_in(path: Path) -> Iterator[Path]:
     """Folders of runs in or below a folder, and those that a sweep has yet to make."""
-    if any((path / name).is_file() for name in _FILES):
+    if _is_run(path):
         yield path
         return
     known = [path / run["folder"] for run in recorded(path)]
     yield from known
     with suppress(OSError):
-        for below in sorted(entry for entry in path.iterdir() if entry.is_dir() and entry not in known):
-            yield from _runs_in(below)
+        # A link may lead back up; a sweep of links to runs is a sweep all the same.
+        below = sorted(entry for entry in path.iterdir() if entry.is_dir() and entry not in known)
+        for entry in below:
+            if not entry.is_symlink():
+                yield from _runs_in(entry)
+            elif _is_run(entry):
+                yield entry
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).is_file() for name in _FILES)
 
 
 def _name(folder: Path, given: Path) -> str:
@@ -111,6 +124,7 @@ def _look(folder: Path, name: str, queued: str | None) -> Status:
     state = "damaged" if damage else _state(folder, summary, queued)
     step = _number(last, "step", int) or _number(summary, "step", int)
     steps = _number(summary, "steps", int)
+    top1, top1_of = _top1(summary, ended)
     return Status(
         run=name,
         folder=str(folder),
@@ -119,7 +133,8 @@ def _look(folder: Path, name: str, queued: str | None) -> Status:
         epochs=_number(summary, "epochs", int),
         step=step,
         steps=steps,
-        top1=_top1(summary, ended),
+        top1=top1,
+        top1_of=top1_of,
         seconds_left=_seconds_left(folder, last, ended, step, steps) if state == "running" else None,
         updated=_updated(folder),
         note=damage or (str(summary["error"]) if state == "failed" and summary.get("error") else None),
@@ -200,14 +215,15 @@ def _epochs_done(last: Mapping[str, Any], summary: Mapping[str, Any]) -> int | N
     return epoch + (last.get("kind") == "epoch")
 
 
-def _top1(summary: Mapping[str, Any], ended: Mapping[str, Any]) -> float | None:
-    if summary.get("status") == "finished":
-        return _number(summary, "top1", float)
-    for source in (ended, summary):
-        for key in ("test_top1", "validation_top1", "top1"):
-            if (value := _number(source, key, float)) is not None:
-                return value
-    return None
+def _top1(summary: Mapping[str, Any], ended: Mapping[str, Any]) -> tuple[float | None, str | None]:
+    """Top-1, and of which images: a summary's own is always of the test images."""
+    places = [(summary, "top1", "test")]
+    if summary.get("status") != "finished":
+        places = [(ended, "test_top1", "test"), (ended, "validation_top1", "validation"), *places]
+    for source, key, images in places:
+        if (value := _number(source, key, float)) is not None:
+            return value, images
+    return None, None
 
 
 def _seconds_left(
@@ -243,7 +259,8 @@ def _updated(folder: Path) -> float | None:
 
 def _number(values: Mapping[str, Any], key: str, kind: type) -> Any:
     value = values.get(key)
-    return kind(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return kind(value) if is_number else None
 
 
 def _row(run: Status) -> list[Any]:
@@ -253,7 +270,7 @@ def _row(run: Status) -> list[Any]:
         run.state,
         None if run.epoch is None else f"{run.epoch} of {'?' if run.epochs is None else run.epochs}",
         done,
-        run.top1,
+        None if run.top1 is None else f"{run.top1:.2f}{' val' if run.top1_of == 'validation' else ''}",
         None if run.seconds_left is None else duration(run.seconds_left),
         None if run.updated is None else f"{duration(max(0.0, time.time() - run.updated))} ago",
     ]

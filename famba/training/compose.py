@@ -12,10 +12,8 @@ from typing import Any
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
-from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -80,7 +78,7 @@ def check_command(arguments: Sequence[str]) -> None:
     checked: list[RunConfig] = []
     for job in _jobs(command):
         values = _compose(job, command.config_dir)
-        config, launcher = run_config(values), values.hydra.launcher
+        config, launcher = run_config(values), values.hydra.get("launcher")
         if not command.multirun:
             prepare(config)
             continue
@@ -108,7 +106,7 @@ def name_by_sweep(arguments: Sequence[str]) -> str:
     names = {}
     if "hydra.sweep.subdir" not in given:
         excluded = ",".join(sorted({item.key_or_group for item in fixed}))
-        names["subdir"] = f"${{run_name:${{hydra.overrides.task}},[{excluded}]}}"
+        names["subdir"] = f"${{run_name:${{hydra.overrides.task}},[{excluded}],${{hydra.sweep.dir}}}}"
     if command.multirun and not given & {"run_dir", "hydra.sweep.dir"}:
         experiment = next((str(item.value()) for item in fixed if item.key_or_group == "experiment"), None)
         names["dir"] = f"runs/{sweep_name(experiment, (str(item.input_line) for item in fixed), swept)}"
@@ -236,18 +234,10 @@ def _check_groups(overrides: Sequence[Override], own: Path | None) -> None:
         if choices is None or item.is_delete():
             continue
         value = item.value()
-        if item.key_or_group == _LAUNCHER:
-            choices = sorted({*choices, *_other_launchers()})
         if value not in choices:
             raise ConfigError(
                 f"unknown {item.key_or_group} {value!r}{near_miss(str(value), choices)}; allowed: {', '.join(choices)}"
             )
-
-
-def _other_launchers() -> list[str]:
-    """Launchers of Hydra's own and of other plugins."""
-    Plugins.instance()  # these register them
-    return [name.removesuffix(".yaml") for name in ConfigStore.instance().list(_LAUNCHER)]
 
 
 def _check_keys(overrides: Sequence[Override], own: Path | None) -> None:

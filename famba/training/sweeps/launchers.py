@@ -11,16 +11,15 @@ from omegaconf import DictConfig
 from famba.errors import ConfigError
 from famba.training.config import RunConfig
 from famba.training.sweeps.limits import Limits
-
-_SLURM = "hydra_plugins.famba_launchers.SlurmLauncher"
-_LOCAL = "hydra_plugins.famba_launchers.LocalLauncher"
+from famba.training.sweeps.settings import LOCAL, SLURM, check_settings
 
 
 def check_launcher(launcher: DictConfig) -> None:
     """Raise ConfigError where the launcher itself cannot work here."""
-    if launcher._target_ == _LOCAL:
+    check_settings(launcher)
+    if launcher._target_ == LOCAL:
         Limits.of(launcher)
-    if launcher._target_ != _SLURM:
+    if launcher._target_ != SLURM:
         return
     if find_spec("submitit") is None:
         raise ConfigError("hydra/launcher=slurm needs submitit; pip install 'famba[slurm]'")
@@ -30,17 +29,13 @@ def check_launcher(launcher: DictConfig) -> None:
             f"hydra/launcher=slurm needs Slurm's commands, {', '.join(absent)} not found; start it on a login node of "
             "the cluster, outside of containers, or use hydra/launcher=local"
         )
-    for key in ("nodes", "tasks_per_node", "timeout_min", "poll_s"):
-        value = launcher[key]
-        if not isinstance(value, int | float) or value <= 0:
-            raise ConfigError(f"hydra.launcher.{key} is {value!r}; allowed: numbers above 0")
 
 
 def processes(launcher: DictConfig) -> int | None:
     """Return how many processes a launcher gives to each run; None where it leaves that to the environment."""
-    if launcher._target_ == _SLURM:
+    if launcher._target_ == SLURM:
         return launcher.nodes * launcher.tasks_per_node
-    if launcher._target_ == _LOCAL:
+    if launcher._target_ == LOCAL:
         return max(1, Limits.of(launcher).gpus_per_run)
     return None
 
@@ -48,7 +43,7 @@ def processes(launcher: DictConfig) -> int | None:
 def check_run(config: RunConfig, launcher: DictConfig) -> None:
     """Raise ConfigError where a run asks for what its launcher decides."""
     device = config.trainer.device
-    if launcher._target_ == _LOCAL and device.startswith("cuda:") and Limits.of(launcher).gpus_per_run:
+    if launcher._target_ == LOCAL and device.startswith("cuda:") and Limits.of(launcher).gpus_per_run:
         raise ConfigError(
             f"trainer.device={device}, but hydra/launcher=local gives each run its own GPU; leave out trainer.device"
         )
@@ -56,7 +51,7 @@ def check_run(config: RunConfig, launcher: DictConfig) -> None:
 
 def elsewhere(config: RunConfig, launcher: DictConfig) -> RunConfig:
     """Return a run's configuration without what only the machine can judge that a launcher takes it to."""
-    if launcher._target_ != _SLURM:
+    if launcher._target_ != SLURM:
         return config
     # A login node has neither the GPU nor its precisions and kernels.
     trainer = replace(config.trainer, device="cpu", precision="fp32", cuda_graphs=False)

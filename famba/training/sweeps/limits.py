@@ -27,10 +27,6 @@ class Limits:
     def of(cls, launcher: DictConfig) -> Limits:
         """Work them out from a launcher's settings. Raises ConfigError for what this machine does not have."""
         gpus = _visible_gpus()
-        for key, least in (("jobs", 1), ("threads", 1), ("gpus_per_run", 0)):
-            value = launcher[key]
-            if value is not None and not (isinstance(value, int) and value >= least):
-                raise ConfigError(f"hydra.launcher.{key} is {value!r}; allowed: null, or a whole number from {least}")
         per_run = launcher.gpus_per_run
         if per_run is None:
             per_run = 1 if gpus else 0

@@ -16,6 +16,7 @@ from famba.files import write_whole
 from famba.training.compose import run_config
 from famba.training.config import RunConfig
 from famba.training.run_folder import SWEEP, RunFolder, finished
+from famba.training.sweeps.names import recorded
 
 if TYPE_CHECKING:
     from hydra_plugins.famba_launchers import FambaLauncher
@@ -37,6 +38,10 @@ class Run:
         Raises FambaError where the folder holds something else, or damage.
         """
         return finished(RunFolder(self.folder, writes=False), self.config)
+
+    def summary(self) -> dict[str, Any] | None:
+        """Return what its folder says so far. Raises FambaError where that is damaged."""
+        return RunFolder(self.folder, writes=False).summary
 
 
 class Sweep:
@@ -116,15 +121,6 @@ class _Return(JobReturn):
 def say(line: str) -> None:
     """Print a line at once, whoever reads it."""
     print(line, flush=True)
-
-
-def recorded(folder: Path) -> list[dict[str, Any]]:
-    """Return the runs that a sweep's folder knows of, each with its folder's name and its overrides."""
-    try:
-        runs = json.loads((folder / SWEEP).read_text())["runs"]
-        return [{"folder": str(run["folder"]), "overrides": list(run["overrides"])} for run in runs]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
 
 
 def _record(folder: Path, runs: Sequence[Run]) -> None:

@@ -37,6 +37,7 @@ _OF_SUBMITIT = ("name", "timeout_min", "nodes", "tasks_per_node", "gpus_per_node
 _OURS = ("_target_", "python", "max_num_timeout", "poll_s")
 # A file system shows what a job has written last after a while.
 _GRACE_S = 20.0
+_INTENDED = "submitting.json"  # runs in the order in which they are being submitted
 
 
 class StoppedError(Exception):
@@ -75,8 +76,11 @@ def launch(launcher: FambaLauncher, job_overrides: Sequence[Sequence[str]], firs
     with FileLock(folder / ".lock"):
         sweep.announce()
         jobs = _still_queued(folder, sweep.left)
+        _remember(folder, jobs)
         new = [run for run in sweep.left if run.name not in jobs]
         if new:
+            # sbatch may take the jobs and this process end before it has written down which.
+            _write(folder / _INTENDED, [run.name for run in new])
             jobs |= _submit(new, settings, folder)
             _remember(folder, jobs)
     _Watch(sweep, jobs, folder, settings["nodes"] * settings["tasks_per_node"], settings["poll_s"]).run()
@@ -88,14 +92,21 @@ def queue() -> dict[str, str]:
 
     Raises TrainingError where Slurm does not answer.
     """
-    command = ["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i|%T|%r"]
+    return {
+        job: "HELD" if state == "PENDING" and "held" in reason.lower() else state
+        for job, state, reason, script in _squeue()
+    }
+
+
+def _squeue() -> list[list[str]]:
+    """The id, state, reason and batch script of each of the user's jobs that waits or runs."""
+    command = ["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i|%T|%r|%o"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)  # noqa: S603 - Slurm's own
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         raise TrainingError(f"squeue does not answer: {said.strip()}") from error
-    jobs = [line.split("|", 2) for line in done.stdout.splitlines() if line.count("|") >= 2]
-    return {job: "HELD" if state == "PENDING" and "held" in reason.lower() else state for job, state, reason in jobs}
+    return [line.split("|", 3) for line in done.stdout.splitlines() if line.count("|") >= 3]
 
 
 def remembered(folder: Path) -> dict[str, str]:
@@ -107,16 +118,42 @@ def remembered(folder: Path) -> dict[str, str]:
 
 
 def _remember(folder: Path, jobs: Mapping[str, str]) -> None:
-    text = json.dumps({**remembered(folder), **jobs}, indent=2) + "\n"
-    write_whole(folder / "jobs.json", lambda file: Path(file).write_text(text))
+    _write(folder / "jobs.json", {**remembered(folder), **jobs})
+    (folder / _INTENDED).unlink(missing_ok=True)
+
+
+def _write(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    write_whole(path, lambda file: Path(file).write_text(text))
 
 
 def _still_queued(folder: Path, runs: Sequence[Run]) -> dict[str, str]:
     """Jobs of an earlier start that Slurm still has."""
-    before = remembered(folder)
+    before = {**remembered(folder), **_unrecorded(folder)}
     jobs = {run.name: before[run.name] for run in runs if run.name in before}
     states = queue() if jobs else {}
     return {name: job for name, job in jobs.items() if job in states}
+
+
+def _unrecorded(folder: Path) -> dict[str, str]:
+    """Jobs in the queue that a start has submitted which ended before it could write them down."""
+    try:
+        intended = [str(name) for name in json.loads((folder / _INTENDED).read_text())]
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{folder / _INTENDED} is damaged ({error}), so jobs of this sweep may be in Slurm unnoticed; "
+            "cancel those that `squeue --me` shows, and remove the file"
+        ) from error
+    known = {job.split("_")[0] for job in remembered(folder).values()}
+    found = {}
+    for job, _, _, script in _squeue():
+        main, _, task = job.partition("_")
+        # submitit keeps the batch scripts in the folder. It makes an array of several jobs, in their order.
+        if main not in known and Path(script.strip()).parent == folder and int(task or 0) < len(intended):
+            found[intended[int(task or 0)]] = job
+    return found
 
 
 def _submit(runs: Sequence[Run], settings: Mapping[str, Any], folder: Path) -> dict[str, str]:
