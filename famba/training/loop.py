@@ -36,6 +36,9 @@ from famba.training.summary import gather_facts, summarize
 
 _log = logging.getLogger(__name__)
 
+# Work that a save before an evaluation keeps from a kill in it; less is not worth the save.
+_WORTH_SAVING_S = 60.0
+
 
 class Training:
     """One run in one process. `run` reads from top to bottom."""
@@ -245,8 +248,9 @@ class Training:
         return min((epoch + 1) * self.steps_per_epoch, self.total_steps)
 
     def _finish_epoch(self) -> None:
-        """Save, evaluate, select, log, and save that it is done: an error on the way costs no step."""
-        self._save()
+        """Save what is worth it, evaluate, select, log, and save that it is done."""
+        if time.monotonic() - self._saved_at > _WORTH_SAVING_S:
+            self._save()
         state, trainer = self.state, self.config.trainer
         epoch = (state.step - 1) // self.steps_per_epoch
         at_end = state.step == self.total_steps
