@@ -11,5 +11,5 @@ if __name__ == "__main__":
         gc.freeze()
         sys.exit(main())
     except KeyboardInterrupt:  # during the imports; main answers it itself
-        print("interrupted", file=sys.stderr)
+        sys.stderr.write("interrupted\n")
         sys.exit(130)

@@ -7,5 +7,5 @@ try:
 
     sys.exit(main())
 except KeyboardInterrupt:  # during the imports; main answers it itself
-    print("interrupted", file=sys.stderr)
+    sys.stderr.write("interrupted\n")
     sys.exit(130)
