@@ -2,6 +2,10 @@
 
 import sys
 
-from famba.cli import main
+try:
+    from famba.cli import main
 
-sys.exit(main())
+    sys.exit(main())
+except KeyboardInterrupt:  # during the imports; main answers it itself
+    sys.stderr.write("interrupted\n")
+    sys.exit(130)
