@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from famba.models.vim import CLS_POSITIONS, Vim, check_choice
 
 _HEAD_HINT = "; reset_head=True keeps the model's own"
 _WEIGHT_KEYS = ("model", "state_dict")
+# Where the machine fails; damage leads parsers to other numbers, such as that of an invalid seek.
+_OF_THE_MACHINE = (errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.ETIMEDOUT, errno.EMFILE)
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
@@ -39,9 +42,9 @@ def read_file(path: str | Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
-    except (OSError, MemoryError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error or type(error).__name__}; try again") from error
     except Exception as error:  # parsers raise whatever a damaged file leads them to
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in _OF_THE_MACHINE:
+            raise CheckpointError(f"{path} cannot be read: {error or 'no memory'}; try again") from error
         raise CheckpointError(
             f"{path} is truncated or no checkpoint ({type(error).__name__}); fetch or save it again"
         ) from error
