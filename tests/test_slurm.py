@@ -68,6 +68,8 @@ class Sweep:
                 stderr=subprocess.STDOUT,
                 text=True,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
+                # Whoever runs the tests in the background may have had them ignore Ctrl-C.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
 
     def finish(self, process: subprocess.Popen[str], status: int = 0) -> str:
