@@ -63,7 +63,6 @@ def _places(places, token, tokens, length):
 @kernel(
     [
         Configuration({"ROWS": 16, "BLOCK": 64, "LOOK": 64}, warps=4),
-        Configuration({"ROWS": 16, "BLOCK": 128, "LOOK": 128}, warps=4),
         Configuration({"ROWS": 32, "BLOCK": 64, "LOOK": 128}, warps=4),
         Configuration({"ROWS": 16, "BLOCK": 256, "LOOK": 64}, warps=4),
     ],
