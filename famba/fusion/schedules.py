@@ -16,6 +16,7 @@ Budget = int | float | str | Sequence[int]
 """Tokens in total (int), a share of the patches (float in (0, 1)), "paper", or tokens for each layer (a list)."""
 
 PAPER = "paper"
+ADAPTIVE = "adaptive"
 # What the released code removes in each fusing layer. The totals (168, 168, 162, 162) are not matched.
 _PAPER_PER_LAYER = {"all": 7, "interleaved": 14, "lower": 9, "upper": 9}
 
@@ -41,8 +42,12 @@ STRATEGIES: dict[str, Callable[..., list[int]]] = {
     "interleaved": _interleaved,
     "lower": _lower,
     "upper": _upper,
+    ADAPTIVE: _all,
 }
-"""Each strategy's rule: (depth, layers) to the layers that fuse, ascending. A new strategy is one more entry."""
+"""Each strategy's rule: (depth, layers) to the layers that fuse, ascending. A new strategy is one more entry.
+
+"adaptive" begins as "all" does, until training measures where tokens are similar (`famba.fusion.adaptive`).
+"""
 
 _COUNTED = ("lower", "upper")
 
@@ -67,7 +72,7 @@ def schedule(
 
     Args:
         strategy: "none", "all", "interleaved" (every second layer, from the second), "lower" (nearest the input),
-            "upper" (nearest the output), or "custom".
+            "upper" (nearest the output), "adaptive" (as "all" until it is measured), or "custom".
         depth: number of layers.
         tokens: length of the sequence, protected tokens included.
         budget: tokens to remove in total; as a float in (0, 1) a share of the unprotected tokens, rounded;
@@ -225,9 +230,18 @@ def _spread(total: int, fusing: int, patches: int, strategy: str) -> list[int]:
             f"patches, at most half in each layer; the largest that fits is {largest}",
             "budget",
         )
+    return removals([*(patches - i * total // fusing for i in range(fusing)), patches - total])
+
+
+def removals(left: Sequence[int]) -> list[int]:
+    """Tokens that each layer removes, so that `left` are left before the first and after each, which never ascend.
+
+    Where more than half of a layer's tokens would go, the excess goes in the layers before it. These are tokens that
+    may fuse, without the protected ones; the last of `left` holds exactly.
+    """
     # From the last layer back: what enters a layer is at most twice what leaves it.
-    left = [patches - total]
-    for i in reversed(range(fusing)):
-        left.append(min(patches - i * total // fusing, 2 * left[-1]))
-    left.reverse()
-    return [before - after for before, after in pairwise(left)]
+    possible = [left[-1]]
+    for wanted in reversed(left[:-1]):
+        possible.append(min(wanted, 2 * possible[-1]))
+    possible.reverse()
+    return [before - after for before, after in pairwise(possible)]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from famba.errors import ConfigError, near_miss
 from famba.fusion import TokenMap, match, trace
+from famba.fusion.adaptive import Adapted, similar_pairs, spend
 from famba.fusion.matching import check_order
 from famba.fusion.schedules import check_schedule
 from famba.models.mixer import VimMixer
@@ -32,6 +33,10 @@ class LayerFusion:
     order: str
     by_size: bool
     place: str
+
+
+Choose = Callable[[Tensor, int | Tensor | None], int]
+"""From what a layer measures similarity on (b, l, c), and the class token's place, to the tokens that it removes."""
 
 
 class Tokens(NamedTuple):
@@ -69,24 +74,24 @@ class VimBlock(nn.Module):
         self.fusion = fusion
 
     def forward(
-        self, hidden: Tensor, residual: Tensor | None, tokens: Tokens
+        self, hidden: Tensor, residual: Tensor | None, tokens: Tokens, choose: Choose | None = None
     ) -> tuple[Tensor, Tensor, Tokens, TokenMap | None]:
-        """Take the last layer's output (b, l, d) and the residual stream; return those of this layer, (b, l - r, d)."""
-        normed, residual = self.norm(self.drop_path(hidden), residual)
-        if not self.fusion.r:
-            return self.mixer(normed), residual, tokens, None
-        if self.fusion.place == "before_mixer":
-            token_map = self._match(normed, tokens)
-            hidden = self.mixer(token_map.fuse(normed, tokens.sizes))
-        else:
-            scanned = self.mixer.scan(normed)
-            token_map = self._match(scanned, tokens)
-            hidden = self.mixer.out_proj(token_map.fuse(scanned, tokens.sizes))
-        residual = token_map.fuse(residual, tokens.sizes)
-        return hidden, residual, self._fused(tokens, token_map), token_map
+        """Take the last layer's output (b, l, d) and the residual stream; return those of this layer, (b, l - r, d).
 
-    def _match(self, metric: Tensor, tokens: Tokens) -> TokenMap:
-        return match(metric, self.fusion.r, tokens.cls, self.fusion.order, tokens.sizes)
+        `choose`, where given, is shown what similarity is measured on, and says what r is this once.
+        """
+        normed, residual = self.norm(self.drop_path(hidden), residual)
+        if choose is None and not self.fusion.r:
+            return self.mixer(normed), residual, tokens, None
+        before = self.fusion.place == "before_mixer"
+        metric = normed if before else self.mixer.scan(normed)
+        r = self.fusion.r if choose is None else choose(metric, tokens.cls)
+        token_map = None
+        if r:
+            token_map = match(metric, r, tokens.cls, self.fusion.order, tokens.sizes)
+            metric, residual = token_map.fuse(metric, tokens.sizes), token_map.fuse(residual, tokens.sizes)
+            tokens = self._fused(tokens, token_map)
+        return (self.mixer if before else self.mixer.out_proj)(metric), residual, tokens, token_map
 
     def _fused(self, tokens: Tokens, token_map: TokenMap) -> Tokens:
         # At the head the class token stays where it is in either order: a place known beforehand is cheaper.
@@ -158,7 +163,7 @@ class Vim(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_tokens, embed_dim))
 
         self.fusion = tuple(fusion) if fusion is not None else (0,) * depth
-        check_schedule(self.fusion, depth, self.num_tokens, self.num_tokens - self.num_patches)
+        self._check_fusion(self.fusion, depth)
         self.fusion_by_size = fusion_weighting == "size"
         # A layer drops what the layer before it adds, the final norm what the last layer adds.
         rates = [0.0, *(drop_path_rate * i / max(1, depth - 1) for i in range(depth))]
@@ -192,6 +197,18 @@ class Vim(nn.Module):
         if isinstance(self.head, nn.Linear):
             trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
+
+    @torch.jit.ignore
+    def set_fusion(self, fusion: Sequence[int]) -> None:
+        """Remove other numbers of tokens from now on, one for each layer. Raises ConfigError where they do not fit."""
+        self._check_fusion(fusion, len(self.layers))
+        self.fusion = tuple(fusion)
+        for layer, r in zip(self.layers, self.fusion, strict=True):
+            assert isinstance(layer, VimBlock)
+            layer.fusion = replace(layer.fusion, r=r)
+
+    def _check_fusion(self, fusion: Sequence[int], depth: int) -> None:
+        check_schedule(fusion, depth, self.num_tokens, self.num_tokens - self.num_patches)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -241,7 +258,26 @@ class Vim(nn.Module):
             patches = patches + (patches >= self.cls_index)
         return trace(maps, patches.expand(x.shape[0], -1))
 
-    def _run(self, x: Tensor) -> tuple[Tensor, Tokens, list[TokenMap | None]]:
+    def adapted_fusion(self, x: Float[Tensor, "b c h w"], budget: int) -> Adapted:
+        """Work out where these images would spend a budget of tokens, as `famba.fusion.adaptive` says; change nothing.
+
+        In the mode that the model is in, which should be eval.
+        """
+
+        def counts_at(threshold: float) -> list[int]:
+            counts = []
+
+            def choose(metric: Tensor, cls: int | Tensor | None) -> int:
+                counts.append(similar_pairs(metric, cls, threshold))
+                return counts[-1]
+
+            self._run(x, choose)
+            return counts
+
+        with torch.no_grad():
+            return spend(counts_at, self.num_patches, budget)
+
+    def _run(self, x: Tensor, choose: Choose | None = None) -> tuple[Tensor, Tokens, list[TokenMap | None]]:
         hidden, residual = self._embed(x), None
         tokens = Tokens(self.cls_index, None)
         maps = []
@@ -249,7 +285,7 @@ class Vim(nn.Module):
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
                 out = checkpoint(layer, hidden, residual, tokens, use_reentrant=False)
             else:
-                out = layer(hidden, residual, tokens)
+                out = layer(hidden, residual, tokens, choose)
             hidden, residual, tokens, token_map = out
             maps.append(token_map)
         return self.norm_f(self.drop_path(hidden), residual)[0], tokens, maps

@@ -189,9 +189,7 @@ def match_tokens(
     and these sums (b, l - r), both in float32 (float64).
     """
     batch, length, _ = metric.shape
-    guards = leading if guarded is None else guarded.shape[1]
-    free = _free_places(leading, guarded, length, metric.device)
-    in_a, in_b = free[:, guards % 2 :: 2], free[:, 1 - guards % 2 :: 2]
+    in_a, in_b = deal(leading, guarded, length, metric.device)
     source, target = _closest_pairs(metric, in_a, in_b, r)
 
     kept = torch.ones(batch, length, dtype=torch.bool, device=metric.device).scatter_(1, source, False)
@@ -203,6 +201,16 @@ def match_tokens(
         places = torch.where(is_b, rest + is_b.cumsum(1), (kept & ~is_b).cumsum(1)) - 1
     places = places.scatter(1, source, places.gather(1, target))
     return places, *group_shares(places, sizes, length - r, compute_dtype(metric))
+
+
+def deal(leading: int, guarded: Tensor | None, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Places of the tokens of set A and of set B, ascending, (1 or b, their number).
+
+    Of the tokens that belong to neither, `leading` stand at the head, or `guarded` has their places (1 or b, p).
+    """
+    guards = leading if guarded is None else guarded.shape[1]
+    free = _free_places(leading, guarded, length, device)
+    return free[:, guards % 2 :: 2], free[:, 1 - guards % 2 :: 2]
 
 
 def group_shares(places: Tensor, sizes: Tensor | None, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

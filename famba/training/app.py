@@ -174,7 +174,6 @@ def _record_failure(folder: RunFolder, config: RunConfig, reason: str) -> dict[s
 
 
 def _announce(config: RunConfig, setup: Setup, folder: RunFolder) -> None:
-    left = setup.tokens_per_layer
     matched = "" if setup.matched else " (counts per layer as given, their total is not matched between strategies)"
     _log.info("run folder: %s", folder.path)
     _log.info(
@@ -185,7 +184,7 @@ def _announce(config: RunConfig, setup: Setup, folder: RunFolder) -> None:
         config.fusion.strategy,
         setup.tokens,
         sum(setup.schedule),
-        left[-1],
+        setup.tokens - sum(setup.schedule),
         matched,
     )
     precision = "float32" if setup.autocast is None else f"{str(setup.autocast).removeprefix('torch.')} autocast"

@@ -54,13 +54,26 @@ def load_splits(config: RunConfig) -> data.Splits:
         )
 
 
-def make_loaders(config: RunConfig, setup: Setup, splits: data.Splits, process: Process) -> Loaders:
-    """Build the loaders of one process."""
-    shared: dict[str, Any] = {
+def load_images(config: RunConfig, setup: Setup, source: data.Source) -> Tensor:
+    """All images of a source as evaluation sees them, (n, 3, s, s)."""
+    shared = _transform(config, setup)
+    batches = data.eval_batches(source, batch_size=len(source), rank=0, world_size=1, workers=0, **shared)
+    return torch.cat([images for images, _ in batches])
+
+
+def _transform(config: RunConfig, setup: Setup) -> dict[str, Any]:
+    return {
         "augmentation": augmentation(config),
         "image_size": setup.image_size,
         "mean": tuple(config.data.mean),
         "std": tuple(config.data.std),
+    }
+
+
+def make_loaders(config: RunConfig, setup: Setup, splits: data.Splits, process: Process) -> Loaders:
+    """Build the loaders of one process."""
+    shared: dict[str, Any] = {
+        **_transform(config, setup),
         "rank": process.rank,
         "world_size": process.world_size,
         "workers": config.data.workers,

@@ -19,7 +19,7 @@ from famba.training.config import flatten
 
 FORMAT = 2
 _KEPT = 2
-_CONTENT = {"format", "config", "world_size", "step", "model", "optimizer", "scaler", "ema", "totals"}
+_CONTENT = {"format", "config", "world_size", "step", "model", "optimizer", "scaler", "ema", "totals", "schedule"}
 _log = logging.getLogger(__name__)
 
 # What may change between a run and its continuation: it does not touch the weights that come out.

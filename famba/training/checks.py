@@ -12,6 +12,7 @@ import torch
 
 from famba import data, ops
 from famba.errors import BackendError, CheckpointError, ConfigError, near_miss
+from famba.fusion.schedules import ADAPTIVE
 from famba.models import Vim
 from famba.ops.registry import AUTO, ENVIRONMENT_VARIABLE, resolve
 from famba.training.config import RunConfig
@@ -120,6 +121,15 @@ def check_schedules(config: RunConfig) -> None:
             f"recipe.warmup_epochs={config.recipe.warmup_epochs} leaves nothing of "
             f"trainer.epochs={trainer.epochs}; choose fewer"
         )
+
+
+def check_adapting(config: RunConfig) -> None:
+    """Raise ConfigError where a schedule is to be measured, but not when or on what, or the other way round."""
+    fusion = config.fusion
+    for key, value in (("adapt_at", fusion.adapt_at), ("adapt_images", fusion.adapt_images)):
+        if (value is not None) != (fusion.strategy == ADAPTIVE):
+            allowed = "a value, or fusion=adaptive for the usual one" if value is None else f"null; {ADAPTIVE} measures"
+            raise ConfigError(f"fusion.{key} is {value} with strategy {fusion.strategy!r}; allowed: {allowed}")
 
 
 def check_files(config: RunConfig) -> None:

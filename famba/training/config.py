@@ -72,6 +72,9 @@ class FusionConfig:
     order: Literal["sequence", "tome"]
     weighting: Literal["mean", "size"]
     place: Literal["before_mixer", "after_scan"]
+    # A graph is compiled for each schedule, and torch keeps eight.
+    adapt_at: Annotated[list[Share], Field(min_length=1, max_length=6)] | None
+    adapt_images: Annotated[int, Field(ge=1, le=10**5)] | None
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -27,7 +27,7 @@ class Logger(Protocol):
     """Takes what a run measures."""
 
     def log(self, kind: str, step: int, epoch: int, values: dict[str, Any]) -> None:
-        """Take values after `step` steps, in epoch `epoch`; kind is "train" or "epoch"."""
+        """Take values after `step` steps, in epoch `epoch`; kind is "train", "epoch" or "schedule"."""
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Take the summary and close."""

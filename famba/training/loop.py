@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 import time
@@ -19,6 +20,7 @@ from famba.errors import CheckpointError, TrainingError
 from famba.files import sha256
 from famba.ops.registry import resolve
 from famba.training import checkpoint, slurm
+from famba.training.adapting import Adapting
 from famba.training.build import load_splits, make_loaders, new_state
 from famba.training.config import RunConfig, plain
 from famba.training.devices import memory_error, out_of_memory, peak_memory_mib, reset_peak_memory, synchronize
@@ -53,6 +55,7 @@ class Training:
         if config.trainer.max_steps is not None:
             self.total_steps = min(self.total_steps, config.trainer.max_steps)
 
+        self.adapting = Adapting(config, setup, splits.train, config.trainer.epochs * self.steps_per_epoch)
         found = self._find_checkpoint()
         self.state = new_state(config, setup, splits.train.num_classes, self.device, fresh=found is None)
         self.learning_rate = LearningRate(self.state.optimizer, config, self.steps_per_epoch)
@@ -120,10 +123,27 @@ class Training:
         with contextlib.closing(self.loaders.train.epoch(epoch, first)) as batches:
             last = min((epoch + 1) * self.steps_per_epoch, self.total_steps)
             while self.state.step < last:
+                if self.state.step in self.adapting.steps:
+                    self._adapt(epoch)
                 loss = self._step(epoch, batches)
                 progress.step(self.state.step, epoch, loss)
                 if self.state.step < last:
                     self._between_steps()
+
+    def _adapt(self, epoch: int) -> None:
+        """Measure the schedule anew; its time is training time."""
+        began = time.perf_counter()
+        state = self.state
+        schedule, threshold = self.adapting.measure(state.model, self.process)
+        state.set_fusion(schedule)
+        state.totals.add_time(time.perf_counter() - began)
+        state.totals.schedules.append({"step": state.step, "threshold": threshold, "schedule": list(schedule)})
+        self.facts = self.facts.measured_again(state.model, self.setup)
+        values = {"threshold": threshold, **{f"layer_{layer}": float(r) for layer, r in enumerate(schedule)}}
+        # Under the step that it first acts in: a run that goes on from here measures and logs again.
+        self.metrics.log("schedule", state.step + 1, epoch, values)
+        removed = " ".join(map(str, schedule))
+        _log.info("after step %d the layers remove %s tokens (similar by %.3f)", state.step, removed, threshold)
 
     def _between_steps(self) -> None:
         """Save where it is time to or where a stop is asked for, in all processes at the same step."""
@@ -319,12 +339,11 @@ class Training:
         # Where one process cannot read it, none goes on to test it.
         if self.process.largest(int(selected is None)) != [0]:
             return
-        last = {name: value.clone() for name, value in self.state.model.state_dict().items()}
-        self.state.model.load_state_dict(selected)  # type: ignore[arg-type]
-        try:
-            results = self._test(self.state.model, self.loaders.test)
-        finally:
-            self.state.model.load_state_dict(last)
+        assert selected is not None
+        model = copy.deepcopy(self.state.model)
+        model.set_fusion(selected["schedule"])
+        model.load_state_dict(selected["model"])
+        results = self._test(model, self.loaders.test)
         self.state.totals.best |= {"top1": results["top1"], "top5": results["top5"]}
 
     def _load_selected(self, path: Path) -> dict[str, Any] | None:
@@ -332,7 +351,7 @@ class Training:
             found = checkpoint.load(path)
             if found["totals"]["best"].get("epoch") != self.state.totals.best["epoch"]:
                 raise CheckpointError(f"{path} is of another epoch than the one that was selected")
-            return found["model"]
+            return found
         except CheckpointError as error:
             _log.warning("the selected weights cannot be tested: %s", error)
             return None
@@ -376,7 +395,7 @@ class Training:
 
     def _content(self) -> dict[str, Any]:
         content = {"config": plain(self.config), "world_size": self.process.world_size, "computed": self._computed()}
-        return {**content, "schedule": list(self.setup.schedule), **self.state.content()}
+        return {**content, **self.state.content()}
 
     def _stopped(self, number: int) -> Interrupted:
         """Save where that is not done yet, and say what was done; in all processes before any of them ends."""

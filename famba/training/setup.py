@@ -10,7 +10,7 @@ import torch
 
 from famba import data
 from famba.errors import ConfigError
-from famba.fusion.schedules import PAPER, check_schedule, schedule, tokens_per_layer
+from famba.fusion.schedules import PAPER, check_schedule, schedule
 from famba.models import Vim
 from famba.training import checks
 from famba.training.config import RunConfig
@@ -24,7 +24,8 @@ from famba.training.optimizer import check_optimizer_name, try_optimizer
 class Setup:
     """What a configuration comes to on this machine.
 
-    image_size: pixels. schedule: tokens that each layer removes. tokens: length of the unfused sequence.
+    image_size: pixels. schedule: tokens that each layer removes, at first where it adapts. tokens: length of the
+    unfused sequence.
     matched: whether the schedule removes the same total as the other strategies of its budget.
     """
 
@@ -41,11 +42,6 @@ class Setup:
         """What matrix products are computed in."""
         return self.autocast or torch.float32
 
-    @property
-    def tokens_per_layer(self) -> tuple[int, ...]:
-        """Tokens left after each layer's fusion."""
-        return tokens_per_layer(self.schedule, self.tokens)
-
 
 def prepare(config: RunConfig, processes: int | None = None) -> Setup:
     """Check a configuration as a whole and work out what it comes to, for `processes` on other machines, None for here.
@@ -61,6 +57,7 @@ def prepare(config: RunConfig, processes: int | None = None) -> Setup:
     checks.check_data(config)
     checks.check_batch(config, processes or world_size())
     checks.check_schedules(config)
+    checks.check_adapting(config)
     check_optimizer_name(config.recipe.optimizer)
     augmentation(config)
     outline, arguments = _outline(config)

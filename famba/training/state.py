@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.utils import ModelEmaV3
@@ -16,7 +17,7 @@ class Totals:
     """What a run has gathered so far. Times are seconds.
 
     The epoch_ members cover the epoch under way; epoch_open says that it is not yet evaluated and logged. evaluated
-    holds the last evaluation, best that of the checkpoint that validation selected.
+    holds the last evaluation, best that of the checkpoint that validation selected, schedules each that was measured.
     """
 
     data_s: float = 0.0
@@ -32,6 +33,7 @@ class Totals:
     epoch_losses: int = 0
     evaluated: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
+    schedules: list[dict[str, Any]] = field(default_factory=list)
 
     def begin_epoch(self) -> None:
         """Set the epoch's own sums to zero."""
@@ -46,6 +48,11 @@ class Totals:
         self.epoch_step_s += step_s
         self.steps += 1
         self.epoch_steps += 1
+
+    def add_time(self, seconds: float) -> None:
+        """Add time that belongs to steps, but is of none."""
+        self.step_s += seconds
+        self.epoch_step_s += seconds
 
     def add_loss(self, loss: float) -> None:
         """Add the loss of a step."""
@@ -72,18 +79,26 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "schedule": list(self.model.fusion),
             "totals": asdict(self.totals),
         }
 
     def restore(self, content: dict[str, Any]) -> None:
         """Take over what `content` returned."""
         self.step = content["step"]
+        self.set_fusion(content["schedule"])
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.scaler.load_state_dict(content["scaler"])
         if self.ema is not None:
             self.ema.module.load_state_dict(content["ema"])
         self.totals = Totals(**content["totals"])
+
+    def set_fusion(self, schedule: Sequence[int]) -> None:
+        """Let the network, and its average, remove other numbers of tokens."""
+        self.model.set_fusion(schedule)
+        if self.ema is not None:
+            cast(Vim, self.ema.module).set_fusion(schedule)
 
     def is_finite(self) -> bool:
         """Whether every parameter is a finite number."""

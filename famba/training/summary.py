@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from famba.fusion import tokens_per_layer
 from famba.models import Vim
 from famba.training.config import RunConfig
 from famba.training.devices import peak_memory_mib
@@ -17,7 +18,7 @@ from famba.training.state import TrainingState
 
 @dataclass(frozen=True)
 class Facts:
-    """What does not change during a run."""
+    """What does not change during a run, but with its schedule."""
 
     parameters: int
     macs_per_image: int
@@ -26,15 +27,27 @@ class Facts:
     total_steps: int
     provenance: dict[str, Any]
 
+    def measured_again(self, model: Vim, setup: Setup) -> Facts:
+        """What holds for a model whose schedule has changed."""
+        macs, saved = _costs(model, setup)
+        return replace(self, macs_per_image=macs, saved_bytes_per_image=saved)
+
+
+def _costs(model: Vim, setup: Setup) -> tuple[int, int]:
+    """Multiply-adds, and bytes saved for the backward, per image."""
+    saved = saved_bytes_per_image(model, setup.image_size, setup.autocast)
+    return macs_per_image(model, setup.image_size), saved
+
 
 def gather_facts(
     model: Vim, config: RunConfig, setup: Setup, process: Process, steps_per_epoch: int, total_steps: int
 ) -> Facts:
     """Measure a model on the device it is on."""
+    macs, saved = _costs(model, setup)
     return Facts(
         parameters=sum(p.numel() for p in model.parameters()),
-        macs_per_image=macs_per_image(model, setup.image_size),
-        saved_bytes_per_image=saved_bytes_per_image(model, setup.image_size, setup.autocast),
+        macs_per_image=macs,
+        saved_bytes_per_image=saved,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         provenance=provenance(process.device, config.seed, process.world_size, setup.dtype),
@@ -53,9 +66,10 @@ def summarize(
     """Gather a summary. Times are seconds.
 
     Top-1 and Top-5 are percent of the test set, from `tested`, None until they are known. train_time_s is spent on data
-    and steps, evaluation apart; epoch_time_s has the mean of each part.
+    and steps, evaluation apart; epoch_time_s has the mean of each part. Where the schedule adapts, what
+    depends on it is of the last one, and adapted has each that was measured.
     """
-    totals = state.totals
+    totals, schedule = state.totals, state.model.fusion
     epochs = max(totals.steps / facts.steps_per_epoch, 1e-9)
     train_time = totals.data_s + totals.step_s
     return {
@@ -88,10 +102,11 @@ def summarize(
         "image_size": setup.image_size,
         "precision": "fp32" if setup.autocast is None else str(setup.autocast).removeprefix("torch."),
         "tokens": setup.tokens,
-        "schedule": list(setup.schedule),
+        "schedule": list(schedule),
+        "adapted": totals.schedules or None,
         "budget_matched": setup.matched,
-        "tokens_per_layer": list(setup.tokens_per_layer),
-        "tokens_removed": sum(setup.schedule),
+        "tokens_per_layer": list(tokens_per_layer(schedule, setup.tokens)),
+        "tokens_removed": sum(schedule),
         "updated": now(),
         "provenance": facts.provenance,
     }
