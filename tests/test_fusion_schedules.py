@@ -243,7 +243,7 @@ def test_what_does_not_fit_is_refused(arguments: dict[str, Any], message: str) -
 
 
 def test_every_name_is_taken() -> None:
-    assert strategy_names() == ("none", "all", "interleaved", "lower", "upper", "custom")
+    assert strategy_names() == ("none", "all", "interleaved", "lower", "upper", "adaptive", "custom")
     for name in strategy_names():
         schedule(name, 4, 17, 2, layers=[1] if name == "custom" else None)
 

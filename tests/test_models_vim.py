@@ -82,7 +82,7 @@ def parameters(width: int, depth: int, patch: int, tokens: int, classes: int) ->
 @pytest.mark.parametrize(
     ("name", "width", "depth", "patch", "tokens"),
     [
-        ("vim_micro_patch4_32", 96, 12, 4, 65),
+        ("vim_micro_patch4_32", 64, 8, 4, 65),
         ("vim_tiny_patch16_224", 192, 24, 16, 197),
         ("vim_small_patch16_224", 384, 24, 16, 197),
         ("vim_base_patch16_224", 768, 24, 16, 197),
@@ -391,7 +391,7 @@ def test_a_schedule_may_use_the_class_tokens_share_only_where_there_is_none() ->
 )
 def test_timm_makes_the_models(name: str) -> None:
     assert timm.is_model(name)
-    counts = schedule("upper", 24 if "micro" not in name else 12, 17, 8)
+    counts = schedule("upper", 24 if "micro" not in name else 8, 17, 8)
     with torch.device("meta"):
         model = timm.create_model(
             name,
@@ -417,7 +417,7 @@ def test_timm_makes_the_models(name: str) -> None:
 def test_timm_conventions() -> None:
     model = timm.create_model("vim_micro_patch4_32", num_classes=7)
     assert model.num_classes == 7
-    assert model.num_features == model.head_hidden_size == model.embed_dim == 96
+    assert model.num_features == model.head_hidden_size == model.embed_dim == 64
     assert model.get_classifier() is model.head
     assert model.no_weight_decay() == {"pos_embed", "cls_token"}
     model.reset_classifier(3)
@@ -428,7 +428,7 @@ def test_timm_conventions() -> None:
     model.float().reset_classifier(0)
     assert isinstance(model.get_classifier(), nn.Identity)
     features = model.forward_features(torch.zeros(2, 3, 32, 32))
-    assert features.shape == (2, 65, 96)
+    assert features.shape == (2, 65, 64)
     assert torch.equal(model(torch.zeros(2, 3, 32, 32)), features[:, 0])
     with pytest.raises(ConfigError, match="cls_position"):
         model.reset_classifier(3, "avg")
@@ -436,7 +436,7 @@ def test_timm_conventions() -> None:
 
 def test_no_classes_gives_features() -> None:
     model = timm.create_model("vim_micro_patch4_32", num_classes=0)
-    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 96)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 64)
     assert not [k for k in model.state_dict() if k.startswith("head")]
 
 

@@ -49,7 +49,7 @@ def test_an_added_strategy_is_found_by_train_py(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(composing, "config_dir", lambda: configs)
     monkeypatch.setitem(STRATEGIES, "middle", lambda depth, layers: list(range(depth // 4, depth - depth // 4)))
     found = prepare(composing.compose(["fusion=middle", "model=vim_micro"]))
-    assert [i for i, r in enumerate(found.schedule) if r] == [3, 4, 5, 6, 7, 8]
+    assert [i for i, r in enumerate(found.schedule) if r] == [2, 3, 4, 5]
 
 
 def test_the_five_lines_run() -> None:
