@@ -34,5 +34,19 @@ def closest_cosines(metric: Float[Tensor, "b l c"], protected: int | Tensor | No
     return between.amax(2).sort(dim=1, descending=True).values
 
 
+def mean_cosine(metric: Float[Tensor, "b l c"], protected: int | Tensor | None) -> Float[Tensor, " b"]:
+    """Mean cosine of all pairs of different tokens that may fuse, (b,); NaN where there is but one.
+
+    Arguments as of `closest_cosines`.
+    """
+    unit = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
+    summed, count = unit.sum(1), metric.shape[1]
+    if (guarded := _guarded(protected, metric)) is not None:
+        places = guarded.expand(metric.shape[0], 1).unsqueeze(2).expand(-1, -1, metric.shape[2])
+        summed, count = summed - unit.gather(1, places)[:, 0], count - 1
+    # The square of the sum holds every pair twice, and each token with itself, which is 1.
+    return (summed.square().sum(1) - count) / (count * (count - 1))
+
+
 def _guarded(protected: int | Tensor | None, metric: Tensor) -> Tensor | None:
     return None if protected is None else torch.as_tensor(protected, device=metric.device).reshape(-1, 1)

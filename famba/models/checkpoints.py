@@ -73,7 +73,18 @@ def load_vim_checkpoint(
     Raises:
         CheckpointError: missing or damaged file, or the list of all that does not fit.
     """
-    weights = _read_weights(path)
+    return load_weights(model, _read_weights(path), path, cls_position=cls_position, reset_head=reset_head)
+
+
+def load_weights(
+    model: Vim,
+    weights: dict[str, Any],
+    path: str | Path,
+    *,
+    cls_position: str | None = None,
+    reset_head: bool = False,
+) -> Vim:
+    """Load weights that were read from a path, as `load_vim_checkpoint` does."""
     fitted, misfits = _fit(model, weights, cls_position or model.cls_position, reset_head)
     if misfits:
         listed = "\n  ".join(misfits)

@@ -17,6 +17,7 @@ from famba.fusion import TokenMap, match, trace
 from famba.fusion.adaptive import Adapted, similar_pairs, spend
 from famba.fusion.matching import check_order
 from famba.fusion.schedules import check_schedule
+from famba.fusion.similarity import closest_cosines, mean_cosine
 from famba.models.mixer import VimMixer
 from famba.ops import add_rms_norm
 
@@ -48,6 +49,16 @@ class Tokens(NamedTuple):
 
     cls: int | Tensor | None
     sizes: Tensor | None
+
+
+class Similarity(NamedTuple):
+    """Of one layer's tokens: cosine of each with its closest partner (b, a), as `closest_cosines` has it; mean of all.
+
+    mean: (b,), over all pairs of different tokens that may fuse.
+    """
+
+    closest: Tensor
+    mean: Tensor
 
 
 class RMSNorm(nn.Module):
@@ -199,13 +210,33 @@ class Vim(nn.Module):
             nn.init.zeros_(self.head.bias)
 
     @torch.jit.ignore
-    def set_fusion(self, fusion: Sequence[int]) -> None:
-        """Remove other numbers of tokens from now on, one for each layer. Raises ConfigError where they do not fit."""
+    def set_fusion(
+        self,
+        fusion: Sequence[int],
+        order: str | None = None,
+        weighting: str | None = None,
+        place: str | None = None,
+    ) -> None:
+        """Remove other numbers of tokens from now on, one for each layer, and in another way where one is given.
+
+        Arguments as of `Vim`. Raises ConfigError where they do not fit; nothing has changed then.
+        """
         self._check_fusion(fusion, len(self.layers))
+        chosen: dict[str, str | bool] = {}
+        if order is not None:
+            check_order(order)
+            chosen["order"] = order
+        if weighting is not None:
+            check_choice("fusion_weighting", weighting, WEIGHTINGS)
+            chosen["by_size"] = weighting == "size"
+        if place is not None:
+            check_choice("fusion_place", place, PLACES)
+            chosen["place"] = place
         self.fusion = tuple(fusion)
+        self.fusion_by_size = bool(chosen.get("by_size", self.fusion_by_size))
         for layer, r in zip(self.layers, self.fusion, strict=True):
             assert isinstance(layer, VimBlock)
-            layer.fusion = replace(layer.fusion, r=r)
+            layer.fusion = replace(layer.fusion, r=r, **chosen)  # type: ignore[arg-type]
 
     def _check_fusion(self, fusion: Sequence[int], depth: int) -> None:
         check_schedule(fusion, depth, self.num_tokens, self.num_tokens - self.num_patches)
@@ -257,6 +288,18 @@ class Vim(nn.Module):
         if self.cls_index is not None:
             patches = patches + (patches >= self.cls_index)
         return trace(maps, patches.expand(x.shape[0], -1))
+
+    def similarities(self, x: Float[Tensor, "b c h w"]) -> list[Similarity]:
+        """How similar the tokens are that enter each layer's fusion, on what the layer measures it on."""
+        found: list[Similarity] = []
+
+        def choose(metric: Tensor, cls: int | Tensor | None) -> int:
+            found.append(Similarity(closest_cosines(metric, cls), mean_cosine(metric, cls)))
+            return self.fusion[len(found) - 1]
+
+        with torch.no_grad():
+            self._run(x, choose)
+        return found
 
     def adapted_fusion(self, x: Float[Tensor, "b c h w"], budget: int) -> Adapted:
         """Work out where these images would spend a budget of tokens, as `famba.fusion.adaptive` says; change nothing.

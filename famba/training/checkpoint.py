@@ -114,7 +114,11 @@ def load(path: Path) -> dict[str, Any]:
     Raises DamagedError where it is not what was written, CheckpointError where it is missing, none of famba's, of
     another format, or cannot be read.
     """
-    content = _read(path)
+    return check_content(_read(path), path)
+
+
+def check_content(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return what was read from a path where it is a whole checkpoint. Raises as `load` does."""
     if "format" not in content or "step" not in content:
         raise CheckpointError(
             f"{path} holds no checkpoint of a famba run; for weights alone use init_from instead of resume"

@@ -13,6 +13,28 @@ from famba.training.interrupts import StopAsked
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
+class Tally:
+    """Sums over labelled images: hits at 1 and at 5, cross-entropy, count; in float32 on a device.
+
+    Where there are fewer than five classes, Top-5 is over all of them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(4, device=device)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch: logits (b, classes) of any floating dtype, labels (b,)."""
+        logits = logits.float()
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
+        self.sums += torch.stack([best[:, 0].sum().float(), best.sum().float(), loss, loss.new_tensor(len(labels))])
+
+    def results(self) -> dict[str, float]:
+        """Return "top1" and "top5" in percent, and "loss", the mean cross-entropy."""
+        top1, top5, loss, count = self.sums.tolist()
+        return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -23,13 +45,12 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate in eval mode, over all processes.
 
-    Returns "top1" and "top5" in percent, and "loss", the mean cross-entropy. Where there are fewer than five classes,
-    Top-5 is over all of them. Raises StopAsked, in every process, where any was asked to stop on the way:
+    Returns what `Tally.results` does. Raises StopAsked, in every process, where any was asked to stop on the way:
     `asked_to_stop` returns the number of the signal, 0 for none.
     """
     was_training = model.training
     model.eval()
-    totals = torch.zeros(4, device=process.device)
+    tally = Tally(process.device)
     for images, labels in batches:
         if asked_to_stop():
             break
@@ -37,13 +58,10 @@ def evaluate(
         labels = labels.to(process.device, non_blocking=True)
         with torch.autocast(process.device.type, dtype=autocast, enabled=autocast is not None):
             logits = model(images)
-        logits = logits.float()
-        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
-        totals += torch.stack([best[:, 0].sum().float(), best.sum().float(), loss, loss.new_tensor(len(labels))])
+        tally.add(logits, labels)
     model.train(was_training)
     (number,) = process.largest(asked_to_stop())
     if number:
         raise StopAsked(number)
-    top1, top5, loss, count = process.sum(totals).tolist()
-    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
+    process.sum(tally.sums)
+    return tally.results()

@@ -112,7 +112,7 @@ def _outline(config: RunConfig) -> tuple[Vim, dict[str, Any]]:
     """Return the network without memory, and the arguments that make it."""
     known = config.data.num_classes or data.num_classes_of(config.data.name)
     classes = config.model.num_classes if known is None else model_classes(config, known)
-    arguments = _model_arguments(config, classes)
+    arguments = model_arguments(config, classes)
     with naming(MODEL), torch.device("meta"):
         return build_model(config.model.name, arguments), arguments
 
@@ -127,7 +127,8 @@ def _fusion(config: RunConfig, outline: Vim) -> tuple[int, ...]:
     return counts
 
 
-def _model_arguments(config: RunConfig, classes: int | None) -> dict[str, Any]:
+def model_arguments(config: RunConfig, classes: int | None) -> dict[str, Any]:
+    """Return what `build_model` takes, but for the schedule; classes None leaves those of the registered model."""
     model, fusion = config.model, config.fusion
     arguments: dict[str, Any] = {
         "img_size": config.data.image_size,

@@ -1,0 +1,194 @@
+"""A trained network, by the name of its run folder, of its weights, or of a timm model that comes with weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import yaml
+from timm.models import get_pretrained_cfg
+from torch import Tensor
+
+from famba import data
+from famba.errors import CheckpointError, ConfigError, FambaError, near_miss
+from famba.fusion import schedule
+from famba.fusion.schedules import ADAPTIVE
+from famba.models import Vim
+from famba.models.checkpoints import load_weights, read_file
+from famba.training import checkpoint
+from famba.training.checks import check_model_name
+from famba.training.config import RunConfig, parse
+from famba.training.run_folder import RunFolder
+from famba.training.setup import augmentation, build_model, model_arguments
+
+Colours = tuple[float, float, float]
+
+_CONFIG, _SUMMARY, _WEIGHTS = "config.yaml", "summary.json", "model.safetensors"
+_VIMS = "vim_*"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network as training left it, and what it takes.
+
+    model: in eval mode, on the CPU, with the schedule that it had last. config: of its run; None for a timm model,
+    whose weights come with none. source: where it comes from, for a reader. image_size: pixels. mean, std: of RGB in
+    [0, 1]. scaling: how evaluation scales images; the rest of it is of no use here.
+    """
+
+    model: Vim
+    config: RunConfig | None
+    source: str
+    image_size: int
+    mean: Colours
+    std: Colours
+    scaling: data.Augmentation
+
+    @property
+    def schedule(self) -> tuple[int, ...]:
+        """Tokens that each layer removes."""
+        return self.model.fusion
+
+    @property
+    def strategy(self) -> str:
+        """Name of the strategy that it was trained with; for a timm model "none", or "custom" where it fuses."""
+        if self.config is not None:
+            return self.config.fusion.strategy
+        return "custom" if any(self.schedule) else "none"
+
+    @property
+    def classes(self) -> int:
+        """Classes that the weights tell apart."""
+        return self.model.num_classes
+
+
+def load_trained(path: str | Path) -> Trained:
+    """Load a network that was trained; its training data is not looked for.
+
+    Args:
+        path: a run folder, of which the last step's raw weights are taken; the model.safetensors in one; a checkpoint
+            (.pt) of a run, with its weights and its schedule of that step; or the name of a timm model with weights.
+
+    Raises:
+        CheckpointError: nothing is there, it is damaged, of another release, or does not say what it is weights of.
+        ConfigError: what the run was configured with cannot be built here, such as a model that is not registered.
+    """
+    place = Path(path)
+    if place.is_dir():
+        return _from_folder(place)
+    if place.suffix == ".safetensors" and place.is_file():
+        return _from_weights(place)
+    if place.is_file():
+        return _from_checkpoint(place)
+    return _from_timm(str(path))
+
+
+def _from_folder(folder: Path) -> Trained:
+    weights = folder / _WEIGHTS
+    if weights.is_file():
+        return _from_weights(weights)
+    latest = RunFolder(folder, writes=False).checkpoints.latest
+    if latest is not None:
+        raise CheckpointError(f"the run in {folder} is not finished; to take it as it is, give its checkpoint {latest}")
+    raise CheckpointError(f"{folder} holds no trained network ({_WEIGHTS}); give the run_dir of a finished run")
+
+
+def _from_weights(file: Path) -> Trained:
+    """Weights in a run folder, whose other files say what they are weights of."""
+    folder = file.parent
+    config_file, summary_file = folder / _CONFIG, folder / _SUMMARY
+    if not config_file.is_file():
+        raise CheckpointError(
+            f"{file} lies beside no {_CONFIG}, which would say what network and data it is of; give a run folder"
+        )
+    config = _parsed(_read(config_file, yaml.safe_load), config_file)
+    counts = _read(summary_file, json.loads).get("schedule") if summary_file.is_file() else None
+    if counts is None and config.fusion.strategy == ADAPTIVE:
+        raise CheckpointError(f"{folder} has no {_SUMMARY} with the schedule that training ended with; give a .pt file")
+    return _built(config, read_file(file), counts, file, f"run {folder}")
+
+
+def _from_checkpoint(file: Path) -> Trained:
+    content = read_file(file)
+    if not {"format", "config", "model", "schedule"} <= content.keys():
+        raise CheckpointError(
+            f"{file} is no checkpoint of a run: it does not say what network and data it is of; "
+            "load weights alone by famba.models.load_vim_checkpoint, or train from them with init_from"
+        )
+    content = checkpoint.check_content(content, file)
+    config = _parsed(content["config"], file)
+    return _built(config, content["model"], content["schedule"], file, f"checkpoint {file}, step {content['step']}")
+
+
+def _from_timm(name: str) -> Trained:
+    known = timm.list_models(_VIMS)
+    if name.split(".")[0] not in known:
+        raise CheckpointError(
+            f"no run folder, no checkpoint and no timm model is called {name!r}{near_miss(name, known)}; "
+            "give a run folder, its model.safetensors, a checkpoint (.pt), or the name of a timm model with weights"
+        )
+    found = get_pretrained_cfg(name, allow_unregistered=False)
+    if found is None or not found.has_weights:
+        listed = ", ".join(timm.list_models(_VIMS, pretrained=True)) or "none of this release"
+        raise CheckpointError(f"{name} comes without weights; those with weights: {listed}")
+    model = build_model(name, {"pretrained": True}).eval()
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    scaling = _plain_scaling(cfg["interpolation"], cfg["crop_pct"])
+    size = model.patch_embed.img_size[0]
+    return Trained(model, None, f"timm model {name}", size, tuple(cfg["mean"]), tuple(cfg["std"]), scaling)
+
+
+def _plain_scaling(interpolation: str, eval_crop: float) -> data.Augmentation:
+    nothing: dict[str, Any] = {"crop_padding": 0, "hflip": 0.0, "color_jitter": 0.0, "random_erasing": 0.0}
+    return data.Augmentation(
+        kind="batch",
+        auto_augment=None,
+        erasing_mode="const",
+        interpolation=interpolation,
+        eval_crop=eval_crop,
+        **nothing,
+    )
+
+
+def _built(config: RunConfig, weights: dict[str, Any], counts: Any, file: Path, source: str) -> Trained:
+    head = weights.get("head.weight")
+    if not isinstance(head, Tensor):
+        raise CheckpointError(f"{file} holds no classifier (head.weight), so it tells no classes apart")
+    try:
+        check_model_name(config.model.name)
+        model = build_model(config.model.name, model_arguments(config, len(head)))
+        model.set_fusion(_configured(config, model) if counts is None else counts)
+        scaling = augmentation(config)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}", error.argument) from error
+    load_weights(model, weights, file)
+    mean, std = tuple(config.data.mean), tuple(config.data.std)
+    return Trained(model.eval(), config, source, model.patch_embed.img_size[0], mean, std, scaling)  # type: ignore[arg-type]
+
+
+def _configured(config: RunConfig, model: Vim) -> tuple[int, ...]:
+    """The schedule by the configuration alone."""
+    fusion = config.fusion
+    protected = model.num_tokens - model.num_patches
+    return schedule(fusion.strategy, len(model.layers), model.num_tokens, fusion.budget, fusion.layers, protected)
+
+
+def _read(file: Path, parser: Callable[[bytes], Any]) -> dict[str, Any]:
+    try:
+        content = parser(file.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+    except (OSError, yaml.YAMLError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); give a checkpoint (.pt) of the run instead") from error
+    return content
+
+
+def _parsed(values: Any, file: Path) -> RunConfig:
+    try:
+        return parse(values)
+    except (FambaError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} holds no configuration of this release: {error}") from error

@@ -1,0 +1,178 @@
+"""A trained network comes back whole from wherever it lies, or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from runs import run
+from timm.models import get_pretrained_cfg
+from torch import Tensor
+
+from famba.errors import CheckpointError, ConfigError
+from famba.files import seal
+from famba.models import Vim
+from famba.training import trained
+from famba.training.trained import load_trained
+
+
+@pytest.fixture(scope="module")
+def upper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("upper")
+    run(folder, "fusion=upper", "fusion.budget=8", "fusion.order=tome", "model.cls_position=middle")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adaptive(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("adaptive")
+    chosen = ("model.depth=4", "model.patch_size=4", "fusion=adaptive", "fusion.budget=32")
+    return folder, run(folder, *chosen, "trainer.max_steps=3")
+
+
+@pytest.fixture
+def copied(upper: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(upper, tmp_path / "run")
+
+
+def last_checkpoint(folder: Path) -> Path:
+    return sorted((folder / "checkpoints").glob("step_*.pt"))[-1]
+
+
+def logits(model: Vim) -> Tensor:
+    with torch.no_grad():
+        return model(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+
+
+def test_folder_weights_and_checkpoint_are_the_same_network(upper: Path) -> None:
+    found = [load_trained(place) for place in (upper, upper / "model.safetensors", last_checkpoint(upper))]
+    for one in found:
+        assert not one.model.training
+        assert (one.schedule, one.strategy, one.classes, one.image_size) == ((4, 4), "upper", 10, 32)
+        assert one.model.cls_position == "middle"
+        assert one.model.layers[0].fusion.order == "tome"  # type: ignore[union-attr]
+        torch.testing.assert_close(logits(one.model), logits(found[0].model), rtol=0, atol=0)
+    assert "step 6" in found[2].source
+
+
+def test_neither_the_data_nor_the_device_of_training_is_needed(copied: Path) -> None:
+    text = (copied / "config.yaml").read_text()
+    text = text.replace("name: digits", "name: folder").replace("root: null", "root: /nowhere/at/all")
+    (copied / "config.yaml").write_text(text.replace("device: auto", "device: cuda:7"))
+    assert load_trained(copied).config.data.root == "/nowhere/at/all"  # type: ignore[union-attr]
+
+
+def test_a_run_that_adapts_comes_back_with_its_last_schedule(adaptive: tuple[Path, dict[str, Any]]) -> None:
+    folder, summary = adaptive
+    last = tuple(summary["schedule"])
+    assert last != (8, 8, 8, 8)  # what the configuration alone comes to
+    assert load_trained(folder).schedule == last
+    assert load_trained(last_checkpoint(folder)).schedule == last
+
+
+def test_without_its_summary_a_run_that_adapts_is_refused(
+    adaptive: tuple[Path, dict[str, Any]], upper: Path, tmp_path: Path
+) -> None:
+    for folder, name in ((adaptive[0], "adaptive"), (upper, "upper")):
+        shutil.copytree(folder, tmp_path / name)
+        (tmp_path / name / "summary.json").unlink()
+    with pytest.raises(CheckpointError, match="the schedule that training ended with"):
+        load_trained(tmp_path / "adaptive")
+    assert load_trained(tmp_path / "upper").schedule == (4, 4)
+
+
+def test_what_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no trained network"):
+        load_trained(tmp_path)
+    with pytest.raises(CheckpointError, match="did you mean 'vim_tiny_patch16_224'"):
+        load_trained("vim_tiny_patch16_22")
+    with pytest.raises(CheckpointError, match="no run folder, no checkpoint and no timm model"):
+        load_trained(tmp_path / "absent.pt")
+    with pytest.raises(CheckpointError, match="comes without weights"):
+        load_trained("vim_base_patch16_224")
+
+
+def test_an_unfinished_run_names_its_checkpoint(copied: Path) -> None:
+    (copied / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"not finished.*step_00000006\.pt"):
+        load_trained(copied)
+
+
+def test_weights_alone_do_not_say_what_they_are_of(upper: Path, tmp_path: Path) -> None:
+    lone = shutil.copy(upper / "model.safetensors", tmp_path / "lone.safetensors")
+    with pytest.raises(CheckpointError, match="lies beside no config.yaml"):
+        load_trained(lone)
+    torch.save({"model": load_trained(upper).model.state_dict()}, tmp_path / "official.pth")
+    with pytest.raises(CheckpointError, match="is no checkpoint of a run"):
+        load_trained(tmp_path / "official.pth")
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "summary.json"])
+@pytest.mark.parametrize("text", ["{", "[]", "", "\x00"])
+def test_damaged_files_are_named(copied: Path, name: str, text: str) -> None:
+    (copied / name).write_text(text)
+    with pytest.raises(CheckpointError, match=name):
+        load_trained(copied)
+
+
+def test_a_configuration_of_another_release_is_refused(copied: Path) -> None:
+    with open(copied / "config.yaml", "a") as file:
+        file.write("novelty: 3\n")
+    with pytest.raises(CheckpointError, match="novelty"):
+        load_trained(copied)
+
+
+def test_a_changed_checkpoint_is_damaged(copied: Path) -> None:
+    file = last_checkpoint(copied)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_trained(file)
+
+
+def test_a_checkpoint_of_another_format_is_refused(copied: Path) -> None:
+    file = last_checkpoint(copied)
+    torch.save(torch.load(file, weights_only=True) | {"format": 1}, file)
+    seal(file)
+    with pytest.raises(CheckpointError, match="has format 1"):
+        load_trained(file)
+
+
+def test_a_schedule_or_weights_that_do_not_fit_are_refused(copied: Path) -> None:
+    summary = json.loads((copied / "summary.json").read_text())
+    (copied / "summary.json").write_text(json.dumps(summary | {"schedule": [4, 4, 4]}))
+    with pytest.raises(ConfigError, match="the schedule has 3 entries"):
+        load_trained(copied)
+    (copied / "summary.json").write_text(json.dumps(summary))
+    text = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(text.replace("embed_dim: 16", "embed_dim: 32"))
+    with pytest.raises(CheckpointError, match="does not fit this model"):
+        load_trained(copied)
+
+
+def test_a_timm_name_brings_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "vim_micro_patch4_32"
+    plain = timm.create_model(name, num_classes=7)
+    cfg = {**plain.pretrained_cfg, "mean": (0.5,) * 3, "std": (0.25,) * 3, "crop_pct": 1.0}
+
+    class Found:
+        has_weights = True
+
+    def build(asked: str, arguments: dict[str, Any]) -> Any:
+        assert (asked, arguments) == (name, {"pretrained": True})
+        plain.pretrained_cfg = cfg
+        return plain
+
+    monkeypatch.setattr(trained, "get_pretrained_cfg", lambda *args, **kwargs: Found())
+    monkeypatch.setattr(trained, "build_model", build)
+    found = load_trained(name)
+    assert (found.config, found.strategy, found.classes, found.image_size) == (None, "none", 7, 32)
+    assert (found.mean, found.std, found.scaling.eval_crop) == ((0.5,) * 3, (0.25,) * 3, 1.0)
+    assert not found.model.training
+    assert get_pretrained_cfg(name) is not None
