@@ -7,10 +7,13 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import famba
 from famba.analysis.benchmark.command import add_benchmark
-from famba.errors import FambaError
+from famba.analysis.evaluation.command import add_evaluate
+from famba.analysis.plan import add_plan
+from famba.errors import ConfigError, FambaError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,10 +63,12 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser(
         "report",
-        help="compare runs in a table",
-        description="Compare runs in a table, from their run folders.",
+        help="compare runs in a table, or in a report with plots",
+        description="Compare runs, from their run folders: in a plain table on the terminal, or with --out in a report "
+        "with means over seeds, intervals and plots, as Markdown, CSV, LaTeX and one HTML page.",
     )
     report.add_argument("runs", nargs="+", metavar="FOLDER", help="run folders, or folders that hold some")
+    report.add_argument("--out", type=Path, metavar="DIR", help="write a report to this folder instead")
     report.set_defaults(run=_report)
 
     status = commands.add_parser(
@@ -76,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     status.set_defaults(run=_status)
 
     add_benchmark(commands)
+    add_plan(commands).set_defaults(run=_plan)
+    add_evaluate(commands).set_defaults(run=_evaluate)
 
     doctor = commands.add_parser(
         "doctor",
@@ -95,11 +102,51 @@ def _download(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from famba.analysis.folders import prepare_folder
+    from famba.analysis.plan import measure, plan
+    from famba.analysis.plan_report import tables, write
+
+    for name in ("batch", "rounds"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(options, name)}; allowed: 1 or more")
+    plans = plan(options.overrides, options.backend)
+    folder = None if options.out is None else prepare_folder(options.out)
+    if options.measure:
+        plans = measure(plans, options.batch, options.rounds)
+    print(tables(plans))
+    if folder is not None:
+        write(plans, folder)
+        print(f"\nplan.csv, plan.json, tokens.svg and tokens.png are in {folder}")
+    return 0
+
+
 def _report(options: argparse.Namespace) -> int:
+    if options.out is not None:
+        from famba.analysis.report import summary, write_report
+
+        print(summary(write_report(options.runs, options.out), options.out))
+        return 0
     from famba.analysis.tables import find_runs, run_table
 
     print(run_table(find_runs(options.runs)))
     return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from famba.analysis.evaluation.evaluate import evaluate
+    from famba.analysis.evaluation.report import as_json, table, write
+    from famba.analysis.evaluation.request import check
+    from famba.analysis.folders import prepare_folder
+
+    request = check(options)
+    folder = None if options.out is None else prepare_folder(options.out)
+    found = evaluate(request)
+    print(as_json(found) if options.json else table(found))
+    if folder is not None:
+        files = write(found, folder)
+        print(f"in {folder}: {', '.join(file.name for file in files)}", file=sys.stderr)
+    return 130 if found.interrupted else 0
 
 
 def _status(options: argparse.Namespace) -> int:

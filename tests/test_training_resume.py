@@ -79,6 +79,24 @@ def test_stopped_and_resumed_is_bit_equal(tmp_path: Path, uninterrupted: Path, s
         assert torch.equal(averaged[name], value), name
 
 
+@pytest.mark.parametrize("stop", [4, 5])
+def test_a_schedule_that_adapts_resumes_bit_equal(tmp_path: Path, stop_after: Any, stop: int) -> None:
+    """Stopped right before the schedule is measured anew, and right after."""
+    adaptive = [*EVERYTHING, "fusion=adaptive", "fusion.adapt_at=[0.25,0.5]", "fusion.adapt_images=12"]
+    whole = run(tmp_path / "whole", *adaptive)
+    stop_after(stop)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts", *adaptive)
+    stop_after(-1)
+    resumed = run(tmp_path / "parts", *adaptive)
+    assert [entry["step"] for entry in whole["adapted"]] == [2, 4]
+    assert resumed["adapted"] == whole["adapted"]
+    assert resumed["weights_sha256"] == whole["weights_sha256"]
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    for name in ("top1", "ema_top1", "selected", "macs_per_image", "saved_bytes_per_image"):
+        assert resumed[name] == whole[name], name
+
+
 def test_an_evaluation_that_fails_costs_no_step(
     tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

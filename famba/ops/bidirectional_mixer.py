@@ -258,13 +258,24 @@ def _kernels(backend: str) -> MixerKernels:
     return cast(MixerKernels, kernels(backend))
 
 
+def mixer_macs(
+    tokens: int, d_model: int, d_inner: int, d_state: int, dt_rank: int, d_conv: int, output: bool = True
+) -> int:
+    """Multiply-adds of a forward pass of `tokens` tokens, with or without the output projection."""
+    projections = d_inner * d_model * (3 if output else 2)
+    return tokens * (projections + 2 * _direction_macs(d_inner, d_conv, dt_rank + 2 * d_state, dt_rank, d_state))
+
+
+def _direction_macs(d_inner: int, d_conv: int, projected: int, dt_rank: int, d_state: int) -> int:
+    """Multiply-adds of one direction, per token."""
+    return d_inner * (d_conv + projected + dt_rank) + scan_macs(1, 1, d_inner, d_state, skip=True, gate=True)
+
+
 @register_flop_formula(torch.ops.famba.bidirectional_mixer)
 def _mixer_flops(x, in_weight, forward, backward, out_weight, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
     batch, length, d_model = x
-    channels = in_weight[0] // 2
-    macs = batch * length * (in_weight[0] * d_model + (0 if out_weight is None else out_weight[0] * channels))
+    d_inner = in_weight[0] // 2
+    macs = in_weight[0] * d_model + (0 if out_weight is None else out_weight[0] * d_inner)
     for conv_weight, _, x_weight, dt_weight, _, A, _ in (forward, backward):
-        per_token = conv_weight[1] + x_weight[0] + dt_weight[1]
-        macs += batch * length * channels * per_token
-        macs += scan_macs(batch, length, channels, A[1], skip=True, gate=True)
-    return 2 * macs
+        macs += _direction_macs(d_inner, conv_weight[1], x_weight[0], dt_weight[1], A[1])
+    return 2 * batch * length * macs

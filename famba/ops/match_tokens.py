@@ -69,7 +69,11 @@ def _match_shape(
 
 @register_flop_formula(torch.ops.famba.match_tokens)
 def _match_flops(metric, leading, guarded, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    """The similarities between the two halves of the tokens that may fuse."""
     batch, length, channels = metric
-    free = length - (leading if guarded is None else guarded[1])
-    return 2 * batch * (free // 2) * (free - free // 2) * channels
+    return 2 * batch * match_macs(length, leading if guarded is None else guarded[1], channels)
+
+
+def match_macs(tokens: int, protected: int, channels: int) -> int:
+    """Multiply-adds of the similarities between the two halves of an image's tokens that may fuse."""
+    free = tokens - protected
+    return (free // 2) * (free - free // 2) * channels

@@ -25,6 +25,7 @@ from famba.training import slurm
 from famba.training.compose import check_command, compose, config_dir, is_question, name_by_sweep
 from famba.training.config import RunConfig, parse
 from famba.training.distributed import Process, part, start_process, world_size
+from famba.training.estimate import estimate
 from famba.training.help import help_text
 from famba.training.interrupts import Interrupted, StopRequest
 from famba.training.loop import Training
@@ -57,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 # Checked once the processes have joined, so that all hear of one that cannot take part.
                 train(compose(arguments), None)
             else:
-                check_command(arguments)
+                if asked := check_command(arguments):
+                    print(estimate(asked), end="", flush=True)
                 _hydra_main([*arguments, name_by_sweep(arguments)])
     except FambaError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -22,7 +22,7 @@ import famba
 from famba.errors import ConfigError, near_miss
 from famba.training.config import RunConfig, keys, parse
 from famba.training.distributed import world_size
-from famba.training.setup import prepare
+from famba.training.setup import Setup, prepare
 from famba.training.sweeps.launchers import check_launcher, check_run, elsewhere, processes
 from famba.training.sweeps.names import register_resolvers, sweep_name
 
@@ -54,6 +54,15 @@ class Command:
         return cls(tuple(parsed.overrides), parsed.multirun, folder)
 
 
+@dataclass
+class Asked:
+    """A configuration of a sweep, whatever its seed, what it comes to, and how many runs of it there are."""
+
+    config: RunConfig
+    setup: Setup
+    runs: int = 0
+
+
 def config_dir() -> Path:
     """Folder of the YAML files: inside the installed package, or beside it in a checkout."""
     package = Path(famba.__file__).resolve().parent
@@ -67,15 +76,15 @@ def is_question(arguments: Sequence[str]) -> bool:
     return any(getattr(parsed, name, None) for name in _QUESTIONS)
 
 
-def check_command(arguments: Sequence[str]) -> None:
-    """Check every run that a command line asks for; no folder is made.
+def check_command(arguments: Sequence[str]) -> list[Asked]:
+    """Check every run that a command line asks for, and return those of a sweep; no folder is made.
 
     Raises FambaError for the first that cannot work, with what is allowed.
     """
     command = Command.parse(arguments)
     if command.multirun and world_size() > 1:
         raise ConfigError("-m does not go with torchrun; sweep without it, or start one run at a time")
-    checked: list[RunConfig] = []
+    checked: list[Asked] = []
     for job in _jobs(command):
         values = _compose(job, command.config_dir)
         config, launcher = run_config(values), values.hydra.get("launcher")
@@ -85,11 +94,15 @@ def check_command(arguments: Sequence[str]) -> None:
         if not checked:
             check_launcher(launcher)
         check_run(config, launcher)
-        # Whatever the seed, a run is made of the same parts.
-        config = replace(elsewhere(config, launcher), seed=0)
-        if config not in checked:
-            prepare(config, processes=processes(launcher))
-            checked.append(config)
+        # Whatever the seed, and whichever second its folder is named by, a run is made of the same parts.
+        run_dir = checked[0].config.run_dir if checked else config.run_dir
+        config = replace(elsewhere(config, launcher), seed=0, run_dir=run_dir)
+        known = next((asked for asked in checked if asked.config == config), None)
+        if known is None:
+            known = Asked(config, prepare(config, processes=processes(launcher)))
+            checked.append(known)
+        known.runs += 1
+    return checked
 
 
 def name_by_sweep(arguments: Sequence[str]) -> str:
@@ -117,6 +130,12 @@ def compose(arguments: Sequence[str]) -> RunConfig:
     """Compose one run's configuration from a command line. Raises ConfigError, with a near miss where there is one."""
     command = Command.parse(arguments)
     return run_config(_compose(command.overrides, command.config_dir))
+
+
+def compose_all(overrides: Sequence[str]) -> list[RunConfig]:
+    """Compose every configuration that overrides ask for, those with several values by commas in all combinations."""
+    command = Command(tuple(overrides), multirun=True)
+    return [run_config(_compose(job, None)) for job in _jobs(command)]
 
 
 def run_config(values: DictConfig) -> RunConfig:

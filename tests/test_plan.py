@@ -1,0 +1,137 @@
+"""What a plan says beforehand is what is counted and measured afterwards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from famba.analysis.plan import plan
+from famba.cli import main
+from famba.errors import ConfigError
+from famba.fusion import schedule
+from famba.models.cost import cost
+from famba.ops import backends, use_backend
+from famba.training.compose import check_command
+from famba.training.estimate import estimate
+from famba.training.measure import macs_per_image, saved_bytes_per_image
+
+USABLE = [name for name in ("native", "reference") if backends()[name] is None]
+MODELS: list[dict[str, Any]] = [
+    {"cls_position": position, "fusion_place": place, "fusion_weighting": weighting, "strategy": strategy}
+    for position in ("head", "middle", "none")
+    for place, weighting in (("before_mixer", "mean"), ("after_scan", "size"))
+    for strategy in ("none", "upper", "all")
+]
+
+
+def build(cls_position: str, strategy: str, **chosen: Any) -> torch.nn.Module:
+    protected = int(cls_position != "none")
+    counts = schedule(strategy, 4, 64 + protected, 40, protected=protected)
+    shape = {"depth": 4, "embed_dim": 32, "d_state": 8, "num_classes": 10}
+    return timm.create_model("vim_micro_patch4_32", **shape, cls_position=cls_position, fusion=counts, **chosen)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("chosen", MODELS, ids=lambda chosen: "-".join(chosen.values()))
+def test_costs_are_what_torch_counts_and_keeps(chosen: dict[str, Any], backend: str) -> None:
+    model = build(**chosen)
+    with use_backend(backend):
+        assert cost(model, backend, torch.float32).macs == macs_per_image(model, 32)
+        for autocast in (None, torch.bfloat16):
+            found = cost(model, backend, autocast or torch.float32).saved_bytes
+            assert found == pytest.approx(saved_bytes_per_image(model, 32, autocast), rel=0.03)
+        # In float32 the model is exact, which keeps it honest.
+        assert cost(model, backend, torch.float32).saved_bytes == saved_bytes_per_image(model, 32, None)
+
+
+def test_vim_tiny_at_224_is_planned_to_the_multiply_add_and_byte() -> None:
+    counts = schedule("interleaved", 24, 197, 168)
+    model = timm.create_model("vim_tiny_patch16_224", num_classes=100, fusion=counts)
+    backend = USABLE[0]
+    with use_backend(backend):
+        found = cost(model, backend, torch.float32)
+        assert found.macs == macs_per_image(model, 224)
+        assert found.saved_bytes == saved_bytes_per_image(model, 224, None)
+    assert [layer.leaving for layer in found.layers][:3] == [197, 183, 183]
+    assert found.token_layers == sum(layer.leaving for layer in found.layers)
+
+
+def test_layers_add_up_and_none_is_the_base() -> None:
+    none, upper = plan(["model=vim_micro", "fusion=upper"], "reference")
+    assert (none.name, upper.name) == ("none", "upper")
+    assert none.cost.layers[0] == none.cost.layers[-1]
+    for one in (none, upper):
+        ends = one.cost.embedding[0] + one.cost.head[0]
+        assert one.cost.macs == sum(layer.macs for layer in one.cost.layers) + ends
+    assert upper.cost.layers[-1].macs < none.cost.layers[-1].macs
+    assert upper.setup.tokens - upper.cost.layers[-1].leaving == sum(upper.setup.schedule) == 55
+
+
+def test_what_differs_is_in_the_name() -> None:
+    names = [one.name for one in plan(["model=vim_micro,vim_ti", "fusion=all", "fusion.budget=0.2,0.4"], "reference")]
+    assert names[:3] == [f"vim_micro_patch4_32 {rest}" for rest in ("none", "all budget=0.2", "all budget=0.4")]
+    assert len(names) == 6
+
+
+def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["model=vim_micro", "fusion=all,lower"]
+    small = ["--measure", "--batch", "2", "--rounds", "1"]
+    assert main(["plan", *overrides, "--out", str(tmp_path / "plan"), *small]) == 0
+    printed = capsys.readouterr().out
+    assert "Tokens after each layer" in printed
+    assert "of none, measured" in printed
+    written = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    assert [row["name"] for row in written] == ["none", "all", "lower"]
+    assert written[1]["step_time_of_none_predicted"] == written[1]["macs_per_image"] / written[0]["macs_per_image"]
+    assert written[1]["step_time_of_none_measured"] > 0
+    assert [layer["leaving"] for layer in written[2]["layers"]][-1] == 10
+    assert (tmp_path / "plan" / "tokens.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "plan" / "tokens.svg").read_text().startswith("<?xml")
+    assert len((tmp_path / "plan" / "plan.csv").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fusion=uper"], "unknown fusion 'uper', did you mean 'upper'"),
+        (["--backend", "nativ"], "unknown --backend 'nativ'; allowed: mamba_ssm, triton, native, reference"),
+        (["fusion=all", "fusion.budget=5000"], "a budget of 5000 tokens does not fit"),
+        (["--measure", "--batch", "0"], "--batch is 0; allowed: 1 or more"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_out_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["plan", "model=vim_micro", "--out", str(tmp_path / "file")]) == 2
+    assert "cannot be made" in capsys.readouterr().err
+
+
+def test_the_paper_table_says_its_gpu_hours() -> None:
+    whole = estimate(check_command(["-m", "experiment=paper_table"]))
+    assert "GPU-hours on A100s" in whole
+    low = float(whole.split()[1].replace(",", ""))
+    # Three times as many seeds, three times the hours.
+    third = estimate(check_command(["-m", "experiment=paper_table", "seed=0"]))
+    assert float(third.split()[1].replace(",", "")) == pytest.approx(low / 3, rel=0.01)
+    assert estimate(check_command(["-m", "experiment=demo", "fusion=none,upper"])) == ""
+
+
+def test_cpu_table_is_thirty_runs_of_equal_budgets() -> None:
+    asked = check_command(["-m", "experiment=cpu_table"])
+    assert [(one.config.fusion.strategy, one.runs) for one in asked] == [
+        (name, 5) for name in ("none", "all", "interleaved", "lower", "upper", "adaptive")
+    ]
+    assert {sum(one.setup.schedule) for one in asked[1:]} == {55}
+    with pytest.raises(ConfigError, match="add -m"):
+        check_command(["experiment=cpu_table"])
