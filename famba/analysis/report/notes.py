@@ -1,0 +1,125 @@
+"""What a reader has to know to read the tables right."""
+
+from __future__ import annotations
+
+from famba.analysis.report import paper
+from famba.analysis.report.comparable import is_dirty
+from famba.analysis.report.rows import Row, Table
+from famba.analysis.report.settings import NONE, usual
+from famba.fusion.schedules import ADAPTIVE
+
+READING = (
+    "± is the sample standard deviation over seeds; a single number is of one seed.",
+    "Differences are paired by seed; in brackets the 95 % interval by Student's t. Each interval stands for itself: of "
+    "many, about one in twenty misses the true difference.",
+    "Shares of none are quotients of means. Training time is that of data and steps, evaluation apart.",
+    "Top-1 and Top-5 are of the test images after the last step.",
+)
+_SHARED = (
+    ("data", "data.name"),
+    ("training images", "data.subset"),
+    ("held out for validation", "data.val_fraction"),
+    ("image size", "image size"),
+    ("epochs", "trainer.epochs"),
+    ("steps", "steps"),
+    ("batch size", "trainer.batch_size"),
+    ("optimizer", "recipe.optimizer"),
+    ("learning rate", "recipe.lr"),
+    ("precision", "precision"),
+    ("initial weights", "init_from"),
+    ("famba", "famba version"),
+    ("commit", "git commit"),
+)
+
+
+def shared(table: Table) -> list[tuple[str, str]]:
+    """Names and values of what all runs of a table share."""
+    what, place = table.comparable.what, table.comparable.place
+    found = [(name, str(what.get(key))) for name, key in _SHARED if what.get(key) not in (None, 0.0)]
+    settings = usual([row.fusion for row in table.rows])
+    found += [
+        (f"fusion.{name}, unless a row says otherwise", f"{value}{' tokens' if name == 'budget' else ''}")
+        for name, value in settings.items()
+        if name != "layers"
+    ]
+    found += [
+        (key, str(place[key])) for key in ("device", "processes", "backend", "CUDA") if place.get(key) is not None
+    ]
+    return [*found, *((key, str(place[key])) for key in ("torch", "timm", "mamba-ssm") if place.get(key))]
+
+
+def notes(table: Table) -> list[str]:
+    """Remarks on one table, each a sentence or two."""
+    found = [*_of_code(table), *_of_seeds(table), *_of_cost(table)]
+    removed = sorted({int(row.fusion.budget) for row in table.rows if row.fusion.budget})
+    if len(removed) > 1:
+        found.append(
+            f"The settings remove different numbers of tokens in all: {', '.join(map(str, removed))}. Those that "
+            "remove more save more."
+        )
+    if any(row.printed.top1 is not None for row in table.rows):
+        found.append(f"Paper: {paper.SOURCE}; empty where its figure is not known here.")
+    found += [f"{run.name}: {gap}." for row in table.rows for run in row.runs for gap in run.gaps]
+    return found
+
+
+def _of_code(table: Table) -> list[str]:
+    commit = table.comparable.what.get("git commit")
+    if is_dirty(commit):
+        return [
+            f"Commit {commit}: the code had changes that were not committed, so these runs may differ in code all the "
+            "same."
+        ]
+    if commit is None:
+        return ["No commit is known of these runs: that they are of the same code is known by famba's version alone."]
+    return []
+
+
+def _of_seeds(table: Table) -> list[str]:
+    found = []
+    single = [row.label for row in table.rows if len(row.runs) == 1]
+    if single:
+        found.append(f"One seed alone, so neither spread nor interval: {'; '.join(single)}.")
+    if table.base is None:
+        found.append("No run without fusion (none) is among these: differences and shares are left open.")
+    for row in table.rows:
+        if row.fusion.strategy == NONE or table.base is None:
+            continue
+        if row.difference is None:
+            found.append(f"{row.label}: no seed in common with none, so no difference.")
+        elif row.difference.unpaired:
+            seeds = ", ".join(map(str, row.difference.unpaired))
+            found.append(f"{row.label}: seeds that it and none do not share are left out of the difference: {seeds}.")
+    return found
+
+
+def _of_cost(table: Table) -> list[str]:
+    found = []
+    place = table.comparable.place
+    if place.get("CUDA") is None:
+        found.append(
+            "On a CPU peak memory is all that the process keeps resident, libraries and data for the most part; the "
+            "bytes saved for the backward show what fusing saves."
+        )
+    moved = [row.label for row in table.rows if row.is_elsewhere]
+    if moved:
+        found.append(
+            f"* timed on another machine than the rest, so without shares and not in the plots of cost: "
+            f"{'; '.join(moved)}."
+        )
+    fewer = [row for row in table.rows if not row.is_elsewhere and _timed(row) < len(row.runs)]
+    found += [
+        f"{row.label}: time, throughput and memory are of {_timed(row)} of its {len(row.runs)} runs, those on the "
+        "machine of most."
+        for row in fewer
+    ]
+    if any(row.fusion.strategy == ADAPTIVE for row in table.rows):
+        found.append(
+            "An adaptive schedule changes while it trains: FLOPs, saved bytes and tokens are of its last one, the mean "
+            "over seeds; time is of all of them."
+        )
+    return found
+
+
+def _timed(row: Row) -> int:
+    return 0 if row.time_s is None else row.time_s.n

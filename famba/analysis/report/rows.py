@@ -1,0 +1,155 @@
+"""The rows of a table: a fusion setting each, over its seeds."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from famba.analysis.report.comparable import Comparable, place_of
+from famba.analysis.report.paper import Printed, printed
+from famba.analysis.report.runs import Run
+from famba.analysis.report.settings import NONE, Fusion, fusion_of, labels, order_of
+from famba.analysis.report.statistics import Difference, Sample, paired, sample
+
+
+@dataclass(frozen=True)
+class Row:
+    """A fusion setting over its seeds; None where nothing is known.
+
+    difference and time_difference are to the runs without fusion, in points of Top-1 and in seconds. Time, throughput
+    and memory are of the table's machine, where is_elsewhere of one other. Shares are of the mean without fusion; that
+    of token_layers is of as many tokens in each layer as enter the first. tokens_left are those after the last layer.
+    """
+
+    label: str
+    fusion: Fusion
+    runs: tuple[Run, ...]
+    is_elsewhere: bool
+    top1: Sample
+    top5: Sample | None
+    difference: Difference | None
+    time_s: Sample | None
+    time_share: float | None
+    time_difference: Difference | None
+    memory_mib: Sample | None
+    memory_share: float | None
+    saved_bytes: Sample | None
+    saved_share: float | None
+    images_per_s: Sample | None
+    macs: Sample | None
+    parameters: Sample | None
+    tokens: int
+    tokens_left: Sample
+    token_layers: float
+    printed: Printed
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds of the row, in order."""
+        return tuple(sorted(run.seed for run in self.runs))
+
+    def by_seed(self) -> dict[int, float]:
+        """Top-1 by seed, in percent."""
+        return {run.seed: run.top1 for run in self.runs}
+
+
+@dataclass(frozen=True)
+class Table:
+    """All settings of a model that may be compared."""
+
+    comparable: Comparable
+    rows: tuple[Row, ...]
+
+    @property
+    def model(self) -> str:
+        """What the model is called in this report."""
+        return self.comparable.model
+
+    @property
+    def base(self) -> Row | None:
+        """The row without fusion; None where the table has none."""
+        return next((row for row in self.rows if row.fusion.strategy == NONE), None)
+
+
+def build_table(comparable: Comparable) -> Table:
+    """Gather runs, at least one, into rows by fusion setting."""
+    settings: dict[Fusion, list[Run]] = defaultdict(list)
+    for run in comparable.runs:
+        settings[fusion_of(run)].append(run)
+    names = labels(settings)
+    base = settings.get(Fusion(NONE), [])
+    order = sorted(settings, key=order_of)
+    rows = [_row(names[fusion], fusion, settings[fusion], base, comparable.elsewhere) for fusion in order]
+    return Table(comparable, tuple(rows))
+
+
+def pareto(rows: Iterable[Row], cost: Callable[[Row], Sample | None]) -> list[Row]:
+    """Rows, cheapest first, that no other row equals in Top-1 at no more cost, by the means; of known cost only."""
+    known = [(found.mean, row) for row in rows if not row.is_elsewhere and (found := cost(row)) is not None]
+    front = [
+        (own, row)
+        for own, row in known
+        if not any(
+            other <= own and rival.top1.mean >= row.top1.mean and (other < own or rival.top1.mean > row.top1.mean)
+            for other, rival in known
+        )
+    ]
+    return [row for _, row in sorted(front, key=lambda pair: pair[0])]
+
+
+def _row(label: str, fusion: Fusion, runs: Sequence[Run], base: Sequence[Run], elsewhere: frozenset[str]) -> Row:
+    is_base = fusion.strategy == NONE
+    here = [run for run in runs if run.name not in elsewhere]
+    timed = here or _one_place(runs)
+    base_here = [run for run in base if run.name not in elsewhere] if here else []
+
+    def cost(get: Callable[[Run], float | None]) -> tuple[Sample | None, float | None]:
+        own, rival = sample(map(get, timed)), sample(map(get, base_here))
+        return own, own.mean / rival.mean if own and rival else None
+
+    time_s, time_share = cost(lambda run: run.train_time_s)
+    memory, memory_share = cost(lambda run: run.peak_memory_mib)
+    saved, saved_share = cost(lambda run: run.saved_bytes_per_image)
+    first = runs[0]
+    left = sample(run.tokens_per_layer[-1] for run in runs)
+    shares = sample(sum(run.tokens_per_layer) / (run.tokens * len(run.tokens_per_layer)) for run in runs)
+    top1 = sample(run.top1 for run in runs)
+    assert left is not None
+    assert shares is not None
+    assert top1 is not None
+    return Row(
+        label=label,
+        fusion=fusion,
+        runs=tuple(sorted(runs, key=lambda run: run.seed)),
+        is_elsewhere=not here,
+        top1=top1,
+        top5=sample(run.top5 for run in runs),
+        difference=None if is_base else paired({r.seed: r.top1 for r in runs}, {r.seed: r.top1 for r in base}),
+        time_s=time_s,
+        time_share=time_share,
+        time_difference=None if is_base or not here else paired(_times(here), _times(base_here)),
+        memory_mib=memory,
+        memory_share=memory_share,
+        saved_bytes=saved,
+        saved_share=saved_share,
+        images_per_s=sample(run.images_per_s for run in timed),
+        macs=sample(run.macs_per_image for run in runs),
+        parameters=sample(run.parameters for run in runs),
+        tokens=first.tokens,
+        tokens_left=left,
+        token_layers=shares.mean,
+        printed=printed(first.model, fusion.strategy, str(first.config.get("data.name"))),
+    )
+
+
+def _one_place(runs: Sequence[Run]) -> list[Run]:
+    """Those of the runs that ran where most of them did."""
+    places: Mapping[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        places[repr(sorted(place_of(run).items(), key=str))].append(run)
+    return max(places.values(), key=len)
+
+
+def _times(runs: Iterable[Run]) -> dict[int, float]:
+    return {run.seed: run.train_time_s for run in runs if run.train_time_s is not None}
