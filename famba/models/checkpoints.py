@@ -85,12 +85,26 @@ def load_weights(
     reset_head: bool = False,
 ) -> Vim:
     """Load weights that were read from a path, as `load_vim_checkpoint` does."""
-    fitted, misfits = _fit(model, weights, cls_position or model.cls_position, reset_head)
+    model.load_state_dict(_fitted(model, weights, str(path), cls_position or model.cls_position, reset_head))
+    return model
+
+
+def fitting_weights(weights: dict[str, Any], model: Vim) -> dict[str, Tensor]:
+    """Return weights that come with a model as this one takes them, its own classifier where it has other classes.
+
+    Raises CheckpointError with the list of all that does not fit.
+    """
+    head, own = weights.get("head.weight"), model.state_dict().get("head.weight")
+    other_head = own is None or not isinstance(head, Tensor) or head.shape[:1] != own.shape[:1]
+    return _fitted(model, weights, "what comes with the model", model.cls_position, other_head)
+
+
+def _fitted(model: Vim, weights: dict[str, Any], source: str, cls_position: str, reset_head: bool) -> dict[str, Tensor]:
+    fitted, misfits = _fit(model, weights, cls_position, reset_head)
     if misfits:
         listed = "\n  ".join(misfits)
-        raise CheckpointError(f"{path} does not fit this model; nothing was loaded:\n  {listed}")
-    model.load_state_dict(fitted)
-    return model
+        raise CheckpointError(f"{source} does not fit this model; nothing was loaded:\n  {listed}")
+    return fitted
 
 
 def has_other_head(model: Vim, path: str | Path) -> bool:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
+from famba.models.checkpoints import fitting_weights
 from famba.models.vim import Vim
 
+_WEIGHTS = Path(__file__).parent / "weights"
 
-def _cfg(size: int) -> dict[str, Any]:
+
+def weights_folder(name: str) -> Path | None:
+    """Return the run folder that a model's weights come from: weights, configuration and summary; None without any."""
+    folder = _WEIGHTS / name.split(".")[0]
+    return folder if folder.is_dir() else None
+
+
+def _cfg(size: int, **more: Any) -> dict[str, Any]:
     return {
         "url": "",
         "num_classes": 1000,
@@ -20,12 +30,19 @@ def _cfg(size: int) -> dict[str, Any]:
         "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
+        **more,
     }
+
+
+def _shipped(name: str, size: int, num_classes: int) -> dict[str, Any]:
+    """The configuration of a model whose weights come with the package."""
+    file = _WEIGHTS / name / "model.safetensors"
+    return _cfg(size, num_classes=num_classes, crop_pct=1.0, license="apache-2.0", file=str(file))
 
 
 default_cfgs = generate_default_cfgs(
     {
-        "vim_micro_patch4_32": _cfg(32),
+        "vim_micro_patch4_32.famba_cifar100": _shipped("vim_micro_patch4_32", 32, num_classes=100),
         "vim_tiny_patch16_224": _cfg(224),
         "vim_small_patch16_224": _cfg(224),
         "vim_base_patch16_224": _cfg(224),
@@ -35,12 +52,12 @@ default_cfgs = generate_default_cfgs(
 
 def create_vim(variant: str, pretrained: bool, shape: dict[str, Any], chosen: dict[str, Any]) -> Vim:
     """Build a registered variant: `shape` is what makes it, `chosen` what the caller of timm.create_model asked for."""
-    return build_model_with_cfg(Vim, variant, pretrained, **{**shape, **chosen})
+    return build_model_with_cfg(Vim, variant, pretrained, pretrained_filter_fn=fitting_weights, **{**shape, **chosen})
 
 
 @register_model
 def vim_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> Vim:
-    """A Vim for CPUs and tests, 0.3 M parameters, for 32 x 32 images."""
+    """A Vim for CPUs and tests, 0.3 M parameters, for 32 x 32 images; with weights of CIFAR-100."""
     shape = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 8}
     return create_vim("vim_micro_patch4_32", pretrained, shape, kwargs)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from famba.fusion import schedule
 from famba.fusion.schedules import ADAPTIVE
 from famba.models import Vim
 from famba.models.checkpoints import load_weights, read_file
+from famba.models.registered import weights_folder
 from famba.training import checkpoint
 from famba.training.checks import check_model_name
 from famba.training.config import RunConfig, parse
@@ -131,6 +132,9 @@ def _from_timm(name: str) -> Trained:
             f"no run folder, no checkpoint and no timm model is called {name!r}{near_miss(name, known)}; "
             "give a run folder, its model.safetensors, a checkpoint (.pt), or the name of a timm model with weights"
         )
+    folder = weights_folder(name)
+    if folder is not None:
+        return replace(_from_folder(folder), source=f"{name}, which comes with the package")
     found = get_pretrained_cfg(name, allow_unregistered=False)
     if found is None or not found.has_weights:
         listed = ", ".join(timm.list_models(_VIMS, pretrained=True)) or "none of this release"
