@@ -130,7 +130,7 @@ def test_links_lead_nowhere_twice(tmp_path: Path) -> None:
     assert sorted(states(tmp_path / "sweep")) == ["linked", "run"]
 
 
-@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1" + "0" * 400])
 def test_what_is_no_finite_number_is_not_known(value: str, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [EPOCH, train_line(45)])
     text = (run / "metrics.jsonl").read_text()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -259,7 +259,8 @@ def _updated(folder: Path) -> float | None:
 
 def _number(values: Mapping[str, Any], key: str, kind: type) -> Any:
     value = values.get(key)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Not math.isfinite: JSON's whole numbers may be too large for a float.
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     return kind(value) if is_number else None
 
 

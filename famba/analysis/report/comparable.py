@@ -70,7 +70,7 @@ def sort_out(runs: Sequence[Run]) -> tuple[list[Comparable], list[LeftOut]]:
         by_model[_model_of(run)].append(run)
     names = _model_names(by_model)
     tables, others = [], []
-    for model in sorted(by_model, key=lambda key: names[key]):
+    for model in sorted(by_model, key=lambda key: (min(run.parameters or 0 for run in by_model[key]), names[key])):
         table, left = _largest(names[model], by_model[model], spread)
         tables.append(table)
         others += left
@@ -86,6 +86,8 @@ def what_of(run: Run) -> dict[str, Any]:
         "precision": run.precision,
         "steps": run.steps,
         "parameters": run.parameters,
+        "layers": len(run.schedule),
+        "tokens": run.tokens,
         "famba version": run.provenance.get("famba"),
         "git commit": run.provenance.get("git_commit"),
     }

@@ -104,7 +104,7 @@ def _against(row: Row, rivals: Sequence[Row]) -> str:
             "seeds."
         )
     listed = "; ".join(f"{_name(rival)} {difference(diff)}{_time(row, rival)}" for rival, diff in compared)
-    numbers = f"Its Top-1 less theirs, in points: {listed}."
+    numbers = f"Its Top-1 minus theirs, in points: {listed}."
     if all(diff.low is None for _, diff in compared):
         return (
             f"Whether {_name(row)} is better than fixed schedules is not to be told from one seed: there is no "

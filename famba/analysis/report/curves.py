@@ -12,8 +12,8 @@ from famba.analysis.report.rows import Row, Table
 from famba.analysis.report.runs import IMAGES, Run
 
 Values = NDArray[np.float64]
-# A running mean over a 25th of the logged steps.
-_SMOOTH = 25
+# A running mean over a twelfth of the logged steps.
+_SMOOTH = 12
 
 
 class Curve(NamedTuple):

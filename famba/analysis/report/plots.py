@@ -47,7 +47,7 @@ _STYLE: Any = {
 _SVG_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
-_VARIANT_LINES = ("-", (0, (4, 2)), (0, (1.5, 1.5)), (0, (5, 1.5, 1, 1.5)))
+_VARIANT_LINES = (":", "-", "--", "-.")
 
 
 class Plot(NamedTuple):
@@ -94,7 +94,7 @@ def inline(plot: Plot) -> str:
     """Return the SVG as it stands in an HTML page: no prologue, names of its own, sized by the page."""
     assert plot.svg is not None
     svg = plot.svg[plot.svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(
         r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
     )
@@ -116,7 +116,8 @@ def looks(rows: Sequence[Row]) -> dict[str, tuple[Look, Any, bool]]:
         strategy = row.fusion.strategy
         own = look(strategy, strategies.index(strategy) + 1 if strategy in strategies else 0)
         variant = seen[strategy]
-        line = own.line if variant == 0 else _VARIANT_LINES[(variant - 1) % len(_VARIANT_LINES)]
+        lines = [own.line, *(line for line in _VARIANT_LINES if line != own.line)]
+        line = lines[variant % len(lines)]
         found[row.label] = own, line, variant == 0
         seen[strategy] += 1
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +106,8 @@ def printable(text: str) -> str:
 
 def _unfinished(name: str, run: Status) -> LeftOut:
     if run.state == "damaged":
-        return LeftOut(name, "damaged", (printable(f"summary.json {(run.note or '').partition(' is ')[2]}"),))
+        reason = (run.note or "").removeprefix(f"{Path(run.folder) / 'summary.json'} is ")
+        return LeftOut(name, "damaged", (printable(f"summary.json is {reason}"),))
     how_far = "" if run.step is None else f" after step {run.step}{'' if run.steps is None else f' of {run.steps}'}"
     note = f": {run.note}" if run.note else ""
     return LeftOut(name, "unfinished", (printable(f"{run.state}{how_far}{note}"),))
@@ -121,6 +122,10 @@ def _read(name: str, folder: Path) -> Run:
     provenance = summary.get("provenance")
     if not isinstance(provenance, Mapping):
         raise _DamageError("summary.json has no provenance")
+    schedule, left = (_needed(summary, key, _counts) for key in ("schedule", "tokens_per_layer"))
+    if len(schedule) != len(left):
+        raise _DamageError("summary.json has a schedule and tokens_per_layer of different lengths")
+    adapted = summary.get("adapted")
     evaluations, losses, gaps = _metrics(folder / METRICS)
     return Run(
         name=name,
@@ -140,10 +145,10 @@ def _read(name: str, folder: Path) -> Run:
         image_size=_whole(summary.get("image_size")),
         precision=_text(summary.get("precision")),
         steps=_whole(summary.get("steps")),
-        tokens=_needed(summary, "tokens", _whole),
-        schedule=_needed(summary, "schedule", _counts),
-        tokens_per_layer=_needed(summary, "tokens_per_layer", _counts),
-        adapted=tuple(entry for entry in summary.get("adapted") or () if isinstance(entry, Mapping)),
+        tokens=_needed(summary, "tokens", _natural),
+        schedule=schedule,
+        tokens_per_layer=left,
+        adapted=tuple(entry for entry in adapted if isinstance(entry, Mapping)) if isinstance(adapted, list) else (),
         provenance=provenance,
         config=config,
         evaluations=evaluations,
@@ -223,7 +228,8 @@ def _text(value: object) -> str | None:
 
 
 def _number(value: object) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Not math.isfinite: JSON's whole numbers may be too large for a float.
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     return float(value) if is_number else None  # type: ignore[arg-type]
 
 
@@ -239,6 +245,11 @@ def _positive(value: object) -> float | None:
 
 def _whole(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _natural(value: object) -> int | None:
+    number = _whole(value)
+    return number if number is not None and number > 0 else None
 
 
 def _counts(value: object) -> tuple[int, ...] | None:

@@ -1,0 +1,589 @@
+"""`famba report --out`: what is compared with what, the numbers, and the files."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import math
+import re
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from scipy.stats import ttest_rel
+
+from famba.analysis.report import cells, curves, gather
+from famba.analysis.report.comparable import Comparable, sort_out
+from famba.analysis.report.conclusion import conclusions
+from famba.analysis.report.notes import notes
+from famba.analysis.report.paper import printed
+from famba.analysis.report.plots import looks
+from famba.analysis.report.rows import Row, Table, build_table, pareto
+from famba.analysis.report.runs import LeftOut, read_runs
+from famba.analysis.report.settings import Fusion, labels
+from famba.analysis.report.statistics import paired, sample
+from famba.cli import main as famba
+from famba.errors import DataError
+
+MODEL = "vim_micro_patch4_32"
+SCHEDULES = {
+    "none": [0, 0, 0, 0],
+    "all": [3, 3, 3, 3],
+    "interleaved": [0, 6, 0, 6],
+    "lower": [4, 4, 4, 0],
+    "upper": [0, 4, 4, 4],
+    "adaptive": [1, 2, 4, 5],
+}
+CONFIG: dict[str, Any] = {
+    "model": {"name": MODEL, "depth": 4, "drop_path": 0.0, "cls_position": "head"},
+    "fusion": {
+        "strategy": "none", "budget": 12, "layers": None, "order": "sequence", "weighting": "mean",
+        "place": "before_mixer", "adapt_at": None, "adapt_images": None,
+    },
+    "data": {"name": "cifar100", "root": "data/one", "image_size": None, "subset": None, "workers": 2},
+    "recipe": {"lr": 0.004, "mixup": 0.8},
+    "trainer": {"epochs": 3, "batch_size": 64, "precision": "auto", "log_every": 10, "compile": False},
+    "logger": {"name": "none"},
+    "ops": {"backend": "auto"},
+    "seed": 0,
+    "run_dir": "runs/x",
+    "init_from": None,
+}  # fmt: skip
+PROVENANCE = {
+    "started": "2026-11-24T10:00:00+00:00", "famba": "0.1.0", "git_commit": "a" * 40, "packages": {"torch": "2.14.1"},
+    "device": "A CPU, 2 cores, 1 threads", "processes": 1, "cuda": None, "backend": "native",
+}  # fmt: skip
+SUMMARY: dict[str, Any] = {
+    "status": "finished", "top5": 40.0, "images_per_s": 120.0, "peak_memory_mib": 1000.0,
+    "saved_bytes_per_image": 700_000, "macs_per_image": 28_000_000, "parameters": 340_068, "image_size": 32,
+    "precision": "fp32", "steps": 300, "step": 300, "tokens": 17, "adapted": None,
+}  # fmt: skip
+NONE = {0: 12.0, 1: 13.0, 2: 12.5}
+UPPER = {0: 11.5, 1: 12.2, 2: 12.3}
+
+
+def write_run(
+    folder: Path,
+    strategy: str = "none",
+    seed: int = 0,
+    top1: float = 12.0,
+    config: dict[str, Any] | None = None,
+    origin: dict[str, Any] | None = None,
+    **summary: Any,
+) -> Path:
+    """A finished run; config changes dotted keys, origin the provenance."""
+    folder.mkdir(parents=True)
+    schedule = summary.pop("schedule", SCHEDULES[strategy])
+    told = copy.deepcopy(CONFIG)
+    changes = {"fusion.strategy": strategy, "seed": seed, "run_dir": str(folder), **(config or {})}
+    for key, value in changes.items():
+        *groups, name = key.split(".")
+        place = told
+        for group in groups:
+            place = place[group]
+        place[name] = value
+    left = [17 - sum(schedule[: i + 1]) for i in range(len(schedule))]
+    found = {
+        **SUMMARY, "model": told["model"]["name"], "strategy": strategy, "top1": top1, "schedule": schedule,
+        "tokens_per_layer": left, "train_time_s": 600.0 + seed if strategy == "none" else 360.0 + 2 * seed,
+        "provenance": {**PROVENANCE, "seed": seed, **(origin or {})}, **summary,
+    }  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(found))
+    (folder / "config.yaml").write_text(yaml.safe_dump(told))
+    lines = [
+        {"kind": "train", "step": step, "epoch": step // 101, "loss": 4.0 - 0.005 * step + 0.01 * seed}
+        for step in range(10, 301, 10)
+    ]
+    lines += [
+        {"kind": "epoch", "step": 100 * (epoch + 1), "epoch": epoch, "test_top1": top1 - 2 + epoch}
+        for epoch in range(3)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def write_pair(folder: Path) -> Path:
+    """Without fusion and upper, three seeds each."""
+    for strategy, values in (("none", NONE), ("upper", UPPER)):
+        for seed, top1 in values.items():
+            write_run(folder / f"{strategy}{seed}", strategy, seed, top1)
+    return folder
+
+
+def sorted_out(*paths: Path) -> tuple[list[Comparable], dict[str, LeftOut]]:
+    runs, unusable = read_runs(paths)
+    tables, others = sort_out(runs)
+    return tables, {run.name.partition("/")[2]: run for run in [*unusable, *others]}
+
+
+def table_of(*paths: Path) -> Table:
+    (found,) = sorted_out(*paths)[0]
+    return build_table(found)
+
+
+def row_of(table: Table, label: str) -> Row:
+    return next(row for row in table.rows if row.label == label)
+
+
+# Numbers
+
+
+def test_mean_and_sample_deviation_worked_by_hand() -> None:
+    found = sample([12.0, 13.0, None, 12.5])
+    assert found is not None
+    assert (found.mean, found.n) == (12.5, 3)
+    assert found.sd == pytest.approx(0.5)  # sqrt((0.25 + 0.25 + 0) / 2)
+    assert sample([]) is None
+    assert sample([7.0]).sd is None  # type: ignore[union-attr]
+
+
+def test_the_interval_is_that_of_a_paired_t_test() -> None:
+    found = paired(UPPER, NONE)
+    assert found is not None
+    # Differences -0.5, -0.8, -0.2: mean -0.5, deviation 0.3; t(0.975, 2) is 4.3027.
+    assert found.mean == pytest.approx(-0.5)
+    assert found.high == pytest.approx(-0.5 + 4.302653 * 0.3 / math.sqrt(3), abs=1e-5)
+    expected = ttest_rel(list(UPPER.values()), list(NONE.values())).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert not found.is_lower
+    assert not found.is_higher
+
+
+def test_seeds_without_a_counterpart_are_left_out_and_named() -> None:
+    found = paired({0: 1.0, 1: 2.0, 7: 100.0}, {0: 0.5, 1: 1.0, 3: -50.0})
+    assert found is not None
+    assert (found.mean, found.seeds, found.unpaired) == (0.75, (0, 1), (3, 7))
+    assert paired({0: 1.0}, {1: 1.0}) is None
+
+
+def test_a_table_of_means_shares_and_differences(tmp_path: Path) -> None:
+    table = table_of(write_pair(tmp_path))
+    none, upper = table.rows
+    assert (none.label, upper.label, upper.seeds) == ("none", "upper", (0, 1, 2))
+    assert upper.top1.mean == pytest.approx(12.0)
+    assert upper.difference is not None
+    assert upper.difference.mean == pytest.approx(-0.5)
+    assert upper.time_share == pytest.approx(362 / 601)
+    assert none.difference is None
+    assert none.time_share == upper.memory_share == 1.0
+    assert (upper.tokens_left.mean, upper.tokens) == (5, 17)
+    assert upper.token_layers == pytest.approx((17 + 13 + 9 + 5) / 68)
+
+
+def test_one_seed_has_no_interval_and_nothing_is_claimed(tmp_path: Path) -> None:
+    for strategy, top1 in (("none", 10.0), ("upper", 20.0), ("adaptive", 30.0)):
+        write_run(tmp_path / strategy, strategy, 0, top1)
+    table = table_of(tmp_path)
+    results, _ = cells.sheets(table)
+    assert [row[3] for row in results.rows] == ["-", "+10.00 (one seed)", "+20.00 (one seed)"]
+    assert any(note.startswith("One seed alone") for note in notes(table))
+    said = " ".join(conclusions(table))
+    assert "Best trade-off: not to be told" in said
+    assert "not to be told from one seed" in said
+    assert "is more accurate" not in said
+
+
+# What is compared with what
+
+
+def test_odd_runs_are_listed_with_what_differs_and_not_averaged(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    write_run(tmp_path / "unfinished", "upper", 3, 99.0, status="interrupted")
+    write_run(tmp_path / "recipe", "upper", 3, 99.0, config={"recipe.lr": 0.001, "trainer.epochs": 9})
+    write_run(tmp_path / "data", "upper", 4, 99.0, config={"data.subset": 500})
+    write_run(tmp_path / "code", "upper", 5, 99.0, origin={"git_commit": "b" * 40})
+    write_run(tmp_path / "dirty", "upper", 6, 99.0, origin={"git_commit": "a" * 40 + "-dirty"})
+    write_run(tmp_path / "half", "upper", 7, 99.0, precision="bfloat16")
+    (write_run(tmp_path / "damaged", "upper", 8, 99.0) / "summary.json").write_text('{"status": "fin')
+    (write_run(tmp_path / "bare", "upper", 9, 99.0) / "config.yaml").unlink()
+    write_run(tmp_path / "hollow", "upper", 10, math.nan)
+    (comparable,), others = sorted_out(tmp_path)
+    table = build_table(comparable)
+    assert row_of(table, "upper").seeds == (0, 1, 2)
+    assert row_of(table, "upper").top1.mean == pytest.approx(12.0)
+    assert others["unfinished"].reasons == ("interrupted after step 300 of 300",)
+    assert others["recipe"].reasons == (
+        "recipe.lr: 0.001, in the table 0.004",
+        "trainer.epochs: 9, in the table 3",
+    )
+    assert others["data"].reasons == ("data.subset: 500, in the table not known",)
+    assert others["code"].reasons == (f"git commit: {'b' * 40}, in the table {'a' * 40} (other code)",)
+    assert "not committed, which is other code too" in others["dirty"].reasons[0]
+    assert others["half"].reasons == ("precision: bfloat16, in the table fp32",)
+    assert others["damaged"].kind == others["bare"].kind == others["hollow"].kind == "damaged"
+    assert "config.yaml is missing" in others["bare"].reasons[0]
+    assert "top1 is nan" in others["hollow"].reasons[0]
+
+
+def test_what_has_no_bearing_on_results_parts_no_runs(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    free = {"data.root": "elsewhere", "trainer.log_every": 5, "logger.name": "wandb", "ops.backend": "native",
+            "trainer.precision": "fp32", "data.image_size": 32}  # fmt: skip
+    write_run(tmp_path / "more", "upper", 3, 12.0, config=free)
+    (comparable,), others = sorted_out(tmp_path)
+    assert len(comparable.runs) == 7
+    assert not others
+    assert not comparable.elsewhere
+
+
+def test_where_images_lie_says_which_they_are_for_folders(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", seed=0, config={"data.name": "folder", "data.root": "one"})
+    write_run(tmp_path / "b", seed=1, config={"data.name": "folder", "data.root": "one"})
+    write_run(tmp_path / "c", seed=2, config={"data.name": "folder", "data.root": "other"})
+    _, others = sorted_out(tmp_path)
+    assert others["c"].reasons == ("data.root: other, in the table one",)
+
+
+def test_a_run_from_another_device_counts_for_accuracy_alone(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    gpu = {"device": "A GPU", "cuda": "12.9", "backend": "triton"}
+    write_run(tmp_path / "gpu", "upper", 3, 16.0, origin=gpu, train_time_s=1.0, peak_memory_mib=5.0)
+    write_run(tmp_path / "moved", "lower", 0, 11.0, origin=gpu, train_time_s=2.0)
+    table = table_of(tmp_path)
+    upper, lower = row_of(table, "upper"), row_of(table, "lower")
+    assert upper.top1.mean == pytest.approx(13.0)
+    assert upper.time_s is not None
+    assert (upper.time_s.mean, upper.time_s.n) == (362.0, 3)
+    assert lower.is_elsewhere
+    assert (lower.time_share, lower.memory_share, lower.time_difference) == (None, None, None)
+    assert lower not in pareto(table.rows, lambda row: row.time_s)
+    remarks = {run.name.partition("/")[2]: run.reasons for run in table.comparable.remarks}
+    assert "device: A GPU, in the table A CPU, 2 cores, 1 threads" in remarks["gpu"]
+    results, _ = cells.sheets(table)
+    assert next(row for row in results.rows if row[0] == "lower")[5:7] == ["0.0 *", "-"]
+
+
+def test_repeated_seeds_count_once_if_they_agree_and_not_at_all_if_they_do_not(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    late = {"started": "2026-11-25T10:00:00+00:00"}
+    write_run(tmp_path / "again", "none", 0, NONE[0], origin=late, config={"fusion.order": "tome"}, train_time_s=9.0)
+    write_run(tmp_path / "other", "upper", 1, 50.0, origin=late)
+    (comparable,), others = sorted_out(tmp_path)
+    table = build_table(comparable)
+    assert row_of(table, "none").seeds == (0, 1, 2)
+    assert row_of(table, "none").time_s.mean == 601.0  # type: ignore[union-attr]
+    assert row_of(table, "upper").seeds == (0, 2)
+    assert "with the same result as" in others["again"].reasons[0]
+    assert "none of them counts" in others["other"].reasons[0]
+    assert "(50.00 %)" in others["upper1"].reasons[0]
+
+
+def test_the_same_folder_given_twice_is_one_run(tmp_path: Path) -> None:
+    write_pair(tmp_path / "runs")
+    (tmp_path / "link").symlink_to(tmp_path / "runs")
+    runs, _ = read_runs([tmp_path / "runs", tmp_path / "runs" / "none0", tmp_path / "link"])
+    assert len(runs) == 6
+
+
+def test_models_have_tables_of_their_own(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    write_run(tmp_path / "deep", "upper", 0, 20.0, config={"model.depth": 8})
+    write_run(tmp_path / "dropped", "upper", 3, 20.0, config={"model.drop_path": 0.1})
+    tables, others = sorted_out(tmp_path)
+    assert [table.model for table in tables] == [f"{MODEL}, depth 4", f"{MODEL}, depth 8"]
+    assert others["dropped"].reasons == ("model.drop_path: 0.1, in the table 0.0",)
+
+
+# Labels, printed figures, looks
+
+
+def test_labels_say_only_what_differs() -> None:
+    def fusion(
+        strategy: str, order: str = "sequence", budget: str = "12", schedule: str = "0 4 4 4", **more: str
+    ) -> Fusion:
+        return Fusion(
+            strategy, order, "mean", "before_mixer", budget, more.pop("layers", "None"), schedule=schedule, **more
+        )
+
+    alike = {fusion("upper"), fusion("lower", schedule="4 4 4 0"), Fusion("none")}
+    assert set(labels(alike).values()) == {"upper", "lower", "none"}
+    tome = fusion("upper", "tome")
+    assert labels([*alike, tome])[tome] == "upper, order tome"
+    assert labels([tome])[tome] == "upper", "what all share is said once, beside the table"
+    few = fusion("upper", budget="6", schedule="0 2 2 2")
+    assert labels([*alike, few])[few] == "upper, budget 6"
+    one, two = (fusion("custom", schedule=schedule) for schedule in ("12 0", "0 12"))
+    assert labels([one, two]) == {one: "custom, schedule 12 0", two: "custom, schedule 0 12"}
+    soon, late = (fusion("adaptive", schedule="", adapt_at=at, adapt_images="64") for at in ("0.05", "0.5"))
+    assert labels([soon, late])[late] == "adaptive, adapt_at 0.5"
+
+
+def test_figures_in_print_stand_only_where_they_are_known() -> None:
+    assert printed("vim_small_patch16_224", "none", "cifar100").top1 == 76.9
+    assert printed("vim_tiny_patch16_224", "interleaved", "cifar100") == (67.0, "under 4 h")
+    for asked in (("vim_small_patch16_224", "none", "digits"), ("vim_small_patch16_224", "all", "cifar100")):
+        assert printed(*asked) == (None, None)
+
+
+def test_a_strategy_keeps_its_colour_and_marker(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    write_run(tmp_path / "tome", "upper", 0, 12.0, config={"fusion.order": "tome"})
+    found = looks(table_of(tmp_path).rows)
+    (own, line, filled), (other, other_line, other_filled) = found["upper"], found["upper, order tome"]
+    assert own == other
+    assert line != other_line
+    assert (filled, other_filled) == (True, False)
+    assert found["none"][0].color != own.color
+
+
+# Conclusions
+
+
+def test_the_front_holds_what_nothing_beats(tmp_path: Path) -> None:
+    for strategy, top1, seconds in (("none", 12.0, 600.0), ("all", 11.0, 300.0), ("lower", 10.0, 400.0)):
+        write_run(tmp_path / strategy, strategy, 0, top1, train_time_s=seconds)
+    front = pareto(table_of(tmp_path).rows, lambda row: row.time_s)
+    assert [row.label for row in front] == ["all", "none"]
+
+
+def write_strategies(folder: Path, offsets: dict[str, float]) -> Path:
+    """Three seeds of each strategy; offsets to none differ a little between the seeds."""
+    for strategy, offset in {"none": 0.0, **offsets}.items():
+        for seed, top1 in NONE.items():
+            value = top1 + offset + (0.02 * (seed - 1) if offset else 0.0)
+            write_run(folder / f"{strategy}{seed}", strategy, seed, round(value, 3))
+    return folder
+
+
+def test_adaptive_is_called_better_only_where_every_interval_says_so(tmp_path: Path) -> None:
+    fixed = {"all": -1.0, "interleaved": -0.5, "lower": -2.0, "upper": -0.2}
+    said = conclusions(table_of(write_strategies(tmp_path / "better", {**fixed, "adaptive": 0.5})))[-1]
+    assert said.startswith("adaptive is more accurate than all 4 fixed schedules: all, interleaved, lower and upper.")
+    assert "upper +0.70 (+0.70 to +0.70), in 1.000 of its time" in said
+    write_strategies(tmp_path / "not", {**fixed, "adaptive": -0.7})
+    for seed, top1 in {0: 11.0, 1: 13.5, 2: 11.5}.items():
+        (folder := tmp_path / "not" / f"all{seed}").rename(tmp_path / f"old{seed}")
+        write_run(folder, "all", seed, top1)
+    said = conclusions(table_of(tmp_path / "not"))[-1]
+    assert "adaptive is not better than all of the fixed schedules in Top-1" in said
+    assert "more accurate than lower, less accurate than interleaved and upper, not shown to differ from all" in said
+
+
+def test_the_best_trade_off_never_rests_on_an_interval_around_0(tmp_path: Path) -> None:
+    said = " ".join(conclusions(table_of(write_pair(tmp_path / "unclear")))).replace(cells.MINUS, "-")
+    assert "A loss of Top-1 is not shown: -0.50 (-1.25 to +0.25) points over 3 seeds" in said
+    assert "a loss of up to 1.25 points cannot be ruled out" in said
+    said = " ".join(conclusions(table_of(write_strategies(tmp_path / "loss", {"upper": -2.0}))))
+    assert "every faster setting on the front loses Top-1 against none; upper loses the least" in said
+    said = " ".join(conclusions(table_of(write_strategies(tmp_path / "gain", {"upper": 2.0}))))
+    assert "It is more accurate than none: by +2.00 (+1.95 to +2.05) points" in said
+
+
+# Curves
+
+
+def test_curves_are_means_and_ranges_over_seeds(tmp_path: Path) -> None:
+    none = row_of(table_of(write_pair(tmp_path)), "none")
+    found = curves.accuracy(none, "test")
+    assert found is not None
+    assert found.x.tolist() == [1, 2, 3]
+    assert (found.mean[-1], found.low[-1], found.high[-1]) == (12.5, 12.0, 13.0)
+    loss = curves.loss(none)
+    assert loss is not None
+    # Linear, so a running mean changes nothing away from the ends.
+    assert loss.mean[15] == pytest.approx(4.0 - 0.005 * 160 + 0.01)
+    assert curves.tokens(none).mean.tolist() == [17] * 5
+
+
+def test_broken_metrics_are_a_gap_that_is_named(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    with open(tmp_path / "none0" / "metrics.jsonl", "ab") as file:
+        file.write(b'\xff{"kind": "train", "st\n{"kind": "train", "step": 400, "loss": NaN}\n[]\n')
+    (tmp_path / "none1" / "metrics.jsonl").unlink()
+    table = table_of(tmp_path)
+    said = " ".join(notes(table))
+    assert "3 of 36 lines of metrics.jsonl cannot be read" in said
+    assert "metrics.jsonl cannot be read (No such file or directory): no curves of this run" in said
+    found = curves.accuracy(row_of(table, "none"), "test")
+    assert found is not None
+    assert (found.low[-1], found.high[-1]) == (12.0, 12.5)
+
+
+def test_what_a_summary_lacks_is_a_marked_gap(tmp_path: Path) -> None:
+    gaps = dict.fromkeys(("top5", "train_time_s", "peak_memory_mib", "images_per_s", "macs_per_image"))
+    write_run(tmp_path / "run", "upper", 0, 12.0, **gaps)
+    table = table_of(tmp_path)
+    results, costs = cells.sheets(table)
+    assert results.rows == [["upper", "1", "12.00", "-", "-", "-", "-", "-", "-", "", ""]]
+    assert costs.rows[0][1] == "-"
+    assert "No run without fusion" in " ".join(notes(table))
+
+
+# Files
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A mixed folder with names that every format has to escape, and its report."""
+    top = tmp_path_factory.mktemp("mixed")
+    write_pair(top / "runs")
+    write_run(top / "runs" / "<b>|$x_1 & --> {y}", "upper", 3, 99.0, config={"recipe.lr": 0.001})
+    write_run(
+        top / "runs" / "small", "upper", 0, 75.0, config={"model.name": "vim_small_patch16_224"}, parameters=2.6e7
+    )
+    write_run(top / "runs" / "waiting", "none", 4, 99.0, status="running")
+    assert famba(["report", str(top / "runs"), "--out", str(top / "report")]) == 0
+    return top / "runs", top / "report"
+
+
+def test_the_report_is_these_files(mixed: tuple[Path, Path]) -> None:
+    found = {str(path.relative_to(mixed[1])) for path in mixed[1].rglob("*") if path.is_file()}
+    kinds = ("accuracy_time", "accuracy_memory", "accuracy_saved", "curves_top1", "curves_loss", "tokens")
+    stems = [f"plots/{model}-{kind}" for model in ("vim-micro-patch4-32", "vim-small-patch16-224") for kind in kinds]
+    pictures = {f"{stem}.{suffix}" for stem in stems for suffix in ("svg", "png")}
+    assert found == {"report.md", "report.csv", "report.tex", "report.html", *pictures}
+
+
+def test_all_formats_hold_the_same_numbers(mixed: tuple[Path, Path]) -> None:
+    report = mixed[1]
+    texts = {suffix: (report / f"report.{suffix}").read_text() for suffix in ("md", "tex", "html")}
+    texts["tex"] = texts["tex"].replace(r"$\pm$", "±").replace("$-$", "-")
+    for text in texts.values():
+        for number in ("12.00 ± 0.44", "12.50 ± 0.50", "-0.50 (-1.25 to +0.25)", "0.602", "5 of 17", "75.2"):
+            assert number in text.replace(cells.MINUS, "-")
+    rows = list(csv.DictReader((report / "report.csv").read_text().splitlines()))
+    assert [(row["model"], row["fusion"]) for row in rows] == [
+        (MODEL, "none"), (MODEL, "upper"), ("vim_small_patch16_224", "upper"),
+    ]  # fmt: skip
+    upper = rows[1]
+    assert float(upper["top1_percent_mean"]) == pytest.approx(12.0, abs=1e-12)
+    assert float(upper["top1_percent_sd"]) == pytest.approx(0.43588989)
+    assert float(upper["top1_difference_to_none_points_low95"]) == pytest.approx(-1.2452413)
+    assert float(upper["train_time_s_mean"]) == 362.0
+    assert (upper["seeds"], upper["paper_top1_percent"], rows[2]["paper_top1_percent"]) == ("0 1 2", "", "75.2")
+
+
+def test_odd_runs_stand_in_every_document(mixed: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    page, text = ((mixed[1] / f"report.{suffix}").read_text() for suffix in ("html", "md"))
+    assert "runs/&lt;b&gt;|$x_1 &amp; --&gt; {y}" in page
+    assert r"runs/\<b\>\|$x\_1 & --\> \{y\}" in text
+    for document in (page, text.replace("\\", "")):
+        assert "recipe.lr: 0.001, in the table 0.004" in document
+        assert "stopped after step 300 of 300" in document
+    assert famba(["report", str(mixed[0])]) == 0
+    assert "99.00" in capsys.readouterr().out
+
+
+class _Elements(HTMLParser):
+    VOID = frozenset(("meta", "link", "br"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        values = dict(attrs)
+        self.ids += [values["id"]] if values.get("id") else []  # type: ignore[list-item]
+        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href", "srcset", "data") and v]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_the_page_parses_and_needs_nothing_but_itself(mixed: tuple[Path, Path]) -> None:
+    page = (mixed[1] / "report.html").read_text()
+    found = _Elements()
+    found.feed(page)
+    found.close()
+    assert not found.open
+    assert not found.tags & {"script", "img", "iframe", "object", "b"}
+    assert len(found.ids) == len(set(found.ids))
+    assert all(link == "data:," or link.removeprefix("#") in found.ids for link in found.links)
+    assert all(name in found.ids for name in re.findall(r"url\(#([^)]*)\)", page))
+    assert not re.search(r"https?:|@import|url\((?!#)", page)
+    assert page.count("<svg") == 12
+    for picture in (mixed[1] / "plots").glob("*.svg"):
+        ET.parse(picture)
+
+
+def test_links_of_the_markdown_lead_to_pictures(mixed: tuple[Path, Path]) -> None:
+    links = re.findall(r"!\[[^]]*\]\(([^)]*)\)", (mixed[1] / "report.md").read_text())
+    assert len(links) == 12
+    assert all((mixed[1] / link).is_file() for link in links)
+
+
+def test_latex_is_balanced_and_escaped(mixed: tuple[Path, Path]) -> None:
+    text = (mixed[1] / "report.tex").read_text()
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == text.count(r"\toprule") == 4
+    plain = re.sub(r"\\[{}]", "", text)
+    assert plain.count("{") == plain.count("}")
+    body = re.findall(r"^[^%\\].* \\\\$", text, re.MULTILINE)
+    assert len(body) == 2 * (1 + 2) + 2 * (1 + 1)
+    assert all(not re.search(r"(?<!\\)[%_#]", line) for line in body)
+    assert {line.count(" & ") for line in body} == {7, 10}
+
+
+def test_the_same_runs_give_the_same_bytes_elsewhere(
+    mixed: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "mine.txt").write_text("mine")
+    (tmp_path / "report" / "report.md").write_text("old")
+    monkeypatch.chdir(mixed[0].parent)
+    assert famba(["report", "runs", "--out", str(tmp_path / "report")]) == 0
+    first, second = (
+        {str(path.relative_to(top)): path.read_bytes() for path in top.rglob("*") if path.is_file()}
+        for top in (mixed[1], tmp_path / "report")
+    )
+    assert second.pop("mine.txt") == b"mine"
+    assert first == second
+
+
+# Errors
+
+
+def test_nothing_to_report_on_is_an_error_that_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "new" / "report"
+    assert famba(["report", str(tmp_path / "empty"), "--out", str(out)]) == 2
+    assert "no run in" in capsys.readouterr().err
+    write_run(tmp_path / "runs" / "failed", status="failed", error="the loss is nan")
+    (write_run(tmp_path / "runs" / "damaged") / "summary.json").write_text("[]")
+    assert famba(["report", str(tmp_path / "runs"), "--out", str(out)]) == 2
+    message = capsys.readouterr().err
+    assert "no run of these can stand in a table" in message
+    assert "runs/failed: failed after step 300 of 300: the loss is nan" in message
+    assert "runs/damaged: summary.json is damaged: it does not say a status" in message
+    assert not (tmp_path / "new").exists()
+
+
+def test_out_is_looked_at_before_any_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert famba(["report", str(tmp_path / "absent"), "--out", str(tmp_path / "file")]) == 2
+    assert "is a file; name a folder for the report" in capsys.readouterr().err
+    assert famba(["report", str(tmp_path / "absent"), "--out", str(tmp_path / "file" / "below")]) == 2
+    assert "cannot be written (Not a directory)" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_conflicts_alone_make_no_table(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", top1=1.0)
+    write_run(tmp_path / "b", top1=2.0)
+    with pytest.raises(DataError, match="none of them counts"):
+        gather([tmp_path])
+
+
+@pytest.mark.parametrize("text", ["", "[", "model: 1\n", "\x00", "- a\n"])
+def test_a_damaged_configuration_is_named(tmp_path: Path, text: str) -> None:
+    write_pair(tmp_path)
+    (tmp_path / "none0" / "config.yaml").write_text(text)
+    _, others = sorted_out(tmp_path)
+    assert others["none0"].kind == "damaged"
+    assert others["none0"].reasons[0].startswith("config.yaml is damaged")
