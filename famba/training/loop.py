@@ -19,7 +19,7 @@ from famba.data.draws import Stream
 from famba.errors import CheckpointError, TrainingError
 from famba.files import sha256
 from famba.ops.registry import resolve
-from famba.training import checkpoint, slurm
+from famba.training import checkpoint
 from famba.training.adapting import Adapting
 from famba.training.build import load_splits, make_loaders, new_state
 from famba.training.config import RunConfig, plain
@@ -29,7 +29,8 @@ from famba.training.evaluation import evaluate
 from famba.training.interrupts import Interrupted, StopAsked, StopRequest
 from famba.training.loggers import Metrics
 from famba.training.optimizer import LearningRate, create_loss, create_mixing
-from famba.training.reporting import Progress, duration
+from famba.training.reporting import Progress, epoch_line
+from famba.training.resuming import find_checkpoint
 from famba.training.run_folder import RunFolder
 from famba.training.saving import Saver
 from famba.training.seeds import seed_generators
@@ -56,7 +57,7 @@ class Training:
             self.total_steps = min(self.total_steps, config.trainer.max_steps)
 
         self.adapting = Adapting(config, setup, splits.train, config.trainer.epochs * self.steps_per_epoch)
-        found = self._find_checkpoint()
+        found = find_checkpoint(config, folder, process)
         self.state = new_state(config, setup, splits.train.num_classes, self.device, fresh=found is None)
         self.learning_rate = LearningRate(self.state.optimizer, config, self.steps_per_epoch)
         self.mix = create_mixing(config.recipe, self.state.model.num_classes)
@@ -291,7 +292,7 @@ class Training:
             selected = self._select(epoch, results)
         values |= {"images_per_s": self._images_per_s(), "peak_memory_mib": peak_memory_mib(self.device)}
         self.metrics.log("epoch", state.step, epoch, values)
-        self._say(epoch, values)
+        _log.info("%s", epoch_line(epoch, self.config.trainer.epochs, self.loaders.selection_name, values))
         state.totals.epoch_open = False
         self._save(selected)
         self.folder.write_summary(self.summary("running"))
@@ -411,32 +412,6 @@ class Training:
 
     # Beginning
 
-    def _find_checkpoint(self) -> dict[str, Any] | None:
-        """The checkpoint that `resume` means, checked to be of this run; None where the run starts anew."""
-        resume, folder = self.config.resume, self.folder.checkpoints
-        if resume == "never" and not slurm.is_restarted():
-            return None
-        # One process looks for the last whole one, and the others take the same.
-        path = self.process.from_main(self._last_checkpoint())
-        named = Path(resume) if resume not in ("auto", "never") else None
-        # A checkpoint of elsewhere is where the run began; what it has saved since is where it goes on.
-        if named is not None and (path is None or folder.contain(resume)):
-            path = named
-        if path is None:
-            return None
-        found = checkpoint.load(path)
-        checkpoint.check_same_run(found, plain(self.config), self.process.world_size)
-        later = folder.steps_after(found["step"])
-        if path == named and later:
-            raise CheckpointError(
-                f"{resume} is of step {found['step']}, but {self.folder.path} holds step {later[-1]} already; "
-                "choose another run_dir, or resume=auto to go on from there"
-            )
-        return found
-
-    def _last_checkpoint(self) -> Path | None:
-        return self.folder.checkpoints.find_last() if self.process.is_main else None
-
     def _restore(self, found: dict[str, Any] | None) -> None:
         if found is None:
             self.folder.rewind_metrics(0, epoch_ended=True)
@@ -464,26 +439,8 @@ class Training:
         devices = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices)
 
-    # Saying
-
     def _images_per_s(self) -> float:
         synchronize(self.device)
         totals = self.state.totals
         seconds = totals.epoch_data_s + totals.epoch_step_s
         return self.config.trainer.batch_size * totals.epoch_steps / max(seconds, 1e-9)
-
-    def _say(self, epoch: int, values: dict[str, float]) -> None:
-        top1 = values.get(f"{self.loaders.selection_name}_top1")
-        result = "" if top1 is None else f", {self.loaders.selection_name} Top-1 {top1:.2f} %"
-        if f"{self.loaders.selection_name}_ema_top1" in values:
-            result += f" (EMA {values[f'{self.loaders.selection_name}_ema_top1']:.2f} %)"
-        seconds = values["time_data_s"] + values["time_step_s"] + values.get("time_eval_s", 0.0)
-        _log.info(
-            "epoch %d of %d: loss %.4f%s, %.1f images/s, %s",
-            epoch + 1,
-            self.config.trainer.epochs,
-            values["train_loss"],
-            result,
-            values["images_per_s"],
-            duration(seconds),
-        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Mapping
 
 from tqdm import tqdm
 
@@ -77,3 +78,14 @@ def duration(seconds: float) -> str:
         return f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def epoch_line(epoch: int, epochs: int, images: str, values: Mapping[str, float]) -> str:
+    """Say what came of an epoch, counted from 0: loss, Top-1 on the images that were evaluated, speed and time."""
+    top1, averaged = values.get(f"{images}_top1"), values.get(f"{images}_ema_top1")
+    result = "" if top1 is None else f", {images} Top-1 {top1:.2f} %"
+    if averaged is not None:
+        result += f" (EMA {averaged:.2f} %)"
+    seconds = values["time_data_s"] + values["time_step_s"] + values.get("time_eval_s", 0.0)
+    speed = f"{values['images_per_s']:.1f} images/s"
+    return f"epoch {epoch + 1} of {epochs}: loss {values['train_loss']:.4f}{result}, {speed}, {duration(seconds)}"
