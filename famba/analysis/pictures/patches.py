@@ -1,0 +1,113 @@
+"""Pictures of which patches each token holds, layer by layer, drawn on the image."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+
+from famba.analysis.figures import FAINT, INK
+from famba.analysis.pictures.regions import Grid, borders, mean_colours, scattered
+
+_KEY = "Outlined: patches that share a token, in their mean colour. Equal marks in a panel: parts of one token."
+# Of the title: letters to an inch, and inches to a line.
+_LETTERS, _LINE = 14, 0.155
+_PANEL, _GAP = 1.55, 0.32  # inches
+_COLUMNS = 5  # of a single strategy's panels, which go on in a second row
+# Colour (of Okabe and Ito), form, and edge, for the largest tokens whose patches lie apart.
+_TAGS = (
+    ("#E69F00", "o", "black"),
+    ("#56B4E9", "s", "black"),
+    ("#009E73", "^", "white"),
+    ("#F0E442", "D", "black"),
+    ("#CC79A7", "v", "black"),
+    ("#0072B2", "P", "white"),
+    ("#D55E00", "X", "white"),
+    ("#FFFFFF", "h", "black"),
+)
+_TAG_AREA = 220.0  # square points, over the patches of a side
+_WIDEST_LABEL = 13  # characters
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one way of fusing makes of an image: for each layer shown, its tokens and which of them holds each patch."""
+
+    label: str
+    tokens: Sequence[int]
+    held: Sequence[Grid]
+
+
+def draw_patches(image: npt.NDArray[np.uint8], layers: Sequence[int], rows: Sequence[Row]) -> Figure:
+    """Draw an image (s, s, 3), and for each way of fusing a row with a panel for each layer."""
+    shape = _shape(len(layers), len(rows))
+    beside = 0.05 if len(rows) == 1 else 1.05
+    width = beside + _PANEL * shape[1] + 0.05
+    title = [rows[0].label] if len(rows) == 1 else []
+    title += textwrap.wrap(_KEY, int(_LETTERS * width))
+    above, below = 0.18 + _LINE * len(title), 0.24
+    height = above + _PANEL * shape[0] + _GAP * (shape[0] - 1) + below
+    figure = Figure(figsize=(width, height))
+    grid = figure.add_gridspec(
+        *shape,
+        left=beside / width,
+        right=1 - 0.05 / width,
+        top=1 - above / height,
+        bottom=below / height,
+        wspace=0.06,
+        hspace=_GAP / _PANEL,
+    )
+    for number, row in enumerate(rows):
+        panels = list(np.ndindex(shape)) if len(rows) == 1 else [(number, column) for column in range(shape[1])]
+        first = figure.add_subplot(grid[panels[0]])
+        _show(first, image)
+        first.set_xlabel("image", labelpad=3, color=INK)
+        if len(rows) > 1:
+            text = "\n".join(textwrap.wrap(row.label, _WIDEST_LABEL))
+            first.set_ylabel(text, rotation="horizontal", ha="right", va="center", fontsize=10, color=INK)
+        for place, layer, tokens, held in zip(panels[1:], layers, row.tokens, row.held, strict=False):
+            axes = figure.add_subplot(grid[place])
+            _show(axes, mean_colours(image, held))
+            _outline(axes, held, image.shape[0] // held.shape[0])
+            _tag(axes, held, image.shape[0] // held.shape[0])
+            axes.set_xlabel(f"layer {layer}: {tokens} tokens", labelpad=3, color=INK)
+    figure.suptitle("\n".join(title), fontsize=9, color=INK, y=1 - 0.08 / height, va="top")
+    return figure
+
+
+def _shape(layers: int, rows: int) -> tuple[int, int]:
+    if rows > 1:
+        return rows, layers + 1
+    lines = -(-(layers + 1) // _COLUMNS)
+    return lines, -(-(layers + 1) // lines)
+
+
+def _show(axes: Axes, image: npt.NDArray[np.uint8]) -> None:
+    axes.imshow(image, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set(visible=True, color=FAINT, linewidth=0.4)
+
+
+def _outline(axes: Axes, held: Grid, side: int) -> None:
+    """Lines that are seen on light and on dark: white with black around it."""
+    # Pixels of imshow have their centres at whole numbers.
+    lines = [[(side * x - 0.5, side * y - 0.5) for x, y in line] for line in borders(held)]
+    for colour, width in (("black", 1.7), ("white", 0.8)):
+        axes.add_collection(LineCollection(lines, colors=colour, linewidths=width, capstyle="projecting"))
+
+
+def _tag(axes: Axes, held: Grid, side: int) -> None:
+    """The same mark in each part of a token whose patches lie apart, for the largest of these."""
+    for (colour, marker, edge), places in zip(_TAGS, scattered(held), strict=False):
+        rows, columns = np.array(places).T
+        x, y = side * (columns + 0.5) - 0.5, side * (rows + 0.5) - 0.5
+        axes.scatter(x, y, s=_TAG_AREA / held.shape[0], c=colour, marker=marker, edgecolors=edge, linewidths=0.5,
+                     zorder=3)  # fmt: skip
