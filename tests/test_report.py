@@ -352,7 +352,9 @@ def write_strategies(folder: Path, offsets: dict[str, float]) -> Path:
 def test_adaptive_is_called_better_only_where_every_interval_says_so(tmp_path: Path) -> None:
     fixed = {"all": -1.0, "interleaved": -0.5, "lower": -2.0, "upper": -0.2}
     said = conclusions(table_of(write_strategies(tmp_path / "better", {**fixed, "adaptive": 0.5})))[-1]
-    assert said.startswith("adaptive is more accurate than all 4 fixed schedules: all, interleaved, lower and upper.")
+    assert said.startswith(
+        "adaptive is more accurate than all 4 fixed schedules here: all, interleaved, lower and upper."
+    )
     assert "upper +0.70 (+0.70 to +0.70), in 1.000 of its time" in said
     write_strategies(tmp_path / "not", {**fixed, "adaptive": -0.7})
     for seed, top1 in {0: 11.0, 1: 13.5, 2: 11.5}.items():

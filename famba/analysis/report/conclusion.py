@@ -124,7 +124,7 @@ def _against(row: Row, rivals: Sequence[Row]) -> str:
 
 
 def _all_of(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"all {len(names)} fixed schedules: {_listed(names)}"
+    return names[0] if len(names) == 1 else f"all {len(names)} fixed schedules here: {_listed(names)}"
 
 
 def _time(row: Row, rival: Row) -> str:
