@@ -12,6 +12,7 @@ from pathlib import Path
 import famba
 from famba.analysis.benchmark.command import add_benchmark
 from famba.analysis.evaluation.command import add_evaluate
+from famba.analysis.pictures.command import add_visualize
 from famba.analysis.plan import add_plan
 from famba.errors import ConfigError, FambaError
 
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add_benchmark(commands)
     add_plan(commands).set_defaults(run=_plan)
     add_evaluate(commands).set_defaults(run=_evaluate)
+    add_visualize(commands).set_defaults(run=_visualize)
 
     doctor = commands.add_parser(
         "doctor",
@@ -147,6 +149,20 @@ def _evaluate(options: argparse.Namespace) -> int:
         files = write(found, folder)
         print(f"in {folder}: {', '.join(file.name for file in files)}", file=sys.stderr)
     return 130 if found.interrupted else 0
+
+
+def _visualize(options: argparse.Namespace) -> int:
+    from famba.analysis.folders import prepare_folder
+    from famba.analysis.pictures.images import SAMPLES_NOTE
+    from famba.analysis.pictures.visualize import check, visualize
+
+    request = check(options)
+    folder = prepare_folder(options.out)
+    for file in visualize(request, folder):
+        print(file)
+    if not options.images:
+        print(SAMPLES_NOTE)
+    return 0
 
 
 def _status(options: argparse.Namespace) -> int:
