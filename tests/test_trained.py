@@ -95,6 +95,15 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         load_trained(tmp_path / "absent.pt")
     with pytest.raises(CheckpointError, match="comes without weights"):
         load_trained("vim_base_patch16_224")
+    with pytest.raises(CheckpointError, match="did you mean 'vim_micro_patch4_32.famba_cifar100'"):
+        load_trained("vim_micro_patch4_32.famba_cifar10")
+
+
+def test_weights_that_come_with_the_package_bring_their_run() -> None:
+    found = load_trained("vim_micro_patch4_32")
+    assert (found.classes, found.image_size) == (100, 32)
+    assert found.config is not None
+    assert found.config.data.name == "cifar100"
 
 
 def test_an_unfinished_run_names_its_checkpoint(copied: Path) -> None:
@@ -169,6 +178,7 @@ def test_a_timm_name_brings_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> 
         plain.pretrained_cfg = cfg
         return plain
 
+    monkeypatch.setattr(trained, "weights_folder", lambda name: None)
     monkeypatch.setattr(trained, "get_pretrained_cfg", lambda *args, **kwargs: Found())
     monkeypatch.setattr(trained, "build_model", build)
     found = load_trained(name)

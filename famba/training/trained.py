@@ -132,12 +132,15 @@ def _from_timm(name: str) -> Trained:
             f"no run folder, no checkpoint and no timm model is called {name!r}{near_miss(name, known)}; "
             "give a run folder, its model.safetensors, a checkpoint (.pt), or the name of a timm model with weights"
         )
+    with_weights = timm.list_models(_VIMS, pretrained=True)
+    if "." in name and name not in with_weights:
+        raise CheckpointError(f"{name} is not known{near_miss(name, with_weights)}; known: {', '.join(with_weights)}")
     folder = weights_folder(name)
     if folder is not None:
         return replace(_from_folder(folder), source=f"{name}, which comes with the package")
     found = get_pretrained_cfg(name, allow_unregistered=False)
     if found is None or not found.has_weights:
-        listed = ", ".join(timm.list_models(_VIMS, pretrained=True)) or "none of this release"
+        listed = ", ".join(with_weights) or "none of this release"
         raise CheckpointError(f"{name} comes without weights; those with weights: {listed}")
     model = build_model(name, {"pretrained": True}).eval()
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]

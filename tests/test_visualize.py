@@ -1,0 +1,239 @@
+"""Pictures show what the model did: borders where the trace has them, mean colours, and similarities as measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import run
+
+from famba.analysis.pictures.images import _distinct
+from famba.analysis.pictures.regions import Grid, borders, mean_colours, scattered, shown_layers
+from famba.analysis.pictures.similarity import Column, edges, shares
+from famba.cli import main as famba
+from famba.fusion.similarity import cosines, mean_cosine
+from famba.models import Vim
+
+
+@pytest.fixture(scope="module")
+def upper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("upper")
+    chosen = ("fusion=upper", "fusion.budget=12", "model.depth=3", "model.patch_size=8")
+    run(folder, *chosen, "model.cls_position=middle", "trainer.max_steps=1")
+    return folder
+
+
+def grid(text: str) -> Grid:
+    return np.array([[ord(letter) for letter in line] for line in text.split()], dtype=np.int64)
+
+
+def unit_lines(lines: list[Any]) -> set[Any]:
+    """Lines in pieces of one patch."""
+    found = set()
+    for (x0, y0), (x1, y1) in lines:
+        assert x0 == x1 or y0 == y1
+        for step in range(max(x1 - x0, y1 - y0)):
+            start = (x0 + step * (x1 > x0), y0 + step * (y1 > y0))
+            piece = (start, (start[0] + (x1 > x0), start[1] + (y1 > y0)))
+            assert piece not in found
+            found.add(piece)
+    return found
+
+
+def test_borders_lie_around_tokens_that_hold_several_patches() -> None:
+    # A holds three patches in an angle, the others stand alone.
+    lines = borders(grid("AAb Acd"))
+    assert unit_lines(lines) == {
+        ((0, 0), (1, 0)),
+        ((1, 0), (2, 0)),
+        ((2, 0), (2, 1)),
+        ((1, 1), (2, 1)),
+        ((1, 1), (1, 2)),
+        ((0, 2), (1, 2)),
+        ((0, 0), (0, 1)),
+        ((0, 1), (0, 2)),
+    }
+    assert ((0, 0), (2, 0)) in lines  # a straight line is one
+    assert borders(grid("abc def")) == []
+    assert unit_lines(borders(grid("AA AA"))) == unit_lines(
+        [((0, 0), (2, 0)), ((0, 2), (2, 2)), ((0, 0), (0, 2)), ((2, 0), (2, 2))]
+    )
+
+
+def test_borders_are_where_the_trace_changes() -> None:
+    torch.manual_seed(0)
+    model = Vim(img_size=32, patch_size=4, num_classes=3, embed_dim=16, depth=3, fusion=(20, 10, 10)).eval()
+    held = model.trace(torch.randn(1, 3, 32, 32))[-1].reshape(8, 8).numpy()
+    found = unit_lines(borders(held))
+    several = {token for token in held.flatten() if (held == token).sum() > 1}
+    for row in range(8):
+        for column in range(7):
+            left, right = held[row, column], held[row, column + 1]
+            expected = left != right and bool({left, right} & several)
+            assert (((column + 1, row), (column + 1, row + 1)) in found) == expected
+            above, below = held[column, row], held[column + 1, row]
+            expected = above != below and bool({above, below} & several)
+            assert (((row, column + 1), (row + 1, column + 1)) in found) == expected
+
+
+def test_patches_of_a_token_have_their_mean_colour_and_lone_ones_their_pixels() -> None:
+    generator = np.random.default_rng(0)
+    image = generator.integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    filled = mean_colours(image, grid("AbA cAd"))
+    of_a = np.concatenate([image[:2, :2].reshape(-1, 3), image[:2, 4:].reshape(-1, 3), image[2:, 2:4].reshape(-1, 3)])
+    expected = np.floor(of_a.mean(axis=0) + 0.5)
+    for rows, columns in ((slice(0, 2), slice(0, 2)), (slice(0, 2), slice(4, 6)), (slice(2, 4), slice(2, 4))):
+        assert (filled[rows, columns] == expected).all()
+    assert (filled[:2, 2:4] == image[:2, 2:4]).all()
+    assert (filled[2:, :2] == image[2:, :2]).all()
+    assert (filled[2:, 4:] == image[2:, 4:]).all()
+    assert filled.dtype == np.uint8
+
+
+def test_tokens_whose_patches_lie_apart_are_marked_in_each_part() -> None:
+    held = grid("BBAcA BBAdA AcBBB")
+    found = scattered(held)
+    # B first, which holds the most; then A, then c, in the order of their first patches.
+    assert [[chr(held[place]) for place in token] for token in found] == [["B", "B"], ["A", "A", "A"], ["c", "c"]]
+    assert found[0][1] == (2, 3)  # the middle of a row of three
+    assert found[2] == [(0, 3), (2, 1)]
+    assert scattered(grid("aabb ccbb")) == []
+
+
+@pytest.mark.parametrize(
+    ("depth", "schedules", "count", "expected"),
+    [
+        (3, [(1, 1, 1)], 8, [0, 1, 2]),
+        (24, [(0,) * 6 + (9,) * 18], 4, [6, 12, 17, 23]),
+        (24, [(0,) * 6 + (9,) * 18, (7,) * 24], 3, [0, 12, 23]),
+        (24, [(0,) * 24], 2, [0, 23]),
+        (24, [(7,) * 24], 1, [23]),
+        (24, [(0,) * 23 + (4,)], 5, [23]),
+    ],
+)
+def test_layers_are_chosen_from_the_first_that_fuses_to_the_last(
+    depth: int, schedules: list[tuple[int, ...]], count: int, expected: list[int]
+) -> None:
+    assert shown_layers(depth, schedules, count) == expected
+
+
+def test_the_mean_cosine_is_that_of_all_pairs_that_may_fuse() -> None:
+    metric = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0))
+    every = cosines(metric)
+    for protected in (None, 2, torch.tensor([0, 3, 6])):
+        for image in range(3):
+            place = None if protected is None else int(torch.as_tensor(protected).expand(3)[image])
+            free = [token for token in range(7) if token != place]
+            pairs = [every[image, a, b] for a in free for b in free if a != b]
+            torch.testing.assert_close(mean_cosine(metric, protected)[image], torch.stack(pairs).mean())
+    torch.testing.assert_close(mean_cosine(torch.ones(2, 4, 3), 0), torch.ones(2))
+
+
+@pytest.mark.parametrize("position", ["head", "middle", "none"])
+@pytest.mark.parametrize("place", ["before_mixer", "after_scan"])
+def test_similarities_are_those_of_each_layer_as_it_fuses(position: str, place: str) -> None:
+    torch.manual_seed(0)
+    chosen: dict[str, Any] = {"cls_position": position, "fusion_place": place, "fusion": (4, 0, 6)}
+    model = Vim(img_size=32, patch_size=8, num_classes=3, embed_dim=16, depth=3, **chosen).eval()
+    images = torch.randn(2, 3, 32, 32)
+    found = model.similarities(images)
+    assert [one.closest.shape for one in found] == [(2, 8), (2, 6), (2, 6)]
+    assert all((one.closest <= 1 + 1e-5).all() and (one.mean.abs() <= 1).all() for one in found)
+    before = model(images)
+    model.similarities(images)
+    torch.testing.assert_close(model(images), before, rtol=0, atol=0)
+    # Patches that are alike stay alike through a norm: without positions their cosines are 1 in the first layer.
+    with torch.no_grad():
+        model.pos_embed.zero_()
+    if place == "before_mixer":
+        alike = model.similarities(torch.ones(1, 3, 32, 32))[0]
+        torch.testing.assert_close(alike.closest, torch.ones(1, 8))
+        torch.testing.assert_close(alike.mean, torch.ones(1))
+
+
+def test_shares_add_up_whatever_lies_outside() -> None:
+    values = np.array([1.0000001, 0.99, 0.5, 0.31, -0.9])
+    columns = [Column("a", [values, values[:2]], [0.4, 0.35], [1, 0])]
+    bins = edges(columns)
+    assert bins[-1] == 1
+    assert bins[0] <= 0.3
+    np.testing.assert_allclose(shares(columns[0], bins).sum(axis=0), 100)
+    few = edges([Column("a", [values[:2]], [0.95], [0])])
+    np.testing.assert_allclose(few, [0.9, 0.95, 1.0])
+
+
+def test_names_of_files_are_distinct_and_plain() -> None:
+    assert _distinct(["cat", "cat", "cat", "a b/c", "", "x" * 300]) == [
+        "cat",
+        "cat_2",
+        "cat_3",
+        "a_b_c",
+        "image",
+        "x" * 80,
+    ]
+    assert _distinct(["cat_2", "cat", "cat"]) == ["cat_2", "cat", "cat_3"]
+
+
+def test_images_of_any_kind_and_size_become_pictures(
+    upper: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator = np.random.default_rng(0)
+    files = []
+    for name, mode, size in (("tall.png", "RGBA", (20, 70)), ("grey.jpg", "L", (50, 40)), ("one.png", "P", (1, 1))):
+        pixels = generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert(mode).save(tmp_path / name)
+        files.append(str(tmp_path / name))
+    out = tmp_path / "out"
+    options = ["--fusion", "none,upper,all", "--budget", "0.5", "--layers-shown", "2"]
+    assert famba(["visualize", str(upper), *files, *options, "--out", str(out)]) == 0
+    printed = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    names = ["tokens_tall.png", "tokens_grey.png", "tokens_one.png", "similarity.png", "similarity.svg"]
+    assert [file.name for file in printed] == names
+    with Image.open(out / "tokens_tall.png") as picture:
+        assert picture.width > 500
+    first = {file.name: file.read_bytes() for file in printed}
+    assert famba(["visualize", str(upper), *files, *options, "--out", str(out)]) == 0
+    assert {file.name: file.read_bytes() for file in printed} == first
+
+
+def test_without_images_the_samples_are_drawn_and_their_authors_named(
+    upper: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert famba(["visualize", str(upper), "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "tokens_china.png" in printed
+    assert "danielbuechele" in printed
+    assert "CC BY 2.0" in printed
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "said"),
+    [
+        (["absent.png"], [], "absent.png is not there"),
+        (["."], [], "is a folder"),
+        (["broken.png"], [], "broken.png: not a readable image"),
+        ([], ["--fusion", "uper"], "did you mean 'upper'"),
+        ([], ["--fusion", "all", "--budget", "17"], "--budget"),
+        ([], ["--fusion", "adaptive"], "no fixed schedule"),
+        ([], ["--layers-shown", "0"], "--layers-shown is 0"),
+        ([], ["--device", "tpu"], "unknown --device"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said_before_any_folder_is_made(
+    upper: Path,
+    files: list[str],
+    options: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and nothing more")
+    assert famba(["visualize", str(upper), *files, *options, "--out", "out"]) == 2
+    assert said in capsys.readouterr().err
+    assert not Path("out").exists()
