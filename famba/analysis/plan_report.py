@@ -26,7 +26,7 @@ _MIB = 2**20
 def tables(plans: Sequence[Planned]) -> str:
     """Return tokens, multiply-adds and bytes layer by layer, and the totals, as text."""
     parts = [
-        _by_layer(plans, "Tokens after each layer's fusion", lambda layer: layer.leaving),
+        _by_layer(plans, "Tokens after each layer's fusion (layers counted from 0, as fusion.layers takes them)", lambda layer: layer.leaving),
         _by_layer(plans, "Multiply-adds per image, millions", lambda layer: layer.macs / 1e6),
         _by_layer(plans, "Kept for the backward per image, kB", lambda layer: layer.saved_bytes / 1e3),
         "In total",
@@ -61,8 +61,8 @@ def tokens_plot(sequences: Mapping[str, tuple[str, Sequence[int]]]) -> Figure:
         style = look(strategy, index)
         places = range(len(tokens))
         axes.plot(places, tokens, style.line, color=style.color, marker=style.marker, markersize=4, label=name)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("tokens after its fusion")
+    axes.set_xlabel("layers done")
+    axes.set_ylabel("tokens")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
@@ -88,7 +88,7 @@ def _by_layer(plans: Sequence[Planned], title: str, value: Callable[[LayerCost],
     depth = max(len(one.cost.layers) for one in plans)
     columns = [[value(layer) for layer in one.cost.layers] for one in plans]
     rows = [
-        [index + 1, *(column[index] if index < len(column) else None for column in columns)] for index in range(depth)
+        [index, *(column[index] if index < len(column) else None for column in columns)] for index in range(depth)
     ]
     whole = all(isinstance(cell, int) for column in columns for cell in column)
     table = tabulate(rows, headers=["layer", *(one.name for one in plans)], floatfmt=".0f" if whole else ".2f")
