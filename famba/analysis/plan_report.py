@@ -26,7 +26,7 @@ _MIB = 2**20
 def tables(plans: Sequence[Planned]) -> str:
     """Return tokens, multiply-adds and bytes layer by layer, and the totals, as text."""
     parts = [
-        _by_layer(plans, "Tokens after each layer's fusion (layers counted from 0, as fusion.layers takes them)", lambda layer: layer.leaving),
+        _by_layer(plans, "Tokens after each layer's fusion", lambda layer: layer.leaving),
         _by_layer(plans, "Multiply-adds per image, millions", lambda layer: layer.macs / 1e6),
         _by_layer(plans, "Kept for the backward per image, kB", lambda layer: layer.saved_bytes / 1e3),
         "In total",
@@ -87,9 +87,7 @@ def _tokens(one: Planned) -> list[int]:
 def _by_layer(plans: Sequence[Planned], title: str, value: Callable[[LayerCost], float]) -> str:
     depth = max(len(one.cost.layers) for one in plans)
     columns = [[value(layer) for layer in one.cost.layers] for one in plans]
-    rows = [
-        [index, *(column[index] if index < len(column) else None for column in columns)] for index in range(depth)
-    ]
+    rows = [[index, *(column[index] if index < len(column) else None for column in columns)] for index in range(depth)]
     whole = all(isinstance(cell, int) for column in columns for cell in column)
     table = tabulate(rows, headers=["layer", *(one.name for one in plans)], floatfmt=".0f" if whole else ".2f")
     return f"{title}\n{table}\n"
@@ -142,6 +140,7 @@ def _row(one: Planned, base: Planned) -> dict[str, str]:
 def _notes(plans: Sequence[Planned]) -> list[str]:
     first = plans[0]
     notes = [
+        "Layers are counted from 0 at the input, as fusion.layers takes them.",
         "Multiply-adds are those of one image's forward pass, what papers on vision backbones call FLOPs: matrix "
         "products, convolutions, scans and the similarities between tokens. A step does three times as many.",
         "Step time, of none, is predicted from them: nearly all of a Vim's work is linear in tokens.",
