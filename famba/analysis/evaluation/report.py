@@ -121,9 +121,11 @@ def plot(evaluation: Evaluation) -> Figure:
         axes.set_xlabel(f"tokens removed, of {evaluation.request.trained.model.num_patches} patches")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(visible=True)
+        patches = evaluation.request.trained.model.num_patches
+        axes.set_xlim(-0.05 * patches, patches)
         if place:
-            # Where a cost starts says how much of it is saved.
-            axes.set_ylim(bottom=0)
+            # Only from zero on does height say how much is saved.
+            axes.set_ylim(0, 1.12 * max(filter(None, map(value, evaluation.results)), default=1.0))
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 2 * len(known)), handlelength=3)
     figure.suptitle(_title(evaluation), fontsize=9, color=INK)
@@ -132,6 +134,7 @@ def plot(evaluation: Evaluation) -> Figure:
 
 def _curves(axes: Axes, evaluation: Evaluation, value: Callable[[Result], float | None]) -> None:
     """A line for each strategy and way, from the unfused network where that was evaluated too."""
+    seen: set[str] = set()
     unfused = [result for result in evaluation.results if not result.variant.removed][:1]
     for index, (name, results) in enumerate(_lines(evaluation.results)):
         style = look(results[0].variant.strategy, index)
@@ -139,14 +142,21 @@ def _curves(axes: Axes, evaluation: Evaluation, value: Callable[[Result], float 
         known = [(result.variant.removed, found) for result in points if (found := value(result)) is not None]
         if known:
             x, y = zip(*known, strict=True)
-            mark: dict[str, Any] = {"markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.6}
+            # A strategy's second way of fusing has its colour and marker, hollow.
+            again = results[0].variant.strategy in seen
+            mark: dict[str, Any] = {"markersize": 6, "markeredgewidth": 1.4 if again else 0.6}
+            mark |= {
+                "markerfacecolor": "white" if again else style.color,
+                "markeredgecolor": style.color if again else "white",
+            }
             axes.plot(x, y, linestyle=style.line, color=style.color, marker=style.marker, label=name, **mark)
+        seen.add(results[0].variant.strategy)
     for result in evaluation.results:
         found = value(result)
         if result.variant.own and found is not None:
             ring: dict[str, Any] = {"marker": "o", "markersize": 13, "markerfacecolor": "none", "markeredgecolor": INK}
             axes.plot(result.variant.removed, found, linestyle="none", label="as trained", zorder=5, **ring)
-    axes.margins(x=0.08, y=0.12)
+    axes.margins(y=0.12)
 
 
 def _lines(results: Sequence[Result]) -> list[tuple[str, list[Result]]]:
@@ -172,9 +182,10 @@ def _notes(evaluation: Evaluation) -> list[str]:
         f"On {evaluation.images:,} test images of {request.images.name} at {trained.image_size} x "
         f"{trained.image_size}, {request.batch_size} at once on {request.device.type}. images/s is the median over "
         "batches, each taken by all in turn.",
-        "Memory is what the inference of a batch adds to the weights and images"
-        + (", by torch's allocator." if request.device.type == "cuda" else ", by a process's resident memory."),
     ]
+    if any(result.memory_mib is not None for result in evaluation.results):
+        measured = "torch's allocator" if request.device.type == "cuda" else "a process's resident memory"
+        notes.append(f"Memory is what the inference of a batch adds to the weights and images, by {measured}.")
     if not request.images.own:
         notes.append(f"{request.images.name} is not named by the run: its labels have to mean what the run's meant.")
     if evaluation.interrupted:
