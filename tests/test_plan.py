@@ -114,7 +114,7 @@ def test_what_cannot_be_planned_is_refused(
 def test_an_out_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert main(["plan", "model=vim_micro", "--out", str(tmp_path / "file")]) == 2
-    assert "cannot be made" in capsys.readouterr().err
+    assert "is a file; name a folder to write to" in capsys.readouterr().err
 
 
 def test_the_paper_table_says_its_gpu_hours() -> None:

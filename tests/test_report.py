@@ -569,7 +569,7 @@ def test_nothing_to_report_on_is_an_error_that_leaves_nothing(
 def test_out_is_looked_at_before_any_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("mine")
     assert famba(["report", str(tmp_path / "absent"), "--out", str(tmp_path / "file")]) == 2
-    assert "is a file; name a folder for the report" in capsys.readouterr().err
+    assert "is a file; name a folder to write to" in capsys.readouterr().err
     assert famba(["report", str(tmp_path / "absent"), "--out", str(tmp_path / "file" / "below")]) == 2
     assert "cannot be written (Not a directory)" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"

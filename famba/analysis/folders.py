@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from famba.errors import ConfigError
@@ -13,8 +15,23 @@ def prepare_folder(path: str | Path) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ConfigError(f"--out {folder} cannot be made: {error}; give another folder") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"--out {folder} is not writable; give another folder")
+        kind = "is a file" if folder.is_file() else f"cannot be written ({error.strerror})"
+        raise ConfigError(f"--out {folder} {kind}; name a folder to write to") from error
     return folder
+
+
+@contextmanager
+def prepared(*folders: Path) -> Iterator[None]:
+    """Prepare folders, the innermost last, and take away again those that were made where nothing comes of it."""
+    made = [folder for folder in (*reversed(folders), *folders[0].parents) if not folder.exists()]
+    try:
+        for folder in folders:
+            prepare_folder(folder)
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+        raise

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from pathlib import Path
 
+from famba.analysis.folders import prepared
 from famba.analysis.report import formats
 from famba.analysis.report.contents import Report, gather
-from famba.errors import ConfigError
 from famba.files import write_whole
 
 PAGE = "report.html"
@@ -21,7 +19,7 @@ def write_report(paths: Iterable[str | Path], out: Path) -> Report:
     Raises ConfigError where the folder cannot be written, before any run is read, DataError where no table can be made,
     and CheckpointError where the disk refuses later.
     """
-    with _claimed(out):
+    with prepared(out, out / "plots"):
         report = gather(paths)
         for name, content in _files(report).items():
             write_whole(out / name, lambda file, content=content: Path(file).write_bytes(content))  # type: ignore[misc]
@@ -52,28 +50,3 @@ def _files(report: Report) -> dict[str, bytes]:
                 files[f"plots/{plot.name}.png"] = plot.png
     # Last, so that a page is there only with all that belongs to it.
     return files | {PAGE: formats.page(report).encode()}
-
-
-@contextmanager
-def _claimed(out: Path) -> Iterator[None]:
-    """Make the folder, and see that it can be written; take it away again where nothing came of it."""
-    made = [folder for folder in (out / "plots", out, *out.parents) if not folder.exists()]
-    try:
-        (out / "plots").mkdir(parents=True, exist_ok=True)
-        for folder in (out, out / "plots"):
-            tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        _remove(made)
-        kind = "is a file" if out.is_file() else f"cannot be written ({error.strerror})"
-        raise ConfigError(f"--out {out} {kind}; name a folder for the report") from error
-    try:
-        yield
-    except BaseException:
-        _remove(made)
-        raise
-
-
-def _remove(folders: Iterable[Path]) -> None:
-    for folder in folders:
-        with suppress(OSError):  # not empty
-            folder.rmdir()
