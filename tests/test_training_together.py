@@ -180,3 +180,15 @@ def test_processes_without_a_place_to_meet_are_told_so(monkeypatch: pytest.Monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="WORLD_SIZE is 2, but MASTER_ADDR=None and MASTER_PORT=None name no place"):
         connect("group")
+
+
+@pytest.mark.slow
+def test_processes_take_the_same_measured_schedule(tmp_path: Path) -> None:
+    adaptive = ("fusion=adaptive", "fusion.budget=8", "fusion.adapt_at=[0.2,0.5]", "fusion.adapt_images=16")
+    # The main process alone measures; after two steps the other one says what its own network removes.
+    say = 'print("schedule", *sys._getframe(1).f_back.f_locals["self"].state.model.fusion)'
+    printed = [process.communicate(timeout=5 * MINUTE)[0] for process in start(say, tmp_path / "run", *adaptive)]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    first = " ".join(map(str, summary["adapted"][0]["schedule"]))
+    assert f"schedule {first}" in printed[1]
