@@ -442,4 +442,4 @@ def test_no_classes_gives_features() -> None:
 
 def test_weights_that_are_not_published_are_not_made_up() -> None:
     with pytest.raises(RuntimeError, match="No pretrained weights exist"):
-        timm.create_model("vim_micro_patch4_32", pretrained=True)
+        timm.create_model("vim_tiny_patch16_224", pretrained=True)

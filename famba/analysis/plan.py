@@ -16,7 +16,7 @@ from famba.analysis.benchmark.timing import Race
 from famba.errors import ConfigError
 from famba.models import Vim
 from famba.models.cost import Cost, cost
-from famba.ops.registry import backends, resolve
+from famba.ops.registry import AUTO, backends, resolve
 from famba.training.compose import compose_all
 from famba.training.config import FusionConfig, RunConfig, flatten, plain
 from famba.training.setup import Setup, build_model, prepare
@@ -110,7 +110,6 @@ class _Subject(Subject):
 
 def _subject(one: Planned, batch: int) -> _Subject:
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(one.setup.dtype, "fp32")
-    backend = None if one.config.ops.backend == "auto" else one.config.ops.backend
     return _Subject(
         one.config.model.name,
         one.config.fusion.strategy,
@@ -118,7 +117,7 @@ def _subject(one: Planned, batch: int) -> _Subject:
         one.setup.image_size,
         precision,
         str(one.setup.device),
-        backend,
+        one.backend,
         arguments=one.setup.model_arguments,
     )
 
@@ -144,7 +143,8 @@ def _planned(name: str, config: RunConfig, backend: str | None) -> Planned:
     with torch.device("meta"):
         model = build_model(config.model.name, setup.model_arguments)
     assert isinstance(model, Vim)
-    chosen = backend or resolve(setup.device.type, setup.dtype)
+    configured = None if config.ops.backend == AUTO else config.ops.backend
+    chosen = backend or configured or resolve(setup.device.type, setup.dtype)
     parameters = sum(weight.numel() for weight in model.parameters())
     return Planned(name, config, setup, parameters, cost(model, chosen, setup.dtype), chosen)
 

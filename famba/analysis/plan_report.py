@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -54,19 +55,38 @@ def write(plans: Sequence[Planned], folder: Path) -> None:
 
 
 def tokens_plot(sequences: Mapping[str, tuple[str, Sequence[int]]]) -> Figure:
-    """Draw tokens over layers: for each name its strategy, and the tokens before the first layer and after each."""
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    """Draw tokens over layers: for each name its strategy, and the tokens before the first layer and after each.
+
+    Of equal curves the first is drawn.
+    """
+    figure = Figure(figsize=(8.0, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    for index, (name, (strategy, tokens)) in enumerate(sequences.items()):
-        style = look(strategy, index)
-        places = range(len(tokens))
-        axes.plot(places, tokens, style.line, color=style.color, marker=style.marker, markersize=4, label=name)
+    drawn: dict[tuple[int, ...], str] = {}
+    for name, (_, tokens) in sequences.items():
+        drawn.setdefault(tuple(tokens), name)
+    times = Counter[str]()
+    for index, (tokens, name) in enumerate(drawn.items()):
+        strategy = sequences[name][0]
+        style, turn = look(strategy, index), times[strategy]
+        times[strategy] += 1
+        # A strategy's second curve has hollow markers, and each is paler than the one before.
+        axes.plot(
+            range(len(tokens)),
+            tokens,
+            style.line,
+            color=style.color,
+            alpha=max(0.3, 1 - 0.3 * turn),
+            marker=style.marker,
+            markersize=4 + turn,
+            markerfacecolor="none" if turn else style.color,
+            label=name,
+        )
     axes.set_xlabel("layers done")
     axes.set_ylabel("tokens")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     return figure
 
 
@@ -138,14 +158,15 @@ def _row(one: Planned, base: Planned) -> dict[str, str]:
 
 
 def _notes(plans: Sequence[Planned]) -> list[str]:
-    first = plans[0]
+    computed = " and ".join(dict.fromkeys(f"{str(one.setup.dtype)[6:]} by {one.backend}" for one in plans))
+    batches = " and ".join(dict.fromkeys(str(one.batch) for one in plans))
     notes = [
         "Layers are counted from 0 at the input, as fusion.layers takes them.",
         "Multiply-adds are those of one image's forward pass, what papers on vision backbones call FLOPs: matrix "
         "products, convolutions, scans and the similarities between tokens. A step does three times as many.",
         "Step time, of none, is predicted from them: nearly all of a Vim's work is linear in tokens.",
-        f"Kept is what autograd holds of one image for the backward, computed in {str(first.setup.dtype)[6:]} by the "
-        f"backend {first.backend}; memory adds weights, gradients and AdamW's moments, for {first.batch} images.",
+        f"Kept is what autograd holds of one image for the backward, computed in {computed}; memory adds weights, "
+        f"gradients and AdamW's moments, for {batches} images.",
     ]
     if any(one.config.fusion.strategy == ADAPTIVE for one in plans):
         notes.append("What adaptive removes where is measured in training; until then it is spread as that of all.")

@@ -8,6 +8,7 @@ from famba.data.loader import Batches, EvalBatches, TrainBatches, eval_batches, 
 from famba.data.sources import ArraySource, Source, Splits, SubsetSource, take
 from famba.data.splits import (
     LOADERS,
+    PUBLISHED,
     check_folder,
     check_request,
     held_out,
@@ -20,6 +21,7 @@ from famba.data.workers import Batch
 
 __all__ = [
     "LOADERS",
+    "PUBLISHED",
     "ArraySource",
     "Augmentation",
     "Batch",

@@ -42,6 +42,8 @@ LOADERS: dict[str, Loader] = {
     "tar": partial(_from_folder, tar=True),
 }
 """What opens each data set. A new one is one more entry."""
+PUBLISHED = (*KINDS, "digits")
+"""Data sets that are the same wherever their files lie."""
 _PARTS = ("folder", "tar")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import torch
 
@@ -13,6 +15,8 @@ from famba.training.build import load_images
 from famba.training.config import RunConfig
 from famba.training.distributed import Process
 from famba.training.setup import Setup
+
+_log = logging.getLogger(__name__)
 
 
 class Adapting:
@@ -35,6 +39,15 @@ class Adapting:
                 "choose another strategy, or data in files"
             )
         self.steps = frozenset(int(share * steps) for share in shares)
+        last = config.trainer.max_steps
+        if last is not None and last <= max(self.steps):
+            # Not shares of max_steps: a run that goes on with more of them would have measured at other steps.
+            _log.warning(
+                "fusion=adaptive measures after steps %s of the %d in all epochs; trainer.max_steps=%d ends before",
+                sorted(self.steps),
+                steps,
+                last,
+            )
         images = min(count, len(train))
         chosen = np.arange(images) * len(train) // images
         self._images = load_images(config, setup, data.take(train, chosen))

@@ -108,9 +108,13 @@ def _images(options: argparse.Namespace, trained: Trained) -> Images:
         if name in groups()["data"]:
             chosen = compose([f"data={name}"]).data
             name, classes = chosen.name, chosen.num_classes
-        is_own = config is not None and name == config.data.name and root in (None, config.data.root)
+        is_own = (
+            config is not None
+            and name == config.data.name
+            and (name in data.PUBLISHED or root in (None, config.data.root))
+        )
         if is_own and config is not None:
-            root, classes = config.data.root, config.data.num_classes
+            root, classes = root or config.data.root, config.data.num_classes
     images = Images(
         name, root, classes, is_own, options.subset, _USUAL_WORKERS if config is None else config.data.workers
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 from famba.analysis.report.runs import LeftOut, Run, printable
 from famba.analysis.report.settings import NONE, Fusion, fusion_of, labels
+from famba.data import PUBLISHED
 
 _MODEL = ("model.name", "model.patch_size", "model.depth", "model.embed_dim", "model.d_state", "model.cls_position")
 # What a run was told of where and how fast to compute, as far as it does not change what is learnt.
@@ -39,7 +40,6 @@ _IGNORED = (
     "ops.backend",
 )
 # Data sets whose images are the same wherever they lie.
-_PUBLISHED = ("cifar10", "cifar100", "digits")
 _DIRTY = "-dirty"
 _SHOWN = 80
 
@@ -124,7 +124,7 @@ def is_dirty(commit: object) -> bool:
 def _counts(key: str, run: Run) -> bool:
     if key.startswith(_IGNORED) or key in _MODEL or key in _PLACE:
         return False
-    return key != "data.root" or run.config.get("data.name") not in _PUBLISHED
+    return key != "data.root" or run.config.get("data.name") not in PUBLISHED
 
 
 def _largest(name: str, runs: Sequence[Run], spread: Counter[Hashable]) -> tuple[Comparable, list[LeftOut]]:
