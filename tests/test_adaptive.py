@@ -152,3 +152,12 @@ def test_other_strategies_do_not_adapt(tmp_path: Path) -> None:
 def test_a_model_that_adapts_begins_as_all() -> None:
     assert schedule("adaptive", 8, 65, 55) == schedule("all", 8, 65, 55)
     assert famba.fusion.schedule("adaptive", 4, 17, 0) == (0, 0, 0, 0)
+
+
+def test_a_run_that_ends_before_it_adapts_says_so(tmp_path: Path) -> None:
+    summary = run(tmp_path, *ADAPTIVE, "trainer.max_steps=2")
+    assert [entry["step"] for entry in summary["adapted"]] == [1]
+    assert (
+        "measures after steps [1, 3] of the 6 in all epochs; trainer.max_steps=2 ends before"
+        in (tmp_path / "train.log").read_text()
+    )
