@@ -1,133 +1,32 @@
-"""`famba report --out`: what is compared with what, the numbers, and the files."""
+"""`famba report --out`: what is compared with what, and the numbers."""
 
 from __future__ import annotations
 
-import copy
-import csv
-import json
 import math
-import re
-import xml.etree.ElementTree as ET
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
+from report_runs import (
+    MODEL,
+    NONE,
+    UPPER,
+    row_of,
+    sorted_out,
+    table_of,
+    write_pair,
+    write_run,
+)
 from scipy.stats import ttest_rel
 
-from famba.analysis.report import cells, curves, gather
-from famba.analysis.report.comparable import Comparable, sort_out
+from famba.analysis.report import cells, curves
 from famba.analysis.report.conclusion import conclusions
 from famba.analysis.report.notes import notes
 from famba.analysis.report.paper import printed
 from famba.analysis.report.plots import looks
-from famba.analysis.report.rows import Row, Table, build_table, pareto
-from famba.analysis.report.runs import LeftOut, read_runs
+from famba.analysis.report.rows import build_table, pareto
+from famba.analysis.report.runs import read_runs
 from famba.analysis.report.settings import Fusion, labels
 from famba.analysis.report.statistics import paired, sample
-from famba.cli import main as famba
-from famba.errors import DataError
-
-MODEL = "vim_micro_patch4_32"
-SCHEDULES = {
-    "none": [0, 0, 0, 0],
-    "all": [3, 3, 3, 3],
-    "interleaved": [0, 6, 0, 6],
-    "lower": [4, 4, 4, 0],
-    "upper": [0, 4, 4, 4],
-    "adaptive": [1, 2, 4, 5],
-}
-CONFIG: dict[str, Any] = {
-    "model": {"name": MODEL, "depth": 4, "drop_path": 0.0, "cls_position": "head"},
-    "fusion": {
-        "strategy": "none", "budget": 12, "layers": None, "order": "sequence", "weighting": "mean",
-        "place": "before_mixer", "adapt_at": None, "adapt_images": None,
-    },
-    "data": {"name": "cifar100", "root": "data/one", "image_size": None, "subset": None, "workers": 2},
-    "recipe": {"lr": 0.004, "mixup": 0.8},
-    "trainer": {"epochs": 3, "batch_size": 64, "precision": "auto", "log_every": 10, "compile": False},
-    "logger": {"name": "none"},
-    "ops": {"backend": "auto"},
-    "seed": 0,
-    "run_dir": "runs/x",
-    "init_from": None,
-}  # fmt: skip
-PROVENANCE = {
-    "started": "2026-11-24T10:00:00+00:00", "famba": "0.1.0", "git_commit": "a" * 40, "packages": {"torch": "2.14.1"},
-    "device": "A CPU, 2 cores, 1 threads", "processes": 1, "cuda": None, "backend": "native",
-}  # fmt: skip
-SUMMARY: dict[str, Any] = {
-    "status": "finished", "top5": 40.0, "images_per_s": 120.0, "peak_memory_mib": 1000.0,
-    "saved_bytes_per_image": 700_000, "macs_per_image": 28_000_000, "parameters": 340_068, "image_size": 32,
-    "precision": "fp32", "steps": 300, "step": 300, "tokens": 17, "adapted": None,
-}  # fmt: skip
-NONE = {0: 12.0, 1: 13.0, 2: 12.5}
-UPPER = {0: 11.5, 1: 12.2, 2: 12.3}
-
-
-def write_run(
-    folder: Path,
-    strategy: str = "none",
-    seed: int = 0,
-    top1: float = 12.0,
-    config: dict[str, Any] | None = None,
-    origin: dict[str, Any] | None = None,
-    **summary: Any,
-) -> Path:
-    """A finished run; config changes dotted keys, origin the provenance."""
-    folder.mkdir(parents=True)
-    schedule = summary.pop("schedule", SCHEDULES[strategy])
-    told = copy.deepcopy(CONFIG)
-    changes = {"fusion.strategy": strategy, "seed": seed, "run_dir": str(folder), **(config or {})}
-    for key, value in changes.items():
-        *groups, name = key.split(".")
-        place = told
-        for group in groups:
-            place = place[group]
-        place[name] = value
-    left = [17 - sum(schedule[: i + 1]) for i in range(len(schedule))]
-    found = {
-        **SUMMARY, "model": told["model"]["name"], "strategy": strategy, "top1": top1, "schedule": schedule,
-        "tokens_per_layer": left, "train_time_s": 600.0 + seed if strategy == "none" else 360.0 + 2 * seed,
-        "provenance": {**PROVENANCE, "seed": seed, **(origin or {})}, **summary,
-    }  # fmt: skip
-    (folder / "summary.json").write_text(json.dumps(found))
-    (folder / "config.yaml").write_text(yaml.safe_dump(told))
-    lines = [
-        {"kind": "train", "step": step, "epoch": step // 101, "loss": 4.0 - 0.005 * step + 0.01 * seed}
-        for step in range(10, 301, 10)
-    ]
-    lines += [
-        {"kind": "epoch", "step": 100 * (epoch + 1), "epoch": epoch, "test_top1": top1 - 2 + epoch}
-        for epoch in range(3)
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
-
-
-def write_pair(folder: Path) -> Path:
-    """Without fusion and upper, three seeds each."""
-    for strategy, values in (("none", NONE), ("upper", UPPER)):
-        for seed, top1 in values.items():
-            write_run(folder / f"{strategy}{seed}", strategy, seed, top1)
-    return folder
-
-
-def sorted_out(*paths: Path) -> tuple[list[Comparable], dict[str, LeftOut]]:
-    runs, unusable = read_runs(paths)
-    tables, others = sort_out(runs)
-    return tables, {run.name.partition("/")[2]: run for run in [*unusable, *others]}
-
-
-def table_of(*paths: Path) -> Table:
-    (found,) = sorted_out(*paths)[0]
-    return build_table(found)
-
-
-def row_of(table: Table, label: str) -> Row:
-    return next(row for row in table.rows if row.label == label)
-
 
 # Numbers
 
@@ -413,179 +312,3 @@ def test_what_a_summary_lacks_is_a_marked_gap(tmp_path: Path) -> None:
     assert results.rows == [["upper", "1", "12.00", "-", "-", "-", "-", "-", "-", "", ""]]
     assert costs.rows[0][1] == "-"
     assert "No run without fusion" in " ".join(notes(table))
-
-
-# Files
-
-
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A mixed folder with names that every format has to escape, and its report."""
-    top = tmp_path_factory.mktemp("mixed")
-    write_pair(top / "runs")
-    write_run(top / "runs" / "<b>|$x_1 & --> {y}", "upper", 3, 99.0, config={"recipe.lr": 0.001})
-    write_run(
-        top / "runs" / "small", "upper", 0, 75.0, config={"model.name": "vim_small_patch16_224"}, parameters=2.6e7
-    )
-    write_run(top / "runs" / "waiting", "none", 4, 99.0, status="running")
-    assert famba(["report", str(top / "runs"), "--out", str(top / "report")]) == 0
-    return top / "runs", top / "report"
-
-
-def test_the_report_is_these_files(mixed: tuple[Path, Path]) -> None:
-    found = {str(path.relative_to(mixed[1])) for path in mixed[1].rglob("*") if path.is_file()}
-    kinds = ("accuracy_time", "accuracy_memory", "accuracy_saved", "curves_top1", "curves_loss", "tokens")
-    stems = [f"plots/{model}-{kind}" for model in ("vim-micro-patch4-32", "vim-small-patch16-224") for kind in kinds]
-    pictures = {f"{stem}.{suffix}" for stem in stems for suffix in ("svg", "png")}
-    assert found == {"report.md", "report.csv", "report.tex", "report.html", *pictures}
-
-
-def test_all_formats_hold_the_same_numbers(mixed: tuple[Path, Path]) -> None:
-    report = mixed[1]
-    texts = {suffix: (report / f"report.{suffix}").read_text() for suffix in ("md", "tex", "html")}
-    texts["tex"] = texts["tex"].replace(r"$\pm$", "±").replace("$-$", "-")
-    for text in texts.values():
-        for number in ("12.00 ± 0.44", "12.50 ± 0.50", "-0.50 (-1.25 to +0.25)", "0.602", "5 of 17", "75.2"):
-            assert number in text.replace(cells.MINUS, "-")
-    rows = list(csv.DictReader((report / "report.csv").read_text().splitlines()))
-    assert [(row["model"], row["fusion"]) for row in rows] == [
-        (MODEL, "none"), (MODEL, "upper"), ("vim_small_patch16_224", "upper"),
-    ]  # fmt: skip
-    upper = rows[1]
-    assert float(upper["top1_percent_mean"]) == pytest.approx(12.0, abs=1e-12)
-    assert float(upper["top1_percent_sd"]) == pytest.approx(0.43588989)
-    assert float(upper["top1_difference_to_none_points_low95"]) == pytest.approx(-1.2452413)
-    assert float(upper["train_time_s_mean"]) == 362.0
-    assert (upper["seeds"], upper["paper_top1_percent"], rows[2]["paper_top1_percent"]) == ("0 1 2", "", "75.2")
-
-
-def test_odd_runs_stand_in_every_document(mixed: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    page, text = ((mixed[1] / f"report.{suffix}").read_text() for suffix in ("html", "md"))
-    assert "runs/&lt;b&gt;|$x_1 &amp; --&gt; {y}" in page
-    assert r"runs/\<b\>\|$x\_1 & --\> \{y\}" in text
-    for document in (page, text.replace("\\", "")):
-        assert "recipe.lr: 0.001, in the table 0.004" in document
-        assert "stopped after step 300 of 300" in document
-    assert famba(["report", str(mixed[0])]) == 0
-    assert "99.00" in capsys.readouterr().out
-
-
-class _Elements(HTMLParser):
-    VOID = frozenset(("meta", "link", "br"))
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.links: list[str] = []
-        self.tags: set[str] = set()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        values = dict(attrs)
-        self.ids += [values["id"]] if values.get("id") else []  # type: ignore[list-item]
-        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href", "srcset", "data") and v]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        self.handle_endtag(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in self.VOID:
-            assert self.open.pop() == tag
-
-
-def test_the_page_parses_and_needs_nothing_but_itself(mixed: tuple[Path, Path]) -> None:
-    page = (mixed[1] / "report.html").read_text()
-    found = _Elements()
-    found.feed(page)
-    found.close()
-    assert not found.open
-    assert not found.tags & {"script", "img", "iframe", "object", "b"}
-    assert len(found.ids) == len(set(found.ids))
-    assert all(link == "data:," or link.removeprefix("#") in found.ids for link in found.links)
-    assert all(name in found.ids for name in re.findall(r"url\(#([^)]*)\)", page))
-    assert not re.search(r"https?:|@import|url\((?!#)", page)
-    assert page.count("<svg") == 12
-    for picture in (mixed[1] / "plots").glob("*.svg"):
-        ET.parse(picture)
-
-
-def test_links_of_the_markdown_lead_to_pictures(mixed: tuple[Path, Path]) -> None:
-    links = re.findall(r"!\[[^]]*\]\(([^)]*)\)", (mixed[1] / "report.md").read_text())
-    assert len(links) == 12
-    assert all((mixed[1] / link).is_file() for link in links)
-
-
-def test_latex_is_balanced_and_escaped(mixed: tuple[Path, Path]) -> None:
-    text = (mixed[1] / "report.tex").read_text()
-    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == text.count(r"\toprule") == 4
-    plain = re.sub(r"\\[{}]", "", text)
-    assert plain.count("{") == plain.count("}")
-    body = re.findall(r"^[^%\\].* \\\\$", text, re.MULTILINE)
-    assert len(body) == 2 * (1 + 2) + 2 * (1 + 1)
-    assert all(not re.search(r"(?<!\\)[%_#]", line) for line in body)
-    assert {line.count(" & ") for line in body} == {7, 10}
-
-
-def test_the_same_runs_give_the_same_bytes_elsewhere(
-    mixed: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "report").mkdir()
-    (tmp_path / "report" / "mine.txt").write_text("mine")
-    (tmp_path / "report" / "report.md").write_text("old")
-    monkeypatch.chdir(mixed[0].parent)
-    assert famba(["report", "runs", "--out", str(tmp_path / "report")]) == 0
-    first, second = (
-        {str(path.relative_to(top)): path.read_bytes() for path in top.rglob("*") if path.is_file()}
-        for top in (mixed[1], tmp_path / "report")
-    )
-    assert second.pop("mine.txt") == b"mine"
-    assert first == second
-
-
-# Errors
-
-
-def test_nothing_to_report_on_is_an_error_that_leaves_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "empty").mkdir()
-    out = tmp_path / "new" / "report"
-    assert famba(["report", str(tmp_path / "empty"), "--out", str(out)]) == 2
-    assert "no run in" in capsys.readouterr().err
-    write_run(tmp_path / "runs" / "failed", status="failed", error="the loss is nan")
-    (write_run(tmp_path / "runs" / "damaged") / "summary.json").write_text("[]")
-    assert famba(["report", str(tmp_path / "runs"), "--out", str(out)]) == 2
-    message = capsys.readouterr().err
-    assert "no run of these can stand in a table" in message
-    assert "runs/failed: failed after step 300 of 300: the loss is nan" in message
-    assert "runs/damaged: summary.json is damaged: it does not say a status" in message
-    assert not (tmp_path / "new").exists()
-
-
-def test_out_is_looked_at_before_any_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "file").write_text("mine")
-    assert famba(["report", str(tmp_path / "absent"), "--out", str(tmp_path / "file")]) == 2
-    assert "is a file; name a folder to write to" in capsys.readouterr().err
-    assert famba(["report", str(tmp_path / "absent"), "--out", str(tmp_path / "file" / "below")]) == 2
-    assert "cannot be written (Not a directory)" in capsys.readouterr().err
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_conflicts_alone_make_no_table(tmp_path: Path) -> None:
-    write_run(tmp_path / "a", top1=1.0)
-    write_run(tmp_path / "b", top1=2.0)
-    with pytest.raises(DataError, match="none of them counts"):
-        gather([tmp_path])
-
-
-@pytest.mark.parametrize("text", ["", "[", "model: 1\n", "\x00", "- a\n"])
-def test_a_damaged_configuration_is_named(tmp_path: Path, text: str) -> None:
-    write_pair(tmp_path)
-    (tmp_path / "none0" / "config.yaml").write_text(text)
-    _, others = sorted_out(tmp_path)
-    assert others["none0"].kind == "damaged"
-    assert others["none0"].reasons[0].startswith("config.yaml is damaged")

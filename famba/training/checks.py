@@ -128,7 +128,11 @@ def check_adapting(config: RunConfig) -> None:
     fusion = config.fusion
     for key, value in (("adapt_at", fusion.adapt_at), ("adapt_images", fusion.adapt_images)):
         if (value is not None) != (fusion.strategy == ADAPTIVE):
-            allowed = "a value, or fusion=adaptive for the usual one" if value is None else f"null; {ADAPTIVE} measures"
+            allowed = (
+                "a value, or fusion=adaptive for the usual one"
+                if value is None
+                else f"null, or fusion={ADAPTIVE}, which measures"
+            )
             raise ConfigError(f"fusion.{key} is {value} with strategy {fusion.strategy!r}; allowed: {allowed}")
 
 
