@@ -328,3 +328,46 @@ def test_trace_follows_patches_through_layers() -> None:
     held = trace([None, first, None, second], torch.tensor([[1, 2, 3]]))
     assert [h.tolist() for h in held] == [[[1, 2, 3]], [[1, 1, 2]], [[1, 1, 2]], [[0, 0, 1]]]
     assert trace([], torch.tensor([[0]])) == ()
+
+
+@EXAMPLES
+@given(case=cases())
+def test_pruning_drops_the_tokens_that_would_have_fused_into_another(case: dict[str, Any]) -> None:
+    fused = run(case)
+    pruned = match(case["metric"], case["r"], case["protected"], case["order"], mode="prune")
+    assert torch.equal(pruned.places, fused.places)
+    assert pruned.length == fused.length
+    batch, length, _ = case["metric"].shape
+    x = torch.arange(1.0, batch * length + 1).reshape(batch, length, 1)
+    left = pruned.fuse(x)[..., 0]
+    for image in range(batch):
+        places, guards = fused.places[image].tolist(), case["guards"][image]
+        alone = {token for token in range(length) if places.count(places[token]) == 1}
+        stays = alone | {_stands_for(places, token, guards) for token in set(range(length)) - alone}
+        wanted = {places[token]: x[image, token, 0].item() for token in stays}
+        assert left[image].tolist() == [wanted[place] for place in range(fused.length)]
+    assert torch.equal(pruned.sizes(), torch.ones(batch, fused.length))
+
+
+def test_pruned_tokens_get_no_gradient_and_kept_ones_all_of_it() -> None:
+    metric = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 9, 5, requires_grad=True)
+    pruned = match(metric, 3, protected=0, mode="prune")
+    pruned.fuse(x).sum().backward()
+    assert pruned.kept is not None
+    assert x.grad is not None
+    assert pruned.kept.sum(1).tolist() == [6, 6]
+    assert torch.equal(x.grad, pruned.kept.unsqueeze(2).expand_as(x))
+
+
+def test_sizes_of_what_pruning_leaves_are_the_kept_tokens_own() -> None:
+    metric = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [-1.0, 0.0]]])
+    pruned = match(metric, 1, mode="prune")
+    assert pruned.sizes(torch.tensor([[1.0, 2.0, 4.0, 8.0]])).tolist() == [[2.0, 4.0, 8.0]]
+
+
+def test_pruning_of_nothing_and_an_unknown_mode() -> None:
+    metric = torch.randn(1, 6, 4)
+    assert torch.equal(match(metric, 0, mode="prune").fuse(metric), metric)
+    with pytest.raises(ConfigError, match="unknown fusion mode 'merge'; allowed: fuse, prune"):
+        match(metric, 1, mode="merge")

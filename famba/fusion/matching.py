@@ -16,9 +16,10 @@ from torch import Tensor
 
 from famba.errors import ConfigError, near_miss
 from famba.ops import fuse_tokens, match_tokens
-from famba.ops.reference import group_shares
+from famba.ops.reference import deal, group_shares
 
 ORDERS = ("sequence", "tome")
+MODES = ("fuse", "prune")
 
 Protected = int | Sequence[int] | Tensor | None
 """Places of tokens that never fuse: one, several, or per image a tensor (b,) or (b, p)."""
@@ -39,12 +40,15 @@ class TokenMap:
     places: (b, l), int64, in [0, length); tokens of equal place are fused. length: tokens left, l - r.
     guarded: places of the protected tokens before, (b,), or (b, p) where there are several.
     known: shares and sums of the sizes that the tokens were matched with.
+    kept: where tokens are pruned, 1 for each that stays and 0 for each that is dropped (b, l): it adds nothing to the
+    token at its place, the one that it is most similar to. None where all fuse.
     """
 
     places: Int[Tensor, "b l"]
     length: int
     guarded: Int[Tensor, "b ..."] | Sequence[int] | int | None = None
     known: Shares | None = None
+    kept: Float[Tensor, "b l"] | None = None
 
     @property
     def protected(self) -> Int[Tensor, "b ..."] | None:
@@ -59,7 +63,7 @@ class TokenMap:
         return self.places.gather(1, before) if before.ndim == 2 else self.places.gather(1, before[:, None])[:, 0]
 
     def fuse(self, x: Float[Tensor, "b l c"], sizes: Float[Tensor, "b l"] | None = None) -> Float[Tensor, "b fused c"]:
-        """Average the tokens of each place.
+        """Average the tokens of each place; where tokens are pruned, pass on the others as they are.
 
         Args:
             x: tokens (b, l, c), of any floating dtype; summed in float32 at least.
@@ -68,6 +72,8 @@ class TokenMap:
         Returns:
             (b, length, c) in x's dtype. A token that stands alone is passed on bit for bit.
         """
+        if self.kept is not None:
+            return fuse_tokens(x, self.places, self.kept.to(_sum_dtype(x)), self.length)
         weights = self._shares(sizes, _sum_dtype(x)).weights.to(_sum_dtype(x))
         if not weights.requires_grad:
             return fuse_tokens(x, self.places, weights, self.length)
@@ -75,7 +81,10 @@ class TokenMap:
         return fuse_tokens(weighted, self.places, torch.ones_like(weights), self.length).to(x.dtype)
 
     def sizes(self, sizes: Float[Tensor, "b l"] | None = None) -> Float[Tensor, "b fused"]:
-        """Sum the sizes (b, l) of the tokens of each place; each counts one where None."""
+        """Sum the sizes (b, l) of the tokens of each place, pruned ones left out; each counts one where None."""
+        if self.kept is not None:
+            kept = self.kept if sizes is None else sizes * self.kept
+            return kept.new_zeros(kept.shape[0], self.length).scatter_add(1, self.places, kept)
         return self._shares(sizes, torch.float32 if sizes is None else sizes.dtype).totals
 
     def _shares(self, sizes: Tensor | None, dtype: torch.dtype) -> Shares:
@@ -92,12 +101,19 @@ def check_order(order: str) -> None:
         raise ConfigError(f"unknown order {order!r}{near_miss(order, ORDERS)}; allowed: {', '.join(ORDERS)}")
 
 
+def check_mode(mode: str) -> None:
+    """Raise ConfigError for a mode that `match` does not know."""
+    if mode not in MODES:
+        raise ConfigError(f"unknown fusion mode {mode!r}{near_miss(mode, MODES)}; allowed: {', '.join(MODES)}", "mode")
+
+
 def match(
     metric: Float[Tensor, "b l c"],
     r: int,
     protected: Protected = None,
     order: str = "sequence",
     sizes: Float[Tensor, "b l"] | None = None,
+    mode: str = "fuse",
 ) -> TokenMap:
     """Choose the r tokens that are most similar to another, and whom each joins.
 
@@ -116,14 +132,16 @@ def match(
             where what is left of A, protected tokens with it, stands before B.
         sizes: what `TokenMap.fuse` will weigh the tokens by (b, l), if known by now: their sums are then worked out
             along with the matching, which they do not change.
+        mode: "fuse", or "prune", where the same tokens are dropped instead: those of A among the r pairs.
 
     Returns:
         The map from the l tokens to l - r places.
 
     Raises:
-        ConfigError: r, protected or order does not fit.
+        ConfigError: r, protected, order or mode does not fit.
     """
     check_order(order)
+    check_mode(mode)
     batch, length, _ = metric.shape
     leading, guarded = _guards(protected, batch, length, metric.device)
     guards = leading if guarded is None else guarded.shape[1]
@@ -133,8 +151,14 @@ def match(
         return TokenMap(places, length, protected)
     # The gradient of sizes goes through the sums that `fuse` then works out itself.
     learned = sizes is not None and sizes.requires_grad
-    matched = match_tokens(metric, leading, guarded, None if learned else sizes, r, order)
-    return TokenMap(matched[0], length - r, protected, Shares(None if learned else sizes, *matched[1:]))
+    weighed = None if learned or mode == "prune" else sizes
+    matched = match_tokens(metric, leading, guarded, weighed, r, order)
+    if mode == "prune":
+        in_a, _ = deal(leading, guarded, length, metric.device)
+        of_a = torch.zeros_like(matched[0], dtype=torch.bool).scatter(1, in_a.expand(batch, -1), True)
+        # By equal weights a share below 1 is that of a token which does not stand alone.
+        return TokenMap(matched[0], length - r, protected, kept=1 - (of_a & (matched[1] < 1)).float())
+    return TokenMap(matched[0], length - r, protected, Shares(weighed, *matched[1:]))
 
 
 def _guards(protected: Protected, batch: int, length: int, device: torch.device) -> tuple[int, Tensor | None]:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from famba.errors import ConfigError, near_miss
-from famba.fusion import TokenMap, match, trace
+from famba.fusion import TokenMap, match, trace, unfuse
 from famba.fusion.adaptive import Adapted, similar_pairs, spend
-from famba.fusion.matching import check_order
+from famba.fusion.matching import check_mode, check_order
 from famba.fusion.schedules import check_schedule
 from famba.fusion.similarity import closest_cosines, mean_cosine
+from famba.models.dense import FORMATS, Indices, as_map, chosen_layers
 from famba.models.mixer import VimMixer
 from famba.ops import add_rms_norm
 
@@ -28,13 +29,17 @@ PLACES = ("before_mixer", "after_scan")
 
 @dataclass(frozen=True)
 class LayerFusion:
-    """How one layer fuses: r tokens go; order and place as in `Vim`; by_size weighs tokens by the patches they hold."""
+    """How one layer fuses: r tokens go; order, place and mode as in `Vim`; by_size weighs tokens by their patches."""
 
     r: int
     order: str
     by_size: bool
     place: str
+    mode: str
 
+
+Intermediates = list[Tensor] | list[tuple[Tensor, Tensor]]
+"""Of several layers each one's features, or pairs of the patches' and the class token's."""
 
 Choose = Callable[[Tensor, int | Tensor | None], int]
 """From what a layer measures similarity on (b, l, c), and the class token's place, to the tokens that it removes."""
@@ -49,6 +54,22 @@ class Tokens(NamedTuple):
 
     cls: int | Tensor | None
     sizes: Tensor | None
+
+
+class Leaving(NamedTuple):
+    """What a layer leaves (b, l, d): what it adds, as far as drop_path lets it, and the residual stream before that."""
+
+    hidden: Tensor
+    residual: Tensor | None
+
+
+class Passed(NamedTuple):
+    """Images behind some layers: what the last one leaves, each one's map, and what those that were asked for leave."""
+
+    leaving: Leaving
+    tokens: Tokens
+    maps: list[TokenMap | None]
+    taken: dict[int, Leaving]
 
 
 class Similarity(NamedTuple):
@@ -74,8 +95,21 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, residual, self.weight, self.eps)
 
 
+class NoNorm(nn.Module):
+    """Stands where the final norm was pruned: the addition alone."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum in x's dtype and in float32, each (b, l, d_model)."""
+        total = x + residual
+        return total.to(x.dtype), total
+
+
 class VimBlock(nn.Module):
-    """Add, norm, fuse, mix: one pre-norm layer. `drop_path` is what the layer before contributes with chance."""
+    """Add, norm, fuse, mix: one pre-norm layer.
+
+    `drop_path` drops, with chance, what the layer before contributes; the model applies it on the way here, so that
+    what a layer leaves is known before the next one fuses.
+    """
 
     def __init__(self, mixer: VimMixer, d_model: int, drop_path: float, fusion: LayerFusion) -> None:
         super().__init__()
@@ -91,7 +125,7 @@ class VimBlock(nn.Module):
 
         `choose`, where given, is shown what similarity is measured on, and says what r is this once.
         """
-        normed, residual = self.norm(self.drop_path(hidden), residual)
+        normed, residual = self.norm(hidden, residual)
         if choose is None and not self.fusion.r:
             return self.mixer(normed), residual, tokens, None
         before = self.fusion.place == "before_mixer"
@@ -99,7 +133,7 @@ class VimBlock(nn.Module):
         r = self.fusion.r if choose is None else choose(metric, tokens.cls)
         token_map = None
         if r:
-            token_map = match(metric, r, tokens.cls, self.fusion.order, tokens.sizes)
+            token_map = match(metric, r, tokens.cls, self.fusion.order, tokens.sizes, self.fusion.mode)
             metric, residual = token_map.fuse(metric, tokens.sizes), token_map.fuse(residual, tokens.sizes)
             tokens = self._fused(tokens, token_map)
         return (self.mixer if before else self.mixer.out_proj)(metric), residual, tokens, token_map
@@ -108,7 +142,8 @@ class VimBlock(nn.Module):
         # At the head the class token stays where it is in either order: a place known beforehand is cheaper.
         at_head = isinstance(tokens.cls, int) and tokens.cls == 0
         cls = 0 if at_head else token_map.protected
-        return Tokens(cls, token_map.sizes(tokens.sizes) if self.fusion.by_size else None)
+        by_size = self.fusion.by_size and self.fusion.mode == "fuse"
+        return Tokens(cls, token_map.sizes(tokens.sizes) if by_size else None)
 
 
 class Vim(nn.Module):
@@ -128,9 +163,11 @@ class Vim(nn.Module):
         cls_position: "head" (Famba-V), "middle" (official Vim, at patches // 2), or "none" (mean of the tokens).
         fusion: tokens removed in each layer, from `famba.fusion.schedule`; None for no fusion.
         fusion_order: "sequence" or "tome", as in `famba.fusion.match`.
-        fusion_weighting: "mean" (equal weights, as in the paper) or "size" (by the patches that a token holds).
+        fusion_weighting: "mean" (equal weights, as in the paper) or "size" (by the patches that a token holds); of no
+            matter where tokens are pruned.
         fusion_place: "before_mixer" (similarity of the normed tokens, as the released code has it) or "after_scan"
             (similarity of the gated scans' mean, before the output projection, as the paper's figure draws it).
+        fusion_mode: "fuse", or "prune": the tokens that would fuse into another are dropped, as a baseline.
 
     Raises:
         ConfigError: a value or the schedule does not fit.
@@ -153,12 +190,14 @@ class Vim(nn.Module):
         fusion_order: str = "sequence",
         fusion_weighting: str = "mean",
         fusion_place: str = "before_mixer",
+        fusion_mode: str = "fuse",
     ) -> None:
         super().__init__()
         check_choice("cls_position", cls_position, CLS_POSITIONS)
         check_choice("fusion_weighting", fusion_weighting, WEIGHTINGS)
         check_choice("fusion_place", fusion_place, PLACES)
         check_order(fusion_order)
+        check_mode(fusion_mode)
         _check_patches(_pair(img_size), _pair(patch_size))
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
@@ -169,6 +208,10 @@ class Vim(nn.Module):
         self.patch_embed = PatchEmbed(_pair(img_size), _pair(patch_size), in_chans, embed_dim)  # type: ignore[arg-type]
         self.num_patches = self.patch_embed.num_patches
         self.num_tokens = self.num_patches + (cls_position != "none")
+        reduction = self.patch_embed.feat_ratio()
+        self.feature_info = [
+            {"module": f"layers.{i}", "num_chs": embed_dim, "reduction": reduction} for i in range(depth)
+        ]
         if cls_position != "none":
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_tokens, embed_dim))
@@ -176,6 +219,7 @@ class Vim(nn.Module):
         self.fusion = tuple(fusion) if fusion is not None else (0,) * depth
         self._check_fusion(self.fusion, depth)
         self.fusion_by_size = fusion_weighting == "size"
+        self.fusion_mode = fusion_mode
         # A layer drops what the layer before it adds, the final norm what the last layer adds.
         rates = [0.0, *(drop_path_rate * i / max(1, depth - 1) for i in range(depth))]
         self.layers = nn.ModuleList(
@@ -183,12 +227,12 @@ class Vim(nn.Module):
                 VimMixer(embed_dim, d_state, d_conv, expand),
                 embed_dim,
                 rate,
-                LayerFusion(r, fusion_order, self.fusion_by_size, fusion_place),
+                LayerFusion(r, fusion_order, self.fusion_by_size, fusion_place, fusion_mode),
             )
             for rate, r in zip(rates, self.fusion, strict=False)
         )
         self.drop_path = DropPath(rates[-1]) if rates[-1] else nn.Identity()
-        self.norm_f = RMSNorm(embed_dim)
+        self.norm_f: nn.Module = RMSNorm(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self._init_weights()
 
@@ -216,6 +260,7 @@ class Vim(nn.Module):
         order: str | None = None,
         weighting: str | None = None,
         place: str | None = None,
+        mode: str | None = None,
     ) -> None:
         """Remove other numbers of tokens from now on, one for each layer, and in another way where one is given.
 
@@ -232,8 +277,12 @@ class Vim(nn.Module):
         if place is not None:
             check_choice("fusion_place", place, PLACES)
             chosen["place"] = place
+        if mode is not None:
+            check_mode(mode)
+            chosen["mode"] = mode
         self.fusion = tuple(fusion)
         self.fusion_by_size = bool(chosen.get("by_size", self.fusion_by_size))
+        self.fusion_mode = mode or self.fusion_mode
         for layer, r in zip(self.layers, self.fusion, strict=True):
             assert isinstance(layer, VimBlock)
             layer.fusion = replace(layer.fusion, r=r, **chosen)  # type: ignore[arg-type]
@@ -273,17 +322,125 @@ class Vim(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
         """Classify images (b, in_chans, height, width): logits (b, num_classes)."""
-        normed, tokens, _ = self._run(x)
-        return self.head(self._pool(normed, tokens))
+        passed = self._run(x)
+        return self.head(self._pool(self._normed(passed.leaving), passed.tokens))
 
     def forward_features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l d"]:
-        """Normed tokens of the last layer, (b, tokens left, embed_dim)."""
-        return self._run(x)[0]
+        """Normed features of the last layer for each token of the first one, (b, num_tokens, embed_dim).
+
+        They lie as in a Vim that does not fuse: patches row by row, the class token at `cls_index`. Each patch has the
+        features of the token that holds it in the end (where tokens are pruned: of the one that it was most similar
+        to when it was dropped).
+        """
+        passed = self._run(x)
+        held = self._held(passed.maps, x)
+        return self._unfused(self._normed(passed.leaving), held[-1])
+
+    def forward_head(self, x: Float[Tensor, "b l d"], pre_logits: bool = False) -> Float[Tensor, "b out"]:
+        """Classify what `forward_features` returns, (b, num_tokens, embed_dim): logits (b, num_classes).
+
+        With `pre_logits`, what the classifier would read, (b, embed_dim).
+
+        Raises:
+            ConfigError: x has another number of tokens; or the model pools over tokens whatever they hold (no class
+                token, tokens that fuse by equal weights or are pruned), which features of patches do not tell.
+        """
+        if x.shape[1] != self.num_tokens:
+            raise ConfigError(
+                f"forward_head was given {x.shape[1]} tokens per image; allowed: what forward_features returns, "
+                f"{self.num_tokens} tokens per image"
+            )
+        if self.cls_index is not None:
+            pooled = x[:, self.cls_index]
+        elif any(self.fusion) and not (self.fusion_by_size and self.fusion_mode == "fuse"):
+            raise ConfigError(
+                "this model takes the mean over its tokens, however many patches each holds, which the features of "
+                "patches do not tell; call the model itself for logits, or use fusion_weighting='size', or a class "
+                "token (cls_position)"
+            )
+        else:
+            pooled = x.mean(1)
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward_intermediates(
+        self,
+        x: Float[Tensor, "b c h w"],
+        indices: Indices = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Intermediates | tuple[Tensor, Intermediates]:
+        """Features of several layers as maps over the image, as timm's models give them.
+
+        Those of a layer are its output with the residual stream that it is added to, which is what the next layer
+        reads before it norms and fuses; in training without what drop_path drops of it. Each patch has the features of
+        the token that holds it after that layer. They are of the dtype of the weights, normed ones as in
+        `forward_features`.
+
+        Args:
+            x: images (b, in_chans, height, width).
+            indices: layers from 0 (negative: from the end), a number of last layers, or None for all.
+            return_prefix_tokens: give pairs, of the patches' features and of the class token's, (b, 1, embed_dim);
+                without a class token as if this were False.
+            norm: apply the final norm to each.
+            stop_early: do not run the layers behind the last that is asked for.
+            output_fmt: "NCHW": (b, embed_dim, rows, columns); "NLC": (b, patches, embed_dim), row by row.
+            intermediates_only: leave out the final features.
+
+        Returns:
+            The final features, as `forward_features` has them (with `stop_early` of the layer that was run last), and
+            the features of the layers, in the order of the layers.
+
+        Raises:
+            ConfigError: there is no such layer, or no such format.
+        """
+        check_choice("output_fmt", output_fmt, FORMATS)
+        layers = chosen_layers(len(self.layers), indices)
+        passed = self._run(x, taken=layers, depth=max(layers) + 1 if stop_early else None)
+        held = self._held(passed.maps, x)
+        found: list = []
+        for layer, leaving in passed.taken.items():
+            features = self._normed(leaving) if norm else self._stream(leaving)
+            patches, cls = self._parted(self._unfused(features, held[layer]))
+            spread = as_map(patches, self.patch_embed.grid_size) if output_fmt == "NCHW" else patches
+            found.append((spread, cls) if return_prefix_tokens and cls is not None else spread)
+        if intermediates_only:
+            return found
+        return self._unfused(self._normed(passed.leaving), held[-1]), found
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: Indices = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the features of some layers do not need.
+
+        Args:
+            indices: layers as in `forward_intermediates`; those behind the last of them go, and their part of the
+                schedule.
+            prune_norm: remove the final norm.
+            prune_head: remove the classifier.
+
+        Returns:
+            The layers that were asked for, counted from 0.
+        """
+        layers = chosen_layers(len(self.layers), indices)
+        left = max(layers) + 1
+        if left < len(self.layers):
+            # It drops what the last layer that is left adds.
+            self.drop_path = self.layers[left].drop_path  # type: ignore[assignment]
+        self.layers, self.fusion = self.layers[:left], self.fusion[:left]
+        if prune_norm:
+            self.norm_f = NoNorm()
+        if prune_head:
+            self.reset_classifier(0)
+        return layers
 
     def trace(self, x: Float[Tensor, "b c h w"]) -> tuple[Int[Tensor, "b n"], ...]:
         """Which token holds each patch: for each layer, places (b, patches) in the sequence after its fusion."""
         with torch.no_grad():
-            _, _, maps = self._run(x)
+            maps = self._run(x).maps
         patches = torch.arange(self.num_patches, device=x.device)
         if self.cls_index is not None:
             patches = patches + (patches >= self.cls_index)
@@ -320,18 +477,51 @@ class Vim(nn.Module):
         with torch.no_grad():
             return spend(counts_at, self.num_patches, budget)
 
-    def _run(self, x: Tensor, choose: Choose | None = None) -> tuple[Tensor, Tokens, list[TokenMap | None]]:
+    def _run(
+        self, x: Tensor, choose: Choose | None = None, taken: Sequence[int] = (), depth: int | None = None
+    ) -> Passed:
+        """Pass images through the layers, or the first `depth` of them, and keep what those in `taken` leave."""
         hidden, residual = self._embed(x), None
         tokens = Tokens(self.cls_index, None)
-        maps = []
-        for layer in self.layers:
+        maps, kept = [], {}
+        layers = list(self.layers)
+        drops = [*(layer.drop_path for layer in layers[1:]), self.drop_path]
+        for index, layer in enumerate(layers[:depth]):
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
                 out = checkpoint(layer, hidden, residual, tokens, use_reentrant=False)
             else:
                 out = layer(hidden, residual, tokens, choose)
             hidden, residual, tokens, token_map = out
+            hidden = drops[index](hidden)
             maps.append(token_map)
-        return self.norm_f(self.drop_path(hidden), residual)[0], tokens, maps
+            if index in taken:
+                kept[index] = Leaving(hidden, residual)
+        return Passed(Leaving(hidden, residual), tokens, maps, kept)
+
+    def _normed(self, leaving: Leaving) -> Tensor:
+        return self.norm_f(leaving.hidden, leaving.residual)[0]
+
+    def _stream(self, leaving: Leaving) -> Tensor:
+        """The residual stream with what a layer adds (b, l, d), in the dtype of the weights."""
+        assert leaving.residual is not None
+        return (leaving.hidden + leaving.residual).to(self.pos_embed.dtype)
+
+    def _held(self, maps: list[TokenMap | None], x: Tensor) -> list[Tensor | None]:
+        """Which token holds each of the first layer's, (b, num_tokens) for each layer; None while none has fused."""
+        first = torch.arange(self.num_tokens, device=x.device).expand(x.shape[0], -1)
+        begins = next((i for i, token_map in enumerate(maps) if token_map is not None), len(maps))
+        return [None if i < begins else places for i, places in enumerate(trace(maps, first))]
+
+    def _unfused(self, features: Tensor, held: Tensor | None) -> Tensor:
+        return features if held is None else unfuse(features, held)
+
+    def _parted(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The patches' features (b, patches, d) and the class token's (b, 1, d), of all as `_embed` lays them out."""
+        at = self.cls_index
+        if at is None:
+            return features, None
+        cls = features[:, at : at + 1]
+        return (torch.cat([features[:, :at], features[:, at + 1 :]], dim=1) if at else features[:, 1:]), cls
 
     def _embed(self, x: Tensor) -> Tensor:
         x = self.patch_embed(x)
