@@ -156,7 +156,7 @@ def vim(
     weighting: str,
     place: str,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Logits of a Vim from its state_dict, and for each layer its places and sizes."""
+    """Logits of a Vim from its state_dict, and for each layer its places, its sizes and the stream that it leaves."""
     x = _patches(w, images)
     batch, patches, _ = x.shape
     index = {"head": 0, "middle": patches // 2, "none": None}[cls_position]
@@ -166,7 +166,7 @@ def vim(
     residual = None
     cls = [[] if index is None else [index] for _ in range(batch)]
     sizes = torch.ones(x.shape[:2], dtype=torch.float64)
-    kept: dict[str, Any] = {"places": [], "sizes": []}
+    kept: dict[str, Any] = {"places": [], "sizes": [], "streams": []}
     for layer, r in enumerate(fusion):
         prefix = f"layers.{layer}."
         mixer = {k.removeprefix(prefix + "mixer."): v for k, v in w.items() if k.startswith(prefix + "mixer.")}
@@ -182,6 +182,7 @@ def vim(
         cls = [[image_places[c] for c in guards] for image_places, guards in zip(places, cls, strict=True)]
         kept["places"].append(places)
         kept["sizes"].append(sizes)
+        kept["streams"].append(residual + x)
     normed, _ = add_rms_norm(x, residual, w["norm_f.weight"], 1e-5)
     if index is not None:
         pooled = torch.stack([normed[i, guards[0]] for i, guards in enumerate(cls)])

@@ -73,6 +73,55 @@ for strategy, position in cases.items():
 
 
 @pytest.mark.slow
+def test_features_are_one_graph_too(tmp_path: Path) -> None:
+    out = run(
+        """
+torch._dynamo.config.error_on_recompile = True
+for position, fusion in (("head", None), ("middle", (2, 3)), ("none", (0, 3))):
+    torch._dynamo.reset()
+    model = make(fusion, depth=2, cls_position=position)
+
+    def features(x):
+        final, pairs = model.forward_intermediates(x, [-2, 1], return_prefix_tokens=True, norm=True, stop_early=True)
+        return [model.forward_features(x), final, *pairs]
+
+    compiled = torch.compile(features, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (2, 3, 5):
+        grads = []
+        for f in (compiled, features):
+            model.zero_grad()
+            found = torch.utils._pytree.tree_leaves(f(images(batch)))
+            sum(x.square().sum() for x in found).backward()
+            grads.append((found, [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    print(position)
+""",
+        tmp_path,
+    )
+    assert out.split() == ["head", "middle", "none"]
+
+
+@pytest.mark.slow
+def test_transformers_that_fuse_are_one_graph(tmp_path: Path) -> None:
+    out = run(
+        """
+from timm.models.vision_transformer import VisionTransformer
+from famba.models import apply_tome
+
+shape = dict(img_size=8, patch_size=2, embed_dim=16, depth=3, num_heads=2, num_classes=3)
+for way in ({}, {"mode": "prune"}, {"order": "sequence", "weighting": "mean", "proportional": False}):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = apply_tome(VisionTransformer(**shape), (4, 0, 3), **way)
+    agrees(torch.compile(model, fullgraph=True), model, images())
+    print("agrees")
+""",
+        tmp_path,
+    )
+    assert out.split() == ["agrees"] * 3
+
+
+@pytest.mark.slow
 def test_the_batch_is_a_dimension_that_may_vary(tmp_path: Path) -> None:
     out = run(
         """

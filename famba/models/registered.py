@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
 
 from famba.models.checkpoints import fitting_weights
 from famba.models.vim import Vim
@@ -46,35 +47,54 @@ default_cfgs = generate_default_cfgs(
         "vim_tiny_patch16_224": _cfg(224),
         "vim_small_patch16_224": _cfg(224),
         "vim_base_patch16_224": _cfg(224),
+        "vit_micro_patch4_32": _cfg(32),
     }
 )
 
 
-def create_vim(variant: str, pretrained: bool, shape: dict[str, Any], chosen: dict[str, Any]) -> Vim:
-    """Build a registered variant: `shape` is what makes it, `chosen` what the caller of timm.create_model asked for."""
-    return build_model_with_cfg(Vim, variant, pretrained, pretrained_filter_fn=fitting_weights, **{**shape, **chosen})
+def create_vim(variant: str, pretrained: bool, shape: dict[str, Any], chosen: dict[str, Any]) -> nn.Module:
+    """Build a registered variant: `shape` is what makes it, `chosen` what the caller of timm.create_model asked for.
+
+    Returns a Vim; with features_only=True timm's FeatureGetterNet of one, which gives maps of features.
+    """
+    return build_model_with_cfg(
+        Vim,
+        variant,
+        pretrained,
+        pretrained_filter_fn=fitting_weights,
+        # With features_only=True: by forward_intermediates, of the last three layers as timm's ViTs have it.
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        **{**shape, **chosen},
+    )
 
 
 @register_model
-def vim_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> Vim:
+def vim_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """A Vim for CPUs and tests, 0.3 M parameters, for 32 x 32 images; with weights of CIFAR-100."""
     shape = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 8}
     return create_vim("vim_micro_patch4_32", pretrained, shape, kwargs)
 
 
 @register_model
-def vim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+def vim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Vim-Ti, 7 M parameters (arXiv 2401.09417)."""
     return create_vim("vim_tiny_patch16_224", pretrained, {"embed_dim": 192, "depth": 24}, kwargs)
 
 
 @register_model
-def vim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+def vim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Vim-S, 26 M parameters (arXiv 2401.09417)."""
     return create_vim("vim_small_patch16_224", pretrained, {"embed_dim": 384, "depth": 24}, kwargs)
 
 
 @register_model
-def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Vim-B, 98 M parameters (arXiv 2401.09417)."""
     return create_vim("vim_base_patch16_224", pretrained, {"embed_dim": 768, "depth": 24}, kwargs)
+
+
+@register_model
+def vit_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """A vision transformer of vim_micro's depth, width and number of parameters, for 32 x 32 images."""
+    shape = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 8, "num_heads": 4, "mlp_ratio": 3}
+    return build_model_with_cfg(VisionTransformer, "vit_micro_patch4_32", pretrained, **{**shape, **kwargs})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -333,8 +333,7 @@ class Vim(nn.Module):
         to when it was dropped).
         """
         passed = self._run(x)
-        held = self._held(passed.maps, x)
-        return self._unfused(self._normed(passed.leaving), held[-1])
+        return self._final(passed, self._held(passed.maps, x))
 
     def forward_head(self, x: Float[Tensor, "b l d"], pre_logits: bool = False) -> Float[Tensor, "b out"]:
         """Classify what `forward_features` returns, (b, num_tokens, embed_dim): logits (b, num_classes).
@@ -408,7 +407,7 @@ class Vim(nn.Module):
             found.append((spread, cls) if return_prefix_tokens and cls is not None else spread)
         if intermediates_only:
             return found
-        return self._unfused(self._normed(passed.leaving), held[-1]), found
+        return self._final(passed, held), found
 
     @torch.jit.ignore
     def prune_intermediate_layers(
@@ -484,7 +483,7 @@ class Vim(nn.Module):
         hidden, residual = self._embed(x), None
         tokens = Tokens(self.cls_index, None)
         maps, kept = [], {}
-        layers = list(self.layers)
+        layers = cast(list[VimBlock], list(self.layers))
         drops = [*(layer.drop_path for layer in layers[1:]), self.drop_path]
         for index, layer in enumerate(layers[:depth]):
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
@@ -511,6 +510,9 @@ class Vim(nn.Module):
         first = torch.arange(self.num_tokens, device=x.device).expand(x.shape[0], -1)
         begins = next((i for i, token_map in enumerate(maps) if token_map is not None), len(maps))
         return [None if i < begins else places for i, places in enumerate(trace(maps, first))]
+
+    def _final(self, passed: Passed, held: list[Tensor | None]) -> Tensor:
+        return self._unfused(self._normed(passed.leaving), held[-1] if held else None)
 
     def _unfused(self, features: Tensor, held: Tensor | None) -> Tensor:
         return features if held is None else unfuse(features, held)
