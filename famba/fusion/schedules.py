@@ -17,6 +17,7 @@ Budget = int | float | str | Sequence[int]
 
 PAPER = "paper"
 ADAPTIVE = "adaptive"
+DECREASING = "decreasing"
 # What the released code removes in each fusing layer. The totals (168, 168, 162, 162) are not matched.
 _PAPER_PER_LAYER = {"all": 7, "interleaved": 14, "lower": 9, "upper": 9}
 
@@ -42,6 +43,7 @@ STRATEGIES: dict[str, Callable[..., list[int]]] = {
     "interleaved": _interleaved,
     "lower": _lower,
     "upper": _upper,
+    DECREASING: _all,
     ADAPTIVE: _all,
 }
 """Each strategy's rule: (depth, layers) to the layers that fuse, ascending. A new strategy is one more entry.
@@ -50,6 +52,18 @@ STRATEGIES: dict[str, Callable[..., list[int]]] = {
 """
 
 _COUNTED = ("lower", "upper")
+
+
+def _evenly(fusing: int) -> list[int]:
+    return [1] * fusing
+
+
+def _falling(fusing: int) -> list[int]:
+    """From twice the mean in the first layer to nothing in the last, as ToMe's decreasing schedule."""
+    return list(range(fusing - 1, -1, -1)) if fusing > 1 else [1]
+
+
+_SPREADS = {DECREASING: _falling}
 
 
 def strategy_names() -> tuple[str, ...]:
@@ -67,12 +81,14 @@ def schedule(
 ) -> tuple[int, ...]:
     """Work out how many tokens each layer removes.
 
-    The i-th of k fusing layers takes floor((i + 1) b / k) - floor(i b / k) of a budget b. Where that is more than half
-    of the layer's unprotected tokens, the excess moves to earlier fusing layers. So every strategy removes exactly b.
+    The i-th of k fusing layers takes floor((i + 1) b / k) - floor(i b / k) of a budget b; with "decreasing" shares fall
+    linearly instead. Where that is more than half of the layer's unprotected tokens, the excess moves to earlier fusing
+    layers. So every strategy removes exactly b.
 
     Args:
         strategy: "none", "all", "interleaved" (every second layer, from the second), "lower" (nearest the input),
-            "upper" (nearest the output), "adaptive" (as "all" until it is measured), or "custom".
+            "upper" (nearest the output), "decreasing" (every layer, from twice the mean in the first to none in the
+            last, as in ToMe), "adaptive" (as "all" until it is measured), or "custom".
         depth: number of layers.
         tokens: length of the sequence, protected tokens included.
         budget: tokens to remove in total; as a float in (0, 1) a share of the unprotected tokens, rounded;
@@ -222,7 +238,7 @@ def _total(budget: Budget, patches: int) -> int:
 
 
 def _spread(total: int, fusing: int, patches: int, strategy: str) -> list[int]:
-    """Tokens removed in each of `fusing` layers: as even as the rule of half allows, summing to `total`."""
+    """Tokens removed in each of `fusing` layers: as the strategy and the rule of half have it, summing to `total`."""
     largest = patches - math.ceil(patches / 2**fusing)
     if total > largest:
         raise ConfigError(
@@ -230,7 +246,8 @@ def _spread(total: int, fusing: int, patches: int, strategy: str) -> list[int]:
             f"patches, at most half in each layer; the largest that fits is {largest}",
             "budget",
         )
-    return removals([*(patches - i * total // fusing for i in range(fusing)), patches - total])
+    weights = _SPREADS.get(strategy, _evenly)(fusing)
+    return removals([patches, *(patches - total * part // sum(weights) for part in accumulate(weights))])
 
 
 def removals(left: Sequence[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Weights from files into a Vim, refused as a whole where they do not fit."""
+"""Weights from files into a network, refused as a whole where they do not fit."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import load_file
-from timm.layers import resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
 from famba.errors import CheckpointError, DamagedError
 from famba.files import read_seal
+from famba.models.fused import FusedNetwork
+from famba.models.tome import ToMe
 from famba.models.vim import CLS_POSITIONS, Vim, check_choice
 
+_PATCHES = "patch_embed.proj.weight"
+_MIDDLE = "midclstok"  # in names of official models
 _HEAD_HINT = "; reset_head=True keeps the model's own"
+_HEADS = ("head.", "head_dist.")
 _WEIGHT_KEYS = ("model", "state_dict")
 # Where the machine fails; damage leads parsers to other numbers, such as that of an invalid seek.
 _OF_THE_MACHINE = (errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.ETIMEDOUT, errno.EMFILE)
@@ -58,7 +63,8 @@ def load_vim_checkpoint(
 ) -> Vim:
     """Load weights into a Vim: the official files with unchanged names, or those of a run.
 
-    The position embedding is resized to the model's grid, the class token's own row left as it is.
+    The position embedding is resized to the model's grid, the class token's own row left as it is; the patch embedding
+    is resampled to the model's patches.
 
     Args:
         model: changed in place, and only where everything fits.
@@ -73,20 +79,32 @@ def load_vim_checkpoint(
     Raises:
         CheckpointError: missing or damaged file, or the list of all that does not fit.
     """
-    return load_weights(model, _read_weights(path), path, cls_position=cls_position, reset_head=reset_head)
+    load_weights(model, weights_in(read_file(path)), path, cls_position=cls_position, reset_head=reset_head)
+    return model
 
 
 def load_weights(
-    model: Vim,
+    model: FusedNetwork,
     weights: dict[str, Any],
     path: str | Path,
     *,
     cls_position: str | None = None,
     reset_head: bool = False,
-) -> Vim:
-    """Load weights that were read from a path, as `load_vim_checkpoint` does."""
-    model.load_state_dict(_fitted(model, weights, str(path), cls_position or model.cls_position, reset_head))
-    return model
+) -> None:
+    """Load weights that were read from a path, as `load_vim_checkpoint` does, into a network of any kind."""
+    model.load_state_dict(_fitted(model, weights, str(path), cls_position, reset_head))
+
+
+def check_weights(
+    model: FusedNetwork,
+    weights: dict[str, Any],
+    path: str | Path,
+    *,
+    cls_position: str | None = None,
+    reset_head: bool = False,
+) -> None:
+    """Raise CheckpointError where `load_weights` would; the model stays as it is and may be without memory."""
+    _fitted(model, weights, str(path), cls_position, reset_head)
 
 
 def fitting_weights(weights: dict[str, Any], model: Vim) -> dict[str, Tensor]:
@@ -96,10 +114,12 @@ def fitting_weights(weights: dict[str, Any], model: Vim) -> dict[str, Tensor]:
     """
     head, own = weights.get("head.weight"), model.state_dict().get("head.weight")
     other_head = own is None or not isinstance(head, Tensor) or head.shape[:1] != own.shape[:1]
-    return _fitted(model, weights, "what comes with the model", model.cls_position, other_head)
+    return _fitted(model, weights, "what comes with the model", None, other_head)
 
 
-def _fitted(model: Vim, weights: dict[str, Any], source: str, cls_position: str, reset_head: bool) -> dict[str, Tensor]:
+def _fitted(
+    model: FusedNetwork, weights: dict[str, Any], source: str, cls_position: str | None, reset_head: bool
+) -> dict[str, Tensor]:
     fitted, misfits = _fit(model, weights, cls_position, reset_head)
     if misfits:
         listed = "\n  ".join(misfits)
@@ -107,17 +127,21 @@ def _fitted(model: Vim, weights: dict[str, Any], source: str, cls_position: str,
     return fitted
 
 
-def has_other_head(model: Vim, path: str | Path) -> bool:
-    """Whether a file's classifier is for another number of classes than the model's."""
-    head = _read_weights(path).get("head.weight")
-    own = model.state_dict().get("head.weight")
-    return isinstance(head, Tensor) and own is not None and head.shape[:1] != own.shape[:1]
+def saved_cls_position(content: dict[str, Any], path: str | Path) -> str | None:
+    """Where the class token of a file's weights stands, as their run says; None where nothing does.
 
+    Args:
+        content: what was read from the file, as `read_file` has it.
+        path: the file. A run's weights have their configuration beside them, its checkpoints within; the official files
+            of Vim hold the name of their model.
 
-def saved_cls_position(path: str | Path) -> str | None:
-    """Where a file's class token stands, as its run's configuration says, in the file or beside it; else None."""
+    Raises:
+        CheckpointError: the configuration beside the file cannot be read.
+    """
+    official = getattr(content.get("args"), "model", None)
+    if isinstance(official, str):
+        return "middle" if _MIDDLE in official else None
     beside = Path(path).parent / "config.yaml"
-    content = read_file(path)
     config = content.get("config")
     if config is None and beside.is_file():
         config = _read_config(beside)
@@ -136,23 +160,23 @@ def _read_config(path: Path) -> Any:
         ) from error
 
 
-def _read_weights(path: str | Path) -> dict[str, Any]:
-    content = read_file(path)
+def weights_in(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the weights in what was read from a file: at the top, or under "model" or "state_dict"."""
     return next((content[key] for key in _WEIGHT_KEYS if isinstance(content.get(key), dict)), content)
 
 
 def _fit(
-    model: Vim, weights: dict[str, Any], cls_position: str, reset_head: bool
+    model: FusedNetwork, weights: dict[str, Any], cls_position: str | None, reset_head: bool
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Weights for every parameter of the model, and what does not fit."""
-    check_choice("cls_position", cls_position, CLS_POSITIONS)
     own = model.state_dict()
     weights = {str(name): value for name, value in weights.items()}
     given = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
     misfits = [f"{name}: not a tensor" for name, value in weights.items() if not isinstance(value, Tensor)]
     if reset_head:
-        given = {name: value for name, value in given.items() if not name.startswith("head.")}
-        given |= {name: value for name, value in own.items() if name.startswith("head.")}
+        given = {name: value for name, value in given.items() if not name.startswith(_HEADS)}
+        given |= {name: value for name, value in own.items() if name.startswith(_HEADS)}
+    given |= _fit_patch_embed(given, own)
     if "pos_embed" in given and given["pos_embed"].ndim == 3 and given["pos_embed"].shape[0] == 1:
         resized = _fit_pos_embed(model, given["pos_embed"], cls_position)
         if isinstance(resized, str):
@@ -164,14 +188,43 @@ def _fit(
     misfits += [f"{name}: not in the model{_HEAD_HINT if name.startswith('head.') else ''}" for name in unknown]
     for name in own.keys() & given.keys():
         if own[name].shape != given[name].shape:
-            hint = _HEAD_HINT if name.startswith("head.") else ""
+            hint = _HEAD_HINT if name.startswith(_HEADS) else ""
             shapes = f"{tuple(given[name].shape)} in the file, {tuple(own[name].shape)} in the model"
             misfits.append(f"{name}: {shapes}{hint}")
     return given, sorted(misfits)
 
 
-def _fit_pos_embed(model: Vim, embed: Tensor, cls_position: str) -> Tensor | str:
+def _fit_patch_embed(given: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The file's patch embedding for patches of the model's size, where it is one for others: by name, if any."""
+    kernel, wanted = given.get(_PATCHES), own[_PATCHES].shape
+    if kernel is None or kernel.ndim != 4 or kernel.shape[:2] != wanted[:2] or 0 in kernel.shape:
+        return {}
+    return {_PATCHES: resample_patch_embed(kernel, list(wanted[2:]))}
+
+
+def _fit_pos_embed(model: FusedNetwork, embed: Tensor, cls_position: str | None) -> Tensor | str:
+    if isinstance(model, Vim):
+        return _fit_to_vim(model, embed, cls_position or model.cls_position)
+    assert isinstance(model, ToMe)
+    return _fit_to_transformer(model, embed)
+
+
+def _fit_to_transformer(model: ToMe, embed: Tensor) -> Tensor | str:
+    """The file's position embedding on the transformer's grid; the rows of its other tokens as they are."""
+    prefix = 0 if model.vit.no_embed_class else model.protected
+    patches, width = embed.shape[1] - prefix, embed.shape[2]
+    if width != model.embed_dim:
+        return f"pos_embed: width {width} in the file, {model.embed_dim} in the model"
+    if patches == model.num_patches:
+        return embed
+    if patches < 1 or math.isqrt(patches) ** 2 != patches:
+        return f"pos_embed: {embed.shape[1]} rows in the file are no square grid of patches behind {prefix} others"
+    return resample_abs_pos_embed(embed, list(model.vit.patch_embed.grid_size), num_prefix_tokens=prefix)
+
+
+def _fit_to_vim(model: Vim, embed: Tensor, cls_position: str) -> Tensor | str:
     """The file's position embedding on the model's grid with the class token's row in the model's place."""
+    check_choice("cls_position", cls_position, CLS_POSITIONS)
     rows, width = embed.shape[1:]
     has_cls = cls_position != "none"
     patches = rows - has_cls

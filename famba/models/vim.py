@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
@@ -14,11 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from famba.errors import ConfigError, near_miss
 from famba.fusion import TokenMap, match, trace, unfuse
-from famba.fusion.adaptive import Adapted, similar_pairs, spend
 from famba.fusion.matching import check_mode, check_order
-from famba.fusion.schedules import check_schedule
-from famba.fusion.similarity import closest_cosines, mean_cosine
 from famba.models.dense import FORMATS, Indices, as_map, chosen_layers
+from famba.models.fused import Choose, FusedNetwork, Way
 from famba.models.mixer import VimMixer
 from famba.ops import add_rms_norm
 
@@ -40,9 +38,6 @@ class LayerFusion:
 
 Intermediates = list[Tensor] | list[tuple[Tensor, Tensor]]
 """Of several layers each one's features, or pairs of the patches' and the class token's."""
-
-Choose = Callable[[Tensor, int | Tensor | None], int]
-"""From what a layer measures similarity on (b, l, c), and the class token's place, to the tokens that it removes."""
 
 
 class Tokens(NamedTuple):
@@ -70,16 +65,6 @@ class Passed(NamedTuple):
     tokens: Tokens
     maps: list[TokenMap | None]
     taken: dict[int, Leaving]
-
-
-class Similarity(NamedTuple):
-    """Of one layer's tokens: cosine of each with its closest partner (b, a), as `closest_cosines` has it; mean of all.
-
-    mean: (b,), over all pairs of different tokens that may fuse.
-    """
-
-    closest: Tensor
-    mean: Tensor
 
 
 class RMSNorm(nn.Module):
@@ -146,7 +131,7 @@ class VimBlock(nn.Module):
         return Tokens(cls, token_map.sizes(tokens.sizes) if by_size else None)
 
 
-class Vim(nn.Module):
+class Vim(FusedNetwork):
     """Vision Mamba: patches, a class token, `depth` pre-norm layers of bidirectional scans.
 
     Args:
@@ -253,6 +238,14 @@ class Vim(nn.Module):
             trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
+    @property
+    def way(self) -> Way:
+        """How it fuses, in every layer alike."""
+        first = self.layers[0]
+        assert isinstance(first, VimBlock)
+        weighting = "size" if first.fusion.by_size else "mean"
+        return Way(first.fusion.order, weighting, first.fusion.place, first.fusion.mode, proportional=False)
+
     @torch.jit.ignore
     def set_fusion(
         self,
@@ -261,11 +254,15 @@ class Vim(nn.Module):
         weighting: str | None = None,
         place: str | None = None,
         mode: str | None = None,
+        proportional: bool | None = None,
     ) -> None:
         """Remove other numbers of tokens from now on, one for each layer, and in another way where one is given.
 
-        Arguments as of `Vim`. Raises ConfigError where they do not fit; nothing has changed then.
+        Arguments as of `Vim`; proportional attention is for networks that have attention. Raises ConfigError where they
+        do not fit; nothing has changed then.
         """
+        if proportional:
+            raise ConfigError("proportional attention is asked for, and a Vim has no attention", "proportional")
         self._check_fusion(fusion, len(self.layers))
         chosen: dict[str, str | bool] = {}
         if order is not None:
@@ -286,9 +283,6 @@ class Vim(nn.Module):
         for layer, r in zip(self.layers, self.fusion, strict=True):
             assert isinstance(layer, VimBlock)
             layer.fusion = replace(layer.fusion, r=r, **chosen)  # type: ignore[arg-type]
-
-    def _check_fusion(self, fusion: Sequence[int], depth: int) -> None:
-        check_schedule(fusion, depth, self.num_tokens, self.num_tokens - self.num_patches)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -314,6 +308,17 @@ class Vim(nn.Module):
         self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
         self.head.to(device=weight.device, dtype=weight.dtype)
         self._init_head()
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return len(self.layers)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images, in pixels."""
+        assert self.patch_embed.img_size is not None
+        return self.patch_embed.img_size
 
     @property
     def cls_index(self) -> int | None:
@@ -436,45 +441,14 @@ class Vim(nn.Module):
             self.reset_classifier(0)
         return layers
 
-    def trace(self, x: Float[Tensor, "b c h w"]) -> tuple[Int[Tensor, "b n"], ...]:
-        """Which token holds each patch: for each layer, places (b, patches) in the sequence after its fusion."""
-        with torch.no_grad():
-            maps = self._run(x).maps
-        patches = torch.arange(self.num_patches, device=x.device)
-        if self.cls_index is not None:
-            patches = patches + (patches >= self.cls_index)
-        return trace(maps, patches.expand(x.shape[0], -1))
+    def fused_by(self, x: Float[Tensor, "b c h w"], choose: Choose | None = None) -> list[TokenMap | None]:
+        """Pass images through all layers; return what each fused, None where nothing."""
+        return self._run(x, choose).maps
 
-    def similarities(self, x: Float[Tensor, "b c h w"]) -> list[Similarity]:
-        """How similar the tokens are that enter each layer's fusion, on what the layer measures it on."""
-        found: list[Similarity] = []
-
-        def choose(metric: Tensor, cls: int | Tensor | None) -> int:
-            found.append(Similarity(closest_cosines(metric, cls), mean_cosine(metric, cls)))
-            return self.fusion[len(found) - 1]
-
-        with torch.no_grad():
-            self._run(x, choose)
-        return found
-
-    def adapted_fusion(self, x: Float[Tensor, "b c h w"], budget: int) -> Adapted:
-        """Work out where these images would spend a budget of tokens, as `famba.fusion.adaptive` says; change nothing.
-
-        In the mode that the model is in, which should be eval.
-        """
-
-        def counts_at(threshold: float) -> list[int]:
-            counts = []
-
-            def choose(metric: Tensor, cls: int | Tensor | None) -> int:
-                counts.append(similar_pairs(metric, cls, threshold))
-                return counts[-1]
-
-            self._run(x, choose)
-            return counts
-
-        with torch.no_grad():
-            return spend(counts_at, self.num_patches, budget)
+    def patch_places(self, device: torch.device) -> Int[Tensor, " n"]:
+        """Places of the patches in the sequence that enters the first layer."""
+        patches = torch.arange(self.num_patches, device=device)
+        return patches if self.cls_index is None else patches + (patches >= self.cls_index)
 
     def _run(
         self, x: Tensor, choose: Choose | None = None, taken: Sequence[int] = (), depth: int | None = None

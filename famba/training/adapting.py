@@ -10,7 +10,7 @@ import torch
 from famba import data
 from famba.errors import ConfigError
 from famba.fusion.adaptive import Adapted
-from famba.models import Vim
+from famba.models import FusedNetwork
 from famba.training.build import load_images
 from famba.training.config import RunConfig
 from famba.training.distributed import Process
@@ -52,7 +52,7 @@ class Adapting:
         chosen = np.arange(images) * len(train) // images
         self._images = load_images(config, setup, data.take(train, chosen))
 
-    def measure(self, model: Vim, process: Process) -> Adapted:
+    def measure(self, model: FusedNetwork, process: Process) -> Adapted:
         """Work out the schedule that this model has now."""
         if not process.is_main:
             return process.from_main(None)

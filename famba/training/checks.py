@@ -7,13 +7,14 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-import timm
 import torch
 
 from famba import data, ops
 from famba.errors import BackendError, CheckpointError, ConfigError, near_miss
 from famba.fusion.schedules import ADAPTIVE
-from famba.models import Vim
+from famba.models import FusedNetwork
+from famba.models.networks import vim_names, vit_names
+from famba.models.tome import AFTER_ATTENTION
 from famba.ops.registry import AUTO, ENVIRONMENT_VARIABLE, resolve
 from famba.training.config import RunConfig
 from famba.training.naming import DATA, naming
@@ -37,11 +38,36 @@ def check_cuda_graphs(config: RunConfig, device: torch.device) -> None:
         )
 
 
+def check_model(config: RunConfig) -> None:
+    """Raise ConfigError for a name under which timm knows nothing that fuses, and for keys of the other kind."""
+    model = config.model
+    check_model_name(model.name)
+    if model.name in vim_names():
+        if config.fusion.proportional:
+            raise ConfigError(
+                f"fusion.proportional=true is about attention, and {model.name} has none; leave it out, "
+                "or choose a transformer such as model=vit_tiny"
+            )
+        return
+    for key, given, usual in (("d_state", model.d_state, None), ("cls_position", model.cls_position, "head")):
+        if given != usual:
+            raise ConfigError(f"model.{key}={given} is of Vims, and {model.name} is a transformer; leave it out")
+    if config.fusion.place != AFTER_ATTENTION:
+        raise ConfigError(
+            f"fusion.place={config.fusion.place} is of Vims, and {model.name} is a transformer; "
+            f"give fusion.place={AFTER_ATTENTION}, or begin with one: model=vit_tiny model.name={model.name}"
+        )
+
+
 def check_model_name(name: str) -> None:
-    """Raise ConfigError for a name under which timm knows no Vim."""
-    known = timm.list_models("vim_*")
-    if name not in known:
-        raise ConfigError(f"unknown model.name {name!r}{near_miss(name, known)}; allowed: {', '.join(known)}")
+    """Raise ConfigError for a name under which timm knows nothing that fuses."""
+    vims, vits = vim_names(), vit_names()
+    if name not in vims and name not in vits:
+        raise ConfigError(
+            f"unknown model.name {name!r}{near_miss(name, [*vims, *vits])}; allowed: {', '.join(vims)}, and timm's "
+            "vision transformers: vit_micro_patch4_32 and what timm.list_models(module='vision_transformer') and "
+            "timm.list_models(module='deit') name"
+        )
 
 
 def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -76,7 +102,7 @@ def check_data(config: RunConfig) -> None:
         )
 
 
-def check_memory(outline: Vim, device: torch.device) -> None:
+def check_memory(outline: FusedNetwork, device: torch.device) -> None:
     """Raise ConfigError where the weights and their gradients alone are more than all the memory of the device."""
     parameters = sum(weight.numel() for weight in outline.parameters())
     needed, there = 8 * parameters, _memory(device)
@@ -145,9 +171,6 @@ def check_files(config: RunConfig) -> None:
             f"resume={config.resume} is no file{near_miss(config.resume, ('auto', 'never'))}; "
             "allowed: auto, never, or a checkpoint of a run"
         )
-    begun = _asked(Path.is_dir, "run_dir", f"{config.run_dir}/checkpoints")
-    if config.init_from is not None and not begun and not _asked(Path.is_file, "init_from", config.init_from):
-        raise CheckpointError(f"init_from={config.init_from} is no file; give a .safetensors file or a checkpoint")
     folder = Path(config.run_dir).absolute()
     while not _asked(Path.exists, "run_dir", str(folder)):
         folder = folder.parent

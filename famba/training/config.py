@@ -64,14 +64,16 @@ class ModelConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class FusionConfig:
-    """How many tokens fuse where, as in `famba.fusion.schedule`, and how, as in `famba.models.Vim`."""
+    """How many tokens fuse where, as in `famba.fusion.schedule`, and how, as in `famba.models.create_network`."""
 
     strategy: Text
     budget: int | float | Text | list[int]
     layers: int | list[int] | None
     order: Literal["sequence", "tome"]
     weighting: Literal["mean", "size"]
-    place: Literal["before_mixer", "after_scan"]
+    place: Literal["before_mixer", "after_scan", "after_attention"]
+    mode: Literal["fuse", "prune"]
+    proportional: bool
     # A graph is compiled for each schedule, and torch keeps eight.
     adapt_at: Annotated[list[Share], Field(min_length=1, max_length=6)] | None
     adapt_images: Annotated[int, Field(ge=1, le=10**5)] | None

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from famba import data
+from famba.models import Vim
 from famba.models.cost import cost
+from famba.models.networks import vim_names
 from famba.training.compose import Asked
 from famba.training.setup import build_model
 
@@ -19,9 +21,14 @@ _WORTH_SAYING_HOURS = 1.0
 
 
 def estimate(asked: Sequence[Asked]) -> str:
-    """Return a line on a sweep's GPU-hours; nothing where it is little, or where the number of images is not known."""
+    """Return a line on a sweep's GPU-hours.
+
+    Nothing where it is little, where the number of images is not known, or where a network is none of the paper's kind.
+    """
     total = 0.0
     for one in asked:
+        if one.config.model.name not in vim_names():
+            return ""
         images = one.config.data.subset or data.training_images_of(one.config.data.name)
         if images is None:
             return ""
@@ -43,5 +50,6 @@ def estimate(asked: Sequence[Asked]) -> str:
 def _macs(one: Asked) -> int:
     with torch.device("meta"):
         model = build_model(one.config.model.name, one.setup.model_arguments)
+    assert isinstance(model, Vim)
     # Multiply-adds are the same by every backend.
     return cost(model, "reference", torch.float32).macs

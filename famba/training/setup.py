@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import timm
 import torch
 
 from famba import data
 from famba.errors import ConfigError
 from famba.fusion.schedules import PAPER, check_schedule, schedule
-from famba.models import Vim
+from famba.models import FusedNetwork, create_network
+from famba.models.networks import vim_names
 from famba.training import checks
 from famba.training.config import RunConfig
 from famba.training.devices import choose_device, choose_precision, make_current
 from famba.training.distributed import world_size
+from famba.training.initial import check_initial
 from famba.training.naming import AUGMENTATION, FUSION, MODEL, naming
 from famba.training.optimizer import check_optimizer_name, try_optimizer
 
@@ -48,7 +49,7 @@ def prepare(config: RunConfig, processes: int | None = None) -> Setup:
 
     Raises FambaError for whatever cannot work, before any data is read and any folder made.
     """
-    checks.check_model_name(config.model.name)
+    checks.check_model(config)
     device = choose_device(config.trainer.device)
     make_current(device)
     autocast = choose_precision(config.trainer.precision, device)
@@ -62,9 +63,10 @@ def prepare(config: RunConfig, processes: int | None = None) -> Setup:
     augmentation(config)
     outline, arguments = _outline(config)
     counts = _fusion(config, outline)
-    size = outline.patch_embed.img_size
+    size = outline.image_size
     if size[0] != size[1]:
         raise ConfigError(f"{config.model.name} takes {size[0]} x {size[1]} images; loaders make square ones")
+    check_initial(config, outline)
     if processes is None:
         checks.check_memory(outline, device)
         checks.check_files(config)
@@ -73,11 +75,13 @@ def prepare(config: RunConfig, processes: int | None = None) -> Setup:
     return Setup(size[0], counts, outline.num_tokens, matched, device, autocast, {**arguments, "fusion": counts})
 
 
-def build_model(name: str, arguments: dict[str, Any]) -> Vim:
-    """Create the network with fresh weights."""
-    model = timm.create_model(name, **arguments)
-    assert isinstance(model, Vim)
-    return model
+def build_model(name: str, arguments: dict[str, Any]) -> FusedNetwork:
+    """Create the network with fresh weights. Raises ConfigError for what does not fit it."""
+    try:
+        return create_network(name, **arguments)
+    except (AssertionError, TypeError) as error:
+        # timm's transformers check what they are given so, if at all.
+        raise ConfigError(f"{name} cannot be built with these model keys: {error}; leave them out") from error
 
 
 def augmentation(config: RunConfig) -> data.Augmentation:
@@ -108,7 +112,7 @@ def model_classes(config: RunConfig, found: int) -> int:
     return classes
 
 
-def _outline(config: RunConfig) -> tuple[Vim, dict[str, Any]]:
+def _outline(config: RunConfig) -> tuple[FusedNetwork, dict[str, Any]]:
     """Return the network without memory, and the arguments that make it."""
     known = config.data.num_classes or data.num_classes_of(config.data.name)
     classes = config.model.num_classes if known is None else model_classes(config, known)
@@ -117,10 +121,10 @@ def _outline(config: RunConfig) -> tuple[Vim, dict[str, Any]]:
         return build_model(config.model.name, arguments), arguments
 
 
-def _fusion(config: RunConfig, outline: Vim) -> tuple[int, ...]:
+def _fusion(config: RunConfig, outline: FusedNetwork) -> tuple[int, ...]:
     """Return the tokens that each layer removes."""
     fusion = config.fusion
-    depth, tokens, protected = len(outline.layers), outline.num_tokens, outline.num_tokens - outline.num_patches
+    depth, tokens, protected = outline.depth, outline.num_tokens, outline.protected
     with naming(FUSION):
         counts = schedule(fusion.strategy, depth, tokens, fusion.budget, fusion.layers, protected)
         check_schedule(counts, depth, tokens, protected)
@@ -128,8 +132,9 @@ def _fusion(config: RunConfig, outline: Vim) -> tuple[int, ...]:
 
 
 def model_arguments(config: RunConfig, classes: int | None) -> dict[str, Any]:
-    """Return what `build_model` takes, but for the schedule; classes None leaves those of the registered model."""
+    """Return what `create_network` takes, but for the schedule; classes None leaves those of the registered model."""
     model, fusion = config.model, config.fusion
+    is_vim = model.name in vim_names()
     arguments: dict[str, Any] = {
         "img_size": config.data.image_size,
         "num_classes": classes,
@@ -138,9 +143,11 @@ def model_arguments(config: RunConfig, classes: int | None) -> dict[str, Any]:
         "embed_dim": model.embed_dim,
         "d_state": model.d_state,
         "drop_path_rate": model.drop_path,
-        "cls_position": model.cls_position,
+        "cls_position": model.cls_position if is_vim else None,
         "fusion_order": fusion.order,
         "fusion_weighting": fusion.weighting,
         "fusion_place": fusion.place,
+        "fusion_mode": fusion.mode,
+        "fusion_proportional": None if is_vim else fusion.proportional,
     }
     return {name: value for name, value in arguments.items() if value is not None}

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from timm.utils import ModelEmaV3
 
-from famba.models import Vim
+from famba.models import FusedNetwork
 
 
 @dataclass
@@ -18,6 +18,7 @@ class Totals:
 
     The epoch_ members cover the epoch under way; epoch_open says that it is not yet evaluated and logged. evaluated
     holds the last evaluation, best that of the checkpoint that validation selected, schedules each that was measured.
+    started_from tells of the weights that init_from named; it is empty without.
     """
 
     data_s: float = 0.0
@@ -34,6 +35,7 @@ class Totals:
     evaluated: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
     schedules: list[dict[str, Any]] = field(default_factory=list)
+    started_from: dict[str, Any] = field(default_factory=dict)
 
     def begin_epoch(self) -> None:
         """Set the epoch's own sums to zero."""
@@ -64,7 +66,7 @@ class Totals:
 class TrainingState:
     """The parts that training changes; step counts the steps that are done."""
 
-    model: Vim
+    model: FusedNetwork
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
@@ -98,7 +100,7 @@ class TrainingState:
         """Let the network, and its average, remove other numbers of tokens."""
         self.model.set_fusion(schedule)
         if self.ema is not None:
-            cast(Vim, self.ema.module).set_fusion(schedule)
+            cast(FusedNetwork, self.ema.module).set_fusion(schedule)
 
     def is_finite(self) -> bool:
         """Whether every parameter is a finite number."""

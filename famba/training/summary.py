@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from famba.fusion import tokens_per_layer
-from famba.models import Vim
+from famba.models import FusedNetwork
 from famba.training.config import RunConfig
 from famba.training.devices import peak_memory_mib
 from famba.training.distributed import Process
@@ -27,20 +27,20 @@ class Facts:
     total_steps: int
     provenance: dict[str, Any]
 
-    def measured_again(self, model: Vim, setup: Setup) -> Facts:
+    def measured_again(self, model: FusedNetwork, setup: Setup) -> Facts:
         """What holds for a model whose schedule has changed."""
         macs, saved = _costs(model, setup)
         return replace(self, macs_per_image=macs, saved_bytes_per_image=saved)
 
 
-def _costs(model: Vim, setup: Setup) -> tuple[int, int]:
+def _costs(model: FusedNetwork, setup: Setup) -> tuple[int, int]:
     """Multiply-adds, and bytes saved for the backward, per image."""
     saved = saved_bytes_per_image(model, setup.image_size, setup.autocast)
     return macs_per_image(model, setup.image_size), saved
 
 
 def gather_facts(
-    model: Vim, config: RunConfig, setup: Setup, process: Process, steps_per_epoch: int, total_steps: int
+    model: FusedNetwork, config: RunConfig, setup: Setup, process: Process, steps_per_epoch: int, total_steps: int
 ) -> Facts:
     """Measure a model on the device it is on."""
     macs, saved = _costs(model, setup)
@@ -67,7 +67,8 @@ def summarize(
 
     Top-1 and Top-5 are percent of the test set, from `tested`, None until they are known. train_time_s is spent on data
     and steps, evaluation apart; epoch_time_s has the mean of each part. Where the schedule adapts, what
-    depends on it is of the last one, and adapted has each that was measured.
+    depends on it is of the last one, and adapted has each that was measured. started_from tells of the weights that
+    init_from named, None where the run began with its own.
     """
     totals, schedule = state.totals, state.model.fusion
     epochs = max(totals.steps / facts.steps_per_epoch, 1e-9)
@@ -104,6 +105,7 @@ def summarize(
         "tokens": setup.tokens,
         "schedule": list(schedule),
         "adapted": totals.schedules or None,
+        "started_from": totals.started_from or None,
         "budget_matched": setup.matched,
         "tokens_per_layer": list(tokens_per_layer(schedule, setup.tokens)),
         "tokens_removed": sum(schedule),

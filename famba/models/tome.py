@@ -1,0 +1,310 @@
+"""Token merging in timm's vision transformers (Bolya et al. 2023, arXiv 2210.09461), without touching them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from famba.errors import ConfigError
+from famba.fusion import TokenMap, match
+from famba.fusion.matching import check_mode, check_order
+from famba.models.fused import Choose, FusedNetwork, Way
+from famba.models.vim import WEIGHTINGS, check_choice
+
+AFTER_ATTENTION = "after_attention"
+"""The one place where a transformer fuses: what Vim calls fusion_place."""
+
+_POOLS = ("token", "avg")
+_PREFIX = "vit."
+
+
+@dataclass(frozen=True)
+class Merging:
+    """How each layer fuses; order, weighting, mode and proportional as in `apply_tome`."""
+
+    order: str
+    weighting: str
+    mode: str
+    proportional: bool
+
+    def __post_init__(self) -> None:
+        check_order(self.order)
+        check_choice("weighting", self.weighting, WEIGHTINGS)
+        check_mode(self.mode)
+
+    @property
+    def keeps_sizes(self) -> bool:
+        """Whether what a token holds is of any matter."""
+        return self.mode == "fuse" and (self.weighting == "size" or self.proportional)
+
+
+class Passed(NamedTuple):
+    """Images behind all blocks: tokens (b, l, d), the patches that each holds (b, l) or None, what each block fused."""
+
+    x: Tensor
+    sizes: Tensor | None
+    maps: list[TokenMap | None]
+
+
+class ToMe(FusedNetwork):
+    """A vision transformer of timm's that fuses tokens between the attention and the MLP of its blocks.
+
+    `apply_tome` makes it. It shares the transformer's parameters, and names them in state_dict as the transformer does.
+    """
+
+    def __init__(self, vit: VisionTransformer, fusion: Sequence[int], merging: Merging) -> None:
+        super().__init__()
+        _check_vit(vit)
+        self.vit = vit
+        self.merging = merging
+        self.num_patches = vit.patch_embed.num_patches
+        self.num_tokens = self.num_patches + vit.num_prefix_tokens
+        self.grad_checkpointing = vit.grad_checkpointing
+        self._check_fusion(fusion, self.depth)
+        self.fusion = tuple(fusion)
+        self.register_state_dict_post_hook(_without_prefix)
+        self.register_load_state_dict_pre_hook(_with_prefix)
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.vit.blocks)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images, in pixels."""
+        height, width = self.vit.patch_embed.img_size
+        return height, width
+
+    @property
+    def num_classes(self) -> int:  # type: ignore[override]
+        """Width of the classifier; 0 for none."""
+        return self.vit.num_classes
+
+    @property
+    def pretrained_cfg(self) -> Any:
+        """What timm knows of the transformer's weights, and of the images that they take."""
+        return self.vit.pretrained_cfg
+
+    @property
+    def embed_dim(self) -> int:
+        """d_model."""
+        return self.vit.embed_dim
+
+    @property
+    def prefix(self) -> int:
+        """Tokens at the head that never fuse: class, distillation and register tokens."""
+        return self.vit.num_prefix_tokens
+
+    @property
+    def way(self) -> Way:
+        """How it fuses, in every block alike."""
+        merging = self.merging
+        return Way(merging.order, merging.weighting, AFTER_ATTENTION, merging.mode, merging.proportional)
+
+    @torch.jit.ignore
+    def set_fusion(
+        self,
+        fusion: Sequence[int],
+        order: str | None = None,
+        weighting: str | None = None,
+        place: str | None = None,
+        mode: str | None = None,
+        proportional: bool | None = None,
+    ) -> None:
+        """Remove other numbers of tokens from now on, one for each block, and in another way where one is given.
+
+        Arguments as of `apply_tome`; place can only be "after_attention". Raises ConfigError where they do not fit;
+        nothing has changed then.
+        """
+        self._check_fusion(fusion, self.depth)
+        if place is not None:
+            check_choice("fusion_place of a vision transformer", place, (AFTER_ATTENTION,))
+        given: dict[str, Any] = {"order": order, "weighting": weighting, "mode": mode, "proportional": proportional}
+        self.merging = replace(self.merging, **{name: value for name, value in given.items() if value is not None})
+        self.fusion = tuple(fusion)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that the transformer does not decay, by their names here."""
+        own = {f"{_PREFIX}{name}" for name in self.vit.no_weight_decay()}
+        return own & {name for name, _ in self.named_parameters()}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward instead of keeping what it needs."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The classifier, or classifiers."""
+        return self.vit.get_classifier()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one; 0 classes for none."""
+        check_choice("global_pool", global_pool or self.vit.global_pool, _POOLS)
+        self.vit.reset_classifier(num_classes, global_pool)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Any:
+        """Classify images (b, in_chans, height, width): logits (b, num_classes), as the transformer gives them."""
+        passed = self._run(x)
+        return self._head(self.vit.norm(passed.x), passed.sizes)
+
+    def forward_features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l d"]:
+        """Normed tokens of the last block, (b, tokens left, embed_dim)."""
+        return self.vit.norm(self._run(x).x)
+
+    def fused_by(self, x: Tensor, choose: Choose | None = None) -> list[TokenMap | None]:
+        """Pass images through all blocks; return what each fused, None where nothing."""
+        return self._run(x, choose).maps
+
+    def patch_places(self, device: torch.device) -> Int[Tensor, " n"]:
+        """Places of the patches in the sequence that enters the first block."""
+        return torch.arange(self.prefix, self.num_tokens, device=device)
+
+    def _run(self, x: Tensor, choose: Choose | None = None) -> Passed:
+        vit = self.vit
+        x, sizes = vit.norm_pre(vit._pos_embed(vit.patch_embed(x))), None
+        maps = []
+        for block, r in zip(vit.blocks, self.fusion, strict=True):
+            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+                out = checkpoint(self._block, block, x, sizes, r, use_reentrant=False)
+            else:
+                out = self._block(block, x, sizes, r, choose)  # type: ignore[arg-type]
+            x, sizes, token_map = out
+            maps.append(token_map)
+        return Passed(x, sizes, maps)
+
+    def _block(
+        self, block: Block, x: Tensor, sizes: Tensor | None, r: int, choose: Choose | None = None
+    ) -> tuple[Tensor, Tensor | None, TokenMap | None]:
+        """One block, which fuses between its halves: its tokens (b, l - r, d), their sizes, and what it fused."""
+        assert isinstance(block.attn, Attention)
+        attended, metric = attend(block.attn, block.norm1(x), sizes if self.merging.proportional else None)
+        x = x + block.drop_path1(block.ls1(attended))
+        if choose is not None:
+            # The sets are dealt by the parity of the protected tokens alone.
+            odd = self.prefix % 2
+            r = choose(metric[:, self.prefix - odd :], 0 if odd else None)
+        token_map = None
+        if r:
+            weights = sizes if self.merging.weighting == "size" else None
+            token_map = match(metric, r, range(self.prefix), self.merging.order, weights, self.merging.mode)
+            x = token_map.fuse(x, weights)
+            sizes = token_map.sizes(sizes) if self.merging.keeps_sizes else None
+        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), sizes, token_map
+
+    def _head(self, x: Tensor, sizes: Tensor | None) -> Any:
+        """The transformer's head on normed tokens; a mean of tokens counts each patch once where weighing by size."""
+        vit = self.vit
+        if vit.global_pool == "token" or sizes is None or self.merging.weighting != "size":
+            return vit.forward_head(x)
+        first = 0 if vit.pool_include_prefix else self.prefix
+        weights = sizes[:, first:, None]
+        pooled = ((x[:, first:] * weights).sum(1) / weights.sum(1)).to(x.dtype)
+        return vit.head(vit.head_drop(vit.fc_norm(pooled)))
+
+
+def attend(
+    attention: Attention, x: Float[Tensor, "b l d"], sizes: Float[Tensor, "b l"] | None
+) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b l head"]]:
+    """Self-attention of timm's, and what similarity is measured on: the mean of the keys over the heads.
+
+    With sizes, a token is attended to in proportion to them (proportional attention, ToMe section 3).
+    """
+    batch, length, _ = x.shape
+    qkv = attention.qkv(x).reshape(batch, length, 3, attention.num_heads, attention.head_dim)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    bias = None if sizes is None else sizes.log()[:, None, None, :].to(q.dtype)
+    dropped = attention.attn_drop.p if attention.training else 0.0
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropped, scale=attention.scale)
+    out = attention.norm(out.transpose(1, 2).flatten(2))
+    if (gate := getattr(attention, "gate", None)) is not None:
+        out = out * gate(x).sigmoid()
+    return attention.proj_drop(attention.proj(out)), k.mean(1)
+
+
+def apply_tome(
+    vit: VisionTransformer,
+    schedule: Sequence[int],
+    *,
+    order: str = "tome",
+    weighting: str = "size",
+    mode: str = "fuse",
+    proportional: bool = True,
+) -> ToMe:
+    """Let a timm vision transformer fuse tokens between attention and MLP, trained with fusion or not.
+
+    The transformer is left as it was: the result holds it (`.vit`, and `remove_tome` gives it back) and shares its
+    parameters, device and mode. Similarity is that of the keys, averaged over the heads.
+
+    Args:
+        vit: ViT, DeiT and their kin, with a class token or without, a distillation token, registers, layer scale, norms
+            of queries and keys; pooled by the class token or the mean.
+        schedule: tokens removed in each block, from `famba.fusion.schedule` with protected=vit.num_prefix_tokens;
+            "all" with a budget of depth * r is ToMe's constant r, "decreasing" its decreasing one.
+        order: "tome" or "sequence", as in `famba.fusion.match`.
+        weighting: "size", by the patches that a token holds, as in ToMe, or "mean".
+        mode: "fuse", or "prune", where the same tokens are dropped.
+        proportional: add the logarithm of a token's size to what it is attended by. ToMe has this for a transformer
+            that was trained without fusion, and not in training.
+
+    Raises:
+        ConfigError: vit is none that this can do, or the schedule does not fit it.
+    """
+    model = ToMe(vit, schedule, Merging(order, weighting, mode, proportional))
+    return model.train(vit.training)
+
+
+def remove_tome(model: ToMe) -> VisionTransformer:
+    """Give back the transformer that fuses: the very one that `apply_tome` was given, with what training did to it."""
+    return model.vit
+
+
+def _check_vit(vit: Any) -> None:
+    """Raise ConfigError for what is no transformer of the kind that can be composed with fusion."""
+    if not isinstance(vit, VisionTransformer):
+        raise ConfigError(
+            f"{type(vit).__name__} is no timm VisionTransformer; allowed: the ViT and DeiT models that "
+            "timm.list_models(module='vision_transformer') and timm.list_models(module='deit') name"
+        )
+    for index, block in enumerate(vit.blocks):
+        # Not isinstance: what a subclass adds would be left out.
+        if type(block) is not Block:
+            raise ConfigError(f"block {index} is a {type(block).__name__}; allowed: timm's Block, attention then MLP")
+        if type(block.attn) is not Attention:
+            raise ConfigError(f"block {index} attends by {type(block.attn).__name__}; allowed: timm's Attention")
+    if vit.global_pool not in _POOLS:
+        raise ConfigError(
+            f"the transformer pools by global_pool={vit.global_pool!r}, which counts tokens and not patches; "
+            f"allowed: {', '.join(_POOLS)}"
+        )
+    if not isinstance(vit.patch_drop, nn.Identity):
+        raise ConfigError("the transformer drops patches (patch_drop_rate), which fusion does by its own schedule")
+    if vit.dynamic_img_size:
+        raise ConfigError(
+            "the transformer takes images of any size (dynamic_img_size), a schedule is for one; "
+            "create it with img_size instead"
+        )
+
+
+def _without_prefix(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Name parameters as the transformer alone names them."""
+    inner = prefix + _PREFIX
+    for name in [name for name in state if name.startswith(inner)]:
+        state[prefix + name[len(inner) :]] = state.pop(name)
+
+
+def _with_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Undo `_without_prefix` on what is to be loaded."""
+    for name in [name for name in state if name.startswith(prefix)]:
+        state[prefix + _PREFIX + name[len(prefix) :]] = state.pop(name)

@@ -1,0 +1,259 @@
+"""Token merging in timm's vision transformers, against a straight-line computation written from the paper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import naive
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, ParallelScalingBlock, VisionTransformer
+from torch import Tensor, nn
+
+from famba.errors import ConfigError
+from famba.fusion import schedule, tokens_per_layer
+from famba.models import apply_tome, remove_tome
+from famba.models.tome import ToMe
+
+SHAPE: dict[str, Any] = {
+    "img_size": 16,
+    "patch_size": 4,
+    "embed_dim": 24,
+    "depth": 3,
+    "num_heads": 3,
+    "num_classes": 5,
+    "mlp_ratio": 2,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "class token": {},
+    "no class token": {"class_token": False, "global_pool": "avg"},
+    "mean with class token": {"global_pool": "avg"},
+    "mean of all tokens": {"global_pool": "avg", "pool_include_prefix": True},
+    "registers": {"reg_tokens": 3},
+    "layer scale, no bias": {"init_values": 0.5, "qkv_bias": False, "no_embed_class": True},
+    "normed queries and keys": {"qk_norm": True, "pre_norm": True},
+    "distilled": {"distilled": True},
+}
+FUSION = (5, 0, 4)
+
+
+def build(kind: str, **changes: Any) -> VisionTransformer:
+    torch.manual_seed(0)
+    options = {**SHAPE, **KINDS[kind], **changes}
+    vit = (VisionTransformerDistilled if options.pop("distilled", False) else VisionTransformer)(**options)
+    with torch.no_grad():
+        for p in vit.parameters():
+            p += 0.2 * torch.randn_like(p)  # away from special first values, so that none can be left out unseen
+    return vit.eval()
+
+
+def images(batch: int = 3) -> Tensor:
+    return torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def merged(
+    vit: VisionTransformer, images: Tensor, fusion: tuple[int, ...], way: dict[str, Any]
+) -> tuple[Tensor, list[int], Tensor]:
+    """Logits, tokens left in each block, and sizes at the end, image by image and group by group."""
+    prefix, by_size = vit.num_prefix_tokens, way["weighting"] == "size"
+    logits, lengths, all_sizes = [], [], []
+    for image in images:
+        x = vit.norm_pre(vit._pos_embed(vit.patch_embed(image[None])))[0]
+        sizes = x.new_ones(len(x))
+        lengths = []
+        for block, r in zip(vit.blocks, fusion, strict=True):
+            assert isinstance(block, Block)
+            attention = block.attn
+            q, k, v = attention.qkv(block.norm1(x)).unflatten(1, (3, attention.num_heads, -1)).permute(1, 2, 0, 3)
+            q, k = attention.q_norm(q), attention.k_norm(k)
+            scores = q @ k.transpose(1, 2) * k.shape[-1] ** -0.5
+            if way["proportional"]:
+                scores = scores + sizes.log()
+            heads = scores.softmax(-1) @ v
+            x = x + block.ls1(attention.proj(attention.norm(heads.transpose(0, 1).flatten(1))))
+            keys = k.mean(0)[None].detach()
+            places = naive.match(keys, r, [list(range(prefix))], way["order"])[0]
+            groups = [[i for i, at in enumerate(places) if at == place] for place in range(len(x) - r)]
+            if way["mode"] == "prune":
+                # The member of B stays: the free tokens are dealt in turn, as if the protected ones stood first.
+                groups = [[i for i in group if len(group) == 1 or i % 2 == 1] for group in groups]
+            weights = sizes if by_size else torch.ones_like(sizes)
+            x = torch.stack([(x[g] * weights[g, None]).sum(0) / weights[g].sum() for g in groups])
+            sizes = torch.stack([sizes[g].sum() for g in groups])
+            x = x + block.ls2(block.mlp(block.norm2(x)))
+            lengths.append(len(x))
+        x = vit.norm(x)
+        if vit.global_pool == "avg":
+            first = 0 if vit.pool_include_prefix else prefix
+            weights = (sizes if by_size else torch.ones_like(sizes))[first:, None]
+            logits.append(vit.head(vit.fc_norm((x[first:] * weights).sum(0) / weights.sum())))
+        else:
+            logits.append(vit.forward_head(x[None])[0])
+        all_sizes.append(sizes)
+    return torch.stack(logits), lengths, torch.stack(all_sizes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"order": "tome", "weighting": "size", "mode": "fuse", "proportional": True},
+        {"order": "sequence", "weighting": "size", "mode": "fuse", "proportional": False},
+        {"order": "tome", "weighting": "mean", "mode": "fuse", "proportional": True},
+        {"order": "sequence", "weighting": "mean", "mode": "prune", "proportional": False},
+    ],
+    ids=["off the shelf", "in training", "means", "prune"],
+)
+def test_logits_and_gradients_agree_with_the_paper(kind: str, way: dict[str, Any]) -> None:
+    vit = build(kind).double()
+    model = apply_tome(vit, FUSION, **way)
+    expected, lengths, sizes = merged(vit, images().double(), FUSION, way)
+    direction = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    wanted = torch.autograd.grad((expected * direction).sum(), list(vit.parameters()), allow_unused=True)
+    logits = model(images().double())
+    found = torch.autograd.grad((logits * direction).sum(), list(vit.parameters()), allow_unused=True)
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+    for (name, _), own, other in zip(vit.named_parameters(), found, wanted, strict=True):
+        assert (own is None) == (other is None), name
+        if own is not None:
+            torch.testing.assert_close(own, other, rtol=1e-8, atol=1e-9, msg=name)
+    assert lengths == list(tokens_per_layer(FUSION, model.num_tokens))
+    assert model.forward_features(images().double()).shape[1] == lengths[-1]
+    held = 16 + vit.num_prefix_tokens - (sum(FUSION) if way["mode"] == "prune" else 0)
+    assert sizes.sum(1).tolist() == [held] * 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_fusion_it_is_the_plain_transformer(kind: str) -> None:
+    vit = build(kind)
+    model = apply_tome(vit, (0, 0, 0))
+    torch.testing.assert_close(model(images()), vit(images()), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["all", "interleaved", "lower", "upper", "decreasing"])
+@pytest.mark.parametrize("kind", ["class token", "no class token", "distilled", "registers"])
+def test_every_strategy_leaves_what_its_schedule_says(strategy: str, kind: str) -> None:
+    vit = build(kind)
+    tokens = 16 + vit.num_prefix_tokens
+    counts = schedule(strategy, 3, tokens, 8, protected=vit.num_prefix_tokens)
+    held = apply_tome(vit, counts).trace(images())
+    assert [at.shape for at in held] == [(3, 16)] * 3
+    for at, left in zip(held, tokens_per_layer(counts, tokens), strict=True):
+        for image in at:
+            # Protected tokens keep the head; each of the others holds a patch.
+            assert sorted(set(image.tolist())) == list(range(vit.num_prefix_tokens, left))
+
+
+def test_the_original_is_left_as_it_was_and_comes_back() -> None:
+    vit = build("class token")
+    before, names = vit(images()), list(vit.state_dict())
+    model = apply_tome(vit, FUSION)
+    assert not torch.allclose(model(images()), before)
+    assert torch.equal(vit(images()), before)
+    assert type(vit) is VisionTransformer
+    assert list(vit.state_dict()) == names
+    assert remove_tome(model) is vit
+    model.train()
+    model(images()).sum().backward()
+    assert all(p.grad is not None for p in vit.parameters())
+
+
+def test_weights_bear_the_transformers_own_names(tmp_path: Any) -> None:
+    vit, other = build("distilled"), build("distilled", weight_init="")
+    model = apply_tome(vit, FUSION)
+    assert list(model.state_dict()) == list(vit.state_dict())
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    weights = load_file(tmp_path / "model.safetensors")
+    other.load_state_dict(weights)
+    apply_tome(other, FUSION).load_state_dict(weights)
+    assert torch.equal(apply_tome(other, FUSION)(images()), model(images()))
+    assert model.no_weight_decay() <= {name for name, _ in model.named_parameters()}
+
+
+def test_what_it_fuses_by_can_be_changed() -> None:
+    vit = build("class token")
+    model = apply_tome(vit, FUSION)
+    model.set_fusion((4, 4, 0), order="sequence", weighting="mean", mode="prune", proportional=False)
+    again = apply_tome(vit, (4, 4, 0), order="sequence", weighting="mean", mode="prune", proportional=False)
+    assert torch.equal(model(images()), again(images()))
+    with pytest.raises(ConfigError, match="unknown fusion mode"):
+        model.set_fusion((0, 0, 0), mode="drop")
+    with pytest.raises(ConfigError, match="fusion_place of a vision transformer"):
+        model.set_fusion((0, 0, 0), place="before_mixer")
+    assert model.fusion == (4, 4, 0)
+
+
+def test_any_batch_and_recomputation_change_nothing() -> None:
+    model = apply_tome(build("class token"), FUSION, proportional=False).double()
+    x = images(4).double()
+    one_by_one = torch.cat([model(image[None]) for image in x])
+    torch.testing.assert_close(model(x), one_by_one, rtol=1e-10, atol=1e-10)
+    assert model(x[:0]).shape == (0, 5)
+    model.train()
+    model(x).sum().backward()
+    kept = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    model.set_grad_checkpointing()
+    model(x).sum().backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), kept, strict=True) if p.grad is not None)
+
+
+def test_under_autocast_similarity_and_sums_stay_exact_enough() -> None:
+    model = apply_tome(build("class token"), FUSION)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(images())
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), model(images()), rtol=0.2, atol=0.2)
+
+
+def test_similarities_and_adapted_schedules() -> None:
+    for kind in ("class token", "distilled", "no class token"):
+        model = apply_tome(build(kind), (0, 0, 0))
+        found = model.similarities(images())
+        assert [one.closest.shape for one in found] == [(3, 8)] * 3
+        adapted = model.adapted_fusion(images(), 9)
+        assert sum(adapted.schedule) == 9
+        model.set_fusion(adapted.schedule)
+        assert model(images()).shape == (3, 5)
+
+
+def other_kinds() -> list[tuple[nn.Module, str]]:
+    return [
+        (nn.Linear(2, 2), "Linear is no timm VisionTransformer; allowed: the ViT and DeiT models"),
+        (build("class token", block_fn=ParallelScalingBlock), "block 0 is a ParallelScalingBlock"),
+        (build("class token", global_pool="map"), "pools by global_pool='map'"),
+        (build("class token", patch_drop_rate=0.5), "drops patches"),
+        (build("class token", dynamic_img_size=True), "create it with img_size instead"),
+        (timm.create_model("mixer_s32_224", num_classes=2), "MlpMixer is no timm VisionTransformer"),
+    ]
+
+
+def test_what_cannot_fuse_is_refused() -> None:
+    for model, message in other_kinds():
+        with naive.as_users_run_it(), pytest.raises(ConfigError, match=message):
+            apply_tome(model, FUSION)  # type: ignore[arg-type]
+    vit = build("class token")
+    with pytest.raises(ConfigError, match="the schedule has 2 entries, but the model has 3 layers"):
+        apply_tome(vit, (1, 1))
+    with pytest.raises(
+        ConfigError, match="layer 0 removes 9 tokens of the 16 that may fuse there; at most half of them"
+    ):
+        apply_tome(vit, (9, 0, 0))
+    for wrong in ({"order": "random"}, {"weighting": "area"}, {"mode": "merge"}):
+        with pytest.raises(ConfigError, match="allowed: "):
+            apply_tome(vit, FUSION, **wrong)  # type: ignore[arg-type]
+
+
+def test_timms_own_models_take_it() -> None:
+    for name, prefix in (("vit_tiny_patch16_224", 1), ("deit_tiny_distilled_patch16_224", 2)):
+        vit = timm.create_model(name, img_size=64, depth=2, num_classes=3)
+        model = apply_tome(vit, schedule("all", 2, 16 + prefix, 8, protected=prefix))
+        assert isinstance(model, ToMe)
+        assert model(torch.randn(1, 3, 64, 64)).shape == (1, 3)
+        assert model.training
