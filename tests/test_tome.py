@@ -17,6 +17,7 @@ from famba.errors import ConfigError
 from famba.fusion import schedule, tokens_per_layer
 from famba.models import apply_tome, remove_tome
 from famba.models.tome import ToMe
+from famba.training.measure import macs_per_image
 
 SHAPE: dict[str, Any] = {
     "img_size": 16,
@@ -257,3 +258,17 @@ def test_timms_own_models_take_it() -> None:
         assert isinstance(model, ToMe)
         assert model(torch.randn(1, 3, 64, 64)).shape == (1, 3)
         assert model.training
+
+
+@pytest.mark.parametrize("proportional", [True, False])
+def test_multiply_adds_are_those_of_the_tokens_that_are_left(proportional: bool) -> None:
+    model = apply_tome(build("class token"), FUSION, proportional=proportional)
+    width, patch = 24, 3 * 4 * 4
+    total = 16 * width * patch + width * 5  # patches and classifier
+    tokens = 17
+    for r in FUSION:
+        total += 4 * tokens * width**2 + 2 * tokens**2 * width  # products around attention, and its own
+        total += ((tokens - 1) // 2) * ((tokens - 1) - (tokens - 1) // 2) * 8 * (r > 0)  # cosines of keys, 8 channels
+        tokens -= r
+        total += 2 * tokens * width * 2 * width  # the MLP
+    assert macs_per_image(model, 16) == total

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """Both products of attention; shapes (b, heads, l, channels)."""
+    batch, heads, length, channels = query
+    return 2 * batch * heads * length * key[2] * (channels + value[3])
+
+
+# Attention as torch has it on a CPU: its own counter knows those of GPUs alone.
+_NOT_COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
 def macs_per_image(model: nn.Module, image_size: int) -> int:
     """Multiply-adds of one image's forward pass: what papers on vision backbones call FLOPs.
 
-    Matrix products, convolutions and scans count; element-wise work and norms do not.
+    Matrix products, convolutions, attention and scans count; element-wise work and norms do not.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_NOT_COUNTED) as counter:
         model(torch.zeros(1, 3, image_size, image_size, device=device))
     model.train(was_training)
     return counter.get_total_flops() // 2
