@@ -342,6 +342,17 @@ def test_strategies_are_told_against_none_products_and_transformer(
 
 
 @pytest.mark.usefixtures("two_layers")
+def test_the_transformer_fuses_too_where_asked(tmp_path: Path) -> None:
+    told = found([*MODEL, "--model", "vim_tiny_patch16_224", "--fusion", "upper", "--tome"], tmp_path)
+    rows = {row["contestant"]: row for row in told["times"]}
+    plain, fused = rows["deit_tiny_patch16_224"], rows["deit_tiny_patch16_224, upper"]
+    assert fused["token_layers"] < plain["token_layers"] == 1
+    assert fused["step_of_transformer"] == pytest.approx(fused["step_ms"] / plain["step_ms"])
+    kept = {row["contestant"]: row["saved_bytes"] for row in told["memory"]}
+    assert kept["deit_tiny_patch16_224, upper"] < kept["deit_tiny_patch16_224"]
+
+
+@pytest.mark.usefixtures("two_layers")
 def test_growth_is_told_by_the_token(tmp_path: Path) -> None:
     told = found(
         ["benchmark", "length", "--image-size", "32", "64", "--tokens", "34", "--rounds", "1", "--precision", "fp32"],
@@ -399,7 +410,7 @@ def test_a_step_learns_and_an_inference_does_not() -> None:
 
 
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
-    peak = step_peak(Subject("vim_micro_patch4_32", None, 32, 32, "fp32", "cpu"), threads=1)
+    peak = step_peak(Subject("vim_micro_patch4_32", "none", 32, 32, "fp32", "cpu"), threads=1)
     assert peak is not None
     assert peak.peak_mib > peak.step_mib > 5
 
@@ -411,7 +422,7 @@ def test_a_measuring_process_that_dies(exitcode: int, monkeypatch: pytest.Monkey
     context.Pipe.return_value = receiver, Mock()
     context.Process.return_value = process
     monkeypatch.setattr(memory.multiprocessing, "get_context", lambda method: context)
-    subject = Subject("vim_micro_patch4_32", None, 32, 32, "fp32", "cpu")
+    subject = Subject("vim_micro_patch4_32", "none", 32, 32, "fp32", "cpu")
     if exitcode == -9:
         assert step_peak(subject, 1) is None, "Linux ends so what wants more memory than there is"
     else:

@@ -453,7 +453,7 @@ def test_a_subject_is_computed_by_its_backend(monkeypatch: pytest.MonkeyPatch) -
         reference, "selective_scan_backward", lambda *given: (called.append("backward"), scan_backward(*given))[1]
     )
     monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, depth=1))
-    step = Step(Subject("vim_micro_patch4_32", None, 1, 16, "fp32", "cpu", backend="reference"))
+    step = Step(Subject("vim_micro_patch4_32", "none", 1, 16, "fp32", "cpu", backend="reference"))
     step.train()
     assert called == ["forward"] * 2 + ["backward"] * 2
     step.infer()
@@ -470,7 +470,7 @@ def test_a_compiled_subject_is_one_graph_of_fixed_shapes(monkeypatch: pytest.Mon
     monkeypatch.setattr(steps.torch, "compile", compiled)
     before = torch._dynamo.config.cache_size_limit
     try:
-        Step(Subject("vim_micro_patch4_32", None, 1, 16, "fp32", "cpu", compiled=True)).infer()
+        Step(Subject("vim_micro_patch4_32", "none", 1, 16, "fp32", "cpu", compiled=True)).infer()
         assert torch._dynamo.config.cache_size_limit >= 2 * 9, "each contestant, training and not, is another graph"
     finally:
         torch._dynamo.config.cache_size_limit = before
@@ -488,7 +488,7 @@ def test_peak_memory_on_cuda_is_that_of_a_step_after_tuning(monkeypatch: pytest.
     monkeypatch.setattr(memory, "reset_peak_memory", lambda device: said.append("reset"))
     monkeypatch.setattr(memory, "peak_memory_mib", lambda device: next(memory_used))
     monkeypatch.setattr(memory, "synchronize", lambda device: said.append("wait"))
-    assert memory.measure(Subject("any", None, 1, 32, "bf16", "cuda")) == Peak(350, 250)
+    assert memory.measure(Subject("any", "none", 1, 32, "bf16", "cuda")) == Peak(350, 250)
     assert said == ["step", "allocate", "reset", "step", "wait"]
 
 

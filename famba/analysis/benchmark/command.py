@@ -76,6 +76,9 @@ def _add_model(kinds: Any) -> None:
         "--backend", nargs="+", default=[], metavar="NAME", help="backends that compute the unfused model once more"
     )
     parser.add_argument("--compile", action="store_true", help="all models by torch.compile")
+    parser.add_argument(
+        "--tome", action="store_true", help="let the DeiT fuse by the same strategies too, as in ToMe's training"
+    )
     _add_bandwidth(parser)
     parser.set_defaults(quick_values={"model": [_VIM_TI], "fusion": ["none", "upper"]})
 
@@ -301,6 +304,7 @@ def _model(options: argparse.Namespace, report: Report) -> None:
         backends=tuple(options.backend),
         compiled=options.compile,
         peaks=peaks(options.device, options.bandwidth),
+        tome=options.tome,
     )
     model.benchmark_model(plan, report)
 

@@ -55,7 +55,7 @@ class Plan:
             length = tokens_of(size)
             batch = max(1, round(self.tokens / length))
             for model in (self.model, TRANSFORMERS[self.model]):
-                found[model, length] = Subject(model, None, batch, size, precision, str(self.device))
+                found[model, length] = Subject(model, "none", batch, size, precision, str(self.device))
         return found
 
     @property

@@ -17,7 +17,7 @@ from famba.analysis.benchmark.steps import Step, Subject
 from famba.analysis.benchmark.timing import Race, Times, ratio
 from famba.analysis.benchmark.traffic import Passes, floor_ms, forward_and_step
 from famba.fusion import tokens_per_layer
-from famba.models.vim import Vim
+from famba.models import FusedNetwork, Vim
 from famba.training.measure import saved_bytes_per_image
 
 TRANSFORMERS = {
@@ -65,7 +65,7 @@ class Plan:
 
     batch: images at once. image_size: pixels a side. threads: of the processes that measure memory. backends: each
     computes the ops of "none" once more, besides the one that is chosen for all. compiled: models by torch.compile.
-    peaks: what the device can do, None where that is not known.
+    peaks: what the device can do, None where that is not known. tome: whether the transformer fuses as well.
     """
 
     models: tuple[str, ...]
@@ -79,6 +79,7 @@ class Plan:
     backends: tuple[str, ...] = ()
     compiled: bool = False
     peaks: Peaks | None = None
+    tome: bool = False
 
     def pairs(self) -> Iterator[tuple[str, str]]:
         """All models in all precisions."""
@@ -87,14 +88,16 @@ class Plan:
     def subjects(self, model: str, precision: str) -> dict[str, Subject]:
         """Each strategy, "none" first and always, then "none" by each backend, then the transformer."""
 
-        def subject(name: str, strategy: str | None, backend: str | None = None) -> Subject:
+        def subject(name: str, strategy: str, backend: str | None = None) -> Subject:
             sizes = (self.batch, self.image_size, precision, str(self.device))
             return Subject(name, strategy, *sizes, backend, self.compiled)
 
         found = {name: subject(model, name) for name in dict.fromkeys((_UNFUSED, *self.strategies))}
         found |= {by_backend(name): subject(model, _UNFUSED, name) for name in self.backends}
-        found[TRANSFORMERS[model]] = subject(TRANSFORMERS[model], None)
-        return found
+        transformer = TRANSFORMERS[model]
+        found[transformer] = subject(transformer, _UNFUSED)
+        fused = [name for name in self.strategies if name != _UNFUSED] if self.tome else []
+        return found | {f"{transformer}, {name}": subject(transformer, name) for name in fused}
 
 
 @dataclass
@@ -150,7 +153,7 @@ def benchmark_model(plan: Plan, report: Report) -> None:
 def _measure_times(found: _Found, subjects: dict[str, Subject], plan: Plan) -> None:
     steps = {name: Step(subject) for name, subject in subjects.items()}
     vims = {name: step.model for name, step in steps.items() if isinstance(step.model, Vim)}
-    found.token_layers = {name: _token_layers(vim) for name, vim in vims.items()}
+    found.token_layers = {name: _token_layers(step.model) for name, step in steps.items()}
     found.passes = {name: forward_and_step(vim, plan.batch, found.precision) for name, vim in vims.items()}
     found.flops = {name: sum(one.flops for one in step_linears(vim, plan.batch)) for name, vim in vims.items()}
     found.flops[PRODUCTS] = found.flops[_UNFUSED]
@@ -185,7 +188,7 @@ def _measure_memory(found: _Found, subjects: dict[str, Subject], plan: Plan) -> 
         found.peaks[name] = step_peak(subject, plan.threads)
 
 
-def _token_layers(model: Vim) -> float:
+def _token_layers(model: FusedNetwork) -> float:
     """Tokens left after each layer's fusion, summed over the layers, as a share of what they are without fusion."""
     left = tokens_per_layer(model.fusion, model.num_tokens)
     return sum(left) / (len(left) * model.num_tokens)

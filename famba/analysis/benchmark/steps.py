@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import timm
 import torch
 from torch import nn
 
 from famba.analysis.benchmark.machine import PRECISIONS, SEED
 from famba.fusion import schedule
-from famba.models.vim import Vim
+from famba.models import FusedNetwork, create_network
 from famba.ops import use_backend
 
 BUDGET = 6 / 7
@@ -25,14 +23,14 @@ _GRAPHS = 64
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: a model, the strategy by which it fuses (None where it is no Vim), and on what.
+    """What is measured: a model, the strategy by which it fuses, and on what.
 
     image_size: pixels a side. precision: a key of PRECISIONS. device: a torch device by name. backend: of the ops,
     None for the process's choice. compiled: by torch.compile, in one graph.
     """
 
     model: str
-    strategy: str | None
+    strategy: str
     batch: int
     image_size: int
     precision: str
@@ -40,14 +38,12 @@ class Subject:
     backend: str | None = None
     compiled: bool = False
 
-    def build(self) -> nn.Module:
-        """Build the model with seeded random weights."""
+    def build(self) -> FusedNetwork:
+        """Build the model with seeded random weights; attention is not proportional, as in training."""
         torch.manual_seed(SEED)
-        chosen: dict[str, Any] = {"img_size": self.image_size}
-        model = timm.create_model(self.model, **chosen)
-        if isinstance(model, Vim) and self.strategy not in (None, "none"):
-            counts = schedule(self.strategy, len(model.layers), model.num_tokens, BUDGET)
-            model = timm.create_model(self.model, **chosen, fusion=counts)
+        model = create_network(self.model, img_size=self.image_size)
+        counts = schedule(self.strategy, model.depth, model.num_tokens, BUDGET, protected=model.protected)
+        model.set_fusion(counts, proportional=False)
         return model.to(self.device)
 
     @contextlib.contextmanager
