@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,17 +12,14 @@ from torch import Tensor
 
 from famba import data
 from famba.data.draws import Stream
-from famba.models import Vim, load_vim_checkpoint
-from famba.models.checkpoints import has_other_head, saved_cls_position
 from famba.training.config import RunConfig
 from famba.training.distributed import Process
+from famba.training.initial import start_from
 from famba.training.naming import BATCHES, DATA, naming
 from famba.training.optimizer import create_optimizer
 from famba.training.seeds import seed_generators
 from famba.training.setup import Setup, augmentation, build_model, model_classes
-from famba.training.state import TrainingState
-
-_log = logging.getLogger(__name__)
+from famba.training.state import Totals, TrainingState
 
 Evaluated = Iterable[tuple[Tensor, Tensor]]
 
@@ -106,8 +102,9 @@ def new_state(
     seed_generators(Stream.WEIGHTS, config.seed)
     classes = model_classes(config, classes_found)
     model = build_model(config.model.name, {**setup.model_arguments, "num_classes": classes})
+    totals = Totals()
     if fresh and config.init_from is not None:
-        _start_from(model, config.init_from)
+        totals.started_from = start_from(model, config.init_from)
     model.set_grad_checkpointing(config.trainer.grad_checkpointing)
     model.to(device)
     decay = config.recipe.ema_decay
@@ -116,13 +113,5 @@ def new_state(
         optimizer=create_optimizer(model, config),
         scaler=torch.amp.GradScaler(device.type, enabled=setup.autocast == torch.float16),
         ema=None if decay is None else ModelEmaV3(model, decay=decay),
+        totals=totals,
     )
-
-
-def _start_from(model: Vim, path: str) -> None:
-    """Load weights, with a new classifier for another set of classes."""
-    other_head = has_other_head(model, path)
-    position = saved_cls_position(path) or model.cls_position
-    load_vim_checkpoint(model, path, cls_position=position, reset_head=other_head)
-    head = ", with a new classifier" if other_head else ""
-    _log.info("weights start from %s, whose class token is taken to stand at: %s%s", path, position, head)

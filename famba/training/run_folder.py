@@ -18,6 +18,7 @@ from famba.training.config import RunConfig, plain
 
 METRICS = "metrics.jsonl"
 SWEEP = "sweep.json"
+WEIGHTS = "model.safetensors"
 _REQUEUED_S, _LOOKED_AT_S = 60.0, 0.5
 _log = logging.getLogger(__name__)
 
@@ -113,6 +114,17 @@ class RunFolder:
         kept = [line for line in path.read_text(errors="replace").splitlines() if _is_before(line, step, epoch_ended)]
         text = "".join(f"{line}\n" for line in kept)
         write_whole(path, lambda file: Path(file).write_text(text))
+
+
+def finished_weights(folder: Path) -> Path:
+    """Return the file with the last weights of the finished run in a folder. Raises CheckpointError where none is."""
+    weights = folder / WEIGHTS
+    if weights.is_file():
+        return weights
+    latest = RunFolder(folder, writes=False).checkpoints.latest
+    if latest is not None:
+        raise CheckpointError(f"the run in {folder} is not finished; to take it as it is, give its checkpoint {latest}")
+    raise CheckpointError(f"{folder} holds no trained network ({WEIGHTS}); give the run_dir of a finished run")
 
 
 def finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:

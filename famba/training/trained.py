@@ -23,12 +23,12 @@ from famba.models.registered import weights_folder
 from famba.training import checkpoint
 from famba.training.checks import check_model_name
 from famba.training.config import RunConfig, parse
-from famba.training.run_folder import RunFolder
+from famba.training.run_folder import finished_weights
 from famba.training.setup import augmentation, build_model, model_arguments
 
 Colours = tuple[float, float, float]
 
-_CONFIG, _SUMMARY, _WEIGHTS = "config.yaml", "summary.json", "model.safetensors"
+_CONFIG, _SUMMARY = "config.yaml", "summary.json"
 _VIMS = "vim_*"
 
 
@@ -80,22 +80,12 @@ def load_trained(path: str | Path) -> Trained:
     """
     place = Path(path)
     if place.is_dir():
-        return _from_folder(place)
+        return _from_weights(finished_weights(place))
     if place.suffix == ".safetensors" and place.is_file():
         return _from_weights(place)
     if place.is_file():
         return _from_checkpoint(place)
     return _from_timm(str(path))
-
-
-def _from_folder(folder: Path) -> Trained:
-    weights = folder / _WEIGHTS
-    if weights.is_file():
-        return _from_weights(weights)
-    latest = RunFolder(folder, writes=False).checkpoints.latest
-    if latest is not None:
-        raise CheckpointError(f"the run in {folder} is not finished; to take it as it is, give its checkpoint {latest}")
-    raise CheckpointError(f"{folder} holds no trained network ({_WEIGHTS}); give the run_dir of a finished run")
 
 
 def _from_weights(file: Path) -> Trained:
@@ -137,7 +127,7 @@ def _from_timm(name: str) -> Trained:
         raise CheckpointError(f"{name} is not known{near_miss(name, with_weights)}; known: {', '.join(with_weights)}")
     folder = weights_folder(name)
     if folder is not None:
-        return replace(_from_folder(folder), source=f"{name}, which comes with the package")
+        return replace(_from_weights(finished_weights(folder)), source=f"{name}, which comes with the package")
     found = get_pretrained_cfg(name, allow_unregistered=False)
     if found is None or not found.has_weights:
         listed = ", ".join(with_weights) or "none of this release"

@@ -1,0 +1,226 @@
+"""Weights that a run starts from: where they lie, whether they fit, and what is told of them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from famba.errors import CheckpointError, ConfigError, near_miss
+from famba.models import FusedNetwork, Vim
+from famba.models.checkpoints import check_weights, load_weights, read_file, saved_cls_position, weights_in
+from famba.models.registered import weights_folder
+from famba.training.config import RunConfig
+from famba.training.run_folder import RunFolder, finished_weights
+
+AVERAGED = "ema:"
+"""What init_from begins with where the averaged weights of a run are meant."""
+
+_LAYER = re.compile(r"(?:layers|blocks)\.(\d+)\.")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Initial:
+    """Weights as a file has them, by name.
+
+    given: as configured. file: where they were found. cls_position: where their class token stands; None where the
+    file does not say.
+    """
+
+    given: str
+    file: Path
+    weights: dict[str, Any]
+    cls_position: str | None
+
+
+def read_initial(given: str) -> Initial:
+    """Read the weights that init_from means.
+
+    Args:
+        given: a run's folder, of which the last step's raw weights are taken; a .safetensors, .pt or .pth file with
+            weights; or the timm name of a Vim whose weights come with the package. With "ema:" before it, the averaged
+            weights of a run with recipe.ema_decay, from its folder or a checkpoint.
+
+    Raises:
+        CheckpointError: nothing is there, or it is damaged or holds no such weights.
+        ConfigError: the path cannot even be looked up.
+    """
+    averaged = given.startswith(AVERAGED)
+    file = _find(given, averaged)
+    content = read_file(file)
+    if not averaged:
+        return Initial(given, file, weights_in(content), saved_cls_position(content, file))
+    average = content.get("ema")
+    if not isinstance(average, dict):
+        raise CheckpointError(
+            f"init_from={given}: {file} holds no averaged weights, which runs with recipe.ema_decay have in their "
+            f"checkpoints; give such a run, or leave out {AVERAGED}"
+        )
+    return Initial(given, file, average, saved_cls_position(content, file))
+
+
+def check_initial(config: RunConfig, outline: FusedNetwork) -> None:
+    """Raise FambaError where the weights that a run is to start from are missing or do not fit its network.
+
+    Nothing is read for a run that has begun: it goes on from its own checkpoint. `outline` may be without memory.
+    """
+    if config.init_from is None or _has_begun(Path(config.run_dir)):
+        return
+    initial = read_initial(config.init_from)
+    _check_shape(outline, initial)
+    check_weights(
+        outline,
+        initial.weights,
+        initial.file,
+        cls_position=initial.cls_position,
+        reset_head=_has_other_head(outline, initial.weights),
+    )
+
+
+def start_from(model: FusedNetwork, given: str) -> dict[str, Any]:
+    """Load the weights that init_from means, with a new classifier for another number of classes.
+
+    Returns:
+        What a summary tells of them: init_from; the SHA-256 of the weights, whatever kind of file they come in; and
+        whether the classifier is new.
+
+    Raises:
+        FambaError: as `check_initial`; nothing is loaded then.
+    """
+    initial = read_initial(given)
+    _check_shape(model, initial)
+    new_head = _has_other_head(model, initial.weights)
+    digest = weights_sha256(initial.weights)
+    load_weights(model, initial.weights, initial.file, cls_position=initial.cls_position, reset_head=new_head)
+    told = [f"weights start from {given} (SHA-256 {digest[:12]})", *_changes(model, initial), _head(model, initial)]
+    _log.info("%s", "; ".join(told))
+    return {"init_from": given, "weights_sha256": digest, "new_classifier": new_head}
+
+
+def weights_sha256(weights: Mapping[str, Any]) -> str:
+    """SHA-256 of names, dtypes, shapes and values, in hexadecimal: the same whatever kind of file holds them."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _find(given: str, averaged: bool) -> Path:
+    place = given.removeprefix(AVERAGED)
+    path = Path(place)
+    if _asked(Path.is_dir, given, path):
+        weights = finished_weights(path)
+        latest = RunFolder(path, writes=False).checkpoints.latest
+        # Averaged weights lie in checkpoints alone.
+        return latest if averaged and latest is not None else weights
+    if _asked(Path.is_file, given, path):
+        return path
+    shipped = [name for name in timm.list_models("vim_*", pretrained=True) if weights_folder(name) is not None]
+    names = [*shipped, *(name.split(".")[0] for name in shipped)]
+    folder = weights_folder(place) if place in names else None
+    if folder is None:
+        raise CheckpointError(
+            f"init_from={given} is no file, no run folder and no timm model whose weights come with the package"
+            f"{near_miss(place, names)}; give a finished run's folder, a .safetensors, .pt or .pth file, or one of: "
+            f"{', '.join(shipped)}"
+        )
+    return finished_weights(folder)
+
+
+def _asked(question: Callable[[Path], bool], given: str, path: Path) -> bool:
+    try:
+        return question(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"init_from={given} cannot be looked up ({error}); give another path") from error
+
+
+def _has_begun(run_dir: Path) -> bool:
+    """Whether there are checkpoints to go on from, of a run or, in its folder, of a sweep."""
+    try:
+        return (run_dir / "checkpoints").is_dir() or next(run_dir.glob("*/checkpoints"), None) is not None
+    except (OSError, ValueError):
+        return False  # what is wrong with it is said by the check of run_dir itself
+
+
+def _has_other_head(model: FusedNetwork, weights: Mapping[str, Any]) -> bool:
+    """Whether the file's classifier does not tell as many classes apart as the model's, or is missing."""
+    own, head = model.state_dict().get("head.weight"), weights.get("head.weight")
+    return own is not None and (not isinstance(head, Tensor) or head.shape[:1] != own.shape[:1])
+
+
+def _check_shape(model: FusedNetwork, initial: Initial) -> None:
+    """Raise CheckpointError where the file is of a network of another shape, by the keys that make it."""
+    here, there = _shape(model.state_dict()), _shape(initial.weights)
+    differs = {key for key in here if there[key] is not None and here[key] != there[key]}
+    if "model.name" in differs:
+        raise CheckpointError(
+            f"init_from={initial.given}: the weights in {initial.file} are of {there['model.name']}, this run's "
+            f"network is {here['model.name']}; choose the model that they are of"
+        )
+    if differs:
+        listed = ", ".join(f"{key} is {here[key]} here, {there[key]} in the file" for key in sorted(differs))
+        advice = " ".join(f"{key}={_to_set(key, there[key])}" for key in sorted(differs))
+        raise CheckpointError(
+            f"init_from={initial.given} does not fit: {listed} ({initial.file}); set {advice}, or start from others"
+        )
+
+
+def _to_set(key: str, value: object) -> object:
+    return "head (or middle)" if (key, value) == ("model.cls_position", "a class token") else value
+
+
+def _shape(weights: Mapping[str, Any]) -> dict[str, object]:
+    """What weights say of the configuration's keys; None where they do not say it."""
+    depth = max((int(found[1]) + 1 for name in weights if (found := _LAYER.match(str(name)))), default=None)
+    patches, rates = weights.get("patch_embed.proj.weight"), weights.get("layers.0.mixer.A_log")
+    vim = any(str(name).startswith("layers.") for name in weights)
+    vit = any(str(name).startswith("blocks.") for name in weights)
+    return {
+        "model.name": "a Vim" if vim else "a vision transformer" if vit else None,
+        "model.depth": depth,
+        "model.embed_dim": len(patches) if isinstance(patches, Tensor) and patches.ndim else None,
+        "model.d_state": rates.shape[1] if isinstance(rates, Tensor) and rates.ndim == 2 else None,
+        "model.cls_position": ("a class token" if "cls_token" in weights else "none") if vim else None,
+    }
+
+
+def _changes(model: FusedNetwork, initial: Initial) -> list[str]:
+    """What is not as the file has it, and where its class token is taken to stand, for a reader."""
+    own, found = model.state_dict(), initial.weights
+    changes = []
+    if isinstance(model, Vim) and model.cls_index is not None and initial.cls_position != model.cls_position:
+        changes.append(
+            f"the class token is taken to stand at {model.cls_position}, since nothing says where"
+            if initial.cls_position is None
+            else f"the class token moves from {initial.cls_position} to {model.cls_position}"
+        )
+    old, new = (_shape_of(weights, "patch_embed.proj.weight")[2:] for weights in (found, own))
+    if old != new:
+        changes.append(f"the patch embedding is resampled from {old[0]} x {old[1]} to {new[0]} x {new[1]} pixels")
+    old, new = (_shape_of(weights, "pos_embed")[1:2] for weights in (found, own))
+    if old != new:
+        changes.append(f"the position embedding is resized from {old[0]} to {new[0]} tokens")
+    return changes
+
+
+def _head(model: FusedNetwork, initial: Initial) -> str:
+    classes, theirs = (_shape_of(w, "head.weight")[:1] for w in (model.state_dict(), initial.weights))
+    if classes == theirs:
+        return f"with the classifier that comes with them, of {classes[0]} classes"
+    return f"with a new classifier of {classes[0]} classes, theirs is of {theirs[0] if theirs else 'none'}"
+
+
+def _shape_of(weights: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    value = weights.get(name)
+    return tuple(value.shape) if isinstance(value, Tensor) else ()

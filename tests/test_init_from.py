@@ -1,0 +1,315 @@
+"""Runs that start from the weights of others."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from report_runs import write_run
+from runs import TINY, run
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from famba.analysis.report.comparable import sort_out
+from famba.analysis.report.runs import read_runs
+from famba.errors import CheckpointError, ConfigError
+from famba.models import Vim, load_vim_checkpoint
+from famba.models.registered import weights_folder
+from famba.training.app import main
+from famba.training.build import new_state
+from famba.training.checkpoint import load
+from famba.training.compose import compose
+from famba.training.initial import weights_sha256
+from famba.training.setup import prepare
+from famba.training.state import TrainingState
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run without fusion, with an average of its weights."""
+    folder = tmp_path_factory.mktemp("source")
+    run(folder, "recipe.ema_decay=0.9")
+    return folder
+
+
+def last_checkpoint(folder: Path) -> Path:
+    return sorted((folder / "checkpoints").glob("step_*.pt"))[-1]
+
+
+def begun(given: object, *overrides: str, classes: int = 10) -> TrainingState:
+    """A run as it is before its first step."""
+    config = compose([*TINY, f"init_from={given}", "run_dir=unused", *overrides])
+    return new_state(config, prepare(config), classes, torch.device("cpu"))
+
+
+def same(state: TrainingState, weights: dict[str, Tensor], but: tuple[str, ...] = ()) -> bool:
+    own = state.model.state_dict()
+    assert own.keys() == weights.keys()
+    return all(torch.equal(own[name], weights[name]) for name in own if not name.startswith(but or "none"))
+
+
+def refused(given: object, *overrides: str, run_dir: str = "unused") -> str:
+    """What a run is refused with before it begins."""
+    with pytest.raises(CheckpointError) as caught:
+        prepare(compose([*TINY, f"init_from={given}", f"run_dir={run_dir}", *overrides]))
+    return str(caught.value)
+
+
+# Where weights come from
+
+
+def test_a_folder_and_each_of_its_files_are_the_same_weights(source: Path, tmp_path: Path) -> None:
+    weights = load_file(source / "model.safetensors")
+    official = {"model": weights, "epoch": 3, "args": argparse.Namespace(lr=1.0)}
+    torch.save(official, tmp_path / "official.pth")
+    forms = (source, source / "model.safetensors", last_checkpoint(source), tmp_path / "official.pth")
+    states = [begun(form) for form in forms]
+    assert all(same(state, weights) for state in states)
+    told = [state.totals.started_from for state in states]
+    assert [one["init_from"] for one in told] == [str(form) for form in forms]
+    assert {one["weights_sha256"] for one in told} == {weights_sha256(weights)}
+    assert {one["new_classifier"] for one in told} == {False}
+
+
+def test_weights_that_come_with_the_package_have_a_name() -> None:
+    folder = weights_folder("vim_micro_patch4_32")
+    assert folder is not None
+    shipped = load_file(folder / "model.safetensors")
+    shape = [f"model.{key}=null" for key in ("depth", "embed_dim", "d_state", "patch_size")]
+    for name in ("vim_micro_patch4_32", "vim_micro_patch4_32.famba_cifar100"):
+        state = begun(name, *shape)
+        assert same(state, shipped, but=("head.",)), "digits have other classes"
+        assert state.model.num_classes == 10
+        assert state.totals.started_from["new_classifier"]
+
+
+def test_the_average_is_taken_where_it_is_asked_for(source: Path) -> None:
+    average = load(last_checkpoint(source))["ema"]
+    raw = load_file(source / "model.safetensors")
+    assert not torch.equal(average["head.weight"], raw["head.weight"])
+    states = [begun(f"ema:{form}") for form in (source, last_checkpoint(source))]
+    assert all(same(state, average) for state in states)
+    told = {state.totals.started_from["weights_sha256"] for state in states}
+    assert told == {weights_sha256(average)} != {weights_sha256(raw)}
+    # A new average begins with what the run begins with.
+    own = begun(source, "recipe.ema_decay=0.5")
+    assert own.ema is not None
+    assert all(torch.equal(value, raw[name]) for name, value in own.ema.module.state_dict().items())
+
+
+def test_averages_that_nobody_kept_are_refused(source: Path, tmp_path: Path) -> None:
+    for form in (source / "model.safetensors", "vim_micro_patch4_32"):
+        assert "holds no averaged weights" in refused(f"ema:{form}")
+    run(tmp_path / "plain", "trainer.max_steps=1")
+    message = refused(f"ema:{tmp_path / 'plain'}")
+    assert "step_00000001.pt holds no averaged weights" in message
+    assert "leave out ema:" in message
+
+
+def test_what_is_not_there_is_refused(source: Path, tmp_path: Path) -> None:
+    message = refused(tmp_path / "absent.pt")
+    assert "absent.pt is no file, no run folder and no timm model whose weights come with the package" in message
+    assert "one of: vim_micro_patch4_32.famba_cifar100" in message
+    assert "did you mean 'vim_micro_patch4_32'" in refused("vim_micro_patch4_3")
+    for name in ("vim_tiny_patch16_224", "vim_micro_patch4_32.other", "../absent", "."):
+        assert "whose weights come with" in refused(name) or "holds no trained network" in refused(name)
+    assert "holds no trained network" in refused(tmp_path)
+    broken = shutil.copytree(source, tmp_path / "broken")
+    (broken / "model.safetensors").unlink()
+    assert "is not finished; to take it as it is, give its checkpoint" in refused(broken)
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    assert "truncated or no checkpoint" in refused(broken)
+    with pytest.raises(ConfigError, match=r"init_from=x+ cannot be looked up"):
+        prepare(compose([*TINY, f"init_from={'x' * 300}", "run_dir=unused"]))
+
+
+def test_nothing_is_made_where_weights_are_missing_or_unfit(source: Path, tmp_path: Path) -> None:
+    absent = tmp_path / "absent"
+    for change in (f"init_from={absent}", "model.depth=3"):
+        arguments = [*TINY, f"init_from={source}", change, f"run_dir={tmp_path / 'run'}"]
+        assert main(arguments) == 2
+        assert main(["-m", *arguments, "fusion=none,upper", "fusion.budget=4"]) == 2
+        assert main(["-m", *arguments, "fusion=none,upper", "fusion.budget=4", "hydra/launcher=local"]) == 2
+    assert main(["-m", *TINY, f"init_from={source},{absent}", f"run_dir={tmp_path / 'run'}"]) == 2
+    assert not list(tmp_path.iterdir())
+
+
+# What may differ from the run that they come from
+
+
+def test_any_schedule(source: Path) -> None:
+    weights = load_file(source / "model.safetensors")
+    for way in (("fusion=upper", "fusion.budget=5"), ("fusion=all", "fusion.budget=9", "fusion.order=tome")):
+        state = begun(source, *way)
+        assert any(state.model.fusion)
+        assert same(state, weights)
+
+
+def test_another_number_of_classes_gets_a_new_classifier(source: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weights = load_file(source / "model.safetensors")
+    with caplog.at_level(logging.INFO):
+        kept, new = begun(source), begun(source, "model.num_classes=20")
+    assert same(kept, weights)
+    assert new.model.num_classes == 20
+    assert all(torch.equal(v, weights[k]) for k, v in new.model.state_dict().items() if not k.startswith("head."))
+    assert "with the classifier that comes with them, of 10 classes" in caplog.text
+    assert "with a new classifier of 20 classes, theirs is of 10" in caplog.text
+    fresh = compose([*TINY, "model.num_classes=20", "run_dir=unused"])
+    untrained = new_state(fresh, prepare(fresh), 10, torch.device("cpu")).model
+    assert torch.equal(new.model.state_dict()["head.weight"], untrained.state_dict()["head.weight"])
+
+
+def test_weights_without_a_classifier_get_one(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weights = {k: v for k, v in load_file(source / "model.safetensors").items() if not k.startswith("head.")}
+    save_file(weights, tmp_path / "backbone.safetensors")
+    with caplog.at_level(logging.INFO):
+        state = begun(tmp_path / "backbone.safetensors")
+    assert state.totals.started_from["new_classifier"]
+    assert "theirs is of none" in caplog.text
+
+
+def test_other_images_of_other_classes_and_another_size(source: Path, tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    for part, count in (("train", 12), ("val", 3)):
+        for label in "abc":
+            folder = tmp_path / "images" / part / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(draw.integers(0, 256, (40, 40, 3), np.uint8)).save(folder / f"{i}.png")
+    changes = ("data=folder", f"data.root={tmp_path / 'images'}", "data.image_size=64", "data.subset=null")
+    changes = (*changes, "data.workers=0", "trainer.max_steps=1", "trainer.batch_size=12", "recipe.warmup_lr=0")
+    summary = run(tmp_path / "tuned", f"init_from={source}", *changes, "fusion=lower", "fusion.budget=20")
+    assert summary["status"] == "finished"
+    assert (summary["image_size"], summary["tokens"]) == (64, 65)
+    log = (tmp_path / "tuned" / "train.log").read_text()
+    assert f"weights start from {source} (SHA-256 " in log
+    assert "the position embedding is resized from 17 to 65 tokens" in log
+    assert "a new classifier of 3 classes, theirs is of 10" in log
+    # The first step's rate is 0, so these are the weights that it began with.
+    start, tuned = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "tuned"))
+    changed = {name for name in start if not torch.equal(start[name], tuned[name])}
+    assert changed == {"pos_embed", "head.weight", "head.bias"}
+    assert torch.equal(start["pos_embed"][:, :1], tuned["pos_embed"][:, :1])
+    picture = start["pos_embed"][0, 1:].reshape(1, 4, 4, 16).permute(0, 3, 1, 2)
+    larger = F.interpolate(picture, size=(8, 8), mode="bicubic", antialias=True).permute(0, 2, 3, 1).reshape(64, 16)
+    torch.testing.assert_close(tuned["pos_embed"][0, 1:], larger)
+
+
+def test_another_patch_size_sees_enlarged_patches_alike(source: Path, tmp_path: Path) -> None:
+    state = begun(source, "model.patch_size=4")
+    assert state.model.num_tokens == 65
+    model = {"embed_dim": 6, "depth": 1, "num_classes": 2}
+    torch.manual_seed(0)
+    small = Vim(img_size=8, patch_size=4, **model)  # type: ignore[arg-type]
+    torch.save(small.state_dict(), tmp_path / "small.pt")
+    large = load_vim_checkpoint(Vim(img_size=16, patch_size=8, **model), tmp_path / "small.pt")  # type: ignore[arg-type]
+    patch = torch.randn(3, 3, 4, 4)
+    enlarged = F.interpolate(patch, size=(8, 8), mode="bicubic", antialias=True)
+    found, wanted = large.patch_embed.proj(enlarged), small.patch_embed.proj(patch)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_another_shape_is_refused_by_its_keys(source: Path) -> None:
+    message = refused(source, "model.depth=3", "model.d_state=4", "model.embed_dim=32")
+    assert "model.depth is 3 here, 2 in the file" in message
+    assert "set model.d_state=2 model.depth=2 model.embed_dim=16" in message
+    assert "nothing was loaded" not in message, "the keys say it all"
+    assert "model.depth is 2 here, 8 in the file" in refused("vim_micro_patch4_32")
+
+
+def test_weights_of_another_kind_of_network_are_refused(source: Path, tmp_path: Path) -> None:
+    weights = load_file(source / "model.safetensors")
+    renamed = {name.replace("layers.", "blocks."): value for name, value in weights.items()}
+    save_file(renamed, tmp_path / "vit.safetensors")
+    assert "are of a vision transformer, this run's network is a Vim" in refused(tmp_path / "vit.safetensors")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    assert "norm_f.weight: missing in the file" in refused(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(("old", "new"), [("head", "middle"), ("middle", "head")])
+def test_the_class_token_moves_with_its_row(
+    old: str, new: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path, f"model.cls_position={old}", "trainer.max_steps=1")
+    rows = load_file(tmp_path / "model.safetensors")["pos_embed"][0]
+    at = {"head": 0, "middle": 8}
+    with caplog.at_level(logging.INFO):
+        moved = begun(tmp_path, f"model.cls_position={new}").model.state_dict()["pos_embed"][0]
+    assert torch.equal(moved[at[new]], rows[at[old]])
+    rest = [torch.cat([x[: at[place]], x[at[place] + 1 :]]) for x, place in ((rows, old), (moved, new))]
+    assert torch.equal(*rest)
+    assert f"the class token moves from {old} to {new}" in caplog.text
+    assert "set model.cls_position=head (or middle)" in refused(tmp_path, "model.cls_position=none")
+
+
+def test_without_a_class_token_there_is_none_to_take(tmp_path: Path) -> None:
+    run(tmp_path, "model.cls_position=none", "trainer.max_steps=1")
+    assert "model.cls_position is a class token here, none in the file" in refused(tmp_path)
+    assert same(begun(tmp_path, "model.cls_position=none"), load_file(tmp_path / "model.safetensors"))
+
+
+def test_official_files_say_where_their_class_token_stands(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = load_file(source / "model.safetensors")
+    name = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
+    torch.save({"model": weights, "args": argparse.Namespace(model=name)}, tmp_path / "official.pth")
+    torch.save({"model": weights}, tmp_path / "silent.pth")
+    with caplog.at_level(logging.INFO):
+        official, silent = begun(tmp_path / "official.pth"), begun(tmp_path / "silent.pth")
+    assert torch.equal(official.model.state_dict()["pos_embed"][:, 0], weights["pos_embed"][:, 8])
+    assert "the class token moves from middle to head" in caplog.text
+    assert same(silent, weights)
+    assert caplog.text.count("the class token") == 2
+    assert "is taken to stand at head, since nothing says where" in caplog.text
+
+
+# What is told of them
+
+
+def test_a_summary_tells_what_a_run_started_from(source: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(source, tmp_path / "source")
+    settings = (f"init_from={moved}", "fusion=upper", "fusion.budget=5")
+    first = run(tmp_path / "run", *settings, "trainer.max_steps=1")
+    assert first["started_from"] == {
+        "init_from": str(moved),
+        "weights_sha256": weights_sha256(load_file(source / "model.safetensors")),
+        "new_classifier": False,
+    }
+    # A run that has begun goes on without the weights that it began with, and still tells of them.
+    shutil.rmtree(moved)
+    longer = run(tmp_path / "run", *settings, "trainer.max_steps=2")
+    assert longer["step"] == 2
+    assert longer["started_from"] == first["started_from"]
+    with pytest.raises(CheckpointError, match="init_from: .*before"):
+        run(tmp_path / "run", f"init_from={source}", *settings[1:])
+    assert json.loads((source / "summary.json").read_text())["started_from"] is None
+
+
+def test_the_sum_is_of_names_shapes_and_values() -> None:
+    weights: dict[str, Any] = {"a": torch.arange(4.0), "b": torch.zeros((), dtype=torch.bfloat16), "note": "text"}
+    found = weights_sha256(weights)
+    assert len(found) == 64
+    assert weights_sha256(dict(reversed(list(weights.items())))) == found
+    a = torch.arange(4.0)
+    others = [{**weights, "a": other} for other in (a + 1, a.reshape(2, 2), a.view(torch.int32))]
+    assert len({found, *map(weights_sha256, [*others, {"c": a, "b": weights["b"]}])}) == 5
+
+
+def test_a_report_does_not_mix_runs_that_started_from_others(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_run(tmp_path / f"scratch{seed}", seed=seed)
+    write_run(tmp_path / "tuned", seed=2, config={"init_from": "runs/before"})
+    tables, others = sort_out(read_runs([tmp_path])[0])
+    assert [len(table.runs) for table in tables] == [2]
+    assert [other.name.split("/")[-1] for other in others] == ["tuned"]
+    assert "init_from: runs/before" in others[0].reasons[0]
