@@ -1,0 +1,98 @@
+"""Training a transformer that fuses, and pruning, end to end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from runs import metrics, run
+from safetensors.torch import load_file
+
+from famba.errors import ConfigError
+from famba.fusion import schedule
+from famba.models import apply_tome
+from famba.training.compose import compose
+from famba.training.setup import prepare
+from famba.training.trained import load_trained
+
+VIT = ("model=vit_micro", "model.d_state=null", "fusion.budget=8")
+SHAPE: dict[str, Any] = {"patch_size": 8, "depth": 2, "embed_dim": 16, "num_classes": 10}
+
+
+def test_a_transformer_trains_by_the_same_schedules(tmp_path: Path) -> None:
+    summary = run(tmp_path / "run", *VIT, "fusion=upper", "fusion.layers=2")
+    assert summary["status"] == "finished"
+    assert summary["schedule"] == list(schedule("upper", 2, 17, 8, layers=2))
+    assert summary["tokens_per_layer"] == [13, 9]
+    assert 0 < summary["saved_bytes_per_image"]
+    trained = load_trained(tmp_path / "run")
+    assert trained.model.way == ("tome", "size", "after_attention", "fuse", False)
+    assert trained.schedule == (4, 4)
+    # timm's own model takes the weights by their names.
+    vit = timm.create_model("vit_micro_patch4_32", **SHAPE).eval()
+    vit.load_state_dict(load_file(tmp_path / "run" / "model.safetensors"))
+    images = torch.randn(2, 3, 32, 32)
+    by_hand = apply_tome(vit, (4, 4), proportional=False)  # type: ignore[arg-type]
+    torch.testing.assert_close(by_hand(images), trained.model(images))
+
+
+def test_a_transformers_run_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None:
+    asked = (*VIT, "fusion=adaptive", "fusion.adapt_at=[0.4]", "fusion.adapt_images=16")
+    whole = run(tmp_path / "whole", *asked)
+    run(tmp_path / "parts", *asked, "trainer.max_steps=4")
+    parts = run(tmp_path / "parts", *asked)
+    assert whole["adapted"] == parts["adapted"] is not None
+    assert sum(whole["schedule"]) == 8
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert files[0] == files[1]
+    assert metrics(tmp_path / "whole")[-1]["test_loss"] == metrics(tmp_path / "parts")[-1]["test_loss"]
+
+
+@pytest.mark.parametrize("model", ["vim_micro", "vit_micro"])
+def test_pruning_trains_with_the_schedule_of_fusing(model: str, tmp_path: Path) -> None:
+    asked = (f"model={model}", *(("model.d_state=null",) if model == "vit_micro" else ()), "fusion=all")
+    fused, pruned = (
+        run(tmp_path / mode, *asked, "fusion.budget=8", f"fusion.mode={mode}", "trainer.max_steps=2")
+        for mode in ("fuse", "prune")
+    )
+    assert fused["schedule"] == pruned["schedule"]
+    assert fused["macs_per_image"] == pruned["macs_per_image"]
+    assert fused["loss"] != pruned["loss"]
+    assert load_trained(tmp_path / "prune").model.way.mode == "prune"
+
+
+def test_attention_in_proportion_is_off_in_training_unless_asked_for(tmp_path: Path) -> None:
+    usual = run(tmp_path / "usual", *VIT, "fusion=all", "trainer.max_steps=2")
+    asked = run(tmp_path / "asked", *VIT, "fusion=all", "fusion.proportional=true", "trainer.max_steps=2")
+    assert usual["loss"] != asked["loss"]
+    assert load_trained(tmp_path / "asked").model.way.proportional
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=vit_tiny", "model.d_state=4"], "model.d_state=4 is of Vims"),
+        (["model=vit_tiny", "model.cls_position=none"], "model.cls_position=none is of Vims"),
+        (["model=vit_tiny", "fusion.place=before_mixer"], "give fusion.place=after_attention"),
+        (["model=vim_ti", "fusion.proportional=true"], "fusion.proportional=true is about attention"),
+        (["model=vim_ti", "fusion.place=after_attention"], "unknown fusion_place 'after_attention'"),
+        (["model=vit_tiny", "model.name=vit_base_patch16_siglip_224"], "global_pool='map'"),
+        (["model=vit_tiny", "model.embed_dim=100"], "cannot be built with these model keys"),
+        (["model=vit_tiny", "model.name=vit_tny_patch16_224"], "did you mean 'vit_tiny_patch16_224'?"),
+        (["model=vit_tiny", "fusion=all", "fusion.budget=196"], "the largest that fits is 195"),
+    ],
+)
+def test_what_a_transformer_cannot_do_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        prepare(compose([*overrides, "data=digits"]))
+    assert message in str(caught.value)
+
+
+def test_any_vit_of_timms_can_be_named() -> None:
+    config = compose(["model=vit_tiny", "model.name=deit_tiny_distilled_patch16_224", "fusion=decreasing"])
+    setup = prepare(config)
+    assert (setup.tokens, sum(setup.schedule)) == (198, 168)
+    assert list(setup.schedule) == sorted(setup.schedule, reverse=True)
