@@ -45,7 +45,12 @@ class TrainingError(FambaError, RuntimeError):
     """A run that cannot go on: a loss that is not finite, or too little memory."""
 
 
+_AS_CLOSE = 0.03
+
+
 def near_miss(given: str, allowed: Iterable[str]) -> str:
-    """Return ", did you mean 'x'?" for the closest allowed name, or an empty string."""
-    close = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
+    """Return ", did you mean 'x'?" for the closest allowed name, or the two that are as close, or an empty string."""
+    close = difflib.get_close_matches(given, list(allowed), n=2, cutoff=0.5)
+    ratios = [difflib.SequenceMatcher(None, name, given).ratio() for name in close]
+    as_close = [repr(name) for name, ratio in zip(close, ratios, strict=True) if ratio > ratios[0] - _AS_CLOSE]
+    return f", did you mean {' or '.join(as_close)}?" if close else ""

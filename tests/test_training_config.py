@@ -119,7 +119,7 @@ def test_custom_schedules_come_by_layers_or_by_counts() -> None:
 
 REFUSED = [
     (["fusion=uper"], ConfigError, "unknown fusion 'uper', did you mean 'upper'?; allowed: adaptive, all, custom"),
-    (["model=vim_tiny"], ConfigError, "unknown model 'vim_tiny', did you mean 'vim_ti'?"),
+    (["model=vim_tiny"], ConfigError, "unknown model 'vim_tiny', did you mean 'vit_tiny' or 'vim_ti'?"),
     (["recipe=papr"], ConfigError, "unknown recipe 'papr', did you mean 'paper'?"),
     (["data=cifar1000"], ConfigError, "unknown data 'cifar1000', did you mean 'cifar100'?"),
     (["trainer.epoch=3"], ConfigError, "unknown key 'trainer.epoch', did you mean 'trainer.epochs'?"),
