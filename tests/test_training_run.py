@@ -334,6 +334,16 @@ def test_logging_is_as_before_after_a_run(tmp_path: Path) -> None:
     assert root.handlers == before
 
 
+def test_the_log_has_what_was_not_worth_a_line_before(tmp_path: Path) -> None:
+    # Loggers remember that nobody listened.
+    for name in ("famba.training.app", "famba.training.loop"):
+        assert not logging.getLogger(name).isEnabledFor(logging.INFO)
+    run(tmp_path, "trainer.max_steps=1")
+    log = (tmp_path / "train.log").read_text()
+    assert "INFO run folder: " in log
+    assert "INFO epoch 1 of 2: " in log
+
+
 @pytest.mark.slow
 def test_a_compiled_model_trains_like_an_eager_one(tmp_path: Path) -> None:
     # In processes of their own, without the checks of shapes in signatures, which a compiler cannot see through.

@@ -214,14 +214,17 @@ def _logging(folder: RunFolder) -> Iterator[None]:
         file = _LogFile(folder.path / "train.log")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(file)
-    before = root.handlers, root.level
+    handlers_before, level_before = root.handlers, root.level
     for handler in handlers:
         handler.addFilter(_ours_or_warning)
-    root.handlers, root.level = handlers, logging.INFO if folder.writes else logging.WARNING
+    root.handlers = handlers
+    # Not by the attribute: loggers remember what they were allowed before.
+    root.setLevel(logging.INFO if folder.writes else logging.WARNING)
     try:
         yield
     finally:
-        root.handlers, root.level = before
+        root.handlers = handlers_before
+        root.setLevel(level_before)
         for handler in handlers:
             handler.close()
 
