@@ -129,7 +129,8 @@ def test_shares_of_the_published_setting() -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "share"), [("all", 0.556), ("interleaved", 0.574), ("lower", 0.451), ("upper", 0.664)]
+    ("strategy", "share"),
+    [("all", 0.556), ("interleaved", 0.574), ("lower", 0.451), ("upper", 0.664), ("decreasing", 0.410)],
 )
 def test_tokens_left_over_all_layers(strategy: str, share: float) -> None:
     left = tokens_per_layer(schedule(strategy, 24, 197, 168), 197)
@@ -242,8 +243,24 @@ def test_what_does_not_fit_is_refused(arguments: dict[str, Any], message: str) -
     assert isinstance(caught.value, ValueError)
 
 
+@EXAMPLES
+@given(depth=st.integers(1, 26), patches=st.integers(1, 800), data=st.data())
+def test_decreasing_falls_linearly_to_nothing_and_spends_the_budget(
+    depth: int, patches: int, data: st.DataObject
+) -> None:
+    budget = data.draw(st.integers(0, largest(depth, patches)))
+    counts = schedule("decreasing", depth, patches + 1, budget)
+    assert sum(counts) == budget
+    check_schedule(counts, depth, patches + 1)
+    wanted = [budget * 2 * (depth - 1 - i) / (depth * (depth - 1)) for i in range(depth)] if depth > 1 else [budget]
+    left = [patches + 1, *tokens_per_layer(counts, patches + 1)]
+    # Where no layer comes near half of its tokens, each takes its share of the line, rounded.
+    if all(share + 1 < (before - 1) // 2 for share, before in zip(wanted, left, strict=False)):
+        assert all(abs(count - share) < 1 for count, share in zip(counts, wanted, strict=True))
+
+
 def test_every_name_is_taken() -> None:
-    assert strategy_names() == ("none", "all", "interleaved", "lower", "upper", "adaptive", "custom")
+    assert strategy_names() == ("none", "all", "interleaved", "lower", "upper", "decreasing", "adaptive", "custom")
     for name in strategy_names():
         schedule(name, 4, 17, 2, layers=[1] if name == "custom" else None)
 

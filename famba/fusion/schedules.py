@@ -83,7 +83,7 @@ def schedule(
 
     The i-th of k fusing layers takes floor((i + 1) b / k) - floor(i b / k) of a budget b; with "decreasing" shares fall
     linearly instead. Where that is more than half of the layer's unprotected tokens, the excess moves to earlier fusing
-    layers. So every strategy removes exactly b.
+    layers, or later ones where these are full. So every strategy removes exactly b.
 
     Args:
         strategy: "none", "all", "interleaved" (every second layer, from the second), "lower" (nearest the input),
@@ -253,12 +253,17 @@ def _spread(total: int, fusing: int, patches: int, strategy: str) -> list[int]:
 def removals(left: Sequence[int]) -> list[int]:
     """Tokens that each layer removes, so that `left` are left before the first and after each, which never ascend.
 
-    Where more than half of a layer's tokens would go, the excess goes in the layers before it. These are tokens that
-    may fuse, without the protected ones; the last of `left` holds exactly.
+    Where more than half of a layer's tokens would go, the excess goes in the layers before it, and what these cannot
+    take in those behind. These are tokens that may fuse, without the protected ones; the last of `left` holds exactly
+    if it can be reached by halves.
     """
     # From the last layer back: what enters a layer is at most twice what leaves it.
     possible = [left[-1]]
     for wanted in reversed(left[:-1]):
         possible.append(min(wanted, 2 * possible[-1]))
     possible.reverse()
+    # From the first layer on: what leaves it is at least half of what enters.
+    possible[0] = left[0]
+    for i in range(1, len(possible)):
+        possible[i] = max(possible[i], math.ceil(possible[i - 1] / 2))
     return [before - after for before, after in pairwise(possible)]
