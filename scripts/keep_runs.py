@@ -2,6 +2,7 @@
 
     python scripts/keep_runs.py runs/cpu_table docs/results/cpu_table
 
+Times of runs that shared their machine with other work tell nothing: --without-times leaves them out, and says why.
 Runs whose files name folders of this machine are refused: what is kept is for others to read.
 """
 
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 
 FILES = ("config.yaml", "summary.json", "metrics.jsonl")
+TIMES = ("train_time_s", "eval_time_s", "epoch_time_s", "images_per_s")
 
 
 def main() -> int:
@@ -21,8 +23,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path, help="folder of the runs")
     parser.add_argument("kept", type=Path, help="folder to keep them in")
+    parser.add_argument("--without-times", metavar="REASON", help="leave out times and throughput, and say why")
+    parser.add_argument(
+        "--runs", default="*", metavar="PATTERN", help="which of them, such as '*,seed=2' (default: all)"
+    )
     options = parser.parse_args()
-    for run in sorted(path.parent for path in options.sweep.glob("*/summary.json")):
+    for run in sorted(path.parent for path in options.sweep.glob(f"{options.runs}/summary.json")):
         if json.loads((run / "summary.json").read_text())["status"] != "finished":
             print(f"{run.name}: not finished")
             continue
@@ -38,8 +44,17 @@ def main() -> int:
         kept.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             shutil.copyfile(run / name, kept / name)
+        if options.without_times:
+            leave_out_times(kept / "summary.json", options.without_times)
         print(f"{run.name}: kept in {kept}")
     return 0
+
+
+def leave_out_times(file: Path, reason: str) -> None:
+    """Put nothing in place of times in a summary, and the reason beside them."""
+    summary = json.loads(file.read_text())
+    summary |= {**dict.fromkeys(TIMES), "times_left_out": reason}
+    file.write_text(json.dumps(summary, indent=2) + "\n")
 
 
 if __name__ == "__main__":
