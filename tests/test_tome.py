@@ -122,7 +122,13 @@ def test_logits_and_gradients_agree_with_the_paper(kind: str, way: dict[str, Any
         if own is not None:
             torch.testing.assert_close(own, other, rtol=1e-8, atol=1e-9, msg=name)
     assert lengths == list(tokens_per_layer(FUSION, model.num_tokens))
-    assert model.forward_features(images().double()).shape[1] == lengths[-1]
+    features = model.forward_features(images().double())
+    assert features.shape == (3, model.num_tokens, 24)
+    if vit.global_pool == "token" or (way["weighting"], way["mode"]) == ("size", "fuse"):
+        torch.testing.assert_close(model.forward_head(features), logits, rtol=1e-9, atol=1e-9)
+    else:
+        with pytest.raises(ConfigError, match="call the model itself for logits"):
+            model.forward_head(features)
     held = 16 + vit.num_prefix_tokens - (sum(FUSION) if way["mode"] == "prune" else 0)
     assert sizes.sum(1).tolist() == [held] * 3
 
@@ -175,6 +181,26 @@ def test_weights_bear_the_transformers_own_names(tmp_path: Any) -> None:
     apply_tome(other, FUSION).load_state_dict(weights)
     assert torch.equal(apply_tome(other, FUSION)(images()), model(images()))
     assert model.no_weight_decay() <= {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["distilled", "no class token"])
+def test_patches_get_the_features_of_their_tokens(kind: str) -> None:
+    model = apply_tome(build(kind), FUSION)
+    others = model.vit.num_prefix_tokens
+    final, pairs = model.forward_intermediates(images(), [0, 2], return_prefix_tokens=True, norm=True)
+    last, prefix = pairs[1] if others else (pairs[1], None)
+    assert last.shape == (3, 24, 4, 4)
+    torch.testing.assert_close(final[:, others:], last.flatten(2).transpose(1, 2))
+    if others:
+        assert prefix.shape == (3, others, 24)
+    held = model.trace(images())[-1]
+    for image, places in zip(last.flatten(2).transpose(1, 2), held, strict=True):
+        for a in range(16):
+            for b in range(a):
+                assert torch.equal(image[a], image[b]) == bool(places[a] == places[b])
+    plain = apply_tome(model.vit, (0, 0, 0)).forward_intermediates(images(), norm=True, intermediates_only=True)
+    for own, wanted in zip(plain, model.vit.forward_intermediates(images(), norm=True)[1], strict=True):
+        torch.testing.assert_close(own, wanted)
 
 
 def test_what_it_fuses_by_can_be_changed() -> None:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from famba.errors import CheckpointError, DamagedError
 from famba.files import read_seal
-from famba.models.fused import FusedNetwork
+from famba.models.fused import FusedNetwork, check_choice
 from famba.models.tome import ToMe
-from famba.models.vim import CLS_POSITIONS, Vim, check_choice
+from famba.models.vim import CLS_POSITIONS, Vim
 
 _PATCHES = "patch_embed.proj.weight"
 _MIDDLE = "midclstok"  # in names of official models

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from famba.errors import ConfigError
 from famba.fusion import TokenMap, match
 from famba.fusion.matching import check_mode, check_order
-from famba.models.fused import Choose, FusedNetwork, Way
-from famba.models.vim import WEIGHTINGS, check_choice
+from famba.models.fused import Choose, FusedNetwork, Passed, Way, check_choice
+from famba.models.vim import WEIGHTINGS
 
 AFTER_ATTENTION = "after_attention"
 """The one place where a transformer fuses: what Vim calls fusion_place."""
@@ -41,17 +41,14 @@ class Merging:
         check_mode(self.mode)
 
     @property
+    def counts_patches(self) -> bool:
+        """Whether the weights of tokens are the patches that they hold."""
+        return self.mode == "fuse" and self.weighting == "size"
+
+    @property
     def keeps_sizes(self) -> bool:
         """Whether what a token holds is of any matter."""
         return self.mode == "fuse" and (self.weighting == "size" or self.proportional)
-
-
-class Passed(NamedTuple):
-    """Images behind all blocks: tokens (b, l, d), the patches that each holds (b, l) or None, what each block fused."""
-
-    x: Tensor
-    sizes: Tensor | None
-    maps: list[TokenMap | None]
 
 
 class ToMe(FusedNetwork):
@@ -95,14 +92,15 @@ class ToMe(FusedNetwork):
         return self.vit.pretrained_cfg
 
     @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        rows, columns = self.vit.patch_embed.grid_size
+        return rows, columns
+
+    @property
     def embed_dim(self) -> int:
         """d_model."""
         return self.vit.embed_dim
-
-    @property
-    def prefix(self) -> int:
-        """Tokens at the head that never fuse: class, distillation and register tokens."""
-        return self.vit.num_prefix_tokens
 
     @property
     def way(self) -> Way:
@@ -156,32 +154,56 @@ class ToMe(FusedNetwork):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Any:
         """Classify images (b, in_chans, height, width): logits (b, num_classes), as the transformer gives them."""
         passed = self._run(x)
-        return self._head(self.vit.norm(passed.x), passed.sizes)
+        return self._head(self._normed(passed.leaving), passed.tokens)
 
-    def forward_features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l d"]:
-        """Normed tokens of the last block, (b, tokens left, embed_dim)."""
-        return self.vit.norm(self._run(x).x)
+    def forward_head(self, x: Float[Tensor, "b l d"], pre_logits: bool = False) -> Any:
+        """Classify what `forward_features` returns, (b, num_tokens, embed_dim), as the transformer does.
 
-    def fused_by(self, x: Tensor, choose: Choose | None = None) -> list[TokenMap | None]:
-        """Pass images through all blocks; return what each fused, None where nothing."""
-        return self._run(x, choose).maps
+        Raises:
+            ConfigError: x has another number of tokens; or the mean is taken over tokens whatever they hold (fused by
+                equal weights, or pruned), which features of patches do not tell.
+        """
+        if x.shape[1] != self.num_tokens:
+            raise ConfigError(
+                f"forward_head was given {x.shape[1]} tokens per image; allowed: what forward_features returns, "
+                f"{self.num_tokens} tokens per image"
+            )
+        if self.vit.global_pool == "avg" and any(self.fusion) and not self.merging.counts_patches:
+            raise ConfigError(
+                "this transformer takes the mean over its tokens, however many patches each holds, which the features "
+                "of patches do not tell; call the model itself for logits, or fuse with weighting='size'"
+            )
+        return self.vit.forward_head(x, pre_logits=pre_logits)
 
     def patch_places(self, device: torch.device) -> Int[Tensor, " n"]:
         """Places of the patches in the sequence that enters the first block."""
-        return torch.arange(self.prefix, self.num_tokens, device=device)
+        return torch.arange(self.protected, self.num_tokens, device=device)
 
-    def _run(self, x: Tensor, choose: Choose | None = None) -> Passed:
+    def _run(
+        self, x: Tensor, choose: Choose | None = None, taken: Sequence[int] = (), depth: int | None = None
+    ) -> Passed[Tensor, Tensor | None]:
         vit = self.vit
         x, sizes = vit.norm_pre(vit._pos_embed(vit.patch_embed(x))), None
-        maps = []
-        for block, r in zip(vit.blocks, self.fusion, strict=True):
+        maps, kept = [], {}
+        for index, (block, r) in enumerate(zip(list(vit.blocks)[:depth], self.fusion, strict=False)):
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
                 out = checkpoint(self._block, block, x, sizes, r, use_reentrant=False)
             else:
                 out = self._block(block, x, sizes, r, choose)  # type: ignore[arg-type]
             x, sizes, token_map = out
             maps.append(token_map)
-        return Passed(x, sizes, maps)
+            if index in taken:
+                kept[index] = x
+        return Passed(x, sizes, maps, kept)
+
+    def _normed(self, leaving: Tensor) -> Tensor:
+        return self.vit.norm(leaving)
+
+    def _stream(self, leaving: Tensor) -> Tensor:
+        return leaving.to(self.vit.patch_embed.proj.weight.dtype)
+
+    def _parted(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        return features[:, self.protected :], features[:, : self.protected] if self.protected else None
 
     def _block(
         self, block: Block, x: Tensor, sizes: Tensor | None, r: int, choose: Choose | None = None
@@ -192,12 +214,12 @@ class ToMe(FusedNetwork):
         x = x + block.drop_path1(block.ls1(attended))
         if choose is not None:
             # The sets are dealt by the parity of the protected tokens alone.
-            odd = self.prefix % 2
-            r = choose(metric[:, self.prefix - odd :], 0 if odd else None)
+            odd = self.protected % 2
+            r = choose(metric[:, self.protected - odd :], 0 if odd else None)
         token_map = None
         if r:
             weights = sizes if self.merging.weighting == "size" else None
-            token_map = match(metric, r, range(self.prefix), self.merging.order, weights, self.merging.mode)
+            token_map = match(metric, r, range(self.protected), self.merging.order, weights, self.merging.mode)
             x = token_map.fuse(x, weights)
             sizes = token_map.sizes(sizes) if self.merging.keeps_sizes else None
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), sizes, token_map
@@ -205,9 +227,9 @@ class ToMe(FusedNetwork):
     def _head(self, x: Tensor, sizes: Tensor | None) -> Any:
         """The transformer's head on normed tokens; a mean of tokens counts each patch once where weighing by size."""
         vit = self.vit
-        if vit.global_pool == "token" or sizes is None or self.merging.weighting != "size":
+        if vit.global_pool == "token" or sizes is None or not self.merging.counts_patches:
             return vit.forward_head(x)
-        first = 0 if vit.pool_include_prefix else self.prefix
+        first = 0 if vit.pool_include_prefix else self.protected
         weights = sizes[:, first:, None]
         pooled = ((x[:, first:] * weights).sum(1) / weights.sum(1)).to(x.dtype)
         return vit.head(vit.head_drop(vit.fc_norm(pooled)))

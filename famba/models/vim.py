@@ -12,11 +12,11 @@ from timm.layers import DropPath, PatchEmbed, lecun_normal_, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from famba.errors import ConfigError, near_miss
-from famba.fusion import TokenMap, match, trace, unfuse
+from famba.errors import ConfigError
+from famba.fusion import TokenMap, match
 from famba.fusion.matching import check_mode, check_order
-from famba.models.dense import FORMATS, Indices, as_map, chosen_layers
-from famba.models.fused import Choose, FusedNetwork, Way
+from famba.models.dense import Indices, chosen_layers
+from famba.models.fused import Choose, FusedNetwork, Passed, Way, check_choice
 from famba.models.mixer import VimMixer
 from famba.ops import add_rms_norm
 
@@ -36,10 +36,6 @@ class LayerFusion:
     mode: str
 
 
-Intermediates = list[Tensor] | list[tuple[Tensor, Tensor]]
-"""Of several layers each one's features, or pairs of the patches' and the class token's."""
-
-
 class Tokens(NamedTuple):
     """What is known of a sequence besides its values.
 
@@ -56,15 +52,6 @@ class Leaving(NamedTuple):
 
     hidden: Tensor
     residual: Tensor | None
-
-
-class Passed(NamedTuple):
-    """Images behind some layers: what the last one leaves, each one's map, and what those that were asked for leave."""
-
-    leaving: Leaving
-    tokens: Tokens
-    maps: list[TokenMap | None]
-    taken: dict[int, Leaving]
 
 
 class RMSNorm(nn.Module):
@@ -321,6 +308,11 @@ class Vim(FusedNetwork):
         return self.patch_embed.img_size
 
     @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.patch_embed.grid_size
+
+    @property
     def cls_index(self) -> int | None:
         """The class token's place in the sequence that enters the first layer."""
         return {"head": 0, "middle": self.num_patches // 2, "none": None}[self.cls_position]
@@ -329,16 +321,6 @@ class Vim(FusedNetwork):
         """Classify images (b, in_chans, height, width): logits (b, num_classes)."""
         passed = self._run(x)
         return self.head(self._pool(self._normed(passed.leaving), passed.tokens))
-
-    def forward_features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l d"]:
-        """Normed features of the last layer for each token of the first one, (b, num_tokens, embed_dim).
-
-        They lie as in a Vim that does not fuse: patches row by row, the class token at `cls_index`. Each patch has the
-        features of the token that holds it in the end (where tokens are pruned: of the one that it was most similar
-        to when it was dropped).
-        """
-        passed = self._run(x)
-        return self._final(passed, self._held(passed.maps, x))
 
     def forward_head(self, x: Float[Tensor, "b l d"], pre_logits: bool = False) -> Float[Tensor, "b out"]:
         """Classify what `forward_features` returns, (b, num_tokens, embed_dim): logits (b, num_classes).
@@ -365,54 +347,6 @@ class Vim(FusedNetwork):
         else:
             pooled = x.mean(1)
         return pooled if pre_logits else self.head(pooled)
-
-    def forward_intermediates(
-        self,
-        x: Float[Tensor, "b c h w"],
-        indices: Indices = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Intermediates | tuple[Tensor, Intermediates]:
-        """Features of several layers as maps over the image, as timm's models give them.
-
-        Those of a layer are its output with the residual stream that it is added to, which is what the next layer
-        reads before it norms and fuses; in training without what drop_path drops of it. Each patch has the features of
-        the token that holds it after that layer. They are of the dtype of the weights, normed ones as in
-        `forward_features`.
-
-        Args:
-            x: images (b, in_chans, height, width).
-            indices: layers from 0 (negative: from the end), a number of last layers, or None for all.
-            return_prefix_tokens: give pairs, of the patches' features and of the class token's, (b, 1, embed_dim);
-                without a class token as if this were False.
-            norm: apply the final norm to each.
-            stop_early: do not run the layers behind the last that is asked for.
-            output_fmt: "NCHW": (b, embed_dim, rows, columns); "NLC": (b, patches, embed_dim), row by row.
-            intermediates_only: leave out the final features.
-
-        Returns:
-            The final features, as `forward_features` has them (with `stop_early` of the layer that was run last), and
-            the features of the layers, in the order of the layers.
-
-        Raises:
-            ConfigError: there is no such layer, or no such format.
-        """
-        check_choice("output_fmt", output_fmt, FORMATS)
-        layers = chosen_layers(len(self.layers), indices)
-        passed = self._run(x, taken=layers, depth=max(layers) + 1 if stop_early else None)
-        held = self._held(passed.maps, x)
-        found: list = []
-        for layer, leaving in passed.taken.items():
-            features = self._normed(leaving) if norm else self._stream(leaving)
-            patches, cls = self._parted(self._unfused(features, held[layer]))
-            spread = as_map(patches, self.patch_embed.grid_size) if output_fmt == "NCHW" else patches
-            found.append((spread, cls) if return_prefix_tokens and cls is not None else spread)
-        if intermediates_only:
-            return found
-        return self._final(passed, held), found
 
     @torch.jit.ignore
     def prune_intermediate_layers(
@@ -441,10 +375,6 @@ class Vim(FusedNetwork):
             self.reset_classifier(0)
         return layers
 
-    def fused_by(self, x: Float[Tensor, "b c h w"], choose: Choose | None = None) -> list[TokenMap | None]:
-        """Pass images through all layers; return what each fused, None where nothing."""
-        return self._run(x, choose).maps
-
     def patch_places(self, device: torch.device) -> Int[Tensor, " n"]:
         """Places of the patches in the sequence that enters the first layer."""
         patches = torch.arange(self.num_patches, device=device)
@@ -452,8 +382,7 @@ class Vim(FusedNetwork):
 
     def _run(
         self, x: Tensor, choose: Choose | None = None, taken: Sequence[int] = (), depth: int | None = None
-    ) -> Passed:
-        """Pass images through the layers, or the first `depth` of them, and keep what those in `taken` leave."""
+    ) -> Passed[Leaving, Tokens]:
         hidden, residual = self._embed(x), None
         tokens = Tokens(self.cls_index, None)
         maps, kept = [], {}
@@ -478,18 +407,6 @@ class Vim(FusedNetwork):
         """The residual stream with what a layer adds (b, l, d), in the dtype of the weights."""
         assert leaving.residual is not None
         return (leaving.hidden + leaving.residual).to(self.pos_embed.dtype)
-
-    def _held(self, maps: list[TokenMap | None], x: Tensor) -> list[Tensor | None]:
-        """Which token holds each of the first layer's, (b, num_tokens) for each layer; None while none has fused."""
-        first = torch.arange(self.num_tokens, device=x.device).expand(x.shape[0], -1)
-        begins = next((i for i, token_map in enumerate(maps) if token_map is not None), len(maps))
-        return [None if i < begins else places for i, places in enumerate(trace(maps, first))]
-
-    def _final(self, passed: Passed, held: list[Tensor | None]) -> Tensor:
-        return self._unfused(self._normed(passed.leaving), held[-1] if held else None)
-
-    def _unfused(self, features: Tensor, held: Tensor | None) -> Tensor:
-        return features if held is None else unfuse(features, held)
 
     def _parted(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         """The patches' features (b, patches, d) and the class token's (b, 1, d), of all as `_embed` lays them out."""
@@ -519,12 +436,6 @@ class Vim(FusedNetwork):
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise ConfigError where a named choice is none of those allowed."""
-    if value not in allowed:
-        raise ConfigError(f"unknown {name} {value!r}{near_miss(value, allowed)}; allowed: {', '.join(allowed)}", name)
 
 
 def _check_patches(image: tuple[int, int], patch: tuple[int, int]) -> None:
