@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,25 @@ from famba import data
 from famba.errors import CheckpointError, ConfigError, FambaError, near_miss
 from famba.fusion import schedule
 from famba.fusion.schedules import ADAPTIVE
-from famba.models import Vim
+from famba.models import FusedNetwork
 from famba.models.checkpoints import load_weights, read_file
+from famba.models.networks import vim_names, vit_names
 from famba.models.registered import weights_folder
 from famba.training import checkpoint
-from famba.training.checks import check_model_name
+from famba.training.checks import check_model
 from famba.training.config import RunConfig, parse
 from famba.training.run_folder import finished_weights
 from famba.training.setup import augmentation, build_model, model_arguments
 
 Colours = tuple[float, float, float]
+
+ADDED_KEYS: dict[str, Any] = {
+    "fusion.adapt_at": None,
+    "fusion.adapt_images": None,
+    "fusion.mode": "fuse",
+    "fusion.proportional": False,
+}
+"""Keys that configurations have not always had, and what runs did before: a new key is one more entry."""
 
 _CONFIG, _SUMMARY = "config.yaml", "summary.json"
 _VIMS = "vim_*"
@@ -41,7 +50,7 @@ class Trained:
     [0, 1]. scaling: how evaluation scales images; the rest of it is of no use here.
     """
 
-    model: Vim
+    model: FusedNetwork
     config: RunConfig | None
     source: str
     image_size: int
@@ -116,13 +125,13 @@ def _from_checkpoint(file: Path) -> Trained:
 
 
 def _from_timm(name: str) -> Trained:
-    known = timm.list_models(_VIMS)
+    known = [*vim_names(), *vit_names()]
     if name.split(".")[0] not in known:
         raise CheckpointError(
             f"no run folder, no checkpoint and no timm model is called {name!r}{near_miss(name, known)}; "
             "give a run folder, its model.safetensors, a checkpoint (.pt), or the name of a timm model with weights"
         )
-    with_weights = timm.list_models(_VIMS, pretrained=True)
+    with_weights = timm.list_models(f"{name.split('.')[0]}*", pretrained=True)
     if "." in name and name not in with_weights:
         raise CheckpointError(f"{name} is not known{near_miss(name, with_weights)}; known: {', '.join(with_weights)}")
     folder = weights_folder(name)
@@ -130,13 +139,27 @@ def _from_timm(name: str) -> Trained:
         return replace(_from_weights(finished_weights(folder)), source=f"{name}, which comes with the package")
     found = get_pretrained_cfg(name, allow_unregistered=False)
     if found is None or not found.has_weights:
-        listed = ", ".join(with_weights) or "none of this release"
-        raise CheckpointError(f"{name} comes without weights; those with weights: {listed}")
-    model = build_model(name, {"pretrained": True}).eval()
+        listed = ", ".join(timm.list_models(_VIMS, pretrained=True))
+        raise CheckpointError(f"{name} comes without weights; Vims with weights: {listed}; most transformers have some")
+    model = _downloaded(name)
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     scaling = _plain_scaling(cfg["interpolation"], cfg["crop_pct"])
-    size = model.patch_embed.img_size[0]
-    return Trained(model, None, f"timm model {name}", size, tuple(cfg["mean"]), tuple(cfg["std"]), scaling)
+    return Trained(
+        model, None, f"timm model {name}", model.image_size[0], tuple(cfg["mean"]), tuple(cfg["std"]), scaling
+    )
+
+
+def _downloaded(name: str) -> FusedNetwork:
+    """A timm model with the weights that it has on the net, or in the cache that they were fetched to."""
+    try:
+        return build_model(name, {"pretrained": True}).eval()
+    except FambaError:
+        raise
+    except Exception as error:  # the client of each host has its own
+        raise CheckpointError(
+            f"the weights of {name} cannot be fetched ({type(error).__name__}: {str(error).splitlines()[0]}); fetch "
+            "them on a machine with network, and copy its cache of the Hugging Face hub"
+        ) from error
 
 
 def _plain_scaling(interpolation: str, eval_crop: float) -> data.Augmentation:
@@ -156,7 +179,7 @@ def _built(config: RunConfig, weights: dict[str, Any], counts: Any, file: Path, 
     if not isinstance(head, Tensor):
         raise CheckpointError(f"{file} holds no classifier (head.weight), so it tells no classes apart")
     try:
-        check_model_name(config.model.name)
+        check_model(config)
         model = build_model(config.model.name, model_arguments(config, len(head)))
         model.set_fusion(_configured(config, model) if counts is None else counts)
         scaling = augmentation(config)
@@ -164,14 +187,15 @@ def _built(config: RunConfig, weights: dict[str, Any], counts: Any, file: Path, 
         raise ConfigError(f"{file}: {error}", error.argument) from error
     load_weights(model, weights, file)
     mean, std = tuple(config.data.mean), tuple(config.data.std)
-    return Trained(model.eval(), config, source, model.patch_embed.img_size[0], mean, std, scaling)  # type: ignore[arg-type]
+    return Trained(model.eval(), config, source, model.image_size[0], mean, std, scaling)  # type: ignore[arg-type]
 
 
-def _configured(config: RunConfig, model: Vim) -> tuple[int, ...]:
+def _configured(config: RunConfig, model: FusedNetwork) -> tuple[int, ...]:
     """The schedule by the configuration alone."""
     fusion = config.fusion
-    protected = model.num_tokens - model.num_patches
-    return schedule(fusion.strategy, len(model.layers), model.num_tokens, fusion.budget, fusion.layers, protected)
+    return schedule(
+        fusion.strategy, model.depth, model.num_tokens, fusion.budget, fusion.layers, protected=model.protected
+    )
 
 
 def _read(file: Path, parser: Callable[[bytes], Any]) -> dict[str, Any]:
@@ -180,12 +204,28 @@ def _read(file: Path, parser: Callable[[bytes], Any]) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
     except (OSError, yaml.YAMLError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); give a checkpoint (.pt) of the run instead") from error
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{file} cannot be read ({reason}); mend it, or give a checkpoint (.pt) of the run, which needs it not"
+        ) from error
     return content
+
+
+def with_added_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Give an older run's configuration the keys that were added since, as the run went without them.
+
+    For reading alone: what goes on or starts has every key.
+    """
+    found: dict[str, Any] = dict(values)
+    for key, value in ADDED_KEYS.items():
+        group, name = key.split(".")
+        if isinstance(found.get(group), Mapping):
+            found[group] = {name: value, **found[group]}
+    return found
 
 
 def _parsed(values: Any, file: Path) -> RunConfig:
     try:
-        return parse(values)
-    except (FambaError, TypeError, AttributeError) as error:
+        return parse(with_added_keys(values))
+    except (FambaError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{file} holds no configuration of this release: {error}") from error

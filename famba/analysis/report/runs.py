@@ -14,6 +14,7 @@ import yaml
 from famba.analysis.status import Status, status
 from famba.training.config import flatten
 from famba.training.run_folder import METRICS
+from famba.training.trained import with_added_keys
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # Which images an evaluation may be of, as keys of metrics.jsonl.
@@ -173,7 +174,7 @@ def _config(folder: Path) -> Mapping[str, Any]:
         raise _DamageError("config.yaml is missing, so its recipe is not known") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise _DamageError(printable(f"config.yaml is damaged: {' '.join(str(error).split())}")) from error
-    return flatten(config)
+    return flatten(with_added_keys(config))
 
 
 _Evaluations = dict[str, tuple[tuple[int, float], ...]]
