@@ -1,4 +1,4 @@
-"""Folders that a command writes to, looked at before there is anything to lose."""
+"""Folders that a command reads, and those that it writes to, looked at before there is anything to lose."""
 
 from __future__ import annotations
 
@@ -7,7 +7,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from famba.errors import ConfigError
+from famba.errors import ConfigError, DataError
+
+_TOLD = 8
+
+
+def check_folder(path: Path) -> None:
+    """Raise DataError, with what to do, where a path that runs are looked for in is no folder."""
+    if path.is_dir():
+        return
+    if path.exists():
+        raise DataError(f"{path} is a file; give the folder of a run, or one that holds some: {path.parent}, perhaps")
+    there = next((parent for parent in path.absolute().parents if parent.is_dir()), path)
+    raise DataError(
+        f"{path} is not there; {there} holds {_contents(there)}. Give the run_dir of a run or of a sweep, or a folder "
+        "that holds some"
+    )
 
 
 def prepare_folder(path: str | Path) -> Path:
@@ -35,3 +50,13 @@ def prepared(*folders: Path) -> Iterator[None]:
             with suppress(OSError):  # not empty
                 folder.rmdir()
         raise
+
+
+def _contents(folder: Path) -> str:
+    """The folders in a folder, a few of them."""
+    try:
+        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError:
+        return "what cannot be read"
+    more = ", ..." if len(names) > _TOLD else ""
+    return f"the folders {', '.join(names[:_TOLD])}{more}" if names else "no folder"

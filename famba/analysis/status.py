@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from tabulate import tabulate
 
+from famba.analysis.folders import check_folder
 from famba.errors import DataError, FambaError
 from famba.training.reporting import duration
 from famba.training.run_folder import METRICS
@@ -58,6 +59,7 @@ def status(paths: Iterable[str | Path]) -> list[Status]:
     """Look at all runs in or below some folders. Raises DataError for a path that holds none."""
     found: dict[Path, str] = {}
     for path in map(Path, paths):
+        check_folder(path)
         folders = list(_runs_in(path))
         if not folders:
             raise DataError(f"no run in {path}; give the run_dir of a run or of a sweep, or a folder that holds some")

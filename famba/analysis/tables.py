@@ -9,6 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from famba.analysis.folders import check_folder
 from famba.errors import DataError
 
 _COLUMNS = ("model", "fusion", "seed", "Top-1 %", "time per epoch s", "tokens left", "status")
@@ -18,9 +19,13 @@ def find_runs(paths: Iterable[str | Path]) -> list[Path]:
     """Folders with a summary.json in or below the given ones. Raises DataError for a path that has none."""
     runs: list[Path] = []
     for path in map(Path, paths):
+        check_folder(path)
         found = sorted(file.parent for file in path.rglob("summary.json"))
         if not found:
-            raise DataError(f"no run folder (one with a summary.json) in {path}; give the run_dir of a run or a sweep")
+            raise DataError(
+                f"no run in {path} has a summary.json yet; give the run_dir of a run or of a sweep, or look at what is "
+                f"there by famba status {path}"
+            )
         runs += found
     return runs
 
@@ -33,9 +38,12 @@ def run_table(runs: Iterable[Path]) -> str:
 
 def _read(run: Path) -> dict[str, Any]:
     try:
-        return json.loads((run / "summary.json").read_text())
-    except json.JSONDecodeError as error:
+        found = json.loads((run / "summary.json").read_text())
+        if not isinstance(found, dict):
+            raise ValueError("it holds no summary")
+    except (OSError, ValueError) as error:
         raise DataError(f"{run / 'summary.json'} is damaged ({error}); leave this run out, or run it again") from error
+    return found
 
 
 def _row(summary: dict[str, Any]) -> list[Any]:
@@ -47,6 +55,6 @@ def _row(summary: dict[str, Any]) -> list[Any]:
         summary.get("provenance", {}).get("seed"),
         summary.get("top1"),
         sum(times.values()) if times else None,
-        f"{left[-1]} of {summary['tokens']}" if left else None,
+        f"{left[-1]} of {summary.get('tokens', '?')}" if left else None,
         summary.get("status"),
     ]
