@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
+import math
 import os
 import re
+import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from runs import run
+from scipy.stats import binomtest
 
 from famba.analysis.evaluation import evaluate as evaluation
 from famba.analysis.evaluation import request as requests
+from famba.analysis.evaluation.command import add_evaluate
+from famba.analysis.evaluation.intervals import of_accuracy, of_difference
+from famba.analysis.evaluation.report import plot
 from famba.analysis.variants import Choice, labels, own, variants
 from famba.cli import main as famba
 from famba.data.loader import EvalBatches
 from famba.errors import ConfigError
 from famba.models import Vim
-from famba.training.trained import load_trained
+from famba.training.trained import ADDED_KEYS, load_trained
 
 Trained = tuple[Path, dict[str, Any]]
 
@@ -71,6 +81,12 @@ def test_its_own_schedule_gives_what_the_run_gave_and_others_are_beside_it(
     table = capsys.readouterr().out
     assert f"{summary['top1']:.2f}" in table
     assert "upper *" in table
+    for one in results:
+        assert one["top1_low95"] < one["top1"] < one["top1_high95"]
+    assert mine["difference"] is None
+    for one in results[1:]:
+        assert one["difference"] == pytest.approx(one["top1"] - mine["top1"])
+        assert one["difference_low95"] <= one["difference"] <= one["difference_high95"]
     with open(tmp_path / "out" / "evaluate.csv") as file:
         assert [row["removed"] for row in csv.DictReader(file)] == ["8", "0", "8", "32", "32"]
     for kind in ("svg", "png"):
@@ -117,7 +133,7 @@ def test_interrupted_it_keeps_what_all_contestants_have_had(
     assert status == 130
     assert "Interrupted" in capsys.readouterr().out
     found = json.loads((tmp_path / "evaluate.json").read_text())
-    assert (found["images"], found["interrupted"], len(found["results"])) == (40, True, 2)
+    assert (found["images"], found["interrupted"], len(found["results"])) == (40, True, 3)
 
 
 @pytest.mark.parametrize(
@@ -126,13 +142,16 @@ def test_interrupted_it_keeps_what_all_contestants_have_had(
         (["--fusion", "uper"], "did you mean 'upper'"),
         (["--fusion", "all,"], "--fusion is 'all,'"),
         (["--fusion", "adaptive"], "no fixed schedule"),
-        (["--fusion", "custom"], "--layers: fusion strategy 'custom' needs a list"),
+        (["--fusion", "adaptive", "--budget", "8"], "This network was trained with upper; name another strategy"),
+        (["--fusion", "custom"], r"custom needs --layers: which layers fuse.*0 to 3\)"),
         (["--fusion", "all", "--budget", "65"], "--budget.*does not fit"),
         (["--fusion", "all", "--budget", "1.5"], "--budget is 1.5"),
         (["--fusion", "all", "--budget", "many"], "--budget holds 'many'"),
         (["--fusion", "all", "--layers", "2"], "take none"),
         (["--fusion", "upper", "--layers", "1,2"], "take one number"),
         (["--fusion", "upper,custom", "--layers", "1,2"], "at once"),
+        (["--fusion", "upper,custom", "--layers", "1"], "at once"),
+        (["--fusion", "custom", "--layers", "4"], "--layers holds 4; allowed: 0 to 3"),
         (["--fusion", "upper", "--layers", "x"], "--layers holds 'x'"),
         (["--order", "tom"], "unknown --order 'tom', did you mean 'tome'"),
         (["--subset", "0"], "--subset is 0"),
@@ -188,6 +207,104 @@ def test_variants_say_what_they_are(upper: Trained) -> None:
     found = variants(trained, Choice(strategies=["all", "lower"]))
     assert [one.removed for one in found] == [8, 8]
     assert found[1].schedule == (2, 3, 3, 0)
+
+
+def fused_by(folder: Path, counts: list[int], **chosen: Any) -> Any:
+    """A network as if it had been trained with these counts and these keys of fusion."""
+    trained = load_trained(folder)
+    assert trained.config is not None
+    trained.model.set_fusion(counts)
+    return replace(trained, config=replace(trained.config, fusion=replace(trained.config.fusion, **chosen)))
+
+
+def test_what_differs_in_its_layers_alone_has_a_name_of_its_own(upper: Trained) -> None:
+    few = fused_by(upper[0], [0, 0, 4, 4], layers=2)
+    assert variants(few, Choice(strategies=["upper"])) == [own(few)]
+    (usual,) = variants(few, Choice(strategies=["upper"], layers=[3]))
+    assert labels([own(few), usual]) == ["upper, 2 layers", "upper, 3 layers"]
+    # Another budget over its own layers, and a strategy of which there is but one, need no more words.
+    (own_layers,) = variants(few, Choice(strategies=["upper"], budgets=[4]))
+    assert labels([own(few), own_layers]) == ["upper", "upper"]
+    (lower,) = variants(few, Choice(strategies=["lower"], layers=[1]))
+    assert labels([own(few), lower]) == ["upper", "lower"]
+
+
+def test_counts_of_its_own_are_told_from_custom_layers(upper: Trained) -> None:
+    counted = fused_by(upper[0], [0, 1, 0, 7], strategy="custom", budget=[0, 1, 0, 7])
+    (even,) = variants(counted, Choice(strategies=["custom"], layers=[3, 1]))
+    assert even.schedule == (0, 4, 0, 4)
+    assert labels([own(counted), even]) == ["custom, counts of its own", "custom, in layers 1 3"]
+    alike = fused_by(upper[0], [0, 4, 0, 4], strategy="custom", budget=[0, 4, 0, 4])
+    assert variants(alike, Choice(strategies=["custom"], layers=[1, 3], budgets=[8])) == [own(alike)]
+
+
+def test_without_fusion_nothing_else_is_of_any_matter(upper: Trained) -> None:
+    found = variants(load_trained(upper[0]), Choice(strategies=["none", "upper"], order="tome", weighting="size"))
+    assert labels([own(load_trained(upper[0])), *found]) == ["upper, sequence, mean", "none", "upper, tome, size"]
+    plain = fused_by(upper[0], [0, 0, 0, 0], strategy="none")
+    with pytest.raises(ConfigError, match="trained without fusion: name the strategies"):
+        variants(plain, Choice(budgets=[8]))
+
+
+def evaluated(folder: Path, *options: str) -> evaluation.Evaluation:
+    parser = argparse.ArgumentParser()
+    add_evaluate(parser.add_subparsers())
+    return evaluation.evaluate(requests.check(parser.parse_args(["evaluate", str(folder), "--subset", "40", *options])))
+
+
+def test_curves_begin_without_fusion_and_keep_layers_apart(upper: Trained, without_memory: None) -> None:
+    found = evaluated(upper[0], "--fusion", "upper,all", "--layers", "1", "--budget", "4,16")
+    strategies = [(result.variant.strategy, result.variant.removed) for result in found.results]
+    assert strategies == [("upper", 8), ("none", 0), ("upper", 4), ("upper", 16), ("all", 4), ("all", 16)]
+    axes = plot(found).axes[0]
+    lines = {str(line.get_label()): list(line.get_xdata()) for line in axes.lines}
+    assert lines["upper, 3 layers"] == [0, 8]
+    assert lines["upper, 1 layer"] == lines["all"] == [0, 4, 16]
+    (bars,) = (one for one in axes.collections if one.get_label() == "95 % interval over images")
+    assert len(bars.get_segments()) == 6  # type: ignore[attr-defined]
+
+
+def test_alone_it_is_evaluated_alone(upper: Trained, without_memory: None) -> None:
+    assert [result.variant.strategy for result in evaluated(upper[0]).results] == ["upper"]
+
+
+@pytest.mark.parametrize(("hits", "images"), [(0, 50), (3, 40), (1733, 10_000), (50, 50)])
+def test_the_interval_of_an_accuracy_is_wilsons(hits: int, images: int) -> None:
+    expected = binomtest(hits, images).proportion_ci(method="wilson")
+    assert of_accuracy(hits, images) == pytest.approx((100 * expected.low, 100 * expected.high), abs=1e-9)
+
+
+def test_the_interval_of_a_difference_is_paired() -> None:
+    # Worked by hand: 12.5 and 5.5 of 102, so 7 / 102 in the middle and the root of (18 - 49 / 102) / 102 beside.
+    half = 1.959964 * math.sqrt(18 - 49 / 102) / 102
+    assert of_difference(12, 5, 100) == pytest.approx((100 * (7 / 102 - half), 100 * (7 / 102 + half)), abs=1e-4)
+    assert of_difference(5, 12, 100) == pytest.approx([-end for end in reversed(of_difference(12, 5, 100))])
+    low, high = of_difference(0, 0, 100)
+    assert low < 0 < high
+    # Networks that mostly err together differ clearly where two samples would not tell.
+    assert of_difference(40, 10, 1000).low > 0
+    assert of_accuracy(500, 1000).high > of_accuracy(530, 1000).low
+
+
+@pytest.mark.parametrize(("images", "gain", "loss"), [(100, 0.05, 0.02), (100, 0.3, 0.1), (2000, 0.01, 0.01)])
+def test_intervals_of_a_difference_hold_it_as_often_as_they_say(images: int, gain: float, loss: float) -> None:
+    draws = np.random.default_rng(0).multinomial(images, [gain, loss, 1 - gain - loss], size=4000)
+    ends = [of_difference(int(gained), int(lost), images) for gained, lost, _ in draws]
+    held = np.mean([low <= 100 * (gain - loss) <= high for low, high in ends])
+    assert 0.94 <= held <= 0.975
+
+
+@pytest.mark.parametrize("key", sorted(ADDED_KEYS))
+def test_runs_from_before_a_key_was_added_are_evaluated(
+    upper: Trained, key: str, tmp_path: Path, without_memory: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = shutil.copytree(upper[0], tmp_path / "old")
+    config = yaml.safe_load((old / "config.yaml").read_text())
+    group, name = key.split(".")
+    del config[group][name]
+    (old / "config.yaml").write_text(yaml.safe_dump(config))
+    assert famba(["evaluate", str(old), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["results"][0]["top1"] == upper[1]["top1"]
 
 
 def test_set_fusion_changes_how_tokens_fuse() -> None:

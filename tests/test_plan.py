@@ -11,6 +11,7 @@ import timm
 import torch
 
 from famba.analysis.plan import plan
+from famba.analysis.plan_report import tokens_plot
 from famba.cli import main
 from famba.errors import ConfigError
 from famba.fusion import schedule
@@ -84,7 +85,7 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["plan", *overrides, "--out", str(tmp_path / "plan"), *small]) == 0
     printed = capsys.readouterr().out
     assert "Tokens after each layer" in printed
-    assert "of none, measured" in printed
+    assert "step time, of none, measured" in printed
     written = json.loads((tmp_path / "plan" / "plan.json").read_text())
     assert [row["name"] for row in written] == ["none", "all", "lower"]
     assert written[1]["step_time_of_none_predicted"] == written[1]["macs_per_image"] / written[0]["macs_per_image"]
@@ -95,11 +96,61 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     assert len((tmp_path / "plan" / "plan.csv").read_text().splitlines()) == 4
 
 
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "auto"])
+def test_a_run_for_a_gpu_is_planned_where_there_is_none(
+    precision: str, without_gpu: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["model=vim_ti", "fusion=upper", "trainer.device=cuda", f"trainer.precision={precision}"]
+    none, upper = plan(overrides)
+    assert (upper.setup.device.type, upper.setup.dtype) == ("cuda", torch.bfloat16)
+    expected = cost(timm.create_model("vim_tiny_patch16_224", num_classes=100), upper.where.backend, torch.bfloat16)
+    assert none.cost.saved_bytes == expected.saved_bytes
+    single = plan([*overrides[:3], "trainer.precision=fp32"])[1]
+    assert upper.cost.macs == single.cost.macs
+    assert upper.cost.saved_bytes < single.cost.saved_bytes
+    assert main(["plan", *overrides]) == 0
+    printed = capsys.readouterr().out
+    assert f"computed in bfloat16 by {upper.where.backend}" in printed
+    assert "Planned for another machine; here it could not run: trainer.device 'cuda' is not on this machine" in printed
+
+
+def test_bf16_is_planned_on_a_processor_without_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("famba.training.devices._cpu_has_bf16", lambda: False)
+    overrides = ["model=vim_micro", "fusion=upper", "trainer.device=cpu", "trainer.precision=bf16"]
+    assert {one.setup.dtype for one in plan(overrides)} == {torch.bfloat16}
+    assert main(["plan", *overrides, "--measure"]) == 2
+    assert "--measure times steps here, where none cannot run: trainer.precision=bf16, but" in capsys.readouterr().err
+
+
+def test_m_is_taken_as_train_py_takes_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "-m", "model=vim_micro", "fusion=all,upper"]) == 0
+    with_m = capsys.readouterr().out
+    assert main(["plan", "model=vim_micro", "fusion=all,upper"]) == 0
+    assert capsys.readouterr().out == with_m
+
+
+def test_equal_curves_are_drawn_once_under_both_names() -> None:
+    figure = tokens_plot({"all": ("all", [9, 7, 5]), "adaptive": ("adaptive", [9, 7, 5]), "none": ("none", [9, 9, 9])})
+    assert [line.get_label() for line in figure.axes[0].lines] == ["all = adaptive", "none"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["fusion=uper"], "unknown fusion 'uper', did you mean 'upper'"),
-        (["--backend", "nativ"], "unknown --backend 'nativ'; allowed: mamba_ssm, triton, native, reference"),
+        (["--backend", "nativ"], "unknown --backend 'nativ', did you mean 'native'?; allowed: mamba_ssm, triton"),
+        (["ops.backend=nativ"], "unknown ops.backend 'nativ', did you mean 'native'?"),
+        (["trainer.device=cudo"], "unknown trainer.device 'cudo'"),
+        (["trainer.device=mps", "trainer.precision=fp16"], "fp16 is not supported on mps"),
+        (["trainer.cuda_graphs=true"], "add trainer.compile=true"),
+        (["model=vit_micro"], "is a transformer, and a plan knows the costs of Vims alone"),
         (["fusion=all", "fusion.budget=5000"], "a budget of 5000 tokens does not fit"),
         (["--measure", "--batch", "0"], "--batch is 0; allowed: 1 or more"),
     ],

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+from matplotlib.colors import to_rgb
 from report_runs import (
     MODEL,
     NONE,
@@ -18,15 +21,19 @@ from report_runs import (
 )
 from scipy.stats import ttest_rel
 
+from famba.analysis.palette import looks
 from famba.analysis.report import cells, curves
 from famba.analysis.report.conclusion import conclusions
 from famba.analysis.report.notes import notes
-from famba.analysis.report.paper import printed
-from famba.analysis.report.plots import looks
-from famba.analysis.report.rows import build_table, pareto
+from famba.analysis.report.plots import plots
+from famba.analysis.report.rows import MEMORY, SAVED, TIME, Row, Table, build_table, pareto
 from famba.analysis.report.runs import read_runs
 from famba.analysis.report.settings import Fusion, labels
 from famba.analysis.report.statistics import paired, sample
+from famba.fusion import schedule
+from famba.fusion.schedules import strategy_names
+from famba.training.compose import compose
+from famba.training.config import flatten, plain
 
 # Numbers
 
@@ -149,7 +156,7 @@ def test_a_run_from_another_device_counts_for_accuracy_alone(tmp_path: Path) -> 
     assert (upper.time_s.mean, upper.time_s.n) == (362.0, 3)
     assert lower.is_elsewhere
     assert (lower.time_share, lower.memory_share, lower.time_difference) == (None, None, None)
-    assert lower not in pareto(table.rows, lambda row: row.time_s)
+    assert lower not in pareto(table.rows, TIME)
     remarks = {run.name.partition("/")[2]: run.reasons for run in table.comparable.remarks}
     assert "device: A GPU, in the table A CPU, 2 cores, 1 threads" in remarks["gpu"]
     results, _ = cells.sheets(table)
@@ -211,32 +218,146 @@ def test_labels_say_only_what_differs() -> None:
     assert labels([soon, late])[late] == "adaptive, adapt_at 0.5"
 
 
-def test_figures_in_print_stand_only_where_they_are_known() -> None:
-    assert printed("vim_small_patch16_224", "none", "cifar100").top1 == 76.9
-    assert printed("vim_tiny_patch16_224", "interleaved", "cifar100") == (67.0, "under 4 h")
-    for asked in (("vim_small_patch16_224", "none", "digits"), ("vim_small_patch16_224", "all", "cifar100")):
-        assert printed(*asked) == (None, None)
+def papers(folder: Path, name: str, strategy: str, seed: int, **changes: Any) -> Path:
+    """A run in the paper's own setting, but for what is changed."""
+    told = plain(compose([f"fusion={strategy}", "model=vim_s", "recipe=paper", f"seed={seed}", "run_dir=x"]))
+    config = flatten({**told, "fusion": {**told["fusion"], "strategy": strategy}}) | changes
+    counts = list(schedule(strategy, 24, 197, changes.get("fusion.budget", 168)))
+    left = [197 - sum(counts[: i + 1]) for i in range(24)]
+    return write_run(folder / name, strategy, seed, 70.0, config=config, schedule=counts, tokens_per_layer=left,
+                     tokens=197, image_size=224, parameters=2.6e7)  # fmt: skip
 
 
-def test_a_strategy_keeps_its_colour_and_marker(tmp_path: Path) -> None:
+def paper_cells(table: Table) -> list[list[str]]:
+    results, _ = cells.sheets(table)
+    at = results.headers.index("paper: Top-1, %")
+    return [row[at : at + 2] for row in results.rows]
+
+
+def test_figures_in_print_stand_beside_runs_of_the_papers_setting(tmp_path: Path) -> None:
+    papers(tmp_path, "none", "none", 0)
+    papers(tmp_path, "upper", "upper", 0)
+    papers(tmp_path, "all", "all", 0)  # in the paper, but not known here
+    table = table_of(tmp_path)
+    assert paper_cells(table) == [["76.9", ""], ["", ""], ["75.2", ""]]
+    assert any(note.startswith("Paper: arXiv 2409.09808") for note in notes(table))
+    papers(tmp_path / "counts", "upper", "upper", 0, **{"fusion.budget": "paper"})
+    assert paper_cells(table_of(tmp_path / "counts")) == [["75.2", ""]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"trainer.epochs": 2}, "trainer.epochs is 2, not 300"),
+        ({"recipe.mixup": 0.0}, "recipe.mixup is 0.0, not 0.8"),
+        ({"data.subset": 500}, "data.subset is 500, but not set there"),
+        ({"data.name": "cifar10"}, "data.name is cifar10, not cifar100"),
+        ({"model.depth": 24}, "model.depth is 24, but not set there"),
+        ({"fusion.budget": 96}, "96 tokens are removed, not 162 or 168"),
+        ({"fusion.weighting": "size"}, "fusion.weighting is size, not mean"),
+        ({"fusion.mode": "prune"}, "fusion.mode is prune, not fuse"),
+    ],
+)
+def test_figures_in_print_do_not_stand_beside_runs_of_another_setting(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    papers(tmp_path, "upper", "upper", 0, **changes)
+    table = table_of(tmp_path)
+    assert paper_cells(table) == [["", ""]]
+    (note,) = (note for note in notes(table) if "arXiv 2409.09808" in note)
+    assert "are not set beside upper" in note
+    assert said in note
+
+
+def test_models_that_the_paper_does_not_have_have_no_columns_for_it(tmp_path: Path) -> None:
+    table = table_of(write_pair(tmp_path))
+    assert not any(header.startswith("paper") for header in cells.sheets(table)[0].headers)
+    assert "arXiv" not in " ".join(notes(table))
+
+
+def grey(colour: str) -> float:
+    """Lightness as the eye has it, from 0 to 100."""
+    red, green, blue = (channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4
+                        for channel in to_rgb(colour))  # fmt: skip
+    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    return 116 * luminance ** (1 / 3) - 16 if luminance > 0.008856 else 903.3 * luminance
+
+
+def test_strategies_are_told_apart_in_colour_and_in_grey() -> None:
+    found = looks(strategy_names())
+    assert len({own.marker for own in found}) == len({own.color for own in found}) == len(strategy_names())
+    for one, other in itertools.combinations(found, 2):
+        assert one.line != other.line or abs(grey(one.color) - grey(other.color)) > 15
+    dashed = [own for own in looks(["all", "adaptive"]) if own.line != "-"]
+    assert len(dashed) == 1
+
+
+def test_a_strategy_keeps_its_colour_and_marker_and_its_settings_differ() -> None:
+    upper, mine, again, third = looks(["upper", "mine", "upper", "upper"])
+    assert (upper.color, upper.marker) == (again.color, again.marker) == (third.color, third.marker)
+    assert len({(own.line, own.face) for own in (upper, again, third)}) == 3
+    assert upper.face == upper.color
+    assert looks(["upper"]) == [upper]
+    assert mine.color != upper.color
+
+
+def test_pruned_settings_have_a_row_of_their_own(tmp_path: Path) -> None:
     write_pair(tmp_path)
-    write_run(tmp_path / "tome", "upper", 0, 12.0, config={"fusion.order": "tome"})
-    found = looks(table_of(tmp_path).rows)
-    (own, line, filled), (other, other_line, other_filled) = found["upper"], found["upper, order tome"]
-    assert own == other
-    assert line != other_line
-    assert (filled, other_filled) == (True, False)
-    assert found["none"][0].color != own.color
+    write_run(tmp_path / "pruned", "upper", 0, 10.0, config={"fusion.mode": "prune"})
+    write_run(tmp_path / "fused", "upper", 3, 12.0, config={"fusion.mode": "fuse"})
+    table = table_of(tmp_path)
+    assert [row.label for row in table.rows] == ["none", "upper", "upper, mode prune"]
+    # Runs from before there was a mode are of the same setting as those that say what they did.
+    assert row_of(table, "upper").seeds == (0, 1, 2, 3)
 
 
 # Conclusions
 
 
-def test_the_front_holds_what_nothing_beats(tmp_path: Path) -> None:
-    for strategy, top1, seconds in (("none", 12.0, 600.0), ("all", 11.0, 300.0), ("lower", 10.0, 400.0)):
-        write_run(tmp_path / strategy, strategy, 0, top1, train_time_s=seconds)
-    front = pareto(table_of(tmp_path).rows, lambda row: row.time_s)
-    assert [row.label for row in front] == ["all", "none"]
+def spread_out(folder: Path, strategy: str, top1: list[float], **costs: list[float]) -> None:
+    """A seed of a strategy for each Top-1, with its costs."""
+    for seed, value in enumerate(top1):
+        write_run(folder / f"{strategy}{seed}", strategy, seed, value, **{key: of[seed] for key, of in costs.items()})
+
+
+def names(rows: list[Row]) -> list[str]:
+    return [row.label for row in rows]
+
+
+def test_the_front_leaves_out_what_another_beats_by_more_than_chance(tmp_path: Path) -> None:
+    spread_out(tmp_path, "none", [12.0, 12.1, 12.2], train_time_s=[600.0, 602.0, 601.0])
+    spread_out(tmp_path, "all", [11.0, 11.1, 11.2], train_time_s=[300.0, 301.0, 302.0])
+    # Slower than all, and less accurate, both beyond doubt.
+    spread_out(tmp_path, "lower", [10.0, 10.1, 10.2], train_time_s=[400.0, 401.0, 402.0])
+    # Less accurate and slower than all by the means, but no more than seeds differ.
+    spread_out(tmp_path, "upper", [11.5, 10.2, 11.3], train_time_s=[290.0, 330.0, 300.0])
+    table = table_of(tmp_path)
+    assert names(pareto(table.rows, TIME)) == ["all", "upper", "none"]
+    said = " ".join(conclusions(table))
+    assert "On the Pareto front of Top-1 against training time: all, upper and none." in said
+    plot = plots(table, "x")[0]
+    assert plot.caption.startswith("Ringed: the Pareto front")
+    assert plot.svg is not None
+
+
+def test_memory_that_scatters_marks_no_front(tmp_path: Path) -> None:
+    spread_out(tmp_path, "none", [12.0, 13.0, 12.5], peak_memory_mib=[1225.0, 1285.0, 1250.0])
+    spread_out(tmp_path, "all", [12.6, 12.2, 13.1], peak_memory_mib=[1277.0, 1248.0, 1306.0])
+    spread_out(tmp_path, "upper", [12.9, 12.7, 12.4], peak_memory_mib=[1236.0, 1336.0, 1286.0])
+    table = table_of(tmp_path)
+    assert len(pareto(table.rows, MEMORY)) == 3
+    memory = next(plot for plot in plots(table, "x") if plot.name == "x-accuracy_memory")
+    assert memory.caption.startswith("No Pareto front is marked, since no setting beats another by more than chance.")
+
+
+def test_one_seed_marks_no_front_but_of_what_is_worked_out(tmp_path: Path) -> None:
+    spread_out(tmp_path, "none", [12.0], train_time_s=[600.0], saved_bytes_per_image=[700_000])
+    spread_out(tmp_path, "all", [12.0], train_time_s=[300.0], saved_bytes_per_image=[400_000])
+    table = table_of(tmp_path)
+    assert names(pareto(table.rows, TIME)) == ["all", "none"]
+    assert names(pareto(table.rows, SAVED)) == ["all"]
+    said = "No Pareto front is to be told: of the 2 timed settings none is shown to beat another"
+    assert conclusions(table)[0].startswith(said)
 
 
 def write_strategies(folder: Path, offsets: dict[str, float]) -> Path:
@@ -309,6 +430,6 @@ def test_what_a_summary_lacks_is_a_marked_gap(tmp_path: Path) -> None:
     write_run(tmp_path / "run", "upper", 0, 12.0, **gaps)
     table = table_of(tmp_path)
     results, costs = cells.sheets(table)
-    assert results.rows == [["upper", "1", "12.00", "-", "-", "-", "-", "-", "-", "", ""]]
+    assert results.rows == [["upper", "1", "12.00", "-", "-", "-", "-", "-", "-"]]
     assert costs.rows[0][1] == "-"
     assert "No run without fusion" in " ".join(notes(table))

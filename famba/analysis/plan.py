@@ -9,17 +9,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from famba.analysis.benchmark.steps import Step, Subject
 from famba.analysis.benchmark.timing import Race
+from famba.analysis.plan_target import Target, prepare_for, target
 from famba.errors import ConfigError
-from famba.models import Vim
+from famba.models import FusedNetwork, Vim
 from famba.models.cost import Cost, cost
-from famba.ops.registry import AUTO, backends, resolve
+from famba.models.networks import vim_names, vit_names
 from famba.training.compose import compose_all
 from famba.training.config import FusionConfig, RunConfig, flatten, plain
-from famba.training.setup import Setup, build_model, prepare
+from famba.training.setup import Setup, build_model
 
 NONE = "none"
 # Weights, gradients and AdamW's two moments, in float32.
@@ -28,14 +28,14 @@ _BYTES_PER_PARAMETER = 16
 
 @dataclass(frozen=True)
 class Planned:
-    """One configuration and what it costs. step_ms is measured, None where that was not asked for."""
+    """One configuration, where it would run, and what it costs. step_ms: measured, None where none was asked for."""
 
     name: str
     config: RunConfig
     setup: Setup
     parameters: int
     cost: Cost
-    backend: str
+    where: Target
     step_ms: float | None = None
 
     @property
@@ -56,15 +56,23 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
         help="show what strategies cost before a run",
         description="Work out what strategies cost, layer by layer and in total, before anything runs: tokens, "
         "multiply-adds, bytes kept for the backward, and the share of an unfused model's step that is left.",
-        epilog="example: famba plan model=vim_s fusion=all,interleaved,lower,upper fusion.budget=150",
+        epilog="examples: famba plan model=vim_s fusion=all,interleaved,lower,upper fusion.budget=150; "
+        "famba plan model=vim_s fusion=upper trainer.device=cuda trainer.precision=bf16",
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="as train.py takes them; several values by commas"
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="as train.py takes them, several values by commas; trainer.device and trainer.precision may be those of "
+        "another machine",
     )
-    parser.add_argument("--backend", help="whose bytes to count (default: the one that serves here)")
+    parser.add_argument("-m", "--multirun", action="store_true", help="as for train.py; here several values need no -m")
+    parser.add_argument(
+        "--backend", metavar="NAME", help="whose bytes to count (default: ops.backend, or the one that would serve)"
+    )
     parser.add_argument("--measure", action="store_true", help="time training steps here, beside what is predicted")
-    parser.add_argument("--batch", type=int, default=32, help="images in a measured step (default: 32)")
-    parser.add_argument("--rounds", type=int, default=5, help="measured steps of each, in turn (default: 5)")
+    parser.add_argument("--batch", type=int, default=32, metavar="N", help="images in a measured step (default: 32)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="measured steps each, in turn (default: 5)")
     parser.add_argument("--out", metavar="FOLDER", help="write plan.csv, plan.json and tokens.svg and .png there")
     return parser
 
@@ -72,12 +80,15 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
 def plan(overrides: Sequence[str], backend: str | None = None) -> list[Planned]:
     """Work out every configuration that overrides ask for, and for each model the one without fusion before them.
 
-    Raises FambaError for what cannot work, as train.py does.
+    Raises FambaError for what cannot work on any machine, as train.py does.
     """
-    if backend not in (None, *backends()):
-        raise ConfigError(f"unknown --backend {backend!r}; allowed: {', '.join(backends())}")
     asked: list[RunConfig] = []
     for config in compose_all(overrides):
+        if config.model.name in vit_names():
+            raise ConfigError(
+                f"model.name {config.model.name} is a transformer, and a plan knows the costs of Vims alone; allowed: "
+                f"{', '.join(vim_names())}"
+            )
         config = replace(config, seed=0, run_dir="planned")
         unfused = replace(config, fusion=_unfused(config.fusion))
         wanted = [unfused] if config.fusion.strategy == NONE else [unfused, config]
@@ -87,7 +98,13 @@ def plan(overrides: Sequence[str], backend: str | None = None) -> list[Planned]:
 
 
 def measure(plans: Sequence[Planned], batch: int, rounds: int) -> list[Planned]:
-    """Time training steps of each on this machine, one after the other in turn, by the median."""
+    """Time training steps of each on this machine, one after the other in turn, by the median.
+
+    Raises ConfigError where one of them cannot run here.
+    """
+    for one in plans:
+        if one.where.obstacle is not None:
+            raise ConfigError(f"--measure times steps here, where {one.name} cannot run: {one.where.obstacle}")
     steps = {one.name: Step(_subject(one, batch)) for one in plans}
     for step in steps.values():
         step.model.train()
@@ -102,7 +119,7 @@ class _Subject(Subject):
 
     arguments: dict[str, Any] = field(default_factory=dict)
 
-    def build(self) -> nn.Module:
+    def build(self) -> FusedNetwork:
         """Build the model with random weights."""
         torch.manual_seed(0)
         return build_model(self.model, self.arguments).to(self.device)
@@ -117,7 +134,7 @@ def _subject(one: Planned, batch: int) -> _Subject:
         one.setup.image_size,
         precision,
         str(one.setup.device),
-        one.backend,
+        one.where.backend,
         arguments=one.setup.model_arguments,
     )
 
@@ -132,21 +149,20 @@ def _unfused(fusion: FusionConfig) -> FusionConfig:
         order="sequence",
         weighting="mean",
         place="before_mixer",
+        mode="fuse",
         adapt_at=None,
         adapt_images=None,
     )
 
 
 def _planned(name: str, config: RunConfig, backend: str | None) -> Planned:
-    # For other machines: neither the data nor the memory of this one has to do.
-    setup = prepare(config, processes=1)
+    where = target(config, backend)
+    setup = prepare_for(config, where)
     with torch.device("meta"):
         model = build_model(config.model.name, setup.model_arguments)
     assert isinstance(model, Vim)
-    configured = None if config.ops.backend == AUTO else config.ops.backend
-    chosen = backend or configured or resolve(setup.device.type, setup.dtype)
     parameters = sum(weight.numel() for weight in model.parameters())
-    return Planned(name, config, setup, parameters, cost(model, chosen, setup.dtype), chosen)
+    return Planned(name, config, setup, parameters, cost(model, where.backend, setup.dtype), where)
 
 
 def _names(configs: Sequence[RunConfig]) -> list[str]:

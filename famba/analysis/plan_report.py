@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tabulate import tabulate
 
-from famba.analysis.palette import look
+from famba.analysis.figures import drawing, save
+from famba.analysis.palette import looks
 from famba.analysis.plan import NONE, Planned
 from famba.files import write_whole
 from famba.fusion.schedules import ADAPTIVE
@@ -26,12 +26,14 @@ _MIB = 2**20
 
 def tables(plans: Sequence[Planned]) -> str:
     """Return tokens, multiply-adds and bytes layer by layer, and the totals, as text."""
+    totals = [_row(one, _base(one, plans)) for one in plans]
+    sides = ["left", *["right"] * (len(totals[0]) - 1)]
     parts = [
         _by_layer(plans, "Tokens after each layer's fusion", lambda layer: layer.leaving),
         _by_layer(plans, "Multiply-adds per image, millions", lambda layer: layer.macs / 1e6),
         _by_layer(plans, "Kept for the backward per image, kB", lambda layer: layer.saved_bytes / 1e3),
         "In total",
-        tabulate([_row(one, _base(one, plans)) for one in plans], headers="keys", disable_numparse=True),
+        tabulate(totals, headers="keys", disable_numparse=True, colalign=sides),
         "",
         *_notes(plans),
     ]
@@ -49,44 +51,38 @@ def write(plans: Sequence[Planned], folder: Path) -> None:
     layers = [[asdict(layer) for layer in one.cost.layers] for one in plans]
     content = json.dumps([row | {"layers": of} for row, of in zip(rows, layers, strict=True)], indent=2) + "\n"
     write_whole(folder / "plan.json", lambda file: Path(file).write_text(content))
-    figure = tokens_plot({one.name: (one.config.fusion.strategy, _tokens(one)) for one in plans})
-    write_whole(folder / "tokens.svg", lambda file: figure.savefig(file, format="svg"))
-    write_whole(folder / "tokens.png", lambda file: figure.savefig(file, format="png", dpi=200))
+    with drawing():
+        save(tokens_plot({one.name: (one.config.fusion.strategy, _tokens(one)) for one in plans}), folder, "tokens")
 
 
 def tokens_plot(sequences: Mapping[str, tuple[str, Sequence[int]]]) -> Figure:
     """Draw tokens over layers: for each name its strategy, and the tokens before the first layer and after each.
 
-    Of equal curves the first is drawn.
+    Curves that are equal are drawn as one, under all of their names.
     """
     figure = Figure(figsize=(8.0, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    drawn: dict[tuple[int, ...], str] = {}
+    equal: dict[tuple[int, ...], list[str]] = {}
     for name, (_, tokens) in sequences.items():
-        drawn.setdefault(tuple(tokens), name)
-    times = Counter[str]()
-    for index, (tokens, name) in enumerate(drawn.items()):
-        strategy = sequences[name][0]
-        style, turn = look(strategy, index), times[strategy]
-        times[strategy] += 1
-        # A strategy's second curve has hollow markers, and each is paler than the one before.
+        equal.setdefault(tuple(tokens), []).append(name)
+    styles = looks([sequences[names[0]][0] for names in equal.values()])
+    for (tokens, names), style in zip(equal.items(), styles, strict=True):
         axes.plot(
             range(len(tokens)),
             tokens,
-            style.line,
+            linestyle=style.line,
             color=style.color,
-            alpha=max(0.3, 1 - 0.3 * turn),
             marker=style.marker,
-            markersize=4 + turn,
-            markerfacecolor="none" if turn else style.color,
-            label=name,
+            markersize=4.5,
+            markerfacecolor=style.face,
+            label=" = ".join(names),
         )
     axes.set_xlabel("layers done")
     axes.set_ylabel("tokens")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", frameon=False)
+    axes.grid(visible=True)
+    figure.legend(loc="outside right upper", handlelength=3.5)
     return figure
 
 
@@ -146,19 +142,19 @@ def _row(one: Planned, base: Planned) -> dict[str, str]:
         "token-layers": f"{values['token_layers_of_none']:.3f}",
         "G multiply-adds": f"{one.cost.macs / 1e9:.3f}",
         "step time, of none": f"{values['step_time_of_none_predicted']:.3f}",
-        "kept MB": f"{one.cost.saved_bytes / 1e6:.2f}",
-        "of none": f"{values['saved_bytes_of_none']:.3f}",
-        "memory MiB": f"{one.memory / _MIB:,.0f}",
-        "of none ": f"{values['memory_of_none_predicted']:.3f}",
+        "kept, MB": f"{one.cost.saved_bytes / 1e6:.2f}",
+        "kept, of none": f"{values['saved_bytes_of_none']:.3f}",
+        "memory, MiB": f"{one.memory / _MIB:,.0f}",
+        "memory, of none": f"{values['memory_of_none_predicted']:.3f}",
     }
     if one.step_ms is not None:
-        row["step ms, measured"] = f"{one.step_ms:.1f}"
-        row["of none, measured"] = f"{values['step_time_of_none_measured']:.3f}"
+        row["step, ms, measured"] = f"{one.step_ms:.1f}"
+        row["step time, of none, measured"] = f"{values['step_time_of_none_measured']:.3f}"
     return row
 
 
 def _notes(plans: Sequence[Planned]) -> list[str]:
-    computed = " and ".join(dict.fromkeys(f"{str(one.setup.dtype)[6:]} by {one.backend}" for one in plans))
+    computed = " and ".join(dict.fromkeys(f"{str(one.setup.dtype)[6:]} by {one.where.backend}" for one in plans))
     batches = " and ".join(dict.fromkeys(str(one.batch) for one in plans))
     notes = [
         "Layers are counted from 0 at the input, as fusion.layers takes them.",
@@ -168,6 +164,8 @@ def _notes(plans: Sequence[Planned]) -> list[str]:
         f"Kept is what autograd holds of one image for the backward, computed in {computed}; memory adds weights, "
         f"gradients and AdamW's moments, for {batches} images.",
     ]
+    obstacles = dict.fromkeys(one.where.obstacle for one in plans if one.where.obstacle)
+    notes += [f"Planned for another machine; here it could not run: {reason}." for reason in obstacles]
     if any(one.config.fusion.strategy == ADAPTIVE for one in plans):
         notes.append("What adaptive removes where is measured in training; until then it is spread as that of all.")
     if not all(one.setup.matched for one in plans):

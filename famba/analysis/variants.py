@@ -5,35 +5,39 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from famba.errors import ConfigError, near_miss
 from famba.fusion import schedule, tokens_per_layer
-from famba.fusion.matching import ORDERS
-from famba.fusion.schedules import ADAPTIVE, PAPER, Budget, strategy_names
-from famba.models.vim import PLACES, WEIGHTINGS, Vim, VimBlock, check_choice
+from famba.fusion.matching import MODES, ORDERS
+from famba.fusion.schedules import ADAPTIVE, PAPER, STRATEGIES, Budget, strategy_names
+from famba.models import FusedNetwork
+from famba.models.vim import PLACES, WEIGHTINGS, check_choice
 from famba.training.naming import naming
 from famba.training.trained import Trained
 
 USUAL_BUDGET = 6 / 7
 """Share of the patches, as `configs/fusion` has it: for weights that come without a configuration."""
 _OPTIONS = {"strategy": "--fusion", "budget": "--budget", "counts": "--budget", "layers": "--layers"}
-_WAYS = ("order", "weighting", "place")
-_COUNTED, _LISTED = ("lower", "upper"), "custom"
+_WAYS = ("order", "weighting", "place", "mode")
+_NONE, _COUNTED, _LISTED = "none", ("lower", "upper"), "custom"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of fusing: tokens to remove in each layer, and order, weighting and place as `famba.models.Vim` has them.
+    """One way of fusing: tokens to remove in each layer; order, weighting, place and mode as in `famba.models.Vim`.
 
-    own: whether it is the one that the network was trained with.
+    among: which layers share the budget, in words, where the strategy leaves that open, else "". own: whether it is the
+    one that the network was trained with.
     """
 
     strategy: str
+    among: str
     schedule: tuple[int, ...]
     order: str
     weighting: str
     place: str
+    mode: str
     own: bool
 
     @property
@@ -41,13 +45,18 @@ class Variant:
         """Tokens removed by all layers together."""
         return sum(self.schedule)
 
-    def tokens_per_layer(self, model: Vim) -> tuple[int, ...]:
+    @property
+    def family(self) -> Variant:
+        """What it shares with those that differ from it in their budget alone."""
+        return replace(self, schedule=(), own=False)
+
+    def tokens_per_layer(self, model: FusedNetwork) -> tuple[int, ...]:
         """Tokens left after each layer, a class token included."""
         return tokens_per_layer(self.schedule, model.num_tokens)
 
-    def put_into(self, model: Vim) -> None:
+    def put_into(self, model: FusedNetwork) -> None:
         """Let a network fuse this way."""
-        model.set_fusion(self.schedule, self.order, self.weighting, self.place)
+        model.set_fusion(self.schedule, self.order, self.weighting, self.place, self.mode)
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,7 @@ class Choice:
     order: str | None = None
     weighting: str | None = None
     place: str | None = None
+    mode: str | None = None
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Choice:
@@ -76,11 +86,11 @@ class Choice:
         for name, value, allowed in (
             ("--order", options.order, ORDERS),
             ("--weighting", options.weighting, WEIGHTINGS),
-            ("--place", options.place, PLACES),
+            ("--mode", options.mode, MODES),
         ):
             if value is not None:
                 check_choice(name, value, allowed)
-        return cls(strategies, budgets, layers, options.order, options.weighting, options.place)
+        return cls(strategies, budgets, layers, options.order, options.weighting, options.place, options.mode)
 
     @property
     def is_empty(self) -> bool:
@@ -90,11 +100,18 @@ class Choice:
 
 def own(trained: Trained) -> Variant:
     """The way of fusing that a network was trained with."""
-    first = trained.model.layers[0]
-    assert isinstance(first, VimBlock)
-    fusion = first.fusion
-    weighting = "size" if fusion.by_size else "mean"
-    return Variant(trained.strategy, trained.schedule, fusion.order, weighting, fusion.place, own=True)
+    way = trained.model.way
+    layers = None if trained.config is None else trained.config.fusion.layers
+    among = _among(trained.model, trained.strategy, layers, trained.schedule)
+    return Variant(trained.strategy, among, trained.schedule, way.order, way.weighting, way.place, way.mode, own=True)
+
+
+def unfused(trained: Trained) -> Variant:
+    """The network with all of its tokens."""
+    mine = own(trained)
+    if mine.strategy == _NONE:
+        return mine
+    return replace(mine, strategy=_NONE, among="", schedule=(0,) * len(mine.schedule), own=False)
 
 
 def variants(trained: Trained, choice: Choice) -> list[Variant]:
@@ -107,77 +124,120 @@ def variants(trained: Trained, choice: Choice) -> list[Variant]:
     """
     if choice.is_empty:
         return []
+    if trained.strategy == _NONE and choice.strategies is None:
+        raise ConfigError("the network was trained without fusion: name the strategies to fuse by, by --fusion")
     mine = own(trained)
     _check_layers(trained, choice)
+    if choice.place is not None:
+        check_choice("--place", choice.place, PLACES if mine.place in PLACES else (mine.place,))
+    way = {name: getattr(choice, name) or getattr(mine, name) for name in _WAYS}
     found = []
     for strategy in choice.strategies or [trained.strategy]:
-        for counts in _schedules(trained, choice, strategy):
-            way = (choice.order or mine.order, choice.weighting or mine.weighting, choice.place or mine.place)
-            as_trained = (counts, *way) == (mine.schedule, mine.order, mine.weighting, mine.place)
-            found.append(Variant(strategy, counts, *way, own=as_trained and strategy == trained.strategy))
+        if strategy == _NONE:
+            found.append(unfused(trained))
+            continue
+        for among, counts in _spreads(trained, choice, strategy):
+            one = Variant(strategy, among, counts, **way, own=True)
+            found.append(one if one == mine else replace(one, own=False))
     return list(dict.fromkeys(found))
 
 
 def labels(compared: Sequence[Variant]) -> list[str]:
-    """Name each variant: its strategy, and what of order, weighting and place others that are compared have not."""
-    return [
-        ", ".join([one.strategy, *filter(None, (_differing(one, compared, field) for field in _WAYS))])
-        for one in compared
-    ]
+    """Name each variant by its strategy, and by what of the rest others that are compared have not.
+
+    That is its layers, among those of its strategy, and its order, weighting, place and mode, among all that fuse.
+    """
+    fusing = [one for one in compared if one.strategy != _NONE]
+    return [", ".join([one.strategy, *(_told(one, fusing) if one in fusing else [])]) for one in compared]
 
 
 def add_fusion_options(parser: argparse.ArgumentParser, default: str) -> None:
     """Add the options that `Choice.of` reads; `default` says what holds without them."""
     names = ", ".join(name for name in strategy_names() if name != ADAPTIVE)
     group = parser.add_argument_group("fusion", f"{default}; fusion needs no training to be applied")
-    group.add_argument("--fusion", metavar="NAME[,NAME...]", help=f"strategies: {names}; or that of the training")
+    group.add_argument(
+        "--fusion",
+        metavar="NAME[,NAME...]",
+        help=f"strategies: {names}; adaptive where the network was trained so (default: that of the training)",
+    )
     group.add_argument(
         "--budget",
         metavar="B[,B...]",
-        help="tokens to remove, or a share of the patches between 0 and 1, as fusion.budget (default: the run's own)",
+        help="each of them with these budgets: tokens to remove, or a share of the patches between 0 and 1, as "
+        "fusion.budget (default: the run's own)",
     )
     group.add_argument(
-        "--layers", metavar="N[,N...]", help="how many layers fuse in lower and upper; which, counted from 0, in custom"
+        "--layers",
+        metavar="N[,N...]",
+        help="how many layers fuse in lower and upper (default: as the run, else three quarters); which ones, counted "
+        "from 0, in custom",
     )
     group.add_argument("--order", metavar="NAME", help=f"{' or '.join(ORDERS)} (default: as trained)")
     group.add_argument("--weighting", metavar="NAME", help=f"{' or '.join(WEIGHTINGS)} (default: as trained)")
     group.add_argument("--place", metavar="NAME", help=f"{' or '.join(PLACES)} (default: as trained)")
+    group.add_argument("--mode", metavar="NAME", help=f"{' or '.join(MODES)} (default: as trained)")
 
 
-def _differing(one: Variant, compared: Sequence[Variant], field: str) -> str:
-    """What a variant has in a field where others that are compared have another."""
-    value: str = getattr(one, field)
-    differs = any(getattr(other, field) != value for other in compared)
-    return value.replace("_", " ") if differs else ""
+def _told(one: Variant, compared: Sequence[Variant]) -> list[str]:
+    """What a variant has where others that are compared have something else."""
+    siblings = [other for other in compared if other.strategy == one.strategy]
+    fields = [("among", siblings), *((way, compared) for way in _WAYS)]
+    found = [
+        str(getattr(one, field)) for field, others in fields if len({getattr(other, field) for other in others}) > 1
+    ]
+    return [value.replace("_", " ") for value in found if value]
 
 
-def _schedules(trained: Trained, choice: Choice, strategy: str) -> list[tuple[int, ...]]:
+def _spreads(trained: Trained, choice: Choice, strategy: str) -> list[tuple[str, tuple[int, ...]]]:
+    """For each budget which layers share it, as `Variant` says it, and what each layer removes."""
     is_own = strategy == trained.strategy
     if is_own and choice.budgets is None and choice.layers is None:
-        return [trained.schedule]
+        return [(own(trained).among, trained.schedule)]
     if strategy == ADAPTIVE:
         raise ConfigError(
-            "--fusion adaptive is no fixed schedule: training measures it. "
-            + ("Its own is evaluated without --budget and --layers" if is_own else "Name another strategy")
+            "--fusion adaptive is no fixed schedule: training measures it, with train.py fusion=adaptive. "
+            + (
+                "That of this network is evaluated without --budget and --layers"
+                if is_own
+                else f"This network was trained with {trained.strategy}; name another strategy"
+            )
         )
-    if is_own and strategy == "none" and choice.strategies is None:
-        raise ConfigError("the network was trained without fusion: name a strategy for the budget, by --fusion")
     model = trained.model
-    depth, tokens, protected = len(model.layers), model.num_tokens, model.num_tokens - model.num_patches
     layers = _layers_for(strategy, trained, choice)
+    budgets = [_usual_budget(trained)] if choice.budgets is None else choice.budgets
     with naming(_OPTIONS):
-        budgets = [_usual_budget(trained)] if choice.budgets is None else choice.budgets
-        return [schedule(strategy, depth, tokens, budget, layers, protected) for budget in budgets]
+        found = [
+            schedule(strategy, model.depth, model.num_tokens, budget, layers, model.protected) for budget in budgets
+        ]
+    return [(_among(model, strategy, layers, counts), counts) for counts in found]
+
+
+def _among(model: FusedNetwork, strategy: str, layers: int | Sequence[int] | None, counts: Sequence[int]) -> str:
+    """Name the layers that share a budget, as `Variant` has it."""
+    if strategy in _COUNTED:
+        fusing = len(STRATEGIES[strategy](len(counts), layers))
+        return "1 layer" if fusing == 1 else f"{fusing} layers"
+    if strategy != _LISTED:
+        return ""
+    listed = sorted(layers) if isinstance(layers, Sequence) else [i for i, count in enumerate(counts) if count]
+    even = listed and schedule(_LISTED, len(counts), model.num_tokens, sum(counts), listed, model.protected)
+    if even != tuple(counts):
+        return "counts of its own"
+    return f"in layer{'' if len(listed) == 1 else 's'} {' '.join(map(str, listed))}"
 
 
 def _layers_for(strategy: str, trained: Trained, choice: Choice) -> int | Sequence[int] | None:
+    config = trained.config
+    configured = config.fusion.layers if config is not None and config.fusion.strategy == strategy else None
     if strategy == _LISTED:
-        return choice.layers
+        if choice.layers is None and configured is None:
+            raise ConfigError(
+                "--fusion custom needs --layers: which layers fuse, counted from 0 at the input, such as --layers 2,5 "
+                f"(this network has layers 0 to {len(trained.schedule) - 1})"
+            )
+        return choice.layers or configured
     if strategy in _COUNTED:
-        if choice.layers is not None:
-            return choice.layers[0]
-        config = trained.config
-        return config.fusion.layers if config is not None and config.fusion.strategy == strategy else None
+        return configured if choice.layers is None else choice.layers[0]
     return None
 
 
@@ -189,7 +249,7 @@ def _check_layers(trained: Trained, choice: Choice) -> None:
         raise ConfigError(f"--layers: {', '.join(named)} take none; lower and upper take how many, custom which")
     if len(choice.layers) > 1 and _LISTED not in named:
         raise ConfigError(f"--layers names {len(choice.layers)} layers; lower and upper take one number, how many fuse")
-    if len(choice.layers) > 1 and set(_COUNTED) & set(named):
+    if _LISTED in named and set(_COUNTED) & set(named):
         raise ConfigError("--layers cannot list layers for custom and count them for lower and upper at once")
 
 
@@ -221,5 +281,5 @@ def _budget(text: str) -> Budget:
 
 def _layer(text: str) -> int:
     if not re.fullmatch(r"\d{1,4}", text):
-        raise ConfigError(f"--layers holds {text!r}; allowed: whole numbers")
+        raise ConfigError(f"--layers holds {text!r}; allowed: whole numbers from 0, such as 3, or 2,5,8 for custom")
     return int(text)

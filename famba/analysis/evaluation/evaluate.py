@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from famba import data
+from famba.analysis.evaluation.intervals import Interval, of_accuracy, of_difference
 from famba.analysis.evaluation.memory import inference_memory
 from famba.analysis.evaluation.request import Request, check_classes
 from famba.analysis.variants import Variant
@@ -27,13 +29,17 @@ from famba.training.measure import macs_per_image
 class Result:
     """What one way of fusing came to.
 
-    top1, top5: percent. images_per_s: median over batches, None where none was timed. memory_mib: what the inference of
-    a batch adds to weights and images, None where it is not known. macs_per_image: multiply-adds.
+    top1, top5: percent. difference: of Top-1 to the first of the evaluation, in points; None for the first itself. Both
+    have their 95 % intervals beside them. images_per_s: median over batches, None where none was timed. memory_mib:
+    what the inference of a batch adds to weights and images, None where it is not known. macs_per_image: multiply-adds.
     """
 
     variant: Variant
     tokens_per_layer: tuple[int, ...]
     top1: float
+    top1_interval: Interval
+    difference: float | None
+    difference_interval: Interval | None
     top5: float
     loss: float
     images_per_s: float | None
@@ -56,6 +62,26 @@ class _Contestant:
     variant: Variant
     tally: Tally
     times: list[tuple[int, float]] = field(default_factory=list)
+    hits: int = 0
+    gained: int = 0
+    lost: int = 0
+
+    def add(self, logits: Tensor, labels: Tensor, first: Tensor) -> None:
+        """Count a batch. first: for each image whether the first contestant gets it right, (b,)."""
+        self.tally.add(logits, labels)
+        right = _right(logits, labels)
+        self.hits += int(right.sum())
+        self.gained += int((right & ~first).sum())
+        self.lost += int((first & ~right).sum())
+
+    def accuracy(self, images: int, is_first: bool) -> dict[str, Any]:
+        """Return what `Result` has of accuracy and its intervals, by its names."""
+        return {
+            **self.tally.results(),
+            "top1_interval": of_accuracy(self.hits, images),
+            "difference": None if is_first else 100 * (self.gained - self.lost) / images,
+            "difference_interval": None if is_first else of_difference(self.gained, self.lost, images),
+        }
 
     def images_per_s(self) -> float | None:
         """Median over batches of full size: the last one may be smaller, and less of a load."""
@@ -93,7 +119,7 @@ def evaluate(request: Request) -> Evaluation:
             images_per_s=one.images_per_s(),
             memory_mib=mib,
             macs_per_image=count,
-            **one.tally.results(),
+            **one.accuracy(done, is_first=one is contestants[0]),
         )
         for one, mib, count in zip(contestants, memory, macs, strict=True)
     )
@@ -112,8 +138,9 @@ def _race(
                     for one in contestants:  # what is compiled, tuned or allocated once
                         _infer(request, one, images)
                 logits = [_timed(request, one, images) for one in contestants]
+                first = _right(logits[0], labels)
                 for one, own in zip(contestants, logits, strict=True):
-                    one.tally.add(own, labels)
+                    one.add(own, labels, first)
                 done += len(labels)
                 bar.update(len(labels))
     except KeyboardInterrupt:
@@ -136,6 +163,11 @@ def _infer(request: Request, one: _Contestant, images: Tensor) -> Tensor:
     one.variant.put_into(request.trained.model)
     with request.autocasting():
         return request.trained.model(images)
+
+
+def _right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Which images have their label ranked first, as `Tally` ranks them, (b,)."""
+    return logits.float().topk(min(5, logits.shape[1]), dim=1).indices[:, 0] == labels
 
 
 def _macs(request: Request, variant: Variant) -> int:

@@ -16,9 +16,10 @@ from matplotlib.ticker import MaxNLocator
 from tabulate import tabulate
 
 from famba.analysis.evaluation.evaluate import Evaluation, Result
-from famba.analysis.figures import INK, drawing, save
-from famba.analysis.palette import look
-from famba.analysis.variants import labels
+from famba.analysis.figures import FAINT, INK, drawing, save
+from famba.analysis.palette import looks
+from famba.analysis.report.cells import signed
+from famba.analysis.variants import Variant, labels
 from famba.files import write_whole
 from famba.training.provenance import provenance
 
@@ -34,8 +35,9 @@ def table(evaluation: Evaluation) -> str:
         {
             "fusion": f"{name} *" if result.variant.own else name,
             "removed": f"{result.variant.removed} of {patches}",
-            "tokens left": result.tokens_per_layer[-1],
             "Top-1 %": f"{result.top1:.2f}",
+            "95 % interval": "{:.2f} to {:.2f}".format(*result.top1_interval),
+            "difference to *": _difference(result),
             "Top-5 %": f"{result.top5:.2f}",
             "loss": f"{result.loss:.4f}",
             "images/s": None if result.images_per_s is None else f"{result.images_per_s:.1f}",
@@ -44,17 +46,15 @@ def table(evaluation: Evaluation) -> str:
         }
         for name, result in zip(names, evaluation.results, strict=True)
     ]
-    return "\n".join(
-        [
-            tabulate(rows, headers="keys", missingval="-", disable_numparse=True, colalign=["left", *["right"] * 8]),
-            "",
-            *_notes(evaluation),
-        ]
-    )
+    if len(rows) == 1:
+        del rows[0]["difference to *"]
+    sides = ["left", *["right"] * (len(rows[0]) - 1)]
+    shown = tabulate(rows, headers="keys", missingval="-", disable_numparse=True, colalign=sides)
+    return "\n".join([shown, "", *_notes(evaluation)])
 
 
 def values(evaluation: Evaluation) -> dict[str, Any]:
-    """Return everything as plain values; Top-1 and Top-5 are percent, removed counts tokens."""
+    """Return everything as plain values: Top-1 and Top-5 in percent, differences in points, removed in tokens."""
     request = evaluation.request
     trained = request.trained
     return {
@@ -74,7 +74,7 @@ def values(evaluation: Evaluation) -> dict[str, Any]:
                 "label": name,
                 **asdict(result.variant),
                 "removed": result.variant.removed,
-                **{key: value for key, value in asdict(result).items() if key != "variant"},
+                **_flat({key: value for key, value in asdict(result).items() if key != "variant"}),
             }
             for name, result in zip(labels(request.variants), evaluation.results, strict=True)
         ],
@@ -106,7 +106,7 @@ def write(evaluation: Evaluation, folder: Path) -> list[Path]:
 
 
 def plot(evaluation: Evaluation) -> Figure:
-    """Draw Top-1, throughput and memory over tokens removed, a curve for each way of fusing."""
+    """Draw Top-1 with its intervals, throughput and memory over tokens removed, a curve for each way of fusing."""
     panels: list[tuple[str, Callable[[Result], float | None]]] = [
         ("Top-1, %", lambda result: result.top1),
         ("images per second", lambda result: result.images_per_s),
@@ -117,6 +117,8 @@ def plot(evaluation: Evaluation) -> Figure:
     for place, (title, value) in enumerate(known):
         axes = figure.add_subplot(1, len(known), place + 1)
         _curves(axes, evaluation, value)
+        if not place:
+            _bars(axes, evaluation.results)
         axes.set_ylabel(title)
         axes.set_xlabel(f"tokens removed, of {evaluation.request.trained.model.num_patches} patches")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -133,24 +135,32 @@ def plot(evaluation: Evaluation) -> Figure:
 
 
 def _curves(axes: Axes, evaluation: Evaluation, value: Callable[[Result], float | None]) -> None:
-    """A line for each strategy and way, from the unfused network where that was evaluated too."""
-    seen: set[str] = set()
+    """A line for each strategy and way, from the network without fusion on."""
     unfused = [result for result in evaluation.results if not result.variant.removed][:1]
-    for index, (name, results) in enumerate(_lines(evaluation.results)):
-        style = look(results[0].variant.strategy, index)
+    lines = _lines(evaluation.results)
+    for (name, results), style in zip(lines, looks([line[0].variant.strategy for _, line in lines]), strict=True):
         points = sorted([*unfused, *results], key=lambda result: result.variant.removed)
+        points = list({result.variant.removed: result for result in points}.values())
         known = [(result.variant.removed, found) for result in points if (found := value(result)) is not None]
-        if known:
-            x, y = zip(*known, strict=True)
-            # A strategy's second way of fusing has its colour and marker, hollow.
-            again = results[0].variant.strategy in seen
-            mark: dict[str, Any] = {"markersize": 6, "markeredgewidth": 1.4 if again else 0.6}
-            mark |= {
-                "markerfacecolor": "white" if again else style.color,
-                "markeredgecolor": style.color if again else "white",
-            }
-            axes.plot(x, y, linestyle=style.line, color=style.color, marker=style.marker, label=name, **mark)
-        seen.add(results[0].variant.strategy)
+        if not known:
+            continue
+        x, y = zip(*known, strict=True)
+        # Where lines begin together, the mark is that of the network without fusion.
+        marked = [place for place, removed in enumerate(x) if removed or results == unfused]
+        is_full = style.face == style.color
+        axes.plot(
+            x,
+            y,
+            linestyle=style.line if len(x) > 1 else "none",
+            color=style.color,
+            marker=style.marker,
+            markevery=marked,
+            markersize=6,
+            markerfacecolor=style.face,
+            markeredgecolor="white" if is_full else style.color,
+            markeredgewidth=0.6 if is_full else 1.4,
+            label=name,
+        )
     for result in evaluation.results:
         found = value(result)
         if result.variant.own and found is not None:
@@ -159,13 +169,19 @@ def _curves(axes: Axes, evaluation: Evaluation, value: Callable[[Result], float 
     axes.margins(y=0.12)
 
 
+def _bars(axes: Axes, results: Sequence[Result]) -> None:
+    """The 95 % interval of each Top-1."""
+    low, high = zip(*(result.top1_interval for result in results), strict=True)
+    removed = [result.variant.removed for result in results]
+    axes.vlines(removed, low, high, colors=FAINT, linewidth=0.8, zorder=1, label="95 % interval over images")
+
+
 def _lines(results: Sequence[Result]) -> list[tuple[str, list[Result]]]:
     """Results that differ in their budget alone belong to one line."""
-    found: dict[tuple[str, ...], list[Result]] = {}
+    found: dict[Variant, list[Result]] = {}
     for result in results:
-        variant = result.variant
-        found.setdefault((variant.strategy, variant.order, variant.weighting, variant.place), []).append(result)
-    firsts = labels([line[0].variant for line in found.values()])
+        found.setdefault(result.variant.family, []).append(result)
+    firsts = labels(list(found))
     return list(zip(firsts, found.values(), strict=True))
 
 
@@ -177,8 +193,14 @@ def _title(evaluation: Evaluation) -> str:
 def _notes(evaluation: Evaluation) -> list[str]:
     request = evaluation.request
     trained = request.trained
-    notes = [
-        f"* as trained, by {trained.source}.",
+    notes = [f"* as trained, by {trained.source}."]
+    if len(evaluation.results) > 1:
+        notes.append(
+            "Difference: Top-1 minus that of *, in points, on the same images, with its 95 % interval (paired; Agresti "
+            "and Min 2005). The interval of Top-1 alone is Wilson's. Both are over test images: another training would "
+            "differ too."
+        )
+    notes += [
         f"On {evaluation.images:,} test images of {request.images.name} at {trained.image_size} x "
         f"{trained.image_size}, {request.batch_size} at once on {request.device.type}. images/s is the median over "
         "batches, each taken by all in turn.",
@@ -191,6 +213,25 @@ def _notes(evaluation: Evaluation) -> list[str]:
     if evaluation.interrupted:
         notes.append("Interrupted: these are the first images of those asked for.")
     return notes
+
+
+def _difference(result: Result) -> str | None:
+    if result.difference is None or result.difference_interval is None:
+        return None
+    low, high = map(signed, result.difference_interval)
+    return f"{signed(result.difference)} ({low} to {high})"
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Intervals as two numbers each."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if key.endswith("_interval"):
+            start = key.removesuffix("_interval")
+            found[f"{start}_low95"], found[f"{start}_high95"] = (None, None) if value is None else value
+        else:
+            found[key] = value
+    return found
 
 
 def _provenance(evaluation: Evaluation) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from famba import data, ops
-from famba.analysis.variants import Choice, Variant, own, variants
+from famba.analysis.variants import Choice, Variant, own, unfused, variants
 from famba.errors import BackendError, ConfigError, FambaError
 from famba.ops.registry import AUTO, resolve
 from famba.training.compose import compose, groups
@@ -36,7 +36,10 @@ class Images:
 
 @dataclass(frozen=True)
 class Request:
-    """An evaluation that can begin. path: what the network is loaded from, also in another process."""
+    """An evaluation that can begin. path: what the network is loaded from, also in another process.
+
+    variants: first the one that the network was trained with, to which the others are compared.
+    """
 
     path: str
     trained: Trained
@@ -71,7 +74,7 @@ def check(options: argparse.Namespace) -> Request:
         raise ConfigError(f"--precision is {options.precision!r}; allowed: {', '.join(_PRECISIONS)}")
     trained = load_trained(options.checkpoint)
     config = trained.config
-    compared = tuple(dict.fromkeys([own(trained), *variants(trained, choice)]))
+    compared = _compared(trained, choice)
     precision = options.precision or ("auto" if config is None else config.trainer.precision)
     autocast = _precision(precision, device)
     backend = options.backend or (AUTO if config is None else config.ops.backend)
@@ -94,6 +97,14 @@ def check(options: argparse.Namespace) -> Request:
     except BackendError as error:
         raise BackendError(f"--backend: {error}") from error
     return request
+
+
+def _compared(trained: Trained, choice: Choice) -> tuple[Variant, ...]:
+    """What is evaluated: the network as trained, what was asked for, and beside that the network without fusion."""
+    first, asked = own(trained), variants(trained, choice)
+    if any(one != first for one in asked):
+        asked = [unfused(trained), *asked]
+    return tuple(dict.fromkeys([first, *asked]))
 
 
 def _images(options: argparse.Namespace, trained: Trained) -> Images:

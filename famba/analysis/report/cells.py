@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from famba.analysis.report.paper import has_model
 from famba.analysis.report.rows import Row, Table
 from famba.analysis.report.statistics import Difference, Sample
 
@@ -30,8 +31,17 @@ class _Column(NamedTuple):
     cell: Callable[[Row], str]
 
 
+_PAPER = (
+    _Column("paper: Top-1, %", True, lambda row: EMPTY if row.printed.top1 is None else f"{row.printed.top1:.1f}"),
+    _Column("paper: time", True, lambda row: row.printed.time or EMPTY),
+)
+
+
 def sheets(table: Table) -> list[Sheet]:
-    """Return the two tables of a model: results as the paper has them, and what they cost in detail."""
+    """Return the two tables of a model: results as the paper has them, and what they cost in detail.
+
+    Columns for the paper's own figures are there for the models of which it has some.
+    """
     factor, unit = _time_unit(table.rows)
     results = [
         _Column("fusion", False, lambda row: row.label),
@@ -43,9 +53,9 @@ def sheets(table: Table) -> list[Sheet]:
         _Column("of none", True, lambda row: share(row.time_share)),
         _Column("peak memory, MiB", True, lambda row: spread(row.memory_mib, 0) + _mark(row)),
         _Column("of none", True, lambda row: share(row.memory_share)),
-        _Column("paper: Top-1, %", True, lambda row: EMPTY if row.printed.top1 is None else f"{row.printed.top1:.1f}"),
-        _Column("paper: time", True, lambda row: row.printed.time or EMPTY),
     ]
+    if any(has_model(run.model) for row in table.rows for run in row.runs):
+        results += _PAPER
     costs = [
         _Column("fusion", False, lambda row: row.label),
         _Column("images/s", True, lambda row: spread(row.images_per_s, 1) + _mark(row)),

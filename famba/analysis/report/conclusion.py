@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from famba.analysis.report.cells import difference, share
-from famba.analysis.report.rows import Row, Table, pareto
+from famba.analysis.report.rows import TIME, Row, Table, pareto
 from famba.analysis.report.settings import NONE, order_of
 from famba.analysis.report.statistics import Difference, paired
 from famba.fusion.schedules import ADAPTIVE
 
-_COMPARED = ("order", "weighting", "place", "budget")
+_COMPARED = ("order", "weighting", "place", "mode", "proportional", "budget")
 
 
 def conclusions(table: Table) -> list[str]:
@@ -19,19 +19,25 @@ def conclusions(table: Table) -> list[str]:
 
 
 def _trade_off(table: Table) -> list[str]:
-    front = pareto(table.rows, lambda row: row.time_s)
+    front = pareto(table.rows, TIME)
     timed = [row for row in table.rows if row.time_s and not row.is_elsewhere]
     if len(timed) < 2:
         return ["Best trade-off: not to be told, since fewer than two settings were timed on one machine."]
-    names = _listed([_name(row) for row in front])
-    found = [
-        f"On the Pareto front of mean Top-1 against mean training time, where no other of the {len(timed)} timed "
-        f"settings is at least as accurate in no more time: {names}."
-    ]
+    found = [_front(front, len(timed))]
     if table.base is None or table.base not in timed:
         return [*found, "There is no timed run without fusion, so nothing is said of what fusing costs or saves."]
     fused = [row for row in front if row.fusion.strategy != NONE]
     return [*found, _best(fused)]
+
+
+def _front(front: Sequence[Row], timed: int) -> str:
+    beaten = "at least as accurate in no more time by the means, and better in one of both by more than chance"
+    if len(front) == timed:
+        return f"No Pareto front is to be told: of the {timed} timed settings none is shown to beat another, {beaten}."
+    return (
+        f"On the Pareto front of Top-1 against training time: {_listed([_name(row) for row in front])}. Each other of "
+        f"the {timed} timed settings is beaten by one that is {beaten}."
+    )
 
 
 def _best(fused: Sequence[Row]) -> str:
@@ -47,9 +53,9 @@ def _best(fused: Sequence[Row]) -> str:
     kept = [(row, diff) for row, diff in faster if not diff.is_lower]
     gained = [(row, diff) for row, diff in told if diff.is_higher]
     if kept:
-        # The last of the front is the most accurate, as the paper chooses.
-        row, diff = kept[-1]
-        others = "; ".join(f"{_name(o)} {difference(d)}, in {share(o.time_share)} of the time" for o, d in kept[:-1])
+        row, diff = max(kept, key=lambda pair: pair[0].top1.mean)  # as the paper chooses
+        quicker = kept[: kept.index((row, diff))]
+        others = "; ".join(f"{_name(o)} {difference(d)}, in {share(o.time_share)} of the time" for o, d in quicker)
         return (
             f"Best trade-off, the most accurate of those on the front that are faster than none and not shown to be "
             f"less accurate: {_name(row)}, in {share(row.time_share)} of the time of none. {_loss(diff)}"
@@ -68,7 +74,7 @@ def _best(fused: Sequence[Row]) -> str:
             f"Best trade-off: every faster setting on the front loses Top-1 against none; {_name(row)} loses the least "
             f"for the time it saves, by the means: {difference(diff)} points for {saved:.0f} % of the time."
         )
-    return "Best trade-off: not to be told. No fusing setting on the front is shown to be faster than none."
+    return "Best trade-off: not to be told. No fusing setting that is not beaten is shown to be faster than none."
 
 
 def _loss(diff: Difference) -> str:

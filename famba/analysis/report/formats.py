@@ -16,7 +16,7 @@ from tabulate import tabulate
 from famba.analysis.report.cells import MINUS, Sheet
 from famba.analysis.report.contents import Part, Report
 from famba.analysis.report.plots import Plot, inline
-from famba.analysis.report.rows import Row, Table, pareto
+from famba.analysis.report.rows import TIME, Row, Table, pareto
 from famba.analysis.report.statistics import Difference, Sample
 
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -59,7 +59,10 @@ def markdown(report: Report) -> str:
 def table_csv(report: Report) -> str:
     """Return a line for each row of all tables: unrounded, units in the names of the columns, empty where not known."""
     text = io.StringIO()
-    records = [_record(part.table, row) for part in report.parts for row in part.table.rows]
+    records = []
+    for table in (part.table for part in report.parts):
+        front = pareto(table.rows, TIME)
+        records += [_record(table, row, row in front) for row in table.rows]
     writer = csv.DictWriter(text, fieldnames=list(records[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
@@ -85,7 +88,7 @@ def page(report: Report) -> str:
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(report=report, inline=picture)
 
 
-def _record(table: Table, row: Row) -> dict[str, Any]:
+def _record(table: Table, row: Row, is_on_front: bool) -> dict[str, Any]:
     """A row's values; floats are written so that they read back the same."""
     where = dict.fromkeys(("device", "processes", "backend"))
     if not row.is_elsewhere:
@@ -99,6 +102,7 @@ def _record(table: Table, row: Row) -> dict[str, Any]:
         "order": fusion.order,
         "weighting": fusion.weighting,
         "place": fusion.place,
+        "mode": fusion.mode,
         "tokens_removed": fusion.budget or 0,
         "data": table.comparable.what.get("data.name"),
         "seeds": " ".join(map(str, row.seeds)),
@@ -120,7 +124,7 @@ def _record(table: Table, row: Row) -> dict[str, Any]:
         "tokens_left_mean": row.tokens_left.mean,
         "tokens_per_layer_mean": " ".join(f"{sum(layer) / len(layer):g}" for layer in layers),
         "token_layers_share_of_all": row.token_layers,
-        "on_pareto_front_of_time": row in pareto(table.rows, lambda other: other.time_s),
+        "on_pareto_front_of_time": is_on_front,
         "paper_top1_percent": row.printed.top1,
         "paper_train_time": row.printed.time,
         **where,

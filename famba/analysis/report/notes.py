@@ -12,9 +12,13 @@ READING = (
     "± is the sample standard deviation over seeds; a single number is of one seed.",
     "Differences are paired by seed; in brackets the 95 % interval by Student's t. Each interval stands for itself: of "
     "many, about one in twenty misses the true difference.",
+    "A setting is on the Pareto front, and ringed in plots, unless another beats it: by the means it is at least as "
+    "accurate at no more cost, and in one of the two better by more than chance (95 % interval of the differences "
+    "paired by seed). So one seed marks no front, nor does what scatters as a process's memory on a CPU.",
     "Shares of none are quotients of means. Training time is that of data and steps, evaluation apart.",
     "Top-1 and Top-5 are of the test images after the last step.",
 )
+_TOLD = 6  # ways in which runs are not of the paper's setting
 _SHARED = (
     ("data", "data.name"),
     ("training images", "data.subset"),
@@ -40,7 +44,7 @@ def shared(table: Table) -> list[tuple[str, str]]:
     found += [
         (f"fusion.{name}, unless a row says otherwise", f"{value}{' tokens' if name == 'budget' else ''}")
         for name, value in settings.items()
-        if name != "layers"
+        if name != "layers" and value
     ]
     found += [
         (key, str(place[key])) for key in ("device", "processes", "backend", "CUDA") if place.get(key) is not None
@@ -57,9 +61,23 @@ def notes(table: Table) -> list[str]:
             f"The settings remove different numbers of tokens in all: {', '.join(map(str, removed))}. Those that "
             "remove more save more."
         )
+    found += _of_paper(table)
+    found += [f"{run.name}: {gap}." for row in table.rows for run in row.runs for gap in run.gaps]
+    return found
+
+
+def _of_paper(table: Table) -> list[str]:
+    found = []
     if any(row.printed.top1 is not None for row in table.rows):
         found.append(f"Paper: {paper.SOURCE}; empty where its figure is not known here.")
-    found += [f"{run.name}: {gap}." for row in table.rows for run in row.runs for gap in run.gaps]
+    known = [row for row in table.rows if paper.known(row.runs[0]).top1 is not None and row.printed.top1 is None]
+    if known:
+        differs = list(dict.fromkeys(line for row in known for line in paper.deviations(row.runs[0])))
+        more = f"; and {len(differs) - _TOLD} more" if len(differs) > _TOLD else ""
+        found.append(
+            f"The figures of {paper.SOURCE}, are not set beside {'; '.join(row.label for row in known)}, which are of "
+            f"another setting: {'; '.join(differs[:_TOLD])}{more}."
+        )
     return found
 
 

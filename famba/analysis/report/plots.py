@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,11 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from famba.analysis.palette import Look, look
+from famba.analysis.palette import Look, looks
 from famba.analysis.report import cells, curves
-from famba.analysis.report.rows import Row, Table, pareto
-from famba.analysis.report.settings import STRATEGIES
-from famba.analysis.report.statistics import Sample
+from famba.analysis.report.rows import MEMORY, SAVED, TIME, Cost, Row, Table, pareto
 
 _WIDTH, _HEIGHT, _LEGEND_ROW = 5.2, 3.3, 0.2  # inches
 _PNG_DPI = 200
@@ -44,10 +41,8 @@ _STYLE: Any = {
     "xtick.color": "#333333",
     "ytick.color": "#333333",
 }
+_FRONT = "#8a8a8a"
 _SVG_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
-
-
-_VARIANT_LINES = (":", "-", "--", "-.")
 
 
 class Plot(NamedTuple):
@@ -71,12 +66,16 @@ def plots(table: Table, stem: str) -> list[Plot]:
     """Draw all pictures of a table; their names begin with the stem."""
     images = curves.evaluated_on(table)
     smooth = curves.smoothing(table)
-    front = "The grey line is the Pareto front, its settings are ringed. Bars are standard deviations over seeds."
     band = "Lines are means over seeds, bands reach from the lowest seed to the highest"
     drawings = [
-        _Drawing("accuracy_time", "Accuracy against training time", front, _accuracy_time),
-        _Drawing("accuracy_memory", "Accuracy against peak memory", front, _accuracy_memory),
-        _Drawing("accuracy_saved", "Accuracy against memory saved for the backward", front, _accuracy_saved),
+        _Drawing("accuracy_time", "Accuracy against training time", _front(table, TIME), _accuracy_time),
+        _Drawing("accuracy_memory", "Accuracy against peak memory", _front(table, MEMORY), _accuracy_memory),
+        _Drawing(
+            "accuracy_saved",
+            "Accuracy against memory saved for the backward",
+            _front(table, SAVED),
+            _accuracy_saved,
+        ),
         _Drawing("curves_top1", f"Top-1 on {images} images over epochs", f"{band}.", _curves_top1),
         _Drawing(
             "curves_loss",
@@ -101,26 +100,6 @@ def inline(plot: Plot) -> str:
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
     svg = re.sub(r'\bid="', f'id="{plot.name}-', svg)
     return re.sub(r'(url\(|xlink:href=")#', rf"\1#{plot.name}-", svg)
-
-
-def looks(rows: Sequence[Row]) -> dict[str, tuple[Look, Any, bool]]:
-    """Return for each row by its label its look, its line, and whether its markers are filled.
-
-    A strategy has the same colour and marker in every picture; its second setting and those after it have another line
-    and hollow markers.
-    """
-    strategies = sorted({row.fusion.strategy for row in rows} - set(STRATEGIES))
-    found: dict[str, tuple[Look, Any, bool]] = {}
-    seen: Counter[str] = Counter()
-    for row in rows:
-        strategy = row.fusion.strategy
-        own = look(strategy, strategies.index(strategy) + 1 if strategy in strategies else 0)
-        variant = seen[strategy]
-        lines = [own.line, *(line for line in _VARIANT_LINES if line != own.line)]
-        line = lines[variant % len(lines)]
-        found[row.label] = own, line, variant == 0
-        seen[strategy] += 1
-    return found
 
 
 def _plot(drawing: _Drawing, table: Table, name: str) -> Plot:
@@ -157,36 +136,58 @@ def _legend(figure: Figure, axes: Axes) -> None:
 def _accuracy_time(axes: Axes, table: Table) -> bool:
     factor, unit = cells.time_unit(table)
     axes.set_xlabel(f"training time, {unit}")
-    return _scatter(axes, table, lambda row: row.time_s, 1 / factor)
+    return _scatter(axes, table, TIME, 1 / factor)
 
 
 def _accuracy_memory(axes: Axes, table: Table) -> bool:
     axes.set_xlabel("peak memory, MiB")
-    return _scatter(axes, table, lambda row: row.memory_mib, 1.0)
+    return _scatter(axes, table, MEMORY, 1.0)
 
 
 def _accuracy_saved(axes: Axes, table: Table) -> bool:
     axes.set_xlabel("saved for the backward, kB per image")
-    return _scatter(axes, table, lambda row: row.saved_bytes, 1e-3)
+    return _scatter(axes, table, SAVED, 1e-3)
 
 
-def _scatter(axes: Axes, table: Table, cost: Callable[[Row], Sample | None], factor: float) -> bool:
+def _front(table: Table, cost: Cost) -> str:
+    """Say what the rings and the line of a plot mean, or why there are none."""
+    bars = "Bars are standard deviations over seeds."
+    if _marked(table, cost):
+        return (
+            f"Ringed: the Pareto front, settings that no other beats; the grey line joins the best by the means. {bars}"
+        )
+    return f"No Pareto front is marked, since no setting beats another by more than chance. {bars}"
+
+
+def _marked(table: Table, cost: Cost) -> list[Row]:
+    """The front, where it leaves any setting out."""
+    front = pareto(table.rows, cost)
+    return front if len(front) < len(_placed(table, cost)) else []
+
+
+def _placed(table: Table, cost: Cost) -> list[Row]:
+    return [row for row in table.rows if not row.is_elsewhere and row.cost(cost)]
+
+
+def _scatter(axes: Axes, table: Table, cost: Cost, factor: float) -> bool:
     axes.set_ylabel("Top-1, %")
-    for row, own, _, is_filled in _looked(table):
-        found = None if row.is_elsewhere else cost(row)
-        if found is None:
+    placed = _placed(table, cost)
+    for row, own in _looked(table):
+        found = row.cost(cost)
+        if found is None or row not in placed:
             continue
         x, y = factor * found.mean, row.top1.mean
         x_error, y_error = factor * (found.sd or 0.0), row.top1.sd or 0.0
         axes.errorbar(x, y, y_error, x_error, "none", ecolor=own.color, elinewidth=1.0, capsize=2.0, zorder=3)
-        axes.plot(x, y, **_marker(own, is_filled, 6.5), color=own.color, linestyle="none", zorder=4, label=row.label)
-    front = [(factor * found.mean, row.top1.mean) for row in pareto(table.rows, cost) if (found := cost(row))]
-    if not front:
-        return False
-    axes.plot(*zip(*front, strict=True), drawstyle="steps-post", color="#8a8a8a", linewidth=1.2, marker="o",
-              markersize=13, markerfacecolor="none", markeredgewidth=1.2, zorder=2, label="Pareto front")  # fmt: skip
+        axes.plot(x, y, **_marker(own, 6.5), color=own.color, linestyle="none", zorder=4, label=row.label)
+    points = [(factor * found.mean, row.top1.mean) for row in _marked(table, cost) if (found := row.cost(cost))]
+    if points:
+        best = [place for i, place in enumerate(points) if all(place[1] > other[1] for other in points[:i])]
+        ring: dict[str, Any] = {"marker": "o", "markersize": 13, "markerfacecolor": "none", "markeredgewidth": 1.2}
+        axes.plot(*zip(*best, strict=True), drawstyle="steps-post", color=_FRONT, linewidth=1.2, zorder=2)
+        axes.plot(*zip(*points, strict=True), **ring, color=_FRONT, linestyle="none", zorder=2, label="Pareto front")
     axes.margins(0.09)
-    return True
+    return bool(placed)
 
 
 def _curves_top1(axes: Axes, table: Table) -> bool:
@@ -214,27 +215,24 @@ def _tokens(axes: Axes, table: Table) -> bool:
 
 def _lines(axes: Axes, table: Table, curve: Callable[[Row], curves.Curve | None], marked: bool = True) -> bool:
     drawn = False
-    for index, (row, own, line, is_filled) in enumerate(_looked(table)):
+    for index, (row, own) in enumerate(_looked(table)):
         found = curve(row)
         if found is None:
             continue
         drawn = True
         every = max(1, len(found.x) // 8)
         # A line without markers through a single point would not be seen.
-        marker = _marker(own, is_filled, 5.0) if marked or len(found.x) == 1 else {}
+        marker = _marker(own, 5.0) if marked or len(found.x) == 1 else {}
         axes.fill_between(found.x, found.low, found.high, color=own.color, alpha=0.14, linewidth=0)
-        axes.plot(found.x, found.mean, **marker, color=own.color, linestyle=line, markevery=(index % every, every),
+        axes.plot(found.x, found.mean, **marker, color=own.color, linestyle=own.line, markevery=(index % every, every),
                   label=row.label)  # fmt: skip
     return drawn
 
 
-def _marker(own: Look, is_filled: bool, size: float) -> dict[str, Any]:
+def _marker(own: Look, size: float) -> dict[str, Any]:
     larger = 1.4 if own.marker == "*" else 1.0
-    color = own.color if is_filled else "white"
-    return {"marker": own.marker, "markersize": larger * size, "markerfacecolor": color}
+    return {"marker": own.marker, "markersize": larger * size, "markerfacecolor": own.face}
 
 
-def _looked(table: Table) -> Iterator[tuple[Row, Look, Any, bool]]:
-    found = looks(table.rows)
-    for row in table.rows:
-        yield row, *found[row.label]
+def _looked(table: Table) -> Iterator[tuple[Row, Look]]:
+    return zip(table.rows, looks([row.fusion.strategy for row in table.rows]), strict=True)

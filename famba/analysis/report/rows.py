@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from famba.analysis.report.comparable import Comparable, place_of
 from famba.analysis.report.paper import Printed, printed
@@ -13,18 +14,32 @@ from famba.analysis.report.settings import NONE, Fusion, fusion_of, labels, orde
 from famba.analysis.report.statistics import Difference, Sample, paired, sample
 
 
+class Cost(NamedTuple):
+    """What a run costs, None where that is not known; is_exact where it is worked out, and so no matter of chance."""
+
+    of: Callable[[Run], float | None]
+    is_exact: bool = False
+
+
+TIME = Cost(lambda run: run.train_time_s)
+MEMORY = Cost(lambda run: run.peak_memory_mib)
+SAVED = Cost(lambda run: run.saved_bytes_per_image, is_exact=True)
+
+
 @dataclass(frozen=True)
 class Row:
     """A fusion setting over its seeds; None where nothing is known.
 
     difference and time_difference are to the runs without fusion, in points of Top-1 and in seconds. Time, throughput
-    and memory are of the table's machine, where is_elsewhere of one other. Shares are of the mean without fusion; that
-    of token_layers is of as many tokens in each layer as enter the first. tokens_left are those after the last layer.
+    and memory are of the timed ones of the runs: those of the table's machine, where is_elsewhere of one other. Shares
+    are of the mean without fusion; that of token_layers is of as many tokens in each layer as enter the first.
+    tokens_left are those after the last layer.
     """
 
     label: str
     fusion: Fusion
     runs: tuple[Run, ...]
+    timed: tuple[Run, ...]
     is_elsewhere: bool
     top1: Sample
     top5: Sample | None
@@ -52,6 +67,14 @@ class Row:
     def by_seed(self) -> dict[int, float]:
         """Top-1 by seed, in percent."""
         return {run.seed: run.top1 for run in self.runs}
+
+    def cost(self, cost: Cost) -> Sample | None:
+        """A cost over the seeds that were timed."""
+        return sample(map(cost.of, self.timed))
+
+    def cost_by_seed(self, cost: Cost) -> dict[int, float]:
+        """A cost by seed, of those that were timed."""
+        return {run.seed: found for run in self.timed if (found := cost.of(run)) is not None}
 
 
 @dataclass(frozen=True)
@@ -84,18 +107,25 @@ def build_table(comparable: Comparable) -> Table:
     return Table(comparable, tuple(rows))
 
 
-def pareto(rows: Iterable[Row], cost: Callable[[Row], Sample | None]) -> list[Row]:
-    """Rows, cheapest first, that no other row equals in Top-1 at no more cost, by the means; of known cost only."""
-    known = [(found.mean, row) for row in rows if not row.is_elsewhere and (found := cost(row)) is not None]
-    front = [
-        (own, row)
-        for own, row in known
-        if not any(
-            other <= own and rival.top1.mean >= row.top1.mean and (other < own or rival.top1.mean > row.top1.mean)
-            for other, rival in known
-        )
-    ]
+def pareto(rows: Iterable[Row], cost: Cost) -> list[Row]:
+    """Rows that no other beats, cheapest first; of known cost on the table's machine only."""
+    known = [(found.mean, row) for row in rows if not row.is_elsewhere and (found := row.cost(cost)) is not None]
+
+    def is_beaten(own: float, row: Row) -> bool:
+        return any(other <= own and _beats(rival, row, cost) for other, rival in known)
+
+    front = [(own, row) for own, row in known if not is_beaten(own, row)]
     return [row for _, row in sorted(front, key=lambda pair: pair[0])]
+
+
+def _beats(rival: Row, row: Row, cost: Cost) -> bool:
+    """Whether a rival of no higher cost is as accurate by the mean, and better in one of both by more than chance."""
+    if rival.top1.mean < row.top1.mean:
+        return False
+    more = paired(rival.by_seed(), row.by_seed())
+    less = paired(rival.cost_by_seed(cost), row.cost_by_seed(cost))
+    is_cheaper = less is not None and (less.is_lower or (cost.is_exact and less.low is None and less.mean < 0))
+    return is_cheaper or (more is not None and more.is_higher)
 
 
 def _row(label: str, fusion: Fusion, runs: Sequence[Run], base: Sequence[Run], elsewhere: frozenset[str]) -> Row:
@@ -104,13 +134,13 @@ def _row(label: str, fusion: Fusion, runs: Sequence[Run], base: Sequence[Run], e
     timed = here or _one_place(runs)
     base_here = [run for run in base if run.name not in elsewhere] if here else []
 
-    def cost(get: Callable[[Run], float | None]) -> tuple[Sample | None, float | None]:
-        own, rival = sample(map(get, timed)), sample(map(get, base_here))
+    def of_both(cost: Cost) -> tuple[Sample | None, float | None]:
+        own, rival = sample(map(cost.of, timed)), sample(map(cost.of, base_here))
         return own, own.mean / rival.mean if own and rival else None
 
-    time_s, time_share = cost(lambda run: run.train_time_s)
-    memory, memory_share = cost(lambda run: run.peak_memory_mib)
-    saved, saved_share = cost(lambda run: run.saved_bytes_per_image)
+    time_s, time_share = of_both(TIME)
+    memory, memory_share = of_both(MEMORY)
+    saved, saved_share = of_both(SAVED)
     first = runs[0]
     left = sample(run.tokens_per_layer[-1] for run in runs)
     shares = sample(sum(run.tokens_per_layer) / (run.tokens * len(run.tokens_per_layer)) for run in runs)
@@ -122,6 +152,7 @@ def _row(label: str, fusion: Fusion, runs: Sequence[Run], base: Sequence[Run], e
         label=label,
         fusion=fusion,
         runs=tuple(sorted(runs, key=lambda run: run.seed)),
+        timed=tuple(sorted(timed, key=lambda run: run.seed)),
         is_elsewhere=not here,
         top1=top1,
         top5=sample(run.top5 for run in runs),
@@ -139,7 +170,7 @@ def _row(label: str, fusion: Fusion, runs: Sequence[Run], base: Sequence[Run], e
         tokens=first.tokens,
         tokens_left=left,
         token_layers=shares.mean,
-        printed=printed(first.model, fusion.strategy, str(first.config.get("data.name"))),
+        printed=printed(first),
     )
 
 

@@ -11,9 +11,9 @@ from famba.analysis.report.runs import Run
 from famba.fusion.schedules import ADAPTIVE
 
 NONE = "none"
-STRATEGIES = (NONE, "all", "interleaved", "lower", "upper", ADAPTIVE, "custom")
-_USUAL = {"order": "sequence", "weighting": "mean", "place": "before_mixer", "layers": "None"}
-_TOLD = ("order", "weighting", "place", "budget", "layers")
+STRATEGIES = (NONE, "all", "interleaved", "lower", "upper", "decreasing", ADAPTIVE, "custom")
+_USUAL = {"order": "sequence", "weighting": "mean", "place": "before_mixer", "mode": "fuse", "layers": "None"}
+_TOLD = ("order", "weighting", "place", "mode", "proportional", "budget", "layers")
 _TOLD_WHERE_ALIKE = ("adapt_at", "adapt_images", "schedule")
 
 
@@ -34,6 +34,8 @@ class Fusion:
     adapt_at: str = ""
     adapt_images: str = ""
     schedule: str = ""
+    mode: str = ""
+    proportional: str = ""
 
 
 def fusion_of(run: Run) -> Fusion:
@@ -51,6 +53,8 @@ def fusion_of(run: Run) -> Fusion:
         adapt_at=_value(run, "adapt_at") if adaptive else "",
         adapt_images=_value(run, "adapt_images") if adaptive else "",
         schedule="" if adaptive else " ".join(map(str, run.schedule)),
+        mode=_value(run, "mode"),
+        proportional="True" if run.config.get("fusion.proportional") else "",
     )
 
 
