@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from runs import run
 
 from famba.analysis.pictures.images import _distinct
+from famba.analysis.pictures.patches import Row, draw_patches
 from famba.analysis.pictures.regions import Grid, borders, mean_colours, scattered, shown_layers
 from famba.analysis.pictures.similarity import Column, edges, shares
+from famba.analysis.pictures.tags import draw_tags, tagged
 from famba.cli import main as famba
 from famba.fusion.similarity import cosines, mean_cosine
 from famba.models import Vim
@@ -102,6 +107,45 @@ def test_tokens_whose_patches_lie_apart_are_marked_in_each_part() -> None:
     assert found[0][1] == (2, 3)  # the middle of a row of three
     assert found[2] == [(0, 3), (2, 1)]
     assert scattered(grid("aabb ccbb")) == []
+
+
+def many_scattered() -> Grid:
+    """14 x 14 patches of 72 tokens, most in parts that do not touch."""
+    return (np.random.default_rng(0).permutation(196) % 72).reshape(14, 14)
+
+
+def test_every_token_in_several_parts_has_a_tag_of_its_own() -> None:
+    found = tagged(many_scattered())
+    assert len(found) == len(scattered(many_scattered())) > 60
+    assert len({tag for tag, _ in found}) == len({(tag.sign, tag.is_letter) for tag, _ in found}) == len(found)
+    held = many_scattered()
+    for _, places in found:
+        assert len({held[place] for place in places}) == 1
+    # Marks for the largest, then letters, then numbers.
+    assert [tag.is_letter for tag, _ in found[:9]] == [*[False] * 8, True]
+    assert [found[8][0].sign, found[60][0].sign] == ["a", "1"]
+
+
+def test_each_part_is_marked_in_the_picture() -> None:
+    axes = Figure().add_subplot()
+    draw_tags(axes, many_scattered(), pixels=16, points=10.0)
+    found = tagged(many_scattered())
+    marked = sum(len(points.get_offsets()) for points in axes.collections)  # type: ignore[arg-type]
+    lettered = [text.get_text() for text in axes.texts]
+    assert marked == sum(len(places) for tag, places in found if not tag.is_letter)
+    assert lettered == [tag.sign for tag, places in found if tag.is_letter for _ in places]
+    # A mark lies on a patch's middle.
+    (row, column), x = found[8][1][0], axes.texts[0].get_position()
+    assert x == (16 * (column + 0.5) - 0.5, 16 * (row + 0.5) - 0.5)
+
+
+def test_finer_grids_get_larger_panels() -> None:
+    def width(side: int) -> float:
+        held = np.arange(side * side).reshape(side, side)
+        row = Row("none", [side * side], [held])
+        return float(draw_patches(np.zeros((side * 4, side * 4, 3), dtype=np.uint8), [0], [row]).get_figwidth())
+
+    assert width(8) < width(14) < width(28)
 
 
 @pytest.mark.parametrize(
@@ -214,8 +258,9 @@ def test_without_images_the_samples_are_drawn_and_their_authors_named(
     ("files", "options", "said"),
     [
         (["absent.png"], [], "absent.png is not there"),
-        (["."], [], "is a folder"),
+        (["."], [], "is a folder; give the image files in it"),
         (["broken.png"], [], "broken.png: not a readable image"),
+        (["text.png"], [], "text.png is no image of a kind that Pillow knows"),
         ([], ["--fusion", "uper"], "did you mean 'upper'"),
         ([], ["--fusion", "all", "--budget", "17"], "--budget"),
         ([], ["--fusion", "adaptive"], "no fixed schedule"),
@@ -233,7 +278,23 @@ def test_what_cannot_be_drawn_is_said_before_any_folder_is_made(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and nothing more")
+    Path("text.png").write_text("no image")
+    whole = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(whole, "png")
+    Path("broken.png").write_bytes(whole.getvalue()[:3000])
     assert famba(["visualize", str(upper), *files, *options, "--out", "out"]) == 2
     assert said in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "model: [1,\n\n\nfusion: 3\n"])
+def test_a_broken_configuration_beside_weights_is_said_on_one_line(
+    upper: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = shutil.copytree(upper, tmp_path / "run")
+    (copied / "config.yaml").write_text(text)
+    assert famba(["visualize", str(copied), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {copied / 'config.yaml'} cannot be read (")
+    assert "give a checkpoint (.pt) of the run" in error
+    assert error.count("\n") == 1

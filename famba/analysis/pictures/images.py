@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from famba.data.augment import Normalize, evaluation_scaling
@@ -50,10 +50,13 @@ def normalized(trained: Trained, images: Sequence[Shown]) -> Tensor:
 
 def _read(file: Path) -> Image.Image:
     if not file.is_file():
-        what = "is a folder" if file.is_dir() else "is not there"
-        raise DataError(f"{file} {what}; give image files")
+        what = "is a folder; give the image files in it" if file.is_dir() else "is not there; give image files"
+        raise DataError(f"{file} {what}")
     with naming(lambda: str(file)), open(file, "rb") as opened:
-        return decode_rgb(opened)
+        try:
+            return decode_rgb(opened)
+        except UnidentifiedImageError:  # whose own message names Python's file object
+            raise DataError(f"{file} is no image of a kind that Pillow knows; give PNG, JPEG or the like") from None
 
 
 def _samples() -> Iterable[tuple[str, Image.Image]]:

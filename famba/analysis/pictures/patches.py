@@ -13,25 +13,19 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from famba.analysis.figures import FAINT, INK
-from famba.analysis.pictures.regions import Grid, borders, mean_colours, scattered
+from famba.analysis.pictures.regions import Grid, borders, mean_colours
+from famba.analysis.pictures.tags import draw_tags
 
-_KEY = "Outlined: patches that share a token, in their mean colour. Equal marks in a panel: parts of one token."
+_KEY = (
+    "Outlined: patches that share a token, in their mean colour. Equal marks or letters in a panel: parts of one token "
+    "that do not touch."
+)
 # Of the title: letters to an inch, and inches to a line.
 _LETTERS, _LINE = 14, 0.155
-_PANEL, _GAP = 1.55, 0.32  # inches
+# Inches: of a panel of 8 x 8 patches, of the widest panel, and between rows.
+_PANEL, _LARGEST, _GAP = 1.55, 3.0, 0.32
 _COLUMNS = 5  # of a single strategy's panels, which go on in a second row
-# Colour (of Okabe and Ito), form, and edge, for the largest tokens whose patches lie apart.
-_TAGS = (
-    ("#E69F00", "o", "black"),
-    ("#56B4E9", "s", "black"),
-    ("#009E73", "^", "white"),
-    ("#F0E442", "D", "black"),
-    ("#CC79A7", "v", "black"),
-    ("#0072B2", "P", "white"),
-    ("#D55E00", "X", "white"),
-    ("#FFFFFF", "h", "black"),
-)
-_TAG_AREA = 220.0  # square points, over the patches of a side
+_POINTS = 72  # to an inch
 _WIDEST_LABEL = 13  # characters
 
 
@@ -47,12 +41,15 @@ class Row:
 def draw_patches(image: npt.NDArray[np.uint8], layers: Sequence[int], rows: Sequence[Row]) -> Figure:
     """Draw an image (s, s, 3), and for each way of fusing a row with a panel for each layer."""
     shape = _shape(len(layers), len(rows))
+    patches = len(rows[0].held[0])
+    panel = min(_LARGEST, _PANEL * max(1.0, patches / 8) ** 0.5)  # so that marks have room in finer grids
+    pixels = image.shape[0] // patches
     beside = 0.05 if len(rows) == 1 else 1.05
-    width = beside + _PANEL * shape[1] + 0.05
+    width = beside + panel * shape[1] + 0.05
     title = [rows[0].label] if len(rows) == 1 else []
     title += textwrap.wrap(_KEY, int(_LETTERS * width))
     above, below = 0.18 + _LINE * len(title), 0.24
-    height = above + _PANEL * shape[0] + _GAP * (shape[0] - 1) + below
+    height = above + panel * shape[0] + _GAP * (shape[0] - 1) + below
     figure = Figure(figsize=(width, height))
     grid = figure.add_gridspec(
         *shape,
@@ -61,7 +58,7 @@ def draw_patches(image: npt.NDArray[np.uint8], layers: Sequence[int], rows: Sequ
         top=1 - above / height,
         bottom=below / height,
         wspace=0.06,
-        hspace=_GAP / _PANEL,
+        hspace=_GAP / panel,
     )
     for number, row in enumerate(rows):
         panels = list(np.ndindex(shape)) if len(rows) == 1 else [(number, column) for column in range(shape[1])]
@@ -74,8 +71,8 @@ def draw_patches(image: npt.NDArray[np.uint8], layers: Sequence[int], rows: Sequ
         for place, layer, tokens, held in zip(panels[1:], layers, row.tokens, row.held, strict=False):
             axes = figure.add_subplot(grid[place])
             _show(axes, mean_colours(image, held))
-            _outline(axes, held, image.shape[0] // held.shape[0])
-            _tag(axes, held, image.shape[0] // held.shape[0])
+            _outline(axes, held, pixels)
+            draw_tags(axes, held, pixels, _POINTS * panel / patches)
             axes.set_xlabel(f"layer {layer}: {tokens} tokens", labelpad=3, color=INK)
     figure.suptitle("\n".join(title), fontsize=9, color=INK, y=1 - 0.08 / height, va="top")
     return figure
@@ -102,12 +99,3 @@ def _outline(axes: Axes, held: Grid, side: int) -> None:
     lines = [[(side * x - 0.5, side * y - 0.5) for x, y in line] for line in borders(held)]
     for colour, width in (("black", 1.7), ("white", 0.8)):
         axes.add_collection(LineCollection(lines, colors=colour, linewidths=width, capstyle="projecting"))
-
-
-def _tag(axes: Axes, held: Grid, side: int) -> None:
-    """The same mark in each part of a token whose patches lie apart, for the largest of these."""
-    for (colour, marker, edge), places in zip(_TAGS, scattered(held), strict=False):
-        rows, columns = np.array(places).T
-        x, y = side * (columns + 0.5) - 0.5, side * (rows + 0.5) - 0.5
-        axes.scatter(x, y, s=_TAG_AREA / held.shape[0], c=colour, marker=marker, edgecolors=edge, linewidths=0.5,
-                     zorder=3)  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ def check(options: argparse.Namespace) -> Request:
     trained = load_trained(options.checkpoint)
     compared = tuple(variants(trained, choice) or [own(trained)])
     layers = shown_layers(
-        len(trained.model.layers), [one.schedule for one in compared], options.layers_shown or _MOST_LAYERS
+        len(trained.schedule), [one.schedule for one in compared], options.layers_shown or _MOST_LAYERS
     )
     return Request(trained, compared, tuple(read_images(trained, options.images)), tuple(layers), device)
 
@@ -82,7 +83,7 @@ def _titles(request: Request) -> list[str]:
     """Strategies by name, with how many patches go."""
     patches = request.trained.model.num_patches
     return [
-        f"{name}: {one.removed} of {patches} removed" if one.removed else name
+        f"{name}: {one.removed} of {patches} {'pruned' if one.mode == 'prune' else 'removed'}" if one.removed else name
         for name, one in zip(labels(request.variants), request.variants, strict=True)
     ]
 
@@ -91,9 +92,9 @@ def _grids(request: Request, images: Tensor) -> list[list[Grid]]:
     """For each image, and each layer shown, which token holds each patch."""
     model = request.trained.model
     traced = model.trace(images)
-    rows, columns = model.patch_embed.grid_size
+    side = math.isqrt(model.num_patches)
     held = torch.stack([traced[layer] for layer in request.layers], dim=1).cpu().numpy()
-    return [[grid.reshape(rows, columns) for grid in image] for image in held]
+    return [[grid.reshape(side, side) for grid in image] for image in held]
 
 
 def _column(request: Request, variant: Variant, name: str, inputs: Sequence[Tensor]) -> Column:
