@@ -15,6 +15,7 @@ from famba.analysis.evaluation.command import add_evaluate
 from famba.analysis.pictures.command import add_visualize
 from famba.analysis.plan import add_plan
 from famba.errors import ConfigError, FambaError
+from famba.export.command import add_export
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add_plan(commands).set_defaults(run=_plan)
     add_evaluate(commands).set_defaults(run=_evaluate)
     add_visualize(commands).set_defaults(run=_visualize)
+    add_export(commands).set_defaults(run=_export)
 
     doctor = commands.add_parser(
         "doctor",
@@ -162,6 +164,14 @@ def _visualize(options: argparse.Namespace) -> int:
         print(file)
     if not options.images:
         print(SAMPLES_NOTE)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from famba.export.export import export
+    from famba.export.request import check
+
+    print(export(check(options)))
     return 0
 
 

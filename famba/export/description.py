@@ -1,0 +1,131 @@
+"""What an exported file says of itself: what it takes, how it fuses, what it came to, and where it comes from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from timm.layers import PatchEmbed
+
+import famba
+from famba.errors import CheckpointError
+from famba.files import sha256
+from famba.fusion import tokens_per_layer
+from famba.models.fused import FusedNetwork
+from famba.models.registered import weights_folder
+from famba.models.tome import ToMe
+from famba.training.trained import Trained
+
+_SUMMARY, _WEIGHTS = "summary.json", "model.safetensors"
+# Of the run's summary and its provenance what says something to others; arguments and folders do not.
+_RESULTS = ("data", "top1", "top5", "epochs", "steps", "train_time_s", "parameters", "macs_per_image", "precision")
+_PROVENANCE = ("started", "famba", "git_commit", "python", "packages", "platform", "device", "cuda", "seed")
+
+
+@dataclass(frozen=True)
+class Description:
+    """A trained network as it is exported.
+
+    architecture: its timm name. strategy: that made the schedule. own: whether it is exported with the fusion of its
+    training. trained: the network and what it takes. summary: of the run that made these very weights, None where that
+    is not known.
+    """
+
+    architecture: str
+    strategy: str
+    own: bool
+    trained: Trained
+    summary: dict[str, Any] | None
+
+    @property
+    def model(self) -> FusedNetwork:
+        """The network, which fuses as it is exported."""
+        return self.trained.model
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        network = self.model.vit if isinstance(self.model, ToMe) else self.model
+        height, width = self.model.image_size
+        return cast(PatchEmbed, network.patch_embed).proj.in_channels, height, width
+
+    def preprocessing(self) -> dict[str, Any]:
+        """How an image becomes input, in timm's words."""
+        return {
+            "input_size": list(self.shape),
+            "interpolation": self.trained.scaling.interpolation,
+            "crop_pct": self.trained.scaling.eval_crop,
+            "crop_mode": "center",
+            "mean": list(self.trained.mean),
+            "std": list(self.trained.std),
+        }
+
+    def fusion(self) -> dict[str, Any]:
+        """How the network fuses."""
+        schedule = list(self.model.fusion)
+        return {
+            "strategy": self.strategy,
+            "schedule": schedule,
+            **ways(self.model),
+            "tokens": self.model.num_tokens,
+            "tokens_per_layer": list(tokens_per_layer(schedule, self.model.num_tokens)),
+            "as_trained": self.own,
+        }
+
+    def results(self) -> dict[str, Any] | None:
+        """What training came to, on test images: percent, seconds, counts; None where it is not known."""
+        return None if self.summary is None else {name: self.summary.get(name) for name in _RESULTS}
+
+    def provenance(self) -> dict[str, Any] | None:
+        """Versions, commit, machine and seed of the training; None where they are not known."""
+        if self.summary is None:
+            return None
+        known = self.summary.get("provenance") or {}
+        return {name: known.get(name) for name in _PROVENANCE}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return {
+            "exported_by": f"famba {famba.__version__}",
+            "architecture": self.architecture,
+            "num_classes": self.model.num_classes,
+            **self.preprocessing(),
+            "fusion": self.fusion(),
+            "results_of_training": self.results(),
+            "provenance_of_training": self.provenance(),
+        }
+
+    def as_json(self) -> str:
+        """Everything as JSON."""
+        return json.dumps(self.as_dict(), indent=2)
+
+
+def ways(model: FusedNetwork) -> dict[str, Any]:
+    """How tokens fuse, by the names of the arguments of `Vim` without "fusion_", or of `apply_tome`."""
+    way = model.way._asdict()
+    del way["place" if isinstance(model, ToMe) else "proportional"]
+    return way
+
+
+def find_summary(checkpoint: str) -> dict[str, Any] | None:
+    """Find the summary of the run that made weights, as `load_trained` takes their name.
+
+    None where there is none, or it is of other weights: a checkpoint of some step, weights that were replaced, or a run
+    that did not finish.
+
+    Raises CheckpointError where it cannot be read.
+    """
+    place = Path(checkpoint)
+    at_hand = place if place.is_dir() else place.parent
+    folder = at_hand if place.exists() else weights_folder(checkpoint)
+    if folder is None or place.suffix == ".pt" or not (folder / _SUMMARY).is_file():
+        return None
+    try:
+        summary = json.loads((folder / _SUMMARY).read_text())
+        digest = summary.get("weights_sha256")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder / _SUMMARY} cannot be read ({error}); mend it or move it away") from error
+    weights = place if place.is_file() else folder / _WEIGHTS
+    return summary if digest is not None and digest == sha256(weights) else None

@@ -1,0 +1,87 @@
+"""A model as a folder in Hugging Face's layout, which timm loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+
+from famba.export.card import model_card
+from famba.export.description import Description, ways
+from famba.models.mixer import VimMixer
+from famba.models.vim import Vim, VimBlock
+from famba.training.setup import model_arguments
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+FILES = (CONFIG, WEIGHTS, CARD)
+_NOT_OF_THE_TRANSFORMER = ("fusion_", "drop_path_rate", "num_classes")
+
+
+def write_folder(description: Description, folder: Path) -> str:
+    """Write config.json, model.safetensors and README.md to a folder that is there; return what there is to say.
+
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` builds a Vim from them, after `import famba`. Of a vision
+    transformer that fuses, timm builds the transformer, and `famba.models.apply_tome` takes what config.json has under
+    "famba" to fuse again.
+    """
+    (folder / CONFIG).write_text(json.dumps(_config(description), indent=2) + "\n")
+    weights = {name: weight.contiguous() for name, weight in description.model.state_dict().items()}
+    (folder / WEIGHTS).write_bytes(save(weights, metadata={"format": "pt"}))
+    (folder / CARD).write_text(model_card(description))
+    return f"{len(weights):,} tensors, {sum(weight.numel() for weight in weights.values()):,} values"
+
+
+def _config(description: Description) -> dict[str, Any]:
+    """What timm reads, in timm's layout, and under "famba" what it passes over."""
+    model = description.model
+    said = description.as_dict()
+    return {
+        "architecture": description.architecture,
+        "num_classes": model.num_classes,
+        "num_features": model.embed_dim,
+        "model_args": _arguments(description),
+        "pretrained_cfg": {
+            **description.preprocessing(),
+            "fixed_input_size": True,
+            "num_classes": model.num_classes,
+            "pool_size": None,
+        },
+        "famba": {name: said[name] for name in said if name not in (*description.preprocessing(), "num_classes")},
+    }
+
+
+def _arguments(description: Description) -> dict[str, Any]:
+    """Arguments of timm.create_model with which it builds this network, or the transformer in it."""
+    model, config = description.model, description.trained.config
+    if isinstance(model, Vim):
+        return _vim_arguments(model)
+    built = {} if config is None else model_arguments(config, model.num_classes)
+    chosen = {name: value for name, value in built.items() if not name.startswith(_NOT_OF_THE_TRANSFORMER)}
+    return {**chosen, "img_size": _side(model.image_size)}
+
+
+def _vim_arguments(model: Vim) -> dict[str, Any]:
+    first = model.layers[0]
+    assert isinstance(first, VimBlock)
+    mixer = first.mixer
+    assert isinstance(mixer, VimMixer)
+    return {
+        "img_size": _side(model.image_size),
+        "patch_size": _side(model.patch_embed.patch_size),
+        "in_chans": model.patch_embed.proj.in_channels,
+        "embed_dim": model.embed_dim,
+        "depth": len(model.layers),
+        "d_state": mixer.d_state,
+        "d_conv": mixer.conv1d.kernel_size[0],
+        "expand": mixer.d_inner // model.embed_dim,
+        "cls_position": model.cls_position,
+        "fusion": list(model.fusion),
+        **{f"fusion_{name}": value for name, value in ways(model).items()},
+    }
+
+
+def _side(size: tuple[int, int]) -> int | list[int]:
+    """One number for a square."""
+    return size[0] if size[0] == size[1] else list(size)

@@ -1,0 +1,78 @@
+"""What is exported to where, checked before any work."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from famba.analysis.folders import prepare_folder
+from famba.analysis.variants import Choice, variants
+from famba.errors import ConfigError, near_miss
+from famba.export.description import Description, find_summary
+from famba.export.formats import FORMATS
+from famba.training.trained import Trained, load_trained
+
+
+@dataclass(frozen=True)
+class Request:
+    """An export that can begin. target: a name of `FORMATS`. out: the file or folder to write."""
+
+    target: str
+    out: Path
+    description: Description
+
+
+def check(options: argparse.Namespace) -> Request:
+    """Load the network, let it fuse as asked, and see to it that its file can be written.
+
+    Raises FambaError for what cannot work.
+    """
+    target = options.format
+    if target not in FORMATS:
+        raise ConfigError(f"--format is {target!r}{near_miss(target, FORMATS)}; allowed: {', '.join(FORMATS)}")
+    if target == "onnx":
+        from famba.export.onnx_graph import check_packages
+
+        check_packages()
+    choice = Choice.of(options)
+    out = _place(target, options.out)
+    trained = load_trained(options.checkpoint)
+    strategy, is_own = _fuse(trained, choice)
+    summary = find_summary(options.checkpoint)
+    architecture = _architecture(trained, options.checkpoint)
+    return Request(target, out, Description(architecture, strategy, is_own, trained, summary))
+
+
+def _place(target: str, out: Path) -> Path:
+    """Where to write, in a folder that can be written to."""
+    suffix = FORMATS[target]
+    if suffix is None:
+        if out.suffix in FORMATS.values():
+            raise ConfigError(f"--out {out} ends like a file; --format {target} writes a folder")
+        return prepare_folder(out)
+    if out.suffix != suffix:
+        raise ConfigError(f"--out is {out}; --format {target} writes a file whose name ends in {suffix}")
+    if out.is_dir():
+        raise ConfigError(f"--out {out} is a folder; name a file in it, such as {out / ('model' + suffix)}")
+    prepare_folder(out.parent)
+    return out
+
+
+def _architecture(trained: Trained, checkpoint: str) -> str:
+    """The network's timm name without a tag of weights."""
+    name = checkpoint if trained.config is None else trained.config.model.name
+    return name.split(".")[0]
+
+
+def _fuse(trained: Trained, choice: Choice) -> tuple[str, bool]:
+    """Let the network fuse as asked; return the name of the strategy, and whether it is as it was trained."""
+    if choice.is_empty:
+        return trained.strategy, True
+    asked = variants(trained, choice)
+    if len(asked) != 1:
+        raise ConfigError(
+            f"--fusion and --budget ask for {len(asked)} ways of fusing; a file holds one: name one strategy and budget"
+        )
+    asked[0].put_into(trained.model)
+    return asked[0].strategy, asked[0].own

@@ -1,0 +1,165 @@
+"""Exported programs run where famba is not, at batch sizes that they were not traced with, and compute the same."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+from naive import as_users_run_it
+from torch import Tensor, nn
+
+from famba import ops
+from famba.export.onnx_graph import OPSET, write_onnx
+from famba.export.program import write_program
+from famba.fusion import match
+from famba.models import Vim, apply_tome
+
+BATCHES = (1, 5)
+ROOT = Path(__file__).parents[1]
+
+
+class Fusing(nn.Module):
+    """Tokens (b, l, c) fuse, in each of two orders."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([match(x, 5, order=order).fuse(x) for order in ("sequence", "tome")], dim=1)
+
+
+def vim(**options: Any) -> nn.Module:
+    """Twenty-four patches, of an image that is no square."""
+    return Vim(img_size=(16, 24), patch_size=4, num_classes=3, embed_dim=8, depth=2, d_state=2, **options)
+
+
+def vit() -> nn.Module:
+    """Five patches more than registers, class and distillation tokens."""
+    arguments = {"img_size": (12, 16), "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": 3}
+    return apply_tome(timm.create_model("vit_tiny_patch16_224", reg_tokens=2, **arguments), (4, 2))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "none": (vim, (3, 16, 24)),
+    "head": (lambda: vim(fusion=(7, 4)), (3, 16, 24)),
+    "middle": (
+        lambda: vim(
+            fusion=(7, 4),
+            cls_position="middle",
+            fusion_order="tome",
+            fusion_weighting="size",
+            fusion_place="after_scan",
+        ),
+        (3, 16, 24),
+    ),
+    "no class token": (lambda: vim(fusion=(7, 4), cls_position="none", fusion_weighting="size"), (3, 16, 24)),
+    "prune": (lambda: vim(fusion=(7, 4), cls_position="middle", fusion_mode="prune"), (3, 16, 24)),
+    "transformer": (vit, (3, 12, 16)),
+    "ties": (Fusing, (12, 6)),
+}
+
+FRESH = """
+import sys
+for name in {blocked}:
+    sys.modules[name] = None
+import numpy as np
+{setup}
+folder = sys.argv[1]
+for name in {names}:
+    given = np.load(f"{{folder}}/{{name}}.npz")
+    run = load(f"{{folder}}/{{name}}.{suffix}")
+    np.savez(f"{{folder}}/{{name}}.{suffix}.npz", **{{key: run(given[key]) for key in given}})
+assert not [name for name, module in sys.modules.items() if name.split(".")[0] in {blocked} and module is not None]
+"""
+SETUPS = {
+    "pt2": """
+import torch
+def load(file):
+    program = torch.export.load(file).module()
+    return lambda x: program(torch.from_numpy(x)).detach().numpy()
+""",
+    "onnx": """
+import onnxruntime
+def load(file):
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return lambda x: session.run(["logits"], {"images": x})[0]
+""",
+}
+
+
+def inputs(name: str) -> list[Tensor]:
+    """Random images; or tokens among which many are equal, whose cosines are 0 or 1 in every runtime."""
+    generator = torch.Generator().manual_seed(len(name))
+    shape = MODELS[name][1]
+    if name == "ties":
+        return [torch.eye(6)[torch.randint(0, 6, (batch, 12), generator=generator)] for batch in BATCHES]
+    return [torch.randn(batch, *shape, generator=generator) for batch in BATCHES]
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    return {name: make().eval() for name, (make, _) in MODELS.items()}
+
+
+@pytest.fixture(scope="module", params=["pt2", "onnx"])
+def outputs(
+    request: pytest.FixtureRequest, models: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """Every model written in one format and run in one fresh process: the folder of all, and how its files end."""
+    suffix = request.param
+    folder = tmp_path_factory.mktemp(suffix)
+    write = write_program if suffix == "pt2" else write_onnx
+    with as_users_run_it():
+        for name, model in models.items():
+            write(model, MODELS[name][1], folder / f"{name}.{suffix}", "{}")
+            np.savez(folder / f"{name}.npz", **{f"b{len(x)}": x.numpy() for x in inputs(name)})
+    blocked = ["famba", "timm"] if suffix == "pt2" else ["famba", "timm", "torch"]
+    code = FRESH.format(blocked=blocked, setup=SETUPS[suffix], names=list(models), suffix=suffix)
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, suffix
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_a_fresh_process_computes_what_the_model_does(
+    outputs: tuple[Path, str], models: dict[str, nn.Module], name: str
+) -> None:
+    folder, suffix = outputs
+    found = np.load(folder / f"{name}.{suffix}.npz")
+    for x in inputs(name):
+        with torch.no_grad(), ops.use_backend("reference"):
+            expected = models[name](x)
+        torch.testing.assert_close(torch.from_numpy(found[f"b{len(x)}"]), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_files_hold_nothing_of_this_machine(outputs: tuple[Path, str]) -> None:
+    folder, suffix = outputs
+    for file in folder.glob(f"*.{suffix}"):
+        assert str(ROOT).encode() not in file.read_bytes(), file.name
+
+
+@pytest.mark.slow
+def test_graphs_are_of_standard_operators(outputs: tuple[Path, str]) -> None:
+    folder, suffix = outputs
+    if suffix != "onnx":
+        pytest.skip("of onnx alone")
+    for name in MODELS:
+        message = onnx.load(folder / f"{name}.onnx")
+        onnx.checker.check_model(message, full_check=True)
+        assert [(one.domain, one.version) for one in message.opset_import] == [("", OPSET)]
+        assert not message.functions
+        kinds = [node.op_type for node in message.graph.node]
+        assert kinds.count("Scan") == (0 if name in ("ties", "transformer") else 4)
+        # Places of protected tokens that are not at the head are sorted too.
+        assert kinds.count("TopK") == {"none": 0, "middle": 4, "prune": 4}.get(name, 2)
+        (given,), (made,) = message.graph.input, message.graph.output
+        assert (given.name, made.name) == ("images", "logits")
+        assert given.type.tensor_type.shape.dim[0].dim_param == made.type.tensor_type.shape.dim[0].dim_param == "batch"
