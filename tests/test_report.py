@@ -356,7 +356,7 @@ def test_one_seed_marks_no_front_but_of_what_is_worked_out(tmp_path: Path) -> No
     table = table_of(tmp_path)
     assert names(pareto(table.rows, TIME)) == ["all", "none"]
     assert names(pareto(table.rows, SAVED)) == ["all"]
-    said = "No Pareto front is to be told: of the 2 timed settings none is shown to beat another"
+    said = "No Pareto front is to be told: of the 2 timed settings none is shown to be at least as accurate as another"
     assert conclusions(table)[0].startswith(said)
 
 
@@ -409,6 +409,18 @@ def test_curves_are_means_and_ranges_over_seeds(tmp_path: Path) -> None:
     # Linear, so a running mean changes nothing away from the ends.
     assert loss.mean[15] == pytest.approx(4.0 - 0.005 * 160 + 0.01)
     assert curves.tokens(none).mean.tolist() == [17] * 5
+
+
+def test_what_holds_for_several_rows_is_said_once(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    write_run(tmp_path / "all0", "all", 0, 11.0, train_time_s=None)
+    write_run(tmp_path / "all1", "all", 1, 11.0)
+    write_run(tmp_path / "lower0", "lower", 0, 11.0)
+    write_run(tmp_path / "lower1", "lower", 1, 11.0)
+    said = notes(table_of(tmp_path))
+    assert "Seeds that a row and none do not share are left out of its difference: 2 (all; lower)." in said
+    assert "Training time is not known of every run: all 1 of 2." in said
+    assert not any("machine of most" in note for note in said)
 
 
 def test_broken_metrics_are_a_gap_that_is_named(tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_a_path_that_is_no_folder_of_runs_is_said_with_what_to_give(
     (tmp_path / "runs" / "nothing").mkdir()
     assert famba(["report", "runs/swep", *options]) == 2
     error = capsys.readouterr().err
-    assert "runs/swep is not there" in error
+    assert "no run in runs/swep: it is not there" in error
     assert "holds the folders nothing, sweep" in error
     assert famba(["report", str(run / "summary.json"), *options]) == 2
     assert f"is a file; give the folder of a run, or one that holds some: {run}" in capsys.readouterr().err

@@ -17,11 +17,13 @@ def check_folder(path: Path) -> None:
     if path.is_dir():
         return
     if path.exists():
-        raise DataError(f"{path} is a file; give the folder of a run, or one that holds some: {path.parent}, perhaps")
+        raise DataError(
+            f"no run in {path}: it is a file; give the folder of a run, or one that holds some: {path.parent}, perhaps"
+        )
     there = next((parent for parent in path.absolute().parents if parent.is_dir()), path)
     raise DataError(
-        f"{path} is not there; {there} holds {_contents(there)}. Give the run_dir of a run or of a sweep, or a folder "
-        "that holds some"
+        f"no run in {path}: it is not there; {there} holds {_contents(there)}. Give the run_dir of a run or a sweep, "
+        "or a folder that holds some"
     )
 
 

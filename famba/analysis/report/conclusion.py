@@ -31,12 +31,15 @@ def _trade_off(table: Table) -> list[str]:
 
 
 def _front(front: Sequence[Row], timed: int) -> str:
-    beaten = "at least as accurate in no more time by the means, and better in one of both by more than chance"
+    better = "in no more time by the means, and better in one of both beyond chance"
     if len(front) == timed:
-        return f"No Pareto front is to be told: of the {timed} timed settings none is shown to beat another, {beaten}."
+        return (
+            f"No Pareto front is to be told: of the {timed} timed settings none is shown to be at least as accurate as "
+            f"another {better}."
+        )
     return (
         f"On the Pareto front of Top-1 against training time: {_listed([_name(row) for row in front])}. Each other of "
-        f"the {timed} timed settings is beaten by one that is {beaten}."
+        f"the {timed} timed settings is beaten: another is at least as accurate {better}."
     )
 
 

@@ -100,14 +100,17 @@ def _of_seeds(table: Table) -> list[str]:
         found.append(f"One seed alone, so neither spread nor interval: {'; '.join(single)}.")
     if table.base is None:
         found.append("No run without fusion (none) is among these: differences and shares are left open.")
+    unpaired: dict[str, list[str]] = {}
     for row in table.rows:
         if row.fusion.strategy == NONE or table.base is None:
             continue
         if row.difference is None:
             found.append(f"{row.label}: no seed in common with none, so no difference.")
         elif row.difference.unpaired:
-            seeds = ", ".join(map(str, row.difference.unpaired))
-            found.append(f"{row.label}: seeds that it and none do not share are left out of the difference: {seeds}.")
+            unpaired.setdefault(", ".join(map(str, row.difference.unpaired)), []).append(row.label)
+    if unpaired:
+        listed = "; ".join(f"{seeds} ({'; '.join(labels)})" for seeds, labels in unpaired.items())
+        found.append(f"Seeds that a row and none do not share are left out of its difference: {listed}.")
     return found
 
 
@@ -125,12 +128,16 @@ def _of_cost(table: Table) -> list[str]:
             f"* timed on another machine than the rest, so without shares and not in the plots of cost: "
             f"{'; '.join(moved)}."
         )
-    fewer = [row for row in table.rows if not row.is_elsewhere and _timed(row) < len(row.runs)]
     found += [
-        f"{row.label}: time, throughput and memory are of {_timed(row)} of its {len(row.runs)} runs, those on the "
+        f"{row.label}: time, throughput and memory are of {len(row.timed)} of its {len(row.runs)} runs, those on the "
         "machine of most."
-        for row in fewer
+        for row in table.rows
+        if not row.is_elsewhere and len(row.timed) < len(row.runs)
     ]
+    fewer = [row for row in table.rows if _timed(row) < len(row.timed)]
+    if fewer:
+        listed = "; ".join(f"{row.label} {_timed(row)} of {len(row.timed)}" for row in fewer)
+        found.append(f"Training time is not known of every run: {listed}.")
     if any(row.fusion.strategy == ADAPTIVE for row in table.rows):
         found.append(
             "An adaptive schedule changes while it trains: FLOPs, saved bytes and tokens are of its last one, the mean "
