@@ -197,7 +197,7 @@ def test_variants_say_what_they_are(upper: Trained) -> None:
     trained = load_trained(upper[0])
     assert variants(trained, Choice()) == []
     assert variants(trained, Choice(strategies=["upper"])) == [own(trained)]
-    (tome,) = variants(trained, Choice(order="tome"))
+    (tome,) = variants(trained, Choice(order=["tome"]))
     assert (tome.schedule, tome.order, tome.own) == (trained.schedule, "tome", False)
     both = [own(trained), tome]
     assert labels(both) == ["upper, sequence", "upper, tome"]
@@ -239,7 +239,7 @@ def test_counts_of_its_own_are_told_from_custom_layers(upper: Trained) -> None:
 
 
 def test_without_fusion_nothing_else_is_of_any_matter(upper: Trained) -> None:
-    found = variants(load_trained(upper[0]), Choice(strategies=["none", "upper"], order="tome", weighting="size"))
+    found = variants(load_trained(upper[0]), Choice(strategies=["none", "upper"], order=["tome"], weighting=["size"]))
     assert labels([own(load_trained(upper[0])), *found]) == ["upper, sequence, mean", "none", "upper, tome, size"]
     plain = fused_by(upper[0], [0, 0, 0, 0], strategy="none")
     with pytest.raises(ConfigError, match="trained without fusion: name the strategies"):
@@ -332,3 +332,46 @@ def test_set_fusion_changes_how_tokens_fuse() -> None:
     with pytest.raises(ConfigError, match="unknown fusion_place"):
         model.set_fusion((0, 0, 0), place="behind")
     assert model.fusion == (4, 4, 4)
+
+
+def test_several_ways_are_compared_in_one_command(upper: Trained) -> None:
+    trained = load_trained(upper[0])
+    found = variants(trained, Choice(budgets=[8, 4], order=["sequence", "tome"], mode=["fuse", "prune"]))
+    assert [(one.order, one.mode, one.removed) for one in found] == [
+        (order, mode, removed) for order in ("sequence", "tome") for mode in ("fuse", "prune") for removed in (8, 4)
+    ]
+    assert labels(found)[0::2] == [
+        "upper, sequence, fuse",
+        "upper, sequence, prune",
+        "upper, tome, fuse",
+        "upper, tome, prune",
+    ]
+    assert len({one.family for one in found}) == 4
+    with pytest.raises(ConfigError, match="unknown --attention 'proportional attention'.* allowed: plain"):
+        variants(trained, Choice(attention=["proportional attention"]))
+
+
+def test_a_transformer_attends_in_proportion_off_the_shelf_and_as_trained_else(tmp_path: Path) -> None:
+    vit = ("model=vit_micro", "model.d_state=null", "trainer.max_steps=1")
+    for name, strategy in (("plain", "none"), ("fused", "all")):
+        run(tmp_path / name, *vit, f"fusion={strategy}", "fusion.budget=8")
+    plain, fused = (load_trained(tmp_path / name) for name in ("plain", "fused"))
+    (found,) = variants(plain, Choice(strategies=["all"], budgets=[8]))
+    assert (found.attention, found.place, found.order) == ("proportional attention", "after_attention", "tome")
+    found.put_into(plain.model)
+    assert plain.model.way.proportional
+    (found,) = variants(fused, Choice(budgets=[4]))
+    assert found.attention == "plain attention"
+    assert len(variants(fused, Choice(budgets=[4], attention=["plain attention", "proportional attention"]))) == 2
+    with pytest.raises(ConfigError, match="unknown --place 'before_mixer'; allowed: after_attention"):
+        variants(fused, Choice(place=["before_mixer"]))
+
+
+def test_a_transformer_is_evaluated_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path / "run", "model=vit_micro", "model.d_state=null", "fusion=none", "trainer.max_steps=1")
+    asked = ["--fusion", "all", "--budget", "4,8", "--mode", "fuse,prune", "--subset", "20", "--batch-size", "10"]
+    assert famba(["evaluate", str(tmp_path / "run"), *asked, "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "all, fuse" in out
+    assert "all, prune" in out
+    assert (tmp_path / "out" / "evaluate.png").is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,15 +12,17 @@ from famba.errors import ConfigError, near_miss
 from famba.fusion import schedule, tokens_per_layer
 from famba.fusion.matching import MODES, ORDERS
 from famba.fusion.schedules import ADAPTIVE, PAPER, STRATEGIES, Budget, strategy_names
-from famba.models import FusedNetwork
-from famba.models.vim import PLACES, WEIGHTINGS, check_choice
+from famba.models import FusedNetwork, Vim
+from famba.models.fused import check_choice
+from famba.models.vim import PLACES, WEIGHTINGS
 from famba.training.naming import naming
 from famba.training.trained import Trained
 
 USUAL_BUDGET = 6 / 7
 """Share of the patches, as `configs/fusion` has it: for weights that come without a configuration."""
 _OPTIONS = {"strategy": "--fusion", "budget": "--budget", "counts": "--budget", "layers": "--layers"}
-_WAYS = ("order", "weighting", "place", "mode")
+_PLAIN, _PROPORTIONAL = ATTENTIONS = ("plain attention", "proportional attention")
+_WAYS = ("order", "weighting", "place", "mode", "attention")
 _NONE, _COUNTED, _LISTED = "none", ("lower", "upper"), "custom"
 
 
@@ -27,8 +30,9 @@ _NONE, _COUNTED, _LISTED = "none", ("lower", "upper"), "custom"
 class Variant:
     """One way of fusing: tokens to remove in each layer; order, weighting, place and mode as in `famba.models.Vim`.
 
-    among: which layers share the budget, in words, where the strategy leaves that open, else "". own: whether it is the
-    one that the network was trained with.
+    attention: one of ATTENTIONS, as in `famba.models.apply_tome`; plain where there is none. among: which layers share
+    the budget, in words, where the strategy leaves that open, else "". own: whether it is the one that the network was
+    trained with.
     """
 
     strategy: str
@@ -38,6 +42,7 @@ class Variant:
     weighting: str
     place: str
     mode: str
+    attention: str
     own: bool
 
     @property
@@ -56,20 +61,22 @@ class Variant:
 
     def put_into(self, model: FusedNetwork) -> None:
         """Let a network fuse this way."""
-        model.set_fusion(self.schedule, self.order, self.weighting, self.place, self.mode)
+        proportional = self.attention == _PROPORTIONAL
+        model.set_fusion(self.schedule, self.order, self.weighting, self.place, self.mode, proportional)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was asked for, each None where it was not: names, budgets, layers for those strategies that take some."""
+    """What was asked for, each None where it was not; layers are for those strategies that take some."""
 
     strategies: Sequence[str] | None = None
     budgets: Sequence[Budget] | None = None
     layers: Sequence[int] | None = None
-    order: str | None = None
-    weighting: str | None = None
-    place: str | None = None
-    mode: str | None = None
+    order: Sequence[str] | None = None
+    weighting: Sequence[str] | None = None
+    place: Sequence[str] | None = None
+    mode: Sequence[str] | None = None
+    attention: Sequence[str] | None = None
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Choice:
@@ -83,14 +90,15 @@ class Choice:
                     f"--fusion: unknown strategy {name!r}{near_miss(name, strategy_names())}; "
                     f"allowed: {', '.join(strategy_names())}"
                 )
-        for name, value, allowed in (
-            ("--order", options.order, ORDERS),
-            ("--weighting", options.weighting, WEIGHTINGS),
-            ("--mode", options.mode, MODES),
-        ):
-            if value is not None:
-                check_choice(name, value, allowed)
-        return cls(strategies, budgets, layers, options.order, options.weighting, options.place, options.mode)
+        ways: dict[str, list[str]] = {}
+        for name in _WAYS:
+            if (text := getattr(options, name)) is not None:
+                given = _items(text, f"--{name}")
+                ways[name] = [f"{one} {name}" for one in given] if name == "attention" else given
+        for name, allowed in (("order", ORDERS), ("weighting", WEIGHTINGS), ("mode", MODES)):
+            for value in ways.get(name, []):
+                check_choice(f"--{name}", value, allowed)
+        return cls(strategies, budgets, layers, **ways)
 
     @property
     def is_empty(self) -> bool:
@@ -103,7 +111,9 @@ def own(trained: Trained) -> Variant:
     way = trained.model.way
     layers = None if trained.config is None else trained.config.fusion.layers
     among = _among(trained.model, trained.strategy, layers, trained.schedule)
-    return Variant(trained.strategy, among, trained.schedule, way.order, way.weighting, way.place, way.mode, own=True)
+    attention = _PROPORTIONAL if way.proportional else _PLAIN
+    ways = (way.order, way.weighting, way.place, way.mode, attention)
+    return Variant(trained.strategy, among, trained.schedule, *ways, own=True)
 
 
 def unfused(trained: Trained) -> Variant:
@@ -117,7 +127,9 @@ def unfused(trained: Trained) -> Variant:
 def variants(trained: Trained, choice: Choice) -> list[Variant]:
     """Work out what was asked for, in its order and each once; nothing asked for is nothing.
 
-    The network's own strategy without a budget is its own schedule, whatever it came from.
+    Of order, weighting, place, mode and attention every combination. A transformer that was trained without fusion
+    attends in proportion unless asked otherwise, as ToMe has it off the shelf. The network's own strategy without a
+    budget is its own schedule, whatever it came from.
 
     Raises:
         ConfigError: with the option at fault, where something does not fit the network.
@@ -128,16 +140,20 @@ def variants(trained: Trained, choice: Choice) -> list[Variant]:
         raise ConfigError("the network was trained without fusion: name the strategies to fuse by, by --fusion")
     mine = own(trained)
     _check_layers(trained, choice)
-    if choice.place is not None:
-        check_choice("--place", choice.place, PLACES if mine.place in PLACES else (mine.place,))
-    way = {name: getattr(choice, name) or getattr(mine, name) for name in _WAYS}
+    is_vim = isinstance(trained.model, Vim)
+    for value in choice.place or ():
+        check_choice("--place", value, PLACES if is_vim else (mine.place,))
+    for value in choice.attention or ():
+        check_choice("--attention", value, (_PLAIN,) if is_vim else ATTENTIONS)
+    usual = mine if is_vim or mine.strategy != _NONE else replace(mine, attention=_PROPORTIONAL)
+    ways = list(itertools.product(*(getattr(choice, name) or [getattr(usual, name)] for name in _WAYS)))
     found = []
     for strategy in choice.strategies or [trained.strategy]:
         if strategy == _NONE:
             found.append(unfused(trained))
             continue
-        for among, counts in _spreads(trained, choice, strategy):
-            one = Variant(strategy, among, counts, **way, own=True)
+        for values, (among, counts) in itertools.product(ways, _spreads(trained, choice, strategy)):
+            one = Variant(strategy, among, counts, **dict(zip(_WAYS, values, strict=True)), own=True)
             found.append(one if one == mine else replace(one, own=False))
     return list(dict.fromkeys(found))
 
@@ -145,7 +161,7 @@ def variants(trained: Trained, choice: Choice) -> list[Variant]:
 def labels(compared: Sequence[Variant]) -> list[str]:
     """Name each variant by its strategy, and by what of the rest others that are compared have not.
 
-    That is its layers, among those of its strategy, and its order, weighting, place and mode, among all that fuse.
+    That is its layers, among those of its strategy, and its order and the like, among all that fuse.
     """
     fusing = [one for one in compared if one.strategy != _NONE]
     return [", ".join([one.strategy, *(_told(one, fusing) if one in fusing else [])]) for one in compared]
@@ -172,10 +188,15 @@ def add_fusion_options(parser: argparse.ArgumentParser, default: str) -> None:
         help="how many layers fuse in lower and upper (default: as the run, else three quarters); which ones, counted "
         "from 0, in custom",
     )
-    group.add_argument("--order", metavar="NAME", help=f"{' or '.join(ORDERS)} (default: as trained)")
-    group.add_argument("--weighting", metavar="NAME", help=f"{' or '.join(WEIGHTINGS)} (default: as trained)")
-    group.add_argument("--place", metavar="NAME", help=f"{' or '.join(PLACES)} (default: as trained)")
-    group.add_argument("--mode", metavar="NAME", help=f"{' or '.join(MODES)} (default: as trained)")
+    for name, allowed in (("order", ORDERS), ("weighting", WEIGHTINGS), ("mode", MODES), ("place", PLACES)):
+        listed = ", ".join(allowed)
+        group.add_argument(f"--{name}", metavar="NAME[,NAME...]", help=f"each with {listed} (default: as trained)")
+    group.add_argument(
+        "--attention",
+        metavar="NAME[,NAME...]",
+        help="of a transformer: each with plain, or proportional to the sizes of tokens (default: proportional where "
+        "it was trained without fusion, else as trained)",
+    )
 
 
 def _told(one: Variant, compared: Sequence[Variant]) -> list[str]:
