@@ -1,4 +1,4 @@
-"""Make the report on the runs that are kept, and put its tables into docs/results.md and README.md.
+"""Make the reports on the runs that are kept, and put their tables into docs/results.md and README.md.
 
     python scripts/publish_results.py
 
@@ -7,32 +7,83 @@ The documents hold the tables between markers; everything else in them is writte
 
 from __future__ import annotations
 
+import csv
 import re
 import shutil
 import sys
+import tempfile
+from collections import defaultdict
 from pathlib import Path
 
 from famba.analysis.report.output import write_report
 
 ROOT = Path(__file__).resolve().parents[1]
-RUNS, REPORT = ROOT / "docs/results/cpu_table", ROOT / "docs/results/report"
+KEPT = ROOT / "docs/results"
+TABLE, REPORT = KEPT / "cpu_table", KEPT / "report"
+# Beside the table's own runs: other orders and weightings.
+OTHER_WAYS = ("cpu_order", "cpu_weighting")
 # Made again in a second, and half a megabyte.
 NOT_KEPT = ("report.html", "report.tex")
 README_COLUMNS = ("fusion", "Top-1, %", "seeds", "difference to none", "training time, min", "of none")
+WAY_COLUMNS = ("fusion", "seeds", "Top-1, %", "difference to none")
+WAY_ROWS = ("all", "upper")
+SHELF = {"vim": "`vim_micro`", "vit": "`vit_micro`"}
+
+Texts = dict[tuple[Path, str], str]
 
 
 def main() -> int:
     """Write the report and both documents."""
     shutil.rmtree(REPORT, ignore_errors=True)
-    write_report([RUNS], REPORT)
+    for (document, name), text in texts(REPORT).items():
+        fill(document, name, text)
     for name in NOT_KEPT:
         (REPORT / name).unlink()
     for picture in REPORT.glob("plots/*.png"):
         picture.unlink()
-    results, costs = tables((REPORT / "report.md").read_text())[:2]
-    fill(ROOT / "docs/results.md", "tables", f"{results}\n\n{costs}")
-    fill(ROOT / "README.md", "results", columns(results))
     return 0
+
+
+def texts(report: Path) -> Texts:
+    """Write the report on the table's runs to a folder; return what belongs between each document's markers."""
+    write_report([TABLE], report)
+    results, costs = tables((report / "report.md").read_text())[:2]
+    return {
+        (ROOT / "docs/results.md", "tables"): f"{results}\n\n{costs}",
+        (ROOT / "docs/results.md", "ways"): ways(),
+        (ROOT / "docs/results.md", "shelf"): "\n\n".join(map(shelf, SHELF)),
+        (ROOT / "README.md", "results"): columns(results, README_COLUMNS),
+    }
+
+
+def ways() -> str:
+    """Orders and weightings beside the table's own, of the strategies that were trained with them."""
+    folders = [TABLE, *(KEPT / name for name in OTHER_WAYS if (KEPT / name).is_dir())]
+    with tempfile.TemporaryDirectory() as folder:
+        write_report(folders, Path(folder))
+        table = tables((Path(folder) / "report.md").read_text())[0]
+    head, line, *rows = columns(table, WAY_COLUMNS).splitlines()
+    chosen = [row for row in rows if row.split("|")[1].split(",")[0].strip() in WAY_ROWS]
+    return "\n".join([head, line, *chosen])
+
+
+def shelf(name: str) -> str:
+    """Top-1 of a network that was trained without fusion, by tokens removed and the way that they go."""
+    found: dict[int, dict[str, str]] = defaultdict(dict)
+    speed: dict[int, str] = {}
+    for row in csv.DictReader((KEPT / "off_the_shelf" / name / "evaluate.csv").open()):
+        removed = int(row["removed"])
+        way = f"{row['mode']}, {row['order']}" if removed else ""
+        found[removed][way] = f"{float(row['top1']):.2f}"
+        if not removed or way == "fuse, sequence":
+            speed[removed] = row["images_per_s"]
+    of = list(dict.fromkeys(way for cells in found.values() for way in cells if way))
+    lines = [f"| {SHELF[name]}: tokens removed | {' | '.join(of)} | images/s, fused |", "| --- " * (len(of) + 2) + "|"]
+    for removed, cells in sorted(found.items()):
+        shown = [cells.get(way, cells.get("", "")) for way in of]
+        times = float(speed[removed]) / float(speed[0])
+        lines.append(f"| {removed} | {' | '.join(shown)} | {float(speed[removed]):.0f} ({times:.2f} of none) |")
+    return "\n".join(lines)
 
 
 def tables(report: str) -> list[str]:
@@ -40,20 +91,26 @@ def tables(report: str) -> list[str]:
     return [block.strip() for block in re.findall(r"(?:^\|.*\n)+", report, re.MULTILINE)]
 
 
-def columns(table: str) -> str:
-    """Those of a table's columns that the README shows, the first of each name."""
+def columns(table: str, names: tuple[str, ...]) -> str:
+    """Those of a table's columns whose names begin so, the first of each."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     header = rows[0]
-    chosen = [next(i for i, name in enumerate(header) if name.startswith(start)) for start in README_COLUMNS]
+    chosen = [next(i for i, name in enumerate(header) if name.startswith(start)) for start in names]
     rows[1] = ["---"] * len(header)
     return "\n".join("| " + " | ".join(row[i] for i in chosen) + " |" for row in rows)
 
 
 def fill(document: Path, name: str, text: str) -> None:
     """Replace what stands between a document's markers."""
-    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    before, rest = document.read_text().split(start)
-    document.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}")
+    before, _, after = parts(document, name)
+    document.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- end of {name} -->{after}")
+
+
+def parts(document: Path, name: str) -> tuple[str, str, str]:
+    """A document before, between and behind the markers of a name."""
+    before, rest = document.read_text().split(f"<!-- {name} -->")
+    between, after = rest.split(f"<!-- end of {name} -->")
+    return before, between.strip(), after
 
 
 if __name__ == "__main__":

@@ -375,3 +375,17 @@ def test_a_transformer_is_evaluated_by_command(tmp_path: Path, capsys: pytest.Ca
     assert "all, fuse" in out
     assert "all, prune" in out
     assert (tmp_path / "out" / "evaluate.png").is_file()
+
+
+def test_ways_of_one_strategy_have_colours_of_their_own_and_the_legend_fits(
+    upper: Trained, without_memory: None
+) -> None:
+    found = evaluated(upper[0], "--budget", "8,4", "--order", "sequence,tome", "--mode", "fuse,prune")
+    figure = plot(found)
+    lines = [line for line in figure.axes[0].lines if line.get_linestyle() != "None"]
+    assert len({line.get_color() for line in lines if line.get_label() != "none"}) == 4
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width

@@ -23,6 +23,7 @@ from scipy.stats import ttest_rel
 
 from famba.analysis.palette import looks
 from famba.analysis.report import cells, curves
+from famba.analysis.report.comparable import sort_out
 from famba.analysis.report.conclusion import conclusions
 from famba.analysis.report.notes import notes
 from famba.analysis.report.plots import plots
@@ -445,3 +446,20 @@ def test_what_a_summary_lacks_is_a_marked_gap(tmp_path: Path) -> None:
     assert results.rows == [["upper", "1", "12.00", "-", "-", "-", "-", "-", "-"]]
     assert costs.rows[0][1] == "-"
     assert "No run without fusion" in " ".join(notes(table))
+
+
+def test_runs_from_the_same_path_with_other_weights_are_kept_apart(tmp_path: Path) -> None:
+    def started(digest: str, new_head: bool = False) -> dict[str, object]:
+        return {"init_from": "old", "weights_sha256": digest * 64, "new_classifier": new_head}
+
+    for name, seed, path, told in (
+        ("one", 0, "old", started("a")),
+        ("two", 1, "elsewhere/old", started("a")),
+        ("three", 2, "old", started("b")),
+        ("four", 3, "old", started("a", new_head=True)),
+    ):
+        write_run(tmp_path / name, seed=seed, config={"init_from": path}, started_from=told)
+    (table,), others = sort_out(read_runs([tmp_path])[0])
+    assert sorted(run.seed for run in table.runs) == [0, 1]
+    assert sorted(other.name.split("/")[-1] for other in others) == ["four", "three"]
+    assert all("aaaa" in reason for other in others for reason in other.reasons)

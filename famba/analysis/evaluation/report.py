@@ -129,7 +129,10 @@ def plot(evaluation: Evaluation) -> Figure:
             # Only from zero on does height say how much is saved.
             axes.set_ylim(0, 1.12 * max(filter(None, map(value, evaluation.results)), default=1.0))
     handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 2 * len(known)), handlelength=3)
+    # A line's sample and its name, in inches.
+    entry = 0.7 + 0.085 * max(map(len, names))
+    columns = max(1, min(len(names), int(figure.get_figwidth() / entry)))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3)
     figure.suptitle(_title(evaluation), fontsize=9, color=INK)
     return figure
 
@@ -138,7 +141,7 @@ def _curves(axes: Axes, evaluation: Evaluation, value: Callable[[Result], float 
     """A line for each strategy and way, from the network without fusion on."""
     unfused = [result for result in evaluation.results if not result.variant.removed][:1]
     lines = _lines(evaluation.results)
-    for (name, results), style in zip(lines, looks([line[0].variant.strategy for _, line in lines]), strict=True):
+    for (name, results), style in zip(lines, looks(_told_apart(lines)), strict=True):
         points = sorted([*unfused, *results], key=lambda result: result.variant.removed)
         points = list({result.variant.removed: result for result in points}.values())
         known = [(result.variant.removed, found) for result in points if (found := value(result)) is not None]
@@ -167,6 +170,17 @@ def _curves(axes: Axes, evaluation: Evaluation, value: Callable[[Result], float 
             ring: dict[str, Any] = {"marker": "o", "markersize": 13, "markerfacecolor": "none", "markeredgecolor": INK}
             axes.plot(result.variant.removed, found, linestyle="none", label="as trained", zorder=5, **ring)
     axes.margins(y=0.12)
+
+
+def _told_apart(lines: Sequence[tuple[str, list[Result]]]) -> list[str]:
+    """What lines take their looks by: their strategy; where there is but one, the ways that it is compared in."""
+    strategies = [results[0].variant.strategy for _, results in lines]
+    if len({name for name in strategies if name != "none"}) > 1:
+        return strategies
+    return [
+        strategy if strategies.index(strategy) == place else name
+        for place, ((name, _), strategy) in enumerate(zip(lines, strategies, strict=True))
+    ]
 
 
 def _bars(axes: Axes, results: Sequence[Result]) -> None:

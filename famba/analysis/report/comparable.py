@@ -82,6 +82,7 @@ def what_of(run: Run) -> dict[str, Any]:
     config = {key: value for key, value in run.config.items() if _counts(key, run)}
     return {
         **config,
+        **_initial_weights(run),
         "image size": run.image_size,
         "precision": run.precision,
         "steps": run.steps,
@@ -91,6 +92,15 @@ def what_of(run: Run) -> dict[str, Any]:
         "famba version": run.provenance.get("famba"),
         "git commit": run.provenance.get("git_commit"),
     }
+
+
+def _initial_weights(run: Run) -> dict[str, Any]:
+    """What a run began with, by what the weights are: not by their path, where others may lie by now."""
+    digest = run.started_from.get("weights_sha256")
+    if digest is None:
+        return {}
+    head = ", a new classifier" if run.started_from.get("new_classifier") else ""
+    return {"init_from": printable(f"weights of SHA-256 {str(digest)[:16]}{head}")}
 
 
 def place_of(run: Run) -> dict[str, Any]:

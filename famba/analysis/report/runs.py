@@ -27,7 +27,8 @@ class Run:
 
     Top-1 and Top-5 are percent, times seconds, config maps dotted keys to values. tokens_per_layer has an entry for
     each layer, after fusing. evaluations: for "test" and "validation", the epochs that were done and Top-1 then.
-    losses: steps, and the training loss then. gaps: what in the folder could not be read.
+    losses: steps, and the training loss then. started_from: what the summary
+    tells of weights that it began with. gaps: what in the folder could not be read.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Run:
     schedule: tuple[int, ...]
     tokens_per_layer: tuple[int, ...]
     adapted: tuple[Mapping[str, Any], ...]
+    started_from: Mapping[str, Any]
     provenance: Mapping[str, Any]
     config: Mapping[str, Any]
     evaluations: Mapping[str, tuple[tuple[int, float], ...]]
@@ -150,6 +152,7 @@ def _read(name: str, folder: Path) -> Run:
         schedule=schedule,
         tokens_per_layer=left,
         adapted=tuple(entry for entry in adapted if isinstance(entry, Mapping)) if isinstance(adapted, list) else (),
+        started_from=started if isinstance(started := summary.get("started_from"), Mapping) else {},
         provenance=provenance,
         config=config,
         evaluations=evaluations,
