@@ -15,7 +15,7 @@ from PIL import Image
 from runs import run
 
 from famba.analysis.pictures.images import _distinct
-from famba.analysis.pictures.patches import Row, draw_patches
+from famba.analysis.pictures.patches import PRUNED, Row, draw_patches
 from famba.analysis.pictures.regions import Grid, borders, mean_colours, scattered, shown_layers
 from famba.analysis.pictures.similarity import Column, edges, shares
 from famba.analysis.pictures.tags import draw_tags, tagged
@@ -298,3 +298,15 @@ def test_a_broken_configuration_beside_weights_is_said_on_one_line(
     assert error.startswith(f"error: {copied / 'config.yaml'} cannot be read (")
     assert "give a checkpoint (.pt) of the run" in error
     assert error.count("\n") == 1
+
+
+def test_pruned_patches_are_grey_and_the_others_as_they_are() -> None:
+    image = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    rows = [Row("fuse", [2], [np.array([[0, 0], [1, 2]])]), Row("prune", [2], [np.array([[PRUNED, 0], [1, PRUNED]])])]
+    figure = draw_patches(image, [0], rows)
+    shown = np.asarray(figure.axes[3].images[0].get_array())
+    assert (shown[:4, :4] == shown[0, 0]).all()
+    assert (shown[4:, 4:] == shown[0, 0]).all()
+    assert (shown[:4, 4:] == image[:4, 4:]).all()
+    assert "Grey: pruned." in figure.get_suptitle()
+    assert "Grey" not in draw_patches(image, [0], rows[:1]).get_suptitle()

@@ -2,6 +2,6 @@
 
 from famba.fusion.matching import TokenMap, match
 from famba.fusion.schedules import schedule, tokens_per_layer
-from famba.fusion.tracing import trace, unfuse
+from famba.fusion.tracing import still_there, trace, unfuse
 
-__all__ = ["TokenMap", "match", "schedule", "tokens_per_layer", "trace", "unfuse"]
+__all__ = ["TokenMap", "match", "schedule", "still_there", "tokens_per_layer", "trace", "unfuse"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from famba.errors import ConfigError
@@ -28,6 +29,23 @@ def trace(maps: Sequence[TokenMap | None], patches: Int[Tensor, "b n"]) -> tuple
             patches = token_map.places.gather(1, patches)
         held.append(patches)
     return tuple(held)
+
+
+def still_there(maps: Sequence[TokenMap | None], patches: Int[Tensor, "b n"]) -> tuple[Bool[Tensor, "b n"], ...]:
+    """Whether patches are still in the sequence after each layer: all where tokens fuse, some where they are pruned.
+
+    Arguments as of `trace`.
+    """
+    there = torch.ones_like(patches, dtype=torch.bool)
+    found = []
+    for token_map in maps:
+        if token_map is not None:
+            if token_map.kept is not None:
+                # A dropped patch lies at the place of a token that may stay: it does not come back with it.
+                there = there & token_map.kept.gather(1, patches).bool()
+            patches = token_map.places.gather(1, patches)
+        found.append(there)
+    return tuple(found)
 
 
 def unfuse(tokens: Float[Tensor, "b l c"], places: Int[Tensor, "b n"]) -> Float[Tensor, "b n c"]:

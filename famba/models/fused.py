@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from famba.errors import ConfigError, near_miss
-from famba.fusion import TokenMap, trace, unfuse
+from famba.fusion import TokenMap, still_there, trace, unfuse
 from famba.fusion.adaptive import Adapted, similar_pairs, spend
 from famba.fusion.schedules import check_schedule
 from famba.fusion.similarity import closest_cosines, mean_cosine
@@ -218,6 +218,11 @@ class FusedNetwork(nn.Module):
         What is pruned is held by the token that it was most similar to.
         """
         return trace(self.fused_by(x), self.patch_places(x.device).expand(x.shape[0], -1))
+
+    @torch.no_grad()
+    def still_there(self, x: Float[Tensor, "b c h w"]) -> tuple[Bool[Tensor, "b n"], ...]:
+        """Whether each patch has not been pruned: for each layer (b, patches), after its fusion."""
+        return still_there(self.fused_by(x), self.patch_places(x.device).expand(x.shape[0], -1))
 
     @torch.no_grad()
     def similarities(self, x: Float[Tensor, "b c h w"]) -> list[Similarity]:

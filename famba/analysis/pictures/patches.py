@@ -20,6 +20,8 @@ _KEY = (
     "Outlined: patches that share a token, in their mean colour. Equal marks or letters in a panel: parts of one token "
     "that do not touch."
 )
+_PRUNED_KEY = "Grey: pruned."
+_GREY = 200
 # Of the title: letters to an inch, and inches to a line.
 _LETTERS, _LINE = 14, 0.155
 # Inches: of a panel of 8 x 8 patches, of the widest panel, and between rows.
@@ -29,9 +31,16 @@ _POINTS = 72  # to an inch
 _WIDEST_LABEL = 13  # characters
 
 
+PRUNED = -1
+"""In a grid, stands where no token holds a patch any more."""
+
+
 @dataclass(frozen=True)
 class Row:
-    """What one way of fusing makes of an image: for each layer shown, its tokens and which of them holds each patch."""
+    """What one way of fusing makes of an image: for each layer shown, its tokens and which of them holds each patch.
+
+    A patch that was pruned is held by PRUNED.
+    """
 
     label: str
     tokens: Sequence[int]
@@ -44,10 +53,11 @@ def draw_patches(image: npt.NDArray[np.uint8], layers: Sequence[int], rows: Sequ
     patches = len(rows[0].held[0])
     panel = min(_LARGEST, _PANEL * max(1.0, patches / 8) ** 0.5)  # so that marks have room in finer grids
     pixels = image.shape[0] // patches
-    beside = 0.05 if len(rows) == 1 else 1.05
+    beside = 0.05 if len(rows) == 1 else 1.2
     width = beside + panel * shape[1] + 0.05
     title = [rows[0].label] if len(rows) == 1 else []
-    title += textwrap.wrap(_KEY, int(_LETTERS * width))
+    some_pruned = any((held == PRUNED).any() for row in rows for held in row.held)
+    title += textwrap.wrap(f"{_KEY} {_PRUNED_KEY}" if some_pruned else _KEY, int(_LETTERS * width))
     above, below = 0.18 + _LINE * len(title), 0.24
     height = above + panel * shape[0] + _GAP * (shape[0] - 1) + below
     figure = Figure(figsize=(width, height))
@@ -70,12 +80,21 @@ def draw_patches(image: npt.NDArray[np.uint8], layers: Sequence[int], rows: Sequ
             first.set_ylabel(text, rotation="horizontal", ha="right", va="center", fontsize=10, color=INK)
         for place, layer, tokens, held in zip(panels[1:], layers, row.tokens, row.held, strict=False):
             axes = figure.add_subplot(grid[place])
-            _show(axes, mean_colours(image, held))
-            _outline(axes, held, pixels)
-            draw_tags(axes, held, pixels, _POINTS * panel / patches)
+            if (held == PRUNED).any():
+                _show(axes, _without(image, held == PRUNED, pixels))
+            else:
+                _show(axes, mean_colours(image, held))
+                _outline(axes, held, pixels)
+                draw_tags(axes, held, pixels, _POINTS * panel / patches)
             axes.set_xlabel(f"layer {layer}: {tokens} tokens", labelpad=3, color=INK)
     figure.suptitle("\n".join(title), fontsize=9, color=INK, y=1 - 0.08 / height, va="top")
     return figure
+
+
+def _without(image: npt.NDArray[np.uint8], pruned: npt.NDArray[np.bool_], pixels: int) -> npt.NDArray[np.uint8]:
+    """The image with grey in place of patches (rows, columns)."""
+    missing = pruned.repeat(pixels, axis=0).repeat(pixels, axis=1)
+    return np.where(missing[..., None], np.uint8(_GREY), image)
 
 
 def _shape(layers: int, rows: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from famba.analysis.figures import drawing, save
 from famba.analysis.pictures.images import Shown, normalized, read_images
-from famba.analysis.pictures.patches import Row, draw_patches
+from famba.analysis.pictures.patches import PRUNED, Row, draw_patches
 from famba.analysis.pictures.regions import Grid, shown_layers
 from famba.analysis.pictures.similarity import Column, draw_similarity
 from famba.analysis.variants import Choice, Variant, labels, own, variants
@@ -65,7 +65,7 @@ def visualize(request: Request, folder: Path) -> list[Path]:
     columns = []
     for variant, name in zip(request.variants, names, strict=True):
         variant.put_into(model)
-        held = [_grids(request, images.to(request.device)) for images in inputs]
+        held = [_grids(request, variant, images.to(request.device)) for images in inputs]
         tokens = variant.tokens_per_layer(model)
         for number, grids in enumerate(grids for batch in held for grids in batch):
             rows[number].append(Row(name, [tokens[layer] for layer in request.layers], grids))
@@ -88,10 +88,13 @@ def _titles(request: Request) -> list[str]:
     ]
 
 
-def _grids(request: Request, images: Tensor) -> list[list[Grid]]:
-    """For each image, and each layer shown, which token holds each patch."""
+def _grids(request: Request, variant: Variant, images: Tensor) -> list[list[Grid]]:
+    """For each image, and each layer shown, which token holds each patch; PRUNED where none does."""
     model = request.trained.model
     traced = model.trace(images)
+    if variant.mode == "prune":
+        pairs = zip(traced, model.still_there(images), strict=True)
+        traced = tuple(held.masked_fill(~there, PRUNED) for held, there in pairs)
     side = math.isqrt(model.num_patches)
     held = torch.stack([traced[layer] for layer in request.layers], dim=1).cpu().numpy()
     return [[grid.reshape(side, side) for grid in image] for image in held]
