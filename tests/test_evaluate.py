@@ -347,8 +347,10 @@ def test_several_ways_are_compared_in_one_command(upper: Trained) -> None:
         "upper, tome, prune",
     ]
     assert len({one.family for one in found}) == 4
-    with pytest.raises(ConfigError, match="unknown --attention 'proportional attention'.* allowed: plain"):
-        variants(trained, Choice(attention=["proportional attention"]))
+    with pytest.raises(ConfigError, match="--attention is for transformers, and a Vim has no attention; leave it out"):
+        variants(trained, Choice(attention=["proportional"]))
+    both = variants(trained, Choice(budgets=[4], mode=["prune"], weighting=["mean", "size"]))
+    assert [one.mode for one in both] == ["prune"], "what is pruned is not weighed"
 
 
 def test_a_transformer_attends_in_proportion_off_the_shelf_and_as_trained_else(tmp_path: Path) -> None:
@@ -357,12 +359,14 @@ def test_a_transformer_attends_in_proportion_off_the_shelf_and_as_trained_else(t
         run(tmp_path / name, *vit, f"fusion={strategy}", "fusion.budget=8")
     plain, fused = (load_trained(tmp_path / name) for name in ("plain", "fused"))
     (found,) = variants(plain, Choice(strategies=["all"], budgets=[8]))
-    assert (found.attention, found.place, found.order) == ("proportional attention", "after_attention", "tome")
+    assert (found.attention, found.place, found.order) == ("proportional", "after_attention", "tome")
     found.put_into(plain.model)
     assert plain.model.way.proportional
     (found,) = variants(fused, Choice(budgets=[4]))
-    assert found.attention == "plain attention"
-    assert len(variants(fused, Choice(budgets=[4], attention=["plain attention", "proportional attention"]))) == 2
+    assert found.attention == "plain"
+    both = variants(fused, Choice(budgets=[4], attention=["plain", "proportional"]))
+    assert labels(both) == ["all, plain attention", "all, proportional attention"]
+    assert len(variants(plain, Choice(["all"], [4], mode=["prune"], attention=["plain", "proportional"]))) == 1
     with pytest.raises(ConfigError, match="unknown --place 'before_mixer'; allowed: after_attention"):
         variants(fused, Choice(place=["before_mixer"]))
 

@@ -211,7 +211,7 @@ def test_what_it_fuses_by_can_be_changed() -> None:
     assert torch.equal(model(images()), again(images()))
     with pytest.raises(ConfigError, match="unknown fusion mode"):
         model.set_fusion((0, 0, 0), mode="drop")
-    with pytest.raises(ConfigError, match="fusion_place of a vision transformer"):
+    with pytest.raises(ConfigError, match="unknown fusion_place 'before_mixer'"):
         model.set_fusion((0, 0, 0), place="before_mixer")
     assert model.fusion == (4, 4, 0)
 
@@ -275,6 +275,25 @@ def test_what_cannot_fuse_is_refused() -> None:
     for wrong in ({"order": "random"}, {"weighting": "area"}, {"mode": "merge"}):
         with pytest.raises(ConfigError, match="allowed: "):
             apply_tome(vit, FUSION, **wrong)  # type: ignore[arg-type]
+
+
+def test_what_is_no_schedule_and_no_fused_network_is_said() -> None:
+    vit = build("class token")
+    with naive.as_users_run_it():
+        for schedule_given in (8, "all"):
+            with pytest.raises(ConfigError, match=r"tokens to remove in each block, such as \[8\] \* 3"):
+                apply_tome(vit, schedule_given)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="a VisionTransformer was not made by apply_tome"):
+            remove_tome(vit)  # type: ignore[arg-type]
+
+
+def test_it_follows_the_transformer_to_another_image_size() -> None:
+    model = apply_tome(build("class token"), FUSION)
+    model.vit.set_input_size((24, 24))
+    x = torch.randn(2, 3, 24, 24)
+    assert model.num_tokens == 37
+    assert model.trace(x)[-1].shape == (2, 36)
+    assert model.forward_features(x).shape == (2, 37, 24)
 
 
 def test_timms_own_models_take_it() -> None:

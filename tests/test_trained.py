@@ -186,3 +186,11 @@ def test_a_timm_name_brings_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> 
     assert (found.mean, found.std, found.scaling.eval_crop) == ((0.5,) * 3, (0.25,) * 3, 1.0)
     assert not found.model.training
     assert get_pretrained_cfg(name) is not None
+
+
+def test_what_was_exported_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text("{}")
+    for name in ("folder", "model.onnx", "model.pt2"):
+        with pytest.raises(CheckpointError, match="was exported, for others to load; give the run"):
+            load_trained(tmp_path / name)

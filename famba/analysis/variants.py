@@ -21,8 +21,9 @@ from famba.training.trained import Trained
 USUAL_BUDGET = 6 / 7
 """Share of the patches, as `configs/fusion` has it: for weights that come without a configuration."""
 _OPTIONS = {"strategy": "--fusion", "budget": "--budget", "counts": "--budget", "layers": "--layers"}
-_PLAIN, _PROPORTIONAL = ATTENTIONS = ("plain attention", "proportional attention")
+_PLAIN, _PROPORTIONAL = ATTENTIONS = ("plain", "proportional")
 _WAYS = ("order", "weighting", "place", "mode", "attention")
+_PRUNE = "prune"
 _NONE, _COUNTED, _LISTED = "none", ("lower", "upper"), "custom"
 
 
@@ -93,9 +94,9 @@ class Choice:
         ways: dict[str, list[str]] = {}
         for name in _WAYS:
             if (text := getattr(options, name)) is not None:
-                given = _items(text, f"--{name}")
-                ways[name] = [f"{one} {name}" for one in given] if name == "attention" else given
-        for name, allowed in (("order", ORDERS), ("weighting", WEIGHTINGS), ("mode", MODES)):
+                ways[name] = _items(text, f"--{name}")
+        allowed_ways = {"order": ORDERS, "weighting": WEIGHTINGS, "mode": MODES, "attention": ATTENTIONS}
+        for name, allowed in allowed_ways.items():
             for value in ways.get(name, []):
                 check_choice(f"--{name}", value, allowed)
         return cls(strategies, budgets, layers, **ways)
@@ -127,9 +128,10 @@ def unfused(trained: Trained) -> Variant:
 def variants(trained: Trained, choice: Choice) -> list[Variant]:
     """Work out what was asked for, in its order and each once; nothing asked for is nothing.
 
-    Of order, weighting, place, mode and attention every combination. A transformer that was trained without fusion
-    attends in proportion unless asked otherwise, as ToMe has it off the shelf. The network's own strategy without a
-    budget is its own schedule, whatever it came from.
+    Of order, weighting, place, mode and attention every combination; where tokens are pruned, weighting and attention
+    are of no matter and not told apart. A transformer that was trained without fusion attends in proportion unless
+    asked otherwise, as ToMe has it off the shelf. The network's own strategy without a budget is its own schedule,
+    whatever it came from.
 
     Raises:
         ConfigError: with the option at fault, where something does not fit the network.
@@ -143,8 +145,8 @@ def variants(trained: Trained, choice: Choice) -> list[Variant]:
     is_vim = isinstance(trained.model, Vim)
     for value in choice.place or ():
         check_choice("--place", value, PLACES if is_vim else (mine.place,))
-    for value in choice.attention or ():
-        check_choice("--attention", value, (_PLAIN,) if is_vim else ATTENTIONS)
+    if is_vim and choice.attention is not None:
+        raise ConfigError("--attention is for transformers, and a Vim has no attention; leave it out")
     usual = mine if is_vim or mine.strategy != _NONE else replace(mine, attention=_PROPORTIONAL)
     ways = list(itertools.product(*(getattr(choice, name) or [getattr(usual, name)] for name in _WAYS)))
     found = []
@@ -153,7 +155,11 @@ def variants(trained: Trained, choice: Choice) -> list[Variant]:
             found.append(unfused(trained))
             continue
         for values, (among, counts) in itertools.product(ways, _spreads(trained, choice, strategy)):
-            one = Variant(strategy, among, counts, **dict(zip(_WAYS, values, strict=True)), own=True)
+            way = dict(zip(_WAYS, values, strict=True))
+            if way["mode"] == _PRUNE:
+                # What holds a patch or nothing has no size to weigh by.
+                way |= {"weighting": usual.weighting, "attention": mine.attention}
+            one = Variant(strategy, among, counts, **way, own=True)
             found.append(one if one == mine else replace(one, own=False))
     return list(dict.fromkeys(found))
 
@@ -174,7 +180,8 @@ def add_fusion_options(parser: argparse.ArgumentParser, default: str) -> None:
     group.add_argument(
         "--fusion",
         metavar="NAME[,NAME...]",
-        help=f"strategies: {names}; adaptive where the network was trained so (default: that of the training)",
+        help=f"strategies: {names}; adaptive where the network was trained so (default: that of the training, if "
+        "it had one)",
     )
     group.add_argument(
         "--budget",
@@ -189,8 +196,8 @@ def add_fusion_options(parser: argparse.ArgumentParser, default: str) -> None:
         "from 0, in custom",
     )
     for name, allowed in (("order", ORDERS), ("weighting", WEIGHTINGS), ("mode", MODES), ("place", PLACES)):
-        listed = ", ".join(allowed)
-        group.add_argument(f"--{name}", metavar="NAME[,NAME...]", help=f"each with {listed} (default: as trained)")
+        listed = f"{'of a Vim: ' if name == 'place' else ''}each with {', '.join(allowed)}"
+        group.add_argument(f"--{name}", metavar="NAME[,NAME...]", help=f"{listed} (default: as trained)")
     group.add_argument(
         "--attention",
         metavar="NAME[,NAME...]",
@@ -206,7 +213,8 @@ def _told(one: Variant, compared: Sequence[Variant]) -> list[str]:
     found = [
         str(getattr(one, field)) for field, others in fields if len({getattr(other, field) for other in others}) > 1
     ]
-    return [value.replace("_", " ") for value in found if value]
+    named = [f"{value} attention" if value in ATTENTIONS else value for value in found]
+    return [value.replace("_", " ") for value in named if value]
 
 
 def _spreads(trained: Trained, choice: Choice, strategy: str) -> list[tuple[str, tuple[int, ...]]]:

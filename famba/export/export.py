@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,9 +47,11 @@ def export(request: Request) -> Exported:
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".famba-export-") as scratch:
             written = Path(scratch) if folder == out else Path(scratch, out.name)
+            _tell(f"writing {request.target}" + ("" if folder == out else "; tracing a network takes a minute or more"))
             said = _write(request, written)
             check = None
             if missing_runtime(request.target) is None:
+                _tell("checking in a fresh process")
                 check = check_file(request.target, written, description.model, description.shape)
             files = [written / name for name in FILES] if folder == out else [written]
             size = sum(file.stat().st_size for file in files)
@@ -57,6 +60,12 @@ def export(request: Request) -> Exported:
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror or error}") from error
     return Exported(request, size, said, check)
+
+
+def _tell(text: str) -> None:
+    """Say on a terminal what takes its time."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"{text} ...\n")
 
 
 def _write(request: Request, place: Path) -> str:

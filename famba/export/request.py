@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from famba.analysis.folders import prepare_folder
-from famba.analysis.variants import Choice, variants
+from famba.analysis.variants import Choice, labels, variants
 from famba.errors import ConfigError, near_miss
 from famba.export.description import Description, find_summary
 from famba.export.formats import FORMATS
@@ -48,7 +48,7 @@ def _place(target: str, out: Path) -> Path:
     """Where to write, in a folder that can be written to."""
     suffix = FORMATS[target]
     if suffix is None:
-        if out.suffix in FORMATS.values():
+        if out.suffix in (*FORMATS.values(), ".safetensors"):
             raise ConfigError(f"--out {out} ends like a file; --format {target} writes a folder")
         return prepare_folder(out)
     if out.suffix != suffix:
@@ -72,7 +72,8 @@ def _fuse(trained: Trained, choice: Choice) -> tuple[str, bool]:
     asked = variants(trained, choice)
     if len(asked) != 1:
         raise ConfigError(
-            f"--fusion and --budget ask for {len(asked)} ways of fusing; a file holds one: name one strategy and budget"
+            f"the options ask for {len(asked)} ways of fusing ({'; '.join(labels(asked)[:4])}); a file holds one: name "
+            "one strategy, one budget, and one of each other option"
         )
     asked[0].put_into(trained.model)
     return asked[0].strategy, asked[0].own

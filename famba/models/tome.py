@@ -62,13 +62,21 @@ class ToMe(FusedNetwork):
         _check_vit(vit)
         self.vit = vit
         self.merging = merging
-        self.num_patches = vit.patch_embed.num_patches
-        self.num_tokens = self.num_patches + vit.num_prefix_tokens
         self.grad_checkpointing = vit.grad_checkpointing
         self._check_fusion(fusion, self.depth)
         self.fusion = tuple(fusion)
         self.register_state_dict_post_hook(_without_prefix)
         self.register_load_state_dict_pre_hook(_with_prefix)
+
+    @property
+    def num_patches(self) -> int:  # type: ignore[override]
+        """Tokens that may fuse, of images of the size that the transformer now takes."""
+        return self.vit.patch_embed.num_patches
+
+    @property
+    def num_tokens(self) -> int:  # type: ignore[override]
+        """Length of the sequence that enters the first block."""
+        return self.num_patches + self.vit.num_prefix_tokens
 
     @property
     def depth(self) -> int:
@@ -125,7 +133,7 @@ class ToMe(FusedNetwork):
         """
         self._check_fusion(fusion, self.depth)
         if place is not None:
-            check_choice("fusion_place of a vision transformer", place, (AFTER_ATTENTION,))
+            check_choice("fusion_place", place, (AFTER_ATTENTION,))
         given: dict[str, Any] = {"order": order, "weighting": weighting, "mode": mode, "proportional": proportional}
         self.merging = replace(self.merging, **{name: value for name, value in given.items() if value is not None})
         self.fusion = tuple(fusion)
@@ -283,13 +291,29 @@ def apply_tome(
     Raises:
         ConfigError: vit is none that this can do, or the schedule does not fit it.
     """
+    _check_kind(schedule, vit)
     model = ToMe(vit, schedule, Merging(order, weighting, mode, proportional))
     return model.train(vit.training)
 
 
 def remove_tome(model: ToMe) -> VisionTransformer:
-    """Give back the transformer that fuses: the very one that `apply_tome` was given, with what training did to it."""
+    """Give back the transformer that fuses: the very one that `apply_tome` was given, with what training did to it.
+
+    Raises ConfigError for what `apply_tome` has not made.
+    """
+    if not isinstance(model, ToMe):
+        raise ConfigError(f"a {type(model).__name__} was not made by apply_tome; there is nothing to remove")
     return model.vit
+
+
+def _check_kind(schedule: Any, vit: Any) -> None:
+    """Raise ConfigError for ToMe's own r, or a strategy's name, in place of a schedule."""
+    if isinstance(schedule, str) or not isinstance(schedule, Sequence):
+        depth = len(vit.blocks) if isinstance(vit, VisionTransformer) else "depth"
+        raise ConfigError(
+            f"the schedule is {schedule!r}; allowed: tokens to remove in each block, such as [8] * {depth}, or as "
+            "famba.fusion.schedule works them out"
+        )
 
 
 def _check_vit(vit: Any) -> None:

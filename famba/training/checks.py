@@ -49,6 +49,11 @@ def check_model(config: RunConfig) -> None:
                 "or choose a transformer such as model=vit_tiny"
             )
         return
+    if config.fusion.proportional and config.fusion.mode == "prune":
+        raise ConfigError(
+            "fusion.proportional=true weighs tokens by what they hold, and with fusion.mode=prune each holds one "
+            "patch; leave one of them out"
+        )
     for key, given, usual in (("d_state", model.d_state, None), ("cls_position", model.cls_position, "head")):
         if given != usual:
             raise ConfigError(f"model.{key}={given} is of Vims, and {model.name} is a transformer; leave it out")

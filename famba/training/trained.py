@@ -39,6 +39,8 @@ ADDED_KEYS: dict[str, Any] = {
 
 _CONFIG, _SUMMARY = "config.yaml", "summary.json"
 _VIMS = "vim_*"
+# What `famba export` makes.
+_EXPORTED, _EXPORTED_CONFIG = (".onnx", ".pt2"), "config.json"
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ def load_trained(path: str | Path) -> Trained:
         ConfigError: what the run was configured with cannot be built here, such as a model that is not registered.
     """
     place = Path(path)
+    if place.suffix in _EXPORTED or (place / _EXPORTED_CONFIG).is_file():
+        raise CheckpointError(f"{place} was exported, for others to load; give the run or checkpoint that it came from")
     if place.is_dir():
         return _from_weights(finished_weights(place))
     if place.suffix == ".safetensors" and place.is_file():
