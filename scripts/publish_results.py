@@ -71,7 +71,8 @@ def shelf(name: str) -> str:
     """Top-1 of a network that was trained without fusion, by tokens removed and the way that they go."""
     found: dict[int, dict[str, str]] = defaultdict(dict)
     speed: dict[int, str] = {}
-    for row in csv.DictReader((KEPT / "off_the_shelf" / name / "evaluate.csv").open()):
+    rows = (KEPT / "off_the_shelf" / name / "evaluate.csv").read_text().splitlines()
+    for row in csv.DictReader(rows):
         removed = int(row["removed"])
         way = f"{row['mode']}, {row['order']}" if removed else ""
         found[removed][way] = f"{float(row['top1']):.2f}"

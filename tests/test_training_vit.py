@@ -78,7 +78,7 @@ def test_attention_in_proportion_is_off_in_training_unless_asked_for(tmp_path: P
         (["model=vit_tiny", "model.cls_position=none"], "model.cls_position=none is of Vims"),
         (["model=vit_tiny", "fusion.place=before_mixer"], "give fusion.place=after_attention"),
         (["model=vim_ti", "fusion.proportional=true"], "fusion.proportional=true is about attention"),
-        (["model=vim_ti", "fusion.place=after_attention"], "unknown fusion_place 'after_attention'"),
+        (["model=vim_ti", "fusion.place=after_attention"], "fusion.place=after_attention is of transformers"),
         (["model=vit_tiny", "model.name=vit_base_patch16_siglip_224"], "global_pool='map'"),
         (["model=vit_tiny", "fusion.mode=prune", "fusion.proportional=true"], "with fusion.mode=prune each holds one"),
         (["model=vit_tiny", "model.embed_dim=100"], "cannot be built with these model keys"),

@@ -15,6 +15,7 @@ from famba.fusion.schedules import ADAPTIVE
 from famba.models import FusedNetwork
 from famba.models.networks import vim_names, vit_names
 from famba.models.tome import AFTER_ATTENTION
+from famba.models.vim import PLACES
 from famba.ops.registry import AUTO, ENVIRONMENT_VARIABLE, resolve
 from famba.training.config import RunConfig
 from famba.training.naming import DATA, naming
@@ -47,6 +48,11 @@ def check_model(config: RunConfig) -> None:
             raise ConfigError(
                 f"fusion.proportional=true is about attention, and {model.name} has none; leave it out, "
                 "or choose a transformer such as model=vit_tiny"
+            )
+        if config.fusion.place == AFTER_ATTENTION:
+            raise ConfigError(
+                f"fusion.place={AFTER_ATTENTION} is of transformers, and {model.name} is a Vim; "
+                f"allowed: {', '.join(PLACES)}"
             )
         return
     if config.fusion.proportional and config.fusion.mode == "prune":
