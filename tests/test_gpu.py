@@ -181,7 +181,9 @@ def test_a_step_never_makes_the_host_wait(backend: str, strategy: str) -> None:
 
     with use_backend(backend):
         step()  # compiles and tunes, which waits
-        torch.cuda.set_sync_debug_mode("error")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature")
+            torch.cuda.set_sync_debug_mode("error")
         try:
             step()
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from tabulate import tabulate
 from torch import Tensor
+from tqdm import tqdm
 
 import famba
 from famba.errors import BackendError
@@ -161,7 +163,8 @@ def _table(checks: Sequence[_Check]) -> str:
 def _checks() -> Iterator[_Check]:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     cases = [(b, d, t) for b, obstacle in backends().items() if obstacle is None for d in devices for t in TOLERANCE]
-    for backend, device, dtype in cases:
+    # Triton compiles and tunes kernels meanwhile, which can take minutes.
+    for backend, device, dtype in tqdm(cases, "self-check", leave=False, file=sys.stderr):
         interpreted = (backend, device) == ("triton", "cpu")
         if not _serves(backend, device, dtype) or (interpreted and dtype != torch.float32):
             continue

@@ -137,9 +137,15 @@ def _is_fused(backend: str) -> bool:
     return isinstance(kernels(backend), MixerKernels)
 
 
+@torch.compiler.assume_constant_result
+def _has_autocast(kind: str) -> bool:
+    """Whether a kind of device knows autocast; torch.compile of torch before 2.12 cannot trace the question."""
+    return torch.amp.is_autocast_available(kind)
+
+
 def _product_dtype(x: Tensor) -> torch.dtype:
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if _has_autocast(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return x.dtype
 

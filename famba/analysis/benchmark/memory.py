@@ -1,7 +1,12 @@
-"""Peak memory of a training step, in a process of its own: nothing there is left over from another measurement."""
+"""Peak memory of a training step, where nothing counts that is left over from another measurement.
+
+On a CPU that takes a process of its own. On a CUDA device torch counts what it allocates, so this process serves, in
+which the kernels have been compiled and tuned already.
+"""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import signal
 from multiprocessing.connection import Connection
@@ -23,10 +28,9 @@ class Peak(NamedTuple):
 
 
 def step_peak(subject: Subject, threads: int) -> Peak | None:
-    """Measure one training step; None where memory runs out."""
+    """Measure one training step; None where memory runs out. threads: of the process that a CPU's step has."""
     if torch.device(subject.device).type == "cuda":
-        # What this process has freed and keeps is not there for the other.
-        torch.cuda.empty_cache()
+        return _peak_on_cuda(subject)
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, subject, threads), daemon=True)
@@ -44,8 +48,23 @@ def step_peak(subject: Subject, threads: int) -> Peak | None:
         process.join()
 
 
+def _peak_on_cuda(subject: Subject) -> Peak | None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    device = torch.device(subject.device)
+    reset_peak_memory(device)
+    others = peak_memory_mib(device)
+    try:
+        peak = measure(subject)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        return None
+    return Peak(peak.peak_mib - others, peak.step_mib)
+
+
 def measure(subject: Subject) -> Peak:
-    """Measure one training step in this process, which should be a fresh one."""
+    """Measure one training step in this process, which on a CPU should be a fresh one."""
     return_freed_memory()
     device = torch.device(subject.device)
     step = Step(subject)
