@@ -47,6 +47,7 @@ from famba.ops import reference, use_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DOCS = Path(__file__).parents[1] / "docs" / "performance.md"
+H100_FOUND = DOCS.parent / "results" / "gpu" / "h100.json"
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA device")
 
 
@@ -313,11 +314,30 @@ def page(tmp_path: Path) -> Path:
     return file
 
 
-def test_the_tables_in_the_documentation_are_what_the_command_writes() -> None:
+def test_the_tables_in_the_documentation_are_what_the_command_writes(capsys: pytest.CaptureFixture[str]) -> None:
     text = DOCS.read_text()
-    if "Nothing here has been measured on a GPU" not in text:
-        pytest.skip("a GPU has filled them")
-    assert filled(text, gpu.floors()) == text, "famba benchmark gpu --floors --fill docs/performance.md"
+    assert famba(["benchmark", "gpu", "--from", str(H100_FOUND)]) == 0
+    tables = capsys.readouterr().out.strip()
+    assert filled(text, tables) == text, f"famba benchmark gpu --from {H100_FOUND} --fill docs/performance.md"
+    found = {(row["op"], row["contestant"]): row for row in json.loads(H100_FOUND.read_text())["ops"]}
+    scan = cells(text, "selective_scan", "forward")
+    assert float(scan["triton"]) == pytest.approx(found["selective_scan", "triton"]["forward_ms"], rel=0.01)
+    assert "stopped before the end" in tables
+    assert cells(text, "vim_tiny", "none")["step"] == "not measured"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot be read"), ("{", "is no JSON"), ('{"benchmark": "ops"}', "was not written by famba benchmark gpu")],
+)
+def test_what_cannot_be_shown_again_is_said(
+    content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "found.json"
+    if content is not None:
+        file.write_text(content)
+    assert famba(["benchmark", "gpu", "--from", str(file)]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_floors_are_filled_in_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +349,7 @@ def test_floors_are_filled_in_without_a_gpu(tmp_path: Path, monkeypatch: pytest.
     assert text.startswith(f"before\n{BEGIN}\n")
     assert text.endswith(f"\n{END}\nafter\n")
     assert "old" not in text
-    assert "Nothing here has been measured on a GPU" in text
+    assert "Floors alone, nothing measured" in text
     row = cells(text, "selective_scan", "forward")
     expected = passes(Case("selective_scan", 2, 9, 6, 3, "bf16")).forward[0].floor_ms(A100, "bf16")
     assert float(row["floor, A100 SXM 80 GB"]) == pytest.approx(expected, abs=1e-4)
@@ -403,10 +423,11 @@ def test_one_command_measures_and_fills_the_tables(tmp_path: Path, capsys: pytes
     flops = sum(linear.flops for linear in step_linears(timm.create_model("vim_tiny_patch16_224", img_size=32), 2))
     assert none["step_of_peak"] == pytest.approx(flops / (none["step_ms"] / 1000) / 312e12)
     assert none["step_of_floor"] == pytest.approx(none["step_ms"] / none["step_floor_ms"])
-    assert none["inference_floor_ms"] < none["step_floor_ms"] < rows["none, backend reference"]["step_ms"]
+    assert none["inference_floor_ms"] < none["step_floor_ms"] < none["step_ms"]
     assert "step_floor_ms" not in rows["deit_tiny_patch16_224"]
 
-    assert "Nothing here has been measured" not in text
+    assert "nothing measured" not in text
+    assert "stopped before the end" not in text
     assert "not measured" not in text
     assert f"Measured on {told['provenance']['device']}" in text
     assert f"commit {told['provenance']['git_commit']}" in text

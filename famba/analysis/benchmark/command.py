@@ -14,7 +14,7 @@ from famba.analysis.benchmark import fusion, gpu, gpu_tables, length, machine, m
 from famba.analysis.benchmark.cases import OPS, SHORTEST_FUSED, USUAL_OPS
 from famba.analysis.benchmark.length import PATCH
 from famba.analysis.benchmark.model import STRATEGIES, TRANSFORMERS
-from famba.analysis.benchmark.peaks import peaks
+from famba.analysis.benchmark.peaks import board, peaks
 from famba.analysis.benchmark.report import Report
 from famba.analysis.benchmark.timing import EventClock, cache_note, overwriting_cache
 from famba.errors import ConfigError, TrainingError, near_miss
@@ -109,6 +109,13 @@ def _add_gpu(kinds: Any) -> None:
     parser.add_argument(
         "--floors", action="store_true", help="what A100 and H100 need at their best, alone; that needs no GPU"
     )
+    parser.add_argument(
+        "--from",
+        dest="found",
+        type=Path,
+        metavar="FILE",
+        help="show or --fill what a former call, on a machine with a GPU, wrote with --json",
+    )
     _add_bandwidth(parser)
     parser.set_defaults(run=_run_gpu, quick_values={})
 
@@ -181,17 +188,26 @@ def _run_gpu(options: argparse.Namespace) -> int:
     """Refuse what cannot be written or measured before anything is."""
     if options.page is not None:
         gpu.read(options.page)
-    if not options.floors:
+    if not options.floors and options.found is None:
         gpu.check_cuda(machine.pick_device(options.device))
         options.precision = [gpu_tables.PRECISION]
         return _run(options)
+    chosen = "--floors" if options.floors else "--from"
     if options.json is not None:
-        raise ConfigError("--json writes what was measured, and --floors measures nothing; leave out one of them")
+        raise ConfigError(f"--json writes what was measured, and {chosen} measures nothing; leave out one of them")
+    if options.floors and options.found is not None:
+        raise ConfigError("--floors shows floors alone, and --from what was measured too; leave out one of them")
+    text = gpu.floors() if options.floors else _found_before(options.found)
     if options.page is None:
-        print(gpu.floors())
+        print(text)
     else:
-        gpu.fill(options.page, gpu.floors())
+        gpu.fill(options.page, text)
     return 0
+
+
+def _found_before(file: Path) -> str:
+    found = gpu.found_before(file)
+    return gpu.tables(found, board(found["provenance"]["device"]))
 
 
 def _fill(options: argparse.Namespace, report: Report) -> None:
@@ -266,7 +282,7 @@ def _given(options: argparse.Namespace, name: str) -> Sequence[Any]:
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    hidden = ("run", "fill", "json", "page", "floors", "quick_values", "usual_rounds", "parser", "what")
+    hidden = ("run", "fill", "json", "page", "floors", "found", "quick_values", "usual_rounds", "parser", "what")
     settings = {name: value for name, value in vars(options).items() if name not in hidden}
     return settings | {"device": str(options.device), "threads": torch.get_num_threads()}
 
@@ -346,4 +362,5 @@ def _gpu(options: argparse.Namespace, report: Report) -> None:
     limits = peaks(options.device, options.bandwidth)
     gpu.measure(options.device, options.rounds, limits, report)
     if options.page is not None:
-        gpu.fill(options.page, gpu.tables(report, limits))
+        report.complete = True
+        gpu.fill(options.page, gpu.tables(report.entries(), limits))

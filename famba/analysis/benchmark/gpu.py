@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from famba.analysis.benchmark import gpu_tables, model, ops
 from famba.analysis.benchmark.cases import OPS
 from famba.analysis.benchmark.contestants import obstacles
-from famba.analysis.benchmark.gpu_tables import BACKENDS, PRECISION, filled, markdown
+from famba.analysis.benchmark.gpu_tables import FAST_BACKENDS, PRECISION, filled, markdown
 from famba.analysis.benchmark.machine import DTYPES
 from famba.analysis.benchmark.model import STRATEGIES, TRANSFORMERS
 from famba.analysis.benchmark.peaks import Peaks
@@ -19,8 +21,8 @@ from famba.analysis.benchmark.timing import EventClock, overwriting_cache
 from famba.errors import ConfigError
 
 _FLOORS = (
-    "**Nothing here has been measured on a GPU**: none was at hand. Floors are worked out, by `famba benchmark gpu "
-    "--floors`; `famba benchmark gpu --fill docs/performance.md` measures the rest."
+    "**Floors alone, nothing measured**: worked out by `famba benchmark gpu --floors`; `famba benchmark gpu --fill "
+    "docs/performance.md` measures the rest."
 )
 
 
@@ -56,7 +58,7 @@ def measure(device: torch.device, rounds: int, peaks: Peaks | None, report: Repo
         batch=gpu_tables.BATCH,
         image_size=gpu_tables.IMAGE_SIZE,
         threads=torch.get_num_threads(),
-        backends=tuple(name for name in backends if name in BACKENDS),
+        backends=tuple(name for name in backends if name in FAST_BACKENDS),
         **sizes,
     )
     model.benchmark_model(of_models, report)
@@ -67,18 +69,32 @@ def floors() -> str:
     return markdown(_FLOORS, None, None, None)
 
 
-def tables(report: Report, peaks: Peaks | None) -> str:
-    """The tables of what `measure` found."""
-    found = report.provenance
+def tables(found: Mapping[str, Any], peaks: Peaks | None) -> str:
+    """The tables of what `measure` found, by what a report's JSON holds."""
+    provenance = found["provenance"]
     origin = (
-        f"Measured on {found['device']}, CUDA {found['cuda']}, {found['started']}, famba {found['famba']} at commit "
-        f"{found['git_commit']}, Python {found['python']}, {told_packages(found)}, by `famba benchmark gpu --fill "
-        f"docs/performance.md`: medians of {report.settings['rounds']} rounds, contestants in turn. Models without the "
-        f"name of a backend ran on {found['backend']}."
+        f"Measured on {provenance['device']}, CUDA {provenance['cuda']}, {provenance['started']}, famba "
+        f"{provenance['famba']} at commit {provenance['git_commit']}, Python {provenance['python']}, "
+        f"{told_packages(provenance)}, by `famba benchmark gpu`: medians of {found['settings']['rounds']} rounds, "
+        f"contestants in turn. Models without the name of a backend ran on {provenance['backend']}."
     )
-    origin += "".join(f" Left out: {line}." for line in report.left_out)
-    ops_rows, times, memory = (report.tables[name].rows for name in ("ops", "times", "memory"))
-    return markdown(origin, ops_rows, times, memory, peaks)
+    if not found["complete"]:
+        origin += " It was stopped before the end: what is missing has not been measured."
+    origin += "".join(f" Left out: {line}." for line in found["left_out"])
+    return markdown(origin, *(found.get(name) for name in ("ops", "times", "memory")), peaks)
+
+
+def found_before(file: Path) -> dict[str, Any]:
+    """What a former call measured and wrote to a file; raises ConfigError for another file."""
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"--from {file} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ConfigError(f"--from {file} is no JSON ({error})") from error
+    if not isinstance(found, dict) or found.get("benchmark") != "gpu":
+        raise ConfigError(f"--from {file} was not written by famba benchmark gpu --json")
+    return found
 
 
 def fill(file: Path, text: str) -> None:

@@ -21,6 +21,8 @@ from famba.models.vim import Vim
 BATCH, LENGTH, CHANNELS, STATES, IMAGE_SIZE, PRECISION = 128, 197, 384, 16, 224, "bf16"
 """Sizes of the tables: Vim-Ti's ops, in a step of so many images."""
 BACKENDS = ("mamba_ssm", "triton", "reference")
+FAST_BACKENDS = BACKENDS[:2]
+"""Those that compute whole models: the reference's mixer alone takes an H100 1.7 s, times 24 layers."""
 BEGIN, END = (f"<!-- famba benchmark gpu: {word} -->" for word in ("begin", "end"))
 _NOT_MEASURED = "not measured"
 _MODES = {"forward": "forward", "both": "forward and backward"}
@@ -62,7 +64,7 @@ def _table(rows: Iterable[dict[str, str]]) -> str:
 def _op_rows(measured: Rows | None, boards: list[Peaks]) -> Iterator[dict[str, str]]:
     for op in OPS:
         case = Case(op, BATCH, LENGTH, CHANNELS, STATES, PRECISION)
-        of_op = None if measured is None else {row["contestant"]: row for row in measured if row["op"] == op}
+        of_op = {row["contestant"]: row for row in measured or () if row["op"] == op} or None
         for mode, name in _MODES.items():
             work = passes(case).forward if mode == "forward" else passes(case).both
             if mode == "both" and not passes(case).backward:
@@ -70,17 +72,16 @@ def _op_rows(measured: Rows | None, boards: list[Peaks]) -> Iterator[dict[str, s
             row = {"op": op, "": name, "MB": short(total_bytes(work) / 1e6)}
             row |= {f"floor, {board.name}": short(floor_ms(work, board, PRECISION)) for board in boards}
             row |= {backend: _cell(of_op, backend, f"{mode}_ms") for backend in BACKENDS}
-            yield row | {f"{b}: of bandwidth": _cell(of_op, b, f"{mode}_of_bandwidth") for b in BACKENDS[:2]}
+            yield row | {f"{b}: of bandwidth": _cell(of_op, b, f"{mode}_of_bandwidth") for b in FAST_BACKENDS}
 
 
 def _model_rows(times: Rows | None, memory: Rows | None, boards: list[Peaks]) -> Iterator[dict[str, str]]:
     for model, transformer in TRANSFORMERS.items():
         of_time, of_memory = (
-            None if rows is None else {row["contestant"]: row for row in rows if row["model"] == model}
-            for rows in (times, memory)
+            {row["contestant"]: row for row in rows or () if row["model"] == model} or None for rows in (times, memory)
         )
         floors = _model_floors(model)
-        names = [*STRATEGIES, *(by_backend(name) for name in BACKENDS), transformer, PRODUCTS]
+        names = [*STRATEGIES, *(by_backend(name) for name in FAST_BACKENDS), transformer, PRODUCTS]
         for name in names:
             work = floors.get(name)
             row = {"model": model.split("_patch")[0], "": name}
@@ -106,7 +107,7 @@ def _model_floors(model: str) -> dict[str, Passes]:
         if strategy == "none":
             products = [product(linear, ITEM_BYTES[PRECISION]) for linear in step_linears(vim, BATCH)]
             found[PRODUCTS] = Passes((), tuple(work for one in products for work in one.both))
-    return found | {by_backend(name): found["none"] for name in BACKENDS}
+    return found | {by_backend(name): found["none"] for name in FAST_BACKENDS}
 
 
 def _floor(work: Passes | None, board: Peaks, step: bool) -> str:

@@ -59,12 +59,17 @@ def peaks(device: torch.device, gb_per_s: float | None = None, cuda: Any = torch
     table the bandwidth is worked out from clock and width of its memory, where torch tells them.
     """
     name = cuda.get_device_name(device) if device.type == "cuda" else device.type
-    known = _BOARDS.get(name.removeprefix("NVIDIA "))
+    known = board(name)
     if gb_per_s is None:
         return known or (_from_properties(name, cuda.get_device_properties(device)) if device.type == "cuda" else None)
     if known is None:
         return Peaks(name, gb_per_s * 1e9)
     return Peaks(name, gb_per_s * 1e9, known.products, known.vector, known.special)
+
+
+def board(name: str) -> Peaks | None:
+    """The peaks of a board by the name that torch has for it; None where they are not in the table."""
+    return _BOARDS.get(name.removeprefix("NVIDIA "))
 
 
 def _from_properties(name: str, properties: Any) -> Peaks | None:

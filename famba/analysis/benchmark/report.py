@@ -72,9 +72,9 @@ class Report:
             parts.append("Stopped before the end: this is what had been measured.")
         return "\n\n".join(parts)
 
-    def write_json(self, path: Path) -> None:
-        """Write everything, unrounded, every sample included."""
-        found = {
+    def entries(self) -> dict[str, Any]:
+        """Everything, unrounded, every sample included."""
+        return {
             "benchmark": self.benchmark,
             "complete": self.complete,
             "provenance": self.provenance,
@@ -83,7 +83,10 @@ class Report:
             "left_out": self.left_out,
             **{name: table.rows for name, table in self.tables.items()},
         }
-        path.write_text(json.dumps(found, indent=2) + "\n")
+
+    def write_json(self, path: Path) -> None:
+        """Write all entries."""
+        path.write_text(json.dumps(self.entries(), indent=2) + "\n")
 
 
 def told_packages(provenance: dict[str, Any]) -> str:
