@@ -81,7 +81,8 @@ def tables(found: Mapping[str, Any], peaks: Peaks | None) -> str:
     if not found["complete"]:
         origin += " It was stopped before the end: what is missing has not been measured."
     origin += "".join(f" Left out: {line}." for line in found["left_out"])
-    return markdown(origin, *(found.get(name) for name in ("ops", "times", "memory")), peaks)
+    ops_rows, times, memory = (found.get(name) for name in ("ops", "times", "memory"))
+    return markdown(origin, ops_rows, times, memory, peaks)
 
 
 def found_before(file: Path) -> dict[str, Any]:
