@@ -50,10 +50,23 @@ def texts(report: Path) -> Texts:
     results, costs = tables((report / "report.md").read_text())[:2]
     return {
         (ROOT / "docs/results.md", "tables"): f"{results}\n\n{costs}",
+        (ROOT / "docs/results.md", "shares"): shares(report / "report.csv"),
         (ROOT / "docs/results.md", "ways"): ways(),
         (ROOT / "docs/results.md", "shelf"): "\n\n".join(map(shelf, SHELF)),
         (ROOT / "README.md", "results"): columns(results, README_COLUMNS),
     }
+
+
+def shares(report: Path) -> str:
+    """What `famba plan` predicts of a step, its share of the multiply-adds of none, beside what training took."""
+    rows = list(csv.DictReader(report.read_text().splitlines()))
+    none = next(row for row in rows if row["fusion"] == "none")
+    lines = ["| fusion | step, of none: predicted | training time, of none: measured |", "| --- | --- | --- |"]
+    for row in rows:
+        predicted = float(row["macs_per_image"]) / float(none["macs_per_image"])
+        measured = row["train_time_share_of_none"]
+        lines.append(f"| {row['fusion']} | {predicted:.3f} | {float(measured):.3f} |")
+    return "\n".join(lines)
 
 
 def ways() -> str:
