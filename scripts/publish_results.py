@@ -11,11 +11,13 @@ import csv
 import re
 import shutil
 import sys
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 
+from famba.analysis.report.cells import difference, spread
+from famba.analysis.report.contents import gather
 from famba.analysis.report.output import write_report
+from famba.analysis.report.statistics import paired
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "docs/results"
@@ -25,7 +27,6 @@ OTHER_WAYS = ("cpu_order", "cpu_weighting")
 # Made again in a second, and half a megabyte.
 NOT_KEPT = ("report.html", "report.tex")
 README_COLUMNS = ("fusion", "Top-1, %", "seeds", "difference to none", "training time, min", "of none")
-WAY_COLUMNS = ("fusion", "seeds", "Top-1, %", "difference to none")
 WAY_ROWS = ("all", "upper")
 SHELF = {"vim": "`vim_micro`", "vit": "`vit_micro`"}
 
@@ -70,14 +71,24 @@ def shares(report: Path) -> str:
 
 
 def ways() -> str:
-    """Orders and weightings beside the table's own, of the strategies that were trained with them."""
-    folders = [TABLE, *(KEPT / name for name in OTHER_WAYS if (KEPT / name).is_dir())]
-    with tempfile.TemporaryDirectory() as folder:
-        write_report(folders, Path(folder))
-        table = tables((Path(folder) / "report.md").read_text())[0]
-    head, line, *rows = columns(table, WAY_COLUMNS).splitlines()
-    chosen = [row for row in rows if row.split("|")[1].split(",")[0].strip() in WAY_ROWS]
-    return "\n".join([head, line, *chosen])
+    """Orders and weightings, of the strategies that were trained with them, against the table's own by seed."""
+    report = gather([TABLE, *(KEPT / name for name in OTHER_WAYS)])
+    lines = [
+        "| fusion | seeds | Top-1, % | difference to the first, points (95 % interval) | to none |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for strategy in WAY_ROWS:
+        rows = [row for row in report.parts[0].table.rows if row.fusion.strategy == strategy]
+        for row in rows:
+            against = paired(row.by_seed(), rows[0].by_seed()) if row is not rows[0] else None
+            cells = [
+                row.label,
+                str(len(row.seeds)),
+                spread(row.top1, 2),
+                *("-" if found is None else difference(found) for found in (against, row.difference)),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def shelf(name: str) -> str:

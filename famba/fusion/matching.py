@@ -177,7 +177,7 @@ def _guards(protected: Protected, batch: int, length: int, device: torch.device)
     wrong = any(isinstance(p, bool) or not 0 <= p < length for p in places)
     if wrong or len(set(places)) != len(places):
         raise ConfigError(f"protected places {places} are not distinct places of a sequence of {length} tokens")
-    if sorted(places) == list(range(len(places))):
+    if all(place < len(places) for place in places):
         return len(places), None
     # Built on the device: a copy from the host would make it wait.
     return 0, torch.stack([torch.full((1,), p, device=device) for p in places], dim=1)

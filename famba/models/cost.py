@@ -129,7 +129,7 @@ class _Shape:
         found = kernels(self.backend)
         kept = tokens * self.d_model * self.bytes
         if isinstance(found, MixerKernels):
-            shapes = cast(MixerKernels, found).mixer_kept_shapes(1, tokens, self.d_inner, projected, self.d_state)
+            shapes = cast("MixerKernels", found).mixer_kept_shapes(1, tokens, self.d_inner, projected, self.d_state)
             sizes = [math.prod(shape) for shape in shapes]
             return kept + sum(sizes[:3]) * self.bytes + sum(sizes[3:]) * _FP32
         # Part by part: u and z, then for each direction u convolved, dt, B and C, the step sizes, and the states.

@@ -261,8 +261,12 @@ class FusedNetwork(nn.Module):
     def _held(self, maps: list[TokenMap | None], x: Tensor) -> list[Tensor | None]:
         """Which token holds each of the first layer's, (b, num_tokens) for each layer; None while none has fused."""
         first = torch.arange(self.num_tokens, device=x.device).expand(x.shape[0], -1)
-        begins = next((i for i, token_map in enumerate(maps) if token_map is not None), len(maps))
-        return [None if i < begins else places for i, places in enumerate(trace(maps, first))]
+        held: list[Tensor | None] = []
+        has_fused = False
+        for token_map, places in zip(maps, trace(maps, first), strict=True):
+            has_fused = has_fused or token_map is not None
+            held.append(places if has_fused else None)
+        return held
 
     def _final(self, passed: Passed[Any, Any], held: list[Tensor | None]) -> Tensor:
         return _unfused(self._normed(passed.leaving), held[-1] if held else None)

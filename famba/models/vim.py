@@ -386,7 +386,7 @@ class Vim(FusedNetwork):
         hidden, residual = self._embed(x), None
         tokens = Tokens(self.cls_index, None)
         maps, kept = [], {}
-        layers = cast(list[VimBlock], list(self.layers))
+        layers = cast("list[VimBlock]", list(self.layers))
         drops = [*(layer.drop_path for layer in layers[1:]), self.drop_path]
         for index, layer in enumerate(layers[:depth]):
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():

@@ -105,10 +105,22 @@ def bidirectional_mixer(
         return compose_mixer(x, in_weight, forward, backward, out_weight)
     in_weight, x = in_weight.to(dtype), x.to(dtype)
     out_weight = None if out_weight is None else out_weight.to(dtype)
-    directions = [
-        list(d._replace(x_weight=d.x_weight.to(dtype), dt_weight=d.dt_weight.to(dtype))) for d in (forward, backward)
-    ]
+    directions = [_multiplied_in(dtype, *direction) for direction in (forward, backward)]
     return _mixer(x, in_weight, *directions, out_weight, backend)[0]
+
+
+def _multiplied_in(
+    dtype: torch.dtype,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    x_weight: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+) -> list[Tensor]:
+    """A direction's weights with those of its matrix products in a dtype; the recurrence's stay as they are."""
+    return [conv_weight, conv_bias, x_weight.to(dtype), dt_weight.to(dtype), dt_bias, A, D]
 
 
 def compose_mixer(
@@ -174,7 +186,15 @@ def _check(x: Tensor, in_weight: Tensor, forward: Direction, backward: Direction
     check_shapes(op, "x", x=(x, tuple(x.shape)), **shapes)
 
 
-@torch.library.custom_op("famba::bidirectional_mixer", mutates_args=())
+# torch before 2.7 cannot read lists of tensors off a signature.
+_WEIGHTS = "Tensor x, Tensor in_weight, Tensor[] forward, Tensor[] backward, Tensor? out_weight"
+_SCHEMA = f"({_WEIGHTS}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_BACKWARD_SCHEMA = (
+    f"(Tensor dout, {_WEIGHTS}, Tensor[] kept, str backend) -> (Tensor, Tensor, Tensor[], Tensor[], Tensor)"
+)
+
+
+@torch.library.custom_op("famba::bidirectional_mixer", mutates_args=(), schema=_SCHEMA)
 def _mixer(
     x: Tensor,
     in_weight: Tensor,
@@ -207,7 +227,7 @@ def _mixer_shape(
     return out, u, from_u, from_u_back, entering[0], entering[1]
 
 
-@torch.library.custom_op("famba::bidirectional_mixer_backward", mutates_args=())
+@torch.library.custom_op("famba::bidirectional_mixer_backward", mutates_args=(), schema=_BACKWARD_SCHEMA)
 def _mixer_backward(
     dout: Tensor,
     x: Tensor,
@@ -261,7 +281,7 @@ _mixer.register_autograd(_gradients, setup_context=_keep)
 
 
 def _kernels(backend: str) -> MixerKernels:
-    return cast(MixerKernels, kernels(backend))
+    return cast("MixerKernels", kernels(backend))
 
 
 def mixer_macs(

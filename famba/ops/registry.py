@@ -190,7 +190,7 @@ def _reason(backend: Backend, dtype: torch.dtype) -> str | None:
 
 def kernels(name: str) -> Kernels:
     """The functions of a backend that `resolve` named."""
-    return cast(Kernels, importlib.import_module(_BACKENDS[name].module))
+    return cast("Kernels", importlib.import_module(_BACKENDS[name].module))
 
 
 @torch.compiler.assume_constant_result

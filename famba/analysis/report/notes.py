@@ -128,12 +128,10 @@ def _of_cost(table: Table) -> list[str]:
             f"* timed on another machine than the rest, so without shares and not in the plots of cost: "
             f"{'; '.join(moved)}."
         )
-    found += [
-        f"{row.label}: time, throughput and memory are of {len(row.timed)} of its {len(row.runs)} runs, those on the "
-        "machine of most."
-        for row in table.rows
-        if not row.is_elsewhere and len(row.timed) < len(row.runs)
-    ]
+    partly = [row for row in table.rows if not row.is_elsewhere and len(row.timed) < len(row.runs)]
+    if partly:
+        listed = "; ".join(f"{row.label} {len(row.timed)} of {len(row.runs)}" for row in partly)
+        found.append(f"Time, throughput and memory are of the runs on the machine of most alone: {listed}.")
     fewer = [row for row in table.rows if _timed(row) < len(row.timed)]
     if fewer:
         listed = "; ".join(f"{row.label} {_timed(row)} of {len(row.timed)}" for row in fewer)
