@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/demo-$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: help setup train test test-gpu lint format clean retry
+.PHONY: help setup train test test-all test-gpu lint format clean retry
 
 help:
 	@echo "make train   set up and train a small Vim with and without fusion on digits (5 minutes)"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests, but for the slow ones"
+	@echo "make test-all  run all tests (two or three times as long)"
 	@echo "make test-gpu  learn whether everything works on this machine's GPU (minutes)"
 	@echo "make lint    check style and types"
 	@echo "make format  put the code into the project's style"
@@ -32,8 +33,13 @@ train: setup
 	$(BIN)/famba report $(DEMO)
 
 # A process for each core, up to eight, each with one thread: more threads than cores would wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
+	$(PYTEST) -m "not slow"
+
+test-all: setup
+	$(PYTEST)
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

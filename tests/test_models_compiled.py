@@ -54,7 +54,6 @@ def run(script: str, tmp_path: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
 def test_compiled_models_agree_with_eager_ones(tmp_path: Path) -> None:
     out = run(
         """

@@ -18,7 +18,7 @@ import pytest
 from filelock import FileLock
 from runs import TINY, metrics
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+pytestmark = pytest.mark.slurm
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "local_slurm.sh"
@@ -124,6 +124,7 @@ def wait_for(true: Callable[[], bool], seconds: float = 240) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_is_saved_and_reported_and_the_same_command_goes_on(slurm: None, tmp_path: Path) -> None:
     sweep = Sweep(tmp_path / "sweep", *LONG, "fusion=none,upper", "seed=0,1")
     names = ["fusion=none,seed=0", "fusion=none,seed=1", "fusion=upper,seed=0", "fusion=upper,seed=1"]
@@ -170,6 +171,7 @@ def test_failing_and_killed_jobs_are_named_and_others_finish(slurm: None, tmp_pa
     assert sweep.states() == {"recipe.lr=0.004": "finished", killed: "running", "recipe.lr=1000": "failed"}
 
 
+@pytest.mark.slow
 def test_two_time_limits_give_the_weights_of_a_run_without(slurm: None, tmp_path: Path) -> None:
     longer = [*LONG, "trainer.epochs=200", "fusion=upper"]
     sweep = Sweep(tmp_path / "sweep", *longer, "hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=10")
@@ -209,6 +211,7 @@ def send(number: signal.Signals, processes: list[int]) -> None:
             os.kill(process, number)
 
 
+@pytest.mark.slow
 def test_two_processes_that_are_preempted_train_to_the_same_weights(slurm: None, tmp_path: Path) -> None:
     # The group is a name in a logger: two runs of the same settings.
     sweep = Sweep(tmp_path / "sweep", *LONG, "fusion=upper", "logger.group=a,b", "hydra.launcher.tasks_per_node=2")
