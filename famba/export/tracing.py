@@ -37,9 +37,11 @@ def trace_program(model: nn.Module, shape: Sequence[int], recurrence: Recurrence
     """
     _check(model)
     example = torch.zeros(_BATCH, *shape)
+    # torch 2.6 trips over a size without a largest one.
+    batch = Dim("batch", max=2**31 - 1)
     try:
         with torch.no_grad(), ops.use_backend("reference"), PlainOps(recurrence):
-            program = torch.export.export(model, (example,), dynamic_shapes=({0: Dim("batch")},), strict=False)
+            program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},), strict=False)
     except (ConfigError, ExportError):
         raise
     except Exception as error:  # torch raises what it comes across
@@ -64,6 +66,8 @@ def _check(model: nn.Module) -> None:
 
 def _tidy(program: ExportedProgram) -> None:
     """Remove what states the obvious of this machine: where code lies, and that tensors are on the CPU."""
+    # Some releases write down questions about dtypes, which they cannot read again.
+    program.graph.eliminate_dead_code()
     graph = program.graph
     for node in list(graph.nodes):
         for note in _NOTES:
