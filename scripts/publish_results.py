@@ -59,10 +59,10 @@ def texts(report: Path) -> Texts:
 
 
 def shares(report: Path) -> str:
-    """What `famba plan` predicts of a step, its share of the multiply-adds of none, beside what training took."""
+    """The share of none's multiply-adds, by which `famba plan` predicts a step, beside that of its training time."""
     rows = list(csv.DictReader(report.read_text().splitlines()))
     none = next(row for row in rows if row["fusion"] == "none")
-    lines = ["| fusion | step, of none: predicted | training time, of none: measured |", "| --- | --- | --- |"]
+    lines = ["| fusion | multiply-adds, of none | training time, of none |", "| --- | --- | --- |"]
     for row in rows:
         predicted = float(row["macs_per_image"]) / float(none["macs_per_image"])
         measured = row["train_time_share_of_none"]

@@ -93,8 +93,9 @@ def found_before(file: Path) -> dict[str, Any]:
         raise ConfigError(f"--from {file} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise ConfigError(f"--from {file} is no JSON ({error})") from error
-    if not isinstance(found, dict) or found.get("benchmark") != "gpu":
-        raise ConfigError(f"--from {file} was not written by famba benchmark gpu --json")
+    whole = {"benchmark", "complete", "provenance", "settings", "left_out"}
+    if not isinstance(found, dict) or found.get("benchmark") != "gpu" or not whole <= found.keys():
+        raise ConfigError(f"--from {file} was not written by famba benchmark gpu --json, or not in whole")
     return found
 
 

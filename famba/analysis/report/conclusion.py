@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from famba.analysis.report.cells import difference, share
-from famba.analysis.report.rows import TIME, Row, Table, pareto
+from famba.analysis.report.rows import TIME, Row, Table, pareto, share_of
 from famba.analysis.report.settings import NONE, order_of
 from famba.analysis.report.statistics import Difference, paired
 from famba.fusion.schedules import ADAPTIVE
@@ -137,9 +137,10 @@ def _all_of(names: Sequence[str]) -> str:
 
 
 def _time(row: Row, rival: Row) -> str:
-    if row.is_elsewhere or rival.is_elsewhere or not row.time_s or not rival.time_s:
+    if row.is_elsewhere or rival.is_elsewhere:
         return ""
-    return f", in {row.time_s.mean / rival.time_s.mean:.3f} of its time"
+    share = share_of(row.cost_by_seed(TIME), rival.cost_by_seed(TIME))
+    return "" if share is None else f", in {share:.3f} of its time"
 
 
 def _name(row: Row) -> str:

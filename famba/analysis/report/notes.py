@@ -46,8 +46,11 @@ def shared(table: Table) -> list[tuple[str, str]]:
         for name, value in settings.items()
         if name != "layers" and value
     ]
+    some_elsewhere = " (but for runs from elsewhere)" if table.comparable.elsewhere else ""
     found += [
-        (key, str(place[key])) for key in ("device", "processes", "backend", "CUDA") if place.get(key) is not None
+        (f"{key}{some_elsewhere if key == 'device' else ''}", str(place[key]))
+        for key in ("device", "processes", "backend", "CUDA")
+        if place.get(key) is not None
     ]
     return [*found, *((key, str(place[key])) for key in ("torch", "timm", "mamba-ssm") if place.get(key))]
 

@@ -32,8 +32,8 @@ class Row:
 
     difference and time_difference are to the runs without fusion, in points of Top-1 and in seconds. Time, throughput
     and memory are of the timed ones of the runs: those of the table's machine, where is_elsewhere of one other. Shares
-    are of the mean without fusion; that of token_layers is of as many tokens in each layer as enter the first.
-    tokens_left are those after the last layer.
+    are of the runs without fusion, over the seeds that both have; that of token_layers is of as many tokens in each
+    layer as enter the first. tokens_left are those after the last layer.
     """
 
     label: str
@@ -74,7 +74,7 @@ class Row:
 
     def cost_by_seed(self, cost: Cost) -> dict[int, float]:
         """A cost by seed, of those that were timed."""
-        return {run.seed: found for run in self.timed if (found := cost.of(run)) is not None}
+        return _by_seed(cost, self.timed)
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,7 @@ def _row(label: str, fusion: Fusion, runs: Sequence[Run], base: Sequence[Run], e
     base_here = [run for run in base if run.name not in elsewhere] if here else []
 
     def of_both(cost: Cost) -> tuple[Sample | None, float | None]:
-        own, rival = sample(map(cost.of, timed)), sample(map(cost.of, base_here))
-        return own, own.mean / rival.mean if own and rival else None
+        return sample(map(cost.of, timed)), share_of(_by_seed(cost, timed), _by_seed(cost, base_here))
 
     time_s, time_share = of_both(TIME)
     memory, memory_share = of_both(MEMORY)
@@ -159,7 +158,7 @@ def _row(label: str, fusion: Fusion, runs: Sequence[Run], base: Sequence[Run], e
         difference=None if is_base else paired({r.seed: r.top1 for r in runs}, {r.seed: r.top1 for r in base}),
         time_s=time_s,
         time_share=time_share,
-        time_difference=None if is_base or not here else paired(_times(here), _times(base_here)),
+        time_difference=None if is_base or not here else paired(_by_seed(TIME, here), _by_seed(TIME, base_here)),
         memory_mib=memory,
         memory_share=memory_share,
         saved_bytes=saved,
@@ -182,5 +181,11 @@ def _one_place(runs: Sequence[Run]) -> list[Run]:
     return max(places.values(), key=len)
 
 
-def _times(runs: Iterable[Run]) -> dict[int, float]:
-    return {run.seed: run.train_time_s for run in runs if run.train_time_s is not None}
+def share_of(own: Mapping[int, float], base: Mapping[int, float]) -> float | None:
+    """A cost as a share of another, both by seed, over the seeds that both have; None where they share none."""
+    seeds = own.keys() & base.keys()
+    return sum(own[seed] for seed in seeds) / sum(base[seed] for seed in seeds) if seeds else None
+
+
+def _by_seed(cost: Cost, runs: Iterable[Run]) -> dict[int, float]:
+    return {run.seed: found for run in runs if (found := cost.of(run)) is not None}
