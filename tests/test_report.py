@@ -463,3 +463,13 @@ def test_runs_from_the_same_path_with_other_weights_are_kept_apart(tmp_path: Pat
     assert sorted(run.seed for run in table.runs) == [0, 1]
     assert sorted(other.name.split("/")[-1] for other in others) == ["four", "three"]
     assert all("aaaa" in reason for other in others for reason in other.reasons)
+
+
+def test_shares_of_time_are_over_the_seeds_that_both_have(tmp_path: Path) -> None:
+    for seed, seconds in {0: 100.0, 1: 200.0, 2: 900.0}.items():
+        write_run(tmp_path / f"none{seed}", "none", seed, train_time_s=seconds)
+    for seed, seconds in {0: 60.0, 1: 90.0}.items():
+        write_run(tmp_path / f"upper{seed}", "upper", seed, train_time_s=seconds)
+    table = table_of(tmp_path)
+    assert row_of(table, "upper").time_share == pytest.approx(150 / 300)
+    assert row_of(table, "none").time_share == 1.0

@@ -86,6 +86,12 @@ def test_jobs_that_wait_in_slurm_are_told_from_those_that_never_were(
     }
 
 
+def test_a_run_that_has_lost_its_summary_was_started(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", [EPOCH], status="finished", top1=30.0)
+    (tmp_path / "run" / "summary.json").unlink()
+    assert states(tmp_path) == {"run": "stopped"}
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"status": 3}', "\x00\x00"])
 def test_a_damaged_summary_is_marked(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "good", [EPOCH], status="finished", top1=30.0)

@@ -28,6 +28,8 @@ from famba.training.sweeps.names import recorded
 _COLUMNS = ("run", "state", "epoch", "done", "Top-1 %", "time left", "updated")
 _FILES = ("summary.json", "config.yaml", METRICS, "train.log", "output.log")
 _TAIL = 1 << 16
+# What a run that has lost its summary, or has not written one yet, leaves behind.
+_TRACES = (METRICS, "train.log")
 _ORDER = ("finished", "running", "waiting", "interrupted", "stopped", "failed", "damaged", "not started")
 
 
@@ -165,7 +167,7 @@ def _state(folder: Path, summary: Mapping[str, Any], queued: str | None) -> str:
     if queued is not None:
         return "running" if queued == "RUNNING" else "waiting"
     if said is None:
-        return "stopped" if (folder / "train.log").is_file() else "not started"
+        return "stopped" if any((folder / name).is_file() for name in _TRACES) else "not started"
     return "stopped" if said == "running" else said
 
 

@@ -14,7 +14,7 @@ from famba.analysis.benchmark import fusion, gpu, gpu_tables, length, machine, m
 from famba.analysis.benchmark.cases import OPS, SHORTEST_FUSED, USUAL_OPS
 from famba.analysis.benchmark.length import PATCH
 from famba.analysis.benchmark.model import STRATEGIES, TRANSFORMERS
-from famba.analysis.benchmark.peaks import board, peaks
+from famba.analysis.benchmark.peaks import named_peaks, peaks
 from famba.analysis.benchmark.report import Report
 from famba.analysis.benchmark.timing import EventClock, cache_note, overwriting_cache
 from famba.errors import ConfigError, TrainingError, near_miss
@@ -207,7 +207,7 @@ def _run_gpu(options: argparse.Namespace) -> int:
 
 def _found_before(file: Path) -> str:
     found = gpu.found_before(file)
-    return gpu.tables(found, board(found["provenance"]["device"]))
+    return gpu.tables(found, named_peaks(found["provenance"]["device"], found["settings"].get("bandwidth")))
 
 
 def _fill(options: argparse.Namespace, report: Report) -> None:

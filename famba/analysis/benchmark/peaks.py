@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,17 +59,16 @@ def peaks(device: torch.device, gb_per_s: float | None = None, cuda: Any = torch
     table the bandwidth is worked out from clock and width of its memory, where torch tells them.
     """
     name = cuda.get_device_name(device) if device.type == "cuda" else device.type
-    known = board(name)
+    known = named_peaks(name, gb_per_s)
+    return known or (_from_properties(name, cuda.get_device_properties(device)) if device.type == "cuda" else None)
+
+
+def named_peaks(name: str, gb_per_s: float | None = None) -> Peaks | None:
+    """The peaks of a board by the name that torch has for it; arguments and result otherwise as of `peaks`."""
+    known = _BOARDS.get(name.removeprefix("NVIDIA "))
     if gb_per_s is None:
-        return known or (_from_properties(name, cuda.get_device_properties(device)) if device.type == "cuda" else None)
-    if known is None:
-        return Peaks(name, gb_per_s * 1e9)
-    return Peaks(name, gb_per_s * 1e9, known.products, known.vector, known.special)
-
-
-def board(name: str) -> Peaks | None:
-    """The peaks of a board by the name that torch has for it; None where they are not in the table."""
-    return _BOARDS.get(name.removeprefix("NVIDIA "))
+        return known
+    return replace(known, name=name, bandwidth=gb_per_s * 1e9) if known else Peaks(name, gb_per_s * 1e9)
 
 
 def _from_properties(name: str, properties: Any) -> Peaks | None:
