@@ -151,7 +151,7 @@ def _is_fused(backend: str) -> bool:
 
 @torch.compiler.assume_constant_result
 def _has_autocast(kind: str) -> bool:
-    """Whether a kind of device knows autocast; torch.compile of torch before 2.12 cannot trace the question."""
+    """Whether a kind of device knows autocast; torch 2.11, for one, cannot trace the question."""
     return torch.amp.is_autocast_available(kind)
 
 
@@ -186,7 +186,7 @@ def _check(x: Tensor, in_weight: Tensor, forward: Direction, backward: Direction
     check_shapes(op, "x", x=(x, tuple(x.shape)), **shapes)
 
 
-# torch before 2.7 cannot read lists of tensors off a signature.
+# torch 2.6 cannot read lists of tensors off a signature.
 _WEIGHTS = "Tensor x, Tensor in_weight, Tensor[] forward, Tensor[] backward, Tensor? out_weight"
 _SCHEMA = f"({_WEIGHTS}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 _BACKWARD_SCHEMA = (
