@@ -51,3 +51,14 @@ def test_kept_runs_are_finished_and_name_no_folder_of_a_machine(run: Path) -> No
     for name in ("summary.json", "config.yaml", "metrics.jsonl"):
         text = (run.parent / name).read_text()
         assert not any(start in text for start in ("/home/", "/root/", "/tmp/", "/mnt/", "/Users/"))
+
+
+def test_the_steps_of_the_xeon_are_those_that_were_measured() -> None:
+    found = json.loads((DOCS / "results" / "cpu_avx512" / "vim_tiny_step.json").read_text())["times"]
+    lines = (DOCS / "performance.md").read_text().partition("## With AVX-512")[2].splitlines()
+    rows = {
+        cells[1].strip("` ").removeprefix("timm's `"): cells for line in lines if len(cells := line.split("|")) == 9
+    }
+    for row in found:
+        step, of_none = (rows[row["contestant"]][i + 3 * (row["precision"] == "bf16")] for i in (2, 3))
+        assert (step.strip(), of_none.strip()) == (f"{row['step_ms'] / 1000:.2f} s", f"{row['step_of_none']:.3f}")

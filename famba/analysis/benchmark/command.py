@@ -195,6 +195,10 @@ def _run_gpu(options: argparse.Namespace) -> int:
     chosen = "--floors" if options.floors else "--from"
     if options.json is not None:
         raise ConfigError(f"--json writes what was measured, and {chosen} measures nothing; leave out one of them")
+    values = {name: getattr(options, name) for name in ("rounds", "threads", "quick", "bandwidth")}
+    unread = [f"--{name}" for name, value in values.items() if value is not None and value is not False]
+    if unread:
+        raise ConfigError(f"{chosen} measures nothing, so {', '.join(unread)} would do nothing; leave it out")
     if options.floors and options.found is not None:
         raise ConfigError("--floors shows floors alone, and --from what was measured too; leave out one of them")
     text = gpu.floors() if options.floors else _found_before(options.found)
