@@ -33,7 +33,8 @@ from famba.cli import main as famba
 from famba.data.loader import EvalBatches
 from famba.errors import ConfigError
 from famba.models import Vim
-from famba.training.trained import ADDED_KEYS, load_trained
+from famba.training.config import ADDED_KEYS
+from famba.training.trained import load_trained
 
 Trained = tuple[Path, dict[str, Any]]
 

@@ -98,11 +98,17 @@ class SubsetSource:
 
 @dataclass(frozen=True)
 class Splits:
-    """The parts of a data set. `validation` is None unless it was held out or comes with the data."""
+    """The parts of a data set, all with the same class numbers.
+
+    Attributes:
+        validation: None unless it was held out or comes with the data.
+        classes: names in the order of the class numbers; None where the data does not tell them.
+    """
 
     train: Source | StreamSource
     validation: Source | StreamSource | None
     test: Source | StreamSource
+    classes: tuple[str, ...] | None = None
 
 
 def take(source: Source, indices: npt.NDArray[np.int64]) -> Source:

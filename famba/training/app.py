@@ -23,13 +23,14 @@ from famba.errors import ConfigError, FambaError, TrainingError
 from famba.ops.registry import AUTO, explain
 from famba.training import slurm
 from famba.training.compose import check_command, compose, config_dir, is_question, name_by_sweep
-from famba.training.config import RunConfig, parse
+from famba.training.config import RunConfig, flatten, parse, plain
 from famba.training.distributed import Process, part, start_process, world_size
 from famba.training.estimate import estimate
 from famba.training.help import help_text
 from famba.training.interrupts import Interrupted, StopRequest
 from famba.training.loop import Training
 from famba.training.reporting import duration
+from famba.training.resuming import as_begun
 from famba.training.run_folder import RunFolder, finished
 from famba.training.setup import Setup, prepare
 from famba.training.watch import Watch
@@ -81,11 +82,14 @@ def train(config: RunConfig, run_dir: Path | None) -> dict[str, Any]:
     """
     with StopRequest() as stop, Watch() as watch:
         try:
+            # Before the processes join, and so before any of them writes to the folder.
+            asked, config = config, as_begun(config, run_dir or Path(config.run_dir))
             setup = prepare(config)
             process = start_process(setup.device)
             path = process.from_main(str(run_dir or config.run_dir))
             with _claimed(Path(path), process) as folder, _logging(folder), logging_redirect_tqdm():
                 watch.before_exit = lambda reason: _record_failure(folder, config, reason)
+                _tell_what_stays(asked, config)
                 summary = _train_in(folder, config, setup, process, stop, watch)
             process.wait_for_all()
         except Interrupted:
@@ -98,6 +102,13 @@ def train(config: RunConfig, run_dir: Path | None) -> dict[str, Any]:
             raise failure from error
     part(process)
     return summary
+
+
+def _tell_what_stays(asked: RunConfig, config: RunConfig) -> None:
+    """Log the keys that are as they were in the version that began the run."""
+    now, then = flatten(plain(asked)), flatten(plain(config))
+    if kept := [f"{key}={value}" for key, value in then.items() if value != now[key]]:
+        _log.info("this run goes on as an earlier version of Famba began it: %s", ", ".join(kept))
 
 
 def _train_in(

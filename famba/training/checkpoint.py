@@ -15,7 +15,7 @@ from torch import Tensor
 from famba.errors import CheckpointError, DamagedError
 from famba.files import read_seal, remove_unfinished, seal, write_whole
 from famba.models.checkpoints import read_file
-from famba.training.config import flatten
+from famba.training.config import flatten, with_added_keys
 
 FORMAT = 2
 _KEPT = 2
@@ -174,7 +174,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def check_same_run(content: dict[str, Any], config: dict[str, Any], world_size: int) -> None:
     """Raise CheckpointError where a checkpoint is of a run with other settings, naming each."""
-    differ = differences(content["config"], config)
+    differ = differences(with_added_keys(content["config"]), config)
     if content["world_size"] != world_size:
         differ.append(
             f"processes: {content['world_size']} before, {world_size} now "

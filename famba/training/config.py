@@ -92,6 +92,8 @@ class DataConfig:
     subset: Count | None
     val_fraction: Share
     workers: Annotated[int, Field(ge=0, le=1024)]
+    background: Text
+    version: Literal[1, 2]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -104,6 +106,7 @@ class RecipeConfig:
     lr: Annotated[float, Field(gt=0, le=1000)]
     lr_batch: Count
     weight_decay: NotNegative
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None
     clip_grad: Positive | None
     warmup_epochs: NotNegative
     warmup_lr: Rate
@@ -179,6 +182,17 @@ class RunConfig:
     init_from: Text | None
 
 
+ADDED_KEYS: dict[str, Any] = {
+    "fusion.adapt_at": None,
+    "fusion.adapt_images": None,
+    "fusion.mode": "fuse",
+    "fusion.proportional": False,
+    "data.version": 1,
+    "data.background": "white",
+    "recipe.layer_decay": None,
+}
+"""Map each key that configurations have not always had to the value that reproduces what runs did before it."""
+
 _ADAPTER = TypeAdapter(RunConfig)
 
 
@@ -198,6 +212,16 @@ def parse(values: Mapping[str, Any]) -> RunConfig:
 def plain(config: RunConfig) -> dict[str, Any]:
     """Return the nested plain values of a RunConfig, as YAML and checkpoints hold them."""
     return asdict(config)
+
+
+def with_added_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an earlier run's configuration with the keys that were added since, as the run went without them."""
+    found: dict[str, Any] = dict(values)
+    for key, value in ADDED_KEYS.items():
+        group, name = key.split(".")
+        if isinstance(found.get(group), Mapping):
+            found[group] = {name: value, **found[group]}
+    return found
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where a run goes on: the checkpoint that `resume` means."""
+"""Find where a run goes on, and with which settings."""
 
 from __future__ import annotations
 
@@ -6,10 +6,39 @@ from pathlib import Path
 from typing import Any
 
 from famba.errors import CheckpointError
+from famba.models.checkpoints import read_file
 from famba.training import checkpoint, slurm
-from famba.training.config import RunConfig, plain
+from famba.training.config import ADDED_KEYS, RunConfig, flatten, parse, plain
 from famba.training.distributed import Process
 from famba.training.run_folder import RunFolder
+
+
+def as_begun(config: RunConfig, run_dir: Path) -> RunConfig:
+    """Return the configuration with which the run in a folder goes on.
+
+    Keys that were added since the run began take the values that reproduce its version; a new run's stay as they are.
+    Raises FambaError where the run's own configuration cannot be read.
+    """
+    before = _begun(config, run_dir)
+    if before is None:
+        return config
+    added = ADDED_KEYS.keys() - flatten(before).keys()
+    values = plain(config)
+    for key in added:
+        group, name = key.split(".")
+        values[group][name] = ADDED_KEYS[key]
+    return parse(values)
+
+
+def _begun(config: RunConfig, run_dir: Path) -> dict[str, Any] | None:
+    """Return the configuration of the run that is to go on, None where a run starts anew."""
+    if config.resume == "never" and not slurm.is_restarted():
+        return None
+    there = RunFolder(run_dir, writes=False).config
+    if there is not None or config.resume in ("auto", "never"):
+        return there
+    found = read_file(config.resume).get("config")
+    return found if isinstance(found, dict) else None
 
 
 def find_checkpoint(config: RunConfig, run: RunFolder, process: Process) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from famba.errors import CheckpointError, ConfigError
 from famba.files import remove_unfinished, write_whole
 from famba.training import slurm
 from famba.training.checkpoint import Checkpoints, differences
-from famba.training.config import RunConfig, plain
+from famba.training.config import RunConfig, plain, with_added_keys
 
 METRICS = "metrics.jsonl"
 SWEEP = "sweep.json"
@@ -144,7 +144,7 @@ def finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
         return None
     if summary["status"] != "finished":
         return None
-    changed = differences(before, plain(config))
+    changed = differences(with_added_keys(before), plain(config))
     if changed:
         listed = "\n  ".join(changed)
         raise CheckpointError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,11 @@ from famba.models.networks import vim_names, vit_names
 from famba.models.registered import weights_folder
 from famba.training import checkpoint
 from famba.training.checks import check_model
-from famba.training.config import RunConfig, parse
+from famba.training.config import RunConfig, parse, with_added_keys
 from famba.training.run_folder import finished_weights
 from famba.training.setup import augmentation, build_model, model_arguments
 
 Colours = tuple[float, float, float]
-
-ADDED_KEYS: dict[str, Any] = {
-    "fusion.adapt_at": None,
-    "fusion.adapt_images": None,
-    "fusion.mode": "fuse",
-    "fusion.proportional": False,
-}
-"""Keys that configurations have not always had, and what runs did before: a new key is one more entry."""
 
 _CONFIG, _SUMMARY = "config.yaml", "summary.json"
 _VIMS = "vim_*"
@@ -213,19 +205,6 @@ def _read(file: Path, parser: Callable[[bytes], Any]) -> dict[str, Any]:
             f"{file} cannot be read ({reason}); mend it, or give a checkpoint (.pt) of the run, which needs it not"
         ) from error
     return content
-
-
-def with_added_keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Give an older run's configuration the keys that were added since, as the run went without them.
-
-    For reading alone: what goes on or starts has every key.
-    """
-    found: dict[str, Any] = dict(values)
-    for key, value in ADDED_KEYS.items():
-        group, name = key.split(".")
-        if isinstance(found.get(group), Mapping):
-            found[group] = {name: value, **found[group]}
-    return found
 
 
 def _parsed(values: Any, file: Path) -> RunConfig:

@@ -12,9 +12,8 @@ from typing import Any
 import yaml
 
 from famba.analysis.status import Status, status
-from famba.training.config import flatten
+from famba.training.config import flatten, with_added_keys
 from famba.training.run_folder import METRICS
-from famba.training.trained import with_added_keys
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # Which images an evaluation may be of, as keys of metrics.jsonl.
