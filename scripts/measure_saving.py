@@ -28,6 +28,7 @@ from famba.training.devices import describe_device
 from famba.training.saving import Saver
 from famba.training.setup import prepare
 from famba.training.state import TrainingState
+from famba.training.trained_on import TrainedOn
 
 _LIMIT = 0.02
 
@@ -44,7 +45,7 @@ def main() -> int:
 
     config = compose([f"model={options.model}", f"run_dir={tempfile.gettempdir()}/unused"])
     setup = prepare(config)
-    state = new_state(config, setup, 100, setup.device)
+    state = new_state(config, setup, TrainedOn(100, None, {}), setup.device)
     images = torch.randn(options.batch, 3, setup.image_size, setup.image_size, device=setup.device)
     labels = torch.arange(options.batch, device=setup.device) % 100
     content = {"config": plain(config), "world_size": 1}

@@ -31,6 +31,7 @@ from famba.training.compose import compose
 from famba.training.initial import weights_sha256
 from famba.training.setup import prepare
 from famba.training.state import TrainingState
+from famba.training.trained_on import TrainedOn
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def last_checkpoint(folder: Path) -> Path:
 def begun(given: object, *overrides: str, classes: int = 10) -> TrainingState:
     """A run as it is before its first step."""
     config = compose([*TINY, f"init_from={given}", "run_dir=unused", *overrides])
-    return new_state(config, prepare(config), classes, torch.device("cpu"))
+    return new_state(config, prepare(config), TrainedOn(classes, None, {}), torch.device("cpu"))
 
 
 def same(state: TrainingState, weights: dict[str, Tensor], but: tuple[str, ...] = ()) -> bool:
@@ -164,7 +165,7 @@ def test_another_number_of_classes_gets_a_new_classifier(source: Path, caplog: p
     assert "with the classifier that comes with them, of 10 classes" in caplog.text
     assert "with a new classifier of 20 classes, theirs is of 10" in caplog.text
     fresh = compose([*TINY, "model.num_classes=20", "run_dir=unused"])
-    untrained = new_state(fresh, prepare(fresh), 10, torch.device("cpu")).model
+    untrained = new_state(fresh, prepare(fresh), TrainedOn(10, None, {}), torch.device("cpu")).model
     assert torch.equal(new.model.state_dict()["head.weight"], untrained.state_dict()["head.weight"])
 
 

@@ -28,6 +28,7 @@ from famba.training.distributed import Process
 from famba.training.evaluation import evaluate
 from famba.training.measure import macs_per_image, saved_bytes_per_image
 from famba.training.setup import build_model, prepare
+from famba.training.trained_on import TrainedOn
 
 ROOT = Path(__file__).parents[1]
 ONE = Process(0, 1, torch.device("cpu"))
@@ -172,7 +173,7 @@ def test_strategies_share_weights_and_images_at_one_seed() -> None:
         config = compose([*TINY, f"fusion={strategy}", "fusion.budget=6", "recipe.mixup=0.8", "run_dir=unused"])
         setup = prepare(config)
         splits = load_splits(config)
-        state = new_state(config, setup, 10, torch.device("cpu"))
+        state = new_state(config, setup, TrainedOn(10, None, {}), torch.device("cpu"))
         batches = make_loaders(config, setup, splits, ONE).train.epoch(0)
         images, labels = next(batches)
         batches.close()

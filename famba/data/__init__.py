@@ -5,7 +5,7 @@ from __future__ import annotations
 from famba.data.augment import Augmentation
 from famba.data.download import default_root, download
 from famba.data.loader import Batches, EvalBatches, TrainBatches, eval_batches, train_batches
-from famba.data.sources import ArraySource, Source, Splits, SubsetSource, take
+from famba.data.sources import ArraySource, Source, Splits, SubsetSource, renumber, take
 from famba.data.splits import (
     LOADERS,
     PUBLISHED,
@@ -40,6 +40,7 @@ __all__ = [
     "held_out",
     "load_splits",
     "num_classes_of",
+    "renumber",
     "take",
     "train_batches",
     "training_images_of",

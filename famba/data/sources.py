@@ -119,6 +119,33 @@ def take(source: Source, indices: npt.NDArray[np.int64]) -> Source:
     return SubsetSource(source, indices)
 
 
+@dataclass(frozen=True, eq=False)
+class RenumberedSource:
+    """A source whose classes have other numbers: class i has the number `numbers[i]`, below `num_classes`."""
+
+    source: Source
+    numbers: tuple[int, ...]
+    num_classes: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def image(self, index: int) -> Image.Image:
+        """Return an RGB image; DataError as in the source."""
+        return self.source.image(index)
+
+    def label(self, index: int) -> int:
+        """Return the class's other number; DataError as in the source."""
+        return self.numbers[self.source.label(index)]
+
+
+def renumber(source: Source, numbers: tuple[int, ...], num_classes: int) -> Source:
+    """Return the images with class i numbered `numbers[i]`, below `num_classes`; an ArraySource stays one."""
+    if isinstance(source, ArraySource):
+        return ArraySource(source.images, torch.tensor(numbers)[source.labels], num_classes)
+    return RenumberedSource(source, numbers, num_classes)
+
+
 def check_label(label: int, num_classes: int, where: Callable[[], str]) -> int:
     """Return the label, or raise DataError saying `where` it was found."""
     if not 0 <= label < num_classes:

@@ -91,6 +91,7 @@ class Description:
             "exported_by": f"famba {famba.__version__}",
             "architecture": self.architecture,
             "num_classes": self.model.num_classes,
+            "classes": self.trained.class_names,
             **self.preprocessing(),
             "fusion": self.fusion(),
             "results_of_training": self.results(),

@@ -16,6 +16,7 @@ from famba.training.setup import model_arguments
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FILES = (CONFIG, WEIGHTS, CARD)
+_SAID_ABOVE = ("num_classes", "classes")
 _NOT_OF_THE_TRANSFORMER = ("fusion_", "drop_path_rate", "num_classes")
 
 
@@ -35,12 +36,13 @@ def write_folder(description: Description, folder: Path) -> str:
 
 def _config(description: Description) -> dict[str, Any]:
     """What timm reads, in timm's layout, and under "famba" what it passes over."""
-    model = description.model
+    model, names = description.model, description.trained.class_names
     said = description.as_dict()
     return {
         "architecture": description.architecture,
         "num_classes": model.num_classes,
         "num_features": model.embed_dim,
+        **({} if names is None else {"label_names": names}),
         "model_args": _arguments(description),
         "pretrained_cfg": {
             **description.preprocessing(),
@@ -48,7 +50,7 @@ def _config(description: Description) -> dict[str, Any]:
             "num_classes": model.num_classes,
             "pool_size": None,
         },
-        "famba": {name: said[name] for name in said if name not in (*description.preprocessing(), "num_classes")},
+        "famba": {name: said[name] for name in said if name not in (*description.preprocessing(), *_SAID_ABOVE)},
     }
 
 

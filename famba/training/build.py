@@ -20,6 +20,7 @@ from famba.training.optimizer import create_optimizer
 from famba.training.seeds import seed_generators
 from famba.training.setup import Setup, augmentation, build_model, model_classes
 from famba.training.state import Totals, TrainingState
+from famba.training.trained_on import TrainedOn
 
 Evaluated = Iterable[tuple[Tensor, Tensor]]
 
@@ -93,18 +94,18 @@ def make_loaders(config: RunConfig, setup: Setup, splits: data.Splits, process: 
 
 
 def new_state(
-    config: RunConfig, setup: Setup, classes_found: int, device: torch.device, fresh: bool = True
+    config: RunConfig, setup: Setup, trained_on: TrainedOn, device: torch.device, fresh: bool = True
 ) -> TrainingState:
     """Build network and optimizer as they are before the first step; the same for every strategy at one seed.
 
     Where not `fresh`, a checkpoint follows, and init_from is not read.
     """
     seed_generators(Stream.WEIGHTS, config.seed)
-    classes = model_classes(config, classes_found)
+    classes = model_classes(config, trained_on.num_classes)
     model = build_model(config.model.name, {**setup.model_arguments, "num_classes": classes})
     totals = Totals()
     if fresh and config.init_from is not None:
-        totals.started_from = start_from(model, config.init_from)
+        totals.started_from = start_from(model, config.init_from, trained_on.classes)
     model.set_grad_checkpointing(config.trainer.grad_checkpointing)
     model.to(device)
     decay = config.recipe.ema_decay

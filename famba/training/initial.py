@@ -20,6 +20,7 @@ from famba.models.checkpoints import check_weights, load_weights, read_file, sav
 from famba.models.registered import weights_folder
 from famba.training.config import RunConfig
 from famba.training.run_folder import RunFolder, finished_weights
+from famba.training.trained_on import class_differences, saved_classes
 
 AVERAGED = "ema:"
 """What init_from begins with where the averaged weights of a run are meant."""
@@ -32,14 +33,15 @@ _log = logging.getLogger(__name__)
 class Initial:
     """Weights as a file has them, by name.
 
-    given: as configured. file: where they were found. cls_position: where their class token stands; None where the
-    file does not say.
+    given: as configured. file: where they were found. cls_position: where their class token stands. classes: names of
+    the classes that they tell apart. Both are None where nothing says them.
     """
 
     given: str
     file: Path
     weights: dict[str, Any]
     cls_position: str | None
+    classes: tuple[str, ...] | None
 
 
 def read_initial(given: str) -> Initial:
@@ -57,15 +59,16 @@ def read_initial(given: str) -> Initial:
     averaged = given.startswith(AVERAGED)
     file = _find(given, averaged)
     content = read_file(file)
+    known = saved_cls_position(content, file), saved_classes(content, file)
     if not averaged:
-        return Initial(given, file, weights_in(content), saved_cls_position(content, file))
+        return Initial(given, file, weights_in(content), *known)
     average = content.get("ema")
     if not isinstance(average, dict):
         raise CheckpointError(
             f"init_from={given}: {file} holds no averaged weights, which runs with recipe.ema_decay have in their "
             f"checkpoints; give such a run, or leave out {AVERAGED}"
         )
-    return Initial(given, file, average, saved_cls_position(content, file))
+    return Initial(given, file, average, *known)
 
 
 def check_initial(config: RunConfig, outline: FusedNetwork) -> None:
@@ -86,8 +89,13 @@ def check_initial(config: RunConfig, outline: FusedNetwork) -> None:
     )
 
 
-def start_from(model: FusedNetwork, given: str) -> dict[str, Any]:
-    """Load the weights that init_from means, with a new classifier for another number of classes.
+def start_from(model: FusedNetwork, given: str, classes: tuple[str, ...] | None = None) -> dict[str, Any]:
+    """Load the weights that init_from means, with a new classifier for other classes.
+
+    Args:
+        model: the network, changed in place.
+        given: see `read_initial`.
+        classes: names of the classes that the run trains on, None where they are not known.
 
     Returns:
         What a summary tells of them: init_from; the SHA-256 of the weights, whatever kind of file they come in; and
@@ -98,10 +106,15 @@ def start_from(model: FusedNetwork, given: str) -> dict[str, Any]:
     """
     initial = read_initial(given)
     _check_shape(model, initial)
-    new_head = _has_other_head(model, initial.weights)
+    others = _other_classes(initial, classes)
+    new_head = bool(others) or _has_other_head(model, initial.weights)
     digest = weights_sha256(initial.weights)
     load_weights(model, initial.weights, initial.file, cls_position=initial.cls_position, reset_head=new_head)
-    told = [f"weights start from {given} (SHA-256 {digest[:12]})", *_changes(model, initial), _head(model, initial)]
+    told = [
+        f"weights start from {given} (SHA-256 {digest[:12]})",
+        *_changes(model, initial),
+        _head(model, initial, others),
+    ]
     _log.info("%s", "; ".join(told))
     return {"init_from": given, "weights_sha256": digest, "new_classifier": new_head}
 
@@ -214,8 +227,16 @@ def _changes(model: FusedNetwork, initial: Initial) -> list[str]:
     return changes
 
 
-def _head(model: FusedNetwork, initial: Initial) -> str:
+def _other_classes(initial: Initial, classes: tuple[str, ...] | None) -> list[str]:
+    """List in words how the classes of the weights differ from those of the run; nothing where one is not known."""
+    known = initial.classes is not None and classes is not None
+    return class_differences(initial.classes, classes) if known else []  # type: ignore[arg-type]
+
+
+def _head(model: FusedNetwork, initial: Initial, others: list[str]) -> str:
     classes, theirs = (_shape_of(w, "head.weight")[:1] for w in (model.state_dict(), initial.weights))
+    if classes == theirs and others:
+        return f"with a new classifier of {classes[0]} classes, since theirs are others ({'; '.join(others)})"
     if classes == theirs:
         return f"with the classifier that comes with them, of {classes[0]} classes"
     return f"with a new classifier of {classes[0]} classes, theirs is of {theirs[0] if theirs else 'none'}"

@@ -36,6 +36,7 @@ from famba.training.saving import Saver
 from famba.training.seeds import seed_generators
 from famba.training.setup import Setup
 from famba.training.summary import gather_facts, summarize
+from famba.training.trained_on import TrainedOn, check_same_data
 
 _log = logging.getLogger(__name__)
 
@@ -57,8 +58,11 @@ class Training:
             self.total_steps = min(self.total_steps, config.trainer.max_steps)
 
         self.adapting = Adapting(config, setup, splits.train, config.trainer.epochs * self.steps_per_epoch)
+        self.trained_on = TrainedOn.of(splits)
         found = find_checkpoint(config, folder, process)
-        self.state = new_state(config, setup, splits.train.num_classes, self.device, fresh=found is None)
+        if found is not None:
+            check_same_data(found, self.trained_on)
+        self.state = new_state(config, setup, self.trained_on, self.device, fresh=found is None)
         self.learning_rate = LearningRate(self.state.optimizer, config, self.steps_per_epoch)
         self.mix = create_mixing(config.recipe, self.state.model.num_classes)
         self.loss = create_loss(config.recipe)
@@ -112,7 +116,11 @@ class Training:
         """Summary of the run so far."""
         on_test = status == "finished" or self.loaders.selection_name == "test"
         tested = self.state.totals.evaluated if on_test else {}
-        return summarize(status, self.config, self.setup, self.process, self.state, self.facts, tested)
+        return {
+            **summarize(status, self.config, self.setup, self.process, self.state, self.facts, tested),
+            "images": self.trained_on.images,
+            "classes": self.trained_on.classes,
+        }
 
     # One epoch
 
@@ -395,7 +403,12 @@ class Training:
             _log.warning("%s", refused)
 
     def _content(self) -> dict[str, Any]:
-        content = {"config": plain(self.config), "world_size": self.process.world_size, "computed": self._computed()}
+        content = {
+            "config": plain(self.config),
+            "data": self.trained_on.as_dict(),
+            "world_size": self.process.world_size,
+            "computed": self._computed(),
+        }
         return {**content, **self.state.content()}
 
     def _stopped(self, number: int) -> Interrupted:

@@ -26,6 +26,7 @@ from famba.training.checks import check_model
 from famba.training.config import RunConfig, parse, with_added_keys
 from famba.training.run_folder import finished_weights
 from famba.training.setup import augmentation, build_model, model_arguments
+from famba.training.trained_on import saved_classes
 
 Colours = tuple[float, float, float]
 
@@ -41,7 +42,8 @@ class Trained:
 
     model: in eval mode, on the CPU, with the schedule that it had last. config: of its run; None for a timm model,
     whose weights come with none. source: where it comes from, for a reader. image_size: pixels. mean, std: of RGB in
-    [0, 1]. scaling: how evaluation scales images; the rest of it is of no use here.
+    [0, 1]. scaling: how evaluation scales images; the rest of it is of no use here. class_names: in the order of the
+    class numbers; None where nothing tells them.
     """
 
     model: FusedNetwork
@@ -51,6 +53,7 @@ class Trained:
     mean: Colours
     std: Colours
     scaling: data.Augmentation
+    class_names: tuple[str, ...] | None = None
 
     @property
     def schedule(self) -> tuple[int, ...]:
@@ -105,7 +108,8 @@ def _from_weights(file: Path) -> Trained:
     counts = _read(summary_file, json.loads).get("schedule") if summary_file.is_file() else None
     if counts is None and config.fusion.strategy == ADAPTIVE:
         raise CheckpointError(f"{folder} has no {_SUMMARY} with the schedule that training ended with; give a .pt file")
-    return _built(config, read_file(file), counts, file, f"run {folder}")
+    content = read_file(file)
+    return _built(config, content, counts, file, f"run {folder}", saved_classes(content, file))
 
 
 def _from_checkpoint(file: Path) -> Trained:
@@ -117,7 +121,8 @@ def _from_checkpoint(file: Path) -> Trained:
         )
     content = checkpoint.check_content(content, file)
     config = _parsed(content["config"], file)
-    return _built(config, content["model"], content["schedule"], file, f"checkpoint {file}, step {content['step']}")
+    source, classes = f"checkpoint {file}, step {content['step']}", saved_classes(content, file)
+    return _built(config, content["model"], content["schedule"], file, source, classes)
 
 
 def _from_timm(name: str) -> Trained:
@@ -170,7 +175,14 @@ def _plain_scaling(interpolation: str, eval_crop: float) -> data.Augmentation:
     )
 
 
-def _built(config: RunConfig, weights: dict[str, Any], counts: Any, file: Path, source: str) -> Trained:
+def _built(
+    config: RunConfig,
+    weights: dict[str, Any],
+    counts: Any,
+    file: Path,
+    source: str,
+    class_names: tuple[str, ...] | None,
+) -> Trained:
     head = weights.get("head.weight")
     if not isinstance(head, Tensor):
         raise CheckpointError(f"{file} holds no classifier (head.weight), so it tells no classes apart")
@@ -183,7 +195,7 @@ def _built(config: RunConfig, weights: dict[str, Any], counts: Any, file: Path, 
         raise ConfigError(f"{file}: {error}", error.argument) from error
     load_weights(model, weights, file)
     mean, std = tuple(config.data.mean), tuple(config.data.std)
-    return Trained(model.eval(), config, source, model.image_size[0], mean, std, scaling)  # type: ignore[arg-type]
+    return Trained(model.eval(), config, source, model.image_size[0], mean, std, scaling, class_names)  # type: ignore[arg-type]
 
 
 def _configured(config: RunConfig, model: FusedNetwork) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from famba.errors import ConfigError, TrainingError
 from famba.training.devices import out_of_memory, synchronize
 from famba.training.evaluation import Tally
 from famba.training.measure import macs_per_image
+from famba.training.trained_on import some
 
 
 @dataclass(frozen=True)
@@ -178,8 +179,7 @@ def _macs(request: Request, variant: Variant) -> int:
 def _source(request: Request) -> data.Source | data.StreamSource:
     wanted = request.images
     splits = data.load_splits(wanted.name, wanted.root, subset=None, val_fraction=0.0, num_classes=wanted.num_classes)
-    test = splits.test
-    check_classes(request.trained, wanted, test.num_classes)
+    test = _numbered_as_trained(request, splits)
     if wanted.subset is None:
         return test
     if isinstance(test, data.StreamSource):
@@ -187,6 +187,29 @@ def _source(request: Request) -> data.Source | data.StreamSource:
     if wanted.subset > len(test):
         raise ConfigError(f"--subset is {wanted.subset}; allowed: 1 to {len(test)}, the test images of {wanted.name}")
     return data.take(test, np.arange(wanted.subset) * len(test) // wanted.subset)
+
+
+def _numbered_as_trained(request: Request, splits: data.Splits) -> data.Source | data.StreamSource:
+    """Return the test images with the class numbers of the network's training; by name where names are known.
+
+    Raises ConfigError where they hold a class that the network does not tell apart.
+    """
+    test, wanted = splits.test, request.images
+    known, found = request.trained.class_names, splits.classes
+    if known is None or found is None:
+        check_classes(request.trained, wanted, test.num_classes)
+        return test
+    if strange := [name for name in found if name not in set(known)]:
+        raise ConfigError(
+            f"{wanted.name} has classes that the network was not trained on: {some(strange)}; it knows {some(known)}. "
+            "Evaluate it on images of its own classes, or train from its weights: python train.py init_from=WEIGHTS"
+        )
+    numbers = tuple(known.index(name) for name in found)
+    if numbers == tuple(range(len(found))):
+        return test
+    if isinstance(test, data.StreamSource):
+        raise ConfigError(f"{test.name!r} numbers its classes otherwise than the network does: {some(found)}")
+    return data.renumber(test, numbers, request.trained.classes)
 
 
 def _batches(request: Request, source: data.Source | data.StreamSource) -> Iterator[tuple[Tensor, Tensor]]:

@@ -64,6 +64,7 @@ def values(evaluation: Evaluation) -> dict[str, Any]:
         "data": request.images.name,
         "own_data": request.images.own,
         "images": evaluation.images,
+        "classes": trained.class_names,
         "interrupted": evaluation.interrupted,
         "image_size": trained.image_size,
         "patches": trained.model.num_patches,

@@ -1,0 +1,175 @@
+"""The classes and images of a run are kept with it, and compared wherever its weights meet data again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+from PIL import Image
+
+from famba.cli import main as famba
+from famba.errors import CheckpointError
+from famba.training.app import train
+from famba.training.checkpoint import load
+from famba.training.compose import compose
+from famba.training.interrupts import Interrupted
+from famba.training.reporting import Progress
+from famba.training.trained import load_trained
+
+COLOURS = {"ant": (255, 0, 0), "bee": (0, 255, 0), "cat": (0, 0, 255), "dog": (255, 255, 0)}
+
+
+def write_images(root: Path, classes: dict[str, tuple[int, int, int]], count: int = 6) -> None:
+    """Write a folder data set whose classes are colours."""
+    draw = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name, colour in classes.items():
+            folder = root / part / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                pixels = np.clip(np.array(colour) + draw.integers(-40, 40, (16, 16, 3)), 0, 255)
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+
+
+def run(folder: Path, root: Path, *overrides: str) -> dict[str, Any]:
+    """Train a tiny Vim on a folder, in its own steps of 6 images."""
+    tiny = ("model=vim_micro", "model.depth=1", "model.embed_dim=16", "model.d_state=2", "model.patch_size=8")
+    data = ("data=folder", f"data.root={root}", "data.image_size=16", "data.workers=0", "recipe=quick")
+    steps = ("trainer.epochs=4", "trainer.batch_size=6", "trainer.precision=fp32", "recipe.warmup_epochs=0.5")
+    arguments = [*tiny, *data, *steps, "recipe.lr=0.02", f"run_dir={folder}", *overrides]
+    return train(compose(arguments), folder)
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folder of a run that was stopped after two steps, on the images in `tmp_path / "images"`."""
+    original = Progress.step
+
+    def step(self: Progress, done: int, epoch: int, loss: float | None) -> None:
+        original(self, done, epoch, loss)
+        if done == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    write_images(tmp_path / "images", COLOURS)
+    with monkeypatch.context() as patched:
+        patched.setattr(Progress, "step", step)
+        with pytest.raises(Interrupted):
+            run(tmp_path / "run", tmp_path / "images")
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a finished run; its images lie beside it."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_images(folder / "images", COLOURS)
+    run(folder / "run", folder / "images")
+    return folder / "run"
+
+
+def test_a_run_keeps_its_classes_and_the_sizes_of_its_sets(finished: Path) -> None:
+    expected = {"num_classes": 4, "classes": list(COLOURS), "images": {"train": 24, "test": 24}}
+    summary = json.loads((finished / "summary.json").read_text())
+    assert {key: summary[key] for key in ("classes", "images")} == {key: expected[key] for key in ("classes", "images")}
+    last = sorted((finished / "checkpoints").glob("step_*.pt"))[-1]
+    assert load(last)["data"] == expected
+    assert load_trained(finished).class_names == load_trained(last).class_names == tuple(COLOURS)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("rename", "classes that are gone: cat\n  classes that are new: zebra"),
+        ("add", "4 classes before, 5 now\n  classes that are new: emu\n  24 train images before, 30 now"),
+        ("remove an image", "24 train images before, 23 now"),
+        ("validation", "0 validation images before, 24 now"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_data(stopped: Path, change: str, reason: str) -> None:
+    images = stopped.parent / "images"
+    if change == "rename":
+        for part in ("train", "test"):
+            (images / part / "cat").rename(images / part / "zebra")
+    elif change == "add":
+        write_images(images, {**COLOURS, "emu": (0, 255, 255)})
+    elif change == "remove an image":
+        (images / "train" / "ant" / "3.png").unlink()
+    else:
+        (images / "train").rename(images / "val")
+        write_images(images, COLOURS)
+    before = (stopped / "summary.json").read_text()
+    with pytest.raises(CheckpointError, match="is of a run on other data") as refused:
+        run(stopped, images)
+    assert reason in str(refused.value)
+    assert "init_from=" in str(refused.value)
+    assert (stopped / "summary.json").read_text() == before
+
+
+def test_the_same_data_elsewhere_is_gone_on_with(stopped: Path) -> None:
+    elsewhere = (stopped.parent / "images").rename(stopped.parent / "moved")
+    assert run(stopped, elsewhere)["status"] == "finished"
+
+
+def test_an_earlier_checkpoint_is_compared_by_its_number_of_classes(stopped: Path) -> None:
+    from famba.training.checkpoint import _write
+
+    last = sorted((stopped / "checkpoints").glob("step_*.pt"))[-1]
+    content = load(last)
+    del content["data"], content["format"]
+    _write(last, content)
+    write_images(stopped.parent / "images", {**COLOURS, "emu": (0, 255, 255)})
+    with pytest.raises(CheckpointError, match="4 classes before, 5 now"):
+        run(stopped, stopped.parent / "images")
+
+
+def evaluated(finished: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    capsys.readouterr()
+    status = famba(["evaluate", str(finished), "--data", "folder", "--data-root", str(images), "--json"])
+    return status, *capsys.readouterr()
+
+
+def test_evaluation_takes_classes_by_name(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder with some of the classes numbers them from 0; the network's own numbers hold."""
+    _, whole, _ = evaluated(finished, finished.parent / "images", capsys)
+    assert json.loads(whole)["classes"] == list(COLOURS)
+    rights = {}
+    for names in (("ant", "bee"), ("cat", "dog")):
+        write_images(tmp_path / names[0], {name: COLOURS[name] for name in names})
+        status, out, error = evaluated(finished, tmp_path / names[0], capsys)
+        assert status == 0, error
+        rights[names] = json.loads(out)["results"][0]["top1"]
+    # Nearly the same images, so together they are as right as the whole.
+    assert sum(rights.values()) / 2 == pytest.approx(json.loads(whole)["results"][0]["top1"], abs=10)
+    assert max(rights.values()) > 0
+
+
+def test_evaluation_refuses_classes_that_the_network_does_not_know(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path, {"ant": COLOURS["ant"], "bee": COLOURS["bee"], "zebra": (0, 0, 0), "dog": COLOURS["dog"]})
+    status, _, error = evaluated(finished, tmp_path, capsys)
+    assert status == 2
+    assert "classes that the network was not trained on: zebra; it knows ant, bee, cat, dog" in error
+
+
+def test_a_run_on_other_classes_begins_with_a_new_classifier(finished: Path, tmp_path: Path) -> None:
+    others = {"fox": COLOURS["ant"], "gnu": COLOURS["bee"], "hen": COLOURS["cat"], "ibis": COLOURS["dog"]}
+    write_images(tmp_path / "images", others)
+    summary = run(tmp_path / "run", tmp_path / "images", f"init_from={finished}", "trainer.max_steps=1")
+    assert summary["started_from"]["new_classifier"]
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "theirs are others (classes that are gone: ant, bee, cat, dog; classes that are new: fox, gnu, hen" in log
+    again = run(tmp_path / "again", finished.parent / "images", f"init_from={finished}", "trainer.max_steps=1")
+    assert not again["started_from"]["new_classifier"]
+
+
+def test_an_export_has_the_names_where_timm_keeps_them(finished: Path, tmp_path: Path) -> None:
+    assert famba(["export", str(finished), "--format", "safetensors", "--out", str(tmp_path)]) == 0
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert model.pretrained_cfg["label_names"] == list(COLOURS)
