@@ -149,7 +149,7 @@ def test_equal_curves_are_drawn_once_under_both_names() -> None:
         (["ops.backend=nativ"], "unknown ops.backend 'nativ', did you mean 'native'?"),
         (["trainer.device=cudo"], "unknown trainer.device 'cudo'"),
         (["trainer.device=mps", "trainer.precision=fp16"], "fp16 is not supported on mps"),
-        (["trainer.cuda_graphs=true"], "add trainer.compile=true"),
+        (["trainer.cuda_graphs=true"], "cannot be: the device is cpu"),
         (["model=vit_micro"], "is a transformer, and a plan knows the costs of Vims alone"),
         (["fusion=all", "fusion.budget=5000"], "a budget of 5000 tokens does not fit"),
         (["--measure", "--batch", "0"], "--batch is 0; allowed: 1 or more"),

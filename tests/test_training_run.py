@@ -19,7 +19,7 @@ from famba import data
 from famba.errors import TrainingError
 from famba.models import Vim
 from famba.ops.registry import resolve
-from famba.training import devices, loop, provenance
+from famba.training import devices, loop, provenance, step
 from famba.training.app import train
 from famba.training.build import load_splits, make_loaders, new_state
 from famba.training.checkpoint import load
@@ -113,7 +113,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_state_before(tmp_path: Path, m
         loss = nn.functional.cross_entropy(logits, targets)
         return loss * float("nan") if len(calls) == 5 else loss
 
-    monkeypatch.setattr(loop, "create_loss", lambda recipe: broken)
+    monkeypatch.setattr(step, "create_loss", lambda recipe: broken)
     with pytest.raises(TrainingError, match=r"the loss is nan at step 5 \(epoch 2\), with learning rate .* norm"):
         run(tmp_path)
     kept = load(tmp_path / "checkpoints" / "step_00000004.pt")
@@ -315,7 +315,7 @@ def test_evaluation_counts_top1_top5_and_loss() -> None:
     logits = torch.tensor([[9.0, 1, 2, 3, 4, 5], [9, 8, 7, 6, 5, 1], [0, 9, 3, 4, 5, 6]])
     batches = [(logits[:2], torch.tensor([0, 1])), (logits[2:], torch.tensor([0]))]
     model = Fixed().train()
-    result = evaluate(model, batches, ONE, None)
+    result = evaluate(model, batches, ONE, model)
     assert result["top1"] == pytest.approx(100 / 3)
     assert result["top5"] == pytest.approx(200 / 3)
     expected = nn.functional.cross_entropy(logits, torch.tensor([0, 1, 0])).item()

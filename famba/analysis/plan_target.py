@@ -40,19 +40,19 @@ def target(config: RunConfig, backend: str | None = None) -> Target:
         allowed = [*backends(), AUTO]
         raise ConfigError(f"unknown {option} {chosen!r}{near_miss(chosen, allowed)}; allowed: {', '.join(allowed)}")
     device, is_here = _device(config.trainer.device)
-    check_cuda_graphs(config, device)
     autocast = _autocast(config.trainer.precision, device, is_here)
     if chosen == AUTO and not is_here and device.type == "cuda" and find_spec("triton"):
         chosen = "triton"
     if chosen == AUTO:
         chosen = resolve(device.type, autocast or torch.float32)
+    check_cuda_graphs(config, device, 1, chosen)
     obstacle = _obstacle(config, asked)
     return Target(device, autocast, chosen, obstacle and obstacle.replace("ops.backend", option))
 
 
 def prepare_for(config: RunConfig, where: Target) -> Setup:
     """Check a configuration as `famba.training.setup.prepare` does, but for what depends on this machine."""
-    trainer = replace(config.trainer, device="cpu", precision="fp32", cuda_graphs=False)
+    trainer = replace(config.trainer, device="cpu", precision="fp32", cuda_graphs="auto")
     setup = prepare(replace(config, trainer=trainer, ops=replace(config.ops, backend=AUTO)), processes=1)
     return replace(setup, device=where.device, autocast=where.autocast)
 

@@ -94,11 +94,17 @@ def make_loaders(config: RunConfig, setup: Setup, splits: data.Splits, process: 
 
 
 def new_state(
-    config: RunConfig, setup: Setup, trained_on: TrainedOn, device: torch.device, fresh: bool = True
+    config: RunConfig,
+    setup: Setup,
+    trained_on: TrainedOn,
+    device: torch.device,
+    fresh: bool = True,
+    fused: bool = False,
 ) -> TrainingState:
     """Build network and optimizer as they are before the first step; the same for every strategy at one seed.
 
-    Where not `fresh`, a checkpoint follows, and init_from is not read.
+    Where not `fresh`, a checkpoint follows, and init_from is not read. `fused` is the form of the optimizer, see
+    `create_optimizer`.
     """
     seed_generators(Stream.WEIGHTS, config.seed)
     classes = model_classes(config, trained_on.num_classes)
@@ -111,7 +117,7 @@ def new_state(
     decay = config.recipe.ema_decay
     return TrainingState(
         model=model,
-        optimizer=create_optimizer(model, config),
+        optimizer=create_optimizer(model, config, fused),
         scaler=torch.amp.GradScaler(device.type, enabled=setup.autocast == torch.float16),
         ema=None if decay is None else ModelEmaV3(model, decay=decay),
         totals=totals,

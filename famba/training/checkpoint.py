@@ -30,6 +30,7 @@ _FREE = (
     "data.workers",
     "trainer.max_steps",
     "trainer.device",
+    "trainer.cuda_graphs",
     "trainer.log_every",
     "trainer.eval_every",
     "trainer.save_every_min",

@@ -18,25 +18,18 @@ from famba.models.tome import AFTER_ATTENTION
 from famba.models.vim import PLACES
 from famba.ops.registry import AUTO, ENVIRONMENT_VARIABLE, resolve
 from famba.training.config import RunConfig
+from famba.training.graph import obstacle
 from famba.training.naming import DATA, naming
 
 _GIB = 2**30
 
 
-def check_cuda_graphs(config: RunConfig, device: torch.device) -> None:
-    """Raise ConfigError where a step cannot be recorded as graphs."""
-    if not config.trainer.cuda_graphs:
-        return
-    if not config.trainer.compile:
-        raise ConfigError("trainer.cuda_graphs=true records what was compiled; add trainer.compile=true, or leave it")
-    if device.type != "cuda":
-        raise ConfigError(f"trainer.cuda_graphs=true needs a CUDA device, this run is on {device.type}; leave it out")
-    if config.trainer.accumulation > 1:
-        # The gradients of one micro-batch are memory of the graph that the next one overwrites.
-        raise ConfigError(
-            f"trainer.cuda_graphs=true with trainer.accumulation={config.trainer.accumulation}: graphs cannot add up "
-            "gradients over micro-batches; leave one of them out"
-        )
+def check_cuda_graphs(config: RunConfig, device: torch.device, processes: int, backend: str) -> None:
+    """Raise ConfigError where the steps have to be CUDA graphs, and cannot be."""
+    if config.trainer.cuda_graphs is True:
+        reason = obstacle(config, device, processes, backend)
+        if reason is not None:
+            raise ConfigError(f"trainer.cuda_graphs=true cannot be: {reason}; leave it at auto")
 
 
 def check_model(config: RunConfig) -> None:
@@ -81,11 +74,14 @@ def check_model_name(name: str) -> None:
         )
 
 
-def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise BackendError where a backend is unknown, or does not serve this device and precision."""
+def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Return the backend that serves a device and precision where `backend` is configured.
+
+    Raises BackendError where it is unknown, or does not serve them.
+    """
     try:
         with nullcontext() if backend == AUTO else ops.use_backend(backend):
-            resolve(device.type, dtype)
+            return resolve(device.type, dtype)
     except BackendError as error:
         raise BackendError(f"{ENVIRONMENT_VARIABLE if backend == AUTO else 'ops.backend'}: {error}") from error
 

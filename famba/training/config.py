@@ -140,7 +140,7 @@ class TrainerConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     device: Text
     compile: bool
-    cuda_graphs: bool
+    cuda_graphs: Literal["auto"] | bool
     grad_checkpointing: bool
     log_every: Count
     eval_every: Count

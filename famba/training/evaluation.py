@@ -40,13 +40,15 @@ def evaluate(
     model: nn.Module,
     batches: Batches,
     process: Process,
-    autocast: torch.dtype | None,
+    infer: Callable[[Tensor], Tensor],
     asked_to_stop: Callable[[], int] = lambda: 0,
 ) -> dict[str, float]:
     """Evaluate in eval mode, over all processes.
 
-    Returns what `Tally.results` does. Raises StopAsked, in every process, where any was asked to stop on the way:
-    `asked_to_stop` returns the number of the signal, 0 for none.
+    `infer` calls the model: images (b, 3, h, w) to logits (b, classes). `asked_to_stop` returns the number of the
+    signal that asked this process to stop, 0 for none.
+
+    Returns what `Tally.results` does. Raises StopAsked, in every process, where any was asked to stop on the way.
     """
     was_training = model.training
     model.eval()
@@ -56,9 +58,7 @@ def evaluate(
             break
         images = images.to(process.device, non_blocking=True)
         labels = labels.to(process.device, non_blocking=True)
-        with torch.autocast(process.device.type, dtype=autocast, enabled=autocast is not None):
-            logits = model(images)
-        tally.add(logits, labels)
+        tally.add(infer(images), labels)
     model.train(was_training)
     (number,) = process.largest(asked_to_stop())
     if number:

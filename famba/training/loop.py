@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from famba.data.draws import Stream
 from famba.errors import CheckpointError, TrainingError
 from famba.files import sha256
 from famba.ops.registry import resolve
@@ -26,15 +25,16 @@ from famba.training.config import RunConfig, plain
 from famba.training.devices import memory_error, out_of_memory, peak_memory_mib, reset_peak_memory, synchronize
 from famba.training.distributed import Process
 from famba.training.evaluation import evaluate
+from famba.training.graph import GraphStep, obstacle
 from famba.training.interrupts import Interrupted, StopAsked, StopRequest
 from famba.training.loggers import Metrics
-from famba.training.optimizer import LearningRate, create_loss, create_mixing
+from famba.training.optimizer import LearningRate
 from famba.training.reporting import Progress, epoch_line
 from famba.training.resuming import find_checkpoint
 from famba.training.run_folder import RunFolder
 from famba.training.saving import Saver
-from famba.training.seeds import seed_generators
 from famba.training.setup import Setup
+from famba.training.step import Step
 from famba.training.summary import gather_facts, summarize
 from famba.training.trained_on import TrainedOn, check_same_data
 
@@ -62,10 +62,10 @@ class Training:
         found = find_checkpoint(config, folder, process)
         if found is not None:
             check_same_data(found, self.trained_on)
-        self.state = new_state(config, setup, self.trained_on, self.device, fresh=found is None)
+        backend = resolve(self.device.type, setup.dtype)
+        no_graph = obstacle(config, self.device, process.world_size, backend)
+        self.state = new_state(config, setup, self.trained_on, self.device, fresh=found is None, fused=no_graph is None)
         self.learning_rate = LearningRate(self.state.optimizer, config, self.steps_per_epoch)
-        self.mix = create_mixing(config.recipe, self.state.model.num_classes)
-        self.loss = create_loss(config.recipe)
         self._restore(found)
         folder.write_config(plain(config))
         self.saver = Saver()
@@ -74,9 +74,11 @@ class Training:
         self.facts = gather_facts(self.state.model, config, setup, process, self.steps_per_epoch, self.total_steps)
         reset_peak_memory(process.device)
         self.forward = self._forward_model()
+        self.step = self._make_step(no_graph)
         self.metrics = Metrics(folder, config.logger, plain(config), self.state.step)
         # A look at the loss makes a GPU wait, so it is looked at now and then there, and at every step on a CPU.
-        self._look_every = 1 if self.device.type == "cpu" else config.trainer.log_every
+        waits = self.device.type != "cpu" or self.step.masks
+        self._look_every = config.trainer.log_every if waits else 1
         self._unseen: list[Tensor] = []
         # Between two steps, the state is that of the step before; within the optimizer's it is of none.
         self._sound = True
@@ -145,6 +147,7 @@ class Training:
         state = self.state
         schedule, threshold = self.adapting.measure(state.model, self.process)
         state.set_fusion(schedule)
+        self.step.schedule_changed()
         state.totals.add_time(time.perf_counter() - began)
         state.totals.schedules.append({"step": state.step, "threshold": threshold, "schedule": list(schedule)})
         self.facts = self.facts.measured_again(state.model, self.setup)
@@ -159,8 +162,8 @@ class Training:
         self.saver.check()
         due = time.monotonic() - self._saved_at > 60 * self.config.trainer.save_every_min
         number, save = self.process.largest(self.stop.number, int(due and self.process.is_main))
-        if number or save:
-            self._take_losses()
+        if (number or save) and self._unseen:
+            self._take_losses(self.state.step)
         if number:
             raise StopAsked(number)
         if save:
@@ -168,93 +171,48 @@ class Training:
 
     def _step(self, epoch: int, batches: Iterator[tuple[Tensor, Tensor]]) -> float | None:
         """Do one step; return its loss where it was looked at."""
-        state, recipe = self.state, self.config.recipe
+        state = self.state
+        begin = time.perf_counter()
         lr = self.learning_rate.set(state.step)
-        parts = self.config.trainer.accumulation
-        loss = torch.zeros((), device=self.device)
-        data_s, begin = 0.0, time.perf_counter()
-        for part in range(parts):
-            waited = time.perf_counter()
-            images, labels = next(batches)
-            data_s += time.perf_counter() - waited
-            loss += self._backward(images, labels, part, parts)
-
-        state.scaler.unscale_(state.optimizer)
-        parameters = [p for p in state.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if recipe.clip_grad is not None:
-            nn.utils.clip_grads_with_norm_(parameters, recipe.clip_grad, norm)
-        seen = self._look(loss, norm)
+        seen = self._look(self.step.gradients(batches))
         self._sound = False
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
-        if state.ema is not None:
-            state.ema.update(state.model, state.step)
+        self.step.update()
         state.step += 1
         state.totals.epoch_open = self._sound = True
-        state.totals.add_step(data_s, time.perf_counter() - begin - data_s)
+        state.totals.add_step(self.step.data_s, time.perf_counter() - begin - self.step.data_s)
         if state.step % self.config.trainer.log_every == 0 and seen is not None:
             speed = self._images_per_s()
             values = {"loss": seen[0], "grad_norm": seen[1], "lr": lr, "images_per_s": speed}
             self.metrics.log("train", state.step, epoch, values)
         return None if seen is None else seen[0]
 
-    def _backward(self, images: Tensor, labels: Tensor, part: int, parts: int) -> Tensor:
-        """Add the gradients of one micro-batch; return its share of the step's loss."""
-        images = images.to(self.device, non_blocking=True)
-        labels = labels.to(self.device, non_blocking=True)
-        seed_generators(Stream.STEP, self.config.seed, self.state.step, part, self.process.rank)
-        targets = labels
-        if self.mix is not None:
-            images, targets = self.mix(images, labels)
-        autocast = self.setup.autocast
-        with self._gather_gradients(last=part == parts - 1):
-            if self.config.trainer.cuda_graphs:
-                # What the step before left behind is no longer needed.
-                torch.compiler.cudagraph_mark_step_begin()
-            with torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None):
-                logits = self.forward(images)
-            loss = self.loss(logits.float(), targets) / parts
-            self.state.scaler.scale(loss).backward()
-        return loss.detach()
+    def _look(self, record: Tensor) -> tuple[float, float] | None:
+        """Take what the steps since the last look came to to the host.
 
-    def _gather_gradients(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Processes exchange gradients once per step, with the last micro-batch."""
-        if isinstance(self.forward, DistributedDataParallel) and not last:
-            return self.forward.no_sync()
-        return contextlib.nullcontext()
-
-    def _look(self, loss: Tensor, norm: Tensor) -> tuple[float, float] | None:
-        """Take the losses since the last look to the host.
-
-        Returns loss and gradient norm of this step, or None where it is not yet time. Raises TrainingError for a loss
-        that is not finite, before the optimizer sees its gradients.
+        Returns loss and gradient norm of this step, or None where it is not yet time. Raises TrainingError for what is
+        not finite, before an optimizer that does not mask its steps sees the gradients.
         """
-        self._unseen.append(loss)
+        self._unseen.append(record)
         next_step = self.state.step + 1
         if next_step % self._look_every and next_step < self.total_steps and next_step % self.steps_per_epoch:
             return None
-        norm_now, *losses = self.process.mean(torch.stack([norm.to(loss.dtype), *self._unseen])).tolist()
-        if not self.state.scaler.is_enabled() and not math.isfinite(norm_now):
-            self._unseen.clear()
-            raise TrainingError(self._explain_loss(next_step, losses[-1], norm_now))
-        self._count(losses, next_step, norm_now)
-        return losses[-1], norm_now
+        return self._take_losses(next_step)
 
-    def _take_losses(self) -> None:
-        """Count the losses since the last look: a checkpoint is to hold them, and none that is not finite."""
-        if self._unseen:
-            self._count(self.process.mean(torch.stack(self._unseen)).tolist(), self.state.step, None)
-
-    def _count(self, losses: list[float], last_step: int, norm: float | None) -> None:
+    def _take_losses(self, last_step: int) -> tuple[float, float]:
+        """Count the losses of the steps since the last look, and return the last one and its gradient norm."""
+        records = self.process.mean(torch.stack(self._unseen)).tolist()
         self._unseen.clear()
-        for step, value in enumerate(losses, start=last_step - len(losses) + 1):
-            if not math.isfinite(value):
-                raise TrainingError(self._explain_loss(step, value, norm))
-            self.state.totals.add_loss(value)
+        for step, (loss, norm) in enumerate(records, start=last_step - len(records) + 1):
+            if not math.isfinite(loss) or not (math.isfinite(norm) or self.state.scaler.is_enabled()):
+                raise TrainingError(self._explain_loss(step, loss, norm))
+            self.state.totals.add_loss(loss)
+        return records[-1]
 
-    def _explain_loss(self, step: int, loss: float, norm: float | None) -> str:
+    def _explain_loss(self, step: int, loss: float, norm: float) -> str:
+        if self.step.masks:
+            # Nothing has changed since the step before it.
+            self.state.step = step - 1
+            self.state.totals.epoch_open = bool(self.state.step % self.steps_per_epoch)
         kept = "no state before it is kept, since this is the first epoch"
         if self.state.is_finite():
             kept = f"the state before it is kept in {self._save()}"
@@ -262,10 +220,10 @@ class Training:
         elif self._saved[0]:
             kept = f"the last good state is that of step {self._saved[0]}"
         epoch = (step - 1) // self.steps_per_epoch
-        lr = self.state.optimizer.param_groups[0]["lr"]
-        gradient = "" if norm is None else f" and gradient norm {norm:.3g}"
+        lr = self.learning_rate.set(step - 1)
         return (
-            f"the loss is {loss} at step {step} (epoch {epoch + 1}), with learning rate {lr:.3g}{gradient}; {kept}. "
+            f"the loss is {loss} at step {step} (epoch {epoch + 1}), with learning rate {lr:.3g} and gradient norm "
+            f"{norm:.3g}; {kept}. "
             "In a new run_dir, a smaller recipe.lr, recipe.clip_grad=1 or trainer.precision=fp32 may help"
         )
 
@@ -314,7 +272,7 @@ class Training:
         return results
 
     def _test(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
-        return evaluate(model, batches, self.process, self.setup.autocast, lambda: self.stop.number)
+        return evaluate(model, batches, self.process, self.step.infer(model), lambda: self.stop.number)
 
     def _select(self, epoch: int, results: dict[str, float]) -> bool:
         """Whether this is the best epoch by validation, where images are held out for it; never by the test set."""
@@ -389,9 +347,9 @@ class Training:
         """Save the steps since the last checkpoint before an error ends the run."""
         try:
             self.saver.wait()
-            if self.process.world_size == 1:
+            if self.process.world_size == 1 and self._unseen:
                 with contextlib.suppress(RuntimeError):  # a device may be beyond answering
-                    self._take_losses()
+                    self._take_losses(self.state.step)
             unsaved = self.folder.writes and self._place() != self._saved and self._sound and not self._unseen
             if isinstance(error, CheckpointError) and (kept := self.folder.checkpoints.latest) is not None:
                 _log.warning("the last checkpoint is %s; the same command goes on from there", kept)
@@ -445,12 +403,18 @@ class Training:
         model: nn.Module = self.state.model
         if self.config.trainer.compile:
             # Shapes are fixed by schedule and batch size: a graph for each is faster than one for all.
-            mode = "reduce-overhead" if self.config.trainer.cuda_graphs else "default"
-            model = cast(nn.Module, torch.compile(model, fullgraph=True, dynamic=False, mode=mode))
+            model = cast(nn.Module, torch.compile(model, fullgraph=True, dynamic=False))
         if self.process.world_size == 1:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices)
+
+    def _make_step(self, no_graph: str | None) -> Step:
+        """Return what does the steps, and say why it is no graph where it could be asked for one."""
+        if no_graph is not None and self.device.type == "cuda":
+            _log.info("steps are no CUDA graphs, and may wait for the host: %s", no_graph)
+        kind = GraphStep if no_graph is None else Step
+        return kind(self.config, self.state, self.forward, self.process, self.setup.autocast)
 
     def _images_per_s(self) -> float:
         synchronize(self.device)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 from famba.errors import ConfigError, near_miss
 from famba.training.config import RecipeConfig, RunConfig
+
+# What an optimizer is like here, and not what it has gathered.
+_FORM = ("lr", "fused", "foreach", "capturable")
 
 
 def peak_lr(config: RunConfig) -> float:
@@ -50,8 +55,45 @@ def try_optimizer(config: RunConfig, device: torch.device) -> None:
         ) from error
 
 
-def create_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
-    """Build the optimizer; one-dimensional parameters and those of `no_weight_decay` do not decay."""
+def has_fused_form(name: str) -> bool:
+    """Return whether a step of an optimizer can be one kernel, which may also be told on the device to do nothing."""
+    return get_optimizer_class(name, bind_defaults=False) in (torch.optim.Adam, torch.optim.AdamW)
+
+
+def create_optimizer(model: nn.Module, config: RunConfig, fused: bool = False) -> torch.optim.Optimizer:
+    """Build the optimizer; one-dimensional parameters and those of `no_weight_decay` do not decay.
+
+    Where `fused`, it is in its fused form with its learning rates on the device, as a CUDA graph needs it.
+    """
+    device = next(model.parameters()).device
+    form = {"fused": True, "capturable": device.type == "cuda"} if fused else {}
+    optimizer = _create(model, config, form)
+    for group in optimizer.param_groups if fused else ():
+        group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=device)
+    return optimizer
+
+
+def portable_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the optimizer's state for a checkpoint, whatever device and form goes on from it."""
+    state = optimizer.state_dict()
+    plain = {"fused": None, "foreach": None, "capturable": False}
+    groups = [
+        {**group, "lr": float(group["lr"]), **{key: value for key, value in plain.items() if key in group}}
+        for group in state["param_groups"]
+    ]
+    return {**state, "param_groups": groups}
+
+
+def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Take over a state that `portable_state` gave; the optimizer keeps its own form and its own learning rates."""
+    own = [{key: group[key] for key in _FORM if key in group} for group in optimizer.param_groups]
+    groups = [{**group, **form} for group, form in zip(saved["param_groups"], own, strict=True)]
+    optimizer.load_state_dict({**saved, "param_groups": groups})
+    for group, form in zip(optimizer.param_groups, own, strict=True):
+        group.update(form)
+
+
+def _create(model: nn.Module, config: RunConfig, form: dict[str, Any]) -> torch.optim.Optimizer:
     recipe = config.recipe
     return create_optimizer_v2(
         model,
@@ -60,6 +102,7 @@ def create_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimiz
         weight_decay=recipe.weight_decay,
         betas=tuple(recipe.betas),
         eps=recipe.eps,
+        **form,
     )
 
 
@@ -71,8 +114,13 @@ class LearningRate:
         self._steps_per_epoch = steps_per_epoch
         self._per_epoch = recipe.lr_steps == "epoch"
         self._optimizer = optimizer
+        # timm's scheduler writes plain numbers, where a graph reads tensors: it gets groups of its own.
+        self._groups = [
+            {"lr": float(group["lr"]), **({"lr_scale": group["lr_scale"]} if "lr_scale" in group else {})}
+            for group in optimizer.param_groups
+        ]
         self._schedule, _ = create_scheduler_v2(
-            optimizer,
+            SimpleNamespace(param_groups=self._groups),  # type: ignore[arg-type]
             sched="cosine",
             num_epochs=config.trainer.epochs,
             warmup_epochs=recipe.warmup_epochs,  # type: ignore[arg-type]  # a part of an epoch works too
@@ -88,7 +136,12 @@ class LearningRate:
             self._schedule.step(step // self._steps_per_epoch)
         else:
             self._schedule.step_update(step)
-        return self._optimizer.param_groups[0]["lr"]
+        for group, own in zip(self._optimizer.param_groups, self._groups, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(own["lr"])
+            else:
+                group["lr"] = own["lr"]
+        return self._groups[0]["lr"]
 
 
 def create_mixing(recipe: RecipeConfig, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:

@@ -10,6 +10,7 @@ import torch
 from timm.utils import ModelEmaV3
 
 from famba.models import FusedNetwork
+from famba.training.optimizer import load_state, portable_state
 
 
 @dataclass
@@ -78,7 +79,7 @@ class TrainingState:
         return {
             "step": self.step,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": portable_state(self.optimizer),
             "scaler": self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "schedule": list(self.model.fusion),
@@ -90,7 +91,7 @@ class TrainingState:
         self.step = content["step"]
         self.set_fusion(content["schedule"])
         self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
+        load_state(self.optimizer, content["optimizer"])
         self.scaler.load_state_dict(content["scaler"])
         if self.ema is not None:
             self.ema.module.load_state_dict(content["ema"])

@@ -54,5 +54,5 @@ def elsewhere(config: RunConfig, launcher: DictConfig) -> RunConfig:
     if launcher._target_ != SLURM:
         return config
     # A login node has neither the GPU nor its precisions and kernels.
-    trainer = replace(config.trainer, device="cpu", precision="fp32", cuda_graphs=False)
+    trainer = replace(config.trainer, device="cpu", precision="fp32", cuda_graphs="auto")
     return replace(config, trainer=trainer, ops=replace(config.ops, backend="auto"))

@@ -1,0 +1,257 @@
+"""A whole step as one CUDA graph: the host starts it by a single call, and the GPU never waits for the host.
+
+What a step needs from outside lies at fixed places in the device's memory: images and targets, the learning rates, the
+weight of the average. What is drawn inside follows the generators' seeds, which are set before each replay.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from famba.errors import TrainingError
+from famba.training.config import RunConfig
+from famba.training.devices import out_of_memory
+from famba.training.distributed import Process
+from famba.training.optimizer import has_fused_form
+from famba.training.state import TrainingState
+from famba.training.step import Infer, Step
+
+_log = logging.getLogger(__name__)
+_WARM_UPS = 3
+# Devices that graphs are made for. Tests add the CPU, which does the same without graphs.
+_DEVICES = ["cuda"]
+
+
+def obstacle(config: RunConfig, device: torch.device, processes: int, backend: str) -> str | None:
+    """Return why a run's steps are no graphs, None where they are; without graphs they are as right, but slower."""
+    if config.trainer.cuda_graphs is False:
+        return "trainer.cuda_graphs=false"
+    if device.type not in _DEVICES:
+        return f"the device is {device.type}"
+    if processes > 1:
+        return f"{processes} processes exchange their gradients"
+    if not has_fused_form(config.recipe.optimizer):
+        return f"recipe.optimizer={config.recipe.optimizer} looks at numbers on the host; adamw and adam do not"
+    if config.trainer.grad_checkpointing and config.model.drop_path:
+        return "trainer.grad_checkpointing with model.drop_path has to draw the same numbers twice"
+    if backend == "reference":
+        return "the ops are computed by the reference, in too many kernels"
+    return None
+
+
+class GraphStep(Step):
+    """Does the steps as graphs: one for the whole step, or one for its micro-batches and one for the update.
+
+    A step whose loss is not finite changes nothing, nor does any after it; with float16 a gradient that is not finite
+    skips its own step alone, as its scaler does. The optimizer must be in its fused form, with learning rates on the
+    device.
+    """
+
+    masks = True
+
+    def __init__(
+        self,
+        config: RunConfig,
+        state: TrainingState,
+        forward: nn.Module,
+        process: Process,
+        autocast: torch.dtype | None,
+    ) -> None:
+        super().__init__(config, state, forward, process, autocast)
+        self._must_capture = config.trainer.cuda_graphs is True
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=self.device)
+
+        self._loss, self._ema_weight, self._held, self._reported = zeros(), zeros(), zeros(), zeros(2)
+        self._images, self._targets = zeros(0), zeros(0)
+        self._evaluations: dict[nn.Module, _Evaluation] = {}
+        self.schedule_changed()
+
+    def gradients(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+        """Do the next step, see `Step.gradients`; `update` has nothing left to do."""
+        self.data_s = 0.0
+        ema = self.state.ema
+        if ema is not None:
+            self._ema_weight.fill_(1 - ema.get_decay(self.state.step))
+        for part in range(self.parts):
+            images, labels = self.next_batch(batches)
+            self.seed_draws(part)
+            self._load(images, labels)
+            if self._finish is None:
+                self._capture()
+                self.seed_draws(part)
+                self._load(images, labels)
+            if self._add is not None:
+                self._add()
+        assert self._finish is not None
+        self._finish()
+        return self._reported.clone()
+
+    def update(self) -> None:
+        """Do nothing: `gradients` has done the step."""
+
+    def infer(self, model: nn.Module) -> Infer:
+        """Return what evaluates a model that is in eval mode, as a graph for batches of the first one's size."""
+        if model not in self._evaluations:
+            self._evaluations[model] = _Evaluation(super().infer(model), self._captured)
+        return self._evaluations[model]
+
+    def schedule_changed(self) -> None:
+        """Forget the graphs, and give their memory back; the next step is captured anew."""
+        self._add: Callable[[], None] | None = None
+        self._finish: Callable[[], None] | None = None
+        self._evaluations.clear()
+        # Graphs that take turns share their memory.
+        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+
+    def _load(self, images: Tensor, labels: Tensor) -> None:
+        """Put a micro-batch, mixed where the recipe mixes, where the graph reads it."""
+        if self._finish is None:
+            self._images = torch.empty(images.shape, device=self.device)
+        assert images.shape == self._images.shape, "every micro-batch has the same size"
+        self._images.copy_(images, non_blocking=True)
+        targets = labels.to(self.device, non_blocking=True)
+        if self.mix is not None:
+            mixed, targets = self.mix(self._images, targets)
+            if mixed is not self._images:
+                self._images.copy_(mixed)
+        if self._finish is None:
+            self._targets = torch.empty_like(targets)
+        self._targets.copy_(targets)
+
+    def _capture(self) -> None:
+        """Capture the graphs without a trace in weights, optimizer, average, scaler or generators."""
+        state = self.state
+        scale = state.scaler.state_dict()
+        self._held.fill_(1)
+        try:
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), warnings.catch_warnings():
+                # The warm-up is no mistake.
+                warnings.filterwarnings("ignore", "(?s).*step\\(\\) is running without CUDA graph capture")
+                if self.parts == 1:
+                    self._finish = self._captured(self._whole)
+                else:
+                    self._keep_gradients()
+                    self._add = self._captured(self._micro_batch)
+                    self._finish = self._captured(self._update)
+        finally:
+            self._held.zero_()
+            self._loss.zero_()
+            state.scaler.load_state_dict(scale)
+            state.optimizer.zero_grad(set_to_none=self._add is None)
+
+    def _captured(self, function: Callable[[], None]) -> Callable[[], None]:
+        """Return a function as a graph; as it is, with a warning, where that fails and is not asked for."""
+        try:
+            return captured(function, self.device, self._pool)
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            reason = f"a part of the step could not be captured as a CUDA graph ({str(error).splitlines()[0]})"
+            if self._must_capture:
+                raise TrainingError(f"{reason}; set trainer.cuda_graphs=auto to go on without") from error
+            _log.warning("%s; the run goes on without, and waits for the host", reason)
+            return function
+
+    def _keep_gradients(self) -> None:
+        """Give the gradients fixed places, to which every micro-batch adds."""
+        self._micro_batch()
+        for parameter in self.state.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad = torch.zeros_like(parameter.grad)
+
+    def _whole(self) -> None:
+        self._micro_batch()
+        self._update()
+
+    def _micro_batch(self) -> None:
+        self._loss += self.backward(self._images, self._targets)
+
+    def _update(self) -> None:
+        """Take the step unless something is not finite, average the weights, and clear what the step added up."""
+        state = self.state
+        norm = self.clipped_norm()
+        finite_norm = norm.isfinite()
+        finite = self._loss.isfinite() if state.scaler.is_enabled() else self._loss.isfinite() & finite_norm
+        self._held.copy_(torch.maximum(self._held, (~finite).float()))
+        skipped = torch.maximum(self._held, (~finite_norm).float())
+        optimizer: Any = state.optimizer
+        # The fused optimizers take this from a GradScaler: one where a step is to be left out.
+        optimizer.grad_scale, optimizer.found_inf = None, skipped
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+        if state.scaler.is_enabled():
+            state.scaler.update()
+        if state.ema is not None:
+            average(state.ema.module, state.model, self._ema_weight * (1 - skipped))
+        optimizer.zero_grad(set_to_none=self.parts == 1)
+        self._reported.copy_(torch.stack([self._loss, norm]))
+        self._loss.zero_()
+
+
+@torch.no_grad()
+def average(averaged: nn.Module, model: nn.Module, weight: Tensor) -> None:
+    """Move the weights of an average towards a model's, by a share of the way that lies on the device, ()."""
+    pairs = zip(averaged.state_dict().values(), model.state_dict().values(), strict=True)
+    moving = [(old, new) for old, new in pairs if old.is_floating_point()]
+    old_values, new_values = [old for old, _ in moving], [new for _, new in moving]
+    ways = torch._foreach_sub(new_values, old_values)
+    torch._foreach_mul_(ways, weight)
+    torch._foreach_add_(old_values, ways)
+
+
+def captured(function: Callable[[], None], device: torch.device, pool: Any) -> Callable[[], None]:
+    """Return what replays a function as a CUDA graph; on other devices the function itself, warmed up in the same way.
+
+    The function runs a few times first: kernels are compiled, tuned and given their memory then.
+    """
+    if device.type != "cuda":
+        for _ in range(_WARM_UPS):
+            function()
+        return function
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UPS):
+            function()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    torch.cuda.synchronize(device)
+    # The graph has memory of its own: what the warm-up used is given back first.
+    gc.collect()
+    torch.cuda.empty_cache()
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, such as the one that pins batches, may use the device meanwhile.
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        function()
+    return graph.replay
+
+
+class _Evaluation:
+    """Evaluates batches of the first one's shape by a graph, and others as they come."""
+
+    def __init__(self, infer: Infer, captured: Callable[[Callable[[], None]], Callable[[], None]]) -> None:
+        self._infer, self._captured = infer, captured
+        self._images = self._logits = torch.empty(0)
+        self._replay: Callable[[], None] | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the logits (b, classes); the next call may overwrite them."""
+        if self._replay is None:
+            self._images = images.clone()
+            self._replay = self._captured(self._call)
+        if images.shape != self._images.shape:
+            return self._infer(images)
+        self._images.copy_(images)
+        self._replay()
+        return self._logits
+
+    def _call(self) -> None:
+        self._logits = self._infer(self._images)

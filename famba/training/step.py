@@ -1,0 +1,129 @@
+"""One optimizer step: the gradients of its micro-batches, clipping, the update, and the average of the weights."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from famba.data.draws import Stream
+from famba.training.config import RunConfig
+from famba.training.distributed import Process
+from famba.training.optimizer import create_loss, create_mixing
+from famba.training.seeds import seed_generators
+from famba.training.state import TrainingState
+
+Infer = Callable[[Tensor], Tensor]
+"""Images (b, 3, h, w) to logits (b, classes)."""
+
+
+class Step:
+    """Does the steps of one process, kernel by kernel as the host calls them.
+
+    Args:
+        config: of the run.
+        state: what the steps change.
+        forward: the model as it is called, compiled or shared between processes.
+        process: this process.
+        autocast: dtype of the matrix products, None for float32.
+    """
+
+    masks = False
+    """Whether a step whose loss or gradient is not finite leaves the state of the step before it."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        state: TrainingState,
+        forward: nn.Module,
+        process: Process,
+        autocast: torch.dtype | None,
+    ) -> None:
+        self.state, self.forward, self.process, self.autocast = state, forward, process, autocast
+        self.device = process.device
+        self.parts = config.trainer.accumulation
+        self.clip_grad = config.recipe.clip_grad
+        self.seed = config.seed
+        self.mix = create_mixing(config.recipe, state.model.num_classes)
+        self.loss = create_loss(config.recipe)
+        self.data_s = 0.0
+
+    def gradients(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+        """Work out the gradients of the next step.
+
+        Args:
+            batches: micro-batches, images (b, 3, h, w) and labels (b,); `data_s` is the time that was waited for them.
+
+        Returns:
+            The loss and the norm of the gradients, float32 (2,) on the device.
+        """
+        self.data_s = 0.0
+        loss = torch.zeros((), device=self.device)
+        for part in range(self.parts):
+            images, labels = (x.to(self.device, non_blocking=True) for x in self.next_batch(batches))
+            self.seed_draws(part)
+            targets = labels
+            if self.mix is not None:
+                images, targets = self.mix(images, labels)
+            with self._gather_gradients(last=part == self.parts - 1):
+                loss += self.backward(images, targets)
+        return torch.stack([loss, self.clipped_norm()])
+
+    def update(self) -> None:
+        """Let the optimizer take the step, and average the weights."""
+        state = self.state
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+        if state.ema is not None:
+            state.ema.update(state.model, state.step)
+
+    def infer(self, model: nn.Module) -> Infer:
+        """Return what evaluates a model that is in eval mode."""
+
+        def call(images: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                return model(images)
+
+        return call
+
+    def schedule_changed(self) -> None:
+        """Take note that the layers remove other numbers of tokens from now on."""
+
+    def next_batch(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Return the next micro-batch, and count the time that it took."""
+        began = time.perf_counter()
+        batch = next(batches)
+        self.data_s += time.perf_counter() - began
+        return batch
+
+    def seed_draws(self, part: int) -> None:
+        """Let everything that is drawn in a micro-batch depend on its place in the run alone."""
+        seed_generators(Stream.STEP, self.seed, self.state.step, part, self.process.rank)
+
+    def backward(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Add the gradients of one micro-batch; return its share of the step's loss."""
+        with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            logits = self.forward(images)
+        loss = self.loss(logits.float(), targets) / self.parts
+        self.state.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def clipped_norm(self) -> Tensor:
+        """Unscale the gradients and clip them where the recipe does; return the norm before that, float32."""
+        self.state.scaler.unscale_(self.state.optimizer)
+        parameters = [p for p in self.state.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
+        return norm.float()
+
+    def _gather_gradients(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Processes exchange gradients once per step, with the last micro-batch."""
+        if isinstance(self.forward, DistributedDataParallel) and not last:
+            return self.forward.no_sync()
+        return contextlib.nullcontext()

@@ -1,0 +1,195 @@
+"""Steps that a GPU replays as graphs: here without graphs, but by the same code, at the same fixed places in memory."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import metrics, run
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from famba.errors import ConfigError, TrainingError
+from famba.training import graph, step
+from famba.training.checkpoint import load
+from famba.training.compose import compose
+from famba.training.graph import obstacle
+from famba.training.interrupts import Interrupted
+from famba.training.reporting import Progress
+
+EVERYTHING = (
+    "recipe.mixup=0.8",
+    "recipe.cutmix=1.0",
+    "recipe.ema_decay=0.9",
+    "recipe.clip_grad=1.0",
+    "model.drop_path=0.2",
+    "fusion=upper",
+    "fusion.budget=4",
+    "data.val_fraction=0.25",
+    "trainer.batch_size=12",
+    "trainer.epochs=5",
+    "recipe.warmup_epochs=1",
+)
+
+
+@pytest.fixture
+def graphed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CPU take the way of a GPU."""
+    monkeypatch.setattr(graph, "_DEVICES", ["cuda", "cpu"])
+
+
+def eager(folder: Path, *overrides: str) -> dict[str, Any]:
+    return run(folder, "trainer.cuda_graphs=false", *overrides)
+
+
+def last(folder: Path) -> dict[str, Any]:
+    return load(sorted((folder / "checkpoints").glob("step_*.pt"))[-1])
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """Weights, averages and the optimizer's state are equal to rounding, and the losses of every step."""
+    mine, theirs = last(found), last(expected)
+    assert mine["step"] == theirs["step"]
+    for part in ("model", "ema"):
+        for name, value in (theirs[part] or {}).items():
+            torch.testing.assert_close(mine[part][name], value, rtol=1e-3, atol=1e-5, msg=f"{part} {name}")
+    for number, state in theirs["optimizer"]["state"].items():
+        for name, value in state.items():
+            torch.testing.assert_close(mine["optimizer"]["state"][number][name], value, rtol=1e-2, atol=1e-5)
+    for one, other in zip(metrics(found), metrics(expected), strict=True):
+        assert one.pop("kind") == other.pop("kind")
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-4, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(), ("trainer.accumulation=2",), ("trainer.precision=fp16",), ("recipe.mixup=0", "recipe.cutmix=0")],
+    ids=["one graph", "accumulation", "fp16", "hard labels"],
+)
+def test_twenty_steps_are_those_of_the_usual_way(graphed: None, tmp_path: Path, options: tuple[str, ...]) -> None:
+    assert run(tmp_path / "graphed", *EVERYTHING, *options)["steps"] == 20
+    eager(tmp_path / "eager", *EVERYTHING, *options)
+    assert_same_run(tmp_path / "graphed", tmp_path / "eager")
+
+
+def test_every_strategy_and_one_that_adapts(graphed: None, tmp_path: Path) -> None:
+    short = [*EVERYTHING, "trainer.epochs=2"]
+    for strategy in ("none", "all", "adaptive"):
+        options = [*short, f"fusion={strategy}"]
+        summary = run(tmp_path / strategy, *options)
+        assert summary["schedule"] == eager(tmp_path / f"{strategy} eager", *options)["schedule"]
+        assert_same_run(tmp_path / strategy, tmp_path / f"{strategy} eager")
+
+
+@pytest.mark.parametrize("stop", [1, 9])
+def test_stopped_and_resumed_is_bit_equal(
+    graphed: None, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Progress.step
+
+    def stopping(self: Progress, done: int, epoch: int, loss: float | None) -> None:
+        original(self, done, epoch, loss)
+        if done == stop:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run(tmp_path / "whole", *EVERYTHING)
+    with monkeypatch.context() as patched:
+        patched.setattr(Progress, "step", stopping)
+        with pytest.raises(Interrupted):
+            run(tmp_path / "parts", *EVERYTHING)
+    run(tmp_path / "parts", *EVERYTHING)
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("first", ["graphed", "eager"])
+def test_a_checkpoint_goes_on_on_either_kind_of_device(
+    tmp_path: Path, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a run does that begins on a GPU and ends on a CPU, or the other way round."""
+    devices = {"graphed": ["cpu"], "eager": []}
+    second = "eager" if first == "graphed" else "graphed"
+    for kind, options in ((first, ("trainer.max_steps=9",)), (second, ())):
+        monkeypatch.setattr(graph, "_DEVICES", devices[kind])
+        run(tmp_path / "mixed", *EVERYTHING, *options)
+        groups = last(tmp_path / "mixed")["optimizer"]["param_groups"]
+        assert all(isinstance(group["lr"], float) and not group["fused"] for group in groups)
+    monkeypatch.setattr(graph, "_DEVICES", [])
+    run(tmp_path / "whole", *EVERYTHING)
+    assert_same_run(tmp_path / "mixed", tmp_path / "whole")
+
+
+def broken_at(monkeypatch: pytest.MonkeyPatch, bad: int) -> None:
+    """Let the loss of a step be no number: by what the step knows of its place, as a graph does not count calls."""
+    original = step.Step.backward
+
+    def backward(self: step.Step, images: Tensor, targets: Tensor) -> Tensor:
+        if self.state.step + 1 == bad:
+            images = images * float("nan")
+        return original(self, images, targets)
+
+    monkeypatch.setattr(step.Step, "backward", backward)
+
+
+@pytest.mark.parametrize("options", [(), ("trainer.accumulation=2",)], ids=["one graph", "accumulation"])
+def test_a_loss_that_is_not_finite_leaves_the_weights_of_the_step_before(
+    graphed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    """Though the host looks two steps later."""
+    usual = [*EVERYTHING, *options, "trainer.epochs=2", "data.val_fraction=0", "trainer.log_every=4"]
+    run(tmp_path / "nine", *usual, "trainer.max_steps=9")
+    broken_at(monkeypatch, 10)
+    with pytest.raises(TrainingError, match="the loss is nan at step 10 .*the state before it is kept in .*step_0*9"):
+        run(tmp_path / "broken", *usual)
+    kept, expected = last(tmp_path / "broken"), last(tmp_path / "nine")
+    assert kept["step"] == 9
+    for part in ("model", "ema"):
+        assert all(torch.equal(kept[part][name], value) for name, value in expected[part].items())
+    for number, state in expected["optimizer"]["state"].items():
+        assert all(torch.equal(kept["optimizer"]["state"][number][name], value) for name, value in state.items())
+
+
+def test_the_evaluation_of_a_graph_takes_a_smaller_last_batch(graphed: None, tmp_path: Path) -> None:
+    found, expected = run(tmp_path / "graphed", *EVERYTHING), eager(tmp_path / "eager", *EVERYTHING)
+    for name in ("top1", "ema_top1", "loss"):
+        assert found[name] == pytest.approx(expected[name], abs=0.6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "processes", "backend", "reason"),
+    [
+        (("trainer.cuda_graphs=false",), 1, "triton", "trainer.cuda_graphs=false"),
+        ((), 4, "triton", "4 processes exchange"),
+        (("recipe.optimizer=lamb",), 1, "triton", "recipe.optimizer=lamb looks at numbers on the host"),
+        (("trainer.grad_checkpointing=true", "model.drop_path=0.1"), 1, "triton", "draw the same numbers twice"),
+        ((), 1, "reference", "by the reference"),
+        ((), 1, "triton", None),
+        (("recipe.optimizer=adam", "trainer.accumulation=2", "trainer.compile=true"), 1, "mamba_ssm", None),
+    ],
+)
+def test_what_is_no_graph_says_why(
+    overrides: tuple[str, ...], processes: int, backend: str, reason: str | None
+) -> None:
+    config = compose(["model=vim_micro", "recipe=quick", "run_dir=unused", *overrides])
+    found = obstacle(config, torch.device("cuda"), processes, backend)
+    assert (found is None) if reason is None else (found is not None and reason in found)
+
+
+def test_a_graph_that_has_to_be_and_cannot_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.cuda_graphs=true cannot be: the device is cpu"):
+        run(tmp_path / "run", "trainer.cuda_graphs=true")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_average_moves_by_a_share_that_lies_on_the_device() -> None:
+    torch.manual_seed(0)
+    averaged, model = nn.Linear(3, 2), nn.Linear(3, 2)
+    expected = [old.lerp(new, 0.25) for old, new in zip(averaged.parameters(), model.parameters(), strict=True)]
+    graph.average(averaged, model, torch.tensor(0.25))
+    for found, value in zip(averaged.parameters(), expected, strict=True):
+        torch.testing.assert_close(found, value)
