@@ -154,7 +154,7 @@ def _is_causal(layer: Any) -> bool:
     )
 
 
-_AS_BUILT: dict[str, Callable[[nn.Module], bool]] = {
+_AS_BUILT: dict[str, Callable[[Any], bool]] = {
     "in_proj": _is_projection,
     "conv1d": _is_causal,
     "conv1d_b": _is_causal,
