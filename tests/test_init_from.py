@@ -192,7 +192,7 @@ def test_other_images_of_other_classes_and_another_size(source: Path, tmp_path: 
     assert (summary["image_size"], summary["tokens"]) == (64, 65)
     log = (tmp_path / "tuned" / "train.log").read_text()
     assert f"weights start from {source} (SHA-256 " in log
-    assert "the position embedding is resized from 17 to 65 tokens" in log
+    assert "the position embedding is resampled from 4 x 4 to 8 x 8 patches" in log
     assert "a new classifier of 3 classes, theirs is of 10" in log
     # The first step's rate is 0, so these are the weights that it began with.
     start, tuned = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "tuned"))

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from famba.errors import CheckpointError, ConfigError, near_miss
-from famba.models import FusedNetwork, Vim
-from famba.models.checkpoints import check_weights, load_weights, read_file, saved_cls_position, weights_in
+from famba.models import FusedNetwork
+from famba.models.checkpoints import Origin, check_weights, load_weights, read_file, saved_origin, weights_in
 from famba.models.registered import weights_folder
 from famba.training.config import RunConfig
 from famba.training.run_folder import RunFolder, finished_weights
@@ -32,14 +32,13 @@ _log = logging.getLogger(__name__)
 class Initial:
     """Weights as a file has them, by name.
 
-    given: as configured. file: where they were found. cls_position: where their class token stands; None where the
-    file does not say.
+    given: as configured. file: where they were found. origin: what the file says of the network that they are of.
     """
 
     given: str
     file: Path
     weights: dict[str, Any]
-    cls_position: str | None
+    origin: Origin
 
 
 def read_initial(given: str) -> Initial:
@@ -58,14 +57,14 @@ def read_initial(given: str) -> Initial:
     file = _find(given, averaged)
     content = read_file(file)
     if not averaged:
-        return Initial(given, file, weights_in(content), saved_cls_position(content, file))
+        return Initial(given, file, weights_in(content), saved_origin(content, file))
     average = content.get("ema")
     if not isinstance(average, dict):
         raise CheckpointError(
             f"init_from={given}: {file} holds no averaged weights, which runs with recipe.ema_decay have in their "
             f"checkpoints; give such a run, or leave out {AVERAGED}"
         )
-    return Initial(given, file, average, saved_cls_position(content, file))
+    return Initial(given, file, average, saved_origin(content, file))
 
 
 def check_initial(config: RunConfig, outline: FusedNetwork) -> None:
@@ -81,7 +80,7 @@ def check_initial(config: RunConfig, outline: FusedNetwork) -> None:
         outline,
         initial.weights,
         initial.file,
-        cls_position=initial.cls_position,
+        initial.origin,
         reset_head=_has_other_head(outline, initial.weights),
     )
 
@@ -100,8 +99,8 @@ def start_from(model: FusedNetwork, given: str) -> dict[str, Any]:
     _check_shape(model, initial)
     new_head = _has_other_head(model, initial.weights)
     digest = weights_sha256(initial.weights)
-    load_weights(model, initial.weights, initial.file, cls_position=initial.cls_position, reset_head=new_head)
-    told = [f"weights start from {given} (SHA-256 {digest[:12]})", *_changes(model, initial), _head(model, initial)]
+    changes = load_weights(model, initial.weights, initial.file, initial.origin, reset_head=new_head)
+    told = [f"weights start from {given} (SHA-256 {digest[:12]})", *changes, _head(model, initial)]
     _log.info("%s", "; ".join(told))
     return {"init_from": given, "weights_sha256": digest, "new_classifier": new_head}
 
@@ -193,25 +192,6 @@ def _shape(weights: Mapping[str, Any]) -> dict[str, object]:
         "model.d_state": rates.shape[1] if isinstance(rates, Tensor) and rates.ndim == 2 else None,
         "model.cls_position": ("a class token" if "cls_token" in weights else "none") if vim else None,
     }
-
-
-def _changes(model: FusedNetwork, initial: Initial) -> list[str]:
-    """What is not as the file has it, and where its class token is taken to stand, for a reader."""
-    own, found = model.state_dict(), initial.weights
-    changes = []
-    if isinstance(model, Vim) and model.cls_index is not None and initial.cls_position != model.cls_position:
-        changes.append(
-            f"the class token is taken to stand at {model.cls_position}, since nothing says where"
-            if initial.cls_position is None
-            else f"the class token moves from {initial.cls_position} to {model.cls_position}"
-        )
-    old, new = (_shape_of(weights, "patch_embed.proj.weight")[2:] for weights in (found, own))
-    if old != new:
-        changes.append(f"the patch embedding is resampled from {old[0]} x {old[1]} to {new[0]} x {new[1]} pixels")
-    old, new = (_shape_of(weights, "pos_embed")[1:2] for weights in (found, own))
-    if old != new:
-        changes.append(f"the position embedding is resized from {old[0]} to {new[0]} tokens")
-    return changes
 
 
 def _head(model: FusedNetwork, initial: Initial) -> str:
