@@ -243,9 +243,9 @@ def _origin(name: Any, sizes: Mapping[str, Any], cls_position: Any) -> Origin:
     if name not in (*vim_names(), *vit_names()):
         return Origin(position)
     # JSON has no tuples.
-    given = {key: tuple(size) if isinstance(size, list) else size for key, size in sizes.items()}
+    given: dict[str, Any] = {key: tuple(size) if isinstance(size, list) else size for key, size in sizes.items()}
     with torch.device("meta"):
-        network = timm.create_model(name, depth=1, num_classes=0, **given)
+        network: Any = timm.create_model(name, depth=1, num_classes=0, **given)
     rows, columns = network.patch_embed.grid_size
     return Origin(position, (rows, columns))
 
