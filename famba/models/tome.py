@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -145,6 +146,19 @@ class ToMe(FusedNetwork):
         """Parameters that the transformer does not decay, by their names here."""
         own = {f"{_PREFIX}{name}" for name in self.vit.no_weight_decay()}
         return own & {name for name, _ in self.named_parameters()}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return the transformer's patterns of parameter names, for their names here."""
+
+        def here(pattern: str) -> str:
+            # The beginning that a pattern is bound to lies behind the prefix here.
+            return rf"^{re.escape(_PREFIX)}(?:{pattern.replace('^', '')})"
+
+        return {
+            group: here(given) if isinstance(given, str) else [(here(pattern), order) for pattern, order in given]
+            for group, given in self.vit.group_matcher(coarse).items()
+        }
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -280,6 +280,17 @@ class Vim(FusedNetwork):
     def no_weight_decay(self) -> set[str]:
         """Parameters that the released recipe does not decay, besides the one-dimensional ones."""
         return {"pos_embed", "cls_token"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return patterns of parameter names, as timm's models have them: the stem, then layer by layer.
+
+        The final norm goes with the last layer. `coarse` changes nothing, since there are no stages.
+        """
+        return {
+            "stem": r"^cls_token|^pos_embed|^patch_embed",
+            "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],  # in the group before it
+        }
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

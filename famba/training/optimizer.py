@@ -51,16 +51,24 @@ def try_optimizer(config: RunConfig, device: torch.device) -> None:
 
 
 def create_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
-    """Build the optimizer; one-dimensional parameters and those of `no_weight_decay` do not decay."""
+    """Build the optimizer; one-dimensional parameters and those of `no_weight_decay` do not decay.
+
+    With layer_decay, the classifier's rate is the recipe's, and that of each layer before it is layer_decay times that
+    of the next, down to the patch embedding's (Bao et al. 2021, arXiv 2106.08254).
+    """
     recipe = config.recipe
-    return create_optimizer_v2(
+    optimizer = create_optimizer_v2(
         model,
         opt=recipe.optimizer,
         lr=peak_lr(config),
         weight_decay=recipe.weight_decay,
+        layer_decay=recipe.layer_decay,
         betas=tuple(recipe.betas),
         eps=recipe.eps,
     )
+    # The classifier's first: the rate of the first group is the one that is logged.
+    optimizer.param_groups.sort(key=lambda group: -group.get("lr_scale", 1.0))
+    return optimizer
 
 
 class LearningRate:
@@ -83,7 +91,7 @@ class LearningRate:
         )
 
     def set(self, step: int) -> float:
-        """Set the optimizer's rate for a step, counted from 0, and return it."""
+        """Set the optimizer's rates for a step, counted from 0, and return the highest, which is the recipe's."""
         if self._per_epoch:
             self._schedule.step(step // self._steps_per_epoch)
         else:
