@@ -66,7 +66,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
 
 class Origin(NamedTuple):
-    """What is known of the network that weights come from; None where nothing says it.
+    """Hold what is known of the network that weights come from; None where nothing says it.
 
     cls_position: where its class token stands, as in `Vim`. grid: its rows and columns of patches.
     """
@@ -172,7 +172,7 @@ def _origin_by_timm(weights: Mapping[str, Any], model: Vim) -> Origin:
 
 @dataclass
 class _Fit:
-    """Weights as a model takes them.
+    """Hold weights as a model takes them.
 
     misfits: why it cannot. changes: what is not as the file has it. doubts: what was assumed and may be wrong.
     """
@@ -210,7 +210,7 @@ def saved_origin(content: dict[str, Any], path: str | Path) -> Origin:
 
 
 def _beside(folder: Path) -> Origin:
-    """What a folder's files say of the network that its weights come from."""
+    """Return what a folder's files say of the network that its weights come from."""
     run, exported = folder / "config.yaml", folder / "config.json"
     if run.is_file():
         return _of_run(_read_config(run))
@@ -232,13 +232,13 @@ def _of_run(config: Any) -> Origin:
 
 
 def _part(config: Any, name: str) -> dict[str, Any]:
-    """A group of a configuration; an empty one where it is none, as in files of other programs."""
+    """Return a group of a configuration; an empty one where it is none, as in files of other programs."""
     group = config.get(name) if isinstance(config, dict) else None
     return group if isinstance(group, dict) else {}
 
 
 def _origin(name: Any, sizes: Mapping[str, Any], cls_position: Any) -> Origin:
-    """What a model's timm name and the arguments img_size and patch_size say, those that are not None."""
+    """Return what a model's timm name and the arguments img_size and patch_size say, those that are not None."""
     position = cls_position if cls_position in CLS_POSITIONS else None
     if name not in (*vim_names(), *vit_names()):
         return Origin(position)
@@ -272,7 +272,7 @@ def weights_in(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fit(model: FusedNetwork, weights: dict[str, Any], origin: Origin, reset_head: bool) -> _Fit:
-    """Weights for every parameter of the model, with what does not fit."""
+    """Return weights for every parameter of the model, with what does not fit."""
     own = model.state_dict()
     weights = {str(name): value for name, value in weights.items()}
     given = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
@@ -327,7 +327,7 @@ def _fit_pos_embed(fit: _Fit, model: FusedNetwork, embed: Tensor, origin: Origin
 
 
 def _fit_to_vim(fit: _Fit, model: Vim, embed: Tensor, origin: Origin) -> Tensor:
-    """The file's position embedding on the model's grid with the class token's row in the model's place."""
+    """Return the file's position embedding on the model's grid with the class token's row in the model's place."""
     position = origin.cls_position or model.cls_position
     check_choice("cls_position", position, CLS_POSITIONS)
     if (position != "none") != (model.cls_position != "none"):
@@ -346,7 +346,7 @@ def _fit_to_vim(fit: _Fit, model: Vim, embed: Tensor, origin: Origin) -> Tensor:
 
 
 def _on_grid(fit: _Fit, patches: Tensor, own: tuple[int, int], given: tuple[int, int] | None, told: str) -> Tensor:
-    """Rows of patches (1, n, width) for a model's own grid. given: that of the file, where it is known."""
+    """Return rows of patches (1, n, width) for a model's own grid. given: that of the file, where it is known."""
     count = patches.shape[1]
     side = math.isqrt(count)
     old = given or ((side, side) if side * side == count else own)

@@ -20,7 +20,7 @@ _DELTA_FLOOR = 1e-4
 _log = logging.getLogger(__name__)
 
 _Side = tuple[Any, Any, Any, Tensor, Tensor]
-"""Of one direction: conv1d, x_proj, dt_proj, A_log and D."""
+"""Hold one direction's conv1d, x_proj, dt_proj, A_log and D."""
 
 
 class VimMixer(nn.Module):
@@ -163,8 +163,7 @@ _AS_BUILT: dict[str, Callable[[Any], bool]] = {
     "dt_proj": _is_step,
     "dt_proj_b": _is_step,
 }
-"""What each layer before the output projection has to be so that one op computes them all."""
-
+"""Map each layer before the output projection to a check that one op computes what it does."""
 
 _told: set[str] = set()
 

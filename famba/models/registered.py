@@ -95,7 +95,7 @@ def create_vim(variant: str, pretrained: bool, shape: dict[str, Any], chosen: di
 
 
 def _fusion_of_training(variant: str, shape: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of Vim on the fusion that pretrained weights were trained with, by their run; empty without a run."""
+    """Return how pretrained weights were trained to fuse, as arguments of Vim, by their run; nothing without a run."""
     file = resolve_pretrained_cfg(variant, chosen.get("pretrained_cfg"), chosen.get("pretrained_cfg_overlay")).file
     # Where timm loads a folder, this is the folder, and its config.json says how the network fuses.
     if not file or not Path(file).is_file():

@@ -298,7 +298,7 @@ def attend(
 
 
 def _weighted(attention: Attention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Values by their attention, (b, heads, l, head): as one op or, where timm is told so, with all weights at hand."""
+    """Return attended values (b, heads, l, head): by one op or, where timm is told so, with all weights at hand."""
     if attention.fused_attn:
         dropped = attention.attn_drop.p if attention.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropped, scale=attention.scale)
