@@ -60,6 +60,7 @@ def test_a_folder_is_loaded_by_timm_in_a_fresh_process_to_the_bit(
     assert all(torch.equal(value, weights[name]) for name, value in load_file(out / "model.safetensors").items())
     config = json.loads((out / "config.json").read_text())
     assert config["architecture"] == "vim_micro_patch4_32"
+    assert timm.create_model(f"local-dir:{out}", pretrained=True).fusion == load_trained(path).schedule
     assert config["famba"]["results_of_training"]["top1"] == summary["top1"]
     assert config["famba"]["provenance_of_training"]["git_commit"] == summary["provenance"]["git_commit"]
     card = (out / "README.md").read_text()

@@ -16,13 +16,15 @@ from PIL import Image
 from report_runs import write_run
 from runs import TINY, run
 from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
+from timm.models import register_model
 from torch import Tensor
 from torch.nn import functional as F
 
 from famba.analysis.report.comparable import sort_out
 from famba.analysis.report.runs import read_runs
 from famba.errors import CheckpointError, ConfigError
-from famba.models import Vim, load_vim_checkpoint
+from famba.models import Vim, create_vim, load_vim_checkpoint
 from famba.models.registered import weights_folder
 from famba.training.app import main
 from famba.training.build import new_state
@@ -31,6 +33,7 @@ from famba.training.compose import compose
 from famba.training.initial import weights_sha256
 from famba.training.setup import prepare
 from famba.training.state import TrainingState
+from famba.training.trained import load_trained
 from famba.training.trained_on import TrainedOn
 
 
@@ -193,7 +196,7 @@ def test_other_images_of_other_classes_and_another_size(source: Path, tmp_path: 
     assert (summary["image_size"], summary["tokens"]) == (64, 65)
     log = (tmp_path / "tuned" / "train.log").read_text()
     assert f"weights start from {source} (SHA-256 " in log
-    assert "the position embedding is resized from 17 to 65 tokens" in log
+    assert "the position embedding is resampled from 4 x 4 to 8 x 8 patches" in log
     assert "a new classifier of 3 classes, theirs is of 10" in log
     # The first step's rate is 0, so these are the weights that it began with.
     start, tuned = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "tuned"))
@@ -272,6 +275,27 @@ def test_official_files_say_where_their_class_token_stands(
     assert same(silent, weights)
     assert caplog.text.count("the class token") == 2
     assert "is taken to stand at head, since nothing says where" in caplog.text
+
+
+@register_model
+def vim_flat_patch4x16_32(pretrained: bool = False, **kwargs: Any) -> torch.nn.Module:
+    """Build a Vim whose patches are no squares: as many of them as of a square grid, 16, but 8 x 2."""
+    shape = {"img_size": 32, "patch_size": (4, 16), "embed_dim": 16, "depth": 2, "d_state": 2}
+    return create_vim("vim_flat_patch4x16_32", pretrained, shape, kwargs)
+
+
+def test_weights_on_a_grid_that_is_not_square_come_back_as_they_are(tmp_path: Path) -> None:
+    flat = ("model.name=vim_flat_patch4x16_32", "model.patch_size=null")
+    run(tmp_path, *flat, "trainer.max_steps=1")
+    weights = load_file(tmp_path / "model.safetensors")
+    for form in (tmp_path, last_checkpoint(tmp_path)):
+        assert same(begun(form, *flat), weights)
+    found = load_trained(tmp_path)
+    assert found.model.grid_size == (8, 2)
+    assert all(torch.equal(value, weights[name]) for name, value in found.model.state_dict().items())
+    square = begun(tmp_path).model.state_dict()["pos_embed"]
+    expected = resample_abs_pos_embed(weights["pos_embed"], [4, 4], [8, 2], num_prefix_tokens=1)
+    assert torch.equal(square, expected)
 
 
 # What is told of them

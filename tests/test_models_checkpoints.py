@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import json
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
 
 import naive
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
 from famba.errors import CheckpointError, ConfigError
-from famba.models import Vim, load_vim_checkpoint
+from famba.models import Vim, apply_tome, load_vim_checkpoint
+from famba.models.checkpoints import Origin, load_weights
+from famba.models.tome import ToMe
 
 # torch says so of files by another program, before it refuses them.
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -128,10 +134,157 @@ def test_without_a_class_token_the_grid_is_resized_too(tmp_path: Path) -> None:
     assert load_vim_checkpoint(make(cls_position="none", img_size=12), path).pos_embed.shape == (1, 36, 16)
 
 
-def test_a_grid_that_is_not_square_loads_unchanged(tmp_path: Path) -> None:
+def resampled(embed: Tensor, new: tuple[int, int], old: tuple[int, int], prefix: int) -> Tensor:
+    return timm.layers.resample_abs_pos_embed(embed, list(new), list(old), num_prefix_tokens=prefix)
+
+
+def test_a_file_of_as_many_patches_on_another_grid_is_resampled(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = make(seed=1, cls_position="head")
+    path = save(tmp_path / "w.pth", source.state_dict())
+    with caplog.at_level(logging.INFO):
+        model = load_vim_checkpoint(make(img_size=(4, 16)), path)
+    assert torch.equal(model.pos_embed, resampled(source.pos_embed, (2, 8), (4, 4), 1))
+    assert not torch.equal(model.pos_embed, source.pos_embed)
+    assert "the position embedding is resampled from 4 x 4 to 2 x 8 patches" in caplog.text
+    # Nothing says that they are not the model's own, so this is not for those alone who ask for details.
+    (warned,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "its 16 patches are taken to lie 4 x 4" in warned.getMessage()
+    assert "give load_vim_checkpoint grid=(2, 8)" in warned.getMessage()
+
+
+def test_a_grid_that_is_not_square_loads_unchanged_where_it_is_given(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for size, grid in (((4, 16), (2, 8)), ((4, 12), None)):  # twelve patches are no square anyway
+        source = make(seed=1, img_size=size)
+        path = save(tmp_path / "w.pth", source.state_dict())
+        model = load_vim_checkpoint(make(img_size=size), path, grid=grid)
+        assert_equal_weights(model.state_dict(), source.state_dict())
+    assert not caplog.records
+    # From a grid that is not square to another one.
     source = make(seed=1, img_size=(4, 16))
     path = save(tmp_path / "w.pth", source.state_dict())
-    assert_equal_weights(load_vim_checkpoint(make(img_size=(4, 16)), path).state_dict(), source.state_dict())
+    model = load_vim_checkpoint(make(img_size=(12, 8)), path, grid=(2, 8))
+    assert torch.equal(model.pos_embed, resampled(source.pos_embed, (6, 4), (2, 8), 1))
+    assert "pos_embed: 16 patches in the file are no grid of 2 x 7" in refused(make(), path, grid=(2, 7))
+
+
+@pytest.mark.parametrize("kind", ["class token", "no_embed_class"])
+def test_a_transformers_position_embedding_is_resampled_too(kind: str, tmp_path: Path) -> None:
+    def build(size: tuple[int, int]) -> ToMe:
+        vit = VisionTransformer(
+            img_size=size,  # type: ignore[arg-type]
+            patch_size=2,
+            embed_dim=16,
+            depth=1,
+            num_heads=2,
+            num_classes=3,
+            no_embed_class=kind == "no_embed_class",
+        )
+        return apply_tome(vit, (0,))
+
+    torch.manual_seed(0)
+    source = build((8, 8))
+    embed = source.vit.pos_embed.detach()
+    prefix = 0 if kind == "no_embed_class" else 1
+    model = build((4, 16))
+    changes = load_weights(model, source.state_dict(), tmp_path / "w.pth")
+    assert changes == ["the position embedding is resampled from 4 x 4 to 2 x 8 patches"]
+    assert torch.equal(model.vit.pos_embed, resampled(embed, (2, 8), (4, 4), prefix))
+    again = build((4, 16))
+    assert load_weights(again, model.state_dict(), tmp_path / "w.pth", Origin(grid=(2, 8))) == []
+    assert_equal_weights(again.state_dict(), model.state_dict())
+
+
+# What a file says of itself
+
+OFFICIAL = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
+
+
+def test_the_name_in_an_official_file_says_where_the_class_token_stands(tmp_path: Path) -> None:
+    source = make(seed=1, cls_position="middle")
+    path = save(tmp_path / "w.pth", {"model": source.state_dict(), "args": argparse.Namespace(model=OFFICIAL)})
+    model = load_vim_checkpoint(make(cls_position="head"), path)
+    middle = GRID * GRID // 2
+    assert torch.equal(model.pos_embed[:, 0], source.pos_embed[:, middle])
+    assert torch.equal(model.pos_embed[:, 1 : middle + 1], source.pos_embed[:, :middle])
+    same = load_vim_checkpoint(make(cls_position="middle"), path)
+    assert_equal_weights(same.state_dict(), source.state_dict())
+    assert "class token 'middle' in the file, 'none' in the model" in refused(make(cls_position="none"), path)
+    # Who says it himself is believed.
+    told = load_vim_checkpoint(make(cls_position="head"), path, cls_position="head")
+    assert torch.equal(told.pos_embed, source.pos_embed)
+
+
+CONFIG = {
+    "model": {"name": "vim_micro_patch4_32", "cls_position": "middle", "patch_size": 2},
+    "data": {"image_size": 8},
+}
+EXPORTED = {
+    "architecture": "vim_micro_patch4_32",
+    "model_args": {"img_size": [4, 16], "patch_size": 2, "cls_position": "middle"},
+}
+
+
+@pytest.mark.parametrize("where", ["inside", "config.yaml", "config.json"])
+def test_a_run_or_an_export_says_it(where: str, tmp_path: Path) -> None:
+    size, grid = ((4, 16), (2, 8)) if where == "config.json" else ((8, 8), (4, 4))
+    source = make(seed=1, cls_position="middle", img_size=size)
+    content: dict[str, Any] = {"model": source.state_dict()}
+    if where == "inside":
+        content["config"] = CONFIG
+    else:
+        (tmp_path / where).write_text(json.dumps(EXPORTED if where == "config.json" else CONFIG))
+    path = save(tmp_path / "w.pt", content)
+    same = load_vim_checkpoint(make(cls_position="middle", img_size=size), path)
+    assert_equal_weights(same.state_dict(), source.state_dict())
+    model = load_vim_checkpoint(make(cls_position="head", img_size=(16, 4)), path)
+    at = GRID * GRID // 2
+    others = torch.cat([source.pos_embed[:, :at], source.pos_embed[:, at + 1 :]], dim=1)
+    assert torch.equal(model.pos_embed[:, :1], source.pos_embed[:, at : at + 1])
+    assert torch.equal(model.pos_embed[:, 1:], resampled(others, (8, 2), grid, 0))
+
+
+def test_what_timm_loads_from_a_folder_comes_back_as_it_was(tmp_path: Path) -> None:
+    shape = {"img_size": [8, 32], "patch_size": 4, "embed_dim": 16, "depth": 2, "cls_position": "middle"}
+    source = make(seed=1, **{**shape, "img_size": (8, 32)})
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    config = {
+        "architecture": "vim_micro_patch4_32",
+        "num_classes": 3,
+        "model_args": shape,
+        "pretrained_cfg": {"input_size": [3, 8, 32], "fixed_input_size": True, "num_classes": 3},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with naive.as_users_run_it():  # lists for tuples
+        model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+        assert_equal_weights(model.state_dict(), source.state_dict())
+        moved = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, cls_position="head")
+        assert torch.equal(moved.pos_embed[:, 0], source.pos_embed[:, 8])
+        square = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=16)
+    others = torch.cat([source.pos_embed[:, :8], source.pos_embed[:, 9:]], dim=1)
+    expected = resampled(others, (4, 4), (2, 8), 0)
+    assert torch.equal(torch.cat([square.pos_embed[:, :8], square.pos_embed[:, 9:]], dim=1), expected)
+
+
+def test_what_lies_beside_a_file_and_is_of_others_says_nothing(tmp_path: Path, source: Vim) -> None:
+    path = save(tmp_path / "w.pt", source.state_dict())
+    for name, text in (
+        ("config.yaml", "- 1"),
+        ("config.yaml", "model: resnet"),
+        ("config.yaml", "model: {name: unknown, cls_position: left}"),
+        ("config.json", '{"architectures": ["Llama"]}'),
+    ):
+        (tmp_path / name).write_text(text)
+        assert_equal_weights(load_vim_checkpoint(make(), path).state_dict(), source.state_dict())
+        (tmp_path / name).unlink()
+    for name in ("config.yaml", "config.json"):
+        (tmp_path / name).write_text("{")
+        with pytest.raises(CheckpointError, match=f"{name}, which would say what network .* mend it, or move"):
+            load_vim_checkpoint(make(), path)
+        (tmp_path / name).unlink()
 
 
 def refused(model: Vim, path: Path, **options: Any) -> str:
@@ -180,7 +333,7 @@ def test_class_tokens_that_do_not_fit_are_refused(tmp_path: Path, source: Vim) -
     bare = save(tmp_path / "none.pth", make(cls_position="none").state_dict())
     message = refused(make(), bare)
     assert "cls_token: missing in the file" in message
-    assert "pos_embed: 16 rows in the file are no square grid of patches with class token 'head'" in message
+    assert "pos_embed: 15 patches in the file are no square grid, with class token 'head'" in message
     with pytest.raises(ConfigError, match="unknown cls_position 'mid', did you mean 'middle'"):
         load_vim_checkpoint(make(), path, cls_position="mid")
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
+import naive
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+from torch import Tensor
 
 import famba
-from famba.errors import CheckpointError
+from famba.errors import CheckpointError, ConfigError
 from famba.models.registered import weights_folder
 from famba.training.checkpoint import differences
 from famba.training.compose import compose
@@ -42,9 +48,7 @@ def test_they_say_where_they_come_from_and_are_small() -> None:
     assert summary["status"] == "finished"
     assert summary["weights_sha256"] == famba.files.sha256(FOLDER / "model.safetensors")
     assert summary["provenance"]["git_commit"]
-    # By the name the schedule of the run comes along; timm's model fuses as it is told.
     assert load_trained(NAME).schedule == tuple(summary["schedule"])
-    assert sum(timm.create_model(NAME, pretrained=True).fusion) == 0
 
 
 def test_their_run_is_one_of_the_experiment() -> None:
@@ -52,7 +56,7 @@ def test_their_run_is_one_of_the_experiment() -> None:
     assert config is not None
     asked = compose(["experiment=cpu_table", f"fusion={config.fusion.strategy}", f"seed={config.seed}"])
     differ = [line.split(":")[0] for line in differences(plain(asked), plain(config))]
-    assert set(differ) <= {"data.root", "fusion.order", "fusion.weighting"}
+    assert set(differ) <= {"data.root", "data.version", "fusion.order", "fusion.weighting"}
 
 
 def test_another_head_or_size_takes_what_fits() -> None:
@@ -67,3 +71,89 @@ def test_another_head_or_size_takes_what_fits() -> None:
 def test_another_shape_is_refused_with_what_does_not_fit() -> None:
     with pytest.raises(CheckpointError, match="layers.4.mixer.A_log: not in the model"):
         timm.create_model(NAME, pretrained=True, depth=4)
+
+
+def test_another_place_of_the_class_token_takes_its_row_along() -> None:
+    own, moved = (timm.create_model(NAME, pretrained=True, cls_position=position) for position in ("head", "middle"))
+    assert torch.equal(moved.pos_embed[:, 32], own.pos_embed[:, 0])
+    assert torch.equal(moved.pos_embed[:, :32], own.pos_embed[:, 1:33])
+
+
+# They fuse as they were trained
+
+SAMPLE = Path(__file__).parent / "cifar100_sample"  # every 79th of the test images
+
+
+def sample(model: torch.nn.Module) -> tuple[Tensor, Tensor]:
+    """Images as timm says that the model takes them (128, 3, 32, 32), and their labels (128,)."""
+    sheet = np.asarray(Image.open(SAMPLE / "images.png").convert("RGB"))
+    images = torch.from_numpy(sheet.copy()).reshape(8, 32, 16, 32, 3).permute(0, 2, 4, 1, 3).reshape(128, 3, 32, 32)
+    cfg = timm.data.resolve_model_data_config(model)
+    assert (cfg["input_size"], cfg["crop_pct"]) == ((3, 32, 32), 1.0), "nothing to scale or to crop"
+    mean, std = (torch.tensor(cfg[name])[:, None, None] for name in ("mean", "std"))
+    labels = torch.tensor([int(label) for label in (SAMPLE / "labels.txt").read_text().split()])
+    return (images / 255 - mean) / std, labels
+
+
+@torch.no_grad()
+def right_answers(**chosen: Any) -> int:
+    model = timm.create_model(NAME, pretrained=True, **chosen).eval()
+    images, labels = sample(model)
+    return int((model(images).argmax(1) == labels).sum())
+
+
+def test_as_created_they_are_as_good_as_the_readme_says() -> None:
+    # On all 10,000 test images 18.51 % as trained, and 12.24 % without fusion.
+    assert abs(right_answers() - 26) <= 1
+    assert abs(right_answers(fusion=[0] * 8) - 18) <= 1
+
+
+def test_as_created_they_fuse_as_their_run_did_and_as_the_commands_have_them() -> None:
+    model, trained = timm.create_model(NAME, pretrained=True).eval(), load_trained(NAME)
+    assert model.fusion == trained.schedule == (6, 7, 7, 7, 7, 7, 7, 7)
+    assert model.way == trained.model.way
+    with torch.no_grad():
+        images, _ = sample(model)
+        assert torch.equal(model(images), trained.model(images))
+    assert timm.create_model(f"{NAME}.famba_cifar100", pretrained=True).fusion == model.fusion
+    assert not any(timm.create_model(NAME).fusion)
+
+
+def test_what_is_chosen_overrides_how_they_fuse() -> None:
+    model = timm.create_model(NAME, pretrained=True, fusion_order="tome", fusion_mode="prune")
+    assert (model.fusion, model.way.order, model.way.mode) == ((6, 7, 7, 7, 7, 7, 7, 7), "tome", "prune")
+    assert timm.create_model(NAME, pretrained=True, fusion=[0, 9] * 4).fusion == (0, 9) * 4
+    larger = timm.create_model(NAME, pretrained=True, img_size=64, num_classes=7)
+    assert larger.fusion == model.fusion
+    assert larger(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
+    backbone = timm.create_model(NAME, pretrained=True, features_only=True, out_indices=(1, 3))
+    assert [found.shape for found in backbone(torch.zeros(1, 3, 32, 32))] == [(1, 64, 8, 8)] * 2
+    assert backbone.model.fusion == (6, 7, 7, 7)
+
+
+def test_a_size_that_their_schedule_does_not_fit_is_refused_with_the_argument() -> None:
+    with naive.as_users_run_it():
+        with pytest.raises(ConfigError, match=r"trained to fuse by \[6, 7, .*; give fusion= .* \[0\] \* 8") as caught:
+            timm.create_model(NAME, pretrained=True, img_size=16)
+        assert caught.value.argument == "fusion"
+        assert timm.create_model(NAME, pretrained=True, img_size=16, fusion=[0] * 8).num_tokens == 17
+        with pytest.raises(ConfigError, match="the schedule has 2 entries, but the model has 8 layers"):
+            timm.create_model(NAME, pretrained=True, fusion=[1, 1])
+        with pytest.raises(ConfigError, match="image height 30 is not divisible"):
+            timm.create_model(NAME, pretrained=True, img_size=30)
+
+
+def test_weights_of_another_run_fuse_as_that_run_did(tmp_path: Path) -> None:
+    run = shutil.copytree(FOLDER, tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "schedule": [0, 8] * 4}))
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(
+        config.replace("order: sequence", "order: tome").replace("weighting: mean", "weighting: size")
+    )
+    weights = run / "model.safetensors"
+    model = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"file": str(weights)})
+    assert (model.fusion, model.way.order, model.way.weighting) == ((0, 8) * 4, "tome", "size")
+    # Weights alone say nothing of it.
+    alone = shutil.copy(weights, tmp_path / "alone.safetensors")
+    assert not any(timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"file": str(alone)}).fusion)

@@ -317,3 +317,166 @@ def test_multiply_adds_are_those_of_the_tokens_that_are_left(proportional: bool)
         tokens -= r
         total += 2 * tokens * width * 2 * width  # the MLP
     assert macs_per_image(model, 16) == total
+
+
+# Hooks and replaced modules
+
+INSIDE = (
+    "",
+    "attn",
+    "attn.qkv",
+    "attn.q_norm",
+    "attn.k_norm",
+    "attn.proj",
+    "ls1",
+    "ls2",
+    "norm1",
+    "norm2",
+    "mlp",
+    "mlp.fc1",
+)
+
+
+def block_part(vit: VisionTransformer, name: str) -> nn.Module:
+    return vit.blocks[1].get_submodule(name)
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_hooks_act_as_without_fusion(name: str) -> None:
+    vit = build("normed queries and keys", init_values=0.5)
+    plain, fused = apply_tome(vit, (0, 0, 0)), apply_tome(vit, FUSION)
+    before = fused(images())
+    part = block_part(vit, name)
+    seen: list[str] = []
+    part.register_forward_pre_hook(lambda *_: seen.append("before"))
+    part.register_forward_hook(lambda *_: seen.append("after"))
+    part.register_full_backward_hook(lambda *_: seen.append("backward"))
+    logits = fused(images())
+    assert torch.equal(logits, before)
+    logits.sum().backward()
+    assert seen == ["before", "after", "backward"]
+    part.register_forward_hook(lambda _, given, output: output * 1.5 + 0.1)
+    assert not torch.allclose(fused(images()), before, atol=1e-4)
+    torch.testing.assert_close(plain(images()), vit(images()), rtol=1e-5, atol=1e-5)
+    # What is called once stays a module as it was.
+    assert "forward" not in vars(part)
+
+
+def test_hooks_of_a_block_see_its_tokens_and_of_the_transformer_its_logits() -> None:
+    vit = build("class token")
+    lengths: list[int] = []
+    for block in vit.blocks:
+        block.register_forward_hook(lambda _, given, output: lengths.append(output.shape[1]))
+    model = apply_tome(vit, FUSION)
+    held = model.trace(images())
+    assert lengths == [12, 12, 8]
+    assert held[-1].max() < 8
+    logits = model(images())
+    vit.register_forward_hook(lambda _, given, output: -output)
+    assert torch.equal(model(images()), -logits)
+
+
+def test_hooks_act_where_blocks_are_recomputed() -> None:
+    vit = build("class token")
+    vit.blocks[1].attn.register_forward_hook(lambda _, given, output: 2 * output)
+    model = apply_tome(vit, FUSION).train()
+    grads = []
+    for enable in (False, True):
+        model.zero_grad()
+        model.set_grad_checkpointing(enable)
+        model(images()).sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*grads)
+
+
+def test_a_hook_that_fails_leaves_the_block_as_it_was() -> None:
+    vit = build("class token")
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("from the hook")
+
+    handle = vit.blocks[0].register_forward_hook(fail)
+    model = apply_tome(vit, FUSION)
+    with pytest.raises(RuntimeError, match="from the hook"):
+        model(images())
+    handle.remove()
+    assert model(images()).shape == (3, 5)
+
+
+class Doubled(nn.Module):
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.base(x)
+
+
+@pytest.mark.parametrize("name", [name for name in INSIDE if name not in ("", "attn")])
+def test_layers_that_replace_others_are_called(name: str) -> None:
+    vit = build("normed queries and keys", init_values=0.5)
+    plain, fused = apply_tome(vit, (0, 0, 0)), apply_tome(vit, FUSION)
+    before = fused(images())
+    vit.blocks[1].set_submodule(name, Doubled(block_part(vit, name)))
+    assert not torch.allclose(fused(images()), before, atol=1e-4)
+    torch.testing.assert_close(plain(images()), vit(images()), rtol=1e-5, atol=1e-5)
+
+
+def test_attention_weights_can_be_hooked_where_timm_is_told_not_to_fuse_them() -> None:
+    vit = build("class token")
+    model = apply_tome(vit, FUSION)
+    before = model(images())
+    weights: list[Tensor] = []
+    for block in vit.blocks:
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_hook(lambda _, given, output: weights.append(output))
+    torch.testing.assert_close(model(images()), before, rtol=1e-5, atol=1e-5)
+    assert [tuple(found.shape) for found in weights] == [(3, 3, 17, 17), (3, 3, 12, 12), (3, 3, 12, 12)]
+    assert torch.allclose(weights[1].sum(-1), torch.ones(()))
+
+
+class OtherBlock(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+class OtherTransformer(VisionTransformer):
+    def forward_features(self, x: Tensor) -> Tensor:
+        return super().forward_features(x) + 1
+
+
+def test_what_fusion_would_leave_out_is_refused_whenever_it_comes() -> None:
+    def replace_block(vit: VisionTransformer) -> None:
+        vit.blocks[1] = OtherBlock(24, 3)
+
+    def replace_attention(vit: VisionTransformer) -> None:
+        vit.blocks[1].attn = Doubled(vit.blocks[1].attn)  # type: ignore[assignment]
+
+    def replace_forward_of(name: str) -> Any:
+        def replace(vit: VisionTransformer) -> None:
+            part = vit.get_submodule(name)
+            part.forward = part.forward  # type: ignore[method-assign]
+
+        return replace
+
+    changes = [
+        (replace_block, "block 1 is a OtherBlock; allowed: timm's Block"),
+        (replace_attention, "block 1 attends by Doubled; allowed: timm's Attention"),
+        (replace_forward_of("blocks.1"), "block 1 had its forward replaced"),
+        (replace_forward_of("blocks.1.attn"), "the attention of block 1 had its forward replaced"),
+        (replace_forward_of(""), "the transformer had its forward replaced"),
+    ]
+    for change, message in changes:
+        early, late = build("class token"), build("class token")
+        change(early)
+        with naive.as_users_run_it(), pytest.raises(ConfigError, match=message):
+            apply_tome(early, FUSION)
+        model = apply_tome(late, FUSION)
+        change(late)
+        with naive.as_users_run_it(), pytest.raises(ConfigError, match=message):
+            model(images())
+    with (
+        naive.as_users_run_it(),
+        pytest.raises(ConfigError, match="OtherTransformer has a forward or forward_features"),
+    ):
+        apply_tome(OtherTransformer(**SHAPE), FUSION)

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from famba.ops import Direction, bidirectional_mixer
+from famba.models.calls import is_plain
+from famba.ops import Direction, bidirectional_mixer, causal_conv1d, selective_scan
 
 _DELTA_RANGE = (0.001, 0.1)
 _DELTA_FLOOR = 1e-4
+_log = logging.getLogger(__name__)
+
+_Side = tuple[Any, Any, Any, Tensor, Tensor]
+"""Hold one direction's conv1d, x_proj, dt_proj, A_log and D."""
 
 
 class VimMixer(nn.Module):
     """Mixes tokens by two selective scans, one in each direction, each with its own parameters.
 
     Parameter names are those of the official checkpoints; d_inner = expand * d_model, dt_rank = ceil(d_model / 16).
+    Its layers are computed together, as one op. Where one has hooks or was replaced, by an adapter or a quantized layer
+    for one, the layers are called one by one, which is slower and logged once.
     """
 
     def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2) -> None:
@@ -55,20 +66,115 @@ class VimMixer(nn.Module):
         with torch.no_grad():
             self.out_proj.weight /= math.sqrt(depth)
 
-    def forward(self, x: Float[Tensor, "b l d_model"]) -> Float[Tensor, "b l d_model"]:
-        """Mix normed tokens (b, l, d_model)."""
-        return bidirectional_mixer(x, self.in_proj.weight, *self._directions(), self.out_proj.weight)
+    def forward(
+        self, x: Float[Tensor, "b l d_model"], between: Callable[[Tensor], Tensor] | None = None
+    ) -> Float[Tensor, "b left d_model"]:
+        """Mix normed tokens (b, l, d_model); `between` changes what `scan` returns before the output projection."""
+        if between is None and _is_projection(self.out_proj) and self._changed() is None:
+            return bidirectional_mixer(x, self.in_proj.weight, *self._directions(), self.out_proj.weight)
+        scanned = self.scan(x)
+        return self.out_proj(scanned if between is None else between(scanned))
 
     def scan(self, x: Float[Tensor, "b l d_model"]) -> Float[Tensor, "b l d_inner"]:
         """Everything but the output projection: the mean of the two gated scans (b, l, d_inner)."""
-        return bidirectional_mixer(x, self.in_proj.weight, *self._directions())
+        changed = self._changed()
+        if changed is None:
+            return bidirectional_mixer(x, self.in_proj.weight, *self._directions())
+        _tell_slower(changed)
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        forward, backward = self._sides()
+        return (self._scan_by_calls(u, z, forward, False) + self._scan_by_calls(u, z, backward, True)) / 2
 
-    def _directions(self) -> tuple[Direction, Direction]:
+    def _changed(self) -> str | None:
+        """Name a layer before the output projection that has to be called; None where one op computes them all."""
+        layers = self._modules  # an attribute of a module takes longer to find
+        for name, is_as_built in _AS_BUILT.items():
+            if not is_as_built(layers[name]):
+                return name
+        return None
+
+    def _sides(self) -> tuple[_Side, _Side]:
         forward = (self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
         backward = (self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
-        return self._direction(*forward), self._direction(*backward)
+        return forward, backward
 
-    def _direction(self, conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor) -> Direction:
-        assert conv.bias is not None
-        A = -A_log.to(torch.promote_types(A_log.dtype, torch.float32)).exp()
-        return Direction(conv.weight.squeeze(1), conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, A, D)
+    def _directions(self) -> tuple[Direction, Direction]:
+        forward, backward = self._sides()
+        return _direction(*forward), _direction(*backward)
+
+    def _scan_by_calls(self, u: Tensor, z: Tensor, side: _Side, reverse: bool) -> Tensor:
+        """Scan in one direction, as the op does, by calls of the layers."""
+        conv, x_proj, dt_proj, A_log, D = side
+        u = _convolved(u, conv, reverse)
+        dt, B, C = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        if is_plain(dt_proj, nn.Linear):
+            # The bias enters inside the scan, in float32, so that small steps survive bf16.
+            delta, bias = F.linear(dt, dt_proj.weight), dt_proj.bias
+        else:
+            delta, bias = dt_proj(dt), None
+        A = _rates(A_log)
+        return selective_scan(u, delta, A, B, C, D, z=z, delta_bias=bias, delta_softplus=True, reverse=reverse)
+
+
+def _direction(conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor) -> Direction:
+    assert conv.bias is not None
+    return Direction(conv.weight.squeeze(1), conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, _rates(A_log), D)
+
+
+def _rates(A_log: Tensor) -> Tensor:
+    return -A_log.to(torch.promote_types(A_log.dtype, torch.float32)).exp()
+
+
+def _convolved(u: Tensor, conv: Any, reverse: bool) -> Tensor:
+    """Return silu of the convolution of u (b, l, d): a position sees itself and those before it, or those after it."""
+    if _is_causal(conv):
+        return causal_conv1d(u, conv.weight.squeeze(1), conv.bias, activation="silu", reverse=reverse)
+    turned = u.flip(1) if reverse else u
+    y = conv(turned.transpose(1, 2))[..., : u.shape[1]].transpose(1, 2)
+    return F.silu(y.flip(1) if reverse else y)
+
+
+def _is_projection(layer: nn.Module) -> bool:
+    return is_plain(layer, nn.Linear) and layer.bias is None
+
+
+def _is_step(layer: nn.Module) -> bool:
+    return is_plain(layer, nn.Linear) and layer.bias is not None
+
+
+def _is_causal(layer: Any) -> bool:
+    """Return whether a layer is the depthwise convolution that the ops compute, however wide."""
+    return (
+        is_plain(layer, nn.Conv1d)
+        and layer.bias is not None
+        and layer.padding == (layer.kernel_size[0] - 1,)
+        and layer.padding_mode == "zeros"
+        and layer.stride == layer.dilation == (1,)
+        and layer.groups == layer.in_channels == layer.out_channels
+    )
+
+
+_AS_BUILT: dict[str, Callable[[Any], bool]] = {
+    "in_proj": _is_projection,
+    "conv1d": _is_causal,
+    "conv1d_b": _is_causal,
+    "x_proj": _is_projection,
+    "x_proj_b": _is_projection,
+    "dt_proj": _is_step,
+    "dt_proj_b": _is_step,
+}
+"""Map each layer before the output projection to a check that one op computes what it does."""
+
+_told: set[str] = set()
+
+
+@torch.compiler.assume_constant_result
+def _tell_slower(name: str) -> None:
+    """Log once in a process that a mixer takes longer, and why; not traced by torch.compile, which cannot log."""
+    if not _told:
+        _told.add(name)
+        _log.warning(
+            "%s of a Vim's mixer was replaced or has hooks: the mixer calls its layers one by one, which is right but "
+            "slower than its one op",
+            name,
+        )

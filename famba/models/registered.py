@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import yaml
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import (
+    VisionTransformer,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from torch import nn
 
+from famba.errors import ConfigError
 from famba.models.checkpoints import fitting_weights
 from famba.models.vim import Vim
 
+# Keys of a run's configuration that are arguments of Vim, with "fusion_" before them.
+_WAYS = ("order", "weighting", "place", "mode")
 _WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -55,17 +66,47 @@ default_cfgs = generate_default_cfgs(
 def create_vim(variant: str, pretrained: bool, shape: dict[str, Any], chosen: dict[str, Any]) -> nn.Module:
     """Build a registered variant: `shape` is what makes it, `chosen` what the caller of timm.create_model asked for.
 
-    Returns a Vim; with features_only=True timm's FeatureGetterNet of one, which gives maps of features.
+    With pretrained weights that lie in their run's folder, such as those that come with the package, it fuses as it did
+    in training, in the arguments of `Vim` on fusion that are not chosen. timm passes no None on: fusion=[0] * depth is
+    no fusion.
+
+    Returns a Vim; with features_only=True timm's FeatureGetterNet of one, which gives maps of features. Raises
+    ConfigError where the schedule of training does not fit the size of image or patch that is chosen.
     """
-    return build_model_with_cfg(
-        Vim,
-        variant,
-        pretrained,
-        pretrained_filter_fn=fitting_weights,
-        # With features_only=True: by forward_intermediates, of the last three layers as timm's ViTs have it.
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        **{**shape, **chosen},
-    )
+    trained = _fusion_of_training(variant, shape, chosen) if pretrained else {}
+    try:
+        return build_model_with_cfg(
+            Vim,
+            variant,
+            pretrained,
+            pretrained_filter_fn=fitting_weights,
+            # With features_only=True: by forward_intermediates, of the last three layers as timm's ViTs have it.
+            feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+            **{**shape, **trained, **chosen},
+        )
+    except ConfigError as error:
+        if error.argument != "counts" or "fusion" not in trained or "fusion" in chosen:
+            raise
+        raise ConfigError(
+            f"the weights of {variant} were trained to fuse by {trained['fusion']}, which does not fit what was asked "
+            f"for: {error}; give fusion= a schedule that does, such as [0] * {len(trained['fusion'])} for no fusion",
+            "fusion",
+        ) from error
+
+
+def _fusion_of_training(variant: str, shape: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+    """Return how pretrained weights were trained to fuse, as arguments of Vim, by their run; nothing without a run."""
+    file = resolve_pretrained_cfg(variant, chosen.get("pretrained_cfg"), chosen.get("pretrained_cfg_overlay")).file
+    # Where timm loads a folder, this is the folder, and its config.json says how the network fuses.
+    if not file or not Path(file).is_file():
+        return {}
+    config, summary = Path(file).with_name("config.yaml"), Path(file).with_name("summary.json")
+    if not config.is_file() or not summary.is_file():
+        return {}
+    ways, schedule = yaml.safe_load(config.read_text())["fusion"], json.loads(summary.read_text())["schedule"]
+    if len(schedule) != {**shape, **chosen}["depth"]:
+        return {}  # the weights do not fit either, which says more
+    return {"fusion": schedule, **{f"fusion_{way}": ways[way] for way in _WAYS if way in ways}}
 
 
 @register_model

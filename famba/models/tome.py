@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from famba.errors import ConfigError
 from famba.fusion import TokenMap, match
 from famba.fusion.matching import check_mode, check_order
+from famba.models.calls import call_as, has_own_forward
 from famba.models.fused import Choose, FusedNetwork, Passed, Way, check_choice
 from famba.models.vim import WEIGHTINGS
 
@@ -60,6 +62,7 @@ class ToMe(FusedNetwork):
     def __init__(self, vit: VisionTransformer, fusion: Sequence[int], merging: Merging) -> None:
         super().__init__()
         _check_vit(vit)
+        _check_parts(vit)
         self.vit = vit
         self.merging = merging
         self.grad_checkpointing = vit.grad_checkpointing
@@ -145,6 +148,19 @@ class ToMe(FusedNetwork):
         return own & {name for name, _ in self.named_parameters()}
 
     @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return the transformer's patterns of parameter names, for their names here."""
+
+        def here(pattern: str) -> str:
+            # The beginning that a pattern is bound to lies behind the prefix here.
+            return rf"^{re.escape(_PREFIX)}(?:{pattern.replace('^', '')})"
+
+        return {
+            group: here(given) if isinstance(given, str) else [(here(pattern), order) for pattern, order in given]
+            for group, given in self.vit.group_matcher(coarse).items()
+        }
+
+    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward instead of keeping what it needs."""
         self.grad_checkpointing = enable
@@ -161,8 +177,13 @@ class ToMe(FusedNetwork):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Any:
         """Classify images (b, in_chans, height, width): logits (b, num_classes), as the transformer gives them."""
-        passed = self._run(x)
-        return self._head(self._normed(passed.leaving), passed.tokens)
+        _check_vit(self.vit)
+
+        def classify(x: Tensor) -> Any:
+            passed = self._run(x)
+            return self._head(self._normed(passed.leaving), passed.tokens)
+
+        return call_as(self.vit, classify, x)
 
     def forward_head(self, x: Float[Tensor, "b l d"], pre_logits: bool = False) -> Any:
         """Classify what `forward_features` returns, (b, num_tokens, embed_dim), as the transformer does.
@@ -191,7 +212,8 @@ class ToMe(FusedNetwork):
         self, x: Tensor, choose: Choose | None = None, taken: Sequence[int] = (), depth: int | None = None
     ) -> Passed[Tensor, Tensor | None]:
         vit = self.vit
-        x, sizes = vit.norm_pre(vit._pos_embed(vit.patch_embed(x))), None
+        _check_parts(vit)  # again, since they may have been replaced
+        x, sizes = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x)))), None
         maps, kept = [], {}
         for index, (block, r) in enumerate(zip(list(vit.blocks)[:depth], self.fusion, strict=False)):
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
@@ -217,20 +239,27 @@ class ToMe(FusedNetwork):
         self, block: Block, x: Tensor, sizes: Tensor | None, r: int, choose: Choose | None = None
     ) -> tuple[Tensor, Tensor | None, TokenMap | None]:
         """One block, which fuses between its halves: its tokens (b, l - r, d), their sizes, and what it fused."""
-        assert isinstance(block.attn, Attention)
-        attended, metric = attend(block.attn, block.norm1(x), sizes if self.merging.proportional else None)
-        x = x + block.drop_path1(block.ls1(attended))
-        if choose is not None:
-            # The sets are dealt by the parity of the protected tokens alone.
-            odd = self.protected % 2
-            r = choose(metric[:, self.protected - odd :], 0 if odd else None)
         token_map = None
-        if r:
-            weights = sizes if self.merging.weighting == "size" else None
-            token_map = match(metric, r, range(self.protected), self.merging.order, weights, self.merging.mode)
-            x = token_map.fuse(x, weights)
-            sizes = token_map.sizes(sizes) if self.merging.keeps_sizes else None
-        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), sizes, token_map
+
+        def halves(x: Tensor) -> Tensor:
+            nonlocal sizes, token_map
+            assert isinstance(block.attn, Attention)
+            attended, metric = attend(block.attn, block.norm1(x), sizes if self.merging.proportional else None)
+            x = x + block.drop_path1(block.ls1(attended))
+            removed = r
+            if choose is not None:
+                # The sets are dealt by the parity of the protected tokens alone.
+                odd = self.protected % 2
+                removed = choose(metric[:, self.protected - odd :], 0 if odd else None)
+            if removed:
+                weights = sizes if self.merging.weighting == "size" else None
+                protected = range(self.protected)
+                token_map = match(metric, removed, protected, self.merging.order, weights, self.merging.mode)
+                x = token_map.fuse(x, weights)
+                sizes = token_map.sizes(sizes) if self.merging.keeps_sizes else None
+            return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+        return call_as(block, halves, x), sizes, token_map
 
     def _head(self, x: Tensor, sizes: Tensor | None) -> Any:
         """The transformer's head on normed tokens; a mean of tokens counts each patch once where weighing by size."""
@@ -250,17 +279,31 @@ def attend(
 
     With sizes, a token is attended to in proportion to them (proportional attention, ToMe section 3).
     """
-    batch, length, _ = x.shape
-    qkv = attention.qkv(x).reshape(batch, length, 3, attention.num_heads, attention.head_dim)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    q, k = attention.q_norm(q), attention.k_norm(k)
-    bias = None if sizes is None else sizes.log()[:, None, None, :].to(q.dtype)
-    dropped = attention.attn_drop.p if attention.training else 0.0
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropped, scale=attention.scale)
-    out = attention.norm(out.transpose(1, 2).flatten(2))
-    if (gate := getattr(attention, "gate", None)) is not None:
-        out = out * gate(x).sigmoid()
-    return attention.proj_drop(attention.proj(out)), k.mean(1)
+    metric = x
+
+    def attended(x: Tensor) -> Tensor:
+        nonlocal metric
+        batch, length, _ = x.shape
+        qkv = attention.qkv(x).reshape(batch, length, 3, attention.num_heads, attention.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = attention.q_norm(q), attention.k_norm(k)
+        metric = k.mean(1)
+        bias = None if sizes is None else sizes.log()[:, None, None, :].to(q.dtype)
+        out = attention.norm(_weighted(attention, q, k, v, bias).transpose(1, 2).flatten(2))
+        if (gate := getattr(attention, "gate", None)) is not None:
+            out = out * gate(x).sigmoid()
+        return attention.proj_drop(attention.proj(out))
+
+    return call_as(attention, attended, x), metric
+
+
+def _weighted(attention: Attention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Return attended values (b, heads, l, head): by one op or, where timm is told so, with all weights at hand."""
+    if attention.fused_attn:
+        dropped = attention.attn_drop.p if attention.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropped, scale=attention.scale)
+    scores = (q * attention.scale) @ k.transpose(-2, -1)
+    return attention.attn_drop((scores if bias is None else scores + bias).softmax(dim=-1)) @ v
 
 
 def apply_tome(
@@ -275,7 +318,8 @@ def apply_tome(
     """Let a timm vision transformer fuse tokens between attention and MLP, trained with fusion or not.
 
     The transformer is left as it was: the result holds it (`.vit`, and `remove_tome` gives it back) and shares its
-    parameters, device and mode. Similarity is that of the keys, averaged over the heads.
+    parameters, device and mode. Similarity is that of the keys, averaged over the heads. Hooks act as without
+    fusion, and so do layers that replace others: all but the blocks and their attentions, which are computed here.
 
     Args:
         vit: ViT, DeiT and their kin, with a class token or without, a distillation token, registers, layer scale, norms
@@ -323,12 +367,13 @@ def _check_vit(vit: Any) -> None:
             f"{type(vit).__name__} is no timm VisionTransformer; allowed: the ViT and DeiT models that "
             "timm.list_models(module='vision_transformer') and timm.list_models(module='deit') name"
         )
-    for index, block in enumerate(vit.blocks):
-        # Not isinstance: what a subclass adds would be left out.
-        if type(block) is not Block:
-            raise ConfigError(f"block {index} is a {type(block).__name__}; allowed: timm's Block, attention then MLP")
-        if type(block.attn) is not Attention:
-            raise ConfigError(f"block {index} attends by {type(block.attn).__name__}; allowed: timm's Attention")
+    kind = type(vit)
+    if kind.forward is not VisionTransformer.forward or kind.forward_features is not VisionTransformer.forward_features:
+        raise ConfigError(
+            f"{kind.__name__} has a forward or forward_features of its own, which fusion would leave out; allowed: "
+            "those of timm's VisionTransformer"
+        )
+    _check_forward("the transformer", vit)
     if vit.global_pool not in _POOLS:
         raise ConfigError(
             f"the transformer pools by global_pool={vit.global_pool!r}, which counts tokens and not patches; "
@@ -340,6 +385,26 @@ def _check_vit(vit: Any) -> None:
         raise ConfigError(
             "the transformer takes images of any size (dynamic_img_size), a schedule is for one; "
             "create it with img_size instead"
+        )
+
+
+def _check_parts(vit: VisionTransformer) -> None:
+    """Raise ConfigError for blocks and attentions that compute something else than is computed here."""
+    for index, block in enumerate(vit.blocks):
+        # Not isinstance: what a subclass adds would be left out.
+        if type(block) is not Block:
+            raise ConfigError(f"block {index} is a {type(block).__name__}; allowed: timm's Block, attention then MLP")
+        if type(block.attn) is not Attention:
+            raise ConfigError(f"block {index} attends by {type(block.attn).__name__}; allowed: timm's Attention")
+        _check_forward(f"block {index}", block)
+        _check_forward(f"the attention of block {index}", block.attn)
+
+
+def _check_forward(name: str, module: nn.Module) -> None:
+    if has_own_forward(module):
+        raise ConfigError(
+            f"{name} had its forward replaced, which fusion would leave out; allowed: hooks, and other layers in the "
+            "places of its layers. Undo it by: del module.forward"
         )
 
 

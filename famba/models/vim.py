@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -97,18 +97,23 @@ class VimBlock(nn.Module):
 
         `choose`, where given, is shown what similarity is measured on, and says what r is this once.
         """
-        normed, residual = self.norm(hidden, residual)
+        normed, stream = self.norm(hidden, residual)
         if choose is None and not self.fusion.r:
-            return self.mixer(normed), residual, tokens, None
-        before = self.fusion.place == "before_mixer"
-        metric = normed if before else self.mixer.scan(normed)
-        r = self.fusion.r if choose is None else choose(metric, tokens.cls)
+            return self.mixer(normed), stream, tokens, None
         token_map = None
-        if r:
+
+        def fuse(metric: Tensor) -> Tensor:
+            nonlocal stream, tokens, token_map
+            r = self.fusion.r if choose is None else choose(metric, tokens.cls)
+            if not r:
+                return metric
             token_map = match(metric, r, tokens.cls, self.fusion.order, tokens.sizes, self.fusion.mode)
-            metric, residual = token_map.fuse(metric, tokens.sizes), token_map.fuse(residual, tokens.sizes)
+            metric, stream = token_map.fuse(metric, tokens.sizes), token_map.fuse(stream, tokens.sizes)
             tokens = self._fused(tokens, token_map)
-        return (self.mixer if before else self.mixer.out_proj)(metric), residual, tokens, token_map
+            return metric
+
+        mixed = self.mixer(fuse(normed)) if self.fusion.place == "before_mixer" else self.mixer(normed, fuse)
+        return mixed, stream, tokens, token_map
 
     def _fused(self, tokens: Tokens, token_map: TokenMap) -> Tokens:
         # At the head the class token stays where it is in either order: a place known beforehand is cheaper.
@@ -275,6 +280,17 @@ class Vim(FusedNetwork):
     def no_weight_decay(self) -> set[str]:
         """Parameters that the released recipe does not decay, besides the one-dimensional ones."""
         return {"pos_embed", "cls_token"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return patterns of parameter names, as timm's models have them: the stem, then layer by layer.
+
+        The final norm goes with the last layer. `coarse` changes nothing, since there are no stages.
+        """
+        return {
+            "stem": r"^cls_token|^pos_embed|^patch_embed",
+            "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],  # in the group before it
+        }
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

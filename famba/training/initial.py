@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from famba.errors import CheckpointError, ConfigError, near_miss
-from famba.models import FusedNetwork, Vim
-from famba.models.checkpoints import check_weights, load_weights, read_file, saved_cls_position, weights_in
+from famba.models import FusedNetwork
+from famba.models.checkpoints import Origin, check_weights, load_weights, read_file, saved_origin, weights_in
 from famba.models.registered import weights_folder
 from famba.training.config import RunConfig
 from famba.training.run_folder import RunFolder, finished_weights
@@ -33,14 +33,14 @@ _log = logging.getLogger(__name__)
 class Initial:
     """Weights as a file has them, by name.
 
-    given: as configured. file: where they were found. cls_position: where their class token stands. classes: names of
-    the classes that they tell apart. Both are None where nothing says them.
+    given: as configured. file: where they were found. origin: what the file says of the network that they are of.
+    classes: names of the classes that they tell apart, None where nothing says them.
     """
 
     given: str
     file: Path
     weights: dict[str, Any]
-    cls_position: str | None
+    origin: Origin
     classes: tuple[str, ...] | None
 
 
@@ -59,7 +59,7 @@ def read_initial(given: str) -> Initial:
     averaged = given.startswith(AVERAGED)
     file = _find(given, averaged)
     content = read_file(file)
-    known = saved_cls_position(content, file), saved_classes(content, file)
+    known = saved_origin(content, file), saved_classes(content, file)
     if not averaged:
         return Initial(given, file, weights_in(content), *known)
     average = content.get("ema")
@@ -84,7 +84,7 @@ def check_initial(config: RunConfig, outline: FusedNetwork) -> None:
         outline,
         initial.weights,
         initial.file,
-        cls_position=initial.cls_position,
+        initial.origin,
         reset_head=_has_other_head(outline, initial.weights),
     )
 
@@ -109,10 +109,10 @@ def start_from(model: FusedNetwork, given: str, classes: tuple[str, ...] | None 
     others = _other_classes(initial, classes)
     new_head = bool(others) or _has_other_head(model, initial.weights)
     digest = weights_sha256(initial.weights)
-    load_weights(model, initial.weights, initial.file, cls_position=initial.cls_position, reset_head=new_head)
+    changes = load_weights(model, initial.weights, initial.file, initial.origin, reset_head=new_head)
     told = [
         f"weights start from {given} (SHA-256 {digest[:12]})",
-        *_changes(model, initial),
+        *changes,
         _head(model, initial, others),
     ]
     _log.info("%s", "; ".join(told))
@@ -206,25 +206,6 @@ def _shape(weights: Mapping[str, Any]) -> dict[str, object]:
         "model.d_state": rates.shape[1] if isinstance(rates, Tensor) and rates.ndim == 2 else None,
         "model.cls_position": ("a class token" if "cls_token" in weights else "none") if vim else None,
     }
-
-
-def _changes(model: FusedNetwork, initial: Initial) -> list[str]:
-    """What is not as the file has it, and where its class token is taken to stand, for a reader."""
-    own, found = model.state_dict(), initial.weights
-    changes = []
-    if isinstance(model, Vim) and model.cls_index is not None and initial.cls_position != model.cls_position:
-        changes.append(
-            f"the class token is taken to stand at {model.cls_position}, since nothing says where"
-            if initial.cls_position is None
-            else f"the class token moves from {initial.cls_position} to {model.cls_position}"
-        )
-    old, new = (_shape_of(weights, "patch_embed.proj.weight")[2:] for weights in (found, own))
-    if old != new:
-        changes.append(f"the patch embedding is resampled from {old[0]} x {old[1]} to {new[0]} x {new[1]} pixels")
-    old, new = (_shape_of(weights, "pos_embed")[1:2] for weights in (found, own))
-    if old != new:
-        changes.append(f"the position embedding is resized from {old[0]} to {new[0]} tokens")
-    return changes
 
 
 def _other_classes(initial: Initial, classes: tuple[str, ...] | None) -> list[str]:

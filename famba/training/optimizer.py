@@ -63,11 +63,25 @@ def has_fused_form(name: str) -> bool:
 def create_optimizer(model: nn.Module, config: RunConfig, fused: bool = False) -> torch.optim.Optimizer:
     """Build the optimizer; one-dimensional parameters and those of `no_weight_decay` do not decay.
 
-    Where `fused`, it is in its fused form with its learning rates on the device, as a CUDA graph needs it.
+    With layer_decay, the classifier's rate is the recipe's, and that of each layer before it is layer_decay times that
+    of the next, down to the patch embedding's (Bao et al. 2021, arXiv 2106.08254). Where `fused`, the optimizer is in
+    its fused form with its learning rates on the device, as a CUDA graph needs it.
     """
     device = next(model.parameters()).device
-    form = {"fused": True, "capturable": device.type == "cuda"} if fused else {}
-    optimizer = _create(model, config, form)
+    form: dict[str, Any] = {"fused": True, "capturable": device.type == "cuda"} if fused else {}
+    recipe = config.recipe
+    optimizer = create_optimizer_v2(
+        model,
+        opt=recipe.optimizer,
+        lr=peak_lr(config),
+        weight_decay=recipe.weight_decay,
+        layer_decay=recipe.layer_decay,
+        betas=tuple(recipe.betas),
+        eps=recipe.eps,
+        **form,
+    )
+    # The classifier's first: the rate of the first group is the one that is logged.
+    optimizer.param_groups.sort(key=lambda group: -group.get("lr_scale", 1.0))
     for group in optimizer.param_groups if fused else ():
         group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=device)
     return optimizer
@@ -91,19 +105,6 @@ def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     optimizer.load_state_dict({**saved, "param_groups": groups})
     for group, form in zip(optimizer.param_groups, own, strict=True):
         group.update(form)
-
-
-def _create(model: nn.Module, config: RunConfig, form: dict[str, Any]) -> torch.optim.Optimizer:
-    recipe = config.recipe
-    return create_optimizer_v2(
-        model,
-        opt=recipe.optimizer,
-        lr=peak_lr(config),
-        weight_decay=recipe.weight_decay,
-        betas=tuple(recipe.betas),
-        eps=recipe.eps,
-        **form,
-    )
 
 
 class LearningRate:
@@ -131,7 +132,7 @@ class LearningRate:
         )
 
     def set(self, step: int) -> float:
-        """Set the optimizer's rate for a step, counted from 0, and return it."""
+        """Set the optimizer's rates for a step, counted from 0, and return the highest, which is the recipe's."""
         if self._per_epoch:
             self._schedule.step(step // self._steps_per_epoch)
         else:

@@ -18,7 +18,7 @@ from famba.errors import CheckpointError, ConfigError, FambaError, near_miss
 from famba.fusion import schedule
 from famba.fusion.schedules import ADAPTIVE
 from famba.models import FusedNetwork
-from famba.models.checkpoints import load_weights, read_file
+from famba.models.checkpoints import Origin, load_weights, read_file
 from famba.models.networks import vim_names, vit_names
 from famba.models.registered import weights_folder
 from famba.training import checkpoint
@@ -193,7 +193,7 @@ def _built(
         scaling = augmentation(config)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}", error.argument) from error
-    load_weights(model, weights, file)
+    load_weights(model, weights, file, Origin(config.model.cls_position, model.grid_size))
     mean, std = tuple(config.data.mean), tuple(config.data.std)
     return Trained(model.eval(), config, source, model.image_size[0], mean, std, scaling, class_names)  # type: ignore[arg-type]
 

@@ -1,0 +1,298 @@
+"""Adapters, hooks, pruned and quantized layers in a Vim's mixers act as in any other module."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.parametrizations import weight_norm
+
+from famba.models import Vim, mixer
+from famba.models.mixer import VimMixer
+
+LINEAR = ("in_proj", "x_proj", "x_proj_b", "dt_proj", "dt_proj_b", "out_proj")
+CONV = ("conv1d", "conv1d_b")
+PLACES = ("before_mixer", "after_scan")
+
+
+def make(place: str = "before_mixer", **changes: Any) -> Vim:
+    torch.manual_seed(0)
+    options = {"fusion": (3, 0, 2), "fusion_weighting": "size", "num_classes": 3, "d_state": 4, **changes}
+    model = Vim(img_size=8, patch_size=2, embed_dim=16, depth=3, fusion_place=place, **options)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn_like(p)  # away from the small first values, so that each layer shows in the logits
+    return model
+
+
+def differ(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).norm() > 1e-4 * b.norm())
+
+
+def images() -> Tensor:
+    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def mixer_of(model: Vim, layer: int = 0) -> VimMixer:
+    found = model.layers[layer].mixer
+    assert isinstance(found, VimMixer)
+    return found
+
+
+class Adapter(nn.Module):
+    """A low-rank addition to a linear layer, which has the layer's weight as an attribute as those of libraries do."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+class ConvAdapter(nn.Conv1d):
+    """A convolution with a factor for each channel behind it."""
+
+    def __init__(self, base: nn.Conv1d) -> None:
+        width = base.kernel_size[0]
+        super().__init__(base.in_channels, base.out_channels, width, groups=base.groups, padding=width - 1)
+        self.load_state_dict(base.state_dict())
+        self.factor = nn.Parameter(torch.rand(base.out_channels, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.factor
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", LINEAR)
+def test_an_adapter_counts_as_if_it_were_merged(name: str, place: str) -> None:
+    model, merged = make(place), make(place)
+    for layer in range(3):
+        adapter = Adapter(getattr(mixer_of(model, layer), name))
+        setattr(mixer_of(model, layer), name, adapter)
+        with torch.no_grad():
+            getattr(mixer_of(merged, layer), name).weight += adapter.up.weight @ adapter.down.weight
+    logits = model(images())
+    torch.testing.assert_close(logits, merged(images()), rtol=1e-5, atol=5e-6)
+    assert differ(logits, make(place)(images()))
+    logits.square().sum().backward()
+    adapter = getattr(mixer_of(model), name)
+    assert adapter.up.weight.grad.abs().sum() > 0
+    assert adapter.down.weight.grad.abs().sum() > 0
+    assert adapter.base.weight.grad is None
+
+
+@pytest.mark.parametrize("name", CONV)
+def test_an_adapter_of_a_convolution_counts_as_if_it_were_merged(name: str) -> None:
+    model, merged = make(), make()
+    for layer in range(3):
+        adapter = ConvAdapter(getattr(mixer_of(model, layer), name))
+        setattr(mixer_of(model, layer), name, adapter)
+        with torch.no_grad():
+            plain = getattr(mixer_of(merged, layer), name)
+            plain.weight *= adapter.factor[:, :, None]
+            plain.bias *= adapter.factor[:, 0]
+    torch.testing.assert_close(model(images()), merged(images()), rtol=1e-5, atol=5e-6)
+    model(images()).sum().backward()
+    assert adapter.factor.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("in_proj", nn.Linear(16, 64)),
+        ("x_proj", nn.Linear(32, 9)),
+        ("out_proj", nn.Linear(32, 16)),
+        ("dt_proj", nn.Linear(1, 32, bias=False)),
+        ("conv1d", nn.Conv1d(32, 32, 4, padding=3, groups=32, bias=False)),
+        ("conv1d_b", nn.Conv1d(32, 32, 4, padding=6, groups=32, dilation=2)),
+        ("conv1d", nn.Conv1d(32, 32, 4, padding=3)),
+    ],
+    ids=[
+        "in_proj with bias",
+        "x_proj with bias",
+        "out_proj with bias",
+        "dt_proj without",
+        "conv without",
+        "dilated",
+        "full",
+    ],
+)
+def test_another_layer_of_the_same_class_is_computed_whole(name: str, layer: nn.Module) -> None:
+    model, called = make(), make()
+    for each, replacement in ((model, layer), (called, nn.Sequential(layer))):  # which is certainly called
+        setattr(mixer_of(each), name, replacement)
+    torch.testing.assert_close(model(images()), called(images()), rtol=1e-5, atol=5e-6)
+    assert differ(model(images()), make()(images()))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", [*LINEAR, *CONV])
+def test_hooks_are_called_and_change_what_they_change(name: str, place: str) -> None:
+    model = make(place)
+    before = model(images())
+    part = getattr(mixer_of(model), name)
+    seen: list[str] = []
+    handles = [
+        part.register_forward_pre_hook(lambda *_: seen.append("before")),
+        part.register_forward_hook(lambda *_: seen.append("after")),
+        part.register_full_backward_hook(lambda *_: seen.append("backward")),
+    ]
+    logits = model(images())
+    torch.testing.assert_close(logits, before, rtol=1e-5, atol=5e-6)
+    logits.sum().backward()
+    assert seen == ["before", "after", "backward"]
+    doubled = part.register_forward_hook(lambda _, given, output: 2 * output)
+    assert differ(model(images()), before)
+    for handle in (*handles, doubled):
+        handle.remove()
+    assert torch.equal(model(images()), before)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_hooks_of_the_mixer_itself_are_called(place: str) -> None:
+    model = make(place)
+    widths: list[tuple[int, ...]] = []
+    hook = mixer_of(model).register_forward_hook(lambda _, given, output: widths.append(tuple(output.shape)))
+    before = model(images())
+    assert widths == [(2, 14, 16)]
+    hook.remove()
+    mixer_of(model).register_forward_hook(lambda _, given, output: torch.zeros_like(output))
+    assert differ(model(images()), before)
+
+
+def test_a_forward_that_was_put_into_one_layer_is_called() -> None:
+    model = make()
+    part = mixer_of(model).in_proj
+    before, original = model(images()), part.forward
+    part.forward = lambda x: 3 * original(x)  # type: ignore[method-assign]
+    assert differ(model(images()), before)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_calls_agree_with_the_one_op(precision: str) -> None:
+    results = []
+    for hooked in (False, True):
+        model = make()
+        for module in model.modules():
+            if hooked and isinstance(module, nn.Linear | nn.Conv1d):
+                module.register_forward_hook(lambda *_: None)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(images())
+        logits.float().square().sum().backward()
+        results.append([logits.float().detach(), *(p.grad for p in model.parameters())])
+    for one, calls in zip(*results, strict=True):
+        error = (one - calls).norm() / one.norm().clamp(min=1e-6)
+        assert error < (1e-5 if precision == "fp32" else 5e-2)
+
+
+def test_small_steps_survive_bfloat16_where_a_layer_is_called() -> None:
+    found = []
+    for bias in (-4, -4 + 2**-8):  # as bfloat16 the same number
+        one = mixer_of(make())
+        one.in_proj.register_forward_hook(lambda *_: None)
+        for layer in (one.dt_proj, one.dt_proj_b):
+            nn.init.constant_(layer.bias, bias)
+        for skip in (one.D, one.D_b):
+            nn.init.zeros_(skip)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(one.scan(torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))))
+    assert not torch.equal(*found)
+
+
+def step(model: Vim, optimizer: torch.optim.Optimizer) -> float:
+    loss = model(images()).square().sum()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+@pytest.mark.parametrize("names", [("in_proj",), (*LINEAR, *CONV)], ids=["one", "all"])
+def test_pruned_layers_train_and_stay_pruned(names: tuple[str, ...]) -> None:
+    model = make()
+    for layer in range(3):
+        for name in names:
+            prune.l1_unstructured(getattr(mixer_of(model, layer), name), "weight", amount=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    losses = [step(model, optimizer) for _ in range(3)]
+    assert losses[0] > losses[1] > losses[2]
+    part = getattr(mixer_of(model), names[0])
+    model(images())
+    assert torch.equal(part.weight == 0, part.weight_mask == 0)
+    pruned = model(images())
+    for layer in range(3):
+        for name in names:
+            prune.remove(getattr(mixer_of(model, layer), name), "weight")
+    torch.testing.assert_close(model(images()), pruned, rtol=1e-5, atol=5e-6)
+
+
+class Halved(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+def halve(layer: nn.Module) -> None:
+    parametrize.register_parametrization(layer, "weight", Halved())
+
+
+@pytest.mark.parametrize("change", [halve, weight_norm])
+def test_parametrized_layers_train(change: Callable[[nn.Module], Any]) -> None:
+    model = make()
+    before = model(images())
+    for name in (*LINEAR, *CONV):
+        change(getattr(mixer_of(model), name))
+    assert differ(model(images()), before) == (change is halve)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    losses = [step(model, optimizer) for _ in range(3)]
+    assert losses[0] > losses[1] > losses[2]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch recommends another package
+def test_dynamically_quantized_layers_compute() -> None:
+    model = make().eval()
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert "quantized" in type(mixer_of(quantized).in_proj).__module__
+    logits, exact = quantized(images()), model(images())
+    assert not torch.equal(logits, exact)
+    assert (logits - exact).norm() < 0.2 * exact.norm()
+
+
+def test_it_is_said_once_and_with_the_layer(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixer, "_told", set())
+    model = make()
+    model(images())
+    assert not caplog.records
+    for layer in range(3):
+        mixer_of(model, layer).x_proj_b = Adapter(mixer_of(model, layer).x_proj_b)  # type: ignore[assignment]
+    model(images())
+    model(images())
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "x_proj_b of a Vim's mixer was replaced or has hooks" in caplog.text
+
+
+def test_what_torch_hooks_into_all_modules_leaves_the_one_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    one_op = mixer.bidirectional_mixer
+    monkeypatch.setattr(mixer, "bidirectional_mixer", lambda *args: (taken.append(1), one_op(*args))[1])
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        make()(images())
+    finally:
+        handle.remove()
+    assert len(taken) == 3

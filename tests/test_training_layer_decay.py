@@ -1,0 +1,119 @@
+"""Learning rates that fall from the classifier to the patches, for fine-tuning."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from runs import TINY, metrics, run
+from safetensors.torch import load_file
+from timm.optim import param_groups_layer_decay
+from torch import nn
+
+from famba.models import Vim, apply_tome
+from famba.training.compose import compose
+from famba.training.config import RunConfig
+from famba.training.optimizer import LearningRate, create_optimizer
+
+DECAY = 0.5
+
+
+def configured(*overrides: str) -> RunConfig:
+    return compose([*TINY, "run_dir=unused", f"recipe.layer_decay={DECAY}", "recipe.weight_decay=0.1", *overrides])
+
+
+def vim(**changes: Any) -> Vim:
+    return Vim(img_size=8, patch_size=4, embed_dim=16, depth=3, num_classes=2, **changes)
+
+
+def transformer(name: str = "vit_micro_patch4_32", **changes: Any) -> nn.Module:
+    return timm.create_model(name, depth=3, num_classes=2, **changes)
+
+
+def depth_of(name: str) -> int:
+    """Groups between a parameter and the patches, of a network of three layers, by its name."""
+    name = name.removeprefix("vit.")
+    if name.startswith(("head", "fc_norm")):
+        return 4
+    layer = re.match(r"(?:layers|blocks)\.(\d)\.", name)
+    if layer is not None:
+        return 1 + int(layer[1])
+    return 3 if name in ("norm_f.weight", "norm.weight", "norm.bias") else 0
+
+
+NETWORKS = {
+    "vim": vim,
+    "vim with its class token in the middle": lambda: vim(cls_position="middle"),
+    "vim without class token": lambda: vim(cls_position="none"),
+    "transformer": lambda: apply_tome(transformer(), (0, 1, 1)),  # type: ignore[arg-type]
+    "distilled": lambda: apply_tome(transformer("deit_tiny_distilled_patch16_224", img_size=32), (0, 0, 0)),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_every_parameter_has_the_rate_of_its_layer(kind: str) -> None:
+    model = NETWORKS[kind]()
+    config = configured("recipe.warmup_epochs=1", "trainer.epochs=3")
+    optimizer = create_optimizer(model, config)
+    plain = create_optimizer(model, configured("recipe.layer_decay=null", "recipe.warmup_epochs=1", "trainer.epochs=3"))
+    rate, plain_rate = LearningRate(optimizer, config, 3), LearningRate(plain, config, 3)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for step in range(9):
+        top = rate.set(step)
+        assert top == pytest.approx(plain_rate.set(step)), "the logged rate is the recipe's"
+        seen = set()
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                name = names[parameter]
+                seen.add(name)
+                assert group["lr"] == pytest.approx(top * DECAY ** (4 - depth_of(name))), name
+                spared = parameter.ndim == 1 or name in model.no_weight_decay()
+                assert group["weight_decay"] == (0 if spared else 0.1), name
+        assert seen == set(names.values())
+
+
+def test_a_transformer_that_fuses_has_the_rates_that_timm_gives_it() -> None:
+    vit = transformer(qk_norm=True, init_values=0.1)
+    fused = apply_tome(vit, (0, 1, 1))  # type: ignore[arg-type]
+    scales = [
+        {
+            id(p): group["lr_scale"]
+            for group in param_groups_layer_decay(each, layer_decay=DECAY)
+            for p in group["params"]
+        }
+        for each in (vit, fused)
+    ]
+    assert scales[0] == scales[1]
+
+
+def test_a_run_moves_early_layers_less(tmp_path: Path) -> None:
+    sgd = ("recipe.optimizer=sgd", "recipe.clip_grad=null", "recipe.weight_decay=0", "recipe.warmup_epochs=0")
+    one = ("trainer.max_steps=1", *sgd)
+    run(tmp_path / "start", "trainer.max_steps=1", "recipe.lr=1e-30", "recipe.min_lr=0", *sgd)
+    run(tmp_path / "plain", *one)
+    run(tmp_path / "decayed", *one, f"recipe.layer_decay={DECAY}")
+    start, plain, decayed = (load_file(tmp_path / n / "model.safetensors") for n in ("start", "plain", "decayed"))
+    for name, share in (
+        ("head.weight", 1),
+        ("layers.1.mixer.out_proj.weight", DECAY),
+        ("layers.0.mixer.out_proj.weight", DECAY**2),
+        ("patch_embed.proj.weight", DECAY**3),
+    ):
+        moved = (decayed[name] - start[name]).norm() / (plain[name] - start[name]).norm()
+        assert moved.item() == pytest.approx(share, rel=1e-2), name
+    rates = [[line["lr"] for line in metrics(tmp_path / n) if line["kind"] == "train"] for n in ("plain", "decayed")]
+    assert rates[0] == rates[1]
+
+
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    settings = (f"recipe.layer_decay={DECAY}", "fusion=upper", "fusion.budget=4")
+    run(tmp_path / "whole", *settings)
+    run(tmp_path / "parts", *settings, "trainer.max_steps=3")
+    run(tmp_path / "parts", *settings, "trainer.max_steps=null")
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert metrics(tmp_path / "whole")[-1] == metrics(tmp_path / "parts")[-1]
