@@ -332,8 +332,8 @@ def test_mixer_runs_both_directions_in_one_call_without_turning_the_layout(stand
     assert stand_ins.conv.calls == ["fwd", "fwd", "bwd"]
 
 
-def test_mixer_keeps_u_the_projections_and_the_scans_mean(stand_ins: Extensions) -> None:
-    channels, projected = 48, 2 * 16 + 3
+def test_mixer_keeps_the_projections_and_the_scans_mean(stand_ins: Extensions) -> None:
+    channels, projected = 48, 8 + 2 * 16
 
     def kept_bytes(batch: int) -> int:
         kept: dict[int, Tensor] = {}
@@ -347,7 +347,7 @@ def test_mixer_keeps_u_the_projections_and_the_scans_mean(stand_ins: Extensions)
         return sum(t.untyped_storage().nbytes() for t in kept.values())
 
     # Of one more image, in bfloat16; x is kept too.
-    assert kept_bytes(4) - kept_bytes(3) == 2 * 65 * (24 + 2 * channels + 2 * projected)
+    assert kept_bytes(4) - kept_bytes(3) == 2 * 65 * (24 + channels + 2 * projected)
 
 
 def test_torch_accepts_the_ops(stand_ins: Extensions) -> None:
