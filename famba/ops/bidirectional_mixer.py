@@ -250,9 +250,14 @@ def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, in_weight, forward, backward, out_weight, ctx.backend = inputs
     ctx.weights = len(forward)
     ctx.save_for_backward(x, in_weight, out_weight, *forward, *backward, *output[1:])
+    # What is kept has no gradient, and none is to be filled with zeros for it in each backward.
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, dout, *_):  # type: ignore[no-untyped-def]
+    if dout is None:
+        return None, None, [None] * ctx.weights, [None] * ctx.weights, None, None
     x, in_weight, out_weight, *rest = ctx.saved_tensors
     forward, backward, kept = rest[: ctx.weights], rest[ctx.weights : 2 * ctx.weights], rest[2 * ctx.weights :]
     dx, din, dforward, dbackward, dout_weight = _mixer_backward(
