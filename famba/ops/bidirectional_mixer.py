@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from famba.errors import ConfigError
 from famba.ops.causal_conv1d import causal_conv1d
 from famba.ops.checks import check_rank, check_shapes
-from famba.ops.registry import kernels, resolve
+from famba.ops.registry import backend_of, kernels
 from famba.ops.selective_scan import scan_macs, selective_scan
 
 
@@ -101,7 +101,7 @@ def bidirectional_mixer(
     """
     _check(x, in_weight, forward, backward, out_weight)
     dtype = _product_dtype(x)
-    backend = resolve(x.device.type, dtype)
+    backend = backend_of(x, dtype)
     if not _is_fused(backend):
         return compose_mixer(x, in_weight, forward, backward, out_weight)
     return _mixer(x.to(dtype), in_weight, list(forward), list(backward), out_weight, backend)[0]

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from famba.ops.checks import check_rank, check_shapes
-from famba.ops.registry import kernels, resolve
+from famba.ops.registry import backend_of, kernels
 
 
 def selective_scan(
@@ -62,7 +62,7 @@ def selective_scan(
         z=(z, (batch, length, channels)),
         delta_bias=(delta_bias, (channels,)),
     )
-    return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, resolve(u.device.type, u.dtype))[0]
+    return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend_of(u))[0]
 
 
 @torch.library.custom_op("famba::selective_scan", mutates_args=())
