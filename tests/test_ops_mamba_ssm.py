@@ -289,6 +289,10 @@ def test_mixer_of_many_sizes(stand_ins: Extensions, sizes: tuple[int, ...]) -> N
     check_mixer(*mixer_inputs(2, 5, *sizes), 1e-5)
 
 
+def test_mixer_gives_the_extensions_addresses_that_they_read_vectors_from(stand_ins: Extensions) -> None:
+    check_mixer(*mixer_inputs(1, 128, rank=3), 1e-5)
+
+
 def test_mixer_of_more_steps_than_a_chunk_of_the_kernel(stand_ins: Extensions) -> None:
     check_mixer(*mixer_inputs(1, 2049, 3, 2, 1, 1), 1e-5)
 
