@@ -10,6 +10,7 @@ from typing import Any
 import naive
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from famba.errors import BackendError, ConfigError
 from famba.ops import (
@@ -24,12 +25,13 @@ from famba.ops import (
 )
 from famba.ops.checks import check_shapes
 
-NAMES = ["mamba_ssm", "triton", "native", "reference"]
+NAMES = ["triton", "mamba_ssm", "native", "reference"]
 
 
 @pytest.fixture(autouse=True)
 def no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_chosen", None)
+    monkeypatch.setattr(registry, "_warned", False)
     monkeypatch.delenv("FAMBA_BACKEND", raising=False)
 
 
@@ -159,6 +161,72 @@ def test_auto_passes_over_what_cannot_be_used_or_serves_another_device(
     monkeypatch.setattr(registry, "_BACKENDS", {"counted": broken, "reference": registry._BACKENDS["reference"]})
     assert registry.resolve("cpu") == "reference"
     assert registry.explain("cpu") == "reference (counted: broken)"
+
+
+def replace_gpu_backends(monkeypatch: pytest.MonkeyPatch, **obstacles: str | None) -> None:
+    """Let backends of GPUs be usable, or hindered by what is given."""
+    for name, obstacle in obstacles.items():
+        known = registry._BACKENDS[name]
+        usable = registry.Backend(known.module, known.devices, lambda obstacle=obstacle: obstacle, known.dtypes)
+        monkeypatch.setitem(registry._BACKENDS, name, usable)
+
+
+def test_auto_takes_what_is_fastest_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_gpu_backends(monkeypatch, triton=None, mamba_ssm=None)
+    assert registry.resolve("cuda", torch.bfloat16) == "triton"
+    assert registry.explain("cuda", torch.bfloat16) == "triton"
+    replace_gpu_backends(monkeypatch, triton="too old a GPU; buy another")
+    assert registry.explain("cuda", torch.bfloat16) == "mamba_ssm (triton: too old a GPU)"
+    assert registry.slow_choice("cuda", torch.bfloat16) is None
+
+
+def run_on_a_gpu_without_values(dtype: torch.dtype) -> None:
+    with FakeTensorMode():
+        x, weight = torch.empty(1, 2, 4, dtype=dtype, device="cuda"), torch.empty(4, device="cuda")
+        add_rms_norm(x, None, weight, 1e-5)
+
+
+def test_the_reference_on_a_gpu_is_warned_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    replace_gpu_backends(
+        monkeypatch, triton="the package triton is not installed; pip install triton", mamba_ssm="missing; install it"
+    )
+    registry.resolve("cuda")
+    assert not caplog.records, "a question is no use"
+    for _ in range(2):
+        run_on_a_gpu_without_values(torch.float32)
+    (warning,) = caplog.records
+    assert (warning.name, warning.levelname) == ("famba.ops.registry", "WARNING")
+    assert "hundreds of times slower" in warning.getMessage()
+    assert warning.getMessage().endswith("triton: the package triton is not installed; pip install triton")
+
+
+def test_the_reference_for_a_dtype_that_no_kernel_serves_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    replace_gpu_backends(monkeypatch, triton=None, mamba_ssm=None)
+    run_on_a_gpu_without_values(torch.float64)
+    assert "triton: serves float32 and bfloat16 and float16 alone; cast the tensors" in caplog.text
+
+
+def test_the_reference_that_was_asked_for_is_not_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    replace_gpu_backends(monkeypatch, triton="missing; install it", mamba_ssm="missing; install it")
+    with use_backend("reference"):
+        run_on_a_gpu_without_values(torch.float32)
+    run_all()
+    assert not caplog.records
+
+
+def test_the_interpreter_of_triton_is_named_where_auto_passes_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    replace_gpu_backends(monkeypatch, mamba_ssm="missing; install it")
+    if registry.backends()["triton"] is None:
+        slow = registry.slow_choice("cuda")
+        assert slow is not None
+        assert slow.endswith("triton: taken only by name where TRITON_INTERPRET=1 is set; unset it")
 
 
 def test_a_backend_for_another_device_is_refused(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -289,6 +289,10 @@ def test_mixer_of_many_sizes(stand_ins: Extensions, sizes: tuple[int, ...]) -> N
     check_mixer(*mixer_inputs(2, 5, *sizes), 1e-5)
 
 
+def test_mixer_gives_the_extensions_addresses_that_they_read_vectors_from(stand_ins: Extensions) -> None:
+    check_mixer(*mixer_inputs(1, 128, rank=3), 1e-5)
+
+
 def test_mixer_of_more_steps_than_a_chunk_of_the_kernel(stand_ins: Extensions) -> None:
     check_mixer(*mixer_inputs(1, 2049, 3, 2, 1, 1), 1e-5)
 
@@ -332,8 +336,8 @@ def test_mixer_runs_both_directions_in_one_call_without_turning_the_layout(stand
     assert stand_ins.conv.calls == ["fwd", "fwd", "bwd"]
 
 
-def test_mixer_keeps_u_the_projections_and_the_scans_mean(stand_ins: Extensions) -> None:
-    channels, projected = 48, 2 * 16 + 3
+def test_mixer_keeps_the_projections_and_the_scans_mean(stand_ins: Extensions) -> None:
+    channels, projected = 48, 8 + 2 * 16
 
     def kept_bytes(batch: int) -> int:
         kept: dict[int, Tensor] = {}
@@ -347,7 +351,7 @@ def test_mixer_keeps_u_the_projections_and_the_scans_mean(stand_ins: Extensions)
         return sum(t.untyped_storage().nbytes() for t in kept.values())
 
     # Of one more image, in bfloat16; x is kept too.
-    assert kept_bytes(4) - kept_bytes(3) == 2 * 65 * (24 + 2 * channels + 2 * projected)
+    assert kept_bytes(4) - kept_bytes(3) == 2 * 65 * (24 + channels + 2 * projected)
 
 
 def test_torch_accepts_the_ops(stand_ins: Extensions) -> None:

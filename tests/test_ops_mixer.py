@@ -184,6 +184,25 @@ def test_only_the_gradients_asked_for() -> None:
     assert all(t.grad is None for t in tensors[1:])
 
 
+class _GivesNoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        return None
+
+
+@needs_kernels
+def test_without_a_gradient_of_the_result_there_are_none() -> None:
+    tensors, _ = drawn_inputs(2, 5)
+    leaves = [t.float().requires_grad_() for t in tensors]
+    with use_backend("native"):
+        _GivesNoGradient.apply(bidirectional_mixer(*built(leaves))).sum().backward()
+    assert all(t.grad is None for t in leaves)
+
+
 def test_multiply_adds_are_those_of_the_parts() -> None:
     tensors, _ = drawn_inputs(2, 9)
     tensors = [t.float() for t in tensors]

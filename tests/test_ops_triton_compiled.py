@@ -24,6 +24,8 @@ MOST_REGISTERS = 224
 KERNELS = {
     "scan_forward",
     "scan_backward",
+    "state_sums",
+    "parameter_sums",
     "conv_forward",
     "conv_backward",
     "conv_sums",

@@ -104,6 +104,9 @@ def _choices() -> tuple[list[tuple[str, str]], bool]:
     """What serves which device, and whether the environment's choice can be followed."""
     with use_backend(registry.AUTO):
         rows = [(f"auto, {device}", registry.resolve(device)) for device in ("cpu", "cuda")]
+        slow = registry.slow_choice("cuda") if torch.cuda.is_available() else None
+    if slow is not None:
+        rows.append(("", f"WARNING: {slow}"))
     chosen = os.environ.get(registry.ENVIRONMENT_VARIABLE)
     if not chosen:
         return rows, True

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from famba.ops.checks import check_rank, check_shapes
-from famba.ops.registry import kernels, resolve
+from famba.ops.registry import backend_of, kernels
 
 
 def add_rms_norm(
@@ -33,7 +33,7 @@ def add_rms_norm(
     check_rank("add_rms_norm", "x", x, "(b, l, d)")
     shape = tuple(x.shape)
     check_shapes("add_rms_norm", "x", x=(x, shape), residual=(residual, shape), weight=(weight, (shape[2],)))
-    return _norm(x, residual, weight, eps, resolve(x.device.type, x.dtype))
+    return _norm(x, residual, weight, eps, backend_of(x))
 
 
 @torch.library.custom_op("famba::add_rms_norm", mutates_args=())

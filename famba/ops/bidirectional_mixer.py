@@ -1,8 +1,8 @@
 """Vim's mixer from its input to its output projection, as one op where a backend has it so.
 
-One autograd node keeps a third of what its parts would keep: of the inner tensors only the scans' input before the
-convolution and the small projections; the gate, the convolution, the step sizes and the states are worked out again in
-the backward, from what is there anyway.
+One autograd node keeps less than a third of what its parts would keep: of the inner tensors the small projections, and
+what else a backend finds too dear to work out again; the rest is worked out again in the backward from the tokens. The
+weights go in as they are: a backend casts them for its products, all at once.
 """
 
 # Annotations are evaluated here, not postponed: torch reads an op's schema from them.
@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from famba.errors import ConfigError
 from famba.ops.causal_conv1d import causal_conv1d
 from famba.ops.checks import check_rank, check_shapes
-from famba.ops.registry import kernels, resolve
+from famba.ops.registry import backend_of, kernels
 from famba.ops.selective_scan import scan_macs, selective_scan
 
 
@@ -41,8 +41,9 @@ class Direction(NamedTuple):
 class MixerKernels(Protocol):
     """What a backend's module provides besides `Kernels` if it has the mixer as one op.
 
-    A direction is a list in the order of `Direction`'s fields. `mixer` returns the result and five tensors for the
-    backward, of the shapes `mixer_kept_shapes`; the first three are of x's dtype, the last two float32.
+    A direction is a list in the order of `Direction`'s fields. Products are in x's dtype, weights and their gradients
+    each in a dtype of its own. `mixer` returns the result and five tensors for the backward, of the shapes
+    `mixer_kept_shapes`; the first three are of x's dtype, the last two float32.
     """
 
     @staticmethod
@@ -100,27 +101,10 @@ def bidirectional_mixer(
     """
     _check(x, in_weight, forward, backward, out_weight)
     dtype = _product_dtype(x)
-    backend = resolve(x.device.type, dtype)
+    backend = backend_of(x, dtype)
     if not _is_fused(backend):
         return compose_mixer(x, in_weight, forward, backward, out_weight)
-    in_weight, x = in_weight.to(dtype), x.to(dtype)
-    out_weight = None if out_weight is None else out_weight.to(dtype)
-    directions = [_multiplied_in(dtype, *direction) for direction in (forward, backward)]
-    return _mixer(x, in_weight, *directions, out_weight, backend)[0]
-
-
-def _multiplied_in(
-    dtype: torch.dtype,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    x_weight: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-) -> list[Tensor]:
-    """A direction's weights with those of its matrix products in a dtype; the recurrence's stay as they are."""
-    return [conv_weight, conv_bias, x_weight.to(dtype), dt_weight.to(dtype), dt_bias, A, D]
+    return _mixer(x.to(dtype), in_weight, list(forward), list(backward), out_weight, backend)[0]
 
 
 def compose_mixer(
@@ -266,9 +250,14 @@ def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, in_weight, forward, backward, out_weight, ctx.backend = inputs
     ctx.weights = len(forward)
     ctx.save_for_backward(x, in_weight, out_weight, *forward, *backward, *output[1:])
+    # What is kept has no gradient, and none is to be filled with zeros for it in each backward.
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, dout, *_):  # type: ignore[no-untyped-def]
+    if dout is None:
+        return None, None, [None] * ctx.weights, [None] * ctx.weights, None, None
     x, in_weight, out_weight, *rest = ctx.saved_tensors
     forward, backward, kept = rest[: ctx.weights], rest[ctx.weights : 2 * ctx.weights], rest[2 * ctx.weights :]
     dx, din, dforward, dbackward, dout_weight = _mixer_backward(

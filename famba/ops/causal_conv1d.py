@@ -8,7 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from famba.errors import ConfigError
 from famba.ops.checks import check_rank, check_shapes
-from famba.ops.registry import kernels, resolve
+from famba.ops.registry import backend_of, kernels
 
 
 def causal_conv1d(
@@ -48,7 +48,7 @@ def causal_conv1d(
     )
     if activation not in (None, "silu"):
         raise ConfigError(f"causal_conv1d: unknown activation {activation!r}; allowed: None, 'silu'")
-    return _conv(x, weight, bias, activation == "silu", reverse, resolve(x.device.type, x.dtype))
+    return _conv(x, weight, bias, activation == "silu", reverse, backend_of(x))
 
 
 @torch.library.custom_op("famba::causal_conv1d", mutates_args=())

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from famba.errors import ConfigError
 from famba.ops.checks import check_rank, check_shapes
-from famba.ops.registry import kernels, resolve
+from famba.ops.registry import backend_of, kernels
 
 _MOST_PLACES = 2**31 - 1
 
@@ -41,7 +41,7 @@ def fuse_tokens(
         )
     if not 0 <= length <= _MOST_PLACES:
         raise ConfigError(f"fuse_tokens: length is {length}, expected 0 to {_MOST_PLACES}")
-    return _fuse(x, places, weights.detach(), length, resolve(x.device.type, x.dtype))
+    return _fuse(x, places, weights.detach(), length, backend_of(x))
 
 
 @torch.library.custom_op("famba::fuse_tokens", mutates_args=())

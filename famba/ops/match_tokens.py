@@ -8,7 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from famba.errors import ConfigError
 from famba.ops.checks import check_rank, check_shapes
-from famba.ops.registry import kernels, resolve
+from famba.ops.registry import backend_of, kernels
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def match_tokens(
         raise ConfigError(f"match_tokens: guarded has shape {tuple(guarded.shape)}, expected (1, p) or ({batch}, p)")
     if leading and guarded is not None:
         raise ConfigError(f"match_tokens: leading is {leading} beside guarded places; expected one of the two")
-    return _match(metric, leading, guarded, sizes, r, order, resolve(metric.device.type, metric.dtype))
+    return _match(metric, leading, guarded, sizes, r, order, backend_of(metric))
 
 
 @torch.library.custom_op("famba::match_tokens", mutates_args=())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from famba.ops.native import library
 
 AUTO = "auto"
 ENVIRONMENT_VARIABLE = "FAMBA_BACKEND"
+
+_log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -111,13 +114,14 @@ _HALF = (torch.float32, torch.bfloat16, torch.float16)
 
 # In the order in which "auto" prefers them.
 _BACKENDS: dict[str, Backend] = {
-    "mamba_ssm": Backend("famba.ops.mamba_ssm.backend", ("cuda",), extensions.obstacle, _HALF),
     "triton": Backend("famba.ops.triton", ("cuda",), triton_obstacle, _HALF, triton_on_request),
+    "mamba_ssm": Backend("famba.ops.mamba_ssm.backend", ("cuda",), extensions.obstacle, _HALF),
     "native": Backend("famba.ops.native", ("cpu",), library.obstacle, dtypes=(torch.float32, torch.bfloat16)),
     "reference": Backend("famba.ops.reference", None, lambda: None),
 }
 
 _chosen: str | None = None
+_warned = False
 
 
 def backends() -> dict[str, str | None]:
@@ -128,7 +132,7 @@ def backends() -> dict[str, str | None]:
 class use_backend:  # noqa: N801 - called like a function, and a context manager as well
     """Choose the backend of all ops in this process: by itself for good, in a `with` block until its end.
 
-    name: "mamba_ssm", "triton", "native", "reference", or "auto" (the fastest usable one for a tensor's device).
+    name: "triton", "mamba_ssm", "native", "reference", or "auto" (the fastest usable one for a tensor's device).
     A `with` block takes a fresh call. Raises BackendError for an unknown name, or for a backend that cannot be
     used here, with reason and remedy.
     """
@@ -153,7 +157,7 @@ def resolve(device: str, dtype: torch.dtype = torch.float32) -> str:
 
     The choice is that of `use_backend`, else of the environment variable FAMBA_BACKEND, else "auto".
     """
-    name = _chosen if _chosen is not None else os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
+    name = _asked_for()
     if name == AUTO:
         return next(n for n, b in _BACKENDS.items() if _serves(b, device, dtype) and _obstacle(n) is None)
     _check(name)
@@ -171,26 +175,66 @@ def resolve(device: str, dtype: torch.dtype = torch.float32) -> str:
     return name
 
 
+def backend_of(x: Tensor, dtype: torch.dtype | None = None) -> str:
+    """Name the backend that runs an op on a tensor, in a dtype that may be another than the tensor's.
+
+    As `resolve` does, and warns once in a process where "auto" finds nothing but the reference for a GPU.
+    """
+    device, dtype = x.device.type, x.dtype if dtype is None else dtype
+    name = resolve(device, dtype)
+    if name == "reference" and device == "cuda":
+        _warn_if_slow(device, dtype)
+    return name
+
+
 def explain(device: str, dtype: torch.dtype = torch.float32) -> str:
     """Say in one line which backend serves a device type and dtype, and why none that "auto" would prefer does."""
     name = resolve(device, dtype)
     faster = list(_BACKENDS)[: list(_BACKENDS).index(name)]
-    reasons = {n: _reason(_BACKENDS[n], dtype) for n in faster if _serves_device(_BACKENDS[n], device)}
-    told = "; ".join(f"{n}: {reason}" for n, reason in reasons.items() if reason is not None)
+    reasons = {n: _passed_over(_BACKENDS[n], device, dtype) for n in faster}
+    told = "; ".join(f"{n}: {reason.split(';')[0]}" for n, reason in reasons.items() if reason is not None)
     return f"{name} ({told})" if told else name
 
 
-def _reason(backend: Backend, dtype: torch.dtype) -> str | None:
-    """Why a backend is passed over, in short."""
+def slow_choice(device: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Say what is wrong, and what to do, where "auto" finds nothing but the reference for a GPU; else return None."""
+    if device != "cuda" or _asked_for() != AUTO or resolve(device, dtype) != "reference":
+        return None
+    return (
+        "the ops run in plain torch (backend 'reference') on the GPU, hundreds of times slower than by Triton's "
+        f"kernels; triton: {_passed_over(_BACKENDS['triton'], device, dtype)}"
+    )
+
+
+@torch.compiler.assume_constant_result
+def _warn_if_slow(device: str, dtype: torch.dtype) -> None:
+    """Log `slow_choice` once; not traced by torch.compile, which cannot log."""
+    global _warned
+    text = slow_choice(device, dtype)
+    if text is not None and not _warned:
+        _warned = True
+        _log.warning("%s", text)
+
+
+def _passed_over(backend: Backend, device: str, dtype: torch.dtype) -> str | None:
+    """Why "auto" passes over a backend made for a device type, with the remedy behind a semicolon, or None."""
+    if backend.devices is not None and device not in backend.devices:
+        return None
     obstacle = backend.obstacle()
     if obstacle is not None:
-        return obstacle.split(";")[0]
-    return None if _serves_dtype(backend, dtype) else f"serves {_dtypes(backend)} alone"
+        return obstacle
+    if device in backend.on_request():
+        return "taken only by name where TRITON_INTERPRET=1 is set; unset it"
+    return None if _serves_dtype(backend, dtype) else f"serves {_dtypes(backend)} alone; cast the tensors"
 
 
 def kernels(name: str) -> Kernels:
     """The functions of a backend that `resolve` named."""
     return cast("Kernels", importlib.import_module(_BACKENDS[name].module))
+
+
+def _asked_for() -> str:
+    return _chosen if _chosen is not None else os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
 
 
 @torch.compiler.assume_constant_result

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from famba.ops.checks import check_rank, check_shapes
-from famba.ops.registry import kernels, resolve
+from famba.ops.registry import backend_of, kernels
 
 
 def selective_scan(
@@ -62,7 +62,7 @@ def selective_scan(
         z=(z, (batch, length, channels)),
         delta_bias=(delta_bias, (channels,)),
     )
-    return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, resolve(u.device.type, u.dtype))[0]
+    return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend_of(u))[0]
 
 
 @torch.library.custom_op("famba::selective_scan", mutates_args=())
@@ -162,10 +162,15 @@ def _scan_backward_shape(
 def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     *tensors, ctx.delta_softplus, ctx.reverse, ctx.backend = inputs
     ctx.save_for_backward(*tensors, output[1])
+    # The state has no gradient, and none is to be filled with zeros for it in each backward.
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, dy, _):  # type: ignore[no-untyped-def]
     *inputs, state = ctx.saved_tensors
+    if dy is None:
+        return (None,) * (len(inputs) + 3)
     grads = _scan_backward(dy, *inputs, ctx.delta_softplus, ctx.reverse, state, ctx.backend)
     return *(None if x is None else g for x, g in zip(inputs, grads, strict=True)), None, None, None
 

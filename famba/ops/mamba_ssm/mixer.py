@@ -16,32 +16,33 @@ from torch.nn import functional as F
 
 from famba.ops.checks import check_equal_directions
 from famba.ops.mamba_ssm import calls
+from famba.ops.products import Columns, ProductWeights, copy_each
 
 
 def mixer_kept_shapes(batch: int, length: int, channels: int, projected: int, states: int) -> list[tuple[int, ...]]:
-    """Shapes of u, of dt, B and C of both directions, of the scans' mean, of states between chunks; one is spare.
+    """Shapes of dt, B and C of both directions, of the scans' mean, and of states between chunks; two are empty.
 
     The mean is kept since to work it out again would be another scan. The rest is worked out again.
     """
-    inner = (channels, batch, length)
+    width = Columns(projected - 2 * states, states).width
     entering = calls.entering_shape(batch, length, 2 * channels, states)
-    return [inner, (2, projected, batch, length), inner, entering, (0,)]
+    return [(2, width, batch, length), (channels, batch, length), (0,), entering, (0,)]
 
 
 def mixer(
     x: Tensor, in_weight: Tensor, forward: Sequence[Tensor], backward: Sequence[Tensor], out_weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the result, and what the backward needs."""
-    weights = _Weights(forward, backward)
+    weights = _Weights(x.dtype, in_weight, forward, backward, out_weight)
     tokens = _Tokens(x)
-    u, z = (tokens.project(half) for half in in_weight.chunk(2))
+    u, z = tokens.project(weights.products.into).chunk(2)
     inner = weights.convolve(_both(u))
     projected = weights.project(inner)
     y, _, entering = calls.scan(weights.scan(inner, projected))
     mean = torch.lerp(*_directions(y.transpose(0, 1)), 0.5)
     gated = mean * F.silu(z)
-    out = tokens.rows(gated) if out_weight is None else tokens.product(gated, out_weight)
-    return out, u, projected, mean, entering, entering.new_empty(0)
+    out = tokens.rows(gated) if weights.products.out is None else tokens.product(gated, weights.products.out)
+    return out, projected, mean, x.new_empty(0), entering, entering.new_empty(0)
 
 
 def mixer_backward(
@@ -54,21 +55,34 @@ def mixer_backward(
     kept: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None]:
     """Gradients of x, in_weight, both directions' weights and out_weight, each in its input's dtype."""
-    u, projected, mean, entering, _ = kept
-    weights = _Weights(forward, backward)
-    tokens = _Tokens(x)
-    z = tokens.project(in_weight[u.shape[0] :])
+    projected, mean, _, entering, _ = kept
+    weights = _Weights(x.dtype, in_weight, forward, backward, out_weight)
+    tokens, products = _Tokens(x), weights.products
+    u, z = tokens.project(products.into).chunk(2)
     gate = F.silu(z)
-    dgated = tokens.project_rows(dout, out_weight)
-    dout_weight = None if out_weight is None else _flat(dout).t() @ (mean * gate).flatten(1).t()
-    dz = torch.ops.aten.silu_backward(dgated * mean, z)
+    dgated = tokens.project_rows(dout, products.out)
+    dxz = torch.empty(in_weight.shape[0], *x.shape[:2], dtype=x.dtype, device=x.device)
+    du, dz = dxz.chunk(2)
+    torch.ops.aten.silu_backward.grad_input(dgated * mean, z, grad_input=dz)
     dy = _both(dgated * gate / 2)
     both = _both(u)
     inner = weights.convolve(both)
     grads = calls.scan_backward(weights.scan(inner, projected), dy.transpose(0, 1), None, entering)
-    du, dforward, dbackward = weights.gradients(both, inner, projected, grads)
-    dxz = torch.cat([du, dz]).flatten(1)
-    return (dxz.t() @ in_weight).view(x.shape), dxz @ tokens.flat, dforward, dbackward, dout_weight
+    dinner, dx_weight, ddt_weight = weights.project_back(inner, projected, grads)
+    dboth, dconv_weight, dconv_bias = weights.convolve_back(both, dinner)
+    torch.add(*_directions(dboth), out=du)
+    of_products = ProductWeights(
+        into=dxz.flatten(1) @ tokens.flat,
+        x=dx_weight,
+        dt=ddt_weight,
+        out=None if out_weight is None else _flat(dout).t() @ (mean * gate).flatten(1).t(),
+    )
+    din_weight, *of_projections, dout_weight = of_products.as_given(in_weight, forward, backward, out_weight)
+    others = weights.unstacked(dconv_weight, dconv_bias, grads.delta_bias, grads.A, grads.D)
+    dforward, dbackward = (
+        [*side[:2], *projections, *side[2:]] for side, projections in zip(others, of_projections, strict=True)
+    )
+    return (dxz.flatten(1).t() @ products.into).view(x.shape), din_weight, dforward, dbackward, dout_weight
 
 
 class _Tokens:
@@ -103,14 +117,22 @@ class _Tokens:
 class _Weights:
     """The weights of both directions, stacked as the extensions and the products of both take them."""
 
-    def __init__(self, forward: Sequence[Tensor], backward: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        in_weight: Tensor,
+        forward: Sequence[Tensor],
+        backward: Sequence[Tensor],
+        out_weight: Tensor | None,
+    ) -> None:
         check_equal_directions("mamba_ssm", forward, backward)
-        self._dtypes = [[weight.dtype for weight in direction] for direction in (forward, backward)]
-        conv_weight, conv_bias, x_weight, dt_weight, dt_bias, A, D = zip(forward, backward, strict=True)
+        self._columns = Columns.of(forward)
+        self.products = ProductWeights.of(dtype, in_weight, forward, backward, out_weight)
+        # Without those of the products: convolution, its bias, the step sizes' bias, A and D.
+        self._others = [[*side[:2], *side[4:]] for side in (forward, backward)]
         self._conv_weight, self._conv_bias, self._dt_bias, self._A, self._D = (
-            torch.cat(pair).to(torch.float32) for pair in (conv_weight, conv_bias, dt_bias, A, D)
+            torch.cat(pair).to(torch.float32) for pair in zip(*self._others, strict=True)
         )
-        self._x_weight, self._dt_weight = torch.stack(x_weight), torch.stack(dt_weight)
 
     def convolve(self, both: Tensor) -> Tensor:
         """The scans' input from u for both directions: (2 d, b, l)."""
@@ -118,55 +140,47 @@ class _Weights:
         return y.transpose(0, 1)
 
     def project(self, inner: Tensor) -> Tensor:
-        """dt, B and C of both directions from the scans' input (2 d, b, l): (2, r + 2 n, b, l)."""
-        return torch.bmm(self._x_weight, _halves(inner)).unflatten(2, inner.shape[1:])
+        """dt, B and C of both directions, padded, from the scans' input (2 d, b, l): (2, width, b, l)."""
+        return torch.bmm(self.products.x, _halves(inner)).unflatten(2, inner.shape[1:])
 
     def scan(self, inner: Tensor, projected: Tensor) -> calls.Scan:
-        """The scan of inner (2 d, b, l) for dt, B and C (2, r + 2 n, b, l), without its gate."""
-        dt, B, C = self._split(projected)
-        delta = torch.bmm(self._dt_weight, dt.flatten(2)).view(inner.shape)
+        """The scan of inner (2 d, b, l) for dt, B and C (2, width, b, l), without its gate."""
+        dt, B, C = self._columns.split(projected, dim=1)
+        delta = torch.bmm(self.products.dt, dt.flatten(2)).view(inner.shape)
         # (2, n, b, l) as (b, 2, n, l): a group for each direction.
         B, C = (x.permute(2, 0, 1, 3) for x in (B, C))
         return calls.Scan(
             inner.transpose(0, 1), delta.transpose(0, 1), self._A, B, C, self._D, None, self._dt_bias, softplus=True
         )
 
-    def gradients(
-        self, both: Tensor, inner: Tensor, projected: Tensor, grads: calls.ScanGradients
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Gradients of u (d, b, l) and of both directions' weights, from those of the scan."""
-        dt, _, _ = self._split(projected)
-        ddelta, flat = _halves(grads.delta.transpose(0, 1)), _halves(inner)
-        ddt = torch.bmm(self._dt_weight.transpose(1, 2), ddelta).view(dt.shape)
-        dprojected = torch.cat([ddt, *(g.permute(1, 2, 0, 3) for g in (grads.B, grads.C))], dim=1).flatten(2)
-        dinner = torch.baddbmm(_halves(grads.u.transpose(0, 1)), self._x_weight.transpose(1, 2), dprojected)
-        dboth, dconv_weight, dconv_bias = calls.convolve_backward(
-            both.transpose(0, 1),
-            self._conv_weight,
-            self._conv_bias,
-            True,
-            dinner.view(inner.shape).transpose(0, 1),
-        )
-        dx_weight = torch.bmm(dprojected, flat.transpose(1, 2))
-        ddt_weight = torch.bmm(ddelta, dt.flatten(2).transpose(1, 2))
-        first, second = _directions(dboth.transpose(0, 1))
-        stacked = (dconv_weight, dconv_bias, dx_weight, ddt_weight, grads.delta_bias, grads.A, grads.D)
-        return first + second, *self._unstacked(stacked)
+    def project_back(
+        self, inner: Tensor, projected: Tensor, grads: calls.ScanGradients
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the scans' input (2 d, b, l), and of both product weights of the directions, from the scan's."""
+        dt, _, _ = self._columns.split(projected, dim=1)
+        ddelta, dprojected = _halves(grads.delta.transpose(0, 1)), torch.empty_like(projected)
+        ddt, dB, dC = self._columns.split(dprojected, dim=1)
+        torch.bmm(self.products.dt.mT, ddelta, out=ddt.view(2, self._columns.dt, ddelta.shape[2]))
+        for into, grad in ((dB, grads.B), (dC, grads.C)):
+            into.copy_(grad.permute(1, 2, 0, 3))
+        self._columns.clear_tail(dprojected, dim=1)
+        flat = dprojected.flatten(2)
+        dinner = torch.baddbmm(_halves(grads.u.transpose(0, 1)), self.products.x.mT, flat)
+        return dinner.view(inner.shape), torch.bmm(flat, _halves(inner).mT), torch.bmm(ddelta, dt.flatten(2).mT)
 
-    def _split(self, projected: Tensor) -> tuple[Tensor, ...]:
-        states = self._A.shape[1]
-        return projected.split([projected.shape[1] - 2 * states, states, states], dim=1)
-
-    def _unstacked(self, stacked: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
-        """Each direction's gradients, in the dtypes of its weights."""
-        halves = [
-            grad.flatten(0, 1).chunk(2) if grad.ndim == 3 else grad.chunk(2) for grad in stacked if grad is not None
-        ]
-        forward, backward = (
-            [half.to(dtype, copy=True) for half, dtype in zip(side, dtypes, strict=True)]
-            for side, dtypes in zip(zip(*halves, strict=True), self._dtypes, strict=True)
+    def convolve_back(self, both: Tensor, dinner: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gradients of u for both directions (2 d, b, l), and of the stacked convolutions' weights and biases."""
+        dboth, dweight, dbias = calls.convolve_backward(
+            both.transpose(0, 1), self._conv_weight, self._conv_bias, True, dinner.transpose(0, 1)
         )
-        return forward, backward
+        return dboth.transpose(0, 1), dweight, dbias
+
+    def unstacked(self, *stacked: Tensor | None) -> list[list[Tensor]]:
+        """Each direction's gradients of the weights that are not the products', in the dtypes of these."""
+        sides = [[torch.empty_like(w, memory_format=torch.contiguous_format) for w in side] for side in self._others]
+        halves = zip(*(grad.chunk(2) for grad in stacked if grad is not None), strict=True)
+        copy_each(pair for side, half in zip(sides, halves, strict=True) for pair in zip(side, half, strict=True))
+        return sides
 
 
 def _flat(x: Tensor) -> Tensor:

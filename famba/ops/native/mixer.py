@@ -22,7 +22,7 @@ def mixer(
     """Return the result, and what the backward needs."""
     batch, length, _ = x.shape
     channels = in_weight.shape[0] // 2
-    tokens = _flat(x.contiguous())
+    tokens, in_weight = _flat(x.contiguous()), in_weight.to(x.dtype)
     u, z = (_rows(tokens @ half.t(), x) for half in (in_weight[:channels], in_weight[channels:]))
     y, inner, delta = (torch.empty_like(u) for _ in range(3))
     projections, entering = [], []
@@ -32,7 +32,7 @@ def mixer(
         projections.append(_rows(_flat(inner) @ run.x_weight.t(), x))
         entering.append(torch.empty(scan_state_shape(batch, length, channels, run.states)))
         run.scan(projections[-1], entering[-1]).forward(y)
-    out = y if out_weight is None else _rows(_flat(y) @ out_weight.t(), x)
+    out = y if out_weight is None else _rows(_flat(y) @ out_weight.to(x.dtype).t(), x)
     return out, u, *projections, *entering  # type: ignore[return-value]
 
 
@@ -50,10 +50,11 @@ def mixer_backward(
     channels = u.shape[2]
     tokens, dout = _flat(x.contiguous()), activation(dout, x.dtype).contiguous()
     # The gate is worked out again: keeping it would cost a third more memory, its product 4 % of a step's.
-    z = _rows(tokens @ in_weight[channels:].t(), x)
+    into = in_weight.to(x.dtype)
+    z = _rows(tokens @ into[channels:].t(), x)
     dy, y = dout, None
     if out_weight is not None:
-        dy, y = _rows(_flat(dout) @ out_weight, x), torch.empty_like(u)
+        dy, y = _rows(_flat(dout) @ out_weight.to(x.dtype), x), torch.empty_like(u)
     inner, delta, dinner, ddelta = (torch.empty_like(u) for _ in range(4))
     dxz = x.new_empty(*x.shape[:2], 2 * channels)
     grads = []
@@ -61,8 +62,9 @@ def mixer_backward(
         run = _Direction(u, z, weights, bool(reverse), inner, delta)
         grads.append(run.backward(projected, state, dy, y, dinner, ddelta, dxz))
     flat = _flat(dxz)
-    dout_weight = None if y is None else _flat(dout).t() @ _flat(y)
-    return (flat @ in_weight).view(x.shape), flat.t() @ tokens, grads[0], grads[1], dout_weight
+    dout_weight = None if out_weight is None or y is None else (_flat(dout).t() @ _flat(y)).to(out_weight.dtype)
+    din_weight = (flat.t() @ tokens).to(in_weight.dtype)
+    return (flat @ into).view(x.shape), din_weight, grads[0], grads[1], dout_weight
 
 
 class _Direction:
@@ -76,7 +78,8 @@ class _Direction:
     ) -> None:
         self._u, self._z, self._weights, self._reverse = u, z, weights, reverse
         self._inner, self._delta = inner, delta
-        conv_weight, conv_bias, self.x_weight, self._dt_weight, *_ = weights
+        conv_weight, conv_bias, x_weight, dt_weight, *_ = weights
+        self.x_weight, self._dt_weight = x_weight.to(u.dtype), dt_weight.to(u.dtype)
         self.states = weights[5].shape[1]
         self._conv = ConvArguments(u, conv_weight, conv_bias, silu=True, reverse=reverse, accumulate=reverse)
 

@@ -31,7 +31,8 @@ def causal_conv1d_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of x, weight and bias, each in its input's dtype."""
-    dx, (dweight,), (dbias,) = convolve_backward(dy.unsqueeze(0), x, [weight], [bias], silu, (reverse,))
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    (dweight,), (dbias,) = convolve_backward(dy.unsqueeze(0), x, [weight], [bias], silu, (reverse,), dx)
     return dx, dweight, dbias
 
 
@@ -62,18 +63,19 @@ def convolve_backward(
     biases: Sequence[Tensor | None],
     silu: bool,
     reverses: tuple[bool, ...],
-) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-    """Gradients of x, summed over the directions, and of weights and biases, each in its input's dtype.
+    dx: Tensor,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Gradients of weights and biases, each in its input's dtype; write that of x, summed over the directions, into dx.
 
-    dys: (directions, b, l, d). One launch, and one that adds up the tiles' sums.
+    dys: (directions, b, l, d). dx: (b, l, d) of x's dtype, rows at equal distances over images too. One launch, and one
+    that adds up the tiles' sums.
     """
     batch, length, channels = x.shape
     width = weights[0].shape[1]
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dweights = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
     dbiases = [None if b is None else torch.empty_like(b, memory_format=torch.contiguous_format) for b in biases]
     if channels == 0:
-        return dx, dweights, dbiases
+        return dweights, dbiases
     tiles = batch * triton.cdiv(length, tile_steps(width))
     columns = len(weights) * (width + 1) * channels
     partials = torch.empty(tiles, columns, dtype=torch.float32, device=x.device)
@@ -83,6 +85,7 @@ def convolve_backward(
             dy=dys.to(x.dtype).contiguous(),
             dx=dx,
             partials=partials,
+            DX_ROW=dx.stride(1),
             TAPS=triton.next_power_of_2(len(weights) * (width + 1)),
             **_arguments(x, weights, biases, silu, reverses),
         )
@@ -99,7 +102,7 @@ def convolve_backward(
         DIRECTIONS=len(weights),
         BIASED=biases[0] is not None,
     )
-    return dx, dweights, dbiases
+    return dweights, dbiases
 
 
 def _arguments(
@@ -264,6 +267,7 @@ def _conv_backward(
     REVERSE2: tl.constexpr,
     BIASED: tl.constexpr,
     SILU: tl.constexpr,
+    DX_ROW: tl.constexpr,
     TAPS: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -298,8 +302,8 @@ def _conv_backward(
             if k == WIDTH - 1:
                 sums = tl.where(slot == direction * (WIDTH + 1) + WIDTH, tl.sum(grad, 0)[None, :], sums)
     inside = (step < length)[:, None] & (channel < CHANNELS)[None, :]
-    out = dx + image * length * CHANNELS
-    tl.store(out + step[:, None] * CHANNELS + channel[None, :], total.to(dx.dtype.element_ty), mask=inside)
+    out = dx + image * length * DX_ROW
+    tl.store(out + step[:, None] * DX_ROW + channel[None, :], total.to(dx.dtype.element_ty), mask=inside)
     held = (slot < DIRECTIONS * (WIDTH + 1)) & (channel < CHANNELS)[None, :]
     mine = partials + tl.program_id(0).to(tl.int64) * (DIRECTIONS * (WIDTH + 1) * CHANNELS)
     tl.store(mine + slot * CHANNELS + channel[None, :], sums, mask=held)

@@ -1,8 +1,8 @@
 """Vim's mixer by Triton kernels and torch's matrix products.
 
-Both directions share each launch of a kernel: forward 2 launches, backward 5 (the convolution and the walk over the
-states again, the scans' gradients, the convolution's and its sums). Kept are the convolution's input and what the small
-projections gave; the gate, the convolution, the step sizes and the states are worked out again.
+Both directions share each launch of a kernel and each product. Kernels are launched twice forward and 7 times backward:
+the convolution and the walk over the states again, the scans' gradients with two sums, the convolution's with one. Kept
+is what the small projections gave; all else is worked out again from the tokens.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from famba.ops.checks import check_equal_directions
+from famba.ops.products import Columns, ProductWeights
 from famba.ops.triton.conv import convolve, convolve_backward
 from famba.ops.triton.launch import activation
-from famba.ops.triton.scan import Gradients, Scans, scan, scan_backward, stack_parameters
+from famba.ops.triton.scan import Parameters, Scans, scan, scan_backward, stack_parameters
 
 _REVERSES = (False, True)
 
 
 def mixer_kept_shapes(batch: int, length: int, channels: int, projected: int, states: int) -> list[tuple[int, ...]]:
-    """Shapes of u, of dt, B and C of both directions in one tensor, and of three that hold nothing."""
-    return [(batch, length, channels), (2, batch, length, projected), *[(0,)] * 3]
+    """Shapes of dt, B and C of both directions in one tensor, padded as `Columns` says, and of four that are empty."""
+    return [(2, batch, length, Columns(projected - 2 * states, states).width), *[(0,)] * 4]
 
 
 def mixer(
@@ -30,19 +31,18 @@ def mixer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the result, and what the backward needs."""
     check_equal_directions("triton", forward, backward)
-    channels = in_weight.shape[0] // 2
-    tokens = x.reshape(-1, x.shape[2])
-    u, z = (_rows(tokens @ half.t(), x) for half in in_weight.split(channels))
-    directions = (forward, backward)
+    directions, weights = (forward, backward), ProductWeights.of(x.dtype, in_weight, forward, backward, out_weight)
+    u, z = _rows(_flat(x) @ weights.into.t(), x).chunk(2, dim=2)
     inner = _convolved(u, directions)
-    projected = u.new_empty(2, *x.shape[:2], forward[2].shape[0])
-    for inside, out, weights in zip(inner, projected, directions, strict=True):
-        torch.mm(_flat(inside), weights[2].t(), out=_flat(out))
-    y = scan(_scans(inner, projected, z, directions))
+    projected = inner.new_empty(*inner.shape[:3], weights.x.shape[1])
+    torch.bmm(_both(inner), weights.x.mT, out=_both(projected))
+    y = scan(_scans(inner, projected, z, weights, directions))
     y = y[0] + y[1]
-    out = y if out_weight is None else _rows(_flat(y) @ out_weight.t(), x)
-    nothing = (torch.empty(0, dtype=torch.float32, device=x.device) for _ in range(2))
-    return out, u, projected, u.new_empty(0), *nothing  # type: ignore[return-value]
+    out = y if weights.out is None else _rows(_flat(y) @ weights.out.t(), x)
+    nothing = [
+        torch.empty(0, dtype=dtype, device=x.device) for dtype in (x.dtype, x.dtype, torch.float32, torch.float32)
+    ]
+    return out, projected, *nothing  # type: ignore[return-value]
 
 
 def mixer_backward(
@@ -55,33 +55,45 @@ def mixer_backward(
     kept: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None]:
     """Gradients of x, in_weight, both directions' weights and out_weight, each in its input's dtype."""
-    u, projected = kept[:2]
-    directions = (forward, backward)
-    tokens, dout = x.reshape(-1, x.shape[2]), activation(dout, x.dtype)
-    flat_dout = dout.reshape(-1, dout.shape[2])
-    # The gate is worked out again: keeping it would cost a third more memory, its product 4 % of a step's.
-    z = _rows(tokens @ in_weight[u.shape[2] :].t(), x)
-    dy = dout if out_weight is None else _rows(flat_dout @ out_weight, x)
-
+    directions, weights = (forward, backward), ProductWeights.of(x.dtype, in_weight, forward, backward, out_weight)
+    projected = kept[0]
+    tokens, flat_dout = _flat(x), _flat(activation(dout, x.dtype))
+    dy = _rows(flat_dout if weights.out is None else flat_dout @ weights.out, x)
+    # Kept, u and z would take eight times the memory of `projected` in a Vim-Ti, for one product that is saved.
+    xz = tokens @ weights.into.t()
+    u, z = _rows(xz, x).chunk(2, dim=2)
     inner = _convolved(u, directions)
-    scans = _scans(inner, projected, z, directions)
-    of_scans = scan_backward(scans, dy, with_y=out_weight is not None)
-    dinner, of_projections = _projections_backward(of_scans, inner, projected, directions)
-    du, dconv_weights, dconv_biases = convolve_backward(
-        dinner, u, [w[0] for w in directions], [w[1] for w in directions], True, _REVERSES
+    scans = _scans(inner, projected, z, weights, directions)
+
+    columns, dprojected = Columns.of(forward), torch.empty_like(projected)
+    ddt, dB, dC = columns.split(dprojected)
+    of_parameters = [Parameters(w[5], w[6], w[4]).empty() for w in directions]
+    grads = scan_backward(scans, dy, dB, dC, of_parameters, with_y=weights.out is not None)
+    torch.bmm(_both(grads.delta), weights.dt, out=_both(ddt))
+    columns.clear_tail(dprojected)
+    dinner = _both(grads.u).baddbmm_(_both(dprojected), weights.x)
+
+    dxz = torch.empty_like(xz)
+    du, dz = _rows(dxz, x).chunk(2, dim=2)
+    assert grads.z is not None
+    torch.add(*grads.z, out=dz)
+    of_convolutions = convolve_backward(
+        dinner.view(inner.shape), u, [w[0] for w in directions], [w[1] for w in directions], True, _REVERSES, du
     )
 
-    assert of_scans.z is not None
-    dxz = _flat(torch.cat([du, of_scans.z[0] + of_scans.z[1]], dim=2))
-    grads = []
-    for k, weights in enumerate(directions):
-        dA, dD, dbias = of_scans.parameters(k)
-        of_direction = (dconv_weights[k], dconv_biases[k], *of_projections[k], dbias, dA, dD)
-        grads.append([g.to(w.dtype) for g, w in zip(of_direction, weights, strict=True) if g is not None])
-    dout_weight = None
-    if of_scans.y is not None:
-        dout_weight = flat_dout.t() @ _flat(of_scans.y[0] + of_scans.y[1])
-    return (dxz @ in_weight).view(x.shape), dxz.t() @ tokens, grads[0], grads[1], dout_weight
+    dt, _, _ = columns.split(projected)
+    of_products = ProductWeights(
+        into=dxz.t() @ tokens,
+        x=torch.bmm(_both(dprojected).mT, _both(inner)),
+        dt=torch.bmm(_both(grads.delta).mT, _both(dt)),
+        out=None if grads.y is None else flat_dout.t() @ _flat(grads.y[0] + grads.y[1]),
+    )
+    din_weight, *of_projections, dout_weight = of_products.as_given(in_weight, forward, backward, out_weight)
+    of_directions = [
+        [dweight, dbias, *projections, parameters.delta_bias, parameters.A, parameters.D]
+        for dweight, dbias, projections, parameters in zip(*of_convolutions, of_projections, of_parameters, strict=True)
+    ]
+    return (dxz @ weights.into).view(x.shape), din_weight, *of_directions, dout_weight  # type: ignore[return-value]
 
 
 def _convolved(u: Tensor, directions: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -89,37 +101,26 @@ def _convolved(u: Tensor, directions: Sequence[Sequence[Tensor]]) -> Tensor:
     return convolve(u, [w[0] for w in directions], [w[1] for w in directions], True, _REVERSES)
 
 
-def _scans(inner: Tensor, projected: Tensor, z: Tensor, directions: Sequence[Sequence[Tensor]]) -> Scans:
+def _scans(
+    inner: Tensor, projected: Tensor, z: Tensor, weights: ProductWeights, directions: Sequence[Sequence[Tensor]]
+) -> Scans:
     """Both scans, each of which gives half of the result; works out the step sizes."""
-    rank = directions[0][3].shape[1]
+    dt, B, C = Columns.of(directions[0]).split(projected)
     delta = torch.empty_like(inner)
-    for dt, out, weights in zip(projected[..., :rank], delta, directions, strict=True):
-        torch.mm(dt.reshape(-1, rank), weights[3].t(), out=_flat(out))
-    B, C = projected[..., rank:].chunk(2, dim=-1)
+    torch.bmm(_both(dt), weights.dt.mT, out=_both(delta))
     dt_biases, As, Ds = ([w[i] for w in directions] for i in (4, 5, 6))
     return Scans(inner, delta, B, C, z, stack_parameters(As, Ds, dt_biases), _REVERSES, scale=0.5)
 
 
-def _projections_backward(
-    grads: Gradients, inner: Tensor, projected: Tensor, directions: Sequence[Sequence[Tensor]]
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Gradients of the scans' inputs (2, b, l, d), and of x_weight and dt_weight of each direction."""
-    rank = directions[0][3].shape[1]
-    states = grads.BC.shape[3]
-    dprojected = torch.empty_like(projected)
-    dprojected[..., rank:].unflatten(3, (2, states)).copy_(grads.BC.permute(1, 2, 4, 0, 3))
-    of_weights = []
-    for k, weights in enumerate(directions):
-        ddelta, flat = _flat(grads.delta[k]), _flat(dprojected[k])
-        torch.mm(ddelta, weights[3], out=flat[:, :rank])
-        _flat(grads.u[k]).addmm_(flat, weights[2])
-        of_weights.append((flat.t() @ _flat(inner[k]), ddelta.t() @ _flat(projected[k])[:, :rank]))
-    return grads.u, of_weights
+def _both(x: Tensor) -> Tensor:
+    """View (2, b, l, c), rows at equal distances, as (2, b l, c)."""
+    # Not `flatten`, which makes a copy where it finds no view: products write here.
+    return x.view(x.shape[0], x.shape[1] * x.shape[2], x.shape[3])
 
 
 def _flat(x: Tensor) -> Tensor:
     """(b, l, c) as (b l, c)."""
-    return x.view(-1, x.shape[2])
+    return x.reshape(-1, x.shape[2])
 
 
 def _rows(flat: Tensor, like: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -60,18 +61,19 @@ def selective_scan_backward(
     state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the inputs, each in its input's dtype."""
-    grads = scan_backward(_single(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse), dy)
-    dA, dD, dbias = grads.parameters(0)
-    dB, dC = (x.squeeze(0).transpose(1, 2) for x in grads.BC)
+    scans = _single(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+    dB, dC = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (B, C))
+    of_parameters = Parameters(A, D, delta_bias).empty()
+    grads = scan_backward(scans, dy, dB.unsqueeze(0), dC.unsqueeze(0), [of_parameters])
     return (
         grads.u.squeeze(0),
         grads.delta.squeeze(0),
-        dA.to(A.dtype),
-        dB.to(B.dtype, memory_format=torch.contiguous_format, copy=True),
-        dC.to(C.dtype, memory_format=torch.contiguous_format, copy=True),
-        None if D is None else dD.to(D.dtype),
+        of_parameters.A,
+        dB,
+        dC,
+        of_parameters.D,
         None if grads.z is None else grads.z.squeeze(0),
-        None if delta_bias is None else dbias.to(delta_bias.dtype),
+        of_parameters.delta_bias,
     )
 
 
@@ -123,26 +125,33 @@ class Scans:
         }
 
 
+class Parameters(NamedTuple):
+    """What a scan reads besides activations, or the gradients of it: A (d, n), D (d,) and delta_bias (d,)."""
+
+    A: Tensor
+    D: Tensor | None
+    delta_bias: Tensor | None
+
+    def empty(self) -> Parameters:
+        """Memory for their gradients, in their dtypes."""
+        A, D, delta_bias = (
+            None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in self
+        )
+        assert A is not None
+        return Parameters(A, D, delta_bias)
+
+
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients of k scans.
+    """Gradients of k scans, all (k, b, l, d) and in their inputs' dtypes; z's is None without a gate.
 
-    u and delta (k, b, l, d), z (k, b, l, d) or None: in their inputs' dtypes. BC: of B and C (2, k, b, n, l), partials:
-    image by image of the parameters (k, b, n + 2, d), both float32. y: the scans' result again, where it was asked for.
+    y: the scans' result again, where it was asked for.
     """
 
     u: Tensor
     delta: Tensor
     z: Tensor | None
-    BC: Tensor
-    partials: Tensor
     y: Tensor | None
-
-    def parameters(self, direction: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of A (d, n), D (d,) and delta_bias (d,), float32, each in memory of its own."""
-        partials = self.partials[direction]
-        dA = partials[:, :-2].sum(0).t().contiguous()
-        return dA, partials[:, -2].sum(0), partials[:, -1].sum(0)
 
 
 def stack_parameters(As: Sequence[Tensor], Ds: Sequence[Tensor | None], biases: Sequence[Tensor | None]) -> Tensor:
@@ -164,8 +173,14 @@ def scan(scans: Scans) -> Tensor:
     return y
 
 
-def scan_backward(scans: Scans, dy: Tensor, with_y: bool = False) -> Gradients:
-    """Gradients for dy (b, l, d), which all results share, in two launches and a sum."""
+def scan_backward(
+    scans: Scans, dy: Tensor, dB: Tensor, dC: Tensor, of_parameters: Sequence[Parameters], with_y: bool = False
+) -> Gradients:
+    """Gradients for dy (b, l, d), which all results share, in four launches.
+
+    Those of B and C are written into dB and dC, (k, b, l, n) with rows as `Scans` wants them, and those of the
+    parameters into the contiguous tensors `of_parameters`, for each scan; all of any dtypes.
+    """
     directions, batch, length, channels = scans.u.shape
     states = scans.B.shape[3]
     dy = activation(dy, dy.dtype)
@@ -178,13 +193,15 @@ def scan_backward(scans: Scans, dy: Tensor, with_y: bool = False) -> Gradients:
     dz = None
     if scans.z is not None:
         dz = torch.empty(scans.u.shape, dtype=scans.z.dtype, device=scans.u.device)
-    partials = floats(directions, batch, states + 2, channels)
     if scans.u.numel() == 0:
-        return Gradients(du, ddelta, dz, floats(2, directions, batch, states, length).zero_(), partials.zero_(), y)
+        for grad in (dB, dC, *(x for parameters in of_parameters for x in parameters if x is not None)):
+            grad.zero_()
+        return Gradients(du, ddelta, dz, y)
 
     blocks = triton.cdiv(channels, _BLOCK)
     entering = floats(directions, batch, triton.cdiv(length, _TILE), states, channels)
-    carried, dBC = floats(directions, batch, states, channels), floats(blocks, 2, directions, batch, states, length)
+    carried, partials = floats(directions, batch, states, channels), floats(directions, batch, states + 2, channels)
+    dBC = floats(blocks, 2, directions, batch, states, length)
     _walk(scans, y=y, dy=dy, dz=dz, entering=entering)
     scan_kernels.scan_backward.launch(
         lambda constants: (batch * blocks, directions),
@@ -200,7 +217,36 @@ def scan_backward(scans: Scans, dy: Tensor, with_y: bool = False) -> Gradients:
         BLOCK=_BLOCK,
         **scans.arguments(),
     )
-    return Gradients(du, ddelta, dz, dBC.sum(0), partials, y)
+    scan_kernels.state_sums.launch(
+        lambda constants: (directions * batch * triton.cdiv(length, constants["BLOCK"]), 2),
+        dBC=dBC,
+        dB=dB,
+        dC=dC,
+        blocks=blocks,
+        sequences=directions * batch,
+        length=length,
+        STATES=states,
+        B_ROW=dB.stride(2),
+        C_ROW=dC.stride(2),
+        BLOCK_STATES=triton.next_power_of_2(max(1, states)),
+    )
+    first, last = of_parameters[0], of_parameters[-1]
+    scan_kernels.parameter_sums.launch(
+        lambda constants: ((states + 2) * triton.cdiv(channels, constants["BLOCK"]), directions),
+        partials=partials,
+        dA=first.A,
+        dD=first.D,
+        dbias=first.delta_bias,
+        dA2=last.A,
+        dD2=last.D,
+        dbias2=last.delta_bias,
+        batch=batch,
+        CHANNELS=channels,
+        STATES=states,
+        SKIP=first.D is not None,
+        BIASED=first.delta_bias is not None,
+    )
+    return Gradients(du, ddelta, dz, y)
 
 
 def _walk(

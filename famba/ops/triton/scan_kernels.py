@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from famba.ops.triton.launch import Configuration, kernel
+from famba.ops.triton.sums import column_sums
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -295,3 +296,88 @@ def scan_backward(
         tl.debug_barrier()
     tl.store(partials + STATES * channels, total_skip, mask=held)
     tl.store(partials + (STATES + 1) * channels, total_bias, mask=held)
+
+
+@kernel([Configuration({"BLOCK": 64}, warps=4)])
+def state_sums(
+    dBC,
+    dB,
+    dC,
+    blocks,
+    sequences,
+    length,
+    STATES: tl.constexpr,
+    B_ROW: tl.constexpr,
+    C_ROW: tl.constexpr,
+    BLOCK_STATES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add up the gradients of B and C over the blocks of channels, and turn them from (n, l) to (l, n)."""
+    tiles = tl.cdiv(length, BLOCK)
+    sequence = (tl.program_id(0) // tiles).to(tl.int64)
+    step = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    state = tl.arange(0, BLOCK_STATES)
+    inside = (step < length)[:, None] & (state < STATES)[None, :]
+    place = state[None, :] * length + step[:, None]
+    total = tl.zeros([BLOCK, BLOCK_STATES], tl.float32)
+    for block in range(blocks):
+        part = (sequence * 0 + block * 2 + tl.program_id(1)) * sequences + sequence
+        total += tl.load(dBC + part * STATES * length + place, mask=inside, other=0.0)
+    row = sequence * length + step[:, None]
+    if tl.program_id(1) == 0:
+        tl.store(dB + row * B_ROW + state[None, :], total.to(dB.dtype.element_ty), mask=inside)
+    else:
+        tl.store(dC + row * C_ROW + state[None, :], total.to(dC.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _store_parameters(
+    dA,
+    dD,
+    dbias,
+    total,
+    row,
+    channel,
+    CHANNELS: tl.constexpr,
+    STATES: tl.constexpr,
+    SKIP: tl.constexpr,
+    BIASED: tl.constexpr,
+):
+    """Write sums of the rows of `parameters` where the gradients of A (d, n), D and delta_bias (d,) lie."""
+    held = channel < CHANNELS
+    tl.store(dA + channel * STATES + row, total.to(dA.dtype.element_ty), mask=held & (row < STATES))
+    if SKIP:
+        tl.store(dD + channel, total.to(dD.dtype.element_ty), mask=held & (row == STATES))
+    if BIASED:
+        tl.store(dbias + channel, total.to(dbias.dtype.element_ty), mask=held & (row == STATES + 1))
+
+
+@kernel([Configuration({"BLOCK": 32, "BLOCK_ROWS": 32}, warps=4)])
+def parameter_sums(
+    partials,
+    dA,
+    dD,
+    dbias,
+    dA2,
+    dD2,
+    dbias2,
+    batch,
+    CHANNELS: tl.constexpr,
+    STATES: tl.constexpr,
+    SKIP: tl.constexpr,
+    BIASED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Add up the parameters' gradients over the images, a row of `parameters` and a block of channels to a program."""
+    COLUMNS: tl.constexpr = (STATES + 2) * CHANNELS
+    blocks: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
+    row = tl.program_id(0) // blocks
+    channel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    column = row * CHANNELS + channel
+    mine = partials + tl.program_id(1).to(tl.int64) * batch * COLUMNS
+    total = column_sums(mine, batch, column, channel < CHANNELS, COLUMNS, BLOCK_ROWS, BLOCK)
+    if tl.program_id(1) == 0:
+        _store_parameters(dA, dD, dbias, total, row, channel, CHANNELS, STATES, SKIP, BIASED)
+    else:
+        _store_parameters(dA2, dD2, dbias2, total, row, channel, CHANNELS, STATES, SKIP, BIASED)
