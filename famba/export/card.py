@@ -64,9 +64,9 @@ def _title(description: Description) -> str:
 
 
 def _use(description: Description) -> str:
-    lines = ["import timm", "import famba  # registers the network with timm"]
+    lines = ["import PIL.Image"] if description.trained.reading.colour is None else []
     if isinstance(description.model, ToMe):
-        lines = ["import json", "from pathlib import Path", "import timm", "import famba"]
+        lines += ["import json", "from pathlib import Path", "import timm", "import famba", "import famba.data"]
         lines += [
             "",
             'vit = timm.create_model("local-dir:FOLDER", pretrained=True).eval()',
@@ -75,10 +75,16 @@ def _use(description: Description) -> str:
             'model = famba.models.apply_tome(vit, fusion["schedule"], **ways)',
         ]
     else:
+        lines += ["import timm", "import famba  # registers the network with timm", "import famba.data"]
         lines += ["", 'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()']
     described = "vit" if isinstance(description.model, ToMe) else "model"
     lines.append(f"transform = timm.data.create_transform(**timm.data.resolve_model_data_config({described}))")
-    lines.append('logits = model(transform(image.convert("RGB")).unsqueeze(0))  # image: a PIL image')
+    reading = description.trained.reading
+    if reading.colour is None:
+        lines.append('image = PIL.Image.open("IMAGE").convert("RGB")  # as in training')
+    else:
+        lines.append(f'image = famba.data.open_image("IMAGE", background="{reading.background}")  # upright, in RGB')
+    lines.append("logits = model(transform(image).unsqueeze(0))")
     return "## Use\n\n```python\n" + "\n".join(lines) + "\n```"
 
 
