@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import gc
 import io
+import struct
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from famba.data import ArraySource, Source, Splits, SubsetSource, load_splits, take
+from famba.data import LOADERS, ArraySource, Source, Splits, SubsetSource, labels_of, load_splits, take
+from famba.data.draws import Stream, permutation
 from famba.errors import ConfigError, DataError
 
 PIXELS, LABELS = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
@@ -82,15 +83,71 @@ def test_an_unknown_name_gets_a_near_miss() -> None:
         load("digit")
 
 
-def test_subset_takes_the_first_images_and_names_the_largest() -> None:
-    whole, part = load("digits").train, load("digits", subset=100).train
-    assert isinstance(whole, ArraySource)
-    assert isinstance(part, ArraySource)
-    assert torch.equal(part.images, whole.images[:100])
-    assert torch.equal(part.labels, whole.labels[:100])
+def test_the_largest_subset_is_named() -> None:
     for wrong in (0, 1438):
         with pytest.raises(ConfigError, match="from 1 to the 1437"):
             load("digits", subset=wrong)
+
+
+def counts(source: Any) -> list[int]:
+    return np.bincount(labels_of(source), minlength=source.num_classes).tolist()
+
+
+def write_mnist(root: Path, training: list[int]) -> None:
+    """Write MNIST's files with these labels; the red of an image is its number."""
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, labels in (("train", training), ("t10k", [0, 1])):
+        header = struct.pack(">IIII", 2051, len(labels), 28, 28)
+        images = b"".join(bytes([number]) * 28 * 28 for number in range(len(labels)))
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, len(labels)) + bytes(labels))
+
+
+@pytest.fixture(params=["folder", "tar", "digits", "arrays", "torch/mnist"])
+def uneven(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that loads a data set of each kind, with a class twice as large as the next."""
+    kind = request.param
+    sizes = {0: 40, 1: 20, 2: 10, 3: 10}
+    labels = [number for number, size in sizes.items() for _ in range(size)]
+    for part in ("train", "val"):
+        for number, size in sizes.items():
+            write_folder(tmp_path / part, (str(number),), size)
+        with tarfile.open(tmp_path / f"{part}.tar", "w") as tar:
+            tar.add(tmp_path / part, "")
+    write_mnist(tmp_path, labels)
+    images = torch.arange(80, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
+    source = ArraySource(images, torch.tensor(labels), 4)
+    monkeypatch.setitem(LOADERS, "arrays", lambda root, num_classes: Splits(source, None, source))
+    where = None if kind in ("digits", "arrays") else tmp_path
+    return lambda **changes: load(kind, where, **changes)
+
+
+def test_a_subset_has_every_class_in_proportion(uneven: Any) -> None:
+    whole = np.array(counts(uneven().train))
+    before: set[bytes] = set()
+    for images in (8, 20, 40, 79):
+        part = uneven(subset=images).train
+        assert len(part) == images
+        assert np.abs(counts(part) - whole * images / whole.sum()).max() <= 1
+        chosen = {np.asarray(part.image(index)).tobytes() + bytes([part.label(index)]) for index in range(images)}
+        assert before <= chosen, "a smaller subset lies in a larger one"
+        before = chosen
+
+
+def test_every_class_is_in_proportion_where_images_are_held_out(uneven: Any) -> None:
+    whole = np.array(counts(uneven().train))
+    splits = uneven(val_fraction=0.1)
+    assert np.abs(counts(splits.validation) - whole * 0.1).max() <= 1
+    assert (np.array(counts(splits.train)) + counts(splits.validation) == whole).all()
+
+
+def test_subset_and_held_out_images_of_version_1_are_those_that_they_were() -> None:
+    whole, splits = load("digits").train, load("digits", subset=100, val_fraction=0.2, version=1)
+    assert isinstance(whole, ArraySource)
+    held = permutation(Stream.SPLIT, 0, 0, 100)[:20]
+    assert isinstance(splits.validation, ArraySource)
+    assert torch.equal(splits.validation.images, whole.images[torch.from_numpy(np.sort(held))])
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0])
@@ -180,7 +237,8 @@ def test_subset_and_val_fraction_of_a_folder(tmp_path: Path) -> None:
     write_folder(tmp_path / "train")
     write_folder(tmp_path / "val", count=1)
     splits = load("folder", tmp_path, subset=4, val_fraction=0.5)
-    assert sorted(red(splits.train) + red(splits.validation)) == [0, 1, 2, 100]
+    assert counts(splits.train) == counts(splits.validation) == [1, 1]
+    assert sorted(red(splits.train) + red(splits.validation)) == red(load("folder", tmp_path, subset=4).train)
 
 
 @pytest.mark.parametrize("damage", [b"", b"no image at all", None])
@@ -226,7 +284,6 @@ def test_the_number_of_classes_must_be_that_of_the_folder(tmp_path: Path) -> Non
         load("folder", tmp_path, num_classes=3)
 
 
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm keeps its tar files open
 def test_tar_files_are_read_like_folders(tmp_path: Path) -> None:
     write_tar(tmp_path / "train.tar")
     write_tar(tmp_path / "val.tar", count=1)
@@ -234,8 +291,6 @@ def test_tar_files_are_read_like_folders(tmp_path: Path) -> None:
     assert red(splits.train) == [0, 1, 100, 101]
     assert [label(splits.train, i) for i in range(4)] == [0, 0, 1, 1]
     assert len(splits.test) == 2
-    del splits
-    gc.collect()
 
 
 def test_a_tar_file_that_is_none_is_named(tmp_path: Path) -> None:
@@ -252,7 +307,7 @@ def test_names_of_timm_with_random_access(tmp_path: Path) -> None:
     assert red(splits.train) == [0, 1, 2, 100, 101, 102]
     assert [label(splits.test, i) for i in range(2)] == [0, 1]
     (tmp_path / "train" / "dog" / "0.png").write_bytes(b"broken")
-    with pytest.raises(DataError, match="image 3: not a readable image"):
+    with pytest.raises(DataError, match=r"dog/0\.png: not a readable image"):
         red(splits.train)
     with pytest.raises(ConfigError, match="num_classes is 7"):
         load("torch/image_folder", tmp_path, num_classes=7)
