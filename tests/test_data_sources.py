@@ -4,6 +4,7 @@ import io
 import struct
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
-from famba.data import LOADERS, ArraySource, Source, Splits, SubsetSource, labels_of, load_splits, take
+from famba.data import LOADERS, ArraySource, Source, Splits, SubsetSource, labels_of, load_splits, named, sample, take
 from famba.data.draws import Stream, permutation
 from famba.errors import ConfigError, DataError
 
@@ -329,3 +331,70 @@ def test_names_that_timm_cannot_open(tmp_path: Path, name: str, error: type[Exce
 def test_torchvision_needs_a_folder() -> None:
     with pytest.raises(ConfigError, match=r"needs data\.root"):
         load("torch/cifar10")
+
+
+def test_data_sets_of_torchvision_tell_their_classes_and_are_read_upright(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_mnist(tmp_path, [0, 1])
+    assert load("torch/mnist", tmp_path).classes is not None
+    write_folder(tmp_path / "images", ("cat", "dog"), 1)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGBA", (10, 8)).save(tmp_path / "images" / "dog" / "0.png", exif=exif)
+    # Stands for torch/imagenet, which is a folder too, and gives several names for a class.
+    found = ImageFolder(str(tmp_path / "images"))
+    found.classes = [("cat", "tom"), ("dog",)]
+    monkeypatch.setattr(named, "create_dataset", lambda *arguments, **options: found)
+    splits = load("torch/imagenet", tmp_path, background="#0000ff")
+    assert splits.classes == ("cat, tom", "dog")
+    dog = splits.train.image(1)  # type: ignore[union-attr]
+    assert (dog.size, dog.getpixel((0, 0))) == ((8, 10), (0, 0, 255))
+    (tmp_path / "images" / "dog" / "0.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"dog/0\.png: not a readable image"):
+        splits.train.image(1)  # type: ignore[union-attr]
+
+
+def test_parts_of_a_named_data_set_with_other_class_numbers_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create(name: str, root: str, split: str, **options: Any) -> Any:
+        numbers = {"cat": 0, "dog": 1} if split == "train" else {"dog": 0, "cat": 1}
+        return SimpleNamespace(reader=SimpleNamespace(class_to_idx=numbers))
+
+    monkeypatch.setattr(named, "create_dataset", create)
+    with pytest.raises(DataError, match="class 0 is 'cat' in training and 'dog' in 'validation'"):
+        load("hfds/somebody/pets", tmp_path)
+
+
+def test_the_split_that_is_tested_on_is_said_where_others_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def create(name: str, root: str, split: str, **options: Any) -> Any:
+        if split not in ("train", "valid"):
+            raise ValueError(f"no {split}")
+        return SimpleNamespace(reader=SimpleNamespace(class_to_idx={"cat": 0, "dog": 1}))
+
+    monkeypatch.setattr(named, "create_dataset", create)
+    load("hfds/somebody/pets", tmp_path)
+    assert "split 'valid' is the test set, since others cannot be opened: validation: no validation" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"background": "wite"}, "background 'wite' is no colour.*did you mean 'white'"),
+        ({"background": "black", "version": 1}, "version 1 drops transparency"),
+        ({"version": 3}, "version is 3; allowed: 2, or 1"),
+    ],
+)
+def test_ways_of_reading_that_do_not_exist_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load("digits", **options)
+
+
+def test_a_sample_does_not_follow_the_order_of_the_images() -> None:
+    images = torch.arange(100, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
+    in_turn = ArraySource(images, torch.arange(100) % 10, 10)
+    assert counts(sample(in_turn, 20, version=2)) == [2] * 10
+    assert red(sample(in_turn, 20, version=1)) == list(range(0, 100, 5))

@@ -6,6 +6,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from famba.data import Reading
 from famba.export.description import Description, ways
 from famba.models.tome import ToMe
 
@@ -64,9 +65,9 @@ def _title(description: Description) -> str:
 
 
 def _use(description: Description) -> str:
-    lines = ["import PIL.Image"] if description.trained.reading.colour is None else []
+    lines = ["import timm", "import famba  # registers the network with timm"]
     if isinstance(description.model, ToMe):
-        lines += ["import json", "from pathlib import Path", "import timm", "import famba", "import famba.data"]
+        lines = ["import json", "from pathlib import Path", "import timm", "import famba"]
         lines += [
             "",
             'vit = timm.create_model("local-dir:FOLDER", pretrained=True).eval()',
@@ -75,17 +76,20 @@ def _use(description: Description) -> str:
             'model = famba.models.apply_tome(vit, fusion["schedule"], **ways)',
         ]
     else:
-        lines += ["import timm", "import famba  # registers the network with timm", "import famba.data"]
         lines += ["", 'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()']
     described = "vit" if isinstance(description.model, ToMe) else "model"
     lines.append(f"transform = timm.data.create_transform(**timm.data.resolve_model_data_config({described}))")
-    reading = description.trained.reading
-    if reading.colour is None:
-        lines.append('image = PIL.Image.open("IMAGE").convert("RGB")  # as in training')
-    else:
-        lines.append(f'image = famba.data.open_image("IMAGE", background="{reading.background}")  # upright, in RGB')
-    lines.append("logits = model(transform(image).unsqueeze(0))")
+    imported, opened = _opening(description.trained.reading)
+    lines.insert(lines.index(""), imported)
+    lines.append(f"logits = model(transform({opened}).unsqueeze(0))")
     return "## Use\n\n```python\n" + "\n".join(lines) + "\n```"
+
+
+def _opening(reading: Reading) -> tuple[str, str]:
+    """Return an import and an expression that read an image file as in training."""
+    if reading.colour is None:
+        return "from PIL import Image", 'Image.open("IMAGE").convert("RGB")'
+    return "from famba.data import open_image", f'open_image("IMAGE", background="{reading.background}")'
 
 
 def _fusion(description: Description) -> str:
