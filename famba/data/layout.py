@@ -103,10 +103,14 @@ def checked(part: Part, found: Found) -> Part:
             f"{part.path}: images must lie in one folder for each class, but some lie outside: "
             f"{listed('image', strays)}."
         )
-    if found.hidden:
-        _log.info("%s: not looked at: %s", part.path, listed("hidden name", found.hidden))
+    left_out = []
     if found.skipped:
-        _log.warning("%s: skipped %s, not of a kind that Pillow reads", part.path, listed("file", found.skipped))
+        left_out.append(f"{listed('file', found.skipped)} of kinds that Pillow does not read")
+    if found.hidden:
+        left_out.append(listed("hidden name", found.hidden))
+    if left_out:
+        # Hidden names are meant to be left out; other files may be images that are missed.
+        _log.log(logging.WARNING if found.skipped else logging.INFO, "%s: skipped %s", part.path, ", ".join(left_out))
     return part
 
 

@@ -52,7 +52,7 @@ def _colour(name: str) -> Colour:
     except ValueError:
         raise ConfigError(
             f'background {name!r} is no colour; allowed: a name such as white or black, or "#rrggbb"'
-            f"{near_miss(name, list(ImageColor.colormap))}.",
+            f"{near_miss(name, list(ImageColor.colormap))}",
             "background",
         ) from None
     return red, green, blue
