@@ -210,7 +210,7 @@ def test_names_that_are_no_text_are_read_and_said(root: Path, caplog: pytest.Log
 # Links
 
 
-def test_links_are_followed_once(root: Path) -> None:
+def test_links_are_followed_once(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(root / "elsewhere", ("3.png", "deep/4.png"))
     (root / "train" / "cat" / "more").symlink_to(root / "elsewhere")
     (root / "train" / "cat" / "again").symlink_to("../../elsewhere")
@@ -221,7 +221,9 @@ def test_links_are_followed_once(root: Path) -> None:
         load(root)
     (root / "train" / "bird").unlink()
     (root / "test" / "bird").unlink()
-    names = [name for name, label in there(load(root)) if label == "cat"]
+    with caplog.at_level(logging.INFO):
+        names = [name for name, label in there(load(root)) if label == "cat"]
+    assert "train: skipped 1 link (cat/more) to folders that were read already" in caplog.text
     assert names == ["cat/1.png", "cat/2.png", "cat/5.png", "cat/again/3.png", "cat/again/deep/4.png"]
 
 

@@ -212,7 +212,7 @@ def test_comments_do_not_matter(tmp_path: Path) -> None:
     assert pixels(tmp_path / "said.png") == CORNER.tolist()
 
 
-@pytest.mark.parametrize("background", ["wihte", "#12345", "", "12"])
+@pytest.mark.parametrize("background", ["wihte", "#12345", "#11223344", "", "12"])
 def test_a_background_that_is_no_colour_is_refused(tmp_path: Path, background: str) -> None:
     with pytest.raises(ConfigError, match="is no colour; allowed: a name such as white") as caught:
         open_image(tmp_path / "any.png", background)

@@ -36,11 +36,16 @@ class Entry(NamedTuple):
 
 @dataclass
 class Found:
-    """What a scan came across: images, files that are none, and hidden names, whose content was not looked at."""
+    """What a scan came across.
+
+    entries: images. skipped: files that are none. hidden: names whose content was not looked at. again: links to
+    folders that were read already.
+    """
 
     entries: list[Entry] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
+    again: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,8 @@ def checked(part: Part, found: Found) -> Part:
         left_out.append(f"{listed('file', found.skipped)} of kinds that Pillow does not read")
     if found.hidden:
         left_out.append(listed("hidden name", found.hidden))
+    if found.again:
+        left_out.append(f"{listed('link', found.again)} to folders that were read already")
     if left_out:
         # Hidden names are meant to be left out; other files may be images that are missed.
         _log.log(logging.WARNING if found.skipped else logging.INFO, "%s: skipped %s", part.path, ", ".join(left_out))

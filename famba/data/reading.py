@@ -48,7 +48,9 @@ class Reading:
 
 def _colour(name: str) -> Colour:
     try:
-        red, green, blue = ImageColor.getcolor(name, "RGB")  # type: ignore[misc]
+        red, green, blue, *alpha = ImageColor.getrgb(name)
+        if alpha:
+            raise ValueError("what lies behind cannot be transparent itself")
     except ValueError:
         raise ConfigError(
             f'background {name!r} is no colour; allowed: a name such as white or black, or "#rrggbb"'

@@ -82,6 +82,7 @@ class _Scan:
                     f"{path}: this is the folder {self.path / earlier} once more, by a link, so its images would be in "
                     "two classes. Remove one of them."
                 )
+            self.found.again.append(name)
             return
         for inner in self._files(name, label):
             self._folder(inner, label, {**above, identity: path})
