@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import multiprocessing
 import os
 import pickle
@@ -372,3 +373,42 @@ def test_classes_known_by_name() -> None:
     assert [num_classes_of(name) for name in names] == [100, 10, 10, None, None]
     with pytest.raises(ConfigError, match="num_classes is 10, but cifar100 has 100"):
         load("cifar100", None, num_classes=10)
+
+
+def test_classes_have_their_names_where_the_files_tell(official: tuple[Path, np.ndarray], tmp_path: Path) -> None:
+    folder, _ = official
+    assert load("cifar100", folder).classes is None
+    names = [f"class {number}" for number in range(100)]
+    (folder / "meta").write_bytes(python2_pickle({"fine_label_names": names}))
+    assert load("cifar100", folder).classes == tuple(names)
+    (folder / "meta").write_bytes(python2_pickle({"fine_label_names": names[:20]}))
+    with pytest.raises(DataError, match="meta: 'fine_label_names' does not name 100 classes"):
+        load("cifar100", folder)
+    assert load("digits", None).classes == tuple("0123456789")
+
+
+def name_classes(path: Path, label: str, names: list[str]) -> None:
+    features = {label: {"names": names, "_type": "ClassLabel"}}
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})}), path)
+
+
+def test_classes_have_their_names_in_parquet_of_the_hub(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_split(tmp_path, split, 5, 1, image="img", label="label")
+    assert load("cifar10", tmp_path).classes is None
+    names = [f"class {number}" for number in range(10)]
+    name_classes(tmp_path / "train-00000-of-00001.parquet", "label", names)
+    assert load("cifar10", tmp_path).classes == tuple(names)
+    name_classes(tmp_path / "test-00000-of-00001.parquet", "label", names[::-1])
+    with pytest.raises(DataError, match="test-00000-of-00001.parquet: names 10 classes, which are not the 10"):
+        load("cifar10", tmp_path)
+
+
+def test_transparent_images_of_parquet_have_a_background(tmp_path: Path) -> None:
+    clear = png(np.zeros((32, 32, 4), np.uint8))
+    for split in ("train", "test"):
+        write_parquet(tmp_path / f"{split}-00000-of-00001.parquet", [clear], [0])
+    for options, value in (({}, 255), ({"background": "#404040"}, 64), ({"version": 1}, 0)):
+        train = in_memory(load("cifar100", tmp_path, **options).train)  # type: ignore[arg-type]
+        assert train.images.unique().tolist() == [value]

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -180,3 +181,64 @@ def test_a_label_out_of_range_is_named(root: Path, workers: int) -> None:
 def test_a_stream_cannot_repeat_images(root: Path) -> None:
     with pytest.raises(ConfigError, match="repeats must be 1"):
         training(root, repeats=3)
+
+
+def write_mixed(folder: Path, images: dict[str, bytes]) -> None:
+    folder.mkdir()
+    with tarfile.open(folder / "all.tar", "w") as tar:
+        for number, (ending, content) in enumerate(images.items()):
+            for suffix, held in ((ending, content), ("cls", str(number).encode())):
+                info = tarfile.TarInfo(f"{number:04}.{suffix}")
+                info.size = len(held)
+                tar.addfile(info, io.BytesIO(held))
+    split = {"filenames": ["all.tar"], "shard_lengths": [len(images)], "num_samples": len(images)}
+    parts = {name: {"name": name, **split} for name in ("train", "valid")}
+    (folder / "_info.json").write_text(json.dumps({"splits": parts}))
+
+
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_streamed_images_are_read_as_those_in_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    grey = Image.fromarray(np.full((8, 8), 32_896, np.uint16))
+    corner = Image.new("RGB", (16, 8))
+    corner.paste("white", (0, 0, 8, 8))
+    images = {
+        "png": saved(Image.new("RGBA", (8, 8)), "PNG"),
+        "tif": saved(grey, "TIFF"),
+        "jpeg": saved(corner, "JPEG", exif=turned),
+        "webp": saved(Image.new("RGBA", (8, 8)), "WEBP", lossless=True),
+    }
+    write_mixed(tmp_path / "mixed", images)
+    splits = load(tmp_path / "mixed", num_classes=4, background="#ff0000")
+    assert isinstance(splits.test, StreamSource)
+    for given in (
+        splits.test.open_evaluation(),
+        sorted(
+            splits.train.open_training(seed=0, epoch=0, micro_batch=4, rank=0, world_size=1),  # type: ignore[union-attr]
+            key=lambda sample: sample[1],
+        ),
+    ):
+        found = {number: (image.size, image.getpixel((1, 1))) for image, number in given}
+        assert found[0] == found[3] == ((8, 8), (255, 0, 0))
+        assert found[1] == ((8, 8), (128, 128, 128))
+        assert found[2] == ((8, 16), (255, 255, 255))
+    assert "Ignoring" not in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_streamed_image_of_no_known_range_is_named(tmp_path: Path, workers: int) -> None:
+    floats = saved(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF")
+    write_mixed(tmp_path / "floats", {"tif": floats})
+    splits = load(tmp_path / "floats", num_classes=1)
+    batches = eval_batches(splits.test, CROP, **SIZES, batch_size=1, rank=0, world_size=1, workers=workers)
+    with pytest.raises(DataError, match=r"split valid: an image: its pixels are floats"):
+        list(batches)
+    options: dict[str, Any] = {"seed": 1, "batch_size": 1, "accumulation": 1, "rank": 0, "world_size": 1, "repeats": 1}
+    with pytest.raises(DataError, match=r"split train: an image: its pixels are floats"):
+        list(train_batches(splits.train, CROP, **SIZES, **options, workers=workers).epoch(0))

@@ -105,7 +105,7 @@ def test_a_run_that_adapts_is_evaluated_as_it_ended(
     assert "no fixed schedule" in capsys.readouterr().err
 
 
-def test_a_subset_is_spread_over_the_test_images(
+def test_a_subset_is_a_sample_of_the_test_images(
     upper: Trained, capsys: pytest.CaptureFixture[str], without_memory: None
 ) -> None:
     assert famba(["evaluate", str(upper[0]), "--json", "--subset", "30", "--batch-size", "8"]) == 0

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from famba.data.augment import Augmentation
 from famba.data.download import default_root, download
+from famba.data.images import open_image
 from famba.data.loader import Batches, EvalBatches, TrainBatches, eval_batches, train_batches
-from famba.data.sources import ArraySource, Source, Splits, SubsetSource, renumber, take
+from famba.data.reading import Reading
+from famba.data.sampling import sample
+from famba.data.sources import ArraySource, Source, Splits, SubsetSource, labels_of, renumber, take
 from famba.data.splits import (
     LOADERS,
     PUBLISHED,
@@ -27,6 +30,7 @@ __all__ = [
     "Batch",
     "Batches",
     "EvalBatches",
+    "Reading",
     "Source",
     "Splits",
     "StreamSource",
@@ -38,9 +42,12 @@ __all__ = [
     "download",
     "eval_batches",
     "held_out",
+    "labels_of",
     "load_splits",
     "num_classes_of",
+    "open_image",
     "renumber",
+    "sample",
     "take",
     "train_batches",
     "training_images_of",

@@ -31,7 +31,8 @@ def load_digits() -> Splits:
         chosen = torch.from_numpy(np.sort(indices))
         return ArraySource(images[chosen], labels[chosen], NUM_CLASSES)
 
-    return Splits(train=part(train), validation=None, test=part(test))
+    classes = tuple(map(str, range(NUM_CLASSES)))
+    return Splits(train=part(train), validation=None, test=part(test), classes=classes)
 
 
 def _scale(image: np.ndarray) -> np.ndarray:

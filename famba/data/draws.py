@@ -28,6 +28,8 @@ class Stream(enum.IntEnum):
     STREAMED_AUGMENTATION = 6
     WEIGHTS = 7
     STEP = 8
+    SUBSET = 9
+    HELD_OUT = 10
 
 
 def derive(stream: Stream, *values: int) -> np.random.SeedSequence:

@@ -3,90 +3,92 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from timm.data.readers import create_reader
-
-from famba.data.readers import ReaderSource
+from famba.data.files import FileSource
+from famba.data.layout import Part
+from famba.data.reading import Reading
+from famba.data.scan import read_folder
 from famba.data.sources import Splits
+from famba.data.tar import read_tar
 from famba.errors import ConfigError, DataError
 
-_TRAIN = ("train",)
-_VALIDATION = ("val", "validation")
-_TEST = ("test",)
+_TRAIN, _TEST = ("train",), ("test",)
+_VALIDATION = {1: ("val", "validation"), 2: ("val", "valid", "validation")}
 
 
-def load_folder(root: Path, *, tar: bool, num_classes: int | None) -> Splits:
-    """Open `root/train` and `root/val` (or validation, or test), or `root/train.tar` and so on.
+def load_folder(root: Path, *, tar: bool, num_classes: int | None, reading: Reading) -> Splits:
+    """Open `root/train` and `root/val` (or valid, validation, or test), or `root/train.tar` and so on.
 
     Where both a validation and a test part exist, they are used as such; where there is only one, it is
-    the test set.
+    the test set. The folders directly in a part are its classes. They have the same numbers in all parts, in natural
+    order (2 before 10, upper and lower case alike).
 
     Args:
         root: the folder that holds the parts.
         tar: whether the parts are tar files rather than folders.
         num_classes: None, or the number of classes there must be.
+        reading: how they are read.
 
     Raises:
         ConfigError: where `num_classes` is not what is found.
-        DataError: where a part is missing or empty, or the classes of the parts differ.
+        DataError: where a part is missing or empty, a class has no images, or the classes of the parts differ.
     """
-    train_path, validation_path, test_path = find_parts(root, tar=tar)
-    train, test = _open(train_path), _open(test_path)
-    validation = _open(validation_path) if validation_path else None
+    paths = find_parts(root, tar=tar, version=reading.version)
+    read = read_tar if tar else read_folder
+    train, validation, test = (None if path is None else read(path, reading.version) for path in paths)
+    assert train is not None
+    assert test is not None
     for other in (test, validation):
         if other is not None:
             _same_classes(train, other)
-    if num_classes is not None and num_classes != train.num_classes:
-        raise ConfigError(f"num_classes is {num_classes}, but {root} holds {train.num_classes} classes.", "num_classes")
-    return Splits(train=train, validation=validation, test=test)
+    classes = train.classes
+    if num_classes not in (None, len(classes)):
+        raise ConfigError(f"num_classes is {num_classes}, but {root} holds {len(classes)} classes.", "num_classes")
+    return Splits(
+        train=FileSource.of(train, classes, reading.colour),
+        validation=None if validation is None else FileSource.of(validation, classes, reading.colour),
+        test=FileSource.of(test, classes, reading.colour),
+        classes=classes,
+    )
 
 
-def find_parts(root: Path, *, tar: bool) -> tuple[Path, Path | None, Path]:
-    """Return where training, validation and test images lie. Raises DataError where a part is missing."""
+def find_parts(root: Path, *, tar: bool, version: int) -> tuple[Path, Path | None, Path]:
+    """Return where training, validation and test images lie.
+
+    Raises DataError where a part is missing, or it is not clear which one is meant.
+    """
     suffix = ".tar" if tar else ""
+    validation_names = _VALIDATION[version]
     train = _need(root, _TRAIN, suffix)
-    validation, test = _existing(root, _VALIDATION, suffix), _existing(root, _TEST, suffix)
-    if test is None:
-        return train, None, validation or _need(root, _VALIDATION + _TEST, suffix)
-    return train, validation, test
+    validations, tests = _existing(root, validation_names, suffix), _existing(root, _TEST, suffix)
+    if version > 1 and len(validations) > 1:
+        raise DataError(
+            f"{' and '.join(map(str, validations))}: one of them may hold the validation images; remove or rename the "
+            "others.",
+            "root",
+        )
+    validation = validations[0] if validations else None
+    if not tests:
+        return train, None, validation or _need(root, validation_names + _TEST, suffix)
+    return train, validation, tests[0]
 
 
-def classes_of(reader: Any) -> dict[str, int]:
-    """Return the class numbers by name that a reader found; empty where it knows none."""
-    return dict(getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {})
-
-
-def _existing(root: Path, names: tuple[str, ...], suffix: str) -> Path | None:
-    for name in names:
-        path = root / (name + suffix)
-        if path.is_file() if suffix else path.is_dir():
-            return path
-    return None
+def _existing(root: Path, names: tuple[str, ...], suffix: str) -> list[Path]:
+    paths = [root / (name + suffix) for name in names]
+    return [path for path in paths if (path.is_file() if suffix else path.is_dir())]
 
 
 def _need(root: Path, names: tuple[str, ...], suffix: str) -> Path:
-    path = _existing(root, names, suffix)
-    if path is None:
+    paths = _existing(root, names, suffix)
+    if not paths:
         wanted = " or ".join(str(root / (name + suffix)) for name in names)
         layout = "it holds one folder of images for each class."
         raise DataError(f"no {wanted}: {layout}", "root")
-    return path
+    return paths[0]
 
 
-def _open(path: Path) -> ReaderSource:
-    try:
-        reader = create_reader("", str(path))
-    except Exception as error:  # timm raises RuntimeError, ValueError, AssertionError, tarfile.ReadError ...
-        raise DataError(f"{path}: holds no readable images in class folders ({error}).") from error
-    classes = classes_of(reader)
-    if "" in classes:
-        raise DataError(f"{path}: images must lie in one folder for each class, but some lie outside.")
-    return ReaderSource(reader, len(classes))
-
-
-def _same_classes(train: ReaderSource, other: ReaderSource) -> None:
-    expected, found = set(classes_of(train.reader)), set(classes_of(other.reader))
+def _same_classes(train: Part, other: Part) -> None:
+    expected, found = set(train.classes), set(other.classes)
     if expected == found:
         return
     parts = [
@@ -94,4 +96,4 @@ def _same_classes(train: ReaderSource, other: ReaderSource) -> None:
         for which, names in (("without", expected - found), ("with the unknown", found - expected))
         if names
     ]
-    raise DataError(f"{other.reader.root}: its classes differ from those of {train.reader.root}: {', '.join(parts)}.")
+    raise DataError(f"{other.path}: its classes differ from those of {train.path}: {', '.join(parts)}.")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 
 from famba.data.images import decode_rgb, naming
+from famba.data.reading import Colour
 from famba.data.sources import ArraySource, check_label
 from famba.errors import DataError
 
@@ -39,13 +42,16 @@ def shards(folder: Path, split: str) -> list[Path]:
     return found
 
 
-def read_parquet(paths: list[Path], label_columns: tuple[str, ...], num_classes: int) -> ArraySource:
+def read_parquet(
+    paths: list[Path], label_columns: tuple[str, ...], num_classes: int, background: Colour | None
+) -> ArraySource:
     """Read and decode parquet files of 32 x 32 images, in order.
 
     Args:
         paths: the files of one split.
         label_columns: names the labels' column may have; the first that exists is read.
         num_classes: number of classes.
+        background: as in `famba.data.images.to_rgb`.
 
     Raises:
         DataError: naming the file, and the row (from 0, within the file) where one is at fault.
@@ -55,7 +61,7 @@ def read_parquet(paths: list[Path], label_columns: tuple[str, ...], num_classes:
     for path in paths:
         for row, (image, label) in enumerate(_rows(path, label_columns)):
             where = partial("{}, row {}".format, path, row)
-            images.append(_pixels(image, where))
+            images.append(_pixels(image, where, background))
             labels.append(_label(label, num_classes, where))
     if not images:
         raise DataError(f"{paths[0].parent}: {paths[0].name} holds no images.")
@@ -64,16 +70,39 @@ def read_parquet(paths: list[Path], label_columns: tuple[str, ...], num_classes:
     return ArraySource(torch.from_numpy(data), torch.tensor(labels), num_classes)
 
 
+def class_names(path: Path, label_columns: tuple[str, ...]) -> tuple[str, ...] | None:
+    """Return the names of the classes in the order of their numbers, where the hub wrote them into the file.
+
+    Arguments and errors are those of `read_parquet`, for one file.
+    """
+    with _opened(path) as file:
+        schema = file.schema_arrow
+        column = _column(path, schema.names, label_columns)
+        try:
+            features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+            names = features[column]["names"]
+        except (ValueError, KeyError, TypeError):  # another program wrote the file, or it says numbers alone
+            return None
+    return tuple(map(str, names))
+
+
 def _rows(path: Path, label_columns: tuple[str, ...]) -> Iterator[tuple[Any, Any]]:
+    with _opened(path) as file:
+        names = file.schema_arrow.names
+        columns = [_column(path, names, _IMAGE_COLUMNS), _column(path, names, label_columns)]
+        for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
+            yield from zip(batch.column(columns[0]).to_pylist(), batch.column(columns[1]).to_pylist(), strict=True)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a parquet file; what goes wrong inside the block becomes a DataError that names it."""
     import pyarrow
     from pyarrow import parquet  # only this format needs it
 
     try:
         with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            columns = [_column(path, names, _IMAGE_COLUMNS), _column(path, names, label_columns)]
-            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
-                yield from zip(batch.column(columns[0]).to_pylist(), batch.column(columns[1]).to_pylist(), strict=True)
+            yield file
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
             f"{path}: not a readable parquet file ({error}). It may be incomplete: fetch it again."
@@ -87,12 +116,12 @@ def _column(path: Path, names: list[str], wanted: tuple[str, ...]) -> str:
     raise DataError(f"{path}: no column {' or '.join(map(repr, wanted))} among {', '.join(names)}.")
 
 
-def _pixels(value: Any, where: Callable[[], str]) -> np.ndarray:
+def _pixels(value: Any, where: Callable[[], str], background: Colour | None) -> np.ndarray:
     encoded = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(encoded, bytes):
         raise DataError(f"{where()}: holds no encoded image. Replace or remove it.")
     with naming(where):
-        image = decode_rgb(io.BytesIO(encoded))
+        image = decode_rgb(io.BytesIO(encoded), background)
     if image.size != (SIDE, SIDE):
         raise DataError(f"{where()}: the image is {image.width} x {image.height} pixels, not {SIDE} x {SIDE}.")
     return np.asarray(image)

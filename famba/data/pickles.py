@@ -59,6 +59,21 @@ def read_pickles(folder: Path, files: list[tuple[str, str]], label_key: str, num
     return ArraySource(torch.from_numpy(data), torch.from_numpy(np.concatenate(labels)), num_classes)
 
 
+def read_names(path: Path, key: str, num_classes: int) -> tuple[str, ...] | None:
+    """Return the names of the classes from CIFAR's file of them, None where there is no such file.
+
+    Raises DataError where it is damaged.
+    """
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        entry = _unpickle(file, path)
+    names = entry.get(key) if isinstance(entry, dict) else None
+    if not isinstance(names, list) or len(names) != num_classes or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{path}: {key!r} does not name {num_classes} classes. Delete it, or fetch the data again.")
+    return tuple(names)
+
+
 def file_md5(path: Path) -> str:
     """Return the MD5 of a file in hexadecimal."""
     digest = hashlib.md5(usedforsecurity=False)

@@ -1,73 +1,71 @@
-"""Sources with random access that timm or torchvision reads: image folders, tar files, named data sets."""
+"""Sources with random access behind timm's names: data sets of torchvision's, and of the Hugging Face hub."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 from PIL import Image
+from torchvision.datasets import INaturalist
 
-from famba.data.images import decode_rgb, naming
+from famba.data.images import decode_rgb, naming, read_file, to_rgb
+from famba.data.reading import Colour
 from famba.data.sources import check_label
 from famba.errors import DataError
 
 
 @dataclass(eq=False)
-class ReaderSource:
-    """Images behind one of timm's readers.
+class HubSource:
+    """Images behind timm's reader of hfds/, which hands out encoded files.
 
     timm's own ImageDataset takes the next image where one is broken, so this goes to the reader directly.
+    background: as in `famba.data.images.to_rgb`.
     """
 
     reader: Any
     num_classes: int
-    _pid: int = field(default_factory=os.getpid, repr=False)
+    background: Colour | None
 
     def __len__(self) -> int:
         return len(self.reader)
 
-    def __getstate__(self) -> dict[str, Any]:
-        _forget_open_tars(self.reader)  # an open file does not travel to another process
-        return self.__dict__
-
     def image(self, index: int) -> Image.Image:
         """Return an RGB image; DataError naming its file where that is missing or corrupt."""
-        with naming(lambda: self._where(index)), self._read(index)[0] as file:
-            return decode_rgb(file)
+        with naming(lambda: self._where(index)), self.reader[index][0] as file:
+            return decode_rgb(file, self.background)
 
     def label(self, index: int) -> int:
-        """Return the label, without reading the image where the reader knows it."""
-        samples, targets = getattr(self.reader, "samples", None), getattr(self.reader, "targets", None)
-        if targets is not None:  # tar files
-            label = int(targets[index])
-        elif samples is not None:  # image folders
-            label = int(samples[index][1])
-        else:
-            with naming(lambda: self._where(index)):
-                label = int(self._read(index)[1])
+        """Return the label, without reading the image."""
+        with naming(lambda: self._where(index)):
+            label = int(self._labels[index])
         return check_label(label, self.num_classes, lambda: self._where(index))
 
-    def _read(self, index: int) -> tuple[Any, Any]:
-        if self._pid != os.getpid():
-            # A forked worker shares the parent's file handles and with them the place in the file.
-            _forget_open_tars(self.reader)
-            self._pid = os.getpid()
-        file, label, *_ = self.reader[index]
-        return file, label
+    @cached_property
+    def _labels(self) -> Any:
+        return self.reader.dataset[self.reader.label_key][:]
 
     def _where(self, index: int) -> str:
-        name = str(self.reader.filename(index, absolute=True))
-        root = str(getattr(self.reader, "root", "") or "")
-        return f"{root}, {name}" if root.endswith(".tar") else name
+        return str(self.reader.filename(index, absolute=True))
 
 
 @dataclass(eq=False)
 class DatasetSource:
-    """A map-style data set of torchvision's, which gives (image, label) by number."""
+    """A map-style data set of torchvision's, which gives (image, label) by number.
+
+    background: as in `famba.data.images.to_rgb`.
+    """
 
     dataset: Any
     num_classes: int
+    background: Colour | None
+
+    def __post_init__(self) -> None:
+        if self.background is not None and hasattr(self.dataset, "loader"):
+            # torchvision's own drops what is transparent, and how a camera was held.
+            self.dataset.loader = partial(read_file, background=self.background)
+        if self.background is not None and isinstance(self.dataset, INaturalist):
+            self.dataset.index.sort()  # torchvision has it in the order of the disk
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -76,27 +74,21 @@ class DatasetSource:
         """Return an RGB image; DataError naming the data set and the number where it cannot be read."""
         with naming(lambda: self._where(index)):
             image = self.dataset[index][0]
-        if not isinstance(image, Image.Image):
-            raise DataError(f"{self._where(index)}: gives {type(image).__name__} where an image is needed.")
-        return image.convert("RGB")
+            if isinstance(image, Image.Image):
+                return to_rgb(image, self.background)
+        raise DataError(f"{self._where(index)}: gives {type(image).__name__} where an image is needed.")
 
     def label(self, index: int) -> int:
         """Return the label, without reading the image where the data set lists its labels."""
-        targets = getattr(self.dataset, "targets", None)
         with naming(lambda: self._where(index)):
-            label = int(self.dataset[index][1] if targets is None else targets[index])
+            label = int(self.dataset[index][1] if self._targets is None else self._targets[index])
         return check_label(label, self.num_classes, lambda: self._where(index))
+
+    @cached_property
+    def _targets(self) -> Any:
+        if isinstance(self.dataset, INaturalist) and self.dataset.target_type == ["full"]:
+            return [category for category, _ in self.dataset.index]
+        return getattr(self.dataset, "targets", None)
 
     def _where(self, index: int) -> str:
         return f"{type(self.dataset).__name__} in {getattr(self.dataset, 'root', '?')}, image {index}"
-
-
-def _forget_open_tars(reader: Any) -> None:
-    """Make a reader of tar files open them anew."""
-    state = getattr(reader, "tar_state", None)
-    if state is None:
-        return
-    for tar in state.values() if isinstance(state, dict) else [state]:
-        tar.reset()
-        for child in tar.children.values():
-            child.reset()

@@ -146,6 +146,15 @@ def renumber(source: Source, numbers: tuple[int, ...], num_classes: int) -> Sour
     return RenumberedSource(source, numbers, num_classes)
 
 
+def labels_of(source: Source) -> npt.NDArray[np.int64]:
+    """Return the labels of all images, int64 (n,); DataError where one is out of range."""
+    if isinstance(source, ArraySource):
+        return source.labels.numpy()
+    if isinstance(source, SubsetSource):
+        return labels_of(source.source)[source.indices]
+    return np.fromiter((source.label(index) for index in range(len(source))), np.int64, len(source))
+
+
 def check_label(label: int, num_classes: int, where: Callable[[], str]) -> int:
     """Return the label, or raise DataError saying `where` it was found."""
     if not 0 <= label < num_classes:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -13,38 +13,22 @@ from famba.data import cifar, digits
 from famba.data.cifar import KINDS, load_cifar
 from famba.data.draws import Stream, permutation
 from famba.data.folder import find_parts, load_folder
-from famba.data.named import check_named, load_named, needs_root
-from famba.data.sources import Source, Splits, take
+from famba.data.named import check_named, check_named_folder, load_named, needs_root
+from famba.data.reading import Reading
+from famba.data.sampling import balanced_order, sample
+from famba.data.sources import Source, Splits, labels_of, take
 from famba.data.streams import StreamSource
 from famba.errors import ConfigError, DataError, near_miss
 
-Loader = Callable[[Path | None, int | None], Splits]
+Loader: TypeAlias = Callable[[Path | None, int | None], Splits]
 """(data.root, data.num_classes) to the images, either None where it is not given."""
 
-
-def _from_folder(root: Path | None, num_classes: int | None, tar: bool = False) -> Splits:
-    assert root is not None
-    return load_folder(root, tar=tar, num_classes=num_classes)
-
-
-def _digits(root: Path | None, num_classes: int | None) -> Splits:
-    return digits.load_digits()
-
-
-def _cifar(name: str) -> Loader:
-    return lambda root, num_classes: load_cifar(name, root)
-
-
-LOADERS: dict[str, Loader] = {
-    **{name: _cifar(name) for name in KINDS},
-    "digits": _digits,
-    "folder": _from_folder,
-    "tar": partial(_from_folder, tar=True),
-}
-"""What opens each data set. A new one is one more entry."""
+LOADERS: dict[str, Loader] = {}
+"""What opens each data set that was added to Famba's own. A new one is one more entry."""
 PUBLISHED = (*KINDS, "digits")
 """Data sets that are the same wherever their files lie."""
 _PARTS = ("folder", "tar")
+_OWN = (*PUBLISHED, *_PARTS)
 
 
 def num_classes_of(name: str) -> int | None:
@@ -55,9 +39,17 @@ def num_classes_of(name: str) -> int | None:
 
 
 def check_request(
-    name: str, root: str | Path | None, *, subset: int | None, val_fraction: float, num_classes: int | None
+    name: str,
+    root: str | Path | None,
+    *,
+    subset: int | None,
+    val_fraction: float,
+    num_classes: int | None,
+    background: str = Reading.background,
+    version: int = Reading.version,
 ) -> None:
     """Raise ConfigError for what `load_splits` could not open whatever lies on the disk; arguments as there."""
+    Reading(version, background)
     if not 0 <= val_fraction < 1:
         raise ConfigError(f"val_fraction is {val_fraction}, but must be at least 0 and below 1.", "val_fraction")
     _check_name(name, root)
@@ -69,7 +61,7 @@ def check_request(
         _check_subset(subset, images)
 
 
-def check_folder(name: str, root: str | Path | None) -> None:
+def check_folder(name: str, root: str | Path | None, version: int = Reading.version) -> None:
     """Raise DataError where the folder that is given cannot hold the data; no image is read.
 
     Other packages' caches and the folders of loaders that were added are not judged.
@@ -82,7 +74,9 @@ def check_folder(name: str, root: str | Path | None) -> None:
     if name in KINDS:
         cifar.check_folder(name, folder)
     elif name in _PARTS:
-        find_parts(folder, tar=name == "tar")
+        find_parts(folder, tar=name == "tar", version=version)
+    else:
+        check_named_folder(name, folder, version)
 
 
 def training_images_of(name: str) -> int | None:
@@ -104,16 +98,20 @@ def _check_name(name: str, root: str | Path | None) -> None:
         )
     if name in _PARTS and root is None:
         raise ConfigError(f"data {name!r} needs data.root, the folder that holds train and val.", "root")
-    if name in LOADERS:
+    if name in _known():
         return
     if "/" in name:
         check_named(name, None if root is None else Path(root))
         return
     raise ConfigError(
-        f"unknown data {name!r}{near_miss(name, LOADERS)}. Known are {', '.join(LOADERS)}, "
+        f"unknown data {name!r}{near_miss(name, _known())}. Known are {', '.join(_known())}, "
         "and timm's names with a prefix, such as torch/cifar10.",
         "name",
     )
+
+
+def _known() -> tuple[str, ...]:
+    return (*_OWN, *LOADERS)
 
 
 def _check_subset(subset: int | None, images: int) -> None:
@@ -128,42 +126,66 @@ def load_splits(
     subset: int | None,
     val_fraction: float,
     num_classes: int | None,
+    background: str = Reading.background,
+    version: int = Reading.version,
 ) -> Splits:
     """Open a data set.
 
     Args:
-        name: one of `LOADERS`, or a name of timm's with a prefix ("torch/cifar10", "hfds/...", "wds/...").
+        name: cifar10, cifar100, digits, folder, tar, one of `LOADERS`, or a name of timm's with a prefix
+            ("torch/cifar10", "hfds/...", "wds/...").
         root: folder that holds the data. None: CIFAR comes from `default_root()` and is downloaded where it
             is missing there; digits need no folder.
-        subset: use the first N training images only; None for all.
+        subset: use a sample of N training images only, the same for every seed, with every class in proportion (in
+            version 1 the first N); None for all.
         val_fraction: share of these, in [0, 1), that is held out of training as the validation set. It
-            depends on no seed, so every run holds out the same images.
+            depends on no seed, so every run holds out the same images, of every class in proportion (in version 1 of
+            whatever class).
         num_classes: number of classes where the data does not tell; where it does, it must be right.
+        background: what lies behind transparent images: a colour's name, as in CSS, or "#rrggbb".
+        version: 2; or 1 to read folders and images as Famba 0.1 did.
 
     Raises:
         ConfigError: where an argument cannot work with this data.
         DataError: where data is missing or damaged.
     """
-    check_request(name, root, subset=subset, val_fraction=val_fraction, num_classes=num_classes)
-    splits = _load(name, None if root is None else Path(root).expanduser(), num_classes)
-    return _hold_out(_first(splits, subset), val_fraction)
+    check_request(
+        name,
+        root,
+        subset=subset,
+        val_fraction=val_fraction,
+        num_classes=num_classes,
+        background=background,
+        version=version,
+    )
+    folder = None if root is None else Path(root).expanduser()
+    splits = _load(name, folder, num_classes, Reading(version, background))
+    return _hold_out(_reduced(splits, subset, version), val_fraction, version)
 
 
-def _load(name: str, root: Path | None, num_classes: int | None) -> Splits:
+def _load(name: str, root: Path | None, num_classes: int | None, reading: Reading) -> Splits:
     if name in LOADERS:
         return LOADERS[name](root, num_classes)
-    return load_named(name, root, num_classes=num_classes)
+    if name == "digits":
+        return digits.load_digits()
+    if name in KINDS:
+        return load_cifar(name, root, reading.colour)
+    if name in _PARTS:
+        assert root is not None
+        return load_folder(root, tar=name == "tar", num_classes=num_classes, reading=reading)
+    return load_named(name, root, num_classes=num_classes, reading=reading)
 
 
-def _first(splits: Splits, subset: int | None) -> Splits:
+def _reduced(splits: Splits, subset: int | None, version: int) -> Splits:
     if subset is None:
         return splits
     train = _need_random_access(splits.train, "subset")
     _check_subset(subset, len(train))
-    return replace(splits, train=take(train, np.arange(subset)))
+    part = take(train, np.arange(subset)) if version == 1 else sample(train, subset, version)
+    return replace(splits, train=part)
 
 
-def _hold_out(splits: Splits, fraction: float) -> Splits:
+def _hold_out(splits: Splits, fraction: float, version: int) -> Splits:
     if fraction == 0:
         return splits
     if splits.validation is not None:
@@ -171,7 +193,10 @@ def _hold_out(splits: Splits, fraction: float) -> Splits:
     train = _need_random_access(splits.train, "val_fraction")
     if len(train) < 2:
         raise ConfigError(f"val_fraction needs at least two training images, there is {len(train)}.", "val_fraction")
-    order = permutation(Stream.SPLIT, 0, 0, len(train))
+    if version == 1:
+        order = permutation(Stream.SPLIT, 0, 0, len(train))
+    else:
+        order = balanced_order(labels_of(train), Stream.HELD_OUT)
     held = held_out(len(train), fraction)
     # Sorted, so that what is left is in the order of the data set.
     return replace(

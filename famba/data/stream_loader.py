@@ -94,13 +94,13 @@ class _TrainingStream(IterableDataset[Any]):
         )
         # Torch takes from the workers in turn, so micro-batch i of all is one of worker i % workers.
         for turn, number in enumerate(range(worker, self.wanted, workers)):
-            chunk = list(islice(samples, plan.micro_batch))
-            if len(chunk) < plan.micro_batch:
-                return
-            if number < self.skipped:
-                yield None
-                continue
             try:
+                chunk = list(islice(samples, plan.micro_batch))
+                if len(chunk) < plan.micro_batch:
+                    return
+                if number < self.skipped:
+                    yield None
+                    continue
                 labels = _labels(chunk, source)
                 yield transform((image for image, _ in chunk), self.epoch, turn * plan.micro_batch), labels
             except FambaError as error:
@@ -136,11 +136,14 @@ class _EvaluationStream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Batch | FambaError]:
         own = self.evaluation
         samples = islice(own.source.open_evaluation(), own.rank, None, own.world_size)
-        while chunk := list(islice(samples, own.batch_size)):
+        while True:
             try:
+                chunk = list(islice(samples, own.batch_size))
                 labels = _labels(chunk, own.source)
             except FambaError as error:
                 yield error
+                return
+            if not chunk:
                 return
             images = torch.stack([own.scaling.image(image) for image, _ in chunk])
             yield own.normalize(images), labels

@@ -6,6 +6,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from famba.data import Reading
 from famba.export.description import Description, ways
 from famba.models.tome import ToMe
 
@@ -78,8 +79,17 @@ def _use(description: Description) -> str:
         lines += ["", 'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()']
     described = "vit" if isinstance(description.model, ToMe) else "model"
     lines.append(f"transform = timm.data.create_transform(**timm.data.resolve_model_data_config({described}))")
-    lines.append('logits = model(transform(image.convert("RGB")).unsqueeze(0))  # image: a PIL image')
+    imported, opened = _opening(description.trained.reading)
+    lines.insert(lines.index(""), imported)
+    lines.append(f"logits = model(transform({opened}).unsqueeze(0))")
     return "## Use\n\n```python\n" + "\n".join(lines) + "\n```"
+
+
+def _opening(reading: Reading) -> tuple[str, str]:
+    """Return an import and an expression that read an image file as in training."""
+    if reading.colour is None:
+        return "from PIL import Image", 'Image.open("IMAGE").convert("RGB")'
+    return "from famba.data import open_image", f'open_image("IMAGE", background="{reading.background}")'
 
 
 def _fusion(description: Description) -> str:

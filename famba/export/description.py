@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from timm.layers import PatchEmbed
 
 import famba
+from famba.data.augment import evaluation_scaling
 from famba.errors import CheckpointError
 from famba.files import sha256
 from famba.fusion import tokens_per_layer
@@ -56,11 +58,18 @@ class Description:
         return {
             "input_size": list(self.shape),
             "interpolation": self.trained.scaling.interpolation,
-            "crop_pct": self.trained.scaling.eval_crop,
+            "crop_pct": self._crop(),
             "crop_mode": "center",
             "mean": list(self.trained.mean),
             "std": list(self.trained.std),
         }
+
+    def _crop(self) -> float:
+        """Return the share that timm has to be given, which rounds down, to scale images as evaluation does."""
+        size = self.trained.image_size
+        side = evaluation_scaling(self.trained.scaling, size).side
+        crop = self.trained.scaling.eval_crop
+        return crop if math.floor(size / crop) == side else size / (side + 0.5)
 
     def fusion(self) -> dict[str, Any]:
         """How the network fuses."""
@@ -93,6 +102,7 @@ class Description:
             "num_classes": self.model.num_classes,
             "classes": self.trained.class_names,
             **self.preprocessing(),
+            "reading": asdict(self.trained.reading),
             "fusion": self.fusion(),
             "results_of_training": self.results(),
             "provenance_of_training": self.provenance(),

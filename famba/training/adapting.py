@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 
-import numpy as np
 import torch
 
 from famba import data
@@ -22,8 +21,8 @@ _log = logging.getLogger(__name__)
 class Adapting:
     """When a run measures its schedule anew, and on which images. A run of another strategy never does.
 
-    The images are spread evenly over the training set, as evaluation would see them; which they are depends on the data
-    alone. In several processes the main one measures, and all take its schedule.
+    The images are a sample of the training set with every class in proportion, as evaluation would see them; which they
+    are depends on the data alone. In several processes the main one measures, and all take its schedule.
     """
 
     def __init__(self, config: RunConfig, setup: Setup, train: data.Source | data.StreamSource, steps: int) -> None:
@@ -48,9 +47,8 @@ class Adapting:
                 steps,
                 last,
             )
-        images = min(count, len(train))
-        chosen = np.arange(images) * len(train) // images
-        self._images = load_images(config, setup, data.take(train, chosen))
+        chosen = data.sample(train, min(count, len(train)), config.data.version)
+        self._images = load_images(config, setup, chosen)
 
     def measure(self, model: FusedNetwork, process: Process) -> Adapted:
         """Work out the schedule that this model has now."""

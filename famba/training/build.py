@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor
@@ -21,6 +23,8 @@ from famba.training.seeds import seed_generators
 from famba.training.setup import Setup, augmentation, build_model, model_classes
 from famba.training.state import Totals, TrainingState
 from famba.training.trained_on import TrainedOn
+
+_log = logging.getLogger(__name__)
 
 Evaluated = Iterable[tuple[Tensor, Tensor]]
 
@@ -39,16 +43,29 @@ class Loaders:
 
 
 def load_splits(config: RunConfig) -> data.Splits:
-    """Open the data that the configuration names."""
+    """Open the data that the configuration names, and log how much there is."""
     wanted = config.data
     with naming(DATA):
-        return data.load_splits(
+        splits = data.load_splits(
             wanted.name,
             wanted.root,
             subset=wanted.subset,
             val_fraction=wanted.val_fraction,
             num_classes=wanted.num_classes,
+            background=wanted.background,
+            version=wanted.version,
         )
+    parts = {"training": splits.train, "validation": splits.validation, "test": splits.test}
+    _log.info("images: %s", "; ".join(f"{name} {_size(part)}" for name, part in parts.items() if part is not None))
+    return splits
+
+
+def _size(part: data.Source | data.StreamSource) -> str:
+    if isinstance(part, data.StreamSource):
+        return f"{len(part):,} in a stream, {part.num_classes:,} classes"
+    there = len(np.unique(data.labels_of(part)))
+    of_all = "" if there == part.num_classes else f" of {part.num_classes:,}"
+    return f"{len(part):,} in {there:,}{of_all} class{'' if there == 1 else 'es'}"
 
 
 def load_images(config: RunConfig, setup: Setup, source: data.Source) -> Tensor:

@@ -96,6 +96,8 @@ def check_data(config: RunConfig) -> None:
             subset=wanted.subset,
             val_fraction=wanted.val_fraction,
             num_classes=wanted.num_classes,
+            background=wanted.background,
+            version=wanted.version,
         )
     known = data.training_images_of(wanted.name)
     images = wanted.subset or known
@@ -172,7 +174,7 @@ def check_adapting(config: RunConfig) -> None:
 def check_files(config: RunConfig) -> None:
     """Raise FambaError where a file that is named is missing, or the run folder cannot be written."""
     with naming(DATA):
-        data.check_folder(config.data.name, config.data.root)
+        data.check_folder(config.data.name, config.data.root, config.data.version)
     if config.resume not in ("auto", "never") and not _asked(Path.is_file, "resume", config.resume):
         raise CheckpointError(
             f"resume={config.resume} is no file{near_miss(config.resume, ('auto', 'never'))}; "

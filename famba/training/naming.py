@@ -14,7 +14,9 @@ FUSION = {
     "layers": "fusion.layers",
 }
 MODEL = {"img_size": "data.image_size", "cls_position": "model.cls_position"}
-DATA = {name: f"data.{name}" for name in ("name", "root", "subset", "val_fraction", "num_classes")}
+DATA = {
+    name: f"data.{name}" for name in ("name", "root", "subset", "val_fraction", "num_classes", "background", "version")
+}
 AUGMENTATION = {
     "kind": "recipe.augmentation",
     **{

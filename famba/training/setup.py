@@ -17,7 +17,7 @@ from famba.training.config import RunConfig
 from famba.training.devices import choose_device, choose_precision, make_current
 from famba.training.distributed import world_size
 from famba.training.initial import check_initial
-from famba.training.naming import AUGMENTATION, FUSION, MODEL, naming
+from famba.training.naming import AUGMENTATION, DATA, FUSION, MODEL, naming
 from famba.training.optimizer import check_optimizer_name, try_optimizer
 
 
@@ -99,6 +99,12 @@ def augmentation(config: RunConfig) -> data.Augmentation:
             interpolation=recipe.interpolation,
             eval_crop=recipe.eval_crop,
         )
+
+
+def reading(config: RunConfig) -> data.Reading:
+    """Return how folders and images are read."""
+    with naming(DATA):
+        return data.Reading(config.data.version, config.data.background)
 
 
 def model_classes(config: RunConfig, found: int) -> int:

@@ -25,7 +25,7 @@ from famba.training import checkpoint
 from famba.training.checks import check_model
 from famba.training.config import RunConfig, parse, with_added_keys
 from famba.training.run_folder import finished_weights
-from famba.training.setup import augmentation, build_model, model_arguments
+from famba.training.setup import augmentation, build_model, model_arguments, reading
 from famba.training.trained_on import saved_classes
 
 Colours = tuple[float, float, float]
@@ -66,6 +66,11 @@ class Trained:
         if self.config is not None:
             return self.config.fusion.strategy
         return "custom" if any(self.schedule) else "none"
+
+    @property
+    def reading(self) -> data.Reading:
+        """How images are read, as in training."""
+        return data.Reading() if self.config is None else reading(self.config)
 
     @property
     def classes(self) -> int:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -178,7 +177,16 @@ def _macs(request: Request, variant: Variant) -> int:
 
 def _source(request: Request) -> data.Source | data.StreamSource:
     wanted = request.images
-    splits = data.load_splits(wanted.name, wanted.root, subset=None, val_fraction=0.0, num_classes=wanted.num_classes)
+    reading = request.trained.reading
+    splits = data.load_splits(
+        wanted.name,
+        wanted.root,
+        subset=None,
+        val_fraction=0.0,
+        num_classes=wanted.num_classes,
+        background=reading.background,
+        version=reading.version,
+    )
     test = _numbered_as_trained(request, splits)
     if wanted.subset is None:
         return test
@@ -186,7 +194,7 @@ def _source(request: Request) -> data.Source | data.StreamSource:
         raise ConfigError(f"--subset cannot be used with {test.name!r}: a stream has no random access")
     if wanted.subset > len(test):
         raise ConfigError(f"--subset is {wanted.subset}; allowed: 1 to {len(test)}, the test images of {wanted.name}")
-    return data.take(test, np.arange(wanted.subset) * len(test) // wanted.subset)
+    return data.sample(test, wanted.subset, reading.version)
 
 
 def _numbered_as_trained(request: Request, splits: data.Splits) -> data.Source | data.StreamSource:

@@ -134,7 +134,7 @@ def _images(options: argparse.Namespace, trained: Trained) -> Images:
         known = classes or data.num_classes_of(name)
         if known is not None:
             check_classes(trained, images, known)
-        data.check_folder(name, root)
+        data.check_folder(name, root, trained.reading.version)
     return images
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from famba.data.augment import Normalize, evaluation_scaling
 from famba.data.images import decode_rgb, naming
+from famba.data.reading import Colour
 from famba.errors import DataError
 from famba.training.trained import Trained
 
@@ -33,11 +34,12 @@ class Shown:
 
 
 def read_images(trained: Trained, files: Sequence[str]) -> list[Shown]:
-    """Read image files, scaled and cropped as evaluation does; the samples where none are given.
+    """Read image files, decoded, scaled and cropped as evaluation does; the samples where none are given.
 
     Raises DataError naming the file that is missing or is no image.
     """
-    found = [(Path(file).stem, _read(Path(file))) for file in files] if files else list(_samples())
+    background = trained.reading.colour
+    found = [(Path(file).stem, _read(Path(file), background)) for file in files] if files else list(_samples())
     scaling = evaluation_scaling(trained.scaling, trained.image_size)
     names = _distinct(name for name, _ in found)
     return [Shown(name, scaling.image(image)) for name, (_, image) in zip(names, found, strict=True)]
@@ -48,13 +50,13 @@ def normalized(trained: Trained, images: Sequence[Shown]) -> Tensor:
     return Normalize(trained.mean, trained.std)(torch.stack([image.pixels for image in images]))
 
 
-def _read(file: Path) -> Image.Image:
+def _read(file: Path, background: Colour | None) -> Image.Image:
     if not file.is_file():
         what = "is a folder; give the image files in it" if file.is_dir() else "is not there; give image files"
         raise DataError(f"{file} {what}")
     with naming(lambda: str(file)), open(file, "rb") as opened:
         try:
-            return decode_rgb(opened)
+            return decode_rgb(opened, background)
         except UnidentifiedImageError:  # whose own message names Python's file object
             raise DataError(f"{file} is no image of a kind that Pillow knows; give PNG, JPEG or the like") from None
 

@@ -1,0 +1,179 @@
+"""Training, evaluation, pictures and the exported card's code read a file in one way, and number classes alike."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from runs import TINY, run
+from torch import Tensor
+
+from famba.analysis.evaluation import evaluate as evaluation
+from famba.analysis.pictures.images import normalized, read_images
+from famba.cli import main as famba
+from famba.data import train_batches
+from famba.data.augment import evaluation_scaling
+from famba.data.layout import in_order
+from famba.export import export
+from famba.export.check import Check
+from famba.training.build import load_images, load_splits
+from famba.training.setup import prepare
+from famba.training.trained import load_trained
+
+BACKGROUND = "#336699"
+CLASSES = ("A", "a", "b")
+ORIENTATION = 0x0112
+
+
+def write_images(root: Path) -> None:
+    """Write turned, transparent images of several sizes, whose class shows in their colour."""
+    drawn = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    for part, count in (("train", 8), ("val", 4)):
+        for number, name in enumerate(CLASSES):
+            (root / part / name).mkdir(parents=True)
+            for place in range(count):
+                pixels = drawn.integers(0, 64, (40, 30 + place, 4), dtype=np.uint8)
+                pixels[..., number] += 190
+                pixels[..., 3] = 255 * (pixels[..., 3] > 20)
+                Image.fromarray(pixels, "RGBA").save(root / part / name / f"{place}.png", exif=exif)
+
+
+def shown(file: Path) -> Image.Image:
+    """The image as a viewer shows it on the background."""
+    image = ImageOps.exif_transpose(Image.open(file))
+    canvas = Image.new("RGB", image.size, BACKGROUND)
+    canvas.paste(image, mask=image.getchannel("A"))
+    return canvas
+
+
+@pytest.fixture(scope="module", params=[2, 1], ids=["now", "as 0.1"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("run")
+    write_images(root / "images")
+    background = (f"data.background='{BACKGROUND}'",) if request.param == 2 else ()
+    # 32 / 0.9 pixels, which timm rounds to another number than evaluation does.
+    data = ("data=folder", f"data.root={root / 'images'}", "data.subset=null", "data.image_size=32", "data.workers=0")
+    run(root / "run", *data, *background, f"data.version={request.param}", "recipe.eval_crop=0.9")
+    return root
+
+
+def files_of(root: Path) -> list[Path]:
+    """The test images in order."""
+    names = in_order(f"{name}/{place}.png" for name in CLASSES for place in range(4))
+    return [root / "images" / "val" / name for name in names]
+
+
+def pictures(root: Path) -> list[Image.Image]:
+    """The test images in order, as they should be seen."""
+    files = files_of(root)
+    if load_trained(root / "run").reading.version == 1:
+        return [Image.open(file).convert("RGB") for file in files]
+    return [shown(file) for file in files]
+
+
+def scaled(root: Path) -> Tensor:
+    """The test images as the network should take them."""
+    one = load_trained(root / "run")
+    scaling = evaluation_scaling(one.scaling, one.image_size)
+    pixels = torch.stack([scaling.image(image) for image in pictures(root)]).float() / 255
+    return (pixels - torch.tensor(one.mean).view(3, 1, 1)) / torch.tensor(one.std).view(3, 1, 1)
+
+
+def test_evaluation_sees_upright_images_on_the_background(trained: Path) -> None:
+    config = load_trained(trained / "run").config
+    assert config is not None
+    found = load_images(config, prepare(config), load_splits(config).test)  # type: ignore[arg-type]
+    torch.testing.assert_close(found, scaled(trained))
+
+
+def test_training_sees_them_too(trained: Path) -> None:
+    one = load_trained(trained / "run")
+    assert one.config is not None
+    # The test images, which training would read just so, without augmentation.
+    (batch,) = train_batches(
+        load_splits(one.config).test,
+        one.scaling.__class__(**{**vars(one.scaling), "kind": "batch", "crop_padding": 0, "hflip": 0.0}),
+        image_size=32,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        seed=0,
+        batch_size=12,
+        accumulation=1,
+        rank=0,
+        world_size=1,
+        workers=0,
+        repeats=1,
+    ).epoch(0)
+    scaling = evaluation_scaling(one.scaling.__class__(**{**vars(one.scaling), "eval_crop": 1.0}), 32)
+    expected = {scaling.image(image).numpy().tobytes() for image in pictures(trained)}
+    assert {image.mul(255).round().to(torch.uint8).numpy().tobytes() for image in batch[0]} == expected
+
+
+def test_pictures_show_them(trained: Path) -> None:
+    one = load_trained(trained / "run")
+    files = [str(file) for file in files_of(trained)]
+    torch.testing.assert_close(normalized(one, read_images(one, files)), scaled(trained))
+
+
+def test_the_code_of_the_card_gives_what_evaluation_gives(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "check_file", lambda *arguments: Check("nothing", 12, 0.0, 1e-4, 0, 0.0))
+    out = tmp_path / "out"
+    assert famba(["export", str(trained / "run"), "--format", "safetensors", "--out", str(out)]) == 0
+    card = (out / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace("FOLDER", str(out))
+    one = load_trained(trained / "run")
+    with torch.no_grad():
+        expected = one.model(scaled(trained))
+        for file, logits in list(zip(files_of(trained), expected, strict=True))[::5]:
+            namespace: dict[str, Any] = {}
+            exec(code.replace("IMAGE", str(file)), namespace)
+            torch.testing.assert_close(namespace["logits"][0], logits, rtol=1e-4, atol=1e-4)
+    reading = json.loads((out / "config.json").read_text())["famba"]["reading"]
+    assert reading == {"version": one.reading.version, "background": one.reading.background}
+
+
+def test_the_log_says_what_the_parts_hold(trained: Path) -> None:
+    assert "images: training 24 in 3 classes; test 12 in 3 classes" in (trained / "run" / "train.log").read_text()
+
+
+def test_a_process_of_another_hash_seed_evaluates_to_what_training_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "images")
+    folder = tmp_path / "run"
+    data = (
+        "data=folder",
+        f"data.root={tmp_path / 'images'}",
+        "data.subset=null",
+        "data.image_size=32",
+        "data.workers=0",
+    )
+    command = (*TINY, *data, "trainer.epochs=6", "recipe.lr=0.02", f"run_dir={folder}")
+    train = "import sys; from famba.training.app import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", train, *command],
+        env={**os.environ, "PYTHONHASHSEED": "0"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(evaluation, "inference_memory", lambda request: [None] * len(request.variants))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["top1"] > 60, "it tells the classes apart"
+    assert famba(["evaluate", str(folder), "--json"]) == 0
+    (mine,) = json.loads(capsys.readouterr().out)["results"]
+    assert mine["top1"] == summary["top1"]
