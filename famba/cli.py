@@ -8,12 +8,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import famba
 from famba.analysis.benchmark.command import add_benchmark
 from famba.analysis.evaluation.command import add_evaluate
 from famba.analysis.pictures.command import add_visualize
-from famba.analysis.plan import add_plan
 from famba.errors import ConfigError, FambaError
 from famba.export.command import add_export
 
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     status.set_defaults(run=_status)
 
     add_benchmark(commands)
-    add_plan(commands).set_defaults(run=_plan)
+    _add_plan(commands)
     add_evaluate(commands).set_defaults(run=_evaluate)
     add_visualize(commands).set_defaults(run=_visualize)
     add_export(commands).set_defaults(run=_export)
@@ -98,6 +98,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_plan(commands: Any) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="show what strategies cost before a run",
+        description="Count what strategies cost, layer by layer and in total, before anything runs: tokens, "
+        "multiply-adds, bytes kept for the backward, and the share of an unfused model's step that is left.",
+        epilog="examples: famba plan model=vim_s fusion=all,interleaved,lower,upper fusion.budget=150; "
+        "famba plan model=vim_s fusion=upper trainer.device=cuda trainer.precision=bf16",
+    )
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="as train.py takes them, several values by commas; "
+        "trainer.device and trainer.precision may be those of another machine")  # fmt: skip
+    add("-m", "--multirun", action="store_true", help="as for train.py; here several values need no -m")
+    add("--config-dir", type=Path, metavar="FOLDER", help="a folder of your own configuration files, as for train.py")
+    add("--backend", metavar="NAME", help="whose bytes to count (default: ops.backend, or the one that would serve)")
+    add("--measure", action="store_true", help="time training steps here, beside what is predicted")
+    add("--batch", type=int, default=32, metavar="N", help="images in a measured step (default: 32)")
+    add("--rounds", type=int, default=5, metavar="N", help="measured steps each, in turn (default: 5)")
+    add("--out", metavar="FOLDER", help="write plan.csv, plan.json and tokens.svg and .png there")
+    parser.set_defaults(run=_plan)
+
+
 def _download(options: argparse.Namespace) -> int:
     from famba.data import download
 
@@ -108,13 +130,12 @@ def _download(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     from famba.analysis.folders import prepare_folder
-    from famba.analysis.plan import measure, plan
-    from famba.analysis.plan_report import tables, write
+    from famba.analysis.plan import measure, plan, tables, write
 
     for name in ("batch", "rounds"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} is {getattr(options, name)}; allowed: 1 or more")
-    plans = plan(options.overrides, options.backend)
+    plans = plan(options.overrides, options.backend, options.config_dir)
     folder = None if options.out is None else prepare_folder(options.out)
     if options.measure:
         plans = measure(plans, options.batch, options.rounds)

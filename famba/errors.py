@@ -7,7 +7,8 @@ without a traceback and ends with status 2.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 
 class FambaError(Exception):
@@ -54,3 +55,29 @@ def near_miss(given: str, allowed: Iterable[str]) -> str:
     ratios = [difflib.SequenceMatcher(None, name, given).ratio() for name in close]
     as_close = [repr(name) for name, ratio in zip(close, ratios, strict=True) if ratio > ratios[0] - _AS_CLOSE]
     return f", did you mean {' or '.join(as_close)}?" if close else ""
+
+
+def check_choice(name: str, value: object, allowed: Collection[str], argument: str | None = None) -> None:
+    """Raise ConfigError where a named choice is none of those allowed; argument: where it is not called by its name."""
+    if value not in allowed:
+        close = near_miss(str(value), allowed)
+        raise ConfigError(f"unknown {name} {value!r}{close}; allowed: {', '.join(allowed)}", argument or name)
+
+
+@contextmanager
+def named(names: str | Mapping[str, str]) -> Iterator[None]:
+    """Let errors inside the block call the argument at fault as the caller knows it.
+
+    names: a pattern such as "fusion.{}" or "--{}", or a map from arguments to names; an argument that it lacks stays.
+    """
+    try:
+        yield
+    except FambaError as error:
+        argument = error.argument or ""
+        name = names.format(argument) if isinstance(names, str) else names.get(argument)
+        if not argument or name is None or name in str(error):
+            raise
+        message = str(error)
+        start = f"{argument} "
+        told = f"{name} {message[len(start) :]}" if message.startswith(start) else f"{name}: {message}"
+        raise type(error)(told, argument) from error

@@ -1,16 +1,22 @@
-"""Files that are written whole or not at all, and seals that show damage."""
+"""Files that are written whole or not at all, seals that show damage, and reading without running code."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import errno
 import hashlib
 import os
 import struct
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from famba.errors import CheckpointError
+import torch
+from safetensors.torch import load_file
+
+from famba.errors import CheckpointError, DamagedError
 
 _TEMPORARY = ".tmp"
 # The seal is the comment at the end of a zip file, which readers of zip files pass over.
@@ -18,6 +24,8 @@ _MARK = b"famba-sha256="
 _SEAL_BYTES = len(_MARK) + 64
 _NO_COMMENT = b"\0\0"
 _BLOCK = 1 << 20
+# Where the machine fails; damage leads parsers to other numbers, such as that of an invalid seek.
+_OF_THE_MACHINE = (errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.ETIMEDOUT, errno.EMFILE)
 
 
 def write_whole(path: Path, write: Callable[[str], object]) -> None:
@@ -101,3 +109,32 @@ def _reason(error: Exception) -> str:
     if isinstance(cause, OSError):
         error = cause
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """Read what a .pth or .safetensors file holds, without running any code that it may hold.
+
+    Raises CheckpointError where the file is missing, of another kind or damaged, as its seal tells where it bears one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}; give a .pth, .pt or .safetensors file")
+    try:
+        if read_seal(path) is False:
+            raise DamagedError(f"{path} is damaged: it is not what was written (its SHA-256 differs)")
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # The official files hold their command line's namespace beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # parsers raise whatever a damaged file leads them to
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in _OF_THE_MACHINE:
+            raise CheckpointError(f"{path} cannot be read: {error or 'no memory'}; try again") from error
+        raise CheckpointError(
+            f"{path} is truncated or no checkpoint ({type(error).__name__}); fetch or save it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a dictionary of weights")
+    return content

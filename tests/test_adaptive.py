@@ -16,9 +16,8 @@ from torch.nn import functional as F
 import famba
 from famba.errors import ConfigError
 from famba.fusion import match, schedule
-from famba.fusion.adaptive import similar_pairs, spend
-from famba.fusion.schedules import check_schedule
-from famba.fusion.similarity import closest_cosines, cosines
+from famba.fusion.rules import closest_cosines, cosines
+from famba.fusion.schedules import check_schedule, similar_pairs, spend
 from famba.training.compose import compose
 from famba.training.setup import prepare
 

@@ -28,7 +28,7 @@ from famba.analysis.evaluation import request as requests
 from famba.analysis.evaluation.command import add_evaluate
 from famba.analysis.evaluation.intervals import of_accuracy, of_difference
 from famba.analysis.evaluation.report import plot
-from famba.analysis.variants import Choice, labels, own, variants
+from famba.analysis.variants import label_variants, own, variants
 from famba.cli import main as famba
 from famba.data.loader import EvalBatches
 from famba.errors import ConfigError
@@ -196,16 +196,16 @@ def test_a_timm_model_needs_data_to_be_named(upper: Trained) -> None:
 
 def test_variants_say_what_they_are(upper: Trained) -> None:
     trained = load_trained(upper[0])
-    assert variants(trained, Choice()) == []
-    assert variants(trained, Choice(strategies=["upper"])) == [own(trained)]
-    (tome,) = variants(trained, Choice(order=["tome"]))
-    assert (tome.schedule, tome.order, tome.own) == (trained.schedule, "tome", False)
+    assert variants(trained, {}) == []
+    assert variants(trained, {"strategy": ["upper"]}) == [own(trained)]
+    (tome,) = variants(trained, {"order": ["tome"]})
+    assert (tome.schedule, tome.fusion.order, tome.own) == (trained.schedule, "tome", False)
     both = [own(trained), tome]
-    assert labels(both) == ["upper, sequence", "upper, tome"]
-    (custom,) = variants(trained, Choice(strategies=["custom"], layers=[1, 3], budgets=[8]))
+    assert label_variants(both) == ["upper, order sequence", "upper, order tome"]
+    (custom,) = variants(trained, {"strategy": ["custom"], "layers": [1, 3], "budget": [8]})
     assert custom.schedule == (0, 4, 0, 4)
     # Without a budget, the run's own; the layers of upper are its own as well.
-    found = variants(trained, Choice(strategies=["all", "lower"]))
+    found = variants(trained, {"strategy": ["all", "lower"]})
     assert [one.removed for one in found] == [8, 8]
     assert found[1].schedule == (2, 3, 3, 0)
 
@@ -220,31 +220,35 @@ def fused_by(folder: Path, counts: list[int], **chosen: Any) -> Any:
 
 def test_what_differs_in_its_layers_alone_has_a_name_of_its_own(upper: Trained) -> None:
     few = fused_by(upper[0], [0, 0, 4, 4], layers=2)
-    assert variants(few, Choice(strategies=["upper"])) == [own(few)]
-    (usual,) = variants(few, Choice(strategies=["upper"], layers=[3]))
-    assert labels([own(few), usual]) == ["upper, 2 layers", "upper, 3 layers"]
+    assert variants(few, {"strategy": ["upper"]}) == [own(few)]
+    (usual,) = variants(few, {"strategy": ["upper"], "layers": [3]})
+    assert label_variants([own(few), usual]) == ["upper, layers 2", "upper, layers 3"]
     # Another budget over its own layers, and a strategy of which there is but one, need no more words.
-    (own_layers,) = variants(few, Choice(strategies=["upper"], budgets=[4]))
-    assert labels([own(few), own_layers]) == ["upper", "upper"]
-    (lower,) = variants(few, Choice(strategies=["lower"], layers=[1]))
-    assert labels([own(few), lower]) == ["upper", "lower"]
+    (own_layers,) = variants(few, {"strategy": ["upper"], "budget": [4]})
+    assert label_variants([own(few), own_layers]) == ["upper", "upper"]
+    (lower,) = variants(few, {"strategy": ["lower"], "layers": [1]})
+    assert label_variants([own(few), lower]) == ["upper", "lower"]
 
 
 def test_counts_of_its_own_are_told_from_custom_layers(upper: Trained) -> None:
-    counted = fused_by(upper[0], [0, 1, 0, 7], strategy="custom", budget=[0, 1, 0, 7])
-    (even,) = variants(counted, Choice(strategies=["custom"], layers=[3, 1]))
+    counted = fused_by(upper[0], [0, 1, 0, 7], strategy="custom", budget=(0, 1, 0, 7))
+    (even,) = variants(counted, {"strategy": ["custom"], "layers": [3, 1]})
     assert even.schedule == (0, 4, 0, 4)
-    assert labels([own(counted), even]) == ["custom, counts of its own", "custom, in layers 1 3"]
-    alike = fused_by(upper[0], [0, 4, 0, 4], strategy="custom", budget=[0, 4, 0, 4])
-    assert variants(alike, Choice(strategies=["custom"], layers=[1, 3], budgets=[8])) == [own(alike)]
+    assert label_variants([own(counted), even]) == ["custom", "custom, layers 1 3"]
+    alike = fused_by(upper[0], [0, 4, 0, 4], strategy="custom", budget=(0, 4, 0, 4))
+    assert variants(alike, {"strategy": ["custom"], "layers": [1, 3], "budget": [8]}) == [own(alike)]
 
 
 def test_without_fusion_nothing_else_is_of_any_matter(upper: Trained) -> None:
-    found = variants(load_trained(upper[0]), Choice(strategies=["none", "upper"], order=["tome"], weighting=["size"]))
-    assert labels([own(load_trained(upper[0])), *found]) == ["upper, sequence, mean", "none", "upper, tome, size"]
+    found = variants(load_trained(upper[0]), {"strategy": ["none", "upper"], "order": ["tome"], "weighting": ["size"]})
+    assert label_variants([own(load_trained(upper[0])), *found]) == [
+        "upper, order sequence, weighting mean",
+        "none",
+        "upper, order tome, weighting size",
+    ]
     plain = fused_by(upper[0], [0, 0, 0, 0], strategy="none")
     with pytest.raises(ConfigError, match="trained without fusion: name the strategies"):
-        variants(plain, Choice(budgets=[8]))
+        variants(plain, {"budget": [8]})
 
 
 def evaluated(folder: Path, *options: str) -> evaluation.Evaluation:
@@ -255,18 +259,18 @@ def evaluated(folder: Path, *options: str) -> evaluation.Evaluation:
 
 def test_curves_begin_without_fusion_and_keep_layers_apart(upper: Trained, without_memory: None) -> None:
     found = evaluated(upper[0], "--fusion", "upper,all", "--layers", "1", "--budget", "4,16")
-    strategies = [(result.variant.strategy, result.variant.removed) for result in found.results]
+    strategies = [(result.variant.fusion.strategy, result.variant.removed) for result in found.results]
     assert strategies == [("upper", 8), ("none", 0), ("upper", 4), ("upper", 16), ("all", 4), ("all", 16)]
     axes = plot(found).axes[0]
     lines = {str(line.get_label()): list(line.get_xdata()) for line in axes.lines}
-    assert lines["upper, 3 layers"] == [0, 8]
-    assert lines["upper, 1 layer"] == lines["all"] == [0, 4, 16]
+    assert lines["upper, layers 3"] == [0, 8]
+    assert lines["upper, layers 1"] == lines["all"] == [0, 4, 16]
     (bars,) = (one for one in axes.collections if one.get_label() == "95 % interval over images")
     assert len(bars.get_segments()) == 6  # type: ignore[attr-defined]
 
 
 def test_alone_it_is_evaluated_alone(upper: Trained, without_memory: None) -> None:
-    assert [result.variant.strategy for result in evaluated(upper[0]).results] == ["upper"]
+    assert [result.variant.fusion.strategy for result in evaluated(upper[0]).results] == ["upper"]
 
 
 @pytest.mark.parametrize(("hits", "images"), [(0, 50), (3, 40), (1733, 10_000), (50, 50)])
@@ -314,7 +318,7 @@ def test_set_fusion_changes_how_tokens_fuse() -> None:
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         for order, weighting, place in (("tome", "mean", "before_mixer"), ("sequence", "size", "after_scan")):
-            model.set_fusion((4, 4, 4), order, weighting, place)
+            model.set_fusion((4, 4, 4), order=order, weighting=weighting, place=place)
             built = Vim(
                 img_size=32,
                 patch_size=4,
@@ -329,29 +333,30 @@ def test_set_fusion_changes_how_tokens_fuse() -> None:
             ).eval()
             built.load_state_dict(model.state_dict())
             torch.testing.assert_close(model(images), built(images), rtol=0, atol=0)
-            assert model.fusion_by_size is built.fusion_by_size
-    with pytest.raises(ConfigError, match="unknown fusion_place"):
+    with pytest.raises(ConfigError, match="place is .behind., where a Vim reduces no tokens"):
         model.set_fusion((0, 0, 0), place="behind")
     assert model.fusion == (4, 4, 4)
 
 
 def test_several_ways_are_compared_in_one_command(upper: Trained) -> None:
     trained = load_trained(upper[0])
-    found = variants(trained, Choice(budgets=[8, 4], order=["sequence", "tome"], mode=["fuse", "prune"]))
-    assert [(one.order, one.mode, one.removed) for one in found] == [
+    found = variants(trained, {"budget": [8, 4], "order": ["sequence", "tome"], "mode": ["fuse", "prune"]})
+    assert [(one.fusion.order, one.fusion.mode, one.removed) for one in found] == [
         (order, mode, removed) for order in ("sequence", "tome") for mode in ("fuse", "prune") for removed in (8, 4)
     ]
-    assert labels(found)[0::2] == [
-        "upper, sequence, fuse",
-        "upper, sequence, prune",
-        "upper, tome, fuse",
-        "upper, tome, prune",
+    assert label_variants(found)[0::2] == [
+        "upper, order sequence, mode fuse",
+        "upper, order sequence, mode prune",
+        "upper, order tome, mode fuse",
+        "upper, order tome, mode prune",
     ]
-    assert len({one.family for one in found}) == 4
-    with pytest.raises(ConfigError, match="--attention is for transformers, and a Vim has no attention; leave it out"):
-        variants(trained, Choice(attention=["proportional"]))
-    both = variants(trained, Choice(budgets=[4], mode=["prune"], weighting=["mean", "size"]))
-    assert [one.mode for one in both] == ["prune"], "what is pruned is not weighed"
+    assert len({replace(one.fusion, budget=0) for one in found}) == 4
+    with pytest.raises(
+        ConfigError, match="--attention: proportional is about attention, and a Vim has none; leave it out"
+    ):
+        variants(trained, {"proportional": [True]})
+    both = variants(trained, {"budget": [4], "mode": ["prune"], "weighting": ["mean", "size"]})
+    assert [one.fusion.mode for one in both] == ["prune"], "what is pruned is not weighed"
 
 
 def test_a_transformer_attends_in_proportion_off_the_shelf_and_as_trained_else(tmp_path: Path) -> None:
@@ -359,17 +364,20 @@ def test_a_transformer_attends_in_proportion_off_the_shelf_and_as_trained_else(t
     for name, strategy in (("plain", "none"), ("fused", "all")):
         run(tmp_path / name, *vit, f"fusion={strategy}", "fusion.budget=8")
     plain, fused = (load_trained(tmp_path / name) for name in ("plain", "fused"))
-    (found,) = variants(plain, Choice(strategies=["all"], budgets=[8]))
-    assert (found.attention, found.place, found.order) == ("proportional", "after_attention", "tome")
+    (found,) = variants(plain, {"strategy": ["all"], "budget": [8]})
+    assert (found.fusion.proportional, found.fusion.place, found.fusion.order) == (True, "after_attention", "tome")
     found.put_into(plain.model)
-    assert plain.model.way.proportional
-    (found,) = variants(fused, Choice(budgets=[4]))
-    assert found.attention == "plain"
-    both = variants(fused, Choice(budgets=[4], attention=["plain", "proportional"]))
-    assert labels(both) == ["all, plain attention", "all, proportional attention"]
-    assert len(variants(plain, Choice(["all"], [4], mode=["prune"], attention=["plain", "proportional"]))) == 1
-    with pytest.raises(ConfigError, match="unknown --place 'before_mixer'; allowed: after_attention"):
-        variants(fused, Choice(place=["before_mixer"]))
+    assert plain.model.settings.proportional
+    (found,) = variants(fused, {"budget": [4]})
+    assert not found.fusion.proportional
+    both = variants(fused, {"budget": [4], "proportional": [False, True]})
+    assert label_variants(both) == ["all, attention plain", "all, attention proportional"]
+    assert (
+        len(variants(plain, {"strategy": ["all"], "budget": [4], "mode": ["prune"], "proportional": [False, True]}))
+        == 1
+    )
+    with pytest.raises(ConfigError, match="place is 'before_mixer', where a vision transformer"):
+        variants(fused, {"place": ["before_mixer"]})
 
 
 def test_a_transformer_is_evaluated_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -377,8 +385,8 @@ def test_a_transformer_is_evaluated_by_command(tmp_path: Path, capsys: pytest.Ca
     asked = ["--fusion", "all", "--budget", "4,8", "--mode", "fuse,prune", "--subset", "20", "--batch-size", "10"]
     assert famba(["evaluate", str(tmp_path / "run"), *asked, "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
-    assert "all, fuse" in out
-    assert "all, prune" in out
+    assert "all, mode fuse" in out
+    assert "all, mode prune" in out
     assert (tmp_path / "out" / "evaluate.png").is_file()
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from famba.errors import ConfigError
-from famba.fusion import TokenMap, match, still_there, trace
+from famba.fusion import TokenMap, match, not_pruned, trace
 
 EXAMPLES = settings(max_examples=80, deadline=None)
 ORDERS = ("sequence", "tome")
@@ -369,7 +369,7 @@ def test_sizes_of_what_pruning_leaves_are_the_kept_tokens_own() -> None:
 def test_pruning_of_nothing_and_an_unknown_mode() -> None:
     metric = torch.randn(1, 6, 4)
     assert torch.equal(match(metric, 0, mode="prune").fuse(metric), metric)
-    with pytest.raises(ConfigError, match="unknown fusion mode 'merge'; allowed: fuse, prune"):
+    with pytest.raises(ConfigError, match="unknown mode 'merge'; allowed: fuse, prune"):
         match(metric, 1, mode="merge")
 
 
@@ -379,7 +379,7 @@ def test_a_patch_that_was_pruned_does_not_come_back_with_the_token_at_its_place(
     first = match(metric, 5, 0, mode="prune")
     second = match(first.fuse(metric), 3, 0, mode="prune")
     patches = torch.arange(1, 13).expand(2, -1)
-    there = still_there([first, None, second], patches)
+    there = not_pruned([first, None, second], patches)
     assert [mask.sum(1).tolist() for mask in there] == [[7, 7], [7, 7], [4, 4]]
     assert not (there[2] & ~there[0]).any()
     # What is left are the very tokens that the patches began as.
@@ -390,4 +390,4 @@ def test_a_patch_that_was_pruned_does_not_come_back_with_the_token_at_its_place(
             same = torch.equal(left[image, held[image, patch]], metric[image, patch + 1])
             assert same == bool(there[2][image, patch])
     fused = match(metric, 5, 0)
-    assert still_there([fused, None], patches)[0].all()
+    assert not_pruned([fused, None], patches)[0].all()

@@ -145,7 +145,7 @@ def test_matching_and_fusing(backend: str, order: str, length: int, r: int, prot
         wanted = match(metric, r, protected, order, sizes)
     with use_backend(backend):
         found = match(metric.cuda(), r, protected, order, sizes.cuda())
-        fused = found.fuse(x.cuda(), found.known.of)
+        fused = found.fuse(x.cuda(), found.shares.sizes)
     assert torch.equal(found.places.cpu(), wanted.places)
     assert_close(fused.cpu(), wanted.fuse(x.double(), sizes.double()), 1e-5)
 

@@ -25,7 +25,7 @@ from famba.analysis.report.comparable import sort_out
 from famba.analysis.report.runs import read_runs
 from famba.errors import CheckpointError, ConfigError
 from famba.models import Vim, create_vim, load_vim_checkpoint
-from famba.models.registered import weights_folder
+from famba.models.weights import weights_folder
 from famba.training.app import main
 from famba.training.build import new_state
 from famba.training.checkpoint import load

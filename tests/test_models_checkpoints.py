@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from famba.errors import CheckpointError, ConfigError
 from famba.models import Vim, apply_tome, load_vim_checkpoint
-from famba.models.checkpoints import Origin, load_weights
-from famba.models.tome import ToMe
+from famba.models.vit import ToMe
+from famba.models.weights import Origin, load_weights
 
 # torch says so of files by another program, before it refuses them.
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -212,7 +212,7 @@ def test_the_head_finds_the_class_token_where_it_began(cls: str, order: str, pla
     model = tiny(cls_position=cls, fusion=(5, 1, 0), **options)
     features, logits = model.forward_features(images(3)), model(images(3))
     if cls == "none" and weighting == "mean":
-        with pytest.raises(ConfigError, match="mean over its tokens.*fusion_weighting='size'"):
+        with pytest.raises(ConfigError, match="mean over its tokens.*weighting='size'"):
             model.forward_head(features)
         return
     close(model.forward_head(features), logits)

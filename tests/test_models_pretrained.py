@@ -17,7 +17,7 @@ from torch import Tensor
 
 import famba
 from famba.errors import CheckpointError, ConfigError
-from famba.models.registered import weights_folder
+from famba.models.weights import weights_folder
 from famba.training.checkpoint import differences
 from famba.training.compose import compose
 from famba.training.config import plain
@@ -111,7 +111,7 @@ def test_as_created_they_are_as_good_as_the_readme_says() -> None:
 def test_as_created_they_fuse_as_their_run_did_and_as_the_commands_have_them() -> None:
     model, trained = timm.create_model(NAME, pretrained=True).eval(), load_trained(NAME)
     assert model.fusion == trained.schedule == (6, 7, 7, 7, 7, 7, 7, 7)
-    assert model.way == trained.model.way
+    assert model.settings == trained.model.settings
     with torch.no_grad():
         images, _ = sample(model)
         assert torch.equal(model(images), trained.model(images))
@@ -121,7 +121,7 @@ def test_as_created_they_fuse_as_their_run_did_and_as_the_commands_have_them() -
 
 def test_what_is_chosen_overrides_how_they_fuse() -> None:
     model = timm.create_model(NAME, pretrained=True, fusion_order="tome", fusion_mode="prune")
-    assert (model.fusion, model.way.order, model.way.mode) == ((6, 7, 7, 7, 7, 7, 7, 7), "tome", "prune")
+    assert (model.fusion, model.settings.order, model.settings.mode) == ((6, 7, 7, 7, 7, 7, 7, 7), "tome", "prune")
     assert timm.create_model(NAME, pretrained=True, fusion=[0, 9] * 4).fusion == (0, 9) * 4
     larger = timm.create_model(NAME, pretrained=True, img_size=64, num_classes=7)
     assert larger.fusion == model.fusion
@@ -153,7 +153,7 @@ def test_weights_of_another_run_fuse_as_that_run_did(tmp_path: Path) -> None:
     )
     weights = run / "model.safetensors"
     model = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"file": str(weights)})
-    assert (model.fusion, model.way.order, model.way.weighting) == ((0, 8) * 4, "tome", "size")
+    assert (model.fusion, model.settings.order, model.settings.weighting) == ((0, 8) * 4, "tome", "size")
     # Weights alone say nothing of it.
     alone = shutil.copy(weights, tmp_path / "alone.safetensors")
     assert not any(timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"file": str(alone)}).fusion)

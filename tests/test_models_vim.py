@@ -364,9 +364,9 @@ def test_trace_without_fusion_and_without_gradients() -> None:
     [
         ({"cls_position": "center"}, "unknown cls_position 'center'.*; allowed: head, middle, none"),
         ({"cls_position": "heads"}, "did you mean 'head'"),
-        ({"fusion_weighting": "sizes"}, "unknown fusion_weighting 'sizes', did you mean 'size'.; allowed: mean, size"),
-        ({"fusion_place": "after_scans"}, "unknown fusion_place .* did you mean 'after_scan'"),
-        ({"fusion_order": "tomes"}, "unknown order 'tomes', did you mean 'tome'"),
+        ({"fusion_weighting": "sizes"}, "unknown fusion weighting 'sizes', did you mean 'size'.; allowed: mean, size"),
+        ({"fusion_place": "after_scans"}, "place is .* did you mean 'after_scan'"),
+        ({"fusion_order": "tomes"}, "unknown fusion order 'tomes', did you mean 'tome'"),
         ({"fusion": (1, 1)}, "the schedule has 2 entries, but the model has 3 layers"),
         ({"fusion": (7, 0, 0)}, "layer 0 removes 7 tokens of the 12 "),
         ({"fusion": (0, -1, 0)}, "layer 1 removes -1 tokens"),

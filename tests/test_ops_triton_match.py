@@ -58,7 +58,7 @@ def test_shares_and_sizes_are_those_of_the_places(case: dict[str, Any]) -> None:
         return
     for given_sizes in (None, sizes):
         token_map = on_triton({**case, "sizes": given_sizes})
-        known = token_map.known
+        known = token_map.shares
         assert known is not None
         weights = torch.ones_like(sizes) if given_sizes is None else sizes
         totals = torch.zeros(batch, token_map.length, device=DEVICE).scatter_add(1, token_map.places, weights)

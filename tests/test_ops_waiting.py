@@ -102,8 +102,8 @@ def test_the_kernels_of_the_backend_wait_for_nothing(valueless: None, dtype: tor
     triton.causal_conv1d_backward(triton.causal_conv1d(x, weight, D, True, False), x, weight, D, True, False)
     normed, total = triton.add_rms_norm(x, None, D, 1e-5)
     triton.add_rms_norm_backward(normed, total, total, D, 1e-5)
-    for guarded in (None, torch.empty(batch, 1, dtype=torch.int64, device="cuda")):
-        places, weights, _ = triton.match_tokens(x, int(guarded is None), guarded, None, 5, "sequence")
+    for protected in (None, torch.empty(batch, 1, dtype=torch.int64, device="cuda")):
+        places, weights, _ = triton.match_tokens(x, int(protected is None), protected, None, 5, "sequence")
         fused = triton.fuse_tokens(x, places, weights, length - 5)
         triton.fuse_tokens_backward(fused, places, weights)
     direction = [weight, D, on_gpu(rank + 2 * n, d, dtype=dtype), on_gpu(d, rank, dtype=dtype), D, A, D]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from famba.data import LOADERS
-from famba.fusion import schedule, tokens_per_layer
+from famba.fusion import RULES, schedule, tokens_per_layer
 from famba.fusion.schedules import STRATEGIES
 from famba.training import compose as composing
 from famba.training.config import keys
@@ -25,18 +25,19 @@ def example(name: str) -> str:
     return found[1]
 
 
-@pytest.mark.parametrize("name", ["strategy", "model", "data"])
+@pytest.mark.parametrize("name", ["strategy", "rule", "model", "data"])
 def test_examples_run_and_are_short(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for registry in (STRATEGIES, LOADERS):
         for key in registry:
             monkeypatch.setitem(registry, key, registry[key])
     code = example(name)
     assert len(code.splitlines()) < 20
-    namespace = {"__name__": "famba.models.registered"} if name == "model" else {}
+    namespace = {"__name__": "famba.models.vim"} if name == "model" else {}
     try:
         exec(code, namespace)
     finally:
         STRATEGIES.pop("middle", None)
+        RULES.pop("last", None)
         LOADERS.pop("noise", None)
 
 

@@ -29,9 +29,9 @@ from famba.analysis.report.notes import notes
 from famba.analysis.report.plots import plots
 from famba.analysis.report.rows import MEMORY, SAVED, TIME, Row, Table, build_table, pareto
 from famba.analysis.report.runs import read_runs
-from famba.analysis.report.settings import Fusion, labels
+from famba.analysis.report.settings import labels
 from famba.analysis.report.statistics import paired, sample
-from famba.fusion import schedule
+from famba.fusion import Fusion, schedule
 from famba.fusion.schedules import strategy_names
 from famba.training.compose import compose
 from famba.training.config import flatten, plain
@@ -199,23 +199,21 @@ def test_models_have_tables_of_their_own(tmp_path: Path) -> None:
 
 
 def test_labels_say_only_what_differs() -> None:
-    def fusion(
-        strategy: str, order: str = "sequence", budget: str = "12", schedule: str = "0 4 4 4", **more: str
-    ) -> Fusion:
-        return Fusion(
-            strategy, order, "mean", "before_mixer", budget, more.pop("layers", "None"), schedule=schedule, **more
-        )
+    def fusion(strategy: str, schedule: tuple[int, ...] = (0, 4, 4, 4), **changes: Any) -> Fusion:
+        return Fusion(strategy=strategy, **changes).resolved(schedule)
 
-    alike = {fusion("upper"), fusion("lower", schedule="4 4 4 0"), Fusion("none")}
+    alike = {fusion("upper"), fusion("lower", (4, 4, 4, 0)), fusion("none", (0, 0, 0, 0))}
     assert set(labels(alike).values()) == {"upper", "lower", "none"}
-    tome = fusion("upper", "tome")
+    tome = fusion("upper", order="tome")
     assert labels([*alike, tome])[tome] == "upper, order tome"
     assert labels([tome])[tome] == "upper", "what all share is said once, beside the table"
-    few = fusion("upper", budget="6", schedule="0 2 2 2")
+    few = fusion("upper", (0, 2, 2, 2))
     assert labels([*alike, few])[few] == "upper, budget 6"
-    one, two = (fusion("custom", schedule=schedule) for schedule in ("12 0", "0 12"))
-    assert labels([one, two]) == {one: "custom, schedule 12 0", two: "custom, schedule 0 12"}
-    soon, late = (fusion("adaptive", schedule="", adapt_at=at, adapt_images="64") for at in ("0.05", "0.5"))
+    one, two = (fusion("custom", schedule, layers=(0, 1)) for schedule in ((11, 1), (1, 11)))
+    assert set(labels([one, two, fusion("all", (6, 6))]).values()) == {
+        "custom, budget 11 1", "custom, budget 1 11", "all"
+    }  # fmt: skip
+    soon, late = (fusion("adaptive", adapt_at=(at,), adapt_images=64) for at in (0.05, 0.5))
     assert labels([soon, late])[late] == "adaptive, adapt_at 0.5"
 
 

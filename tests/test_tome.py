@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from famba.errors import ConfigError
 from famba.fusion import schedule, tokens_per_layer
 from famba.models import apply_tome, remove_tome
-from famba.models.tome import ToMe
+from famba.models.vit import ToMe
 from famba.training.measure import macs_per_image
 
 SHAPE: dict[str, Any] = {
@@ -211,7 +211,7 @@ def test_what_it_fuses_by_can_be_changed() -> None:
     assert torch.equal(model(images()), again(images()))
     with pytest.raises(ConfigError, match="unknown fusion mode"):
         model.set_fusion((0, 0, 0), mode="drop")
-    with pytest.raises(ConfigError, match="unknown fusion_place 'before_mixer'"):
+    with pytest.raises(ConfigError, match="place is 'before_mixer', where a vision transformer"):
         model.set_fusion((0, 0, 0), place="before_mixer")
     assert model.fusion == (4, 4, 0)
 

@@ -55,7 +55,7 @@ def test_folder_weights_and_checkpoint_are_the_same_network(upper: Path) -> None
         assert not one.model.training
         assert (one.schedule, one.strategy, one.classes, one.image_size) == ((4, 4), "upper", 10, 32)
         assert one.model.cls_position == "middle"
-        assert one.model.layers[0].fusion.order == "tome"  # type: ignore[union-attr]
+        assert one.model.settings.order == "tome"
         torch.testing.assert_close(logits(one.model), logits(found[0].model), rtol=0, atol=0)
     assert "step 6" in found[2].source
 

@@ -18,8 +18,7 @@ import torch
 from runs import metrics, run
 
 from famba.errors import CheckpointError
-from famba.files import read_seal, remove_unfinished, seal, sha256, write_whole
-from famba.models.checkpoints import read_file
+from famba.files import read_file, read_seal, remove_unfinished, seal, sha256, write_whole
 from famba.training import checkpoint, loop
 from famba.training.checkpoint import Checkpoints, load
 from famba.training.saving import Saver, on_host

@@ -29,7 +29,14 @@ def test_a_transformer_trains_by_the_same_schedules(tmp_path: Path) -> None:
     assert summary["tokens_per_layer"] == [13, 9]
     assert summary["saved_bytes_per_image"] > 0
     trained = load_trained(tmp_path / "run")
-    assert trained.model.way == ("tome", "size", "after_attention", "fuse", False)
+    assert trained.model.settings.settings() == {
+        "rule": "bipartite",
+        "order": "tome",
+        "weighting": "size",
+        "place": "after_attention",
+        "mode": "fuse",
+        "proportional": False,
+    }
     assert trained.schedule == (4, 4)
     # timm's own model takes the weights by their names.
     vit = timm.create_model("vit_micro_patch4_32", **SHAPE).eval()
@@ -61,24 +68,30 @@ def test_pruning_trains_with_the_schedule_of_fusing(model: str, tmp_path: Path) 
     assert fused["schedule"] == pruned["schedule"]
     assert fused["macs_per_image"] == pruned["macs_per_image"]
     assert fused["loss"] != pruned["loss"]
-    assert load_trained(tmp_path / "prune").model.way.mode == "prune"
+    assert load_trained(tmp_path / "prune").model.settings.mode == "prune"
 
 
 def test_attention_in_proportion_is_off_in_training_unless_asked_for(tmp_path: Path) -> None:
     usual = run(tmp_path / "usual", *VIT, "fusion=all", "trainer.max_steps=2")
     asked = run(tmp_path / "asked", *VIT, "fusion=all", "fusion.proportional=true", "trainer.max_steps=2")
     assert usual["loss"] != asked["loss"]
-    assert load_trained(tmp_path / "asked").model.way.proportional
+    assert load_trained(tmp_path / "asked").model.settings.proportional
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model=vit_tiny", "model.d_state=4"], "model.d_state=4 is of Vims"),
-        (["model=vit_tiny", "model.cls_position=none"], "model.cls_position=none is of Vims"),
-        (["model=vit_tiny", "fusion.place=before_mixer"], "give fusion.place=after_attention"),
-        (["model=vim_ti", "fusion.proportional=true"], "fusion.proportional=true is about attention"),
-        (["model=vim_ti", "fusion.place=after_attention"], "fusion.place=after_attention is of transformers"),
+        (["model=vit_tiny", "model.d_state=4"], "model.d_state=4 cannot be chosen for"),
+        (["model=vit_tiny", "model.cls_position=none"], "model.cls_position=none cannot be chosen for"),
+        (
+            ["model=vit_tiny", "fusion.place=before_mixer"],
+            "where a vision transformer reduces no tokens",
+        ),
+        (["model=vim_ti", "fusion.proportional=true"], "fusion.proportional is about attention, and a Vim has none"),
+        (
+            ["model=vim_ti", "fusion.place=after_attention"],
+            "did you mean 'after_scan'?, where a Vim reduces no tokens",
+        ),
         (["model=vit_tiny", "model.name=vit_base_patch16_siglip_224"], "global_pool='map'"),
         (["model=vit_tiny", "fusion.mode=prune", "fusion.proportional=true"], "with fusion.mode=prune each holds one"),
         (["model=vit_tiny", "model.embed_dim=100"], "cannot be built with these model keys"),

@@ -20,7 +20,7 @@ from famba.analysis.pictures.regions import Grid, borders, mean_colours, scatter
 from famba.analysis.pictures.similarity import Column, edges, shares
 from famba.analysis.pictures.tags import draw_tags, tagged
 from famba.cli import main as famba
-from famba.fusion.similarity import cosines, mean_cosine
+from famba.fusion.rules import cosines, mean_cosine
 from famba.models import Vim
 
 

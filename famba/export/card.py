@@ -7,35 +7,34 @@ from typing import Any
 from tabulate import tabulate
 
 from famba.data import Reading
-from famba.export.description import Description, ways
-from famba.models.tome import ToMe
+from famba.export.description import Description
 
 _TAGS = ("image-classification", "timm", "famba", "token-fusion")
-_VIM_CITATION = """\
-```bibtex
+_CITATIONS = {
+    "zhu2024vision": """\
 @inproceedings{zhu2024vision,
   title={Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model},
   author={Zhu, Lianghui and Liao, Bencheng and Zhang, Qian and Wang, Xinlong and Liu, Wenyu and Wang, Xinggang},
   booktitle={International Conference on Machine Learning},
   year={2024}
-}
+}""",
+    "shen2024famba": """\
 @article{shen2024famba,
   title={Famba-V: Fast Vision Mamba with Cross-Layer Token Fusion},
   author={Shen, Hui and Wan, Zhongwei and Wang, Xin and Zhang, Mi},
   journal={arXiv preprint arXiv:2409.09808},
   year={2024}
-}
-```"""
-_TOME_CITATION = """\
-```bibtex
+}""",
+    "bolya2023token": """\
 @inproceedings{bolya2023token,
   title={Token Merging: Your {ViT} but Faster},
   author={Bolya, Daniel and Fu, Cheng-Yang and Dai, Xiaoliang and Zhang, Peizhao and Feichtenhofer, Christoph and
           Hoffman, Judy},
   booktitle={International Conference on Learning Representations},
   year={2023}
+}""",
 }
-```"""
+_OF_THE_MATCHING = "bolya2023token"
 
 
 def model_card(description: Description) -> str:
@@ -66,18 +65,18 @@ def _title(description: Description) -> str:
 
 def _use(description: Description) -> str:
     lines = ["import timm", "import famba  # registers the network with timm"]
-    if isinstance(description.model, ToMe):
+    if description.model.wraps_timm:
         lines = ["import json", "from pathlib import Path", "import timm", "import famba"]
         lines += [
             "",
             'vit = timm.create_model("local-dir:FOLDER", pretrained=True).eval()',
             'fusion = json.loads(Path("FOLDER/config.json").read_text())["famba"]["fusion"]',
-            'ways = {name: fusion[name] for name in ("order", "weighting", "mode", "proportional")}',
-            'model = famba.models.apply_tome(vit, fusion["schedule"], **ways)',
+            "names = famba.fusion.SETTINGS",
+            'model = famba.models.apply_tome(vit, fusion["schedule"], **{name: fusion[name] for name in names})',
         ]
     else:
         lines += ["", 'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()']
-    described = "vit" if isinstance(description.model, ToMe) else "model"
+    described = "vit" if description.model.wraps_timm else "model"
     lines.append(f"transform = timm.data.create_transform(**timm.data.resolve_model_data_config({described}))")
     imported, opened = _opening(description.trained.reading)
     lines.insert(lines.index(""), imported)
@@ -100,7 +99,7 @@ def _fusion(description: Description) -> str:
         "tokens after each layer": ", ".join(map(str, fusion["tokens_per_layer"])),
     }
     if any(fusion["schedule"]):
-        rows |= {name: str(value) for name, value in ways(description.model).items()}
+        rows |= {name: str(value) for name, value in description.model.settings.settings().items()}
     note = "" if description.own else "\n\nThis is not the schedule that the network was trained with."
     return f"## Fusion\n\n{_table(rows)}{note}"
 
@@ -162,4 +161,5 @@ def _table(rows: dict[str, Any]) -> str:
 
 
 def _citation(description: Description) -> str:
-    return _TOME_CITATION if isinstance(description.model, ToMe) else f"{_VIM_CITATION}\n\n{_TOME_CITATION}"
+    entries = "\n".join(_CITATIONS[key] for key in (*description.model.papers, _OF_THE_MATCHING))
+    return f"```bibtex\n{entries}\n```"

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from famba.analysis.variants import add_fusion_options
+from famba.analysis.fusion_options import add_fusion_options
 from famba.export.formats import FORMATS
 
 

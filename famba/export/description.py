@@ -6,18 +6,15 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
-
-from timm.layers import PatchEmbed
+from typing import Any
 
 import famba
 from famba.data.augment import evaluation_scaling
 from famba.errors import CheckpointError
 from famba.files import sha256
 from famba.fusion import tokens_per_layer
-from famba.models.fused import FusedNetwork
-from famba.models.registered import weights_folder
-from famba.models.tome import ToMe
+from famba.models import Backbone
+from famba.models.weights import weights_folder
 from famba.training.trained import Trained
 
 _SUMMARY, _WEIGHTS = "summary.json", "model.safetensors"
@@ -42,16 +39,14 @@ class Description:
     summary: dict[str, Any] | None
 
     @property
-    def model(self) -> FusedNetwork:
+    def model(self) -> Backbone:
         """The network, which fuses as it is exported."""
         return self.trained.model
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
-        network = self.model.vit if isinstance(self.model, ToMe) else self.model
-        height, width = self.model.image_size
-        return cast(PatchEmbed, network.patch_embed).proj.in_channels, height, width
+        return self.model.in_chans, *self.model.image_size
 
     def preprocessing(self) -> dict[str, Any]:
         """How an image becomes input, in timm's words."""
@@ -77,7 +72,7 @@ class Description:
         return {
             "strategy": self.strategy,
             "schedule": schedule,
-            **ways(self.model),
+            **self.model.settings.settings(),
             "tokens": self.model.num_tokens,
             "tokens_per_layer": list(tokens_per_layer(schedule, self.model.num_tokens)),
             "as_trained": self.own,
@@ -111,13 +106,6 @@ class Description:
     def as_json(self) -> str:
         """Everything as JSON."""
         return json.dumps(self.as_dict(), indent=2)
-
-
-def ways(model: FusedNetwork) -> dict[str, Any]:
-    """How tokens fuse, by the names of the arguments of `Vim` without "fusion_", or of `apply_tome`."""
-    way = model.way._asdict()
-    del way["place" if isinstance(model, ToMe) else "proportional"]
-    return way
 
 
 def find_summary(checkpoint: str) -> dict[str, Any] | None:

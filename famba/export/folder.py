@@ -9,15 +9,13 @@ from typing import Any
 from safetensors.torch import save
 
 from famba.export.card import model_card
-from famba.export.description import Description, ways
-from famba.models.mixer import VimMixer
-from famba.models.vim import Vim, VimBlock
+from famba.export.description import Description
 from famba.training.setup import model_arguments
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FILES = (CONFIG, WEIGHTS, CARD)
 _SAID_ABOVE = ("num_classes", "classes")
-_NOT_OF_THE_TRANSFORMER = ("fusion_", "drop_path_rate", "num_classes")
+_SAID_ELSEWHERE = ("fusion_", "drop_path_rate", "num_classes")
 
 
 def write_folder(description: Description, folder: Path) -> str:
@@ -55,35 +53,12 @@ def _config(description: Description) -> dict[str, Any]:
 
 
 def _arguments(description: Description) -> dict[str, Any]:
-    """Arguments of timm.create_model with which it builds this network, or the transformer in it."""
+    """Arguments of timm.create_model with which it builds this network, or the one that it wraps."""
     model, config = description.model, description.trained.config
-    if isinstance(model, Vim):
-        return _vim_arguments(model)
     built = {} if config is None else model_arguments(config, model.num_classes)
-    chosen = {name: value for name, value in built.items() if not name.startswith(_NOT_OF_THE_TRANSFORMER)}
-    return {**chosen, "img_size": _side(model.image_size)}
-
-
-def _vim_arguments(model: Vim) -> dict[str, Any]:
-    first = model.layers[0]
-    assert isinstance(first, VimBlock)
-    mixer = first.mixer
-    assert isinstance(mixer, VimMixer)
-    return {
-        "img_size": _side(model.image_size),
-        "patch_size": _side(model.patch_embed.patch_size),
-        "in_chans": model.patch_embed.proj.in_channels,
-        "embed_dim": model.embed_dim,
-        "depth": len(model.layers),
-        "d_state": mixer.d_state,
-        "d_conv": mixer.conv1d.kernel_size[0],
-        "expand": mixer.d_inner // model.embed_dim,
-        "cls_position": model.cls_position,
-        "fusion": list(model.fusion),
-        **{f"fusion_{name}": value for name, value in ways(model).items()},
-    }
-
-
-def _side(size: tuple[int, int]) -> int | list[int]:
-    """One number for a square."""
-    return size[0] if size[0] == size[1] else list(size)
+    chosen = {name: value for name, value in built.items() if not name.startswith(_SAID_ELSEWHERE)}
+    fusion: dict[str, Any] = {}
+    if not model.wraps_timm:
+        settings = model.settings.settings()
+        fusion = {"fusion": list(model.fusion), **{f"fusion_{name}": value for name, value in settings.items()}}
+    return {**chosen, **model.timm_arguments(), **fusion}

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from famba import ops
-from famba.ops.reference import deal
+from famba.ops.reference import split_alternately
 
 
 def matching_margins(model: nn.Module, images: Tensor) -> Tensor:
@@ -40,19 +40,21 @@ class _Watching(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.famba.match_tokens.default:
-            metric, leading, guarded, _, r, *_ = args
-            self.margins.append(_margin(metric, leading, guarded, r))
+            metric, leading, protected, _, r, *_ = args
+            self.margins.append(_margin(metric, leading, protected, r))
         return func(*args, **(kwargs or {}))
 
 
-def _margin(metric: Tensor, leading: int, guarded: Tensor | None, r: int) -> Tensor:
+def _margin(metric: Tensor, leading: int, protected: Tensor | None, r: int) -> Tensor:
     """How close a matching is to another, (b,).
 
     The smaller of two differences: between the last pair that fuses and the first that does not; and, of a token that
     fuses, between its closest partner and the next.
     """
     unit = F.normalize(metric.float(), dim=-1)
-    in_a, in_b = (_rows(unit, places) for places in deal(leading, guarded, metric.shape[1], metric.device))
+    in_a, in_b = (
+        _rows(unit, places) for places in split_alternately(leading, protected, metric.shape[1], metric.device)
+    )
     closest = (in_a @ in_b.transpose(1, 2)).topk(min(2, in_b.shape[1]), dim=2).values
     order = closest[:, :, 0].argsort(dim=1, descending=True, stable=True)
     closest = closest.gather(1, order.unsqueeze(2).expand_as(closest))

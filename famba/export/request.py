@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from famba.analysis.folders import prepare_folder
-from famba.analysis.variants import Choice, labels, variants
+from famba.analysis.fusion_options import read_options
+from famba.analysis.variants import Asked, label_variants, variants
 from famba.errors import ConfigError, near_miss
 from famba.export.description import Description, find_summary
 from famba.export.formats import FORMATS
@@ -35,10 +36,10 @@ def check(options: argparse.Namespace) -> Request:
         from famba.export.onnx_graph import check_packages
 
         check_packages()
-    choice = Choice.of(options)
+    asked = read_options(options)
     out = _place(target, options.out)
     trained = load_trained(options.checkpoint)
-    strategy, is_own = _fuse(trained, choice)
+    strategy, is_own = _fuse(trained, asked)
     summary = find_summary(options.checkpoint)
     architecture = _architecture(trained, options.checkpoint)
     return Request(target, out, Description(architecture, strategy, is_own, trained, summary))
@@ -65,15 +66,15 @@ def _architecture(trained: Trained, checkpoint: str) -> str:
     return name.split(".")[0]
 
 
-def _fuse(trained: Trained, choice: Choice) -> tuple[str, bool]:
+def _fuse(trained: Trained, asked: Asked) -> tuple[str, bool]:
     """Let the network fuse as asked; return the name of the strategy, and whether it is as it was trained."""
-    if choice.is_empty:
+    if not asked:
         return trained.strategy, True
-    asked = variants(trained, choice)
-    if len(asked) != 1:
+    found = variants(trained, asked)
+    if len(found) != 1:
         raise ConfigError(
-            f"the options ask for {len(asked)} ways of fusing ({'; '.join(labels(asked)[:4])}); a file holds one: name "
-            "one strategy, one budget, and one of each other option"
+            f"the options ask for {len(found)} ways of fusing ({'; '.join(label_variants(found)[:4])}); a file holds "
+            "one: name one strategy, one budget, and one of each other option"
         )
-    asked[0].put_into(trained.model)
-    return asked[0].strategy, asked[0].own
+    found[0].put_into(trained.model)
+    return found[0].fusion.strategy, found[0].own

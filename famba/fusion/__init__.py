@@ -1,7 +1,22 @@
-"""Which tokens fuse, how many, in which layer, and where each patch went."""
+"""Which tokens are reduced, how many, in which layer, and where each patch went."""
 
-from famba.fusion.matching import TokenMap, match
+from famba.fusion.config import SETTINGS, Fusion, labels
+from famba.fusion.rules import RULES, LayerTokens, match, register_rule
 from famba.fusion.schedules import schedule, tokens_per_layer
-from famba.fusion.tracing import still_there, trace, unfuse
+from famba.fusion.token_map import TokenMap, not_pruned, trace, unfuse
 
-__all__ = ["TokenMap", "match", "schedule", "still_there", "tokens_per_layer", "trace", "unfuse"]
+__all__ = [
+    "RULES",
+    "SETTINGS",
+    "Fusion",
+    "LayerTokens",
+    "TokenMap",
+    "labels",
+    "match",
+    "not_pruned",
+    "register_rule",
+    "schedule",
+    "tokens_per_layer",
+    "trace",
+    "unfuse",
+]

@@ -1,7 +1,12 @@
-"""How many tokens fuse in which layer.
+"""Schedules: how many tokens fuse in which layer.
 
 A schedule is a tuple with one entry per layer: the tokens that layer removes. A strategy names the layers that fuse
 (Famba-V, arXiv 2409.09808, section 3), a budget the total, which is the same for every strategy.
+
+The strategy "adaptive" spends the budget by how similar the tokens of each layer are: a token fuses where its cosine
+with its closest partner reaches a threshold, the same threshold in every layer, and the threshold is the one at which
+the budget is spent to the last token. Layers whose tokens are alike fuse many, others few or none. A layer removes the
+mean over some training images, so every image of a batch loses as many and shapes stay fixed.
 """
 
 from __future__ import annotations
@@ -9,8 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
-from famba.errors import ConfigError, near_miss
+from torch import Tensor
+
+from famba.errors import ConfigError, check_choice
+from famba.fusion.rules import closest_cosines
+from famba.fusion.token_map import Protected, protected_count
 
 Budget = int | float | str | Sequence[int]
 """Tokens in total (int), a share of the patches (float in (0, 1)), "paper", or tokens for each layer (a list)."""
@@ -22,53 +32,27 @@ DECREASING = "decreasing"
 _PAPER_PER_LAYER = {"all": 7, "interleaved": 14, "lower": 9, "upper": 9}
 
 
-def _all(depth: int, layers: None) -> list[int]:
-    return list(range(depth))
-
-
-def _interleaved(depth: int, layers: None) -> list[int]:
-    return list(range(1, depth, 2))
-
-
-def _lower(depth: int, layers: int | None) -> list[int]:
-    return list(range(_count(depth, layers)))
-
-
-def _upper(depth: int, layers: int | None) -> list[int]:
-    return list(range(depth - _count(depth, layers), depth))
-
-
 STRATEGIES: dict[str, Callable[..., list[int]]] = {
-    "all": _all,
-    "interleaved": _interleaved,
-    "lower": _lower,
-    "upper": _upper,
-    DECREASING: _all,
-    ADAPTIVE: _all,
+    "all": lambda depth, _: list(range(depth)),
+    "interleaved": lambda depth, _: list(range(1, depth, 2)),
+    "lower": lambda depth, layers: list(range(_count(depth, layers))),
+    "upper": lambda depth, layers: list(range(depth - _count(depth, layers), depth)),
+    DECREASING: lambda depth, _: list(range(depth)),
+    ADAPTIVE: lambda depth, _: list(range(depth)),
 }
 """Each strategy's rule: (depth, layers) to the layers that fuse, ascending. A new strategy is one more entry.
 
-"adaptive" begins as "all" does, until training measures where tokens are similar (`famba.fusion.adaptive`).
+"adaptive" begins as "all" does, until training measures where tokens are similar (`spend`).
 """
 
-_COUNTED = ("lower", "upper")
-
-
-def _evenly(fusing: int) -> list[int]:
-    return [1] * fusing
-
-
-def _falling(fusing: int) -> list[int]:
-    """From twice the mean in the first layer to nothing in the last, as ToMe's decreasing schedule."""
-    return list(range(fusing - 1, -1, -1)) if fusing > 1 else [1]
-
-
-_SPREADS = {DECREASING: _falling}
+NONE, CUSTOM = "none", "custom"
+COUNTED = ("lower", "upper")
+"""Strategies that take how many layers fuse."""
 
 
 def strategy_names() -> tuple[str, ...]:
     """Names that `schedule` takes."""
-    return ("none", *STRATEGIES, "custom")
+    return (NONE, *STRATEGIES, CUSTOM)
 
 
 def schedule(
@@ -104,47 +88,44 @@ def schedule(
     Raises:
         ConfigError: (a ValueError) what does not fit, and what would.
     """
-    _check_sizes(depth, tokens, protected)
-    names = strategy_names()
-    if strategy not in names:
-        raise ConfigError(
-            f"unknown fusion strategy {strategy!r}{near_miss(strategy, names)}; allowed: {', '.join(names)}",
-            "strategy",
-        )
-    patches = tokens - protected
-    if strategy == "custom" and isinstance(budget, Sequence) and not isinstance(budget, str):
+    if depth < 1:
+        raise ConfigError(f"depth is {depth}; allowed: 1 or more", "depth")
+    if protected < 0 or tokens <= protected:
+        raise ConfigError(f"{tokens} tokens of which {protected} are protected leave none to fuse")
+    check_choice("fusion strategy", strategy, strategy_names(), "strategy")
+    if strategy == CUSTOM and _is_list(budget):
         if layers is not None:
             raise ConfigError(
                 "fusion strategy 'custom' takes a list of layers, or a list of tokens per layer as budget, not both",
                 "layers",
             )
-        counts = tuple(budget)
-        check_schedule(counts, depth, tokens, protected)
-        return counts
-    fusing = _fusing_layers(strategy, depth, layers)
-    if budget == PAPER:
-        counts = _paper_counts(strategy, depth, fusing)
-        check_schedule(counts, depth, tokens, protected)
-        return counts
-    total = _total(budget, patches)
-    shares = [] if strategy == "none" else _spread(total, len(fusing), patches, strategy)
-    counts_by_layer = dict(zip(fusing, shares, strict=True))
-    return tuple(counts_by_layer.get(layer, 0) for layer in range(depth))
+        counts = list(budget)  # type: ignore[arg-type]
+    else:
+        fusing, counts = fusing_layers(strategy, depth, layers), [0] * depth
+        if budget == PAPER:
+            shares = [_of_the_paper(strategy)] * len(fusing)
+        else:
+            total = _total(budget, tokens - protected)
+            shares = _spread(total, len(fusing), tokens - protected, strategy) if fusing else []
+        for layer, share in zip(fusing, shares, strict=True):
+            counts[layer] = share
+    check_schedule(counts, depth, tokens, protected)
+    return tuple(counts)
 
 
 def check_schedule(counts: Sequence[int], depth: int, tokens: int, protected: int = 1) -> None:
     """Raise ConfigError where a schedule does not fit a model of `depth` layers on `tokens` tokens."""
     if len(counts) != depth:
-        raise ConfigError(f"the schedule has {len(counts)} entries, but the model has {depth} layers", "counts")
+        raise ConfigError(f"the schedule has {len(counts)} entries, but the model has {depth} layers", "budget")
     left = tokens - protected
     for layer, count in enumerate(counts):
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise ConfigError(f"layer {layer} removes {count!r} tokens; allowed: whole numbers from 0", "counts")
+            raise ConfigError(f"layer {layer} removes {count!r} tokens; allowed: whole numbers from 0", "budget")
         if count > left // 2:
             raise ConfigError(
                 f"layer {layer} removes {count} tokens of the {left} that may fuse there; "
                 f"at most half of them, {left // 2}, can go in one layer",
-                "counts",
+                "budget",
             )
         left -= count
 
@@ -152,13 +133,6 @@ def check_schedule(counts: Sequence[int], depth: int, tokens: int, protected: in
 def tokens_per_layer(counts: Sequence[int], tokens: int) -> tuple[int, ...]:
     """Tokens left after each layer's fusion, of a sequence of `tokens`."""
     return tuple(tokens - removed for removed in accumulate(counts))
-
-
-def _check_sizes(depth: int, tokens: int, protected: int) -> None:
-    if depth < 1:
-        raise ConfigError(f"depth is {depth}; allowed: 1 or more", "depth")
-    if protected < 0 or tokens <= protected:
-        raise ConfigError(f"{tokens} tokens of which {protected} are protected leave none to fuse")
 
 
 def _is_list(value: object) -> bool:
@@ -178,18 +152,17 @@ def _count(depth: int, layers: int | None) -> int:
     return layers
 
 
-def _fusing_layers(strategy: str, depth: int, layers: int | Sequence[int] | None) -> list[int]:
-    if strategy == "custom":
+def fusing_layers(strategy: str, depth: int, layers: int | Sequence[int] | None) -> list[int]:
+    """Return the layers that fuse by a strategy, ascending. Raises ConfigError for `layers` that it does not take."""
+    if strategy == CUSTOM:
         return _custom_layers(depth, layers)
-    if strategy in _COUNTED:
-        return STRATEGIES[strategy](depth, layers)
-    if layers is not None:
+    if layers is not None and strategy not in COUNTED:
         raise ConfigError(
             f"fusion strategy {strategy!r} takes no layers (given {layers!r}); 'lower' and 'upper' take how many, "
             "'custom' a list",
             "layers",
         )
-    return [] if strategy == "none" else STRATEGIES[strategy](depth, layers)
+    return [] if strategy == NONE else STRATEGIES[strategy](depth, layers)
 
 
 def _custom_layers(depth: int, layers: int | Sequence[int] | None) -> list[int]:
@@ -208,15 +181,13 @@ def _custom_layers(depth: int, layers: int | Sequence[int] | None) -> list[int]:
     return sorted(layers)
 
 
-def _paper_counts(strategy: str, depth: int, fusing: list[int]) -> tuple[int, ...]:
-    if strategy == "none":
-        return (0,) * depth
-    if strategy not in _PAPER_PER_LAYER:
+def _of_the_paper(strategy: str) -> int:
+    if strategy not in (NONE, *_PAPER_PER_LAYER):
         raise ConfigError(
             f"budget 'paper' is known for {', '.join(_PAPER_PER_LAYER)}, not for {strategy!r}; give a number instead",
             "budget",
         )
-    return tuple(_PAPER_PER_LAYER[strategy] if layer in fusing else 0 for layer in range(depth))
+    return _PAPER_PER_LAYER.get(strategy, 0)
 
 
 def _total(budget: Budget, patches: int) -> int:
@@ -246,8 +217,11 @@ def _spread(total: int, fusing: int, patches: int, strategy: str) -> list[int]:
             f"patches, at most half in each layer; the largest that fits is {largest}",
             "budget",
         )
-    weights = _SPREADS.get(strategy, _evenly)(fusing)
-    return removals([patches, *(patches - total * part // sum(weights) for part in accumulate(weights))])
+    parts = [1] * fusing
+    if strategy == DECREASING and fusing > 1:
+        # From twice the mean in the first layer to nothing in the last, as ToMe's decreasing schedule.
+        parts = list(range(fusing - 1, -1, -1))
+    return removals([patches, *(patches - total * part // sum(parts) for part in accumulate(parts))])
 
 
 def removals(left: Sequence[int]) -> list[int]:
@@ -267,3 +241,49 @@ def removals(left: Sequence[int]) -> list[int]:
     for i in range(1, len(possible)):
         possible[i] = max(possible[i], math.ceil(possible[i - 1] / 2))
     return [before - after for before, after in pairwise(possible)]
+
+
+# A cosine is within these; halving a range of 2 twelve times tells thresholds 0.0005 apart.
+_LOWEST, _HIGHEST, _HALVINGS = -1.0, 1.0, 12
+
+
+class Adapted(NamedTuple):
+    """A schedule, tokens to remove in each layer, and the cosine that its pairs reach."""
+
+    schedule: tuple[int, ...]
+    threshold: float
+
+
+def similar_pairs(metric: Tensor, protected: Protected, threshold: float) -> int:
+    """Count the pairs of (b, l, c) that reach a cosine: the mean over images, rounded half up, as far as they fit."""
+    closest = closest_cosines(metric, protected)
+    free = metric.shape[1] - protected_count(protected)
+    return min(math.floor((closest >= threshold).sum().item() / len(closest) + 0.5), free // 2)
+
+
+def spend(counts_at: Callable[[float], Sequence[int]], free: int, budget: int) -> Adapted:
+    """Find the threshold at which layers remove `budget` of `free` tokens in total, and what each removes.
+
+    Args:
+        counts_at: what each layer removes of the similar pairs at a threshold; more in total the lower it is.
+        free: tokens of the sequence that may fuse.
+        budget: tokens to remove, at most what is removed where every layer removes half.
+
+    Returns:
+        The schedule, whose total is exactly `budget`: between the two closest thresholds around it, in proportion.
+    """
+    low, high = _LOWEST, _HIGHEST
+    many = list(counts_at(low))
+    few = [0] * len(many)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        counts = list(counts_at(middle))
+        if sum(counts) >= budget:
+            low, many = middle, counts
+        else:
+            high, few = middle, counts
+    between = (budget - sum(few)) / max(1, sum(many) - sum(few))
+    removed = accumulate(a + between * (b - a) for a, b in zip(few, many, strict=True))
+    left = [free, *(free - math.floor(total + 0.5) for total in removed)]
+    left[-1] = free - budget
+    return Adapted(tuple(removals(left)), low)

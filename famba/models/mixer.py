@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from famba.models.calls import is_plain
 from famba.ops import Direction, bidirectional_mixer, causal_conv1d, selective_scan
 
 _DELTA_RANGE = (0.001, 0.1)
@@ -84,6 +83,16 @@ class VimMixer(nn.Module):
         u, z = self.in_proj(x).chunk(2, dim=-1)
         forward, backward = self._sides()
         return (self._scan_by_calls(u, z, forward, False) + self._scan_by_calls(u, z, backward, True)) / 2
+
+    @torch.no_grad()
+    def step_sizes(self, x: Float[Tensor, "b l d_model"]) -> Float[Tensor, "b l d_inner"]:
+        """Compute the step sizes of the scans of normed tokens (b, l, d_model), the sum of both directions."""
+        u = self.in_proj(x).chunk(2, dim=-1)[0]
+        steps = []
+        for reverse, (conv, x_proj, dt_proj, _, _) in enumerate(self._sides()):
+            dt = x_proj(_convolved(u, conv, bool(reverse)))[..., : self.dt_rank]
+            steps.append(F.softplus(dt_proj(dt)))
+        return steps[0] + steps[1]
 
     def _changed(self) -> str | None:
         """Name a layer before the output projection that has to be called; None where one op computes them all."""
@@ -178,3 +187,18 @@ def _tell_slower(name: str) -> None:
             "slower than its one op",
             name,
         )
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return whether a call of a module is what its class computes and nothing more.
+
+    A subclass is not plain: parametrizations, quantized layers and adapters are subclasses or wrappers.
+    """
+    # Written out: mixers ask this for each of their layers at every call.
+    return type(module) is kind and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )

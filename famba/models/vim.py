@@ -2,52 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
+import timm
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, PatchEmbed, lecun_normal_, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from famba.errors import ConfigError
-from famba.fusion import TokenMap, match
-from famba.fusion.matching import check_mode, check_order
-from famba.models.dense import Indices, chosen_layers
-from famba.models.fused import Choose, FusedNetwork, Passed, Way, check_choice
+from famba.errors import ConfigError, check_choice
+from famba.fusion import Fusion, TokenMap
+from famba.models.backbone import (
+    CLS_POSITIONS,
+    Backbone,
+    Indices,
+    Reduction,
+    Run,
+    Tokens,
+    chosen_layers,
+    one_number,
+    register_backbone,
+)
 from famba.models.mixer import VimMixer
+from famba.models.weights import WEIGHTS, fitting_weights, fusion_of_training
 from famba.ops import add_rms_norm
 
-CLS_POSITIONS = ("head", "middle", "none")
-WEIGHTINGS = ("mean", "size")
-PLACES = ("before_mixer", "after_scan")
+BEFORE_MIXER, AFTER_SCAN = "before_mixer", "after_scan"
+# The one time in print (arXiv 2409.09808): Vim-Ti with interleaved fusion in under 4 hours on A100s, 300 epochs of
+# 50,000 images of 0.903 G multiply-adds each. The released scripts start four processes; the text does not say.
+_PRINTED_RATE = 300 * 50_000 * 0.903e9 / 4
 
 
-@dataclass(frozen=True)
-class LayerFusion:
-    """How one layer fuses: r tokens go; order, place and mode as in `Vim`; by_size weighs tokens by their patches."""
-
-    r: int
-    order: str
-    by_size: bool
-    place: str
-    mode: str
-
-
-class Tokens(NamedTuple):
-    """What is known of a sequence besides its values.
-
-    cls: the class token's place, an int, per image a tensor (b,), or None. sizes: patches that each token holds
-    (b, l), None while they are all 1 or do not matter.
-    """
-
-    cls: int | Tensor | None
-    sizes: Tensor | None
-
-
-class Leaving(NamedTuple):
+class Stream(NamedTuple):
     """What a layer leaves (b, l, d): what it adds, as far as drop_path lets it, and the residual stream before that."""
 
     hidden: Tensor
@@ -83,47 +72,34 @@ class VimBlock(nn.Module):
     what a layer leaves is known before the next one fuses.
     """
 
-    def __init__(self, mixer: VimMixer, d_model: int, drop_path: float, fusion: LayerFusion) -> None:
+    def __init__(self, mixer: VimMixer, d_model: int, drop_path: float) -> None:
         super().__init__()
         self.norm = RMSNorm(d_model)
         self.mixer = mixer
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-        self.fusion = fusion
 
     def forward(
-        self, hidden: Tensor, residual: Tensor | None, tokens: Tokens, choose: Choose | None = None
+        self, hidden: Tensor, residual: Tensor | None, tokens: Tokens, reduction: Reduction | None = None
     ) -> tuple[Tensor, Tensor, Tokens, TokenMap | None]:
-        """Take the last layer's output (b, l, d) and the residual stream; return those of this layer, (b, l - r, d).
-
-        `choose`, where given, is shown what similarity is measured on, and says what r is this once.
-        """
+        """Take the last layer's output (b, l, d) and the residual stream; return those of this layer, (b, l - r, d)."""
         normed, stream = self.norm(hidden, residual)
-        if choose is None and not self.fusion.r:
+        if reduction is None:
             return self.mixer(normed), stream, tokens, None
-        token_map = None
+        token_map, known = None, {"features": normed, "step_sizes": lambda: self.mixer.step_sizes(normed)}
 
-        def fuse(metric: Tensor) -> Tensor:
+        def reduce_mixed(mixed: Tensor) -> Tensor:
             nonlocal stream, tokens, token_map
-            r = self.fusion.r if choose is None else choose(metric, tokens.cls)
-            if not r:
-                return metric
-            token_map = match(metric, r, tokens.cls, self.fusion.order, tokens.sizes, self.fusion.mode)
-            metric, stream = token_map.fuse(metric, tokens.sizes), token_map.fuse(stream, tokens.sizes)
-            tokens = self._fused(tokens, token_map)
-            return metric
+            (mixed, stream), tokens, token_map = reduction(tokens, [mixed, stream], mixed, mixed=mixed, **known)
+            return mixed
 
-        mixed = self.mixer(fuse(normed)) if self.fusion.place == "before_mixer" else self.mixer(normed, fuse)
-        return mixed, stream, tokens, token_map
-
-    def _fused(self, tokens: Tokens, token_map: TokenMap) -> Tokens:
-        # At the head the class token stays where it is in either order: a place known beforehand is cheaper.
-        at_head = isinstance(tokens.cls, int) and tokens.cls == 0
-        cls = 0 if at_head else token_map.protected
-        by_size = self.fusion.by_size and self.fusion.mode == "fuse"
-        return Tokens(cls, token_map.sizes(tokens.sizes) if by_size else None)
+        if reduction.fusion.place == AFTER_SCAN:
+            return self.mixer(normed, reduce_mixed), stream, tokens, token_map
+        (reduced, stream), tokens, token_map = reduction(tokens, [normed, stream], normed, **known)
+        return self.mixer(reduced), stream, tokens, token_map
 
 
-class Vim(FusedNetwork):
+@register_backbone
+class Vim(Backbone):
     """Vision Mamba: patches, a class token, `depth` pre-norm layers of bidirectional scans.
 
     Args:
@@ -138,17 +114,25 @@ class Vim(FusedNetwork):
         expand: d_inner / d_model.
         drop_path_rate: stochastic depth, rising linearly to this rate at the last layer.
         cls_position: "head" (Famba-V), "middle" (official Vim, at patches // 2), or "none" (mean of the tokens).
-        fusion: tokens removed in each layer, from `famba.fusion.schedule`; None for no fusion.
-        fusion_order: "sequence" or "tome", as in `famba.fusion.match`.
-        fusion_weighting: "mean" (equal weights, as in the paper) or "size" (by the patches that a token holds); of no
-            matter where tokens are pruned.
-        fusion_place: "before_mixer" (similarity of the normed tokens, as the released code has it) or "after_scan"
+        fusion: tokens removed in each layer, from `famba.fusion.schedule`; None for no fusion; or a strategy's name.
+        settings: the fields of `famba.fusion.Fusion` with "fusion_" before them, such as fusion_order="tome". Its place
+            is "before_mixer" (similarity of the normed tokens, as the released code has it) or "after_scan"
             (similarity of the gated scans' mean, before the output projection, as the paper's figure draws it).
-        fusion_mode: "fuse", or "prune": the tokens that would fuse into another are dropped, as a baseline.
 
     Raises:
         ConfigError: a value or the schedule does not fit.
     """
+
+    kind = "a Vim"
+    layers_name = "layers"
+    places: ClassVar = {
+        BEFORE_MIXER: frozenset({"step_sizes"}),
+        AFTER_SCAN: frozenset({"step_sizes", "mixed"}),
+    }
+    keys = frozenset({"d_state", "cls_position"})
+    usual = Fusion()
+    papers = ("zhu2024vision", "shen2024famba")
+    printed_rate = _PRINTED_RATE
 
     def __init__(
         self,
@@ -163,22 +147,19 @@ class Vim(FusedNetwork):
         expand: int = 2,
         drop_path_rate: float = 0.0,
         cls_position: str = "head",
-        fusion: Sequence[int] | None = None,
-        fusion_order: str = "sequence",
-        fusion_weighting: str = "mean",
-        fusion_place: str = "before_mixer",
-        fusion_mode: str = "fuse",
+        fusion: Sequence[int] | str | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__()
         check_choice("cls_position", cls_position, CLS_POSITIONS)
-        check_choice("fusion_weighting", fusion_weighting, WEIGHTINGS)
-        check_choice("fusion_place", fusion_place, PLACES)
-        check_order(fusion_order)
-        check_mode(fusion_mode)
+        if unknown := [name for name in settings if not name.startswith("fusion_")]:
+            raise TypeError(f"Vim takes no argument {unknown[0]!r}")
+        self.settings = self.fusion_of(fusion, settings)
+        self.check_fusion(self.settings)
         _check_patches(_pair(img_size), _pair(patch_size))
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.cls_position = cls_position
+        self.cls_position: str = cls_position
         self.grad_checkpointing = False
 
         # timm's annotation says int, its code takes both.
@@ -193,20 +174,11 @@ class Vim(FusedNetwork):
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_tokens, embed_dim))
 
-        self.fusion = tuple(fusion) if fusion is not None else (0,) * depth
-        self._check_fusion(self.fusion, depth)
-        self.fusion_by_size = fusion_weighting == "size"
-        self.fusion_mode = fusion_mode
+        self.fusion = self.settings.schedule(depth, self.num_tokens, self.protected)
         # A layer drops what the layer before it adds, the final norm what the last layer adds.
         rates = [0.0, *(drop_path_rate * i / max(1, depth - 1) for i in range(depth))]
         self.layers = nn.ModuleList(
-            VimBlock(
-                VimMixer(embed_dim, d_state, d_conv, expand),
-                embed_dim,
-                rate,
-                LayerFusion(r, fusion_order, self.fusion_by_size, fusion_place, fusion_mode),
-            )
-            for rate, r in zip(rates, self.fusion, strict=False)
+            VimBlock(VimMixer(embed_dim, d_state, d_conv, expand), embed_dim, rate) for rate in rates[:depth]
         )
         self.drop_path = DropPath(rates[-1]) if rates[-1] else nn.Identity()
         self.norm_f: nn.Module = RMSNorm(embed_dim)
@@ -230,51 +202,19 @@ class Vim(FusedNetwork):
             trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
-    @property
-    def way(self) -> Way:
-        """How it fuses, in every layer alike."""
-        first = self.layers[0]
-        assert isinstance(first, VimBlock)
-        weighting = "size" if first.fusion.by_size else "mean"
-        return Way(first.fusion.order, weighting, first.fusion.place, first.fusion.mode, proportional=False)
+    @classmethod
+    def names(cls) -> list[str]:
+        """List the timm names of Vims."""
+        return timm.list_models("vim_*")
 
-    @torch.jit.ignore
-    def set_fusion(
-        self,
-        fusion: Sequence[int],
-        order: str | None = None,
-        weighting: str | None = None,
-        place: str | None = None,
-        mode: str | None = None,
-        proportional: bool | None = None,
-    ) -> None:
-        """Remove other numbers of tokens from now on, one for each layer, and in another way where one is given.
-
-        Arguments as of `Vim`; proportional attention is for networks that have attention. Raises ConfigError where they
-        do not fit; nothing has changed then.
-        """
-        if proportional:
-            raise ConfigError("proportional attention is asked for, and a Vim has no attention", "proportional")
-        self._check_fusion(fusion, len(self.layers))
-        chosen: dict[str, str | bool] = {}
-        if order is not None:
-            check_order(order)
-            chosen["order"] = order
-        if weighting is not None:
-            check_choice("fusion_weighting", weighting, WEIGHTINGS)
-            chosen["by_size"] = weighting == "size"
-        if place is not None:
-            check_choice("fusion_place", place, PLACES)
-            chosen["place"] = place
-        if mode is not None:
-            check_mode(mode)
-            chosen["mode"] = mode
-        self.fusion = tuple(fusion)
-        self.fusion_by_size = bool(chosen.get("by_size", self.fusion_by_size))
-        self.fusion_mode = mode or self.fusion_mode
-        for layer, r in zip(self.layers, self.fusion, strict=True):
-            assert isinstance(layer, VimBlock)
-            layer.fusion = replace(layer.fusion, r=r, **chosen)  # type: ignore[arg-type]
+    @classmethod
+    def keys_of(cls, weights: Mapping[str, Any]) -> dict[str, object]:
+        """Return d_state, and whether there is a class token."""
+        rates = weights.get("layers.0.mixer.A_log")
+        return {
+            "d_state": rates.shape[1] if isinstance(rates, Tensor) and rates.ndim == 2 else None,
+            "cls_position": "a class token" if "cls_token" in weights else "none",
+        }
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -291,11 +231,6 @@ class Vim(FusedNetwork):
             "stem": r"^cls_token|^pos_embed|^patch_embed",
             "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],  # in the group before it
         }
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each layer in the backward instead of keeping what it needs."""
-        self.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -329,14 +264,78 @@ class Vim(FusedNetwork):
         return self.patch_embed.grid_size
 
     @property
+    def in_chans(self) -> int:
+        """Channels of the images."""
+        return self.patch_embed.proj.in_channels
+
+    @property
     def cls_index(self) -> int | None:
         """The class token's place in the sequence that enters the first layer."""
         return {"head": 0, "middle": self.num_patches // 2, "none": None}[self.cls_position]
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
-        """Classify images (b, in_chans, height, width): logits (b, num_classes)."""
-        passed = self._run(x)
-        return self.head(self._pool(self._normed(passed.leaving), passed.tokens))
+    @property
+    def special(self) -> tuple[int, ...]:
+        """Place of the class token, if there is one."""
+        return () if self.cls_index is None else (self.cls_index,)
+
+    def special_rows(self, rows: int, cls_position: str | None) -> tuple[int, ...]:
+        """Return the class token's row, by its place in a file's network."""
+        place = cls_position or self.cls_position
+        return {"head": (0,), "middle": ((rows - 1) // 2,), "none": ()}[place]
+
+    def timm_arguments(self) -> dict[str, Any]:
+        """Return the arguments of `Vim` that make its shape."""
+        mixer: Any = self.layers[0].mixer
+        return {
+            "img_size": one_number(self.image_size),
+            "patch_size": one_number(self.patch_embed.patch_size),
+            "in_chans": self.in_chans,
+            "embed_dim": self.embed_dim,
+            "depth": self.depth,
+            "d_state": mixer.d_state,
+            "d_conv": mixer.conv1d.kernel_size[0],
+            "expand": mixer.d_inner // self.embed_dim,
+            "cls_position": self.cls_position,
+        }
+
+    def embed(self, x: Float[Tensor, "b c h w"]) -> Stream:
+        """Turn images into patches with the class token in its place, and add the position embedding."""
+        x = self.patch_embed(x)
+        if self.cls_index is not None:
+            cls = self.cls_token.expand(x.shape[0], -1, -1)
+            x = torch.cat([x[:, : self.cls_index], cls, x[:, self.cls_index :]], dim=1)
+        return Stream(x + self.pos_embed, None)
+
+    def layer(
+        self, index: int, stream: Stream, tokens: Tokens, reduction: Reduction | None
+    ) -> tuple[Stream, Tokens, TokenMap | None]:
+        """Compute one layer."""
+        hidden, residual, tokens, token_map = self.recomputed(self.layers[index], *stream, tokens, reduction)
+        # Now, not in the next layer: what a layer leaves is known before the next one fuses.
+        drop = self.layers[index + 1].drop_path if index + 1 < len(self.layers) else self.drop_path
+        return Stream(drop(hidden), residual), tokens, token_map  # type: ignore[operator]
+
+    def normed(self, stream: Stream) -> Tensor:
+        """Add, and apply the final norm (b, l, d)."""
+        return self.norm_f(stream.hidden, stream.residual)[0]
+
+    def features_of(self, stream: Stream) -> Tensor:
+        """Return the residual stream with what a layer adds (b, l, d), in the dtype of the weights."""
+        assert stream.residual is not None
+        return (stream.hidden + stream.residual).to(self.pos_embed.dtype)
+
+    def classify(self, run: Run) -> Float[Tensor, "b classes"]:
+        """Read the class token, or the mean of the tokens, weighted as they were fused."""
+        x, tokens = self.normed(run.stream), run.tokens
+        if not self.special:
+            pooled = x.mean(1)
+            if tokens.sizes is not None:
+                pooled = ((x * tokens.sizes.unsqueeze(2)).sum(1) / self.num_patches).to(x.dtype)
+        elif isinstance(tokens.special, Tensor):
+            pooled = x.gather(1, tokens.special.unsqueeze(2).expand(-1, -1, x.shape[2])).squeeze(1)
+        else:
+            pooled = x[:, tokens.special[0]]
+        return self.head(pooled)
 
     def forward_head(self, x: Float[Tensor, "b l d"], pre_logits: bool = False) -> Float[Tensor, "b out"]:
         """Classify what `forward_features` returns, (b, num_tokens, embed_dim): logits (b, num_classes).
@@ -347,20 +346,11 @@ class Vim(FusedNetwork):
             ConfigError: x has another number of tokens; or the model pools over tokens whatever they hold (no class
                 token, tokens that fuse by equal weights or are pruned), which features of patches do not tell.
         """
-        if x.shape[1] != self.num_tokens:
-            raise ConfigError(
-                f"forward_head was given {x.shape[1]} tokens per image; allowed: what forward_features returns, "
-                f"{self.num_tokens} tokens per image"
-            )
+        self.check_num_tokens(x)
         if self.cls_index is not None:
             pooled = x[:, self.cls_index]
-        elif any(self.fusion) and not (self.fusion_by_size and self.fusion_mode == "fuse"):
-            raise ConfigError(
-                "this model takes the mean over its tokens, however many patches each holds, which the features of "
-                "patches do not tell; call the model itself for logits, or use fusion_weighting='size', or a class "
-                "token (cls_position)"
-            )
         else:
+            self.check_mean()
             pooled = x.mean(1)
         return pooled if pre_logits else self.head(pooled)
 
@@ -391,64 +381,6 @@ class Vim(FusedNetwork):
             self.reset_classifier(0)
         return layers
 
-    def patch_places(self, device: torch.device) -> Int[Tensor, " n"]:
-        """Places of the patches in the sequence that enters the first layer."""
-        patches = torch.arange(self.num_patches, device=device)
-        return patches if self.cls_index is None else patches + (patches >= self.cls_index)
-
-    def _run(
-        self, x: Tensor, choose: Choose | None = None, taken: Sequence[int] = (), depth: int | None = None
-    ) -> Passed[Leaving, Tokens]:
-        hidden, residual = self._embed(x), None
-        tokens = Tokens(self.cls_index, None)
-        maps, kept = [], {}
-        layers = cast("list[VimBlock]", list(self.layers))
-        drops = [*(layer.drop_path for layer in layers[1:]), self.drop_path]
-        for index, layer in enumerate(layers[:depth]):
-            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                out = checkpoint(layer, hidden, residual, tokens, use_reentrant=False)
-            else:
-                out = layer(hidden, residual, tokens, choose)
-            hidden, residual, tokens, token_map = out
-            hidden = drops[index](hidden)
-            maps.append(token_map)
-            if index in taken:
-                kept[index] = Leaving(hidden, residual)
-        return Passed(Leaving(hidden, residual), tokens, maps, kept)
-
-    def _normed(self, leaving: Leaving) -> Tensor:
-        return self.norm_f(leaving.hidden, leaving.residual)[0]
-
-    def _stream(self, leaving: Leaving) -> Tensor:
-        """The residual stream with what a layer adds (b, l, d), in the dtype of the weights."""
-        assert leaving.residual is not None
-        return (leaving.hidden + leaving.residual).to(self.pos_embed.dtype)
-
-    def _parted(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The patches' features (b, patches, d) and the class token's (b, 1, d), of all as `_embed` lays them out."""
-        at = self.cls_index
-        if at is None:
-            return features, None
-        cls = features[:, at : at + 1]
-        return (torch.cat([features[:, :at], features[:, at + 1 :]], dim=1) if at else features[:, 1:]), cls
-
-    def _embed(self, x: Tensor) -> Tensor:
-        x = self.patch_embed(x)
-        if self.cls_index is not None:
-            cls = self.cls_token.expand(x.shape[0], -1, -1)
-            x = torch.cat([x[:, : self.cls_index], cls, x[:, self.cls_index :]], dim=1)
-        return x + self.pos_embed
-
-    def _pool(self, x: Tensor, tokens: Tokens) -> Tensor:
-        """The class token (b, d), or the mean of the tokens, weighted as they were fused."""
-        if tokens.cls is None:
-            if tokens.sizes is None:
-                return x.mean(1)
-            return ((x * tokens.sizes.unsqueeze(2)).sum(1) / self.num_patches).to(x.dtype)
-        if isinstance(tokens.cls, int):
-            return x[:, tokens.cls]
-        return x.gather(1, tokens.cls[:, None, None].expand(-1, 1, x.shape[2])).squeeze(1)
-
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
@@ -463,3 +395,89 @@ def _check_patches(image: tuple[int, int], patch: tuple[int, int]) -> None:
                 f"use {low} or {low + step}, or another patch size",
                 "img_size",
             )
+
+
+def _cfg(size: int, **more: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, size, size),
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        **more,
+    }
+
+
+def _shipped(name: str, size: int, num_classes: int) -> dict[str, Any]:
+    """The configuration of a model whose weights come with the package."""
+    file = WEIGHTS / name / "model.safetensors"
+    return _cfg(size, num_classes=num_classes, crop_pct=1.0, license="apache-2.0", file=str(file))
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vim_micro_patch4_32.famba_cifar100": _shipped("vim_micro_patch4_32", 32, num_classes=100),
+        "vim_tiny_patch16_224": _cfg(224),
+        "vim_small_patch16_224": _cfg(224),
+        "vim_base_patch16_224": _cfg(224),
+    }
+)
+
+
+def create_vim(variant: str, pretrained: bool, shape: dict[str, Any], chosen: dict[str, Any]) -> nn.Module:
+    """Build a registered variant: `shape` is what makes it, `chosen` what the caller of timm.create_model asked for.
+
+    With pretrained weights that lie in their run's folder, such as those that come with the package, it fuses as it did
+    in training, in the arguments of `Vim` on fusion that are not chosen. timm passes no None on: fusion=[0] * depth is
+    no fusion.
+
+    Returns a Vim; with features_only=True timm's FeatureGetterNet of one, which gives maps of features. Raises
+    ConfigError where the schedule of training does not fit the size of image or patch that is chosen.
+    """
+    trained = fusion_of_training(variant, shape, chosen) if pretrained else {}
+    try:
+        return build_model_with_cfg(
+            Vim,
+            variant,
+            pretrained,
+            pretrained_filter_fn=fitting_weights,
+            # With features_only=True: by forward_intermediates, of the last three layers as timm's ViTs have it.
+            feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+            **{**shape, **trained, **chosen},
+        )
+    except ConfigError as error:
+        if error.argument != "budget" or "fusion" not in trained or "fusion" in chosen:
+            raise
+        raise ConfigError(
+            f"the weights of {variant} were trained to fuse by {trained['fusion']}, which does not fit what was asked "
+            f"for: {error}; give fusion= a schedule that does, such as [0] * {len(trained['fusion'])} for no fusion",
+            "fusion",
+        ) from error
+
+
+@register_model
+def vim_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """A Vim for CPUs and tests, 0.3 M parameters, for 32 x 32 images; with weights of CIFAR-100."""
+    shape = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 8}
+    return create_vim("vim_micro_patch4_32", pretrained, shape, kwargs)
+
+
+@register_model
+def vim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Vim-Ti, 7 M parameters (arXiv 2401.09417)."""
+    return create_vim("vim_tiny_patch16_224", pretrained, {"embed_dim": 192, "depth": 24}, kwargs)
+
+
+@register_model
+def vim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Vim-S, 26 M parameters (arXiv 2401.09417)."""
+    return create_vim("vim_small_patch16_224", pretrained, {"embed_dim": 384, "depth": 24}, kwargs)
+
+
+@register_model
+def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Vim-B, 98 M parameters (arXiv 2401.09417)."""
+    return create_vim("vim_base_patch16_224", pretrained, {"embed_dim": 768, "depth": 24}, kwargs)

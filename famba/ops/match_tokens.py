@@ -15,7 +15,7 @@ from famba.ops.registry import backend_of, kernels
 def match_tokens(
     metric: Float[Tensor, "b l c"],
     leading: int,
-    guarded: Int[Tensor, "images p"] | None,
+    protected: Int[Tensor, "images p"] | None,
     sizes: Float[Tensor, "b l"] | None,
     r: int,
     order: str,
@@ -25,7 +25,7 @@ def match_tokens(
     Args:
         metric: what similarity is measured on (b, l, c), of any floating dtype.
         leading: tokens at the head that never fuse.
-        guarded: instead of `leading`, which is 0 then, the places of tokens that never fuse, equal for all images
+        protected: instead of `leading`, which is 0 then, the places of tokens that never fuse, equal for all images
             (1, p) or not (b, p); None where there are no others.
         sizes: weight of each token in the token it becomes part of (b, l); equal weights where None.
         r: tokens to remove, from 1 to half of those that may fuse.
@@ -42,24 +42,25 @@ def match_tokens(
     check_rank("match_tokens", "metric", metric, "(b, l, c)")
     batch, length, _ = metric.shape
     check_shapes("match_tokens", "metric", metric=(metric, tuple(metric.shape)), sizes=(sizes, (batch, length)))
-    if guarded is not None and (guarded.ndim != 2 or guarded.shape[0] not in (1, batch)):
-        raise ConfigError(f"match_tokens: guarded has shape {tuple(guarded.shape)}, expected (1, p) or ({batch}, p)")
-    if leading and guarded is not None:
-        raise ConfigError(f"match_tokens: leading is {leading} beside guarded places; expected one of the two")
-    return _match(metric, leading, guarded, sizes, r, order, backend_of(metric))
+    if protected is not None and (protected.ndim != 2 or protected.shape[0] not in (1, batch)):
+        shape = tuple(protected.shape)
+        raise ConfigError(f"match_tokens: protected has shape {shape}, expected (1, p) or ({batch}, p)")
+    if leading and protected is not None:
+        raise ConfigError(f"match_tokens: leading is {leading} beside protected places; expected one of the two")
+    return _match(metric, leading, protected, sizes, r, order, backend_of(metric))
 
 
 @torch.library.custom_op("famba::match_tokens", mutates_args=())
 def _match(
-    metric: Tensor, leading: int, guarded: Tensor | None, sizes: Tensor | None, r: int, order: str, backend: str
+    metric: Tensor, leading: int, protected: Tensor | None, sizes: Tensor | None, r: int, order: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(metric.device.type, enabled=False):
-        return kernels(backend).match_tokens(metric, leading, guarded, sizes, r, order)
+        return kernels(backend).match_tokens(metric, leading, protected, sizes, r, order)
 
 
 @_match.register_fake
 def _match_shape(
-    metric: Tensor, leading: int, guarded: Tensor | None, sizes: Tensor | None, r: int, order: str, backend: str
+    metric: Tensor, leading: int, protected: Tensor | None, sizes: Tensor | None, r: int, order: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, _ = metric.shape
     dtype = torch.float64 if metric.dtype == torch.float64 else torch.float32
@@ -68,9 +69,9 @@ def _match_shape(
 
 
 @register_flop_formula(torch.ops.famba.match_tokens)
-def _match_flops(metric, leading, guarded, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+def _match_flops(metric, leading, protected, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
     batch, length, channels = metric
-    return 2 * batch * match_macs(length, leading if guarded is None else guarded[1], channels)
+    return 2 * batch * match_macs(length, leading if protected is None else protected[1], channels)
 
 
 def match_macs(tokens: int, protected: int, channels: int) -> int:

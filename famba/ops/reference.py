@@ -179,17 +179,17 @@ def fuse_tokens_backward(dy: Tensor, places: Tensor, weights: Tensor) -> Tensor:
 
 
 def match_tokens(
-    metric: Tensor, leading: int, guarded: Tensor | None, sizes: Tensor | None, r: int, order: str
+    metric: Tensor, leading: int, protected: Tensor | None, sizes: Tensor | None, r: int, order: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose r tokens that fuse with another, by ToMe's bipartite matching (Bolya et al. 2023, arXiv 2210.09461).
 
-    metric (b, l, c); of tokens that never fuse, `leading` at the head, or guarded: their places (1 or b, p), in any
+    metric (b, l, c); of tokens that never fuse, `leading` at the head, or protected: their places (1 or b, p), in any
     order; sizes (b, l), 1 where None; order "sequence" or "tome". `famba.fusion.match` says which tokens are chosen.
     Returns places (b, l), int64 in [0, l - r); each token's share of its place (b, l), its size over the sum of sizes;
     and these sums (b, l - r), both in float32 (float64).
     """
     batch, length, _ = metric.shape
-    in_a, in_b = deal(leading, guarded, length, metric.device)
+    in_a, in_b = split_alternately(leading, protected, length, metric.device)
     source, target = _closest_pairs(metric, in_a, in_b, r)
 
     kept = torch.ones(batch, length, dtype=torch.bool, device=metric.device).scatter_(1, source, False)
@@ -203,14 +203,16 @@ def match_tokens(
     return places, *group_shares(places, sizes, length - r, compute_dtype(metric))
 
 
-def deal(leading: int, guarded: Tensor | None, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def split_alternately(
+    leading: int, protected: Tensor | None, length: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Places of the tokens of set A and of set B, ascending, (1 or b, their number).
 
-    Of the tokens that belong to neither, `leading` stand at the head, or `guarded` has their places (1 or b, p).
+    Of the tokens that belong to neither, `leading` stand at the head, or `protected` has their places (1 or b, p).
     """
-    guards = leading if guarded is None else guarded.shape[1]
-    free = _free_places(leading, guarded, length, device)
-    return free[:, guards % 2 :: 2], free[:, 1 - guards % 2 :: 2]
+    count = leading if protected is None else protected.shape[1]
+    free = _free_places(leading, protected, length, device)
+    return free[:, count % 2 :: 2], free[:, 1 - count % 2 :: 2]
 
 
 def group_shares(places: Tensor, sizes: Tensor | None, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -234,12 +236,12 @@ def _closest_pairs(metric: Tensor, in_a: Tensor, in_b: Tensor, r: int) -> tuple[
     return source, target
 
 
-def _free_places(leading: int, guarded: Tensor | None, length: int, device: torch.device) -> Tensor:
+def _free_places(leading: int, protected: Tensor | None, length: int, device: torch.device) -> Tensor:
     """Places of the tokens that may fuse, ascending, (1 or b, length - p)."""
-    if guarded is None:
+    if protected is None:
         return torch.arange(leading, length, device=device).unsqueeze(0)
-    free = torch.arange(length - guarded.shape[1], device=device).unsqueeze(0)
-    for place in guarded.sort(dim=1).values.unbind(1):
+    free = torch.arange(length - protected.shape[1], device=device).unsqueeze(0)
+    for place in protected.sort(dim=1).values.unbind(1):
         free = free + (free >= place.unsqueeze(1))
     return free
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, cast, runtime_checkable
@@ -83,7 +84,7 @@ class Kernels(Protocol):
 
     @staticmethod
     def match_tokens(
-        metric: Tensor, leading: int, guarded: Tensor | None, sizes: Tensor | None, r: int, order: str
+        metric: Tensor, leading: int, protected: Tensor | None, sizes: Tensor | None, r: int, order: str
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     @staticmethod
@@ -121,6 +122,7 @@ _BACKENDS: dict[str, Backend] = {
 }
 
 _chosen: str | None = None
+_counted: str | None = None
 _warned = False
 
 
@@ -152,11 +154,24 @@ class use_backend:  # noqa: N801 - called like a function, and a context manager
         _chosen = self._previous
 
 
+@contextmanager
+def counting_as(name: str) -> Iterator[None]:
+    """Let tensors without data pass inside the block as if this backend computed them, whether it works here or not."""
+    global _counted
+    _counted = name
+    try:
+        yield
+    finally:
+        _counted = None
+
+
 def resolve(device: str, dtype: torch.dtype = torch.float32) -> str:
     """Name the backend that serves a device type such as "cpu" and a dtype: the chosen one, or the first usable.
 
     The choice is that of `use_backend`, else of the environment variable FAMBA_BACKEND, else "auto".
     """
+    if _counted is not None:
+        return _counted
     name = _asked_for()
     if name == AUTO:
         return next(n for n, b in _BACKENDS.items() if _serves(b, device, dtype) and _obstacle(n) is None)

@@ -8,8 +8,8 @@ import torch
 
 from famba import data
 from famba.errors import ConfigError
-from famba.fusion.adaptive import Adapted
-from famba.models import FusedNetwork
+from famba.fusion.schedules import Adapted
+from famba.models import Backbone
 from famba.training.build import load_images
 from famba.training.config import RunConfig
 from famba.training.distributed import Process
@@ -50,7 +50,7 @@ class Adapting:
         chosen = data.sample(train, min(count, len(train)), config.data.version)
         self._images = load_images(config, setup, chosen)
 
-    def measure(self, model: FusedNetwork, process: Process) -> Adapted:
+    def measure(self, model: Backbone, process: Process) -> Adapted:
         """Work out the schedule that this model has now."""
         if not process.is_main:
             return process.from_main(None)

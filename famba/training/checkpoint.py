@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from famba.errors import CheckpointError, DamagedError
-from famba.files import read_seal, remove_unfinished, seal, write_whole
-from famba.models.checkpoints import read_file
+from famba.files import read_file, read_seal, remove_unfinished, seal, write_whole
 from famba.training.config import flatten, with_added_keys
 
 FORMAT = 2

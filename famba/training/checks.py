@@ -10,16 +10,13 @@ from pathlib import Path
 import torch
 
 from famba import data, ops
-from famba.errors import BackendError, CheckpointError, ConfigError, near_miss
+from famba.errors import BackendError, CheckpointError, ConfigError, named, near_miss
 from famba.fusion.schedules import ADAPTIVE
-from famba.models import FusedNetwork
-from famba.models.networks import vim_names, vit_names
-from famba.models.tome import AFTER_ATTENTION
-from famba.models.vim import PLACES
+from famba.models import Backbone
+from famba.models.backbone import backbone_of
 from famba.ops.registry import AUTO, ENVIRONMENT_VARIABLE, resolve
 from famba.training.config import RunConfig
 from famba.training.graph import obstacle
-from famba.training.naming import DATA, naming
 
 _GIB = 2**30
 
@@ -33,45 +30,20 @@ def check_cuda_graphs(config: RunConfig, device: torch.device, processes: int, b
 
 
 def check_model(config: RunConfig) -> None:
-    """Raise ConfigError for a name under which timm knows nothing that fuses, and for keys of the other kind."""
-    model = config.model
-    check_model_name(model.name)
-    if model.name in vim_names():
-        if config.fusion.proportional:
-            raise ConfigError(
-                f"fusion.proportional=true is about attention, and {model.name} has none; leave it out, "
-                "or choose a transformer such as model=vit_tiny"
-            )
-        if config.fusion.place == AFTER_ATTENTION:
-            raise ConfigError(
-                f"fusion.place={AFTER_ATTENTION} is of transformers, and {model.name} is a Vim; "
-                f"allowed: {', '.join(PLACES)}"
-            )
-        return
-    if config.fusion.proportional and config.fusion.mode == "prune":
+    """Raise ConfigError for a name under which no network is known, and for what networks of its kind cannot do."""
+    model, fusion = config.model, config.fusion
+    with named("model.{}"):
+        kind = backbone_of(model.name)
+    with named("fusion.{}"):
+        kind.check_fusion(fusion)
+    if fusion.proportional and fusion.mode == "prune":
         raise ConfigError(
             "fusion.proportional=true weighs tokens by what they hold, and with fusion.mode=prune each holds one "
             "patch; leave one of them out"
         )
     for key, given, usual in (("d_state", model.d_state, None), ("cls_position", model.cls_position, "head")):
-        if given != usual:
-            raise ConfigError(f"model.{key}={given} is of Vims, and {model.name} is a transformer; leave it out")
-    if config.fusion.place != AFTER_ATTENTION:
-        raise ConfigError(
-            f"fusion.place={config.fusion.place} is of Vims, and {model.name} is a transformer; "
-            f"give fusion.place={AFTER_ATTENTION}, or begin with one: model=vit_tiny model.name={model.name}"
-        )
-
-
-def check_model_name(name: str) -> None:
-    """Raise ConfigError for a name under which timm knows nothing that fuses."""
-    vims, vits = vim_names(), vit_names()
-    if name not in vims and name not in vits:
-        raise ConfigError(
-            f"unknown model.name {name!r}{near_miss(name, [*vims, *vits])}; allowed: {', '.join(vims)}, and timm's "
-            "vision transformers: vit_micro_patch4_32 and what timm.list_models(module='vision_transformer') and "
-            "timm.list_models(module='deit') name"
-        )
+        if given != usual and key not in kind.keys:
+            raise ConfigError(f"model.{key}={given} cannot be chosen for {model.name}, {kind.kind}; leave it out")
 
 
 def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -89,7 +61,7 @@ def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str
 def check_data(config: RunConfig) -> None:
     """Raise ConfigError for what no data under this name can give."""
     wanted = config.data
-    with naming(DATA):
+    with named("data.{}"):
         data.check_request(
             wanted.name,
             wanted.root,
@@ -111,7 +83,7 @@ def check_data(config: RunConfig) -> None:
         )
 
 
-def check_memory(outline: FusedNetwork, device: torch.device) -> None:
+def check_memory(outline: Backbone, device: torch.device) -> None:
     """Raise ConfigError where the weights and their gradients alone are more than all the memory of the device."""
     parameters = sum(weight.numel() for weight in outline.parameters())
     needed, there = 8 * parameters, _memory(device)
@@ -163,17 +135,18 @@ def check_adapting(config: RunConfig) -> None:
     fusion = config.fusion
     for key, value in (("adapt_at", fusion.adapt_at), ("adapt_images", fusion.adapt_images)):
         if (value is not None) != (fusion.strategy == ADAPTIVE):
+            shown = list(value) if isinstance(value, tuple) else value
             allowed = (
                 "a value, or fusion=adaptive for the usual one"
                 if value is None
                 else f"null, or fusion={ADAPTIVE}, which measures"
             )
-            raise ConfigError(f"fusion.{key} is {value} with strategy {fusion.strategy!r}; allowed: {allowed}")
+            raise ConfigError(f"fusion.{key} is {shown} with strategy {fusion.strategy!r}; allowed: {allowed}")
 
 
 def check_files(config: RunConfig) -> None:
     """Raise FambaError where a file that is named is missing, or the run folder cannot be written."""
-    with naming(DATA):
+    with named("data.{}"):
         data.check_folder(config.data.name, config.data.root, config.data.version)
     if config.resume not in ("auto", "never") and not _asked(Path.is_file, "resume", config.resume):
         raise CheckpointError(

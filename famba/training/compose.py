@@ -132,10 +132,10 @@ def compose(arguments: Sequence[str]) -> RunConfig:
     return run_config(_compose(command.overrides, command.config_dir))
 
 
-def compose_all(overrides: Sequence[str]) -> list[RunConfig]:
+def compose_all(overrides: Sequence[str], own: Path | None = None) -> list[RunConfig]:
     """Compose every configuration that overrides ask for, those with several values by commas in all combinations."""
-    command = Command(tuple(overrides), multirun=True)
-    return [run_config(_compose(job, None)) for job in _jobs(command)]
+    command = Command(tuple(overrides), multirun=True, config_dir=own)
+    return [run_config(_compose(job, own)) for job in _jobs(command)]
 
 
 def run_config(values: DictConfig) -> RunConfig:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from famba.errors import ConfigError, near_miss
+from famba.fusion import Fusion
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _SHOWN = 100  # characters of a value that an error repeats
@@ -60,23 +61,6 @@ class ModelConfig:
     d_state: Annotated[int, Field(ge=1, le=1024)] | None
     drop_path: Share
     cls_position: Literal["head", "middle", "none"]
-
-
-@dataclass(frozen=True, config=_STRICT)
-class FusionConfig:
-    """How many tokens fuse where, as in `famba.fusion.schedule`, and how, as in `famba.models.create_network`."""
-
-    strategy: Text
-    budget: int | float | Text | list[int]
-    layers: int | list[int] | None
-    order: Literal["sequence", "tome"]
-    weighting: Literal["mean", "size"]
-    place: Literal["before_mixer", "after_scan", "after_attention"]
-    mode: Literal["fuse", "prune"]
-    proportional: bool
-    # A graph is compiled for each schedule, and torch keeps eight.
-    adapt_at: Annotated[list[Share], Field(min_length=1, max_length=6)] | None
-    adapt_images: Annotated[int, Field(ge=1, le=10**5)] | None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -170,7 +154,7 @@ class RunConfig:
     """Everything that a run is told."""
 
     model: ModelConfig
-    fusion: FusionConfig
+    fusion: Fusion
     data: DataConfig
     recipe: RecipeConfig
     trainer: TrainerConfig
@@ -186,6 +170,7 @@ ADDED_KEYS: dict[str, Any] = {
     "fusion.adapt_at": None,
     "fusion.adapt_images": None,
     "fusion.mode": "fuse",
+    "fusion.rule": "bipartite",
     "fusion.proportional": False,
     "data.version": 1,
     "data.background": "white",
@@ -202,6 +187,12 @@ def parse(values: Mapping[str, Any]) -> RunConfig:
     Raises ConfigError with every key that is unknown, missing or of a wrong value.
     """
     _refuse_broken_text(values)
+    given = flatten(values)
+    # `Fusion` has defaults of its own, for those who build networks without a configuration.
+    if missing := [
+        key for key in keys(Fusion, "fusion.") if key not in given and isinstance(values.get("fusion"), dict)
+    ]:
+        raise ConfigError("\n".join(f"{key} is missing" for key in missing))
     try:
         # By way of JSON, in which strict validation builds dataclasses from objects.
         return _ADAPTER.validate_json(json.dumps(values))
@@ -211,7 +202,7 @@ def parse(values: Mapping[str, Any]) -> RunConfig:
 
 def plain(config: RunConfig) -> dict[str, Any]:
     """Return the nested plain values of a RunConfig, as YAML and checkpoints hold them."""
-    return asdict(config)
+    return _ADAPTER.dump_python(config, mode="json")
 
 
 def with_added_keys(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -271,6 +262,11 @@ def _start(problem: Any) -> tuple[str, str]:
     """Which key has which value, and what is wrong with it."""
     # Members of a union come with their type's name behind the key.
     key = ".".join(str(part) for part in problem["loc"])
+    error = problem.get("ctx", {}).get("error")
+    if isinstance(error, ConfigError):
+        # The object that stands at this key checked itself.
+        message = str(error).removeprefix(f"{error.argument} ")
+        return f"{key}.{error.argument}", f"{' ' if message != str(error) else ': '}{message}"
     known = keys()
     if problem["type"] == "unexpected_keyword_argument":
         return f"unknown key {key!r}{near_miss(key, known)}", ""
@@ -278,7 +274,7 @@ def _start(problem: Any) -> tuple[str, str]:
     if problem["type"] == "missing":
         return f"{key} is missing", ""
     reason = problem["msg"].removeprefix("Value error, ")
-    return f"{key} is {_shown(problem['input'])}: ", f"{reason[:1].lower()}{reason[1:]}"
+    return f"{key} is {_shown(problem['input'])}: ", f"{reason[:1].lower()}{reason[1:]}".replace("tuple", "list")
 
 
 def _shown(value: object) -> str:

@@ -7,27 +7,24 @@ from collections.abc import Sequence
 import torch
 
 from famba import data
-from famba.models import Vim
-from famba.models.cost import cost
-from famba.models.networks import vim_names
+from famba.models.backbone import backbone_of
 from famba.training.compose import Asked
+from famba.training.measure import macs_per_image
 from famba.training.setup import build_model
 
-# The one time in print (arXiv 2409.09808): Vim-Ti with interleaved fusion in under 4 hours on A100s, 300 epochs of
-# 50,000 images, by `cost` 0.903 G multiply-adds each. The released scripts start four processes; the text does not say.
-_PRINTED_MACS = 300 * 50_000 * 0.903e9
-_PRINTED_HOURS, _MOST_GPUS = 4, 4
+_MOST_GPUS = 4
 _WORTH_SAYING_HOURS = 1.0
 
 
 def estimate(asked: Sequence[Asked]) -> str:
     """Return a line on a sweep's GPU-hours.
 
-    Nothing where it is little, where the number of images is not known, or where a network is none of the paper's kind.
+    Nothing where it is little, where the number of images is not known, or where no time of such a network is in print.
     """
-    total = 0.0
+    total = hours = 0.0
     for one in asked:
-        if one.config.model.name not in vim_names():
+        rate = backbone_of(one.config.model.name).printed_rate
+        if rate is None:
             return ""
         images = one.config.data.subset or data.training_images_of(one.config.data.name)
         if images is None:
@@ -37,8 +34,8 @@ def estimate(asked: Sequence[Asked]) -> str:
         seen = trainer.epochs * kept
         if trainer.max_steps is not None:
             seen = min(seen, trainer.max_steps * trainer.batch_size)
-        total += one.runs * seen * _macs(one)
-    hours = total / _PRINTED_MACS * _PRINTED_HOURS
+        macs = one.runs * seen * _macs(one)
+        total, hours = total + macs, hours + macs / rate
     if hours < _WORTH_SAYING_HOURS:
         return ""
     return (
@@ -50,6 +47,4 @@ def estimate(asked: Sequence[Asked]) -> str:
 def _macs(one: Asked) -> int:
     with torch.device("meta"):
         model = build_model(one.config.model.name, one.setup.model_arguments)
-    assert isinstance(model, Vim)
-    # Multiply-adds are the same by every backend.
-    return cost(model, "reference", torch.float32).macs
+    return macs_per_image(model, one.setup.image_size)

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor
 
 from famba.errors import CheckpointError, ConfigError, near_miss
-from famba.models import FusedNetwork
-from famba.models.checkpoints import Origin, check_weights, load_weights, read_file, saved_origin, weights_in
-from famba.models.registered import weights_folder
+from famba.files import read_file
+from famba.models import BACKBONES, Backbone
+from famba.models.weights import (
+    Origin,
+    fit_weights,
+    load_weights,
+    names_with_weights,
+    saved_origin,
+    weights_folder,
+    weights_in,
+)
 from famba.training.config import RunConfig
 from famba.training.run_folder import RunFolder, finished_weights
 from famba.training.trained_on import class_differences, saved_classes
@@ -25,7 +31,6 @@ from famba.training.trained_on import class_differences, saved_classes
 AVERAGED = "ema:"
 """What init_from begins with where the averaged weights of a run are meant."""
 
-_LAYER = re.compile(r"(?:layers|blocks)\.(\d+)\.")
 _log = logging.getLogger(__name__)
 
 
@@ -49,8 +54,8 @@ def read_initial(given: str) -> Initial:
 
     Args:
         given: a run's folder, of which the last step's raw weights are taken; a .safetensors, .pt or .pth file with
-            weights; or the timm name of a Vim whose weights come with the package. With "ema:" before it, the averaged
-            weights of a run with recipe.ema_decay, from its folder or a checkpoint.
+            weights; or the timm name of a model whose weights come with the package. With "ema:" before it, the
+            averaged weights of a run with recipe.ema_decay, from its folder or a checkpoint.
 
     Raises:
         CheckpointError: nothing is there, or it is damaged or holds no such weights.
@@ -71,7 +76,7 @@ def read_initial(given: str) -> Initial:
     return Initial(given, file, average, *known)
 
 
-def check_initial(config: RunConfig, outline: FusedNetwork) -> None:
+def check_initial(config: RunConfig, outline: Backbone) -> None:
     """Raise FambaError where the weights that a run is to start from are missing or do not fit its network.
 
     Nothing is read for a run that has begun: it goes on from its own checkpoint. `outline` may be without memory.
@@ -80,16 +85,11 @@ def check_initial(config: RunConfig, outline: FusedNetwork) -> None:
         return
     initial = read_initial(config.init_from)
     _check_shape(outline, initial)
-    check_weights(
-        outline,
-        initial.weights,
-        initial.file,
-        initial.origin,
-        reset_head=_has_other_head(outline, initial.weights),
-    )
+    other_head = _has_other_head(outline, initial.weights)
+    fit_weights(outline, initial.weights, str(initial.file), initial.origin, other_head)
 
 
-def start_from(model: FusedNetwork, given: str, classes: tuple[str, ...] | None = None) -> dict[str, Any]:
+def start_from(model: Backbone, given: str, classes: tuple[str, ...] | None = None) -> dict[str, Any]:
     """Load the weights that init_from means, with a new classifier for other classes.
 
     Args:
@@ -139,7 +139,7 @@ def _find(given: str, averaged: bool) -> Path:
         return latest if averaged and latest is not None else weights
     if _asked(Path.is_file, given, path):
         return path
-    shipped = [name for name in timm.list_models("vim_*", pretrained=True) if weights_folder(name) is not None]
+    shipped = names_with_weights()
     names = [*shipped, *(name.split(".")[0] for name in shipped)]
     folder = weights_folder(place) if place in names else None
     if folder is None:
@@ -166,16 +166,16 @@ def _has_begun(run_dir: Path) -> bool:
         return False  # what is wrong with it is said by the check of run_dir itself
 
 
-def _has_other_head(model: FusedNetwork, weights: Mapping[str, Any]) -> bool:
+def _has_other_head(model: Backbone, weights: Mapping[str, Any]) -> bool:
     """Whether the file's classifier does not tell as many classes apart as the model's, or is missing."""
     own, head = model.state_dict().get("head.weight"), weights.get("head.weight")
     return own is not None and (not isinstance(head, Tensor) or head.shape[:1] != own.shape[:1])
 
 
-def _check_shape(model: FusedNetwork, initial: Initial) -> None:
+def _check_shape(model: Backbone, initial: Initial) -> None:
     """Raise CheckpointError where the file is of a network of another shape, by the keys that make it."""
     here, there = _shape(model.state_dict()), _shape(initial.weights)
-    differs = {key for key in here if there[key] is not None and here[key] != there[key]}
+    differs = {key for key in here if there.get(key) is not None and here[key] != there[key]}
     if "model.name" in differs:
         raise CheckpointError(
             f"init_from={initial.given}: the weights in {initial.file} are of {there['model.name']}, this run's "
@@ -195,16 +195,18 @@ def _to_set(key: str, value: object) -> object:
 
 def _shape(weights: Mapping[str, Any]) -> dict[str, object]:
     """What weights say of the configuration's keys; None where they do not say it."""
-    depth = max((int(found[1]) + 1 for name in weights if (found := _LAYER.match(str(name)))), default=None)
-    patches, rates = weights.get("patch_embed.proj.weight"), weights.get("layers.0.mixer.A_log")
-    vim = any(str(name).startswith("layers.") for name in weights)
-    vit = any(str(name).startswith("blocks.") for name in weights)
+    kind = next((kind for kind in BACKBONES if kind.recognizes(weights)), None)
+    depth = None
+    if kind is not None:
+        layers = [str(name).removeprefix(f"{kind.layers_name}.").split(".")[0] for name in weights]
+        depth = max((int(number) + 1 for number in layers if number.isdecimal()), default=None)
+    patches = weights.get("patch_embed.proj.weight")
+    own: dict[str, object] = {} if kind is None else kind.keys_of(weights)
     return {
-        "model.name": "a Vim" if vim else "a vision transformer" if vit else None,
+        "model.name": None if kind is None else kind.kind,
         "model.depth": depth,
         "model.embed_dim": len(patches) if isinstance(patches, Tensor) and patches.ndim else None,
-        "model.d_state": rates.shape[1] if isinstance(rates, Tensor) and rates.ndim == 2 else None,
-        "model.cls_position": ("a class token" if "cls_token" in weights else "none") if vim else None,
+        **{f"model.{key}": value for key, value in own.items()},
     }
 
 
@@ -214,7 +216,7 @@ def _other_classes(initial: Initial, classes: tuple[str, ...] | None) -> list[st
     return class_differences(initial.classes, classes) if known else []  # type: ignore[arg-type]
 
 
-def _head(model: FusedNetwork, initial: Initial, others: list[str]) -> str:
+def _head(model: Backbone, initial: Initial, others: list[str]) -> str:
     classes, theirs = (_shape_of(w, "head.weight")[:1] for w in (model.state_dict(), initial.weights))
     if classes == theirs and others:
         return f"with a new classifier of {classes[0]} classes, since theirs are others ({'; '.join(others)})"

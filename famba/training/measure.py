@@ -1,13 +1,19 @@
-"""What a training step costs: multiply-adds, and bytes kept for the backward."""
+"""Costs of a training step, counted: multiply-adds, and bytes kept for the backward."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from famba.fusion import tokens_per_layer
+from famba.models import Backbone
 
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
@@ -18,13 +24,65 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
 
 # Attention as torch has it on a CPU: its own counter knows those of GPUs alone.
 _NOT_COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+# Autograd keeps the same for any batch besides what it keeps of each image: two sizes tell the two apart.
+_FEW, _MANY = 2, 4
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer, per image: tokens that enter its fusion and that leave it, multiply-adds, bytes for the backward."""
+
+    entering: int
+    leaving: int
+    macs: int
+    saved_bytes: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A model with its schedule, per image. embedding and head have multiply-adds and bytes, in this order."""
+
+    layers: tuple[LayerCost, ...]
+    embedding: tuple[int, int]
+    head: tuple[int, int]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of a forward pass, what papers on vision backbones call FLOPs.
+
+        Matrix products, convolutions, attention, scans and the similarities between tokens count; norms, activations
+        and sums do not. A training step does about three times as many.
+        """
+        return sum(layer.macs for layer in self.layers) + self.embedding[0] + self.head[0]
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes that autograd keeps of a forward pass for the backward, parameters not counted."""
+        return sum(layer.saved_bytes for layer in self.layers) + self.embedding[1] + self.head[1]
+
+    @property
+    def token_layers(self) -> int:
+        """Tokens left after each layer's fusion, summed over the layers."""
+        return sum(layer.leaving for layer in self.layers)
+
+
+def cost(model: Backbone, autocast: torch.dtype | None = None) -> Cost:
+    """Count what each layer of a model costs in training, on the device that it is on, which may be a fake one.
+
+    Exact: the difference between two batch sizes.
+    """
+    few, many = (_marks(model, batch, model.image_size, autocast) for batch in (_FEW, _MANY))
+    more = _MANY - _FEW
+    # Operations count multiplications and additions apart.
+    marks = [((b[0] - a[0]) // more // 2, (b[1] - a[1]) // more) for a, b in zip(few, many, strict=True)]
+    parts = [(after[0] - before[0], after[1] - before[1]) for before, after in pairwise([(0, 0), *marks])]
+    left = [model.num_tokens, *tokens_per_layer(model.fusion, model.num_tokens)]
+    layers = [LayerCost(*tokens, *part) for tokens, part in zip(pairwise(left), parts[1:-1], strict=True)]
+    return Cost(tuple(layers), parts[0], parts[-1])
 
 
 def macs_per_image(model: nn.Module, image_size: int) -> int:
-    """Multiply-adds of one image's forward pass: what papers on vision backbones call FLOPs.
-
-    Matrix products, convolutions, attention and scans count; element-wise work and norms do not.
-    """
+    """Count the multiply-adds of one image's forward pass, as `Cost.macs` has them."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -35,31 +93,64 @@ def macs_per_image(model: nn.Module, image_size: int) -> int:
 
 
 def saved_bytes_per_image(model: nn.Module, image_size: int, autocast: torch.dtype | None) -> int:
-    """Bytes that one more image makes autograd keep for the backward, parameters not counted.
-
-    Exact and the same on every device: the difference between two batch sizes.
-    """
-    few, many = (_saved_bytes(model, batch, image_size, autocast) for batch in (2, 4))
-    return (many - few) // 2
+    """Count the bytes that one more image makes autograd keep for the backward, the same on every device."""
+    few, many = (_marks(model, batch, (image_size, image_size), autocast)[-1][1] for batch in (_FEW, _MANY))
+    return (many - few) // (_MANY - _FEW)
 
 
-def _saved_bytes(model: nn.Module, batch: int, image_size: int, autocast: torch.dtype | None) -> int:
-    parameter = next(model.parameters())
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+def _marks(
+    model: nn.Module, batch: int, image_size: tuple[int, int], autocast: torch.dtype | None
+) -> list[tuple[int, int]]:
+    """Return operations and bytes of a batch up to its end; of a backbone also up to each layer's beginning."""
+    device = next(model.parameters()).device
+    parameters = {_address(parameter) for parameter in model.parameters()}
     # Keeping the tensors keeps their addresses apart.
     kept: dict[int, Tensor] = {}
+    marks: list[tuple[int, int]] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+        kept[_address(tensor)] = tensor
         return tensor
+
+    def mark() -> None:
+        saved = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in parameters)
+        marks.append((counter.get_total_flops(), saved))
 
     was_training = model.training
     model.train()
-    images = torch.zeros(batch, 3, image_size, image_size, device=parameter.device)
+    channels = model.in_chans if isinstance(model, Backbone) else 3
+    images = torch.zeros(batch, channels, *image_size, device=device)
     with (
+        FlopCounterMode(display=False, custom_mapping=_NOT_COUNTED) as counter,
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast(parameter.device.type, dtype=autocast, enabled=autocast is not None),
+        _autocasting(device.type, autocast),
     ):
-        model(images).sum()
+        if isinstance(model, Backbone):
+            model.classify(model.run(images, mark=mark))
+        else:
+            model(images)
+        mark()
     model.train(was_training)
-    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in parameters)
+    return marks
+
+
+def _address(tensor: Tensor) -> int:
+    # Not data_ptr, which is 0 for every tensor without data.
+    return tensor.untyped_storage()._cdata
+
+
+@contextmanager
+def _autocasting(device: str, dtype: torch.dtype | None) -> Iterator[None]:
+    """Autocast, also for a kind of device that is not on this machine, which torch.autocast refuses."""
+    if dtype is None:
+        yield
+        return
+    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    torch.set_autocast_dtype(device, dtype)
+    torch.set_autocast_enabled(device, True)
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+        torch.set_autocast_enabled(device, before[0])
+        torch.set_autocast_dtype(device, before[1])

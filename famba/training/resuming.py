@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from famba.errors import CheckpointError
-from famba.models.checkpoints import read_file
+from famba.files import read_file
 from famba.training import checkpoint, slurm
 from famba.training.config import ADDED_KEYS, RunConfig, flatten, parse, plain
 from famba.training.distributed import Process

@@ -8,16 +8,14 @@ from typing import Any
 import torch
 
 from famba import data
-from famba.errors import ConfigError
-from famba.fusion.schedules import PAPER, check_schedule, schedule
-from famba.models import FusedNetwork, create_network
-from famba.models.networks import vim_names
+from famba.errors import ConfigError, named
+from famba.models import Backbone, create_network
+from famba.models.backbone import backbone_of
 from famba.training import checks
 from famba.training.config import RunConfig
 from famba.training.devices import choose_device, choose_precision, make_current
 from famba.training.distributed import world_size
 from famba.training.initial import check_initial
-from famba.training.naming import AUGMENTATION, DATA, FUSION, MODEL, naming
 from famba.training.optimizer import check_optimizer_name, try_optimizer
 
 
@@ -62,7 +60,8 @@ def prepare(config: RunConfig, processes: int | None = None) -> Setup:
     check_optimizer_name(config.recipe.optimizer)
     augmentation(config)
     outline, arguments = _outline(config)
-    counts = _fusion(config, outline)
+    with named("fusion.{}"):
+        counts = config.fusion.schedule(outline.depth, outline.num_tokens, outline.protected)
     size = outline.image_size
     if size[0] != size[1]:
         raise ConfigError(f"{config.model.name} takes {size[0]} x {size[1]} images; loaders make square ones")
@@ -71,11 +70,11 @@ def prepare(config: RunConfig, processes: int | None = None) -> Setup:
         checks.check_memory(outline, device)
         checks.check_files(config)
         try_optimizer(config, device)
-    matched = config.fusion.budget != PAPER and not isinstance(config.fusion.budget, list)
+    matched = config.fusion.is_matched
     return Setup(size[0], counts, outline.num_tokens, matched, device, autocast, {**arguments, "fusion": counts})
 
 
-def build_model(name: str, arguments: dict[str, Any]) -> FusedNetwork:
+def build_model(name: str, arguments: dict[str, Any]) -> Backbone:
     """Create the network with fresh weights. Raises ConfigError for what does not fit it."""
     try:
         return create_network(name, **arguments)
@@ -87,7 +86,7 @@ def build_model(name: str, arguments: dict[str, Any]) -> FusedNetwork:
 def augmentation(config: RunConfig) -> data.Augmentation:
     """Return what the recipe does to training images."""
     recipe = config.recipe
-    with naming(AUGMENTATION):
+    with named("recipe.{}"):
         return data.Augmentation(
             kind=recipe.augmentation,
             crop_padding=recipe.crop_padding,
@@ -103,7 +102,7 @@ def augmentation(config: RunConfig) -> data.Augmentation:
 
 def reading(config: RunConfig) -> data.Reading:
     """Return how folders and images are read."""
-    with naming(DATA):
+    with named("data.{}"):
         return data.Reading(config.data.version, config.data.background)
 
 
@@ -118,42 +117,27 @@ def model_classes(config: RunConfig, found: int) -> int:
     return classes
 
 
-def _outline(config: RunConfig) -> tuple[FusedNetwork, dict[str, Any]]:
+def _outline(config: RunConfig) -> tuple[Backbone, dict[str, Any]]:
     """Return the network without memory, and the arguments that make it."""
     known = config.data.num_classes or data.num_classes_of(config.data.name)
     classes = config.model.num_classes if known is None else model_classes(config, known)
     arguments = model_arguments(config, classes)
-    with naming(MODEL), torch.device("meta"):
+    with named({"img_size": "data.image_size", "cls_position": "model.cls_position"}), torch.device("meta"):
         return build_model(config.model.name, arguments), arguments
-
-
-def _fusion(config: RunConfig, outline: FusedNetwork) -> tuple[int, ...]:
-    """Return the tokens that each layer removes."""
-    fusion = config.fusion
-    depth, tokens, protected = outline.depth, outline.num_tokens, outline.protected
-    with naming(FUSION):
-        counts = schedule(fusion.strategy, depth, tokens, fusion.budget, fusion.layers, protected)
-        check_schedule(counts, depth, tokens, protected)
-    return counts
 
 
 def model_arguments(config: RunConfig, classes: int | None) -> dict[str, Any]:
     """Return what `create_network` takes, but for the schedule; classes None leaves those of the registered model."""
-    model, fusion = config.model, config.fusion
-    is_vim = model.name in vim_names()
+    model = config.model
+    own = {"d_state": model.d_state, "cls_position": model.cls_position}
     arguments: dict[str, Any] = {
         "img_size": config.data.image_size,
         "num_classes": classes,
         "patch_size": model.patch_size,
         "depth": model.depth,
         "embed_dim": model.embed_dim,
-        "d_state": model.d_state,
         "drop_path_rate": model.drop_path,
-        "cls_position": model.cls_position if is_vim else None,
-        "fusion_order": fusion.order,
-        "fusion_weighting": fusion.weighting,
-        "fusion_place": fusion.place,
-        "fusion_mode": fusion.mode,
-        "fusion_proportional": None if is_vim else fusion.proportional,
+        **{key: value for key, value in own.items() if key in backbone_of(model.name).keys},
+        **{f"fusion_{name}": value for name, value in config.fusion.settings().items()},
     }
     return {name: value for name, value in arguments.items() if value is not None}

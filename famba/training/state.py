@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from timm.utils import ModelEmaV3
 
-from famba.models import FusedNetwork
+from famba.models import Backbone
 from famba.training.optimizer import load_state, portable_state
 
 
@@ -67,7 +67,7 @@ class Totals:
 class TrainingState:
     """The parts that training changes; step counts the steps that are done."""
 
-    model: FusedNetwork
+    model: Backbone
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
@@ -101,7 +101,7 @@ class TrainingState:
         """Let the network, and its average, remove other numbers of tokens."""
         self.model.set_fusion(schedule)
         if self.ema is not None:
-            cast(FusedNetwork, self.ema.module).set_fusion(schedule)
+            cast(Backbone, self.ema.module).set_fusion(schedule)
 
     def is_finite(self) -> bool:
         """Whether every parameter is a finite number."""

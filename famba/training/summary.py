@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from famba.fusion import tokens_per_layer
-from famba.models import FusedNetwork
+from famba.models import Backbone
 from famba.training.config import RunConfig
 from famba.training.devices import peak_memory_mib
 from famba.training.distributed import Process
@@ -27,20 +27,20 @@ class Facts:
     total_steps: int
     provenance: dict[str, Any]
 
-    def measured_again(self, model: FusedNetwork, setup: Setup) -> Facts:
+    def measured_again(self, model: Backbone, setup: Setup) -> Facts:
         """What holds for a model whose schedule has changed."""
         macs, saved = _costs(model, setup)
         return replace(self, macs_per_image=macs, saved_bytes_per_image=saved)
 
 
-def _costs(model: FusedNetwork, setup: Setup) -> tuple[int, int]:
+def _costs(model: Backbone, setup: Setup) -> tuple[int, int]:
     """Multiply-adds, and bytes saved for the backward, per image."""
     saved = saved_bytes_per_image(model, setup.image_size, setup.autocast)
     return macs_per_image(model, setup.image_size), saved
 
 
 def gather_facts(
-    model: FusedNetwork, config: RunConfig, setup: Setup, process: Process, steps_per_epoch: int, total_steps: int
+    model: Backbone, config: RunConfig, setup: Setup, process: Process, steps_per_epoch: int, total_steps: int
 ) -> Facts:
     """Measure a model on the device it is on."""
     macs, saved = _costs(model, setup)

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from famba import data
 from famba.errors import CheckpointError, ConfigError, FambaError, near_miss
-from famba.fusion import schedule
-from famba.fusion.schedules import ADAPTIVE
-from famba.models import FusedNetwork
-from famba.models.checkpoints import Origin, load_weights, read_file
-from famba.models.networks import vim_names, vit_names
-from famba.models.registered import weights_folder
+from famba.files import read_file
+from famba.fusion import Fusion
+from famba.fusion.schedules import ADAPTIVE, NONE
+from famba.models import Backbone
+from famba.models.backbone import network_names
+from famba.models.weights import Origin, load_weights, names_with_weights, weights_folder
 from famba.training import checkpoint
 from famba.training.checks import check_model
 from famba.training.config import RunConfig, parse, with_added_keys
@@ -31,7 +31,6 @@ from famba.training.trained_on import saved_classes
 Colours = tuple[float, float, float]
 
 _CONFIG, _SUMMARY = "config.yaml", "summary.json"
-_VIMS = "vim_*"
 # What `famba export` makes.
 _EXPORTED, _EXPORTED_CONFIG = (".onnx", ".pt2"), "config.json"
 
@@ -46,7 +45,7 @@ class Trained:
     class numbers; None where nothing tells them.
     """
 
-    model: FusedNetwork
+    model: Backbone
     config: RunConfig | None
     source: str
     image_size: int
@@ -61,11 +60,16 @@ class Trained:
         return self.model.fusion
 
     @property
-    def strategy(self) -> str:
-        """Name of the strategy that it was trained with; for a timm model "none", or "custom" where it fuses."""
+    def fusion(self) -> Fusion:
+        """How it was trained to fuse; without a configuration its strategy is "none", or "custom" where it fuses."""
         if self.config is not None:
-            return self.config.fusion.strategy
-        return "custom" if any(self.schedule) else "none"
+            return self.config.fusion
+        return self.model.settings if any(self.schedule) else replace(self.model.settings, strategy=NONE, layers=None)
+
+    @property
+    def strategy(self) -> str:
+        """Name of the strategy that it was trained with."""
+        return self.fusion.strategy
 
     @property
     def reading(self) -> data.Reading:
@@ -131,7 +135,7 @@ def _from_checkpoint(file: Path) -> Trained:
 
 
 def _from_timm(name: str) -> Trained:
-    known = [*vim_names(), *vit_names()]
+    known = network_names()
     if name.split(".")[0] not in known:
         raise CheckpointError(
             f"no run folder, no checkpoint and no timm model is called {name!r}{near_miss(name, known)}; "
@@ -145,8 +149,10 @@ def _from_timm(name: str) -> Trained:
         return replace(_from_weights(finished_weights(folder)), source=f"{name}, which comes with the package")
     found = get_pretrained_cfg(name, allow_unregistered=False)
     if found is None or not found.has_weights:
-        listed = ", ".join(timm.list_models(_VIMS, pretrained=True))
-        raise CheckpointError(f"{name} comes without weights; Vims with weights: {listed}; most transformers have some")
+        raise CheckpointError(
+            f"{name} comes without weights; with weights come {', '.join(names_with_weights())}, and most of timm's "
+            "transformers"
+        )
     model = _downloaded(name)
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     scaling = _plain_scaling(cfg["interpolation"], cfg["crop_pct"])
@@ -155,7 +161,7 @@ def _from_timm(name: str) -> Trained:
     )
 
 
-def _downloaded(name: str) -> FusedNetwork:
+def _downloaded(name: str) -> Backbone:
     """A timm model with the weights that it has on the net, or in the cache that they were fetched to."""
     try:
         return build_model(name, {"pretrained": True}).eval()
@@ -194,21 +200,13 @@ def _built(
     try:
         check_model(config)
         model = build_model(config.model.name, model_arguments(config, len(head)))
-        model.set_fusion(_configured(config, model) if counts is None else counts)
+        model.set_fusion(config.fusion if counts is None else counts)
         scaling = augmentation(config)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}", error.argument) from error
     load_weights(model, weights, file, Origin(config.model.cls_position, model.grid_size))
     mean, std = tuple(config.data.mean), tuple(config.data.std)
     return Trained(model.eval(), config, source, model.image_size[0], mean, std, scaling, class_names)  # type: ignore[arg-type]
-
-
-def _configured(config: RunConfig, model: FusedNetwork) -> tuple[int, ...]:
-    """The schedule by the configuration alone."""
-    fusion = config.fusion
-    return schedule(
-        fusion.strategy, model.depth, model.num_tokens, fusion.budget, fusion.layers, protected=model.protected
-    )
 
 
 def _read(file: Path, parser: Callable[[bytes], Any]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from famba.analysis.benchmark.report import Report, Table
 from famba.analysis.benchmark.steps import BUDGET
 from famba.analysis.benchmark.timing import Race, Times, ratio
 from famba.fusion import TokenMap, match, schedule
-from famba.models.vim import Tokens, Vim, VimBlock
+from famba.models.backbone import Tokens
+from famba.models.vim import Vim, VimBlock
 
 _LAYER = "layer"
 _PAPER = 7  # what the paper's "all" removes in each layer of 196 patches
@@ -124,7 +125,7 @@ def _layer(layer: VimBlock, hidden: Tensor, residual: Tensor, autocast: torch.dt
 
     def run() -> object:
         with torch.autocast(hidden.device.type, dtype=autocast, enabled=autocast is not None):
-            outputs = layer(hidden, residual, Tokens(0, None))[:2]
+            outputs = layer(hidden, residual, Tokens((0,), None))[:2]
         return torch.autograd.grad(outputs, learned, grads)
 
     return run

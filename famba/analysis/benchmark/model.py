@@ -17,7 +17,7 @@ from famba.analysis.benchmark.steps import Step, Subject
 from famba.analysis.benchmark.timing import Race, Times, ratio
 from famba.analysis.benchmark.traffic import Passes, floor_ms, forward_and_step
 from famba.fusion import tokens_per_layer
-from famba.models import FusedNetwork, Vim
+from famba.models import Backbone, Vim
 from famba.training.measure import saved_bytes_per_image
 
 TRANSFORMERS = {
@@ -188,7 +188,7 @@ def _measure_memory(found: _Found, subjects: dict[str, Subject], plan: Plan) -> 
         found.peaks[name] = step_peak(subject, plan.threads)
 
 
-def _token_layers(model: FusedNetwork) -> float:
+def _token_layers(model: Backbone) -> float:
     """Tokens left after each layer's fusion, summed over the layers, as a share of what they are without fusion."""
     left = tokens_per_layer(model.fusion, model.num_tokens)
     return sum(left) / (len(left) * model.num_tokens)

@@ -40,10 +40,10 @@ def step_linears(model: Vim, batch: int) -> list[Linear]:
     kernel = model.patch_embed.proj.weight
     linears = [Linear(batch * model.num_patches, kernel[0].numel(), kernel.shape[0], needs_dx=False)]
     tokens = model.num_tokens
-    for layer in model.layers:
+    for layer, r in zip(model.layers, model.fusion, strict=True):
         assert isinstance(layer, VimBlock)
-        entering, tokens = tokens, tokens - layer.fusion.r
-        early = entering if layer.fusion.place == "after_scan" else tokens
+        entering, tokens = tokens, tokens - r
+        early = entering if model.settings.place == "after_scan" else tokens
         linears += [_linear(layer.mixer, name, batch * early) for name in _BEFORE_OUTPUT]
         linears.append(_linear(layer.mixer, "out_proj", batch * tokens))
     if isinstance(model.head, nn.Linear):

@@ -11,7 +11,7 @@ from torch import nn
 
 from famba.analysis.benchmark.machine import PRECISIONS, SEED
 from famba.fusion import schedule
-from famba.models import FusedNetwork, create_network
+from famba.models import Backbone, create_network
 from famba.ops import use_backend
 
 BUDGET = 6 / 7
@@ -38,7 +38,7 @@ class Subject:
     backend: str | None = None
     compiled: bool = False
 
-    def build(self) -> FusedNetwork:
+    def build(self) -> Backbone:
         """Build the model with seeded random weights; attention is not proportional, as in training."""
         torch.manual_seed(SEED)
         model = create_network(self.model, img_size=self.image_size)
@@ -63,7 +63,7 @@ class Step:
         device, size = torch.device(subject.device), subject.image_size
         generator = torch.Generator().manual_seed(SEED)
         self._images = torch.randn(subject.batch, 3, size, size, generator=generator).to(device)
-        classes: int = self.model.get_classifier().out_features  # type: ignore[operator]
+        classes = self.model.num_classes
         self._labels = torch.randint(classes, (subject.batch,), generator=generator).to(device)
         dtype = PRECISIONS[subject.precision]
         self._autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

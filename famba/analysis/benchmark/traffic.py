@@ -181,11 +181,11 @@ def forward_and_step(model: Vim, batch: int, precision: str) -> Passes:
     patches = model.patch_embed.proj.weight[0].numel()
     parts = [product(Linear(batch * model.num_patches, patches, width, needs_dx=False), item)]
     tokens = model.num_tokens
-    for number, layer in enumerate(model.layers):
+    assert model.settings.place == "before_mixer"
+    for number, (layer, removed) in enumerate(zip(model.layers, model.fusion, strict=True)):
         assert isinstance(layer, VimBlock)
-        assert layer.fusion.place == "before_mixer"
         parts.append(add_rms_norm(batch, tokens, width, item, first=number == 0))
-        if removed := layer.fusion.r:
+        if removed:
             parts.append(match_tokens(batch, tokens, width, removed, item))
             parts += [fuse_tokens(batch, tokens, width, removed, size) for size in (item, _FP32)]
         tokens -= removed

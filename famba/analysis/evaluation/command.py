@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from famba.analysis.variants import add_fusion_options
+from famba.analysis.fusion_options import add_fusion_options
 
 
 def add_evaluate(commands: Any) -> argparse.ArgumentParser:

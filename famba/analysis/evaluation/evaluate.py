@@ -19,6 +19,7 @@ from famba.analysis.evaluation.memory import inference_memory
 from famba.analysis.evaluation.request import Request, check_classes
 from famba.analysis.variants import Variant
 from famba.errors import ConfigError, TrainingError
+from famba.fusion import tokens_per_layer
 from famba.training.devices import out_of_memory, synchronize
 from famba.training.evaluation import Tally
 from famba.training.measure import macs_per_image
@@ -115,7 +116,7 @@ def evaluate(request: Request) -> Evaluation:
     results = (
         Result(
             one.variant,
-            one.variant.tokens_per_layer(model),
+            tokens_per_layer(one.variant.schedule, model.num_tokens),
             images_per_s=one.images_per_s(),
             memory_mib=mib,
             macs_per_image=count,

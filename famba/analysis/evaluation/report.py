@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from famba.analysis.evaluation.evaluate import Evaluation, Result
 from famba.analysis.figures import FAINT, INK, drawing, save
 from famba.analysis.palette import looks
 from famba.analysis.report.cells import signed
-from famba.analysis.variants import Variant, labels
+from famba.analysis.variants import label_variants
 from famba.files import write_whole
+from famba.fusion import Fusion, labels
 from famba.training.provenance import provenance
 
 _STEM = "evaluate"
@@ -30,7 +31,7 @@ def table(evaluation: Evaluation) -> str:
     """Return a line for each way of fusing, and what it was evaluated on, as text."""
     request = evaluation.request
     patches = request.trained.model.num_patches
-    names = labels(request.variants)
+    names = label_variants(request.variants)
     rows = [
         {
             "fusion": f"{name} *" if result.variant.own else name,
@@ -73,11 +74,13 @@ def values(evaluation: Evaluation) -> dict[str, Any]:
         "results": [
             {
                 "label": name,
-                **asdict(result.variant),
+                **asdict(replace(result.variant.fusion, budget=result.variant.removed)),
+                "schedule": result.variant.schedule,
+                "own": result.variant.own,
                 "removed": result.variant.removed,
                 **_flat({key: value for key, value in asdict(result).items() if key != "variant"}),
             }
-            for name, result in zip(labels(request.variants), evaluation.results, strict=True)
+            for name, result in zip(label_variants(request.variants), evaluation.results, strict=True)
         ],
         "provenance": _provenance(evaluation),
     }
@@ -175,7 +178,7 @@ def _curves(axes: Axes, evaluation: Evaluation, value: Callable[[Result], float 
 
 def _told_apart(lines: Sequence[tuple[str, list[Result]]]) -> list[str]:
     """What lines take their looks by: their strategy; where there is but one, the ways that it is compared in."""
-    strategies = [results[0].variant.strategy for _, results in lines]
+    strategies = [results[0].variant.fusion.strategy for _, results in lines]
     if len({name for name in strategies if name != "none"}) > 1:
         return strategies
     return [
@@ -193,10 +196,10 @@ def _bars(axes: Axes, results: Sequence[Result]) -> None:
 
 def _lines(results: Sequence[Result]) -> list[tuple[str, list[Result]]]:
     """Results that differ in their budget alone belong to one line."""
-    found: dict[Variant, list[Result]] = {}
+    found: dict[Fusion, list[Result]] = {}
     for result in results:
-        found.setdefault(result.variant.family, []).append(result)
-    firsts = labels(list(found))
+        found.setdefault(replace(result.variant.fusion, budget=0), []).append(result)
+    firsts = labels(list(found), ignore=["budget"])
     return list(zip(firsts, found.values(), strict=True))
 
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from famba import data, ops
-from famba.analysis.variants import Choice, Variant, own, unfused, variants
-from famba.errors import BackendError, ConfigError, FambaError
+from famba.analysis.fusion_options import read_options
+from famba.analysis.variants import Asked, Variant, own, unfused, variants
+from famba.errors import BackendError, ConfigError, FambaError, named
 from famba.ops.registry import AUTO, resolve
 from famba.training.compose import compose, groups
 from famba.training.devices import choose_device, choose_precision, make_current
-from famba.training.naming import naming
 from famba.training.trained import Trained, load_trained
 
 _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -64,7 +64,7 @@ def check(options: argparse.Namespace) -> Request:
 
     Raises FambaError for what cannot work; no image is read.
     """
-    choice = Choice.of(options)
+    asked = read_options(options)
     device = _device(options.device)
     for name in ("subset", "batch_size"):
         value = getattr(options, name)
@@ -74,7 +74,7 @@ def check(options: argparse.Namespace) -> Request:
         raise ConfigError(f"--precision is {options.precision!r}; allowed: {', '.join(_PRECISIONS)}")
     trained = load_trained(options.checkpoint)
     config = trained.config
-    compared = _compared(trained, choice)
+    compared = _compared(trained, asked)
     precision = options.precision or ("auto" if config is None else config.trainer.precision)
     autocast = _precision(precision, device)
     backend = options.backend or (AUTO if config is None else config.ops.backend)
@@ -99,12 +99,12 @@ def check(options: argparse.Namespace) -> Request:
     return request
 
 
-def _compared(trained: Trained, choice: Choice) -> tuple[Variant, ...]:
+def _compared(trained: Trained, asked: Asked) -> tuple[Variant, ...]:
     """What is evaluated: the network as trained, what was asked for, and beside that the network without fusion."""
-    first, asked = own(trained), variants(trained, choice)
-    if any(one != first for one in asked):
-        asked = [unfused(trained), *asked]
-    return tuple(dict.fromkeys([first, *asked]))
+    first, found = own(trained), variants(trained, asked)
+    if any(one != first for one in found):
+        found = [unfused(trained), *found]
+    return tuple(dict.fromkeys([first, *found]))
 
 
 def _images(options: argparse.Namespace, trained: Trained) -> Images:
@@ -129,7 +129,7 @@ def _images(options: argparse.Namespace, trained: Trained) -> Images:
     images = Images(
         name, root, classes, is_own, options.subset, _USUAL_WORKERS if config is None else config.data.workers
     )
-    with naming(_OPTIONS):
+    with named(_OPTIONS):
         data.check_request(name, root, subset=None, val_fraction=0.0, num_classes=classes)
         known = classes or data.num_classes_of(name)
         if known is not None:

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from famba.analysis.figures import drawing, save
+from famba.analysis.fusion_options import read_options
 from famba.analysis.pictures.images import Shown, normalized, read_images
 from famba.analysis.pictures.patches import PRUNED, Row, draw_patches
 from famba.analysis.pictures.regions import Grid, shown_layers
 from famba.analysis.pictures.similarity import Column, draw_similarity
-from famba.analysis.variants import Choice, Variant, labels, own, variants
+from famba.analysis.variants import Variant, label_variants, own, variants
 from famba.errors import ConfigError
+from famba.fusion import tokens_per_layer
 from famba.training.devices import choose_device, make_current
 from famba.training.trained import Trained, load_trained
 
@@ -39,7 +41,7 @@ class Request:
 
 def check(options: argparse.Namespace) -> Request:
     """Load network and images, and check everything that is asked. Raises FambaError for what cannot work."""
-    choice = Choice.of(options)
+    asked = read_options(options)
     if options.layers_shown is not None and options.layers_shown < 1:
         raise ConfigError(f"--layers-shown is {options.layers_shown}; allowed: 1 or more")
     try:
@@ -48,7 +50,7 @@ def check(options: argparse.Namespace) -> Request:
         raise ConfigError(str(error).replace("trainer.device", "--device")) from error
     make_current(device)
     trained = load_trained(options.checkpoint)
-    compared = tuple(variants(trained, choice) or [own(trained)])
+    compared = tuple(variants(trained, asked) or [own(trained)])
     layers = shown_layers(
         len(trained.schedule), [one.schedule for one in compared], options.layers_shown or _MOST_LAYERS
     )
@@ -66,7 +68,7 @@ def visualize(request: Request, folder: Path) -> list[Path]:
     for variant, name in zip(request.variants, names, strict=True):
         variant.put_into(model)
         held = [_grids(request, variant, images.to(request.device)) for images in inputs]
-        tokens = variant.tokens_per_layer(model)
+        tokens = tokens_per_layer(variant.schedule, model.num_tokens)
         for number, grids in enumerate(grids for batch in held for grids in batch):
             rows[number].append(Row(name, [tokens[layer] for layer in request.layers], grids))
         columns.append(_column(request, variant, name, inputs))
@@ -83,8 +85,10 @@ def _titles(request: Request) -> list[str]:
     """Strategies by name, with how many patches go."""
     patches = request.trained.model.num_patches
     return [
-        f"{name}: {one.removed} of {patches} {'pruned' if one.mode == 'prune' else 'removed'}" if one.removed else name
-        for name, one in zip(labels(request.variants), request.variants, strict=True)
+        f"{name}: {one.removed} of {patches} {'pruned' if one.fusion.mode == 'prune' else 'removed'}"
+        if one.removed
+        else name
+        for name, one in zip(label_variants(request.variants), request.variants, strict=True)
     ]
 
 
@@ -92,8 +96,8 @@ def _grids(request: Request, variant: Variant, images: Tensor) -> list[list[Grid
     """For each image, and each layer shown, which token holds each patch; PRUNED where none does."""
     model = request.trained.model
     traced = model.trace(images)
-    if variant.mode == "prune":
-        pairs = zip(traced, model.still_there(images), strict=True)
+    if variant.fusion.mode == "prune":
+        pairs = zip(traced, model.not_pruned(images), strict=True)
         traced = tuple(held.masked_fill(~there, PRUNED) for held, there in pairs)
     side = math.isqrt(model.num_patches)
     held = torch.stack([traced[layer] for layer in request.layers], dim=1).cpu().numpy()

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from famba.analysis.report.runs import LeftOut, Run, printable
-from famba.analysis.report.settings import NONE, Fusion, fusion_of, labels
+from famba.analysis.report.settings import labels
 from famba.data import PUBLISHED
+from famba.fusion import Fusion
+from famba.fusion.schedules import NONE
 
 _MODEL = ("model.name", "model.patch_size", "model.depth", "model.embed_dim", "model.d_state", "model.cls_position")
 # What a run was told of where and how fast to compute, as far as it does not change what is learnt.
@@ -144,7 +146,7 @@ def _largest(name: str, runs: Sequence[Run], spread: Counter[Hashable]) -> tuple
 
     def size(group: Hashable) -> tuple[int, int, bool, str]:
         members = groups[group]
-        trials = {(fusion_of(run), run.seed) for run in members}
+        trials = {(run.fusion, run.seed) for run in members}
         with_none = any(run.strategy == NONE for run in members)
         return len(trials), spread[group], with_none, max(run.started for run in members)
 
@@ -182,10 +184,10 @@ def _each_once(runs: Sequence[Run], place: Identity) -> tuple[list[Run], list[Le
     Repeats that came to the same result are one trial, of which the first counts. Where the results differ none does:
     whichever one took would be a choice, and their mean would pass two draws off as one seed.
     """
-    names = labels(fusion_of(run) for run in runs)
+    names = labels(run.fusion for run in runs)
     trials: dict[tuple[Fusion, int], list[Run]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: (place_of(run) != place, run.started, run.name)):
-        trials[fusion_of(run), run.seed].append(run)
+        trials[run.fusion, run.seed].append(run)
     once: list[Run] = []
     others: list[LeftOut] = []
     for (fusion, seed), same in trials.items():

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 
 from famba.analysis.report.cells import difference, share
 from famba.analysis.report.rows import TIME, Row, Table, pareto, share_of
-from famba.analysis.report.settings import NONE, order_of
+from famba.analysis.report.settings import order_of
 from famba.analysis.report.statistics import Difference, paired
-from famba.fusion.schedules import ADAPTIVE
-
-_COMPARED = ("order", "weighting", "place", "mode", "proportional", "budget")
+from famba.fusion.schedules import ADAPTIVE, NONE
 
 
 def conclusions(table: Table) -> list[str]:
@@ -99,7 +97,7 @@ def _adaptive(table: Table) -> list[str]:
             other
             for other in sorted(table.rows, key=lambda other: order_of(other.fusion))
             if other.fusion.strategy not in (NONE, ADAPTIVE)
-            and all(getattr(other.fusion, name) == getattr(row.fusion, name) for name in _COMPARED)
+            and (other.fusion.settings(), other.fusion.removed) == (row.fusion.settings(), row.fusion.removed)
         ]
         found.append(_against(row, rivals))
     return found

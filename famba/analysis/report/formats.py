@@ -18,6 +18,7 @@ from famba.analysis.report.contents import Part, Report
 from famba.analysis.report.plots import Plot, inline
 from famba.analysis.report.rows import TIME, Row, Table, pareto
 from famba.analysis.report.statistics import Difference, Sample
+from famba.fusion.schedules import NONE
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~])")
@@ -99,11 +100,8 @@ def _record(table: Table, row: Row, is_on_front: bool) -> dict[str, Any]:
         "model": table.model,
         "fusion": row.label,
         "strategy": fusion.strategy,
-        "order": fusion.order,
-        "weighting": fusion.weighting,
-        "place": fusion.place,
-        "mode": fusion.mode,
-        "tokens_removed": fusion.budget or 0,
+        **{name: None if fusion.strategy == NONE else value for name, value in fusion.settings().items()},
+        "tokens_removed": fusion.removed,
         "data": table.comparable.what.get("data.name"),
         "seeds": " ".join(map(str, row.seeds)),
         **_moments("top1_percent", row.top1),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from famba.analysis.report import paper
 from famba.analysis.report.comparable import is_dirty
 from famba.analysis.report.rows import Row, Table
-from famba.analysis.report.settings import NONE, usual
-from famba.fusion.schedules import ADAPTIVE
+from famba.analysis.report.settings import usual
+from famba.fusion.schedules import ADAPTIVE, NONE
 
 READING = (
     "± is the sample standard deviation over seeds; a single number is of one seed.",
@@ -44,7 +44,7 @@ def shared(table: Table) -> list[tuple[str, str]]:
     found += [
         (f"fusion.{name}, unless a row says otherwise", f"{value}{' tokens' if name == 'budget' else ''}")
         for name, value in settings.items()
-        if name != "layers" and value
+        if name != "layers"
     ]
     some_elsewhere = " (but for runs from elsewhere)" if table.comparable.elsewhere else ""
     found += [
@@ -58,7 +58,7 @@ def shared(table: Table) -> list[tuple[str, str]]:
 def notes(table: Table) -> list[str]:
     """Remarks on one table, each a sentence or two."""
     found = [*_of_code(table), *_of_seeds(table), *_of_cost(table)]
-    removed = sorted({int(row.fusion.budget) for row in table.rows if row.fusion.budget})
+    removed = sorted({row.fusion.removed for row in table.rows if row.fusion.removed})
     if len(removed) > 1:
         found.append(
             f"The settings remove different numbers of tokens in all: {', '.join(map(str, removed))}. Those that "

@@ -10,8 +10,10 @@ from typing import NamedTuple
 from famba.analysis.report.comparable import Comparable, place_of
 from famba.analysis.report.paper import Printed, printed
 from famba.analysis.report.runs import Run
-from famba.analysis.report.settings import NONE, Fusion, fusion_of, labels, order_of
+from famba.analysis.report.settings import labels, order_of
 from famba.analysis.report.statistics import Difference, Sample, paired, sample
+from famba.fusion import Fusion
+from famba.fusion.schedules import NONE
 
 
 class Cost(NamedTuple):
@@ -99,9 +101,9 @@ def build_table(comparable: Comparable) -> Table:
     """Gather runs, at least one, into rows by fusion setting."""
     settings: dict[Fusion, list[Run]] = defaultdict(list)
     for run in comparable.runs:
-        settings[fusion_of(run)].append(run)
+        settings[run.fusion].append(run)
     names = labels(settings)
-    base = settings.get(Fusion(NONE), [])
+    base = next((runs for fusion, runs in settings.items() if fusion.strategy == NONE), [])
     order = sorted(settings, key=order_of)
     rows = [_row(names[fusion], fusion, settings[fusion], base, comparable.elsewhere) for fusion in order]
     return Table(comparable, tuple(rows))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from famba.analysis.status import Status, status
+from famba.errors import ConfigError
+from famba.fusion import Fusion
+from famba.fusion.schedules import ADAPTIVE
 from famba.training.config import flatten, with_added_keys
 from famba.training.run_folder import METRICS
 
@@ -24,7 +27,9 @@ IMAGES = ("test", "validation")
 class Run:
     """A finished run. None stands for what its summary does not say.
 
-    Top-1 and Top-5 are percent, times seconds, config maps dotted keys to values. tokens_per_layer has an entry for
+    Top-1 and Top-5 are percent, times seconds, config maps dotted keys to values. fusion is the
+    setting as it turned out: its budget is the tokens that are removed in all, and an adaptive schedule, which is a
+    result, is no part of it. tokens_per_layer has an entry for
     each layer, after fusing. evaluations: for "test" and "validation", the epochs that were done and Top-1 then.
     losses: steps, and the training loss then. started_from: what the summary
     tells of weights that it began with. gaps: what in the folder could not be read.
@@ -54,6 +59,7 @@ class Run:
     started_from: Mapping[str, Any]
     provenance: Mapping[str, Any]
     config: Mapping[str, Any]
+    fusion: Fusion
     evaluations: Mapping[str, tuple[tuple[int, float], ...]]
     losses: tuple[tuple[int, float], ...]
     gaps: tuple[str, ...]
@@ -127,14 +133,14 @@ def _read(name: str, folder: Path) -> Run:
     schedule, left = (_needed(summary, key, _counts) for key in ("schedule", "tokens_per_layer"))
     if len(schedule) != len(left):
         raise _DamageError("summary.json has a schedule and tokens_per_layer of different lengths")
-    adapted = summary.get("adapted")
+    adapted, strategy = summary.get("adapted"), _needed(summary, "strategy", _text)
     evaluations, losses, gaps = _metrics(folder / METRICS)
     return Run(
         name=name,
         folder=folder,
         started=str(provenance.get("started")),
         model=_needed(summary, "model", _text),
-        strategy=_needed(summary, "strategy", _text),
+        strategy=strategy,
         seed=_needed(provenance, "seed", _whole),
         top1=_needed(summary, "top1", _percent),
         top5=_percent(summary.get("top5")),
@@ -154,6 +160,7 @@ def _read(name: str, folder: Path) -> Run:
         started_from=started if isinstance(started := summary.get("started_from"), Mapping) else {},
         provenance=provenance,
         config=config,
+        fusion=_fusion(config, strategy, schedule),
         evaluations=evaluations,
         losses=losses,
         gaps=gaps,
@@ -177,6 +184,17 @@ def _config(folder: Path) -> Mapping[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise _DamageError(printable(f"config.yaml is damaged: {' '.join(str(error).split())}")) from error
     return flatten(with_added_keys(config))
+
+
+def _fusion(config: Mapping[str, Any], strategy: str, schedule: tuple[int, ...]) -> Fusion:
+    given = {one.name: config.get(f"fusion.{one.name}") for one in fields(Fusion)}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if strategy != ADAPTIVE:
+        values |= dict.fromkeys(("adapt_at", "adapt_images"))
+    try:
+        return Fusion().changed(**{**values, "strategy": strategy}).resolved(schedule)
+    except (ConfigError, TypeError) as error:
+        raise _DamageError(printable(f"its fusion cannot be read: {error}")) from error
 
 
 _Evaluations = dict[str, tuple[tuple[int, float], ...]]

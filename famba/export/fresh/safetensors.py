@@ -12,9 +12,9 @@ import famba  # registers its models with timm
 
 file, inputs, outputs = sys.argv[1:]
 model = timm.create_model(f"local-dir:{file}", pretrained=True).eval()
-if not isinstance(model, famba.models.Vim):
+if not isinstance(model, famba.models.Backbone):
     fusion = json.loads(Path(file, "config.json").read_text())["famba"]["fusion"]
-    ways = {name: fusion[name] for name in ("order", "weighting", "mode", "proportional")}
-    model = famba.models.apply_tome(model, fusion["schedule"], **ways)  # type: ignore[arg-type]  # a transformer
+    settings = {name: fusion[name] for name in famba.fusion.SETTINGS}
+    model = famba.models.apply_tome(model, fusion["schedule"], **settings)  # type: ignore[arg-type]  # a transformer
 with torch.no_grad(), famba.ops.use_backend("reference"), np.load(inputs) as given:
     np.savez(outputs, **{name: model(torch.from_numpy(given[name])).numpy() for name in given})

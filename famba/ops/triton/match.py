@@ -23,7 +23,7 @@ _PAIRS = 4096
 
 
 def match_tokens(
-    metric: Tensor, leading: int, guarded: Tensor | None, sizes: Tensor | None, r: int, order: str
+    metric: Tensor, leading: int, protected: Tensor | None, sizes: Tensor | None, r: int, order: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return places, shares and sums of sizes; of at most 4096 tokens."""
     batch, length, channels = metric.shape
@@ -38,18 +38,18 @@ def match_tokens(
     if batch == 0:
         return places, shares, totals
     metric = activation(metric, metric.dtype)
-    guards = leading if guarded is None else guarded.shape[1]
+    guards = leading if protected is None else protected.shape[1]
     in_a = (length - guards + 1 - guards % 2) // 2
     closest = torch.empty(batch, in_a, dtype=torch.float32, device=metric.device)
     partner = torch.empty(batch, in_a, dtype=torch.int32, device=metric.device)
     given = {
         "closest": closest,
         "partner": partner,
-        "guarded": None if guarded is None else guarded.contiguous(),
+        "protected": None if protected is None else protected.contiguous(),
         "guards": guards,
-        "guards_apart": 0 if guarded is None or guarded.shape[0] == 1 else guards,
+        "guards_apart": 0 if protected is None or protected.shape[0] == 1 else guards,
         "length": length,
-        "LISTED": guarded is not None,
+        "LISTED": protected is not None,
     }
     _closest_partners.launch(
         lambda constants: (batch * triton.cdiv(in_a, constants["BLOCK_A"]),),
@@ -76,29 +76,29 @@ def match_tokens(
 
 
 @triton.jit
-def _free_before(place, guarded, guards, LISTED: tl.constexpr):
+def _free_before(place, protected, guards, LISTED: tl.constexpr):
     """How many tokens before a place may fuse."""
     before = tl.maximum(place - guards, 0)
     if LISTED:
         before = place
         for i in range(guards):
-            before -= (tl.load(guarded + i) < place).to(tl.int32)
+            before -= (tl.load(protected + i) < place).to(tl.int32)
     return before
 
 
 @triton.jit
-def _is_free(place, guarded, guards, LISTED: tl.constexpr):
+def _is_free(place, protected, guards, LISTED: tl.constexpr):
     """Whether the token at a place may fuse."""
     free = place >= guards
     if LISTED:
         free = place >= 0
         for i in range(guards):
-            free &= tl.load(guarded + i) != place
+            free &= tl.load(protected + i) != place
     return free
 
 
 @triton.jit
-def _free_place(index, guarded, guards, LISTED: tl.constexpr):
+def _free_place(index, protected, guards, LISTED: tl.constexpr):
     """Where the tokens stand that are, of those that may fuse, at an index."""
     place = index + guards
     if LISTED:
@@ -107,7 +107,7 @@ def _free_place(index, guarded, guards, LISTED: tl.constexpr):
         for _ in range(guards):
             passed = index * 0
             for i in range(guards):
-                passed += (tl.load(guarded + i) <= place).to(tl.int32)
+                passed += (tl.load(protected + i) <= place).to(tl.int32)
             place = index + passed
     return place
 
@@ -139,7 +139,7 @@ def _inverse_norm(metric, row, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
 )
 def _closest_partners(
     metric,
-    guarded,
+    protected,
     closest,
     partner,
     length,
@@ -159,17 +159,17 @@ def _closest_partners(
     blocks = tl.cdiv(in_a, BLOCK_A)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     if LISTED:
-        guarded += image * guards_apart
+        protected += image * guards_apart
     metric += image * length * ROW
     a = tl.program_id(0) % blocks * BLOCK_A + tl.arange(0, BLOCK_A)
     # Beyond the last token the last is read again, and what comes of it is not looked at.
-    row_a = _free_place(2 * tl.minimum(a, in_a - 1) + odd, guarded, guards, LISTED) * ROW
+    row_a = _free_place(2 * tl.minimum(a, in_a - 1) + odd, protected, guards, LISTED) * ROW
     inverse_a = _inverse_norm(metric, row_a, CHANNELS, BLOCK)
     best = tl.full([BLOCK_A], -4.0, tl.float32)
     best_b = tl.zeros([BLOCK_A], tl.int32)
     for first in range(0, in_b, BLOCK_B):
         b = first + tl.arange(0, BLOCK_B)
-        row_b = _free_place(2 * tl.minimum(b, in_b - 1) + 1 - odd, guarded, guards, LISTED) * ROW
+        row_b = _free_place(2 * tl.minimum(b, in_b - 1) + 1 - odd, protected, guards, LISTED) * ROW
         inverse_b = _inverse_norm(metric, row_b, CHANNELS, BLOCK)
         similarity = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
         for start in range(0, CHANNELS, BLOCK):
@@ -187,7 +187,7 @@ def _closest_partners(
         best_b = tl.where(closer, nearest_b, best_b)
         best = tl.where(closer, nearest, best)
     tl.store(closest + image * in_a + a, best, mask=a < in_a)
-    place = _free_place(2 * best_b + 1 - odd, guarded, guards, LISTED)
+    place = _free_place(2 * best_b + 1 - odd, protected, guards, LISTED)
     tl.store(partner + image * in_a + a, place, mask=a < in_a)
 
 
@@ -195,7 +195,7 @@ def _closest_partners(
 def _places(
     closest,
     partner,
-    guarded,
+    protected,
     sizes,
     places,
     shares,
@@ -215,7 +215,7 @@ def _places(
     in_b = (length - guards + odd) // 2
     image = tl.program_id(0).to(tl.int64)
     if LISTED:
-        guarded += image * guards_apart
+        protected += image * guards_apart
     closest += image * in_a
     partner += image * in_a
     # All of A at once. Which of them fuse: those that fewer than r others precede.
@@ -229,7 +229,7 @@ def _places(
         equal = (theirs[:, None] == mine[None, :]) & (other[:, None] < a[None, :])
         rank += tl.sum(((theirs[:, None] > mine[None, :]) | equal).to(tl.float32), 0)
     fuses = (rank < r) & (a < in_a)
-    source = tl.where(fuses, _free_place(2 * a + odd, guarded, guards, LISTED), length)
+    source = tl.where(fuses, _free_place(2 * a + odd, protected, guards, LISTED), length)
     target = tl.where(fuses, tl.load(partner + a, mask=a < in_a, other=0), length)
     if SIZED:
         sizes += image * length
@@ -248,9 +248,9 @@ def _places(
         joined = tl.sum(tl.where(target[None, :] == stand[:, None], size_a[None, :], 0.0), 1)
         place = stand - gone
         if TOME:
-            free = _free_before(stand, guarded, guards, LISTED)
+            free = _free_before(stand, protected, guards, LISTED)
             in_b_before = (free + odd) // 2
-            is_b = _is_free(stand, guarded, guards, LISTED) & (free % 2 != odd)
+            is_b = _is_free(stand, protected, guards, LISTED) & (free % 2 != odd)
             place = tl.where(is_b, length - in_b - r + in_b_before, place - in_b_before)
         if SIZED:
             size = tl.load(sizes + token, mask=token < length, other=1.0).to(tl.float32)

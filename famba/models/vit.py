@@ -3,73 +3,67 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
+import timm
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from famba.errors import ConfigError
-from famba.fusion import TokenMap, match
-from famba.fusion.matching import check_mode, check_order
-from famba.models.calls import call_as, has_own_forward
-from famba.models.fused import Choose, FusedNetwork, Passed, Way, check_choice
-from famba.models.vim import WEIGHTINGS
+from famba.errors import ConfigError, check_choice
+from famba.fusion import Fusion, TokenMap
+from famba.models.backbone import Backbone, Reduction, Run, Tokens, register_backbone
 
 AFTER_ATTENTION = "after_attention"
-"""The one place where a transformer fuses: what Vim calls fusion_place."""
-
 _POOLS = ("token", "avg")
 _PREFIX = "vit."
+_MODULES = ("vision_transformer", "deit")
 
 
-@dataclass(frozen=True)
-class Merging:
-    """How each layer fuses; order, weighting, mode and proportional as in `apply_tome`."""
-
-    order: str
-    weighting: str
-    mode: str
-    proportional: bool
-
-    def __post_init__(self) -> None:
-        check_order(self.order)
-        check_choice("weighting", self.weighting, WEIGHTINGS)
-        check_mode(self.mode)
-
-    @property
-    def counts_patches(self) -> bool:
-        """Whether the weights of tokens are the patches that they hold."""
-        return self.mode == "fuse" and self.weighting == "size"
-
-    @property
-    def keeps_sizes(self) -> bool:
-        """Whether what a token holds is of any matter."""
-        return self.mode == "fuse" and (self.weighting == "size" or self.proportional)
-
-
-class ToMe(FusedNetwork):
-    """A vision transformer of timm's that fuses tokens between the attention and the MLP of its blocks.
+@register_backbone
+class ToMe(Backbone):
+    """Fuse tokens of a vision transformer of timm's between the attention and the MLP of its blocks.
 
     `apply_tome` makes it. It shares the transformer's parameters, and names them in state_dict as the transformer does.
     """
 
-    def __init__(self, vit: VisionTransformer, fusion: Sequence[int], merging: Merging) -> None:
+    kind = "a vision transformer"
+    layers_name = "blocks"
+    places: ClassVar = {AFTER_ATTENTION: frozenset({"mixed", "keys"})}
+    has_attention = True
+    wraps_timm = True
+    usual = Fusion(order="tome", weighting="size", place=AFTER_ATTENTION, proportional=True)
+
+    def __init__(self, vit: VisionTransformer, settings: Fusion) -> None:
         super().__init__()
         _check_vit(vit)
         _check_parts(vit)
+        self.check_fusion(settings)
         self.vit = vit
-        self.merging = merging
+        self.settings = settings
         self.grad_checkpointing = vit.grad_checkpointing
-        self._check_fusion(fusion, self.depth)
-        self.fusion = tuple(fusion)
+        self.fusion = settings.schedule(self.depth, self.num_tokens, self.protected)
         self.register_state_dict_post_hook(_without_prefix)
         self.register_load_state_dict_pre_hook(_with_prefix)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """List the timm names of vision transformers, most of which can fuse: `apply_tome` says which cannot."""
+        return [*timm.list_models("vit_micro_*"), *(name for m in _MODULES for name in timm.list_models(module=m))]
+
+    @classmethod
+    def create(cls, name: str, **arguments: Any) -> ToMe:
+        """Build one by its timm name; its attention is as ToMe has it without training unless told otherwise."""
+        fusion = arguments.pop("fusion", None)
+        settings = {key: arguments.pop(key) for key in list(arguments) if key.startswith("fusion_")}
+        vit = timm.create_model(name, **arguments)
+        _check_vit(vit)
+        return cls(vit, cls.fusion_of(fusion, settings)).train(vit.training)  # type: ignore[arg-type]
 
     @property
     def num_patches(self) -> int:  # type: ignore[override]
@@ -109,37 +103,23 @@ class ToMe(FusedNetwork):
         return rows, columns
 
     @property
-    def embed_dim(self) -> int:
+    def embed_dim(self) -> int:  # type: ignore[override]
         """d_model."""
         return self.vit.embed_dim
 
     @property
-    def way(self) -> Way:
-        """How it fuses, in every block alike."""
-        merging = self.merging
-        return Way(merging.order, merging.weighting, AFTER_ATTENTION, merging.mode, merging.proportional)
+    def in_chans(self) -> int:
+        """Channels of the images."""
+        return self.vit.patch_embed.proj.in_channels
 
-    @torch.jit.ignore
-    def set_fusion(
-        self,
-        fusion: Sequence[int],
-        order: str | None = None,
-        weighting: str | None = None,
-        place: str | None = None,
-        mode: str | None = None,
-        proportional: bool | None = None,
-    ) -> None:
-        """Remove other numbers of tokens from now on, one for each block, and in another way where one is given.
+    @property
+    def special(self) -> tuple[int, ...]:
+        """Places of the prefix tokens: a class token, a distillation token, registers."""
+        return tuple(range(self.vit.num_prefix_tokens))
 
-        Arguments as of `apply_tome`; place can only be "after_attention". Raises ConfigError where they do not fit;
-        nothing has changed then.
-        """
-        self._check_fusion(fusion, self.depth)
-        if place is not None:
-            check_choice("fusion_place", place, (AFTER_ATTENTION,))
-        given: dict[str, Any] = {"order": order, "weighting": weighting, "mode": mode, "proportional": proportional}
-        self.merging = replace(self.merging, **{name: value for name, value in given.items() if value is not None})
-        self.fusion = tuple(fusion)
+    def special_rows(self, rows: int, cls_position: str | None) -> tuple[int, ...]:
+        """Return the rows of the prefix tokens; in some transformers they have none."""
+        return () if self.vit.no_embed_class else self.special
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -161,11 +141,6 @@ class ToMe(FusedNetwork):
         }
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward instead of keeping what it needs."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The classifier, or classifiers."""
         return self.vit.get_classifier()
@@ -178,12 +153,7 @@ class ToMe(FusedNetwork):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Any:
         """Classify images (b, in_chans, height, width): logits (b, num_classes), as the transformer gives them."""
         _check_vit(self.vit)
-
-        def classify(x: Tensor) -> Any:
-            passed = self._run(x)
-            return self._head(self._normed(passed.leaving), passed.tokens)
-
-        return call_as(self.vit, classify, x)
+        return call_as(self.vit, super().forward, x)
 
     def forward_head(self, x: Float[Tensor, "b l d"], pre_logits: bool = False) -> Any:
         """Classify what `forward_features` returns, (b, num_tokens, embed_dim), as the transformer does.
@@ -192,109 +162,83 @@ class ToMe(FusedNetwork):
             ConfigError: x has another number of tokens; or the mean is taken over tokens whatever they hold (fused by
                 equal weights, or pruned), which features of patches do not tell.
         """
-        if x.shape[1] != self.num_tokens:
-            raise ConfigError(
-                f"forward_head was given {x.shape[1]} tokens per image; allowed: what forward_features returns, "
-                f"{self.num_tokens} tokens per image"
-            )
-        if self.vit.global_pool == "avg" and any(self.fusion) and not self.merging.counts_patches:
-            raise ConfigError(
-                "this transformer takes the mean over its tokens, however many patches each holds, which the features "
-                "of patches do not tell; call the model itself for logits, or fuse with weighting='size'"
-            )
+        self.check_num_tokens(x)
+        if self.vit.global_pool == "avg":
+            self.check_mean()
         return self.vit.forward_head(x, pre_logits=pre_logits)
 
-    def patch_places(self, device: torch.device) -> Int[Tensor, " n"]:
-        """Places of the patches in the sequence that enters the first block."""
-        return torch.arange(self.protected, self.num_tokens, device=device)
-
-    def _run(
-        self, x: Tensor, choose: Choose | None = None, taken: Sequence[int] = (), depth: int | None = None
-    ) -> Passed[Tensor, Tensor | None]:
+    def embed(self, x: Float[Tensor, "b c h w"]) -> Tensor:
+        """Turn images into the tokens that enter the first block (b, l, d)."""
         vit = self.vit
         _check_parts(vit)  # again, since they may have been replaced
-        x, sizes = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x)))), None
-        maps, kept = [], {}
-        for index, (block, r) in enumerate(zip(list(vit.blocks)[:depth], self.fusion, strict=False)):
-            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                out = checkpoint(self._block, block, x, sizes, r, use_reentrant=False)
-            else:
-                out = self._block(block, x, sizes, r, choose)  # type: ignore[arg-type]
-            x, sizes, token_map = out
-            maps.append(token_map)
-            if index in taken:
-                kept[index] = x
-        return Passed(x, sizes, maps, kept)
+        return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))
 
-    def _normed(self, leaving: Tensor) -> Tensor:
-        return self.vit.norm(leaving)
+    def layer(
+        self, index: int, stream: Tensor, tokens: Tokens, reduction: Reduction | None
+    ) -> tuple[Tensor, Tokens, TokenMap | None]:
+        """Compute one block, which fuses between its halves."""
+        return self.recomputed(self._block, self.vit.blocks[index], stream, tokens, reduction)
 
-    def _stream(self, leaving: Tensor) -> Tensor:
-        return leaving.to(self.vit.patch_embed.proj.weight.dtype)
+    def normed(self, stream: Tensor) -> Tensor:
+        """Apply the final norm (b, l, d)."""
+        return self.vit.norm(stream)
 
-    def _parted(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
-        return features[:, self.protected :], features[:, : self.protected] if self.protected else None
+    def features_of(self, stream: Tensor) -> Tensor:
+        """Return the tokens (b, l, d) in the dtype of the weights."""
+        return stream.to(self.vit.patch_embed.proj.weight.dtype)
 
-    def _block(
-        self, block: Block, x: Tensor, sizes: Tensor | None, r: int, choose: Choose | None = None
-    ) -> tuple[Tensor, Tensor | None, TokenMap | None]:
-        """One block, which fuses between its halves: its tokens (b, l - r, d), their sizes, and what it fused."""
-        token_map = None
-
-        def halves(x: Tensor) -> Tensor:
-            nonlocal sizes, token_map
-            assert isinstance(block.attn, Attention)
-            attended, metric = attend(block.attn, block.norm1(x), sizes if self.merging.proportional else None)
-            x = x + block.drop_path1(block.ls1(attended))
-            removed = r
-            if choose is not None:
-                # The sets are dealt by the parity of the protected tokens alone.
-                odd = self.protected % 2
-                removed = choose(metric[:, self.protected - odd :], 0 if odd else None)
-            if removed:
-                weights = sizes if self.merging.weighting == "size" else None
-                protected = range(self.protected)
-                token_map = match(metric, removed, protected, self.merging.order, weights, self.merging.mode)
-                x = token_map.fuse(x, weights)
-                sizes = token_map.sizes(sizes) if self.merging.keeps_sizes else None
-            return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-
-        return call_as(block, halves, x), sizes, token_map
-
-    def _head(self, x: Tensor, sizes: Tensor | None) -> Any:
-        """The transformer's head on normed tokens; a mean of tokens counts each patch once where weighing by size."""
-        vit = self.vit
-        if vit.global_pool == "token" or sizes is None or not self.merging.counts_patches:
+    def classify(self, run: Run) -> Any:
+        """Apply the transformer's head; a mean of tokens counts each patch once where weighing by size."""
+        vit, x, sizes = self.vit, self.normed(run.stream), run.tokens.sizes
+        if vit.global_pool == "token" or sizes is None or not self.settings.counts_patches:
             return vit.forward_head(x)
         first = 0 if vit.pool_include_prefix else self.protected
         weights = sizes[:, first:, None]
         pooled = ((x[:, first:] * weights).sum(1) / weights.sum(1)).to(x.dtype)
         return vit.head(vit.head_drop(vit.fc_norm(pooled)))
 
+    def _block(
+        self, block: Block, x: Tensor, tokens: Tokens, reduction: Reduction | None
+    ) -> tuple[Tensor, Tokens, TokenMap | None]:
+        token_map = None
+
+        def halves(x: Tensor) -> Tensor:
+            nonlocal tokens, token_map
+            assert isinstance(block.attn, Attention)
+            normed = block.norm1(x)
+            attended, keys = attend(block.attn, normed, tokens.sizes if self.settings.proportional else None)
+            x = x + block.drop_path1(block.ls1(attended))
+            if reduction is not None:
+                known = {"features": normed, "mixed": attended, "keys": keys}
+                (x,), tokens, token_map = reduction(tokens, [x], keys.mean(1), **known)
+            return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+        return call_as(block, halves, x), tokens, token_map
+
 
 def attend(
     attention: Attention, x: Float[Tensor, "b l d"], sizes: Float[Tensor, "b l"] | None
-) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b l head"]]:
-    """Self-attention of timm's, and what similarity is measured on: the mean of the keys over the heads.
+) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b heads l head"]]:
+    """Compute the self-attention of timm's, and return its keys too, on whose mean similarity is measured.
 
     With sizes, a token is attended to in proportion to them (proportional attention, ToMe section 3).
     """
-    metric = x
+    keys = x
 
     def attended(x: Tensor) -> Tensor:
-        nonlocal metric
+        nonlocal keys
         batch, length, _ = x.shape
         qkv = attention.qkv(x).reshape(batch, length, 3, attention.num_heads, attention.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         q, k = attention.q_norm(q), attention.k_norm(k)
-        metric = k.mean(1)
+        keys = k
         bias = None if sizes is None else sizes.log()[:, None, None, :].to(q.dtype)
         out = attention.norm(_weighted(attention, q, k, v, bias).transpose(1, 2).flatten(2))
         if (gate := getattr(attention, "gate", None)) is not None:
             out = out * gate(x).sigmoid()
         return attention.proj_drop(attention.proj(out))
 
-    return call_as(attention, attended, x), metric
+    return call_as(attention, attended, x), keys
 
 
 def _weighted(attention: Attention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -306,15 +250,7 @@ def _weighted(attention: Attention, q: Tensor, k: Tensor, v: Tensor, bias: Tenso
     return attention.attn_drop((scores if bias is None else scores + bias).softmax(dim=-1)) @ v
 
 
-def apply_tome(
-    vit: VisionTransformer,
-    schedule: Sequence[int],
-    *,
-    order: str = "tome",
-    weighting: str = "size",
-    mode: str = "fuse",
-    proportional: bool = True,
-) -> ToMe:
+def apply_tome(vit: VisionTransformer, schedule: Sequence[int], **settings: Any) -> ToMe:
     """Let a timm vision transformer fuse tokens between attention and MLP, trained with fusion or not.
 
     The transformer is left as it was: the result holds it (`.vit`, and `remove_tome` gives it back) and shares its
@@ -326,17 +262,17 @@ def apply_tome(
             of queries and keys; pooled by the class token or the mean.
         schedule: tokens removed in each block, from `famba.fusion.schedule` with protected=vit.num_prefix_tokens;
             "all" with a budget of depth * r is ToMe's constant r, "decreasing" its decreasing one.
-        order: "tome" or "sequence", as in `famba.fusion.match`.
-        weighting: "size", by the patches that a token holds, as in ToMe, or "mean".
-        mode: "fuse", or "prune", where the same tokens are dropped.
-        proportional: add the logarithm of a token's size to what it is attended by. ToMe has this for a transformer
-            that was trained without fusion, and not in training.
+        settings: fields of `famba.fusion.Fusion`: order ("tome" or "sequence"), weighting ("size", by the patches that
+            a token holds, as in ToMe, or "mean"), mode ("fuse", or "prune", where the same tokens are dropped), rule,
+            and proportional: add the logarithm of a token's size to what it is attended by. ToMe has this for a
+            transformer that was trained without fusion, and not in training. By default they are as in ToMe: "tome",
+            "size", "fuse", True.
 
     Raises:
         ConfigError: vit is none that this can do, or the schedule does not fit it.
     """
     _check_kind(schedule, vit)
-    model = ToMe(vit, schedule, Merging(order, weighting, mode, proportional))
+    model = ToMe(vit, ToMe.fusion_of(schedule, settings))
     return model.train(vit.training)
 
 
@@ -419,3 +355,43 @@ def _with_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
     """Undo `_without_prefix` on what is to be loaded."""
     for name in [name for name in state if name.startswith(prefix)]:
         state[prefix + _PREFIX + name[len(prefix) :]] = state.pop(name)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Return whether someone put another forward into this one module, in place of its class's."""
+    return "forward" in module.__dict__
+
+
+def call_as(module: nn.Module, forward: Callable[..., Any], *args: Any) -> Any:
+    """Call `forward` in place of a module's own, so that torch runs the module's hooks around it."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if not any(hooks):
+        return forward(*args)
+    module.forward = forward
+    try:
+        return module(*args)
+    finally:
+        del module.forward
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vit_micro_patch4_32": {
+            "url": "",
+            "num_classes": 1000,
+            "input_size": (3, 32, 32),
+            "interpolation": "bicubic",
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        }
+    }
+)
+
+
+@register_model
+def vit_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """A vision transformer of vim_micro's depth, width and number of parameters, for 32 x 32 images."""
+    shape = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 8, "num_heads": 4, "mlp_ratio": 3}
+    return build_model_with_cfg(VisionTransformer, "vit_micro_patch4_32", pretrained, **{**shape, **kwargs})

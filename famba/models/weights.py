@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import errno
 import json
 import logging
 import math
@@ -15,54 +13,23 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import yaml
-from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.models import resolve_pretrained_cfg
 from torch import Tensor
 
-from famba.errors import CheckpointError, DamagedError
-from famba.files import read_seal
-from famba.models.fused import FusedNetwork, check_choice
-from famba.models.networks import vim_names, vit_names
-from famba.models.tome import ToMe
-from famba.models.vim import CLS_POSITIONS, Vim
+from famba.errors import CheckpointError, check_choice
+from famba.files import read_file
+from famba.fusion.config import SETTINGS
+from famba.models.backbone import CLS_POSITIONS, Backbone, create_network, network_names
 
+WEIGHTS = Path(__file__).parent / "weights"
+"""Run folders of the weights that come with the package, by the names of their models."""
 _PATCHES = "patch_embed.proj.weight"
 _MIDDLE = "midclstok"  # in names of official models
 _log = logging.getLogger(__name__)
 _HEAD_HINT = "; reset_head=True keeps the model's own"
 _HEADS = ("head.", "head_dist.")
 _WEIGHT_KEYS = ("model", "state_dict")
-# Where the machine fails; damage leads parsers to other numbers, such as that of an invalid seek.
-_OF_THE_MACHINE = (errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.ETIMEDOUT, errno.EMFILE)
-
-
-def read_file(path: str | Path) -> dict[str, Any]:
-    """Read what a .pth or .safetensors file holds, without running any code that it may hold.
-
-    Raises CheckpointError where the file is missing, of another kind or damaged, as its seal tells where it bears one.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}; give a .pth, .pt or .safetensors file")
-    try:
-        if read_seal(path) is False:
-            raise DamagedError(f"{path} is damaged: it is not what was written (its SHA-256 differs)")
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # The official files hold their command line's namespace beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    except Exception as error:  # parsers raise whatever a damaged file leads them to
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in _OF_THE_MACHINE:
-            raise CheckpointError(f"{path} cannot be read: {error or 'no memory'}; try again") from error
-        raise CheckpointError(
-            f"{path} is truncated or no checkpoint ({type(error).__name__}); fetch or save it again"
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a dictionary of weights")
-    return content
 
 
 class Origin(NamedTuple):
@@ -76,13 +43,13 @@ class Origin(NamedTuple):
 
 
 def load_vim_checkpoint(
-    model: Vim,
+    model: Backbone,
     path: str | Path,
     *,
     cls_position: str | None = None,
     grid: tuple[int, int] | None = None,
     reset_head: bool = False,
-) -> Vim:
+) -> Backbone:
     """Load weights into a Vim: the official files with unchanged names, or those of a run.
 
     The position embedding is resampled to the model's grid, and the class token's own row goes to the model's place;
@@ -113,7 +80,7 @@ def load_vim_checkpoint(
 
 
 def load_weights(
-    model: FusedNetwork,
+    model: Backbone,
     weights: dict[str, Any],
     path: str | Path,
     origin: Origin = Origin(),  # noqa: B008 - it cannot be changed
@@ -124,26 +91,14 @@ def load_weights(
 
     Returns what is not as the file has it, for a reader.
     """
-    fit = _fitted(model, weights, str(path), origin, reset_head)
+    fit = fit_weights(model, weights, str(path), origin, reset_head)
     for doubt in fit.doubts:
         _log.warning("%s: %s", path, doubt)
     model.load_state_dict(fit.weights)
     return fit.changes
 
 
-def check_weights(
-    model: FusedNetwork,
-    weights: dict[str, Any],
-    path: str | Path,
-    origin: Origin = Origin(),  # noqa: B008 - it cannot be changed
-    *,
-    reset_head: bool = False,
-) -> None:
-    """Raise CheckpointError where `load_weights` would; the model stays as it is and may be without memory."""
-    _fitted(model, weights, str(path), origin, reset_head)
-
-
-def fitting_weights(weights: dict[str, Any], model: Vim) -> dict[str, Tensor]:
+def fitting_weights(weights: dict[str, Any], model: Backbone) -> dict[str, Tensor]:
     """Return weights that come with a model as this one takes them, its own classifier where it has other classes.
 
     timm calls it, and has put what it knows of the weights into model.pretrained_cfg. Raises CheckpointError with the
@@ -151,13 +106,13 @@ def fitting_weights(weights: dict[str, Any], model: Vim) -> dict[str, Tensor]:
     """
     head, own = weights.get("head.weight"), model.state_dict().get("head.weight")
     other_head = own is None or not isinstance(head, Tensor) or head.shape[:1] != own.shape[:1]
-    fit = _fitted(model, weights, "what comes with the model", _origin_by_timm(weights, model), other_head)
+    fit = fit_weights(model, weights, "what comes with the model", _origin_by_timm(weights, model), other_head)
     if fit.changes:
         _log.info("pretrained weights: %s", "; ".join(fit.changes))
     return fit.weights
 
 
-def _origin_by_timm(weights: Mapping[str, Any], model: Vim) -> Origin:
+def _origin_by_timm(weights: Mapping[str, Any], model: Backbone) -> Origin:
     cfg: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     arguments: Mapping[str, Any] = getattr(model, "pretrained_model_args", {})
     position, patches = arguments.get("cls_position"), weights.get(_PATCHES)
@@ -171,7 +126,7 @@ def _origin_by_timm(weights: Mapping[str, Any], model: Vim) -> Origin:
 
 
 @dataclass
-class _Fit:
+class Fit:
     """Hold weights as a model takes them.
 
     misfits: why it cannot. changes: what is not as the file has it. doubts: what was assumed and may be wrong.
@@ -183,7 +138,11 @@ class _Fit:
     doubts: list[str] = field(default_factory=list)
 
 
-def _fitted(model: FusedNetwork, weights: dict[str, Any], source: str, origin: Origin, reset_head: bool) -> _Fit:
+def fit_weights(model: Backbone, weights: dict[str, Any], source: str, origin: Origin, reset_head: bool) -> Fit:
+    """Return weights as a model takes them, which may be without memory; `load_vim_checkpoint` says what is changed.
+
+    Raises CheckpointError with the list of all that does not fit.
+    """
     fit = _fit(model, weights, origin, reset_head)
     if fit.misfits:
         listed = "\n  ".join(sorted(fit.misfits))
@@ -240,14 +199,13 @@ def _part(config: Any, name: str) -> dict[str, Any]:
 def _origin(name: Any, sizes: Mapping[str, Any], cls_position: Any) -> Origin:
     """Return what a model's timm name and the arguments img_size and patch_size say, those that are not None."""
     position = cls_position if cls_position in CLS_POSITIONS else None
-    if name not in (*vim_names(), *vit_names()):
+    if name not in network_names():
         return Origin(position)
     # JSON has no tuples.
     given: dict[str, Any] = {key: tuple(size) if isinstance(size, list) else size for key, size in sizes.items()}
     with torch.device("meta"):
-        network: Any = timm.create_model(name, depth=1, num_classes=0, **given)
-    rows, columns = network.patch_embed.grid_size
-    return Origin(position, (rows, columns))
+        network = create_network(name, depth=1, **given)
+    return Origin(position, network.grid_size)
 
 
 def _divided(image: Sequence[int], patch: Sequence[int]) -> tuple[int, int] | None:
@@ -271,12 +229,12 @@ def weights_in(content: dict[str, Any]) -> dict[str, Any]:
     return next((content[key] for key in _WEIGHT_KEYS if isinstance(content.get(key), dict)), content)
 
 
-def _fit(model: FusedNetwork, weights: dict[str, Any], origin: Origin, reset_head: bool) -> _Fit:
+def _fit(model: Backbone, weights: dict[str, Any], origin: Origin, reset_head: bool) -> Fit:
     """Return weights for every parameter of the model, with what does not fit."""
     own = model.state_dict()
     weights = {str(name): value for name, value in weights.items()}
     given = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
-    fit = _Fit(given, [f"{name}: not a tensor" for name, value in weights.items() if not isinstance(value, Tensor)])
+    fit = Fit(given, [f"{name}: not a tensor" for name, value in weights.items() if not isinstance(value, Tensor)])
     if reset_head:
         for name in [name for name in given if name.startswith(_HEADS)]:
             del given[name]
@@ -300,8 +258,10 @@ def _fit(model: FusedNetwork, weights: dict[str, Any], origin: Origin, reset_hea
     return fit
 
 
-def _fit_patch_embed(fit: _Fit, own: dict[str, Tensor]) -> None:
+def _fit_patch_embed(fit: Fit, own: dict[str, Tensor]) -> None:
     """Resample the file's patch embedding where it is one for patches of another size."""
+    if _PATCHES not in own:
+        return
     kernel, wanted = fit.weights.get(_PATCHES), own[_PATCHES].shape
     if kernel is None or kernel.ndim != 4 or kernel.shape[:2] != wanted[:2] or 0 in kernel.shape:
         return
@@ -314,45 +274,52 @@ class _MisfitError(Exception):
     """Says why a model cannot take something of a file."""
 
 
-def _fit_pos_embed(fit: _Fit, model: FusedNetwork, embed: Tensor, origin: Origin) -> Tensor:
+def _fit_pos_embed(fit: Fit, model: Backbone, embed: Tensor, origin: Origin) -> Tensor:
     """Return the file's position embedding (1, rows, width) on the model's grid; other tokens keep their rows."""
     if embed.shape[2] != model.embed_dim:
         raise _MisfitError(f"width {embed.shape[2]} in the file, {model.embed_dim} in the model")
-    if isinstance(model, Vim):
-        return _fit_to_vim(fit, model, embed, origin)
-    assert isinstance(model, ToMe)
-    others = 0 if model.vit.no_embed_class else model.protected
-    patches = _on_grid(fit, embed[:, others:], model.grid_size, origin.grid, f"behind {others} others")
-    return torch.cat([embed[:, :others], patches], dim=1)
+    position, told = _cls_position(fit, model, origin), ""
+    rows = model.special_rows(embed.shape[1], position)
+    if position is not None:
+        told = f", with class token {position!r}"
+    elif rows:
+        told = f", behind {len(rows)} others"
+    if len(rows) >= embed.shape[1]:
+        raise _MisfitError(f"{embed.shape[1]} rows in the file hold no patches{told}")
+    is_special = torch.zeros(embed.shape[1], dtype=torch.bool)
+    is_special[list(rows)] = True
+    patches = _on_grid(fit, embed[:, ~is_special], model.grid_size, origin.grid, told)
+    own = model.special_rows(patches.shape[1] + len(rows), None)
+    fitted = patches.new_empty(1, patches.shape[1] + len(rows), embed.shape[2])
+    is_special = torch.zeros(fitted.shape[1], dtype=torch.bool)
+    is_special[list(own)] = True
+    fitted[:, is_special], fitted[:, ~is_special] = embed[:, list(rows)], patches
+    return fitted
 
 
-def _fit_to_vim(fit: _Fit, model: Vim, embed: Tensor, origin: Origin) -> Tensor:
-    """Return the file's position embedding on the model's grid with the class token's row in the model's place."""
+def _cls_position(fit: Fit, model: Backbone, origin: Origin) -> str | None:
+    """Return where the file's class token stands; None for a model in which it has but one place."""
+    if model.cls_position is None:
+        return None
     position = origin.cls_position or model.cls_position
     check_choice("cls_position", position, CLS_POSITIONS)
     if (position != "none") != (model.cls_position != "none"):
         raise _MisfitError(f"class token {position!r} in the file, {model.cls_position!r} in the model")
-    told = f"with class token {position!r}"
-    if model.cls_index is None:
-        return _on_grid(fit, embed, model.grid_size, origin.grid, told)
-    if origin.cls_position is None:
+    if position != "none" and origin.cls_position is None:
         fit.changes.append(f"the class token is taken to stand at {position}, since nothing says where")
     elif position != model.cls_position:
         fit.changes.append(f"the class token moves from {position} to {model.cls_position}")
-    at = {"head": 0, "middle": (embed.shape[1] - 1) // 2}[position]
-    others = torch.cat([embed[:, :at], embed[:, at + 1 :]], dim=1)
-    patches = _on_grid(fit, others, model.grid_size, origin.grid, told)
-    return torch.cat([patches[:, : model.cls_index], embed[:, at : at + 1], patches[:, model.cls_index :]], dim=1)
+    return position
 
 
-def _on_grid(fit: _Fit, patches: Tensor, own: tuple[int, int], given: tuple[int, int] | None, told: str) -> Tensor:
+def _on_grid(fit: Fit, patches: Tensor, own: tuple[int, int], given: tuple[int, int] | None, told: str) -> Tensor:
     """Return rows of patches (1, n, width) for a model's own grid. given: that of the file, where it is known."""
     count = patches.shape[1]
     side = math.isqrt(count)
     old = given or ((side, side) if side * side == count else own)
     if count < 1 or old[0] * old[1] != count:
         shape = "square grid" if given is None else f"grid of {_by(old)}"
-        raise _MisfitError(f"{count} patches in the file are no {shape}, {told}")
+        raise _MisfitError(f"{count} patches in the file are no {shape}{told}")
     if old == own:
         return patches
     if given is None and own[0] * own[1] == count:
@@ -366,3 +333,30 @@ def _on_grid(fit: _Fit, patches: Tensor, own: tuple[int, int], given: tuple[int,
 
 def _by(size: Sequence[int]) -> str:
     return f"{size[0]} x {size[1]}"
+
+
+def weights_folder(name: str) -> Path | None:
+    """Return the run folder that a model's weights come from: weights, configuration and summary; None without any."""
+    folder = WEIGHTS / name.split(".")[0]
+    return folder if folder.is_dir() else None
+
+
+def names_with_weights() -> list[str]:
+    """List the timm names, with their tags, of the models whose weights come with the package."""
+    folders = sorted(folder.name for folder in WEIGHTS.iterdir())
+    return [name for folder in folders for name in timm.list_models(f"{folder}*", pretrained=True)]
+
+
+def fusion_of_training(variant: str, shape: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+    """Return how pretrained weights were trained to fuse, as arguments of Vim, by their run; nothing without a run."""
+    file = resolve_pretrained_cfg(variant, chosen.get("pretrained_cfg"), chosen.get("pretrained_cfg_overlay")).file
+    # Where timm loads a folder, this is the folder, and its config.json says how the network fuses.
+    if not file or not Path(file).is_file():
+        return {}
+    config, summary = Path(file).with_name("config.yaml"), Path(file).with_name("summary.json")
+    if not config.is_file() or not summary.is_file():
+        return {}
+    fusion, schedule = yaml.safe_load(config.read_text())["fusion"], json.loads(summary.read_text())["schedule"]
+    if len(schedule) != {**shape, **chosen}["depth"]:
+        return {}  # the weights do not fit either, which says more
+    return {"fusion": schedule, **{f"fusion_{name}": fusion[name] for name in SETTINGS if name in fusion}}

@@ -1,0 +1,163 @@
+"""Where each token of a sequence goes when some are reduced, and where each patch is behind several layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from famba.errors import ConfigError
+from famba.ops import fuse_tokens
+from famba.ops.reference import group_shares
+
+Protected = int | Sequence[int] | Tensor | None
+"""Places of tokens that are never reduced: one, several, or per image a tensor (b,) or (b, p)."""
+
+
+def protected_count(places: Protected) -> int:
+    """Return how many tokens stand at some places."""
+    if isinstance(places, Tensor):
+        return 1 if places.ndim == 1 else places.shape[1]
+    return len(places) if isinstance(places, Sequence) else int(places is not None)
+
+
+class Shares(NamedTuple):
+    """Weights of tokens at their places, for sizes (b, l), or None for all 1.
+
+    weights: each token's share of its place (b, l). totals: the places' sums of sizes (b, fused).
+    """
+
+    sizes: Tensor | None
+    weights: Tensor
+    totals: Tensor
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """For each token of a sequence, its place in the fused sequence.
+
+    places: (b, l), int64, in [0, length); tokens of equal place are fused. length: tokens left, l - r.
+    before: places of the protected tokens in the sequence before.
+    shares: for the sizes that the tokens were matched with, where they are worked out already.
+    kept: where tokens are pruned, 1 for each that stays and 0 for each that is dropped (b, l): it adds nothing to the
+    token at its place, the one that it is most similar to. None where all fuse.
+    """
+
+    places: Int[Tensor, "b l"]
+    length: int
+    before: Int[Tensor, "b ..."] | Sequence[int] | int | None = None
+    shares: Shares | None = None
+    kept: Float[Tensor, "b l"] | None = None
+
+    @property
+    def protected(self) -> Int[Tensor, "b ..."] | None:
+        """The protected tokens' places in the fused sequence, (b,), or (b, p) where there are several."""
+        return self.moved(self.before)
+
+    def moved(self, places: Protected) -> Int[Tensor, "b ..."] | None:
+        """Return where the tokens at some places stand in the fused sequence, (b,), or (b, p) for several."""
+        if places is None or (isinstance(places, Sequence) and not places):
+            return None
+        if isinstance(places, int):
+            return self.places[:, places]
+        if isinstance(places, Sequence):
+            return torch.stack([self.places[:, place] for place in places], dim=1)
+        places = places.to(self.places.device)
+        return self.places.gather(1, places) if places.ndim == 2 else self.places.gather(1, places[:, None])[:, 0]
+
+    def fuse(self, x: Float[Tensor, "b l c"], sizes: Float[Tensor, "b l"] | None = None) -> Float[Tensor, "b fused c"]:
+        """Average the tokens of each place; where tokens are pruned, pass on the others as they are.
+
+        Args:
+            x: tokens (b, l, c), of any floating dtype; summed in float32 at least.
+            sizes: weight of each token (b, l); equal weights where None.
+
+        Returns:
+            (b, length, c) in x's dtype. A token that stands alone is passed on bit for bit.
+        """
+        if self.kept is not None:
+            return fuse_tokens(x, self.places, self.kept.to(_sum_dtype(x)), self.length)
+        weights = self._shares(sizes, _sum_dtype(x)).weights.to(_sum_dtype(x))
+        if not weights.requires_grad:
+            return fuse_tokens(x, self.places, weights, self.length)
+        weighted = x * weights.unsqueeze(2)
+        return fuse_tokens(weighted, self.places, torch.ones_like(weights), self.length).to(x.dtype)
+
+    def sizes(self, sizes: Float[Tensor, "b l"] | None = None) -> Float[Tensor, "b fused"]:
+        """Sum the sizes (b, l) of the tokens of each place, pruned ones left out; each counts one where None."""
+        if self.kept is not None:
+            kept = self.kept if sizes is None else sizes * self.kept
+            return kept.new_zeros(kept.shape[0], self.length).scatter_add(1, self.places, kept)
+        return self._shares(sizes, torch.float32 if sizes is None else sizes.dtype).totals
+
+    def _shares(self, sizes: Tensor | None, dtype: torch.dtype) -> Shares:
+        shares = self.shares
+        # Shares worked out in float32 alone are too coarse for tokens in float64.
+        if shares is not None and sizes is shares.sizes and (shares.weights.dtype == dtype or dtype != torch.float64):
+            return shares
+        return Shares(sizes, *group_shares(self.places, sizes, self.length, dtype))
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def trace(maps: Sequence[TokenMap | None], patches: Int[Tensor, "b n"]) -> tuple[Int[Tensor, "b n"], ...]:
+    """Follow patches through the maps of a model's layers.
+
+    Args:
+        maps: what each layer fused, in order; None where it fused nothing.
+        patches: places (b, n) of the patches in the sequence that enters the first layer.
+
+    Returns:
+        For each layer the places (b, n) of the tokens that hold the patches after its fusion. A pruned patch is held
+        by the token that it was most similar to.
+    """
+    held = []
+    for token_map in maps:
+        if token_map is not None:
+            patches = token_map.places.gather(1, patches)
+        held.append(patches)
+    return tuple(held)
+
+
+def not_pruned(maps: Sequence[TokenMap | None], patches: Int[Tensor, "b n"]) -> tuple[Bool[Tensor, "b n"], ...]:
+    """Return whether patches are still in the sequence after each layer: all where tokens fuse, some where pruned.
+
+    Arguments as of `trace`.
+    """
+    left = torch.ones_like(patches, dtype=torch.bool)
+    found = []
+    for token_map in maps:
+        if token_map is not None:
+            if token_map.kept is not None:
+                # A dropped patch lies at the place of a token that may stay: it does not come back with it.
+                left = left & token_map.kept.gather(1, patches).bool()
+            patches = token_map.places.gather(1, patches)
+        found.append(left)
+    return tuple(found)
+
+
+def unfuse(tokens: Float[Tensor, "b l c"], places: Int[Tensor, "b n"]) -> Float[Tensor, "b n c"]:
+    """Give each patch the features of the token that holds it.
+
+    Args:
+        tokens: features (b, l, c) of the tokens that a layer leaves, of any dtype.
+        places: for each patch the place of its token, (b, n), in [0, l), as `trace` has it for that layer.
+
+    Returns:
+        (b, n, c) in the tokens' dtype, bit for bit. Gradients flow to the tokens: that of a token is the sum of those
+        of its patches. A pruned patch gets the features of the token that it was most similar to.
+
+    Raises:
+        ConfigError: tokens and places are not of the same images.
+    """
+    if tokens.shape[0] != places.shape[0]:
+        raise ConfigError(
+            f"tokens of {tokens.shape[0]} images and places of {places.shape[0]}; give those of the same images"
+        )
+    return tokens.gather(1, places.unsqueeze(2).expand(-1, -1, tokens.shape[2]))
