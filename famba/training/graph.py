@@ -109,8 +109,9 @@ class GraphStep(Step):
         self._add: Callable[[], None] | None = None
         self._finish: Callable[[], None] | None = None
         self._evaluations.clear()
-        # Graphs that take turns share their memory.
-        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        on_gpu = self.device.type == "cuda"
+        # Graphs that take turns share their memory, if they are captured on one stream.
+        self._memory = (torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)) if on_gpu else None
 
     def _load(self, images: Tensor, labels: Tensor) -> None:
         """Put a micro-batch, mixed where the recipe mixes, where the graph reads it."""
@@ -151,7 +152,7 @@ class GraphStep(Step):
     def _captured(self, function: Callable[[], None]) -> Callable[[], None]:
         """Return a function as a graph; as it is, with a warning, where that fails and is not asked for."""
         try:
-            return captured(function, self.device, self._pool)
+            return captured(function, self._memory)
         except RuntimeError as error:
             if out_of_memory(error):
                 raise
@@ -208,22 +209,26 @@ def average(averaged: nn.Module, model: nn.Module, weight: Tensor) -> None:
     torch._foreach_add_(old_values, ways)
 
 
-def captured(function: Callable[[], None], device: torch.device, pool: Any) -> Callable[[], None]:
-    """Return what replays a function as a CUDA graph; on other devices the function itself, warmed up in the same way.
+def captured(function: Callable[[], None], memory: tuple[Any, torch.cuda.Stream] | None) -> Callable[[], None]:
+    """Return what replays a function as a CUDA graph, or the function itself where there is no GPU.
 
     The function runs a few times first: kernels are compiled, tuned and given their memory then.
+
+    Args:
+        function: takes and returns nothing; reads and writes tensors that stay where they are.
+        memory: the pool for the graph's memory and the stream to capture on, None where there is no GPU.
     """
-    if device.type != "cuda":
+    if memory is None:
         for _ in range(_WARM_UPS):
             function()
         return function
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    pool, stream = memory
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
     with torch.cuda.stream(stream):
         for _ in range(_WARM_UPS):
             function()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    torch.cuda.synchronize(device)
+    torch.cuda.current_stream(stream.device).wait_stream(stream)
+    torch.cuda.synchronize(stream.device)
     # The graph has memory of its own: what the warm-up used is given back first.
     gc.collect()
     torch.cuda.empty_cache()
