@@ -74,6 +74,7 @@ def test_the_paper_recipe_is_the_released_one() -> None:
         "lr": 5e-4,
         "lr_batch": 512,
         "weight_decay": 0.1,
+        "layer_decay": None,
         "clip_grad": None,
         "warmup_epochs": 5,
         "warmup_lr": 1e-6,

@@ -158,16 +158,25 @@ def fitting_weights(weights: dict[str, Any], model: Vim) -> dict[str, Tensor]:
 
 
 def _origin_by_timm(weights: Mapping[str, Any], model: Vim) -> Origin:
+    """Return what timm knows of the network that weights come from: by the file's folder, else by its own records."""
     cfg: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    arguments: Mapping[str, Any] = getattr(model, "pretrained_model_args", {})
-    position, patches = arguments.get("cls_position"), weights.get(_PATCHES)
     if cfg.get("file"):
         place = Path(cfg["file"])  # timm calls a folder so, too
-        position = _beside(place if place.is_dir() else place.parent).cls_position or position
-    grid = None
-    if isinstance(patches, Tensor) and patches.ndim == 4:
-        grid = _divided(cfg["input_size"][1:], patches.shape[2:])
-    return Origin(position, grid)
+        said = _beside(place if place.is_dir() else place.parent)
+        if said != Origin():
+            return said
+    arguments: Mapping[str, Any] = getattr(model, "pretrained_model_args", {})
+    return Origin(arguments.get("cls_position"), _grid_by_size(weights, cfg["input_size"][1:]))
+
+
+def _grid_by_size(weights: Mapping[str, Any], image: Sequence[int]) -> tuple[int, int] | None:
+    """Return the grid of the weights' patches on images of a size, None where they are of images of another one."""
+    kernel, embed = weights.get(_PATCHES), weights.get("pos_embed")
+    if not isinstance(kernel, Tensor) or not isinstance(embed, Tensor) or kernel.ndim != 4 or embed.ndim != 3:
+        return None
+    height, width = (max(1, side) for side in kernel.shape[2:])
+    grid = image[0] // height, image[1] // width
+    return grid if grid[0] * grid[1] == embed.shape[1] - ("cls_token" in weights) else None
 
 
 @dataclass
@@ -248,12 +257,6 @@ def _origin(name: Any, sizes: Mapping[str, Any], cls_position: Any) -> Origin:
         network: Any = timm.create_model(name, depth=1, num_classes=0, **given)
     rows, columns = network.patch_embed.grid_size
     return Origin(position, (rows, columns))
-
-
-def _divided(image: Sequence[int], patch: Sequence[int]) -> tuple[int, int] | None:
-    if min(patch) < 1:
-        return None
-    return image[0] // patch[0], image[1] // patch[1]
 
 
 def _read_config(path: Path) -> Any:
