@@ -95,7 +95,6 @@ def test_the_paper_recipe_is_the_released_one() -> None:
         "interpolation": "bicubic",
         "eval_crop": 0.875,
         "repeats": 3,
-        "layer_decay": None,
     }
     assert config.model.drop_path == 0
     assert config.data.mean == [0.485, 0.456, 0.406]
