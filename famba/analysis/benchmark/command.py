@@ -11,24 +11,25 @@ from typing import Any
 import torch
 
 from famba.analysis.benchmark import gpu, models, ops
-from famba.analysis.benchmark.report import Report, filled
+from famba.analysis.benchmark.report import Report, filled, read
 from famba.analysis.benchmark.timing import NOTE
 from famba.analysis.malloc import keep_freed_memory
 from famba.errors import ConfigError, TrainingError
 from famba.training.devices import choose_device, has_bf16, out_of_memory
 from famba.training.provenance import provenance
 
-_VIMS = list(models.DEITS)
-_CHOICES = {"op": ops.OPS, "model": _VIMS, "fusion": models.STRATEGIES, "precision": ops.DTYPES, "dtype": ops.DTYPES}
-# Defaults, and with --quick: a list where an option takes several values.
+_Measure = Callable[[argparse.Namespace, Report], None]
+_VIMS, _SIZES = list(models.DEITS), [128, 224, 448, 896]
+_CHOICES = {"op": ops.OPS, "model": _VIMS, "fusion": models.STRATEGIES}
+# Options and their defaults: a list where one takes several values, and what --quick makes of it.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "ops": {"op": list(ops.OPS)[:3], "batch": [8, 32], "length": [65, 197, 785], "channels": 384, "states": 16},
     "model": {"model": _VIMS, "fusion": list(models.STRATEGIES), "batch": 32, "image-size": 224},
-    "length": {"model": _VIMS[0], "image-size": [128, 224, 448, 896], "tokens": 16 * 197},
+    "length": {"model": _VIMS[0], "image-size": _SIZES, "tokens": 16 * 197},
     "fusion": {"model": _VIMS[0], "batch": 32, "image-size": 224},
     "gpu": {},
 }
-_QUICK = {"batch": [8], "length": [197], "model": _VIMS[:1], "fusion": ["none", "upper"], "image_size": [128, 224, 448]}
+_QUICK = {"batch": [8], "length": [197], "model": _VIMS[:1], "fusion": ["none", "upper"], "image-size": _SIZES[:3]}
 
 
 def add_benchmark(commands: Any) -> None:
@@ -48,19 +49,17 @@ def add_benchmark(commands: Any) -> None:
     parser.set_defaults(run=_run_gpu)
 
 
-def _add(
-    kinds: Any, name: str, measure: Callable[[argparse.Namespace, Report], None], rounds: int, text: str
-) -> argparse.ArgumentParser:
+def _add(kinds: Any, name: str, measure: _Measure, rounds: int, text: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = kinds.add_parser(name, help=text, description=f"Measure {text}.")
     for option, default in _OPTIONS[name].items():
-        known, several = _CHOICES.get(option), isinstance(default, list)
-        shown = " ".join(map(str, default)) if several else default
-        kind = {"choices": known} if known else {"type": _size if option == "image-size" else _count, "metavar": "N"}
-        about = f"{option.replace('-', ' ')} (default: {shown})"
-        parser.add_argument(f"--{option}", nargs="+" if several else None, default=default, help=about, **kind)
+        kind: dict[str, Any] = {"type": _size if option == "image-size" else _count, "metavar": "N"}
+        if option in _CHOICES:
+            kind = {"choices": _CHOICES[option]}
+        kind |= {"nargs": "+", "help": " ".join(map(str, default))} if isinstance(default, list) else {"help": default}
+        parser.add_argument(f"--{option}", default=default, **kind | {"help": f"default: {kind['help']}"})
     if name != "gpu":
-        parser.add_argument("--precision", "--dtype", nargs="+", choices=ops.DTYPES, help="(default: all but fp16)")
-    parser.add_argument("--rounds", type=_count, metavar="N", help=f"samples (default: {rounds}; a third with --quick)")
+        parser.add_argument("--precision", "--dtype", nargs="+", choices=ops.DTYPES, help="default: fp32 and bf16")
+    parser.add_argument("--rounds", type=_count, metavar="N", help=f"default: {rounds}, with --quick a third")
     parser.add_argument("--threads", type=_count, default=torch.get_num_threads(), metavar="N", help="threads of torch")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to FILE as well")
@@ -82,25 +81,23 @@ def _size(text: str) -> int:
 
 
 def _measure_ops(options: argparse.Namespace, report: Report) -> None:
-    shortest = min(options.length)
-    if shortest < 3 and {"match_tokens", "fuse_tokens"} & set(options.op):
-        raise ConfigError(
-            f"--length is {shortest}; match_tokens and fuse_tokens need 3: a class token and two that fuse"
-        )
-    report.tables["ops"] = ops.table()
+    if min(options.length) < 3 and {"match_tokens", "fuse_tokens"} & set(options.op):
+        raise ConfigError(f"--length is {min(options.length)}; match_tokens and fuse_tokens need 3 tokens")
     report.notes.append(ops.NOTE)
-    sizes = product(options.op, options.batch, options.length, [options.channels], [options.states], options.precision)
-    ops.measure(map(ops.Case._make, sizes), options.device, options.rounds, report)
+    for size in product(options.op, options.precision, options.batch, options.length):
+        op, precision, batch, length = size
+        case = ops.Case(op, batch, length, options.channels, options.states, precision)
+        ops.measure(case, options.device, options.rounds, report)
 
 
 def _run(options: argparse.Namespace) -> int:
     """Measure, and tell what has been measured whatever ended it: it took its time."""
     options.device = device = _device(options.device)
     options.rounds = options.rounds or (max(3, options.usual // 3) if options.quick else options.usual)
-    for name, value in _QUICK.items() if options.quick else ():
+    for option, default in _OPTIONS[options.what].items():
         # The very list that is the default: nothing else has been asked for.
-        if isinstance(value, list) and getattr(options, name, 0) is _OPTIONS[options.what].get(name.replace("_", "-")):
-            setattr(options, name, value)
+        if options.quick and isinstance(default, list) and getattr(options, option.replace("-", "_")) is default:
+            setattr(options, option.replace("-", "_"), _QUICK.get(option, default))
     options.precision = options.precision or (["fp32", "bf16"] if has_bf16(device) else ["fp32"])
     if "fp16" in options.precision and device.type != "cuda":
         raise ConfigError(f"fp16 is timed on CUDA devices alone, this is a {device.type} device; use fp32 or bf16")
@@ -121,10 +118,10 @@ def _run(options: argparse.Namespace) -> int:
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        raise TrainingError(f"out of memory ({str(error) or error!r}); use a smaller batch or size") from error
+        raise TrainingError(f"out of memory ({error!r}); use a smaller batch or size") from error
     finally:
         torch.set_num_threads(threads)
-        if any(table.rows for table in report.tables.values()):
+        if any(report.tables.values()):
             print(report.text("simple"))
             report.write(options.json)
     if options.what == "gpu" and options.fill is not None:
@@ -143,7 +140,7 @@ def _run_gpu(options: argparse.Namespace) -> int:
     if options.json is not None or (options.floors and found is not None):
         raise ConfigError("--floors and --from measure nothing: leave out --json, and one of them")
     style = "simple" if page is None else "pipe"
-    text = gpu.floors_alone(style) if options.floors else Report.read(found).text(style)
+    text = gpu.floors_alone(style) if options.floors else read(found).text(style)
     if page is None:
         print(text)
     else:

@@ -1,8 +1,9 @@
 """The least that ops and steps have to do, and the floor that a GPU's published rates set under their time.
 
-Counted are the bytes that go through device memory: each input read once, each output written once, what is worked out
-in between kept on the chip. A kernel that reads twice is above its floor; an input in the cache may bring it below.
-Shapes are (b, l, d), with n states for each channel; item is the bytes of an activation, parameters are float32.
+Counted are the bytes through device memory: each input read once, each output written once, the rest kept on the chip
+or worked out again. A kernel that reads twice is above its floor; an input in the cache may bring it below.
+Activations are (b, l, d), item the bytes of a number in them, n the states of a channel, r the tokens removed, and k
+the directions, which share gate and result; parameters are float32.
 """
 
 from __future__ import annotations
@@ -12,81 +13,65 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from famba.models.vim import Vim, VimBlock
 from famba.ops.selective_scan import scan_macs
 
-_FP32, _INT64, _ADAMW_TENSORS, _WIDTH = 4, 8, 7, 4  # of AdamW: four tensors are read and three written
+_FP32, _INT64, _WIDTH = 4, 8, 4
 # Of each state in a backward scan: 3 instructions to work it out again, 2 for its adjoint, 3 for the gradients of B, C
-# and delta u, 2 for that of the decay, 2 from there to those of delta and A.
-_BACKWARD_VECTOR = 12
-
-
-class Peaks(NamedTuple):
-    """Peak rates of a GPU, each by the second.
-
-    bandwidth: bytes of device memory. tensor: operations of dense 16-bit matrix products, two for each multiply-add.
-    vector: float32 instructions on single numbers. special: exponentials, logarithms and reciprocals, 16 in a clock of
-    a multiprocessor (CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions").
-    """
-
-    name: str
-    bandwidth: float
-    tensor: float
-    vector: float
-    special: float
-
-
-# NVIDIA's data sheets of the A100 (2021), H100 (2023, where rates of tensor cores are given with sparsity: half of them
-# without) and H200 (2024); multiprocessors and boost clocks of the architecture white papers. By torch's names.
-BOARDS = {
-    "A100-SXM4-40GB": Peaks("A100 SXM 40 GB", 1555e9, 312e12, 9.75e12, 16 * 108 * 1.41e9),
-    "A100-SXM4-80GB": Peaks("A100 SXM 80 GB", 2039e9, 312e12, 9.75e12, 16 * 108 * 1.41e9),
-    "A100-PCIE-40GB": Peaks("A100 PCIe 40 GB", 1555e9, 312e12, 9.75e12, 16 * 108 * 1.41e9),
-    "A100 80GB PCIe": Peaks("A100 PCIe 80 GB", 1935e9, 312e12, 9.75e12, 16 * 108 * 1.41e9),
-    "H100 80GB HBM3": Peaks("H100 SXM", 3350e9, 989.4e12, 33.45e12, 16 * 132 * 1.98e9),
-    "H100 PCIe": Peaks("H100 PCIe", 2000e9, 756.4e12, 25.6e12, 16 * 114 * 1.755e9),
-    "H200": Peaks("H200 SXM", 4800e9, 989.4e12, 33.45e12, 16 * 132 * 1.98e9),
-}
-
-
-def peaks(device: torch.device) -> Peaks | None:
-    """Return a device's peaks by the name that torch has for it, None where they are not known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return BOARDS.get(name.removeprefix("NVIDIA "))
+# and delta u, 2 for that of the decay, 2 from there to those of delta and A. AdamW reads four tensors and writes three.
+_BACKWARD_VECTOR, _ADAMW_TENSORS = 12, 7
 
 
 class Work(NamedTuple):
-    """The least that one pass over data does, in the units of `Peaks`; backward: whether it is of a backward."""
+    """What one pass over data does at the least, or in `BOARDS` what a GPU can do in a second.
 
-    bytes: int
-    products: int = 0
-    vector: int = 0
-    special: int = 0
+    bytes: through device memory. products: operations of 16-bit matrix products, two for each multiply-add. vector:
+    float32 instructions on single numbers. special: exponentials, logarithms and reciprocals, of which a multiprocessor
+    does 16 in a clock (CUDA C++ Programming Guide). backward: whether the pass is of a backward.
+    """
+
+    bytes: float
+    products: float = 0
+    vector: float = 0
+    special: float = 0
     backward: bool = False
 
 
-def floor_ms(passes: Iterable[Work], limits: Peaks | None, precision: str) -> float | None:
+# By torch's names. NVIDIA's data sheets of the A100 (2021), H100 (2023, where rates of tensor cores are given with
+# sparsity: half of them without) and H200 (2024); multiprocessors and clocks of the architecture white papers.
+BOARDS = {
+    "A100-SXM4-40GB": Work(1555e9, 312e12, 9.75e12, 16 * 108 * 1.41e9),
+    "A100-SXM4-80GB": Work(2039e9, 312e12, 9.75e12, 16 * 108 * 1.41e9),
+    "A100 80GB PCIe": Work(1935e9, 312e12, 9.75e12, 16 * 108 * 1.41e9),
+    "H100 80GB HBM3": Work(3350e9, 989.4e12, 33.45e12, 16 * 132 * 1.98e9),
+    "H100 PCIe": Work(2000e9, 756.4e12, 25.6e12, 16 * 114 * 1.755e9),
+    "H200": Work(4800e9, 989.4e12, 33.45e12, 16 * 132 * 1.98e9),
+}
+
+
+def floor_ms(passes: Iterable[Work], board: Work, precision: str) -> float:
     """Return the milliseconds of passes that wait for one another; in each the slowest unit decides.
 
-    precision: "bf16", "fp16", or "fp32", whose products do without tensor cores, as torch has it.
+    Products in "fp32" do without tensor cores, as torch has it.
     """
-    if limits is None:
-        return None
-    products = 2 * limits.vector if precision == "fp32" else limits.tensor
-    rates = (limits.bandwidth, products, limits.vector, limits.special)
+    rates = (board.bytes, 2 * board.vector if precision == "fp32" else board.products, board.vector, board.special)
     return 1000 * sum(max(amount / rate for amount, rate in zip(work, rates, strict=False)) for work in passes)
 
 
-def scan(b: int, l: int, d: int, n: int, item: int, inner: bool = False, k: int = 1) -> list[Work]:  # noqa: E741
-    """Count a scan in k directions with skip weights; as the mixer has it, with gate, softplus and bias, where `inner`.
+def floor_here(passes: Iterable[Work], device: torch.device, precision: str) -> float | None:
+    """Return the floor on a device, None where its rates are not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    board = BOARDS.get(name.removeprefix("NVIDIA "))
+    return None if board is None else floor_ms(passes, board, precision)
 
-    Directions share gate and result. The states that a kernel keeps for its backward are left out: they can be worked
-    out again. Special functions of each token and channel: n exponentials, 2 for softplus (backward 3), 2 for the gate.
+
+def scan(b: int, l: int, d: int, n: int, item: int, inner: bool = False, k: int = 1) -> list[Work]:  # noqa: E741
+    """Count a scan with skip weights; as the mixer has it, with gate, softplus and bias, where `inner`.
+
+    Special functions of each token and channel: n exponentials, 2 for softplus (backward 3), 2 for the gate.
     """
-    tokens, gate, values = b * l, int(inner), k * b * l * d
-    weights = _FP32 * k * d * (n + 1 + gate)
+    tokens, gate, values, weights = b * l, int(inner), k * b * l * d, _FP32 * k * d * (n + 1 + inner)
     forward = tokens * item * (d * (2 * k + 1 + gate) + 2 * k * n) + weights
     backward = tokens * item * (d * (4 * k + 1 + 2 * gate) + 4 * k * n) + 2 * weights
     return [
@@ -96,7 +81,7 @@ def scan(b: int, l: int, d: int, n: int, item: int, inner: bool = False, k: int 
 
 
 def convolution(b: int, l: int, d: int, item: int, k: int = 1) -> list[Work]:  # noqa: E741
-    """Count a convolution of width 4 in k directions, with bias and silu, whose argument is worked out again."""
+    """Count a convolution of width 4 with bias and silu."""
     values, weights = b * l * d, _FP32 * k * d * (_WIDTH + 1)
     forward = Work(values * item * (1 + k) + weights, 0, values * k * _WIDTH, 2 * values * k)
     return [forward, Work(values * item * (2 + k) + 2 * weights, 0, 3 * values * k * _WIDTH, 2 * values * k, True)]
@@ -104,8 +89,7 @@ def convolution(b: int, l: int, d: int, item: int, k: int = 1) -> list[Work]:  #
 
 def norm(b: int, l: int, d: int, item: int, first: bool = False) -> list[Work]:  # noqa: E741
     """Count the addition to a float32 residual and the norm; `first` where no residual is there yet."""
-    values, weight = b * l * d, _FP32 * d
-    gradients = item if first or item == _FP32 else item + _FP32
+    values, weight, gradients = b * l * d, _FP32 * d, item if first or item == _FP32 else item + _FP32
     forward = Work(values * (2 * item + _FP32 * (2 - first)) + weight)
     return [forward, Work(values * (item + 2 * _FP32 + gradients) + 2 * weight, backward=True)]
 
@@ -130,54 +114,44 @@ class Linear(NamedTuple):
     outputs: int
     needs_dx: bool = True
 
-    def passes(self, item: int) -> list[Work]:
-        """Count its up to three products, each of which reads two operands and writes one."""
-        moved = item * (self.rows * (self.inputs + self.outputs) + self.inputs * self.outputs)
-        one = Work(moved, 2 * self.rows * self.inputs * self.outputs)
-        return [one] + [one._replace(backward=True)] * (1 + self.needs_dx)
+
+def multiplying(linears: Iterable[Linear], item: int) -> list[Work]:
+    """Count linears: up to three products each, of which each reads two operands and writes one."""
+    passes = []
+    for rows, inputs, outputs, needs_dx in linears:
+        one = Work(item * (rows * (inputs + outputs) + inputs * outputs), 2 * rows * inputs * outputs)
+        passes += [one] + [one._replace(backward=True)] * (1 + needs_dx)
+    return passes
 
 
 def mixer_linears(rows: int, d_model: int, d: int, n: int, rank: int) -> list[Linear]:
-    """Return the products of Vim's mixer."""
+    """Return the products of Vim's mixer; `mixing` counts what is done between them."""
     both = [Linear(rows, d, rank + 2 * n), Linear(rows, rank, d)] * 2
     return [Linear(rows, d_model, 2 * d), *both, Linear(rows, d, d_model)]
 
 
-def mixer(b: int, l: int, d_model: int, d: int, n: int, rank: int, item: int) -> list[Work]:  # noqa: E741
-    """Count Vim's mixer: its products, and between them one pass for both convolutions and one for both scans."""
-    multiplied = [work for one in mixer_linears(b * l, d_model, d, n, rank) for work in one.passes(item)]
-    return multiplied + convolution(b, l, d, item, 2) + scan(b, l, d, n, item, True, 2)
+def mixing(b: int, l: int, d: int, n: int, item: int) -> list[Work]:  # noqa: E741
+    """Count one pass for both convolutions of a mixer, and one for both scans."""
+    return convolution(b, l, d, item, 2) + scan(b, l, d, n, item, True, 2)
 
 
-def linears(model: Vim, batch: int) -> list[Linear]:
-    """Return what a training step multiplies, in the order of the forward, for a model that fuses before its mixers."""
-    kernel, tokens = model.patch_embed.proj.weight, model.num_tokens
-    found = [Linear(batch * model.num_patches, kernel[0].numel(), len(kernel), needs_dx=False)]
-    for layer in model.layers:
-        assert isinstance(layer, VimBlock)
-        tokens -= layer.fusion.r
-        of = layer.mixer
-        found += mixer_linears(batch * tokens, model.embed_dim, of.d_inner, of.d_state, of.dt_rank)
-    if isinstance(model.head, nn.Linear):
-        found.append(Linear(batch, model.head.in_features, model.head.out_features))
-    return found
+def step(model: Vim, batch: int, item: int) -> tuple[list[Work], list[Linear]]:
+    """Count a training step with AdamW of a model that fuses before its mixers; return its products as well.
 
-
-def step(model: Vim, batch: int, item: int) -> list[Work]:
-    """Count a training step with AdamW; the passes of its forward alone are an inference.
-
-    Left out: casts, position embedding, class token, mixing, loss, clipping and drop path.
+    Left out: casts, position embedding, class token, mixing of images, loss, clipping and drop path.
     """
-    d, tokens = model.embed_dim, model.num_tokens
-    passes = [work for one in linears(model, batch) for work in one.passes(item)]
+    d, tokens, kernel, head = model.embed_dim, model.num_tokens, model.patch_embed.proj.weight, model.get_classifier()
+    passes: list[Work] = []
+    linears = [Linear(batch * model.num_patches, kernel[0].numel(), d, needs_dx=False)]
     for number, layer in enumerate(model.layers):
         assert isinstance(layer, VimBlock)
         passes += norm(batch, tokens, d, item, first=number == 0)
         if r := layer.fusion.r:
             passes += matching(batch, tokens, d, r, item)
             passes += fusing(batch, tokens, d, r, item) + fusing(batch, tokens, d, r, _FP32)
-        tokens -= r
-        inner, states = layer.mixer.d_inner, layer.mixer.d_state
-        passes += convolution(batch, tokens, inner, item, 2) + scan(batch, tokens, inner, states, item, True, 2)
-    update = _ADAMW_TENSORS * _FP32 * sum(weight.numel() for weight in model.parameters())
-    return [*passes, *norm(batch, tokens, d, item), Work(update, backward=True)]
+        tokens, of = tokens - r, layer.mixer
+        passes += mixing(batch, tokens, of.d_inner, of.d_state, item)
+        linears += mixer_linears(batch * tokens, d, of.d_inner, of.d_state, of.dt_rank)
+    linears.append(Linear(batch, d, head.out_features))
+    update = Work(_ADAMW_TENSORS * _FP32 * sum(weight.numel() for weight in model.parameters()), backward=True)
+    return [*passes, *multiplying(linears, item), *norm(batch, tokens, d, item), update], linears

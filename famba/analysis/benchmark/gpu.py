@@ -6,26 +6,22 @@ import argparse
 import itertools
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 
 from famba.analysis.benchmark import floors, ops
-from famba.analysis.benchmark.models import BUDGET, DEITS, NOTE, STRATEGIES
-from famba.analysis.benchmark.report import Report, Table
-from famba.analysis.benchmark.steps import Contestant, TimedStep, compared, loop_ms, measure
-from famba.analysis.benchmark.timing import COLUMNS, Race, ratio
+from famba.analysis.benchmark.models import DEITS, STRATEGIES, vim
+from famba.analysis.benchmark.report import Report, Row, table
+from famba.analysis.benchmark.steps import NOTE, Contestant, loop_ms, measure
+from famba.analysis.benchmark.timing import Race, compared
 from famba.errors import ConfigError, FambaError
-from famba.fusion import schedule
-from famba.models import Vim, create_network
 from famba.ops import backends
 from famba.ops.registry import resolve
 
 PRECISION, (_TINY, _SMALL) = "bf16", DEITS
-_COLUMNS = ("contestant", *COLUMNS, "loop_ms", "of_graph", "of_none", "images_per_s", "floor_ms", "floor_share")
-GPU = "H100"
+TITLE, GPU = "Vim-Ti", "H100"
 TARGETS = {
     ("none", "ms"): 74.0,
     ("none", "of_graph"): 1.05,
@@ -54,20 +50,20 @@ _NOTE = (
 )
 
 
-def blocks(device: torch.device) -> Iterator[tuple[str, str, list[Contestant]]]:
-    """Yield key, title and contestants of each table of steps, and the key "ops", in order of value."""
-    size, pair = (128, 224, PRECISION), ("none", "upper")
-    yield "steps", "Vim-Ti", [Contestant(s, _TINY, s, *size) for s in STRATEGIES]
+def blocks(device: torch.device) -> Iterator[tuple[str, list[Contestant]]]:
+    """Yield title and contestants of each table of steps, in order of value; none for that of ops."""
+    size, pair, deit = (128, 224, PRECISION), ("none", "upper"), DEITS[_TINY]
+    yield TITLE, [Contestant(s, _TINY, s, *size) for s in STRATEGIES]
     auto = resolve(device.type, ops.DTYPES[PRECISION])
     for name in (n for n in backends() if n not in (auto, "reference") and ops.obstacle(n, device, PRECISION) is None):
-        yield name, f"Vim-Ti by {name}", [Contestant(s, _TINY, s, *size, (f"ops.backend={name}",)) for s in pair]
-    compiled = Contestant("DeiT-Ti, torch.compile", DEITS[_TINY], "none", *size, ("trainer.compile=true",))
-    yield "transformer", "timm's DeiT-Ti", [Contestant("DeiT-Ti", DEITS[_TINY], "none", *size), compiled]
-    yield "ops", "", []
-    more = ("model.patch_size=4",)
-    yield "small_images", "Vim-Ti, patches of 4", [Contestant(s, _TINY, s, 512, 32, PRECISION, more) for s in pair]
-    yield "long", "Vim-Ti, 785 tokens", [Contestant(s, _TINY, s, 32, 448, PRECISION) for s in pair]
-    yield "vim_small", "Vim-S", [Contestant(s, _SMALL, s, *size) for s in pair]
+        yield f"Vim-Ti by {name}", [Contestant(s, _TINY, s, *size, (f"ops.backend={name}",)) for s in pair]
+    compiled = Contestant("DeiT-Ti, torch.compile", deit, "none", *size, ("trainer.compile=true",))
+    yield "timm's DeiT-Ti", [Contestant("DeiT-Ti", deit, "none", *size), compiled]
+    yield "Ops", []
+    four = ("model.patch_size=4",)
+    yield "Vim-Ti, patches of 4", [Contestant(s, _TINY, s, 512, 32, PRECISION, four) for s in pair]
+    yield "Vim-Ti, 785 tokens", [Contestant(s, _TINY, s, 32, 448, PRECISION) for s in pair]
+    yield "Vim-S", [Contestant(s, _SMALL, s, *size) for s in pair]
 
 
 def cases() -> list[ops.Case]:
@@ -90,47 +86,45 @@ def check(device: torch.device) -> None:
 
 def measure_gpu(options: argparse.Namespace, report: Report) -> None:
     """Measure block by block while there is time; the report is written after each contestant."""
-    began, end, longest = time.monotonic(), time.monotonic() + 60 * options.minutes, 0.0
+    end, longest = time.monotonic() + 60 * options.minutes, 0.0
     report.notes += [NOTE, _NOTE, ops.NOTE]
 
     def attempt(name: str, call: Callable[[], object]) -> None:
         """Do what there is time for, which is where the longest before would fit; go on after what fails."""
-        nonlocal began, longest
-        began = time.monotonic()
-        if began + longest > end:
-            report.leave_out(name, f"no time was left of --minutes {options.minutes:g}")
+        nonlocal longest
+        if (began := time.monotonic()) + longest > end:
+            report.left_out[name] = f"no time was left of --minutes {options.minutes:g}"
             return
         try:
             call()
         except (FambaError, RuntimeError) as error:
-            report.leave_out(name, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+            report.left_out[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         longest = max(longest, time.monotonic() - began)
         report.write(options.json)
 
-    for key, title, contestants in blocks(options.device):
-        if key == "ops":
-            report.tables[key] = ops.table()
+    for title, contestants in blocks(options.device):
+        if not contestants:
             for case in cases():
-                attempt(case.op, partial(ops.measure, [case], options.device, options.rounds, report, reference=False))
+                attempt(case.op, partial(ops.measure, case, options.device, options.rounds, report, reference=False))
             continue
-        size = f"{contestants[0].batch} images, {contestants[0].image_size} x {contestants[0].image_size}"
-        rows: list[dict[str, Any]] = []
-        race = Race(title, options.device)
-        report.tables[key] = Table(f"{title}: steps of {size}, {PRECISION}", (*_COLUMNS, "reserved_MiB"), rows)
+        race = Race(f"{title}, {contestants[0].batch} images of {contestants[0].image_size} pixels", options.device)
+        report.tables[race.title] = rows = list[Row]()
         try:
-            measure(race, contestants, options.rounds, rows, _loop, attempt)
+            measure(race, contestants, options.rounds, rows, partial(_loop, options.device), attempt)
         finally:
             for row in rows:
-                row["of_graph"] = ratio(row.get("loop_ms"), row["ms"])
-                row["images_per_s"] = ratio(1000 * row["batch"], row.get("loop_ms"))
-            compared(rows, "of_none", "loop_ms", "none")
-            if key == "steps":
-                report.tables |= {"groups": grouped(race), "targets": checked(rows, report.provenance["device"])}
+                compared(rows, "of_none", "loop_ms", "none")
+                if (loop := row.get("loop_ms")) is not None:
+                    row |= {"of_graph": loop / row["ms"], "images_per_s": 1000 * row["batch"] / loop}
+            if title == TITLE:
+                report.tables |= {
+                    f"{title}, a step by kernels": grouped(race),
+                    f"{title}, targets": checked(rows, report),
+                }
 
 
-def _loop(one: Contestant, step: TimedStep, row: dict[str, Any]) -> None:
+def _loop(device: torch.device, one: Contestant, row: Row) -> None:
     """Measure a step in the loop of a run, and the memory that it takes besides what is there."""
-    device = step.setup.device
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_reserved(device)
@@ -138,41 +132,38 @@ def _loop(one: Contestant, step: TimedStep, row: dict[str, Any]) -> None:
     row["reserved_MiB"] = (torch.cuda.max_memory_reserved(device) - before) // 2**20
 
 
-def grouped(race: Race) -> Table:
+def grouped(race: Race) -> list[Row]:
     """Return where the steps of none and upper go, by groups of kernels."""
-    found: dict[str, dict[str, Any]] = {part: {"part": part} for part in GROUPS}
+    found: dict[str, Row] = {part: {"part": part} for part in GROUPS}
     for name in ("none", "upper"):
         for kernel, (milliseconds, launches) in race.kernels.get(name, {}).items():
             row = found[next(part for part, words in GROUPS.items() if re.search(words, kernel.lower()))]
             row[f"{name}_ms"] = row.get(f"{name}_ms", 0.0) + milliseconds
             row[f"{name}_launches"] = row.get(f"{name}_launches", 0) + launches
-    columns = ("part", "none_ms", "none_launches", "upper_ms", "upper_launches")
-    return Table("Where a step of Vim-Ti goes, one call by torch.profiler", columns, list(found.values()))
+    return [row for row in found.values() if len(row) > 1]
 
 
-def checked(rows: list[dict[str, Any]], device: str) -> Table:
-    """Compare the rows of Vim-Ti's steps with what they should reach; on other GPUs the targets hold for none."""
-    found: dict[str, Mapping[str, Any]] = {row["contestant"]: row for row in rows}
-    table = Table(f"Targets for Vim-Ti on an {GPU}", ("target", "at_most", "measured", "met"))
+def checked(rows: list[Row], report: Report) -> list[Row]:
+    """Compare the rows of Vim-Ti's steps with what they should reach on one kind of GPU."""
+    found, here = {row["contestant"]: row for row in rows}, GPU in report.provenance["device"]
+    table = []
     for (name, column), most in TARGETS.items():
         value = found.get(name, {}).get(column)
-        met = "not measured" if value is None else f"holds for {GPU}s" if GPU not in device else str(value <= most)
-        table.rows.append({"target": f"{name}, {column}", "at_most": most, "measured": value, "met": met})
+        met = "not measured" if value is None else str(value <= most) if here else f"holds for {GPU}"
+        table.append({"target": f"{name}, {column}", "at_most": most, "measured": value, "met": met})
     return table
 
 
 def floors_alone(style: str) -> str:
-    """Return the floors of ops and of Vims' steps on an A100 and an H100, as tables in a style of tabulate's."""
+    """Return the floors of ops and of Vims' steps on an A100 and an H100, as a table in a style of tabulate's."""
     found = {case.op: case.built().passes for case in cases()}
     for name, strategy in itertools.product(DEITS, STRATEGIES):
         with torch.device("meta"):
-            model = create_network(name)
-        assert isinstance(model, Vim)
-        model.set_fusion(schedule(strategy, model.depth, model.num_tokens, BUDGET, protected=model.protected))
-        found[f"step of {name}, {strategy}"] = floors.step(model, 128, ops.DTYPES[PRECISION].itemsize)
+            passes, _ = floors.step(vim(name, strategy), 128, ops.DTYPES[PRECISION].itemsize)
+        found[f"step of {name}, {strategy}"] = passes
     boards = {f"{name}_ms": floors.BOARDS[name] for name in ("A100-SXM4-80GB", "H100 80GB HBM3")}
-    table = Table(f"Floors of an op and of a step of 128 images of 224 x 224, in {PRECISION}", ("of", *boards))
-    for name, passes in found.items():
-        floor = {key: floors.floor_ms(passes, board, PRECISION) for key, board in boards.items()}
-        table.rows.append({"of": name, **floor})
-    return table.text(style)
+    rows = [
+        {"of": of, **{key: floors.floor_ms(passes, board, PRECISION) for key, board in boards.items()}}
+        for of, passes in found.items()
+    ]
+    return table(f"Floors of ops, and of steps of 128 images of 224 x 224, in {PRECISION}", rows, style)

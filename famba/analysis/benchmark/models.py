@@ -6,19 +6,18 @@ import argparse
 import functools
 import itertools
 from collections.abc import Iterable
-from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
-from famba.analysis.benchmark.floors import Linear, linears
+from famba.analysis.benchmark.floors import Linear, step
 from famba.analysis.benchmark.ops import DTYPES
-from famba.analysis.benchmark.report import Report, Table
-from famba.analysis.benchmark.steps import Contestant, TimedStep, compared, measure
-from famba.analysis.benchmark.timing import COLUMNS, Call, Race, ratio
+from famba.analysis.benchmark.report import Report, Row
+from famba.analysis.benchmark.steps import NOTE, Contestant, measure
+from famba.analysis.benchmark.timing import Call, Race, compared
 from famba.fusion import match, schedule
-from famba.models.vim import Tokens, Vim
+from famba.models import Vim, create_network
+from famba.models.vim import Tokens
 
 # Each Vim's counterpart, by their timm names.
 DEITS = {
@@ -27,77 +26,77 @@ DEITS = {
 }
 STRATEGIES = ("none", "all", "interleaved", "lower", "upper")
 PRODUCTS, PATCH, BUDGET, _BASE = "matrix products of none", 16, 6 / 7, 197
-NOTE = "a step is that of `train.py recipe=light` on random images that lie on the device"
 _PRODUCTS_NOTE = f"'{PRODUCTS}' is what an unfused step multiplies and nothing else, in memory allocated ahead"
-_MODEL = ("model", "precision", "contestant", "token_layers", *COLUMNS, "of_none", "of_products", "of_DeiT")
-_MEASURED = ("images_per_s", "floor_ms", "floor_share", "inference_ms", "inference_of_none", "inference_of_DeiT")
-_LENGTH = ("contestant", "precision", "tokens", "batch", *COLUMNS, "us_per_token", "of_base")
+
+
+def vim(name: str, strategy: str, **arguments: int) -> Vim:
+    """Build a Vim with a strategy at the budget of `configs/fusion`."""
+    model = create_network(name, **arguments)
+    assert isinstance(model, Vim)
+    model.set_fusion(schedule(strategy, model.depth, model.num_tokens, BUDGET, protected=model.protected))
+    return model
 
 
 def measure_models(options: argparse.Namespace, report: Report) -> None:
     """Time steps and inferences of Vims with each strategy, of a DeiT, and the products alone."""
-    title = f"Training step and inference of {options.batch} images, {options.image_size} x {options.image_size}"
-    report.tables["times"] = table = Table(title, (*_MODEL, *_MEASURED, "saved_bytes_per_image", "saved_of_none"))
     report.notes += [NOTE, _PRODUCTS_NOTE]
     for name, precision in itertools.product(options.model, options.precision):
         deit, size = DEITS[name], (options.batch, options.image_size, precision)
         asked = [Contestant(s, name, s, *size) for s in dict.fromkeys(("none", *options.fusion))]
-        race, inference = (Race(f"{name} {precision}, {what}", options.device) for what in ("step", "inference"))
+        title = f"{name}, {options.batch} images of {options.image_size} x {options.image_size}, {precision}"
+        race, inference = Race(title, options.device), Race(f"{title}, inference", options.device)
         with torch.device("meta"):
-            unfused = linears(timm.create_model(name, img_size=options.image_size), options.batch)
-        race.enter(PRODUCTS, [products(unfused, DTYPES[precision], options.device)])
-        rows: list[dict[str, Any]] = []
-        steps: list[tuple[str, TimedStep]] = []
+            _, multiplied = step(vim(name, "none", img_size=options.image_size), options.batch, 1)
+        race.enter(PRODUCTS, [products(multiplied, DTYPES[precision], options.device)])
+        report.tables[title] = rows = list[Row]()
         try:
             asked.append(Contestant(deit, deit, "none", *size))
-            measure(race, asked, options.rounds, rows, lambda one, step, row, to=steps: to.append((one.name, step)))
-            for key, step in steps:
-                step.model.eval()
-                inference.enter(key, [step.infer])
+            steps = measure(race, asked, options.rounds, rows)
+            for key, timed in steps.items():
+                timed.model.eval()
+                inference.enter(key, [timed.infer])
             inference.run(options.rounds)
         finally:
-            rows += [{"contestant": PRODUCTS, "precision": precision, **race.entries(PRODUCTS)}]
+            rows.append({"contestant": PRODUCTS, **race.entries(PRODUCTS)})
             for row in rows:
-                row |= {"model": name, **inference.entries(row["contestant"], "inference_")}
+                row |= inference.entries(row["contestant"], "inference_")
             for word, base in (("none", "none"), ("products", PRODUCTS), ("DeiT", deit)):
                 compared(rows, f"of_{word}", "ms", base)
                 compared(rows, f"inference_of_{word}", "inference_ms", base)
             compared(rows, "saved_of_none", "saved_bytes_per_image", "none")
-            table.rows += rows
 
 
 def measure_lengths(options: argparse.Namespace, report: Report) -> None:
     """Time steps of a Vim and its DeiT at several image sizes, each of about as many tokens."""
+    report.notes.append(NOTE)
     lengths = {size: (size // PATCH) ** 2 + 1 for size in options.image_size}
     base = _BASE if _BASE in lengths.values() else min(lengths.values())
-    title = f"Steps of about {options.tokens} tokens; the base is an image of {base}, 1.00 is linear growth"
-    report.tables["length"] = table = Table(title, (*_LENGTH, "saved_bytes_per_token", "saved_of_base"))
-    report.notes.append(NOTE)
     for precision, name in itertools.product(options.precision, (options.model, DEITS[options.model])):
+        title = f"{name}, {precision}: steps of about {options.tokens} tokens, the base being {base} to an image"
+        report.tables[title] = rows = list[Row]()
         # Mixing pairs images.
         batches = {size: max(2, 2 * round(options.tokens / tokens / 2)) for size, tokens in lengths.items()}
-        asked = [Contestant(f"{name} at {lengths[s]}", name, "none", batches[s], s, precision) for s in lengths]
-        rows: list[dict[str, Any]] = []
+        asked = [Contestant(str(lengths[s]), name, "none", batches[s], s, precision) for s in lengths]
         try:
-            measure(Race(f"length {precision}", options.device), asked, options.rounds, rows)
+            measure(Race(title, options.device), asked, options.rounds, rows)
         finally:
             for row in rows:
                 row["us_per_token"] = 1000 * row["ms"] / (row["batch"] * row["tokens"])
                 row["saved_bytes_per_token"] = row["saved_bytes_per_image"] / row["tokens"]
-            compared(rows, "of_base", "us_per_token", f"{name} at {base}")
-            compared(rows, "saved_of_base", "saved_bytes_per_token", f"{name} at {base}")
-            table.rows += rows
+            compared(rows, "time_of_base", "us_per_token", str(base))
+            compared(rows, "saved_of_base", "saved_bytes_per_token", str(base))
 
 
 def measure_fusing(options: argparse.Namespace, report: Report) -> None:
     """Time matching and fusing, forward and backward, against a step of the layer in which they happen."""
     torch.manual_seed(0)
-    model = timm.create_model(options.model, img_size=options.image_size, depth=1).to(options.device)
-    assert isinstance(model, Vim)
+    model = vim(options.model, "none", img_size=options.image_size, depth=1).to(options.device)
     shape = (options.batch, model.num_tokens, model.embed_dim)
     title = f"Matching and fusing r tokens of {shape}, both ways, as a share of a layer's step without them"
-    report.tables["fusion"] = table = Table(title, ("precision", "r", "match_ms", "all_ms", "layer_ms", "share"))
-    counts = removed_in_a_layer(options.model, model.num_tokens)
+    depth, tokens = create_network(options.model).depth, model.num_tokens
+    most = {max(schedule(strategy, depth, tokens, BUDGET)) for strategy in STRATEGIES}
+    # What the paper's "all" removes in a layer, and the most of each strategy.
+    counts = sorted(r for r in {7, *most} if 0 < r <= (tokens - 1) // 2)
     for precision in options.precision:
         hidden = torch.randn(shape).to(options.device, DTYPES[precision]).requires_grad_()
         residual = torch.randn(shape, device=options.device, requires_grad=True)
@@ -110,14 +109,7 @@ def measure_fusing(options: argparse.Namespace, report: Report) -> None:
         for r in counts:
             row = {"precision": precision, "r": r, **race.entries(f"match {r}", "match_")}
             row |= race.entries(f"all of {r}", "all_") | race.entries("layer", "layer_")
-            table.rows.append(row | {"share": ratio(row["all_ms"], row["layer_ms"])})
-
-
-def removed_in_a_layer(model: str, tokens: int) -> list[int]:
-    """Return what a layer removes: 7 as in the paper's "all", and the most of each strategy; as far as tokens go."""
-    depth = timm.create_model(model).depth
-    most = {max(schedule(strategy, depth, tokens, BUDGET)) for strategy in STRATEGIES}
-    return sorted(r for r in {7, *most} if 0 < r <= (tokens - 1) // 2)
+            report.tables.setdefault(title, []).append(row | {"share": row["all_ms"] / row["layer_ms"]})
 
 
 def _fuse(hidden: Tensor, residual: Tensor, r: int) -> None:

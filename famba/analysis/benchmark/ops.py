@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from famba import ops
 from famba.analysis.benchmark import floors
-from famba.analysis.benchmark.report import Report, Table
-from famba.analysis.benchmark.timing import COLUMNS, Call, Race, ratio
+from famba.analysis.benchmark.report import Report, Row
+from famba.analysis.benchmark.timing import Call, Race
 from famba.errors import BackendError
 from famba.ops.availability import interpreted
 from famba.ops.registry import resolve
@@ -21,19 +21,21 @@ from famba.ops.registry import resolve
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOTE = (
     "forward is without autograd; whatever was timed agrees with the reference in result and gradients; on CUDA, "
-    "inputs rotate among so many copies as exceed twice the second-level cache, up to 256, so that they come from memory; "
-    "where 256 copies are smaller than that, they may be found in the cache"
+    "inputs rotate among so many copies as exceed twice the second-level cache, up to 256, so that they come from "
+    "memory; where 256 copies are smaller than that, they may be found in the cache"
 )
 # Relative errors, in the norm, up to which contestants agree; near ties match one way or another.
 _TOLERANCE, _MATCH_TOLERANCE, _MOST_COPIES = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}, 2e-2, 256
 _Run = Callable[..., Any]
 
 
-def table() -> Table:
-    """Return the table that `measure` fills."""
-    return Table(
-        "Ops", ("op", "mode", "precision", "batch", "length", "by", *COLUMNS, "of_fastest", "floor_ms", "floor_share")
-    )
+class Built(NamedTuple):
+    """An op on its inputs: those that have gradients, then others; and the least that there is to do."""
+
+    run: _Run
+    learned: list[Tensor]
+    fixed: list[Tensor]
+    passes: list[floors.Work]
 
 
 class Case(NamedTuple):
@@ -50,28 +52,6 @@ class Case(NamedTuple):
         """Return what the op computes, on seeded inputs as a model has them under autocast."""
         torch.manual_seed(0)
         return OPS[self.op](*self[1:5], DTYPES[self.precision])
-
-    def rows(self, race: Race, limits: floors.Peaks | None) -> list[dict[str, Any]]:
-        """Return the rows of what a race has timed."""
-        found, passes = [], self.built().passes
-        for key in race.samples:
-            name, _, mode = key.partition(", ")
-            counted = [work for work in passes if mode == "both" or not work.backward]
-            row = {**self._asdict(), "mode": mode, "by": name, **race.entries(key)}
-            row["floor_ms"] = floors.floor_ms(counted, limits, self.precision)
-            found.append(row | {"floor_share": ratio(row["floor_ms"], row["ms"])})
-        for row in found:
-            row["of_fastest"] = ratio(row["ms"], min(r["ms"] for r in found if r["mode"] == row["mode"]))
-        return found
-
-
-class Built(NamedTuple):
-    """An op on its inputs: those that have gradients, then others; and the least that there is to do."""
-
-    run: _Run
-    learned: list[Tensor]
-    fixed: list[Tensor]
-    passes: list[floors.Work]
 
 
 def removed(length: int) -> int:
@@ -103,16 +83,16 @@ def _mixer(b: int, l: int, d: int, n: int, dtype: torch.dtype) -> Built:  # noqa
         return torch.randn(outputs, inputs) / math.sqrt(inputs)
 
     def mix(x: Tensor, into: Tensor, out: Tensor, *weights: Tensor) -> Tensor:
-        forward, backward = ops.Direction(*weights[:7]), ops.Direction(*weights[7:])
         with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return ops.bidirectional_mixer(x, into, forward, backward, out)
+            return ops.bidirectional_mixer(x, into, ops.Direction(*weights[:7]), ops.Direction(*weights[7:]), out)
 
     given = [torch.randn(b, l, d_model).to(dtype), weight(2 * d, d_model), weight(d_model, d)]
     for _ in range(2):
         # Step sizes of about 0.001 to 0.1 and decays of 1 to n, as Vim begins.
         given += [weight(d, 4), torch.randn(d), weight(rank + 2 * n, d), weight(d, rank), 5 * torch.rand(d) - 7]
         given += [-torch.arange(1.0, n + 1).repeat(d, 1), torch.ones(d)]
-    return Built(mix, given, [], floors.mixer(b, l, d_model, d, n, rank, dtype.itemsize))
+    multiplied = floors.multiplying(floors.mixer_linears(b * l, d_model, d, n, rank), dtype.itemsize)
+    return Built(mix, given, [], multiplied + floors.mixing(b, l, d, n, dtype.itemsize))
 
 
 def _matching(b: int, l: int, d: int, n: int, dtype: torch.dtype) -> Built:  # noqa: E741
@@ -153,47 +133,51 @@ def obstacle(backend: str, device: torch.device, precision: str) -> str | None:
     return None
 
 
-def measure(cases: Iterable[Case], device: torch.device, rounds: int, report: Report, reference: bool = True) -> None:
-    """Time each case, forward and with its backward, and add its rows to the table "ops".
+def measure(case: Case, device: torch.device, rounds: int, report: Report, reference: bool = True) -> None:
+    """Time a case, forward and with its backward, and add its rows to the table of ops.
 
     reference: whether plain torch is timed too, and not just compared with.
     """
-    for case in cases:
-        race = Race(" ".join(map(str, case)), device)
-        try:
-            for name, run, tensors in _agreeing(case, device, report):
-                if name == "reference" and not reference:
-                    continue
+    race, built = Race(" ".join(map(str, case)), device), case.built()
+    tensors = [x.to(device).requires_grad_() for x in built.learned] + [x.to(device) for x in built.fixed]
+    expected = _results(partial(_by, "reference", built.run), tensors)
+    try:
+        for name in ops.backends():
+            run = partial(_by, name, built.run)
+            if (
+                reason := obstacle(name, device, case.precision) or _difference(case, run, tensors, expected)
+            ) is not None:
+                report.left_out[name] = reason
+            elif name != "reference" or reference:
                 copies = _copies(tensors, device)
                 race.enter(f"{name}, forward", [partial(_forward, run, own) for own in copies])
-                if tensors[0].requires_grad:
+                if built.learned:
                     race.enter(f"{name}, both", [_both(run, own) for own in copies])
-            race.run(rounds)
-        finally:
-            report.tables["ops"].rows += case.rows(race, floors.peaks(device))
+        race.run(rounds)
+    finally:
+        rows: list[Row] = []
+        for key in race.samples:
+            name, _, mode = key.partition(", ")
+            row = {"op": case.op, "mode": mode, **case._asdict(), "contestant": name, **race.entries(key)}
+            passes = [work for work in built.passes if mode == "both" or not work.backward]
+            floor = row["floor_ms"] = floors.floor_here(passes, device, case.precision)
+            rows.append(row | {"floor_share": floor and floor / row["ms"]})
+        for row in rows:
+            row["of_fastest"] = row["ms"] / min(other["ms"] for other in rows if other["mode"] == row["mode"])
+        report.tables.setdefault("Ops", []).extend(rows)
 
 
-def _agreeing(case: Case, device: torch.device, report: Report) -> Iterable[tuple[str, _Run, list[Tensor]]]:
-    """Yield name, function and inputs of each backend that computes a case as the reference does."""
-    built = case.built()
-    tensors = [x.to(device).requires_grad_() for x in built.learned] + [x.to(device) for x in built.fixed]
+def _by(name: str, run: _Run, *given: Tensor) -> tuple[Tensor, ...]:
+    with ops.use_backend(name):
+        outputs = run(*given)
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
-    def by(name: str, *given: Tensor) -> tuple[Tensor, ...]:
-        with ops.use_backend(name):
-            outputs = built.run(*given)
-        return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
-    expected = _results(partial(by, "reference"), tensors)
-    for name in ops.backends():
-        reason = obstacle(name, device, case.precision)
-        if reason is None:
-            error = max(map(_error, _results(partial(by, name), tensors), expected))
-            if not error <= (_MATCH_TOLERANCE if case.op == "match_tokens" else _TOLERANCE[case.precision]):
-                reason = f"its relative error is {error:.1e} on {case}, which was not timed"
-        if reason is None:
-            yield name, partial(by, name), tensors
-        else:
-            report.leave_out(name, reason)
+def _difference(case: Case, run: _Run, tensors: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
+    """Return how far results and gradients are from the reference's where that is too far, else None."""
+    error = max(map(_error, _results(run, tensors), expected))
+    allowed = _MATCH_TOLERANCE if case.op == "match_tokens" else _TOLERANCE[case.precision]
+    return None if error <= allowed else f"not timed on {case}: its relative error is {error:.1e}"
 
 
 def _copies(tensors: Sequence[Tensor], device: torch.device) -> list[list[Tensor]]:

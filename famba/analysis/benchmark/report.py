@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,43 +13,23 @@ from famba.errors import ConfigError
 
 BEGIN, END = (f"<!-- famba benchmark gpu: {word} -->" for word in ("begin", "end"))
 _PACKAGES = ("torch", "timm", "triton", "mamba-ssm", "causal-conv1d")
-
-
-@dataclass
-class Table:
-    """Rows under a title; columns are the keys that are shown, rows are what JSON holds."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: list[dict[str, Any]] = field(default_factory=list)
-
-    def text(self, style: str) -> str:
-        """Return title and rows in a style of tabulate's; a column that no row fills is left out."""
-        shown = [key for key in self.columns if any(row.get(key) is not None for row in self.rows)]
-        cells = [[_cell(row.get(key)) for key in shown] for row in self.rows]
-        heads = [key.replace("_", " ") for key in shown]
-        return f"{self.title}:\n\n" + tabulate(cells, headers=heads, tablefmt=style, disable_numparse=True)
+Row = dict[str, Any]
 
 
 @dataclass
 class Report:
     """What one call of `famba benchmark` has to say; filled while it runs, so that an interruption loses little.
 
-    provenance: as in a run's summary. tables: by their names in JSON. left_out: what was not measured, and why.
+    provenance: as in a run's summary. tables: rows by title. left_out: what was not measured, and why.
     """
 
     benchmark: str
     provenance: dict[str, Any]
     settings: dict[str, Any]
-    tables: dict[str, Table] = field(default_factory=dict)
+    tables: dict[str, list[Row]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
     complete: bool = False
-
-    def leave_out(self, name: str, reason: str) -> None:
-        """Say why something was not measured, each reason once."""
-        if (line := f"{name}: {reason}") not in self.left_out:
-            self.left_out.append(line)
 
     def text(self, style: str) -> str:
         """Return everything, with tables in a style of tabulate's."""
@@ -60,8 +40,8 @@ class Report:
             f"{of['started']}, famba {of['famba']} at commit {of['git_commit']}, Python {of['python']}, {packages}; "
             f"medians of {self.settings['rounds']} rounds."
         ]
-        parts += [table.text(style) for table in self.tables.values() if table.rows]
-        parts += ["\n".join(["Left out:\n", *(f"- {line}" for line in self.left_out)])] if self.left_out else []
+        parts += [table(title, rows, style) for title, rows in self.tables.items() if rows]
+        parts += [f"Left out: {name}: {reason}." for name, reason in self.left_out.items()]
         parts += [f"Note: {note}." for note in self.notes]
         parts += [] if self.complete else ["Stopped before the end: this is what had been measured."]
         return "\n\n".join(parts)
@@ -69,29 +49,28 @@ class Report:
     def write(self, file: Path | None) -> None:
         """Write everything as JSON where a file is given, unrounded, every sample included."""
         if file is not None:
-            shown = {name: [table.title, table.columns] for name, table in self.tables.items()}
-            rows = {name: table.rows for name, table in self.tables.items()}
-            file.write_text(json.dumps({**vars(self), "tables": shown, **rows}, indent=2) + "\n")
+            file.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
-    @classmethod
-    def read(cls, file: Path) -> Report:
-        """Return what `write` wrote to a file; raises ConfigError for another file."""
-        try:
-            found = json.loads(file.read_text())
-            tables = {
-                name: Table(title, tuple(columns), found[name]) for name, (title, columns) in found["tables"].items()
-            }
-            return cls(**{member.name: found[member.name] for member in fields(cls)} | {"tables": tables})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"--from {file} is not what famba benchmark --json writes ({error!r})") from error
+
+def read(file: Path) -> Report:
+    """Return the report that was written to a file; raises ConfigError for another file."""
+    try:
+        return Report(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"--from {file} is not what famba benchmark gpu --json writes ({error})") from error
+
+
+def table(title: str, rows: list[Row], style: str) -> str:
+    """Return rows under a title in a style of tabulate's; samples and columns that no row fills are left out."""
+    keys = dict.fromkeys(key for row in rows for key in row if not key.endswith("_samples"))
+    shown = [key for key in keys if any(row.get(key) is not None for row in rows)]
+    cells = [[_cell(row.get(key)) for key in shown] for row in rows]
+    heads = [key.replace("_", " ") for key in shown]
+    return f"{title}:\n\n" + tabulate(cells, headers=heads, tablefmt=style, disable_numparse=True)
 
 
 def filled(file: Path, text: str) -> str:
-    """Return what a file holds, with `text` between its markers.
-
-    Raises:
-        ConfigError: it cannot be read, or the markers are not there once each, in order.
-    """
+    """Return what a file holds, with `text` between its markers; raises ConfigError where they are not there once."""
     try:
         page = file.read_text()
     except OSError as error:
@@ -99,9 +78,7 @@ def filled(file: Path, text: str) -> str:
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in rest or END in after:
-        raise ConfigError(
-            f"--fill {file}: expected one line {BEGIN} and below it one line {END}; tables go between them"
-        )
+        raise ConfigError(f"--fill {file}: expected one line {BEGIN} and below it one line {END}")
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
-from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from famba import data
 from famba.analysis.benchmark import floors
 from famba.analysis.benchmark.ops import DTYPES
-from famba.analysis.benchmark.timing import Race, ratio
+from famba.analysis.benchmark.report import Row
+from famba.analysis.benchmark.timing import Race
 from famba.fusion import tokens_per_layer
 from famba.models import Vim
 from famba.models.networks import vim_names
@@ -36,6 +38,7 @@ from famba.training.setup import Setup, prepare
 from famba.training.step import Step
 from famba.training.trained_on import TrainedOn
 
+NOTE = "a step is that of `train.py recipe=light` on random images that lie on the device"
 _CLASSES, _EPOCH_STEPS = 100, 20
 _Batch = tuple[Tensor, Tensor]
 
@@ -60,24 +63,13 @@ class Contestant(NamedTuple):
         return compose([*asked, f"trainer.device={device}", *self.more])
 
 
-def random_batch(config: RunConfig, setup: Setup) -> _Batch:
-    """Return images (b, 3, s, s) and labels (b,) of a step's size on the device."""
-    size, generator = config.trainer.batch_size, torch.Generator().manual_seed(0)
-    images = torch.randn(size, 3, setup.image_size, setup.image_size, generator=generator)
-    return images.to(setup.device), torch.randint(2, (size,), generator=generator).to(setup.device)
-
-
-def _chosen(config: RunConfig) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if config.ops.backend == AUTO else use_backend(config.ops.backend)
-
-
 class TimedStep:
     """Training steps and inferences of a run without its loop; a CUDA graph where the run's would be one."""
 
     def __init__(self, config: RunConfig, setup: Setup | None = None) -> None:
         self.config, self.setup = config, setup or prepare(config)
         device = self.setup.device
-        self.batch = random_batch(config, self.setup)
+        self.batch = _random_batch(config, self.setup)
         with _chosen(config):
             fused = obstacle(config, device, 1, resolve(device.type, self.setup.dtype)) is None
         classes = config.data.num_classes or data.num_classes_of(config.data.name) or _CLASSES
@@ -92,10 +84,10 @@ class TimedStep:
     def enter(self, race: Race, name: str) -> None:
         """Let the training step enter a race; a graph with one that is none beside it, for calls as they come."""
         self.model.train()
+        self.train()  # which captures
         if not isinstance(self.step, GraphStep):
             race.enter(name, [self.train])
             return
-        self.train()  # captures
         eager = TimedStep(replace(self.config, trainer=replace(self.config.trainer, cuda_graphs=False)), self.setup)
         race.enter(name, [eager.train], graph=self.step.replay)
 
@@ -112,16 +104,44 @@ class TimedStep:
             self._infer(self.batch[0])
 
 
-@dataclass(frozen=True)
-class _OneBatch:
-    """Training batches that are always the same one, which lies on the device: nothing is read, and nothing copied."""
+def measure(
+    race: Race,
+    contestants: Iterable[Contestant],
+    rounds: int,
+    rows: list[Row],
+    entered: Callable[[Contestant, Row], None] = lambda one, row: None,
+    attempt: Callable[[str, Callable[[], None]], None] = lambda name, enter: enter(),
+) -> dict[str, TimedStep]:
+    """Time training steps in turn, in so many rounds, add a row for each contestant, and return the steps.
 
-    batch: _Batch
-    steps_per_epoch: int = _EPOCH_STEPS
+    `entered` is called with each and its row after its first sample; `attempt` lets one enter, or leaves it out.
+    """
+    steps: dict[str, TimedStep] = {}
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Generator[_Batch, None, None]:
-        """Yield it for ever."""
-        yield from itertools.repeat(self.batch)
+    def enter(one: Contestant) -> None:
+        step = steps[one.name] = TimedStep(one.config(race.device))
+        model, floor = step.model, None
+        step.enter(race, one.name)
+        left = sum(tokens_per_layer(model.fusion, model.num_tokens)) / (model.depth * model.num_tokens)
+        row: Row = {"contestant": one.name, "precision": one.precision, "tokens": model.num_tokens, "batch": one.batch}
+        if isinstance(model, Vim):
+            passes, _ = floors.step(model, one.batch, DTYPES[one.precision].itemsize)
+            floor = floors.floor_here(passes, race.device, one.precision)
+        row |= {"token_layers": left, **race.entries(one.name), "images_per_s": None, "floor_ms": floor}
+        row["saved_bytes_per_image"] = saved_bytes_per_image(model, one.image_size, step.setup.autocast)
+        rows.append(row)
+        entered(one, row)
+
+    try:
+        for one in contestants:
+            attempt(f"{race.title}: {one.name}", partial(enter, one))
+        race.run(rounds)
+    finally:
+        for row in rows:
+            row |= race.entries(row["contestant"])
+            row["images_per_s"] = 1000 * row["batch"] / row["ms"]
+            row["floor_share"] = row["floor_ms"] and row["floor_ms"] / row["ms"]
+    return steps
 
 
 def loop_ms(config: RunConfig) -> float:
@@ -130,66 +150,22 @@ def loop_ms(config: RunConfig) -> float:
         config = replace(config, run_dir=folder, trainer=replace(config.trainer, eval_every=2))
         setup = prepare(config)
         run = Training(config, setup, RunFolder(Path(folder), writes=True), Process(0, 1, setup.device), stop)
-        batch = random_batch(config, setup)
-        run.loaders = Loaders(_OneBatch(batch), "test", [batch], [batch])
+        batch = _random_batch(config, setup)
+        # The same batch for ever, which lies on the device: nothing is read, and nothing copied.
+        train: Any = SimpleNamespace(epoch=lambda epoch, first: (batch for _ in itertools.count()))
+        run.loaders = Loaders(train, "test", [batch], [batch])
         run.steps_per_epoch, run.total_steps = _EPOCH_STEPS, 2 * _EPOCH_STEPS
         run.run()
         totals = run.state.totals
         return 1000 * (totals.epoch_data_s + totals.epoch_step_s) / totals.epoch_steps
 
 
-def measure(
-    race: Race,
-    contestants: Iterable[Contestant],
-    rounds: int,
-    rows: list[dict[str, Any]],
-    entered: Callable[[Contestant, TimedStep, dict[str, Any]], None] = lambda one, step, row: None,
-    attempt: Callable[[str, Callable[[], None]], None] = lambda name, enter: enter(),
-) -> None:
-    """Time training steps in turn, and add a row for each contestant.
-
-    Args:
-        race: some may have entered before.
-        contestants: in their order.
-        rounds: samples of each.
-        rows: are filled as contestants enter.
-        entered: called with each, its step and its row once it has its first sample.
-        attempt: calls what lets one enter, or leaves it out.
-    """
-
-    def enter(one: Contestant) -> None:
-        step = TimedStep(one.config(race.device))
-        step.enter(race, one.name)
-        rows.append({"contestant": one.name, **one._asdict(), **_facts(one, step), **race.entries(one.name)})
-        entered(one, step, rows[-1])
-
-    try:
-        for one in contestants:
-            attempt(f"{race.title}, {one.name}", functools.partial(enter, one))
-        race.run(rounds)
-    finally:
-        for row in rows:
-            row |= race.entries(row["contestant"])
-            row["images_per_s"] = ratio(1000 * row["batch"], row["ms"])
-            row["floor_share"] = ratio(row["floor_ms"], row["ms"])
+def _random_batch(config: RunConfig, setup: Setup) -> _Batch:
+    """Return images (b, 3, s, s) and labels (b,) of a step's size on the device."""
+    size, generator = config.trainer.batch_size, torch.Generator().manual_seed(0)
+    images = torch.randn(size, 3, setup.image_size, setup.image_size, generator=generator)
+    return images.to(setup.device), torch.randint(2, (size,), generator=generator).to(setup.device)
 
 
-def _facts(one: Contestant, step: TimedStep) -> dict[str, Any]:
-    """Return a row's entries that no clock tells: tokens, bytes kept for the backward, the floor of the step."""
-    model, setup, passes = step.model, step.setup, None
-    left = tokens_per_layer(model.fusion, model.num_tokens)
-    if isinstance(model, Vim):
-        passes = floors.step(model, one.batch, DTYPES[one.precision].itemsize)
-    return {
-        "tokens": model.num_tokens,
-        "token_layers": sum(left) / (len(left) * model.num_tokens),
-        "saved_bytes_per_image": saved_bytes_per_image(model, setup.image_size, setup.autocast),
-        "floor_ms": passes and floors.floor_ms(passes, floors.peaks(setup.device), one.precision),
-    }
-
-
-def compared(rows: list[dict[str, Any]], column: str, key: str, base: str) -> None:
-    """Put into each row how many times as much of `key` it takes as the contestant `base`."""
-    of = next((row.get(key) for row in rows if row["contestant"] == base), None)
-    for row in rows:
-        row[column] = ratio(row.get(key), of)
+def _chosen(config: RunConfig) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if config.ops.backend == AUTO else use_backend(config.ops.backend)

@@ -7,21 +7,19 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from famba.analysis.benchmark.report import Row
 from famba.training.devices import synchronize
 from famba.training.graph import captured
 
 Call = Callable[[], object]
-# A sample of a graph takes about so long, and holds no more replays than that.
-_SAMPLE_MS, _MOST_REPLAYS = 5.0, 100
-# Launches of a few calls fit into a GPU's queue, and do not make the host wait.
-_QUEUED_CALLS = 8
-COLUMNS = ("ms", "eager_ms", "host_ms", "kernels_ms", "launches")
+# A sample of a graph takes about so long, and holds no more replays than that. Launches of a few calls fit into a GPU's
+# queue, and do not make the host wait.
+_SAMPLE_MS, _MOST_REPLAYS, _QUEUED_CALLS = 5.0, 100, 8
 NOTE = (
     "on CUDA, ms is a replay of a CUDA graph, which is the time of the kernels; eager ms lies between events around "
     "the calls as they come; host ms is what the host needs to launch a call, without waiting for it; kernels ms and "
@@ -30,14 +28,16 @@ NOTE = (
 
 
 class Race:
-    """Contestants that take turns, so that whatever else the machine does falls on all of them alike."""
+    """Contestants that take turns, so that whatever else the machine does falls on all of them alike.
+
+    samples: milliseconds of each contestant by column. kernels: milliseconds and launches of each kernel in one call of
+    a contestant, on CUDA.
+    """
 
     def __init__(self, title: str, device: torch.device) -> None:
         self.title, self.device = title, device
-        self.kernels: dict[str, dict[str, tuple[float, int]]] = {}
-        """Milliseconds and launches of each kernel in one call of a contestant, on CUDA."""
         self.samples: dict[str, dict[str, list[float]]] = {}
-        """Milliseconds of each contestant by column."""
+        self.kernels: dict[str, dict[str, tuple[float, int]]] = {}
         self._clocks: dict[str, dict[str, Callable[[], float]]] = {}
 
     def enter(self, name: str, calls: Sequence[Call], graph: Call | None = None) -> None:
@@ -55,6 +55,7 @@ class Race:
                 call()
 
         every()
+        self._clocks[name] = {"ms": lambda: self._by_host(calls)}
         if self.device.type == "cuda":
             every()
             replay = graph or captured(every, self.device, None)
@@ -65,8 +66,6 @@ class Race:
                 "eager_ms": lambda: self._by_events(every) / len(calls),
                 "host_ms": lambda: self._by_host(calls[:_QUEUED_CALLS], waits=False),
             }
-        else:
-            self._clocks[name] = {"ms": lambda: self._by_host(calls)}
         self.samples[name] = {column: [clock()] for column, clock in self._clocks[name].items()}
 
     def run(self, rounds: int) -> None:
@@ -76,11 +75,11 @@ class Race:
                 for column, clock in clocks.items():
                     self.samples[name][column].append(clock())
 
-    def entries(self, name: str, prefix: str = "") -> dict[str, Any]:
+    def entries(self, name: str, prefix: str = "") -> Row:
         """Return a row's entries: medians of a call in ms, and all samples; nothing for one that has not entered."""
-        found: dict[str, Any] = {}
+        found: Row = {}
         for column, samples in self.samples.get(name, {}).items():
-            found[prefix + column], found[f"{prefix}{column}_samples"] = statistics.median(samples), list(samples)
+            found |= {prefix + column: statistics.median(samples), f"{prefix}{column}_samples": list(samples)}
         if name in self.kernels:
             times, launches = zip(*self.kernels[name].values(), strict=True)
             found |= {f"{prefix}kernels_ms": sum(times), f"{prefix}launches": sum(launches)}
@@ -118,6 +117,8 @@ def _kernels(call: Call, device: torch.device) -> dict[str, tuple[float, int]]:
     return {event.key: (event.self_device_time_total / 1000, event.count) for event in events}
 
 
-def ratio(value: float | None, of: float | None) -> float | None:
-    """Return how many times as much as `of` a value is; None where either is unknown, or `of` is nothing."""
-    return value / of if value is not None and of else None
+def compared(rows: list[Row], column: str, key: str, base: str) -> None:
+    """Put into each row how many times as much of `key` it takes as the contestant `base`, where both are known."""
+    of = next((row.get(key) for row in rows if row["contestant"] == base), None)
+    for row in rows:
+        row[column] = row[key] / of if of and row.get(key) is not None else None
