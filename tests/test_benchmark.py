@@ -151,7 +151,7 @@ def test_kernels_are_grouped_by_their_names() -> None:
         "Memcpy DtoD (Device -> Device)": "casts, copies, elementwise",
         "something": "other",
     }
-    race.kernels["none"] = {name: (1.0, 2) for name in names}
+    race.kernels["none"] = dict.fromkeys(names, (1.0, 2))
     rows = {row["part"]: row for row in gpu.grouped(race)}
     assert {part: row.get("none_ms", 0) for part, row in rows.items()} == {
         part: list(names.values()).count(part) for part in gpu.GROUPS
@@ -456,7 +456,9 @@ def test_a_file_that_holds_no_report_is_refused(
 
 
 @pytest.mark.parametrize("text", ["", f"{BEGIN}\n", f"{END}\n{BEGIN}\n", f"{BEGIN}\n{END}\n{BEGIN}\n{END}\n"])
-def test_a_page_without_the_markers_is_left_alone(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_without_the_markers_is_left_alone(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "page.md"
     file.write_text(text)
     assert famba(["benchmark", "gpu", "--floors", "--fill", str(file)]) == 2
@@ -474,7 +476,9 @@ def test_a_report_keeps_what_it_was_told(tmp_path: Path) -> None:
 
 
 def test_quick_is_less_but_takes_what_is_asked_for(tmp_path: Path) -> None:
-    told = found(tmp_path, "ops", "--channels", "4", "--length", "7", "--op", "add_rms_norm", "--dtype", "fp32", "--quick")
+    told = found(
+        tmp_path, "ops", "--channels", "4", "--length", "7", "--op", "add_rms_norm", "--dtype", "fp32", "--quick"
+    )
     assert [told["settings"][name] for name in ("batch", "length", "rounds")] == [[8], [7], 3]
 
 
