@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from famba.analysis.benchmark import floors, gpu, models, ops, steps, timing
+from famba.analysis.benchmark import floors, gpu, models, ops, timing
 from famba.analysis.benchmark.floors import BOARDS, Work, floor_ms
 from famba.analysis.benchmark.report import BEGIN, END, Report, filled, read, table
 from famba.analysis.benchmark.steps import Contestant, TimedStep, loop_ms
@@ -27,6 +27,7 @@ from famba.training import graph
 from famba.training.config import RunConfig
 from famba.training.loop import Training
 
+Patch, Printed = pytest.MonkeyPatch, pytest.CaptureFixture[str]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 A100, H100 = BOARDS["A100-SXM4-80GB"], BOARDS["H100 80GB HBM3"]
 DOCS = Path(__file__).parents[1] / "docs" / "performance.md"
@@ -44,7 +45,7 @@ def found(tmp_path: Path, *arguments: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny(monkeypatch: Patch) -> None:
     """Let every contestant be a tiny model."""
     config = Contestant.config
 
@@ -57,15 +58,20 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 class Clock:
     """A host and a device whose time contestants set forward; the device falls behind unless it is waited for."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: Patch) -> None:
         self.host = self.device = 0.0
         self.calls: list[str] = []
         monkeypatch.setattr(timing.time, "perf_counter", lambda: self.host)
         monkeypatch.setattr(timing, "synchronize", self.wait)
-        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(self))
+        monkeypatch.setattr(torch.cuda, "Event", self.event)
 
     def wait(self, device: torch.device) -> None:
         self.host = self.device = max(self.host, self.device)
+
+    def event(self, enable_timing: bool) -> SimpleNamespace:
+        made = SimpleNamespace(elapsed_time=lambda end: 1000 * (end.at - made.at))
+        made.record = lambda: setattr(made, "at", max(self.host, self.device))
+        return made
 
     def contestant(self, name: str, launch: Iterator[float], work: float = 0.0) -> Callable[[], None]:
         """Take the host so many seconds to launch, call by call, and the device so many to work."""
@@ -78,18 +84,7 @@ class Clock:
         return run
 
 
-class Event:
-    def __init__(self, clock: Clock) -> None:
-        self.clock, self.at = clock, 0.0
-
-    def record(self) -> None:
-        self.at = max(self.clock.host, self.clock.device)
-
-    def elapsed_time(self, end: Event) -> float:
-        return 1000 * (end.at - self.at)
-
-
-def test_contestants_take_turns_and_the_warm_up_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contestants_take_turns_and_the_warm_up_does_not_count(monkeypatch: Patch) -> None:
     clock = Clock(monkeypatch)
     race = Race("race", CPU)
     race.enter("a", [clock.contestant("a", iter([9.0, 0.001, 0.003, 0.100]))])
@@ -102,7 +97,7 @@ def test_contestants_take_turns_and_the_warm_up_does_not_count(monkeypatch: pyte
     assert race.entries("c") == {}
 
 
-def test_on_cuda_kernels_calls_and_launches_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_cuda_kernels_calls_and_launches_are_told_apart(monkeypatch: Patch) -> None:
     """An op whose kernels take 1 ms and whose launch takes 4 ms, on three copies of its inputs."""
     clock = Clock(monkeypatch)
     forever = iter(lambda: 0.004, None)
@@ -122,7 +117,7 @@ def test_on_cuda_kernels_calls_and_launches_are_told_apart(monkeypatch: pytest.M
     assert race.entries("step")["ms"] == pytest.approx(2), "a graph that is given is not captured anew"
 
 
-def test_inputs_rotate_among_copies_that_exceed_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_rotate_among_copies_that_exceed_the_cache(monkeypatch: Patch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=10_000))
     tensors = [torch.randn(100, requires_grad=True), torch.randn(150)]
     copies = ops._copies(tensors, CUDA)
@@ -134,32 +129,24 @@ def test_inputs_rotate_among_copies_that_exceed_the_cache(monkeypatch: pytest.Mo
 
 
 def test_kernels_are_grouped_by_their_names() -> None:
-    race = Race("race", CUDA)
     names = {
-        "scan_backward": "scans",
-        "void selective_scan_fwd_kernel<Selective_Scan_fwd_kernel_traits<128, 8>>": "scans",
-        "_conv_forward": "convolutions",
-        "_conv_sums": "convolutions",
-        "nvjet_sm90_tst_64x8_64x16_4x1_v_bz_TNT": "matrix products",
-        "sm90_xmma_fprop_implicit_gemm_bf16": "matrix products",
-        "_closest_partners": "matching and fusing",
-        "_fuse_backward": "matching and fusing",
-        "_norm_backward": "norms",
-        "void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>": "optimizer, clipping",
-        "void at::native::reduce_kernel<512, 1>": "reductions",
-        "void at::native::vectorized_elementwise_kernel<4>": "casts, copies, elementwise",
-        "Memcpy DtoD (Device -> Device)": "casts, copies, elementwise",
-        "something": "other",
+        "scans": ["scan_backward", "void selective_scan_fwd_kernel<Selective_Scan_fwd_kernel_traits<128, 8>>"],
+        "convolutions": ["_conv_forward", "_conv_sums"],
+        "matrix products": ["nvjet_sm90_tst_64x8_64x16_4x1_v_bz_TNT", "sm90_xmma_fprop_implicit_gemm_bf16"],
+        "matching and fusing": ["_closest_partners", "_places", "_fuse_backward"],
+        "norms": ["_norm_backward"],
+        "optimizer, clipping": ["void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>"],
+        "reductions": ["void at::native::reduce_kernel<512, 1>"],
+        "casts, copies, elementwise": ["void at::native::vectorized_elementwise_kernel<4>", "Memcpy DtoD"],
+        "other": ["something"],
     }
-    race.kernels["none"] = dict.fromkeys(names, (1.0, 2))
-    rows = {row["part"]: row for row in gpu.grouped(race)}
-    assert {part: row.get("none_ms", 0) for part, row in rows.items()} == {
-        part: list(names.values()).count(part) for part in gpu.GROUPS
-    }
-    assert rows["scans"]["none_launches"] == 4
+    race = Race("race", CUDA)
+    race.kernels["none"] = {name: (1.0, 2) for group in names.values() for name in group}
+    rows = {row["part"]: (row["none_ms"], row["none_launches"]) for row in gpu.grouped(race)}
+    assert rows == {part: (len(group), 2 * len(group)) for part, group in names.items()}
 
 
-def test_ops_are_timed_on_every_usable_backend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ops_are_timed_on_every_usable_backend(tmp_path: Path, capsys: Printed) -> None:
     told = found(tmp_path, *OPS, "--op", *ops.OPS, "--dtype", "fp32", "bf16")
     rows = told["tables"]["Ops"]
     by_reference = {(r["op"], r["precision"], r["mode"]) for r in rows if r["contestant"] == "reference"}
@@ -174,7 +161,7 @@ def test_ops_are_timed_on_every_usable_backend(tmp_path: Path, capsys: pytest.Ca
     assert "selective_scan 2 9 6 3 fp32: reference, both" in progress
 
 
-def test_what_differs_from_the_reference_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_differs_from_the_reference_is_not_timed(tmp_path: Path, monkeypatch: Patch) -> None:
     by = ops._by
     monkeypatch.setattr(ops.ops, "backends", lambda: {"reference": None, "wrong": None})
     monkeypatch.setattr(ops, "obstacle", lambda *asked: None)
@@ -188,9 +175,7 @@ def test_what_differs_from_the_reference_is_not_timed(tmp_path: Path, monkeypatc
     assert "its relative error is 1.0e-02" in told["left_out"]["wrong"]
 
 
-def test_ctrl_c_tells_what_has_been_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ctrl_c_tells_what_has_been_measured(tmp_path: Path, monkeypatch: Patch, capsys: Printed) -> None:
     scan = ops.OPS["causal_conv1d"]
 
     def interrupted(*asked: Any) -> Any:
@@ -206,9 +191,7 @@ def test_ctrl_c_tells_what_has_been_measured(
     assert "Stopped before the end" in capsys.readouterr().out
 
 
-def test_memory_that_runs_out_is_an_error_and_loses_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_memory_that_runs_out_is_an_error_and_loses_nothing(monkeypatch: Patch, capsys: Printed) -> None:
     def no_memory(*asked: Any) -> Any:
         raise torch.OutOfMemoryError("out of memory: tried to allocate 9 GiB")
 
@@ -216,7 +199,7 @@ def test_memory_that_runs_out_is_an_error_and_loses_nothing(
     assert famba(["benchmark", *OPS]) == 2
     out, err = capsys.readouterr()
     assert "selective_scan" in out
-    assert "tried to allocate 9 GiB" in err and "use a smaller batch or size" in err
+    assert "tried to allocate 9 GiB" in err
 
 
 @pytest.mark.usefixtures("tiny")
@@ -226,7 +209,6 @@ def test_strategies_are_told_against_none_products_and_transformer(tmp_path: Pat
     by = {row["contestant"]: row for row in rows}
     assert list(by) == ["none", "upper", "deit_tiny_patch16_224", models.PRODUCTS]
     none, upper, products = by["none"], by["upper"], by[models.PRODUCTS]
-    assert none["of_none"] == 1
     assert upper["of_none"] == pytest.approx(upper["ms"] / none["ms"])
     assert none["of_products"] == pytest.approx(none["ms"] / products["ms"])
     assert none["images_per_s"] == pytest.approx(2000 / none["ms"])
@@ -270,14 +252,7 @@ def test_a_step_learns_and_an_inference_does_not() -> None:
     assert sum(step.model.fusion) == 4
 
 
-def test_a_step_is_computed_by_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(steps, "use_backend", lambda name: asked.append(name) or use_backend(name))
-    TimedStep(small("ops.backend=reference").config(CPU)).train()
-    assert set(asked) == {"reference"}
-
-
-def test_a_replay_does_the_step_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replay_does_the_step_once_more(monkeypatch: Patch) -> None:
     monkeypatch.setattr(graph, "_DEVICES", ["cuda", "cpu"])
     once, twice = (TimedStep(small("recipe.mixup=0", "model.drop_path=0").config(CPU)) for _ in range(2))
     once.train()
@@ -288,7 +263,7 @@ def test_a_replay_does_the_step_once_more(monkeypatch: pytest.MonkeyPatch) -> No
     assert all(torch.equal(p, q) for p, q in zip(once.model.parameters(), twice.model.parameters(), strict=True))
 
 
-def test_the_loop_is_that_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loop_is_that_of_a_run(monkeypatch: Patch) -> None:
     runs = []
     run = Training.run
     monkeypatch.setattr(Training, "run", lambda self: runs.append(self) or run(self))
@@ -301,7 +276,7 @@ def test_the_loop_is_that_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not training.folder.path.exists()
 
 
-def test_the_slowest_unit_decides() -> None:
+def test_the_slowest_unit_decides(monkeypatch: Patch) -> None:
     board = Work(1e9, 1e12, 1e10, 1e9)
     assert floor_ms([Work(3_000_000, 2_000_000_000, 20_000_000, 1_000_000)], board, "bf16") == pytest.approx(3)
     assert floor_ms([Work(3_000_000, 5_000_000_000, 20_000_000, 1_000_000)], board, "bf16") == pytest.approx(5)
@@ -309,12 +284,10 @@ def test_the_slowest_unit_decides() -> None:
     assert floor_ms([Work(0, 0, 0, 9_000_000), Work(1_000_000)], board, "bf16") == pytest.approx(10)
     assert floor_ms([Work(0, 10**9)], board, "fp32") == pytest.approx(50), "without tensor cores"
     assert floors.floor_here([Work(1)], CPU, "bf16") is None
-
-
-@pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3", "H100 80GB HBM3"])
-def test_a_device_is_found_by_its_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     assert floors.floor_here([Work(3_350_000_000)], CUDA, "bf16") == pytest.approx(1)
+    assert floors.scan(2, 3, 5, 7, item=2)[0].special == 2 * 3 * 5 * 7, "exponentials"
+    assert floors.scan(2, 3, 5, 7, item=2, inner=True, k=2)[0].special == 2 * 2 * 3 * 5 * (7 + 4)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -328,13 +301,6 @@ def test_the_floor_counts_what_goes_in_and_out(op: str, precision: str) -> None:
     assert [work.bytes for work in built.passes if not work.backward] == [given + out]
     if op in ("selective_scan", "causal_conv1d"):
         assert [work.bytes for work in built.passes if work.backward] == [2 * given + out], "inputs and all gradients"
-
-
-def test_exponentials_of_a_scan_by_hand() -> None:
-    forward, backward = floors.scan(2, 3, 5, 7, item=2)
-    assert forward.special == backward.special == 2 * 3 * 5 * 7
-    inner = floors.scan(2, 3, 5, 7, item=2, inner=True, k=2)[0]
-    assert inner.special == 2 * 2 * 3 * 5 * (7 + 4)
 
 
 def test_products_are_those_that_a_step_computes() -> None:
@@ -368,7 +334,7 @@ def page(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch, tiny: None) -> None:
+def stand_in(monkeypatch: Patch, tiny: None) -> None:
     """A CPU that is taken for a GPU, and smaller sizes."""
     monkeypatch.setattr(gpu, "check", lambda device: None)
     monkeypatch.setattr(gpu, "cases", lambda: [ops.Case("causal_conv1d", 2, 9, 6, 3, "fp32")])
@@ -382,7 +348,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tiny: None) -> None:
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_one_command_measures_a_gpu_and_fills_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_command_measures_a_gpu_and_fills_the_page(tmp_path: Path, capsys: Printed) -> None:
     file = page(tmp_path)
     told = found(tmp_path, "gpu", "--device", "cpu", "--rounds", "1", "--fill", str(file))
     none, upper = told["tables"]["Vim-Ti, 2 images of 32 pixels"]
@@ -408,7 +374,7 @@ def test_one_command_measures_a_gpu_and_fills_the_page(tmp_path: Path, capsys: p
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_a_gpu_is_measured_for_as_long_as_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_measured_for_as_long_as_is_asked(tmp_path: Path, monkeypatch: Patch) -> None:
     now = iter(range(0, 10_000, 50))
     monkeypatch.setattr(gpu.time, "monotonic", lambda: float(next(now)))
     monkeypatch.setattr(gpu, "loop_ms", lambda config: 1.0)
@@ -420,9 +386,8 @@ def test_a_gpu_is_measured_for_as_long_as_is_asked(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(("device", "met"), [("NVIDIA H100 80GB HBM3", "True"), ("NVIDIA A100", "holds for H100")])
 def test_targets_hold_for_one_gpu(device: str, met: str) -> None:
     rows = [{"contestant": "none", "ms": 70.0, "of_graph": 1.2}]
-    told = {row["target"]: row["met"] for row in gpu.checked(rows, Report("gpu", {"device": device}, {}))}
-    assert told["none, ms"] == met
-    assert told["none, of_graph"] == met.replace("True", "False")
+    told = [row["met"] for row in gpu.checked(rows, Report("gpu", {"device": device}, {}))]
+    assert told[:2] == [met, met.replace("True", "False")]
 
 
 def test_the_tables_of_a_gpu_are_those_of_the_documents() -> None:
@@ -434,7 +399,7 @@ def test_the_tables_of_a_gpu_are_those_of_the_documents() -> None:
     filled(DOCS, "")
 
 
-def test_floors_are_filled_in_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_floors_are_filled_in_without_a_gpu(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(gpu, "cases", lambda: [ops.Case("causal_conv1d", 2, 9, 6, 3, "bf16")])
     file = page(tmp_path)
     assert famba(["benchmark", "gpu", "--floors", "--fill", str(file)]) == 0
@@ -445,9 +410,7 @@ def test_floors_are_filled_in_without_a_gpu(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"benchmark": "gpu"}'])
-def test_a_file_that_holds_no_report_is_refused(
-    content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_that_holds_no_report_is_refused(content: str | None, tmp_path: Path, capsys: Printed) -> None:
     file = tmp_path / "found.json"
     if content is not None:
         file.write_text(content)
@@ -456,9 +419,7 @@ def test_a_file_that_holds_no_report_is_refused(
 
 
 @pytest.mark.parametrize("text", ["", f"{BEGIN}\n", f"{END}\n{BEGIN}\n", f"{BEGIN}\n{END}\n{BEGIN}\n{END}\n"])
-def test_a_page_without_the_markers_is_left_alone(
-    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_page_without_the_markers_is_left_alone(text: str, tmp_path: Path, capsys: Printed) -> None:
     file = tmp_path / "page.md"
     file.write_text(text)
     assert famba(["benchmark", "gpu", "--floors", "--fill", str(file)]) == 2
@@ -484,44 +445,41 @@ def test_quick_is_less_but_takes_what_is_asked_for(tmp_path: Path) -> None:
 
 def test_threads_hold_for_the_benchmark_alone(tmp_path: Path) -> None:
     before = torch.get_num_threads()
-    told = found(tmp_path, *OPS, "--op", "add_rms_norm", "--threads", str(before + 1))
-    assert told["settings"]["threads"] == before + 1
+    assert found(tmp_path, *OPS, "--op", "add_rms_norm", "--threads", "3")["settings"]["threads"] == 3
     assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("command", "message"),
     [
-        (["ops", "--rounds", "0"], "argument --rounds: 0; allowed: whole numbers from 1"),
-        (["ops", "--length", "65", "-3"], "--length"),
-        (["ops", "--op", "selective_scam"], "invalid choice: 'selective_scam'"),
-        (["model", "--fusion", "uper"], "invalid choice: 'uper'"),
-        (["length", "--image-size", "100"], "argument --image-size: 100; allowed: multiples of 16"),
+        ("ops --rounds 0", "argument --rounds: 0; allowed: whole numbers from 1"),
+        ("ops --op selective_scam", "invalid choice: 'selective_scam'"),
+        ("model --fusion uper", "invalid choice: 'uper'"),
+        ("length --image-size 100", "argument --image-size: 100; allowed: multiples of 16"),
+        ("gpu --minutes -1", "argument --minutes: -1; allowed: numbers above 0"),
     ],
 )
-def test_what_no_option_takes_is_said_by_the_parser(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_no_option_takes_is_said_by_the_parser(command: str, message: str, capsys: Printed) -> None:
     with pytest.raises(SystemExit, match="2"):
-        famba(["benchmark", *arguments])
+        famba(["benchmark", *command.split()])
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("command", "message"),
     [
-        (["ops", "--dtype", "fp16", "--device", "cpu"], "fp16 is timed on CUDA devices alone, this is a cpu device"),
-        (["ops", "--op", "match_tokens", "--length", "2"], "--length is 2; match_tokens and fuse_tokens need 3 tokens"),
-        (["fusion", "--device", "tpu"], "unknown --device 'tpu'"),
-        (["fusion", "--json", "/nowhere/found.json"], "--json /nowhere/found.json cannot be written"),
-        (["gpu", "--floors", "--json", "found.json"], "--floors and --from measure nothing: leave out --json"),
-        (["gpu", "--floors", "--from", "found.json"], "--floors and --from measure nothing"),
-        (["gpu", "--floors", "--fill", "/nowhere.md"], "--fill /nowhere.md cannot be read"),
-        (["gpu", "--device", "cpu"], "famba benchmark gpu measures a CUDA device, and was given cpu"),
+        ("ops --dtype fp16 --device cpu", "fp16 is timed on CUDA devices alone, this is a cpu device"),
+        ("ops --op match_tokens --length 2", "--length is 2; match_tokens and fuse_tokens need 3 tokens"),
+        ("fusion --device tpu", "unknown --device 'tpu'"),
+        ("fusion --json /nowhere/found.json", "--json /nowhere/found.json cannot be written"),
+        ("gpu --floors --json found.json", "--floors and --from measure nothing: leave out --json"),
+        ("gpu --floors --from found.json", "--floors and --from measure nothing"),
+        ("gpu --floors --fill /nowhere.md", "--fill /nowhere.md cannot be read"),
+        ("gpu --device cpu", "famba benchmark gpu measures a CUDA device, and was given cpu"),
     ],
 )
-def test_what_cannot_be_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert famba(["benchmark", *arguments]) == 2
+def test_what_cannot_be_is_one_line(command: str, message: str, capsys: Printed) -> None:
+    assert famba(["benchmark", *command.split()]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert message in err

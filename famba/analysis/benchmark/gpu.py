@@ -98,7 +98,7 @@ def measure_gpu(options: argparse.Namespace, report: Report) -> None:
         try:
             call()
         except (FambaError, RuntimeError) as error:
-            report.left_out[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            report.left_out[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         longest = max(longest, time.monotonic() - began)
         report.write(options.json)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
@@ -60,7 +60,7 @@ class Contestant(NamedTuple):
         asked = [f"model={group}", f"model.name={self.model}", f"fusion={self.strategy}", "data=digits", "recipe=light"]
         asked += [f"model.num_classes={_CLASSES}", f"data.image_size={self.image_size}", "recipe.warmup_epochs=0"]
         asked += [f"trainer.batch_size={self.batch}", f"trainer.precision={self.precision}", "trainer.epochs=2"]
-        return compose([*asked, f"trainer.device={device}", *self.more])
+        return replace(compose([*asked, f"trainer.device={device}", *self.more]), run_dir=gettempdir())
 
 
 class TimedStep:
@@ -82,12 +82,12 @@ class TimedStep:
         self._infer = Step.infer(self.step, self.model)
 
     def enter(self, race: Race, name: str) -> None:
-        """Let the training step enter a race; a graph with one that is none beside it, for calls as they come."""
+        """Let the training step enter a race, where it is a graph with one that is none beside it."""
         self.model.train()
-        self.train()  # which captures
         if not isinstance(self.step, GraphStep):
-            race.enter(name, [self.train])
+            race.enter(name, [self.train], graph=self.train)
             return
+        self.train()  # which captures
         eager = TimedStep(replace(self.config, trainer=replace(self.config.trainer, cuda_graphs=False)), self.setup)
         race.enter(name, [eager.train], graph=self.step.replay)
 
