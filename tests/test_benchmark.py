@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,20 +15,17 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from famba.analysis.benchmark import floors, gpu, models, ops, timing
-from famba.analysis.benchmark.floors import BOARDS, Work, floor_ms
-from famba.analysis.benchmark.report import BEGIN, END, Report, filled, read, table
+from famba.analysis.benchmark.floors import Work, floor_ms
+from famba.analysis.benchmark.report import BEGIN, END, Report, filled, table
 from famba.analysis.benchmark.steps import Contestant, TimedStep, loop_ms
 from famba.analysis.benchmark.timing import Race
 from famba.cli import main as famba
-from famba.fusion import tokens_per_layer
 from famba.ops import use_backend
 from famba.training import graph
-from famba.training.config import RunConfig
 from famba.training.loop import Training
 
 Patch, Printed = pytest.MonkeyPatch, pytest.CaptureFixture[str]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-A100, H100 = BOARDS["A100-SXM4-80GB"], BOARDS["H100 80GB HBM3"]
 DOCS = Path(__file__).parents[1] / "docs" / "performance.md"
 OPS = ["ops", "--batch", "2", "--length", "9", "--channels", "6", "--states", "3", "--rounds", "2", "--dtype", "fp32"]
 SMALL = ["--image-size", "32", "--rounds", "2", "--precision", "fp32"]
@@ -47,12 +43,10 @@ def found(tmp_path: Path, *arguments: str) -> dict[str, Any]:
 @pytest.fixture
 def tiny(monkeypatch: Patch) -> None:
     """Let every contestant be a tiny model."""
-    config = Contestant.config
-
-    def smaller(one: Contestant, device: torch.device) -> RunConfig:
-        return config(one._replace(more=(*one.more, *(TINY if "vim" in one.model else TINY[:1]))), device)
-
-    monkeypatch.setattr(Contestant, "config", smaller)
+    config, less = Contestant.config, {"v": TINY, "d": TINY[:1]}
+    monkeypatch.setattr(
+        Contestant, "config", lambda one, at: config(one._replace(more=one.more + less[one.model[0]]), at)
+    )
 
 
 class Clock:
@@ -94,7 +88,6 @@ def test_contestants_take_turns_and_the_warm_up_does_not_count(monkeypatch: Patc
     assert race.samples["a"]["ms"] == pytest.approx([1, 3, 100])
     assert race.entries("a")["ms"] == pytest.approx(3), "one slow round does not move the median"
     assert race.entries("b", "step_")["step_ms"] == pytest.approx(20)
-    assert race.entries("c") == {}
 
 
 def test_on_cuda_kernels_calls_and_launches_are_told_apart(monkeypatch: Patch) -> None:
@@ -125,7 +118,6 @@ def test_inputs_rotate_among_copies_that_exceed_the_cache(monkeypatch: Patch) ->
     assert len({copy[0].data_ptr() for copy in copies}) == len(copies)
     assert all(copy[0].requires_grad and not copy[1].requires_grad for copy in copies)
     assert len(ops._copies([torch.randn(1)], CUDA)) == 256
-    assert len(ops._copies(tensors, CPU)) == 1
 
 
 def test_kernels_are_grouped_by_their_names() -> None:
@@ -153,8 +145,6 @@ def test_ops_are_timed_on_every_usable_backend(tmp_path: Path, capsys: Printed) 
     both = {(op, dtype, mode) for op in ops.OPS for dtype in ("fp32", "bf16") for mode in ("forward", "both")}
     assert by_reference == {case for case in both if case[::2] != ("match_tokens", "both")}
     assert all(len(row["ms_samples"]) == 2 and row["of_fastest"] >= 1 for row in rows)
-    assert told["complete"]
-    assert {"famba", "git_commit", "started", "device", "packages"} <= set(told["provenance"])
     out, progress = capsys.readouterr()
     assert "mamba_ssm" in told["left_out"]
     assert "Left out: mamba_ssm: " in out
@@ -175,31 +165,21 @@ def test_what_differs_from_the_reference_is_not_timed(tmp_path: Path, monkeypatc
     assert "its relative error is 1.0e-02" in told["left_out"]["wrong"]
 
 
-def test_ctrl_c_tells_what_has_been_measured(tmp_path: Path, monkeypatch: Patch, capsys: Printed) -> None:
-    scan = ops.OPS["causal_conv1d"]
-
-    def interrupted(*asked: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGINT)
-        return scan(*asked)
-
-    monkeypatch.setitem(ops.OPS, "causal_conv1d", interrupted)
+@pytest.mark.parametrize(
+    ("error", "status"), [(KeyboardInterrupt(), 130), (torch.OutOfMemoryError("out of memory: tried 9 GiB"), 2)]
+)
+def test_what_ends_it_loses_nothing(
+    error: BaseException, status: int, tmp_path: Path, monkeypatch: Patch, capsys: Printed
+) -> None:
+    monkeypatch.setitem(ops.OPS, "causal_conv1d", Mock(side_effect=error))
     file = tmp_path / "found.json"
-    assert famba(["benchmark", *OPS, "--json", str(file)]) == 130
+    assert famba(["benchmark", *OPS, "--json", str(file)]) == status
     told = json.loads(file.read_text())
     assert not told["complete"]
     assert {row["op"] for row in told["tables"]["Ops"]} == {"selective_scan"}
-    assert "Stopped before the end" in capsys.readouterr().out
-
-
-def test_memory_that_runs_out_is_an_error_and_loses_nothing(monkeypatch: Patch, capsys: Printed) -> None:
-    def no_memory(*asked: Any) -> Any:
-        raise torch.OutOfMemoryError("out of memory: tried to allocate 9 GiB")
-
-    monkeypatch.setitem(ops.OPS, "causal_conv1d", no_memory)
-    assert famba(["benchmark", *OPS]) == 2
     out, err = capsys.readouterr()
-    assert "selective_scan" in out
-    assert "tried to allocate 9 GiB" in err
+    assert "Stopped before the end" in out
+    assert status == 130 or "tried 9 GiB" in err
 
 
 @pytest.mark.usefixtures("tiny")
@@ -209,9 +189,7 @@ def test_strategies_are_told_against_none_products_and_transformer(tmp_path: Pat
     by = {row["contestant"]: row for row in rows}
     assert list(by) == ["none", "upper", "deit_tiny_patch16_224", models.PRODUCTS]
     none, upper, products = by["none"], by["upper"], by[models.PRODUCTS]
-    assert upper["of_none"] == pytest.approx(upper["ms"] / none["ms"])
     assert none["of_products"] == pytest.approx(none["ms"] / products["ms"])
-    assert none["images_per_s"] == pytest.approx(2000 / none["ms"])
     assert upper["inference_of_none"] == pytest.approx(upper["inference_ms"] / none["inference_ms"])
     assert products["inference_of_none"] is None
     # Of 4 patches and a class token 2 go in the first layer and 1 in the second.
@@ -317,16 +295,6 @@ def test_products_are_those_that_a_step_computes() -> None:
     assert counter.get_flop_counts()["Global"] == {aten.mm: counted}
 
 
-@pytest.mark.parametrize("strategy", ["all", "interleaved", "lower", "upper"])
-def test_a_strategy_saves_about_its_share_of_the_tokens(strategy: str) -> None:
-    with torch.device("meta"):
-        none, fused = (models.vim("vim_tiny_patch16_224", name) for name in ("none", strategy))
-    share = sum(tokens_per_layer(fused.fusion, 197)) / (24 * 197)
-    for board in (A100, H100):
-        of_fused, of_none = (floor_ms(floors.step(one, 128, 2)[0], board, "bf16") for one in (fused, none))
-        assert share < of_fused / of_none < share + 0.07
-
-
 def page(tmp_path: Path) -> Path:
     file = tmp_path / "page.md"
     file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
@@ -403,9 +371,7 @@ def test_floors_are_filled_in_without_a_gpu(tmp_path: Path, monkeypatch: Patch) 
     monkeypatch.setattr(gpu, "cases", lambda: [ops.Case("causal_conv1d", 2, 9, 6, 3, "bf16")])
     file = page(tmp_path)
     assert famba(["benchmark", "gpu", "--floors", "--fill", str(file)]) == 0
-    text = file.read_text()
-    assert "old" not in text
-    (row,) = [line for line in text.splitlines() if "vim_tiny_patch16_224, none" in line]
+    (row,) = [line for line in file.read_text().splitlines() if "vim_tiny_patch16_224, none" in line]
     assert [cell.strip() for cell in row.split("|")[2:4]] == ["22.0", "10.4"]
 
 
@@ -427,13 +393,10 @@ def test_a_page_without_the_markers_is_left_alone(text: str, tmp_path: Path, cap
     assert file.read_text() == text
 
 
-def test_a_report_keeps_what_it_was_told(tmp_path: Path) -> None:
+def test_a_table_leaves_out_what_no_row_has() -> None:
     rows = [{"name": "a", "ms": 12.345, "ms_samples": [1.0, 2.0], "n": 1234567}, {"name": "b", "ms": 1234.5, "x": None}]
     lines = [line.split() for line in table("Title", rows, "simple").splitlines()]
     assert lines[2:] == [["name", "ms", "n"], lines[3], ["a", "12.3", "1,234,567"], ["b", "1,234", "-"]]
-    report = Report("gpu", {}, {}, {"Title": rows}, ["note"], {"name": "reason"})
-    report.write(tmp_path / "found.json")
-    assert read(tmp_path / "found.json") == report
 
 
 def test_quick_is_less_but_takes_what_is_asked_for(tmp_path: Path) -> None:
@@ -456,7 +419,7 @@ def test_threads_hold_for_the_benchmark_alone(tmp_path: Path) -> None:
         ("ops --op selective_scam", "invalid choice: 'selective_scam'"),
         ("model --fusion uper", "invalid choice: 'uper'"),
         ("length --image-size 100", "argument --image-size: 100; allowed: multiples of 16"),
-        ("gpu --minutes -1", "argument --minutes: -1; allowed: numbers above 0"),
+        ("gpu --minutes 0.5", "argument --minutes: 0.5; allowed: whole numbers from 1"),
     ],
 )
 def test_what_no_option_takes_is_said_by_the_parser(command: str, message: str, capsys: Printed) -> None:

@@ -42,7 +42,7 @@ def add_benchmark(commands: Any) -> None:
     _add(kinds, "length", models.measure_lengths, 5, "how a step of Vim and of DeiT grows with the tokens of an image")
     _add(kinds, "fusion", models.measure_fusing, 25, "matching and fusing tokens, as a share of a layer's step")
     parser = _add(kinds, "gpu", gpu.measure_gpu, 5, "a CUDA device: the tables of docs/performance.md")
-    parser.add_argument("--minutes", type=_minutes, default=8.0, metavar="N", help="stop in time (default: 8)")
+    parser.add_argument("--minutes", type=_count, default=8, metavar="N", help="stop in time (default: 8)")
     parser.add_argument("--fill", type=Path, metavar="FILE", help="put the tables between the markers in FILE")
     parser.add_argument("--floors", action="store_true", help="what A100 and H100 need at their best; needs no GPU")
     parser.add_argument("--from", dest="found", type=Path, metavar="FILE", help="show or --fill what --json wrote")
@@ -72,12 +72,6 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}; allowed: whole numbers from 1")
     return int(text)
-
-
-def _minutes(text: str) -> float:
-    if not (minutes := float(text)) > 0:
-        raise argparse.ArgumentTypeError(f"{text}; allowed: numbers above 0")
-    return minutes
 
 
 def _size(text: str) -> int:

@@ -93,7 +93,7 @@ def measure_gpu(options: argparse.Namespace, report: Report) -> None:
         """Do what there is time for, which is where the longest before would fit; go on after what fails."""
         nonlocal longest
         if (began := time.monotonic()) + longest > end:
-            report.left_out[name] = f"no time was left of --minutes {options.minutes:g}"
+            report.left_out[name] = f"no time was left of --minutes {options.minutes}"
             return
         try:
             call()
@@ -112,8 +112,8 @@ def measure_gpu(options: argparse.Namespace, report: Report) -> None:
         try:
             measure(race, contestants, options.rounds, rows, partial(_loop, options.device), attempt)
         finally:
+            compared(rows, "of_none", "loop_ms", "none")
             for row in rows:
-                compared(rows, "of_none", "loop_ms", "none")
                 if (loop := row.get("loop_ms")) is not None:
                     row |= {"of_graph": loop / row["ms"], "images_per_s": 1000 * row["batch"] / loop}
             if title == TITLE:
