@@ -5,18 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from famba.analysis.benchmark.steps import Step, Subject
+from famba.analysis.benchmark.steps import TimedStep
 from famba.analysis.benchmark.timing import Race
 from famba.analysis.plan_target import Target, prepare_for, target
 from famba.errors import ConfigError
-from famba.models import FusedNetwork, Vim
+from famba.models import Vim
 from famba.models.cost import Cost, cost
 from famba.models.networks import vim_names, vit_names
+from famba.training.checks import check_batch
 from famba.training.compose import compose_all
 from famba.training.config import FusionConfig, RunConfig, flatten, plain
 from famba.training.setup import Setup, build_model
@@ -100,43 +101,19 @@ def plan(overrides: Sequence[str], backend: str | None = None) -> list[Planned]:
 def measure(plans: Sequence[Planned], batch: int, rounds: int) -> list[Planned]:
     """Time training steps of each on this machine, one after the other in turn, by the median.
 
-    Raises ConfigError where one of them cannot run here.
+    Raises ConfigError where one of them cannot run here, or cannot pair so many images.
     """
     for one in plans:
         if one.where.obstacle is not None:
             raise ConfigError(f"--measure times steps here, where {one.name} cannot run: {one.where.obstacle}")
-    steps = {one.name: Step(_subject(one, batch)) for one in plans}
-    for step in steps.values():
-        step.model.train()
-    race = Race("step", {name: step.train for name, step in steps.items()}, plans[0].setup.device)
+    race = Race("step", plans[0].setup.device)
+    for one in plans:
+        trainer, backend = replace(one.config.trainer, batch_size=batch, accumulation=1), one.where.backend
+        config = replace(one.config, trainer=trainer, ops=replace(one.config.ops, backend=backend))
+        check_batch(config, 1)
+        TimedStep(config, one.setup).enter(race, one.name)
     race.run(rounds)
-    return [replace(one, step_ms=race.times[one.name].median_ms) for one in plans]
-
-
-@dataclass(frozen=True)
-class _Subject(Subject):
-    """A planned model, for the clock."""
-
-    arguments: dict[str, Any] = field(default_factory=dict)
-
-    def build(self) -> FusedNetwork:
-        """Build the model with random weights."""
-        torch.manual_seed(0)
-        return build_model(self.model, self.arguments).to(self.device)
-
-
-def _subject(one: Planned, batch: int) -> _Subject:
-    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(one.setup.dtype, "fp32")
-    return _Subject(
-        one.config.model.name,
-        one.config.fusion.strategy,
-        batch,
-        one.setup.image_size,
-        precision,
-        str(one.setup.device),
-        one.where.backend,
-        arguments=one.setup.model_arguments,
-    )
+    return [replace(one, step_ms=race.entries(one.name)["ms"]) for one in plans]
 
 
 def _unfused(fusion: FusionConfig) -> FusionConfig:

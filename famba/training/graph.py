@@ -91,9 +91,13 @@ class GraphStep(Step):
                 self._load(images, labels)
             if self._add is not None:
                 self._add()
-        assert self._finish is not None
-        self._finish()
+        self.replay()
         return self._reported.clone()
+
+    def replay(self) -> None:
+        """Replay the graph that ends a step, without new images: with one micro-batch that is all of the step."""
+        assert self._finish is not None, "the first call of `gradients` captures it"
+        self._finish()
 
     def update(self) -> None:
         """Do nothing: `gradients` has done the step."""
