@@ -25,6 +25,8 @@ from famba.training.step import Infer, Step
 
 _log = logging.getLogger(__name__)
 _WARM_UPS = 3
+Memory = tuple[Any, torch.cuda.Stream]
+"""A pool for the memory of graphs, and the stream that they are captured on."""
 # Devices that graphs are made for. Tests add the CPU, which does the same without graphs.
 _DEVICES = ["cuda"]
 
@@ -113,9 +115,7 @@ class GraphStep(Step):
         self._add: Callable[[], None] | None = None
         self._finish: Callable[[], None] | None = None
         self._evaluations.clear()
-        on_gpu = self.device.type == "cuda"
-        # Graphs that take turns share their memory, if they are captured on one stream.
-        self._memory = (torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)) if on_gpu else None
+        self._memory = graph_memory(self.device)
 
     def _load(self, images: Tensor, labels: Tensor) -> None:
         """Put a micro-batch, mixed where the recipe mixes, where the graph reads it."""
@@ -213,14 +213,19 @@ def average(averaged: nn.Module, model: nn.Module, weight: Tensor) -> None:
     torch._foreach_add_(old_values, ways)
 
 
-def captured(function: Callable[[], None], memory: tuple[Any, torch.cuda.Stream] | None) -> Callable[[], None]:
+def graph_memory(device: torch.device) -> Memory | None:
+    """Return memory for graphs, which those that take turns may share; None where there is no GPU."""
+    return (torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)) if device.type == "cuda" else None
+
+
+def captured(function: Callable[[], None], memory: Memory | None) -> Callable[[], None]:
     """Return what replays a function as a CUDA graph, or the function itself where there is no GPU.
 
     The function runs a few times first: kernels are compiled, tuned and given their memory then.
 
     Args:
         function: takes and returns nothing; reads and writes tensors that stay where they are.
-        memory: the pool for the graph's memory and the stream to capture on, None where there is no GPU.
+        memory: of `graph_memory`.
     """
     if memory is None:
         for _ in range(_WARM_UPS):

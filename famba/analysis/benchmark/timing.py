@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from famba.analysis.benchmark.report import Row
 from famba.training.devices import synchronize
-from famba.training.graph import captured
+from famba.training.graph import captured, graph_memory
 
 Call = Callable[[], object]
 # A sample of a graph takes about so long, and holds no more replays than that. Launches of a few calls fit into a GPU's
@@ -58,7 +58,7 @@ class Race:
         self._clocks[name] = {"ms": lambda: self._by_host(calls)}
         if self.device.type == "cuda":
             every()
-            replay = graph or captured(every, self.device, None)
+            replay = graph or captured(every, graph_memory(self.device))
             replays = min(_MOST_REPLAYS, math.ceil(_SAMPLE_MS / max(self._by_events(replay), 1e-3)))
             self.kernels[name] = _kernels(calls[0], self.device)
             self._clocks[name] = {
