@@ -96,7 +96,8 @@ def test_on_cuda_kernels_calls_and_launches_are_told_apart(monkeypatch: Patch) -
     forever = iter(lambda: 0.004, None)
     calls = [clock.contestant("eager", forever, work=0.001) for _ in range(3)]
     replay = clock.contestant("graph", iter(lambda: 0.0001, None), work=0.003)
-    monkeypatch.setattr(timing, "captured", lambda function, device, pool: replay)
+    monkeypatch.setattr(timing, "captured", lambda function, memory: replay)
+    monkeypatch.setattr(timing, "graph_memory", lambda device: None)
     monkeypatch.setattr(timing, "_kernels", lambda call, device: {"scan": (0.7, 2), "copy": (0.3, 1)})
     race = Race("race", CUDA)
     race.enter("op", calls)
