@@ -153,6 +153,7 @@ def test_equal_curves_are_drawn_once_under_both_names() -> None:
         (["model=vit_micro"], "is a transformer, and a plan knows the costs of Vims alone"),
         (["fusion=all", "fusion.budget=5000"], "a budget of 5000 tokens does not fit"),
         (["--measure", "--batch", "0"], "--batch is 0; allowed: 1 or more"),
+        (["--measure", "--batch", "3"], "mixup and cutmix pair the images of a micro-batch, but 3 is odd"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(

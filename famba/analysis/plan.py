@@ -110,7 +110,10 @@ def measure(plans: Sequence[Planned], batch: int, rounds: int) -> list[Planned]:
     for one in plans:
         trainer, backend = replace(one.config.trainer, batch_size=batch, accumulation=1), one.where.backend
         config = replace(one.config, trainer=trainer, ops=replace(one.config.ops, backend=backend))
-        check_batch(config, 1)
+        try:
+            check_batch(config, 1)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("trainer.batch_size", "--batch")) from error
         TimedStep(config, one.setup).enter(race, one.name)
     race.run(rounds)
     return [replace(one, step_ms=race.entries(one.name)["ms"]) for one in plans]
