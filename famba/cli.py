@@ -66,8 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser(
         "report",
         help="compare runs in a table, or in a report with plots",
-        description="Compare runs, from run folders and from CSV files of runs: in a plain table on the terminal, or with --out in a report "
-        "with means over seeds, intervals and plots, as Markdown, CSV, LaTeX and one HTML page.",
+        description="Compare runs, from run folders and from CSV files of runs: in a table on the terminal, or with "
+        "--out in a report with means over seeds, intervals and plots, as Markdown, CSV, LaTeX and one HTML page.",
     )
     report.add_argument(
         "runs", nargs="+", metavar="FOLDER", help="run folders, folders that hold some, or CSV files with a run per row"
