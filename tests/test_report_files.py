@@ -114,7 +114,7 @@ def test_a_row_that_is_damaged_is_listed(tmp_path: Path, capsys: pytest.CaptureF
         assert "other.csv is no table of runs" in capsys.readouterr().err
 
 
-def test_a_run_of_an_earlier_version_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_of_an_earlier_version_is_read() -> None:
     assert gather([ROOT / "tests" / "earlier" / "0.1"]).tables[0].rows.loc["upper", "top1_percent_mean"] == 25.0
 
 

@@ -32,7 +32,6 @@ from famba.training.summary import Summary, from_cell, to_row
 NONE = "none"
 NAN = float("nan")
 COSTS = ("train_time_s", "peak_memory_mib", "saved_bytes_per_image", "images_per_s")
-_EXACT = "saved_bytes_per_image"  # counted, so one seed is enough to compare it
 _NUMBERS = [*COSTS, "top1", "top5", "macs_per_image", "parameters", "tokens"]
 _OUTCOME = ["image_size", "precision", "steps", "provenance.famba", "provenance.git_commit"]
 _MODEL = ["model", *(f"config.model.{key}" for key in ("patch_size", "depth", "embed_dim", "d_state", "cls_position"))]
@@ -51,15 +50,15 @@ _KINDS = {
     "unfinished": "Not finished",
     "damaged": "Damaged",
     "other": "Another recipe, other data or other code than the table of their model",
-    "repeated": "The same setting and seed more than once",
+    "repeated": "The same setting and seed as a run that started before, which counts",
     "elsewhere": "Counted for accuracy alone, since they were trained on another machine",
 }
-_READING = """± is the sample standard deviation over seeds; a single number is of one seed.
+READING = """± is the sample standard deviation over seeds; a single number is of one seed.
 Differences are paired by seed, with 95 % intervals by Student's t; about one in twenty misses the true difference.
 A setting is on the Pareto front unless another beats it: by the means it is at least as accurate at no more cost, and \
 the interval of one of the two differences excludes 0.
 Shares of none are over the seeds that both have. Training time is that of data and steps, without evaluation.
-Top-1 and Top-5 are of the test images after the last step."""
+Top-1 and Top-5 are of the test images after the last step.""".splitlines()
 _SOURCE = "arXiv 2409.09808, CIFAR-100 on an A100 with the paper's recipe"
 # Shen et al., "Famba-V: Fast Vision Mamba with Cross-Layer Token Fusion": Top-1 in percent and training time.
 _PRINTED = {
@@ -104,7 +103,6 @@ class Report:
     tables: list[Table]
     left_out: dict[str, list[tuple[str, str]]]
     headline: str
-    reading: list[str]
 
 
 LeftOut = list[tuple[str, str, str]]  # kind, run, reason
@@ -133,7 +131,8 @@ def gather(paths: Iterable[str | Path]) -> Report:
     """Read runs and work out a report. Raises DataError where no table can be made of them."""
     runs = read_runs(paths).replace("null", "")
     left_out: LeftOut = [(run.kind, run.run, run.problem) for run in runs.itertuples() if run.problem]
-    tables = _tables(_prepared(runs[runs["problem"] == ""]), left_out)
+    usable = runs[runs["problem"] == ""]
+    tables = _tables(_prepared(usable), left_out) if len(usable) else []
     if not tables:
         lines = "\n".join(f"  {run}: {reason}" for _, run, reason in left_out[:8])
         raise DataError(f"no run of these can stand in a table:\n{lines}\nWait for them, continue them, or name others")
@@ -144,7 +143,7 @@ def gather(paths: Iterable[str | Path]) -> Report:
     counted, moved = sum(len(table.runs) for table in tables), int((found["kind"] == "elsewhere").sum())
     headline = f"{counted} runs in the tables, {moved} of them for accuracy alone; {len(found) - moved} left out."
     groups = {_KINDS[kind]: names for kind, names in listed.items() if names}
-    return Report(tables, groups, headline, _READING.splitlines())
+    return Report(tables, groups, headline)
 
 
 # Which runs are compared
@@ -196,13 +195,13 @@ def _tables(runs: pd.DataFrame, left_out: LeftOut) -> list[Table]:
         ]
         here = _largest(chosen, place).iloc[0][place]
         chosen = chosen.assign(here=(chosen[place] == here).all(axis=1), label=_labels(chosen))
-        chosen = _each_once(
-            chosen.sort_values(["here", "provenance.started", "run"], ascending=[False, True, True]), left_out
-        )
-        if len(chosen):
-            moved = chosen[~chosen["here"]]
-            left_out += [("elsewhere", run["run"], _differences(here, run)) for _, run in moved.iterrows()]
-            tables.append(_table(", ".join([key[0], *told]), chosen, first[what], here))
+        chosen = chosen.sort_values(["here", "provenance.started", "run"], ascending=[False, True, True])
+        again = chosen.duplicated(["label", "seed"])
+        left_out += [("repeated", run.run, f"seed {run.seed} of {run.label}") for run in chosen[again].itertuples()]
+        chosen = chosen[~again]
+        moved = chosen[~chosen["here"]]
+        left_out += [("elsewhere", run["run"], _differences(here, run)) for _, run in moved.iterrows()]
+        tables.append(_table(", ".join([key[0], *told]), chosen, first[what], here))
     return sorted(tables, key=lambda table: (table.rows["parameters"].min(), table.model))
 
 
@@ -232,24 +231,6 @@ def _usual(runs: pd.DataFrame) -> dict[str, str]:
     fused = runs[runs["strategy"] != NONE]
     return {name: default if default in set(fused[name]) else fused[name].mode().min()
             for name, default in _USUAL.items() if len(fused)}  # fmt: skip
-
-
-def _each_once(runs: pd.DataFrame, left_out: LeftOut) -> pd.DataFrame:
-    """Return each setting and seed once.
-
-    Repeats of the same result are one trial, of which the first counts. Where results differ none does: a choice would
-    be arbitrary, and a mean would pass two draws off as one seed.
-    """
-    once: list[int] = []
-    for (label, seed), same in runs.groupby(["label", "seed"], sort=False):
-        agree = len(same.drop_duplicates(["top1", "top5", "tokens_per_layer"])) == 1
-        once += same.index[: int(agree)].to_list()
-        verdict = "the first of these equal results counts" if agree else "none of these different results counts"
-        results = ", ".join(f"{run.run} ({run.top1:.2f} %)" for run in same.itertuples())
-        left_out += [
-            ("repeated", run, f"seed {seed} of {label}: {verdict}: {results}") for run in same["run"].iloc[int(agree) :]
-        ]
-    return runs.loc[once]
 
 
 def _short(name: str) -> str:
@@ -282,7 +263,7 @@ def _table(model: str, runs: pd.DataFrame, what: pd.Series, here: pd.Series) -> 
 
     values = {name: by_seed(name) for name in ("top1", "top5", *COSTS)}
     is_here = runs.groupby("label")["here"].any()
-    fronts = {cost: _front(values["top1"], values[cost].loc[:, is_here], cost == _EXACT) for cost in COSTS}
+    fronts = {cost: _front(values["top1"], values[cost].loc[:, is_here]) for cost in COSTS}
     rows = _rows(runs, values, what, here).assign(model=model)
     rows["on_pareto_front_of_time"] = rows.index.isin(fronts["train_time_s"])
     metrics = {run.run: read_metrics(run.folder) for run in runs.itertuples()}
@@ -357,7 +338,7 @@ def _share_of_none(by_seed: pd.DataFrame) -> pd.Series:
     return both.sum(min_count=1) / both.notna().mul(base, axis=0).sum(min_count=1)
 
 
-def _front(top1: pd.DataFrame, spent: pd.DataFrame, is_exact: bool) -> list[str]:
+def _front(top1: pd.DataFrame, spent: pd.DataFrame) -> list[str]:
     """Return the labels that no other beats, cheapest first."""
     costs = spent.mean().dropna().sort_values(kind="stable")
 
@@ -365,8 +346,7 @@ def _front(top1: pd.DataFrame, spent: pd.DataFrame, is_exact: bool) -> list[str]
         if costs[rival] > costs[label] or top1[rival].mean() < top1[label].mean():
             return False
         less, more = interval(spent[rival], spent[label]), interval(top1[rival], top1[label])
-        is_less = less["_high95"] < 0 or (is_exact and pd.isna(less["_high95"]) and less[""] < 0)
-        return bool(is_less or more["_low95"] > 0)
+        return bool(less["_high95"] < 0 or more["_low95"] > 0)
 
     return [label for label in costs.index if not any(beats(rival, label) for rival in costs.index)]
 
@@ -406,15 +386,11 @@ def spread(mean: float, sd: float, digits: int, factor: float = 1.0) -> str:
 
 
 def difference(found: pd.Series, name: str = "") -> str:
-    """Write a difference and its interval, whose ends have as many digits as show their sign, up to four."""
+    """Write a difference and its interval; a dash for none."""
     mean, low, high = found[name], found[f"{name}_low95"], found[f"{name}_high95"]
-    if pd.isna(mean) or pd.isna(low):
-        return "-" if pd.isna(mean) else f"{signed(mean)} (one seed)"
-
-    def end(value: float) -> str:
-        return next((text for digits in (2, 3, 4) if not (text := signed(value, digits))[0].isdigit()), signed(value))
-
-    return f"{signed(mean)} ({end(low)} to {end(high)})"
+    if pd.isna(mean):
+        return "-"
+    return f"{signed(mean)} ({'one seed' if pd.isna(low) else f'{signed(low)} to {signed(high)}'})"
 
 
 def _sheets(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -423,84 +399,66 @@ def _sheets(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     star = rows["device"].map({"": " *"}).fillna("") if rows["device"].any() else ""
 
     def cells(name: str, digits: int, factor: float = 1.0) -> pd.Series:
+        if name in rows:
+            return rows[name].map(lambda value: "-" if pd.isna(value) else f"{factor * value:,.{digits}f}")
         return rows.apply(lambda row: spread(row[f"{name}_mean"], row[f"{name}_sd"], digits, factor), axis=1)
 
-    def numbers(name: str, digits: int, factor: float = 1.0) -> pd.Series:
-        return rows[name].map(lambda value: "-" if pd.isna(value) else f"{factor * value:,.{digits}f}")
-
     results = [
-        rows["fusion"],
-        rows["seeds"].str.split().str.len().astype(str).rename("seeds"),
-        cells("top1_percent", 2).rename("Top-1, %"),
-        rows.apply(difference, axis=1, name=_TOP1).rename("difference to none, points (95 % interval)"),
-        cells("top5_percent", 2).rename("Top-5, %"),
-        (cells("train_time_s", 1, 1 / factor) + star).rename(f"training time, {unit}"),
-        numbers("train_time_share_of_none", 3).rename("of none"),
-        (cells("peak_memory_mib", 0) + star).rename("peak memory, MiB"),
-        numbers("peak_memory_share_of_none", 3).rename("of none"),
+        ("fusion", rows["fusion"]),
+        ("seeds", rows["seeds"].str.split().str.len().astype(str)),
+        ("Top-1, %", cells("top1_percent", 2)),
+        ("difference to none, points (95 % interval)", rows.apply(difference, axis=1, name=_TOP1)),
+        ("Top-5, %", cells("top5_percent", 2)),
+        (f"training time, {unit}", cells("train_time_s", 1, 1 / factor) + star),
+        ("of none", cells("train_time_share_of_none", 3)),
+        ("peak memory, MiB", cells("peak_memory_mib", 0) + star),
+        ("of none", cells("peak_memory_share_of_none", 3)),
     ]
     if rows["model"].str.split(",").str[0].isin([model for model, _ in _PRINTED]).any():
-        printed = rows["paper_top1_percent"].map(lambda top1: "" if pd.isna(top1) else f"{top1:.1f}")
-        results += [printed.rename("paper: Top-1, %"), rows["paper_train_time"].rename("paper: time")]
-    left = rows["tokens_left_mean"].map(lambda tokens: f"{round(tokens, 1):g}")
+        results += [("paper: Top-1, %", cells("paper_top1_percent", 1)), ("paper: time", rows["paper_train_time"])]
     costs = [
-        rows["fusion"],
-        (cells("images_per_s", 1) + star).rename("images/s"),
-        (numbers("saved_bytes_per_image_mean", 0, 1e-3) + star).rename("saved for the backward, kB/image"),
-        numbers("saved_bytes_share_of_none", 3).rename("of none"),
-        numbers("macs_per_image", 1, 1e-6).rename("FLOPs (multiply-adds), M/image"),
-        numbers("parameters", 2, 1e-6).rename("parameters, M"),
-        (left + " of " + rows["tokens"].astype(str)).rename("tokens left"),
-        numbers("token_layers_share_of_all", 3).rename("token-layers, of all"),
+        ("fusion", rows["fusion"]),
+        ("images/s", cells("images_per_s", 1) + star),
+        ("saved for the backward, kB/image", cells("saved_bytes_per_image_mean", 0, 1e-3) + star),
+        ("of none", cells("saved_bytes_share_of_none", 3)),
+        ("FLOPs (multiply-adds), M/image", cells("macs_per_image", 1, 1e-6)),
+        ("parameters, M", cells("parameters", 2, 1e-6)),
+        ("tokens left", rows["tokens_left_mean"].map("{:.4g}".format) + " of " + rows["tokens"].astype(str)),
+        ("token-layers, of all", cells("token_layers_share_of_all", 3)),
     ]
-    return {"Results": pd.concat(results, axis=1), "Cost": pd.concat(costs, axis=1)}
+    sheets = {"Results": results, "Cost": costs}
+    return {title: pd.concat([text.rename(name) for name, text in sheet], axis=1) for title, sheet in sheets.items()}
 
 
 def _conclusion(rows: pd.DataFrame) -> str:
-    """Return what the intervals show of accuracy against none, and the most accurate of the faster settings."""
-    compared = rows[rows[f"{_TOP1}_low95"].notna()]
-    if compared.empty:
+    """Return what the intervals show of each setting against none, in one sentence."""
+    more, less = rows[f"{_TOP1}_low95"] > 0, rows[f"{_TOP1}_high95"] < 0
+    faster = (rows[f"{_TIME}_high95"] < 0) & rows[f"{_TOP1}_low95"].notna() & ~less
+    shown = {"more accurate": more, "less accurate": less, "faster and not shown to be less accurate": faster}
+    said = [f"{what}: {', '.join(rows.index[found])}" for what, found in shown.items() if found.any()]
+    if rows[f"{_TOP1}_low95"].isna().all():
         return "Not enough seeds to compare: at least 2 that a setting and none share are needed."
-    higher, lower = compared[compared[f"{_TOP1}_low95"] > 0], compared[compared[f"{_TOP1}_high95"] < 0]
-    listed = [
-        "; ".join(f"{row.fusion} {difference(row, _TOP1)}" for _, row in found.iterrows()) for found in (higher, lower)
-    ]
-    said = [
-        f"{word} accurate than none: {names}." for word, names in zip(("More", "Less"), listed, strict=True) if names
-    ]
-    said = said or ["No difference to none in Top-1 is shown."]
-    kept = compared[compared[f"{_TIME}_high95"] < 0].drop(index=lower.index, errors="ignore")
-    if kept.empty:
-        return " ".join([*said, "No setting is shown to be faster than none without a loss of Top-1."])
-    best = kept.loc[kept["top1_percent_mean"].idxmax()]
-    what = "Best trade-off, the most accurate by the mean of those shown to be faster and not shown to be less accurate"
-    share = f"in {best['train_time_share_of_none']:.3f} of the time"
-    return " ".join([*said, f"{what}: {best['fusion']}, {difference(best, _TOP1)} points {share}."])
+    return f"Against none, {'; '.join(said)}." if said else "No difference to none is shown."
 
 
 def _notes(rows: pd.DataFrame, runs: pd.DataFrame, known: pd.Series) -> list[str]:
     """Return what a reader has to know to read a table right; known: runs by label whose time is known."""
     seeds, first = runs.groupby("label").size(), runs.drop_duplicates("label").set_index("label")
-    single = "; ".join(label for label in rows.index if seeds[label] == 1)
-    fewer = "; ".join(
-        f"{label} {known[label]} of {seeds[label]}" for label in rows.index if known[label] < seeds[label]
-    )
+    single = "; ".join(rows.index[seeds[rows.index] == 1])
+    fewer = "; ".join(f"{name} {known[name]} of {seeds[name]}" for name in rows.index if known[name] < seeds[name])
     moved = "; ".join(rows.index[rows["device"] == ""] if rows["device"].any() else [])
-    other = {label: _deviations(run) for label, run in first.iterrows() if (run["model"], run["strategy"]) in _PRINTED}
-    other = {label: ways for label, ways in other.items() if ways}
-    found = [
-        single and f"One seed alone, so neither spread nor interval: {single}.",
-        ""
-        if NONE in rows.index
-        else "No run without fusion (none) is among these: differences and shares are left open.",
-        moved and f"* timed on another machine, so without shares and not in the plots of cost: {moved}.",
-        fewer and f"Training time is of the runs on the table's machine of which it is known: {fewer}.",
-        "adaptive" in set(rows["strategy"])
-        and "FLOPs, saved bytes and tokens of an adaptive schedule are of its last one.",
-        rows["paper_top1_percent"].notna().any() and f"Paper: {_SOURCE}; empty where its figure is not known here.",
-        other and f"The figures of {_SOURCE}, are not set beside {'; '.join(other)}: {next(iter(other.values()))}.",
-    ]
-    return [note for note in found if isinstance(note, str) and note]
+    printed = [label for label, run in first.iterrows() if (run["model"], run["strategy"]) in _PRINTED]
+    other = {label: ways for label in printed if (ways := _deviations(first.loc[label]))}
+    notes = {
+        f"One seed alone, so neither spread nor interval: {single}.": single,
+        "No run without fusion (none) is among these: differences and shares are left open.": NONE not in rows.index,
+        f"* timed on another machine, so without shares and not in the plots of cost: {moved}.": moved,
+        f"Training time is of the runs on the table's machine of which it is known: {fewer}.": fewer,
+        "Costs of an adaptive schedule are of its last one, but for time.": "adaptive" in set(rows["strategy"]),
+        f"Paper: {_SOURCE}; a dash where its figure is not known here.": len(printed) > len(other),
+        f"The paper's figures are not set beside {'; '.join(other)}: {next(iter(other.values()), '')}.": other,
+    }
+    return [note for note, holds in notes.items() if holds]
 
 
 # Formats
@@ -522,7 +480,7 @@ def markdown(report: Report) -> str:
     lines += ["## Runs left out, and what differs", ""]
     for title, runs in report.left_out.items():
         lines += [f"{title}:", "", *(f"- {_md(names)}\n  - {_md(reason)}" for names, reason in runs), ""]
-    return "\n".join([*lines, "## How to read this", "", *(f"- {line}" for line in report.reading)]) + "\n"
+    return "\n".join([*lines, "## How to read this", "", *(f"- {line}" for line in READING)]) + "\n"
 
 
 def table_csv(report: Report) -> str:
@@ -546,7 +504,7 @@ def page(report: Report) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.filters["base64"] = lambda svg: base64.b64encode(svg).decode()
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    return environment.from_string(template).render(report=report)
+    return environment.from_string(template).render(report=report, reading=READING)
 
 
 def terminal(report: Report, out: Path) -> str:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
-from tabulate import tabulate
 
-from famba.analysis.status import LOADER, Status, status
+from famba.analysis.status import LOADER, Status, parse_line, status
 from famba.errors import DataError
 from famba.training.run_folder import METRICS
-from famba.training.summary import SUMMARY, Summary, from_cell, from_row, to_row
+from famba.training.summary import SUMMARY, Summary, from_row, to_row
 
 # What a report adds to the columns of a row; folder is empty for a row of a CSV file, problem for a run that is usable.
 _OWN = ("run", "folder", "state", "kind", "problem")
 _NEEDED = ("model", "strategy", "top1", "tokens", "schedule", "tokens_per_layer")
-_METRICS = ("kind", "step", "epoch", "loss", "test_top1", "validation_top1")
+_METRICS = ["kind", "step", "epoch", "loss", "test_top1", "validation_top1"]
 
 
 def read_runs(paths: Iterable[str | Path]) -> pd.DataFrame:
@@ -36,12 +34,10 @@ def read_runs(paths: Iterable[str | Path]) -> pd.DataFrame:
         is_table = path.suffix == ".csv" and path.is_file()
         for key, row in _from_csv(path) if is_table else _from_folders(path):
             found.setdefault(key, row)
-    names: set[str] = set()
-    for row in (rows := sorted(found.values(), key=lambda row: (row["run"], row["folder"]))):
-        if row["run"] in names:
-            row["run"] = f"{row['folder'] or 'CSV'}:{row['run']}"
-        names.add(row["run"])
-    return pd.DataFrame(rows).fillna("")
+    rows = sorted(found.values(), key=lambda row: (row["run"], row["folder"]))
+    runs = pd.DataFrame(rows).fillna("")
+    again = runs.groupby("run").cumcount()
+    return runs.assign(run=runs["run"].where(again == 0, runs["run"] + " (" + (again + 1).astype(str) + ")"))
 
 
 def runs_csv(runs: pd.DataFrame) -> str:
@@ -52,58 +48,34 @@ def runs_csv(runs: pd.DataFrame) -> str:
 
 def run_table(runs: pd.DataFrame) -> str:
     """Return a line for each run, with time per epoch and tokens left after the last layer, and what is damaged."""
-
-    def line(row: Mapping[str, str]) -> list[Any]:
-        parts = [
-            float(row[name]) for name in runs if name.startswith("epoch_time_s.") and row[name] not in ("", "null")
-        ]
-        left = from_cell(row.get("tokens_per_layer", ""))
-        top1, seed = row.get("top1"), row.get("provenance.seed")
-        return [
-            row.get("model") or None,
-            row.get("strategy") or None,
-            seed or None,
-            f"{float(top1):.2f}" if top1 else None,
-            f"{sum(parts):.2f}" if parts else None,
-            f"{left[-1]} of {row['tokens']}" if left else None,
-            row["state"],
-        ]
-
-    headers = ("model", "fusion", "seed", "Top-1 %", "time per epoch s", "tokens left", "status")
-    sides = ("left", "left", "right", "right", "right", "left", "left")
-    lines = [line(row) for row in runs.to_dict("records")]
-    table = tabulate(lines, headers=headers, missingval="-", disable_numparse=True, colalign=sides)
+    names = {"model": "model", "strategy": "fusion", "provenance.seed": "seed", "top1": "Top-1 %"}
+    table = runs.reindex(columns=[*names], fill_value="").rename(columns=names)
+    table["Top-1 %"] = table["Top-1 %"].map(lambda cell: f"{float(cell):.2f}" if cell else "")
+    times = runs[[name for name in runs if name.startswith("epoch_time_s.")]].apply(pd.to_numeric, errors="coerce")
+    table["time per epoch s"] = times.sum(axis=1, min_count=1).map(lambda time: "" if pd.isna(time) else f"{time:.2f}")
+    left = runs.get("tokens_per_layer", runs["run"].map(lambda _: ""))
+    table["tokens left"] = left.str.extract(r"(\d+)\]$", expand=False) + " of " + runs.get("tokens", left)
+    table = table.fillna("").assign(status=runs["state"]).replace("", "-")
+    sides = ["left", "left", *["right"] * 3, "left", "left"]
+    text = table.to_markdown(index=False, tablefmt="simple", disable_numparse=True, colalign=sides)
     damaged = runs[runs["kind"] == "damaged"]
-    return "\n".join(
-        [table, *(f"{name}: {problem}" for name, problem in zip(damaged["run"], damaged["problem"], strict=True))]
-    )
+    return "\n".join([text, *(damaged["run"] + ": " + damaged["problem"])])
 
 
 def read_metrics(folder: str) -> tuple[pd.DataFrame, str]:
     """Read what metrics.jsonl says of loss and evaluations; return it with a remark on what could not be read."""
-    lines = []
-    if folder:
-        try:
-            lines = (Path(folder) / METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError as error:
-            return pd.DataFrame(columns=_METRICS), f"{METRICS} cannot be read ({error.strerror}): no curves of this run"
-    found = [logged for line in lines if (logged := _metric(line))]
-    broken = len(lines) - len(found)
-    remark = f"{broken} of {len(lines)} lines of {METRICS} cannot be read: gaps in its curves" if broken else ""
-    return pd.DataFrame(found, columns=_METRICS), remark
-
-
-def _metric(line: str) -> dict[str, Any] | None:
+    lines: list[str] = []
     try:
-        logged = json.loads(line)
-        if logged["kind"] == "train":
-            float(logged["loss"])
-        return {name: logged.get(name) for name in _METRICS} | {
-            "step": int(logged["step"]),
-            "epoch": int(logged["epoch"]),
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
-        return None
+        lines = (Path(folder) / METRICS).read_text(encoding="utf-8", errors="replace").splitlines() if folder else []
+    except OSError as error:
+        return pd.DataFrame(columns=_METRICS), f"{METRICS} cannot be read ({error.strerror}): no curves of this run"
+    found = [values for line in lines if (values := parse_line(line))]
+    logged = pd.DataFrame(found, columns=_METRICS)
+    logged[_METRICS[1:]] = logged[_METRICS[1:]].apply(pd.to_numeric, errors="coerce")
+    is_whole = logged["loss"].notna() | (logged["kind"] != "train")
+    broken = len(lines) - int(is_whole.sum())
+    remark = f"{broken} of {len(lines)} lines of {METRICS} cannot be read: gaps in its curves" if broken else ""
+    return logged[is_whole], remark
 
 
 def printable(text: str) -> str:
@@ -121,23 +93,19 @@ def _from_folders(path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
 
 def _read(name: str, run: Status, folder: Path) -> dict[str, str]:
     row = dict(zip(_OWN, (name, printable(str(folder)), run.state, "", ""), strict=True))
-    if run.state == "damaged":
-        return row | _damaged((run.note or "").removeprefix(f"{folder}/"))
-    how_far = "" if run.step is None else f" after step {run.step}{'' if run.steps is None else f' of {run.steps}'}"
-    unfinished = printable(f"{run.state}{how_far}{f': {run.note}' if run.note else ''}")
+    step = "" if run.step is None else f" after step {run.step}{'' if run.steps is None else f' of {run.steps}'}"
+    if run.state != "finished":
+        row |= {"kind": "unfinished", "problem": printable(f"{run.state}{step}{f': {run.note}' if run.note else ''}")}
     try:
         summary, config = Summary.parse((folder / SUMMARY).read_bytes()), {}
         if run.state == "finished":
             _check(summary)
             config = _config(folder)
-    except OSError as error:
-        return row | (
-            _damaged(str(error)) if run.state == "finished" else {"kind": "unfinished", "problem": unfinished}
-        )
-    except ValueError as error:
-        return row | _damaged(str(error))
-    row |= to_row(summary, config)
-    return row if run.state == "finished" else row | {"kind": "unfinished", "problem": unfinished}
+        return row | to_row(summary, config)
+    except FileNotFoundError as error:  # not begun, or gone by now
+        return row if row["problem"] else row | _damaged(str(error))
+    except (OSError, ValueError) as error:
+        return row | _damaged((run.note or str(error)).removeprefix(f"{folder}/"))
 
 
 def _from_csv(path: Path) -> Iterator[tuple[tuple[Path, int], dict[str, str]]]:
@@ -168,9 +136,9 @@ def _check(summary: Summary) -> None:
     """Raise ValueError where a finished run lacks what every table needs."""
     unknown = [name for name in _NEEDED if getattr(summary, name) is None]
     if unknown or not isinstance(summary.provenance.get("seed"), int):
-        raise ValueError(f"{SUMMARY} does not say {', '.join(unknown) or 'provenance.seed'}")
+        raise ValueError(f"the summary does not say {', '.join(unknown) or 'provenance.seed'}")
     if len(summary.schedule or ()) != len(summary.tokens_per_layer or ()) or not summary.schedule or not summary.tokens:
-        raise ValueError(f"{SUMMARY} has a schedule and tokens_per_layer that contradict each other")
+        raise ValueError("the summary has a schedule and tokens_per_layer that contradict each other")
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -109,24 +109,21 @@ def _is_run(path: Path) -> bool:
 def _queued(sweeps: Iterable[Path]) -> dict[Path, str]:
     """Return the state in Slurm of the runs that were submitted; nothing where Slurm cannot be asked."""
     jobs = {sweep / name: job for sweep in sweeps for name, job in slurm.remembered(sweep / "slurm").items()}
-    if not jobs or which("squeue") is None:
-        return {}
-    try:
-        states = slurm.queue()
-    except FambaError:
-        return {}
+    states: dict[str, str] = {}
+    if jobs and which("squeue") is not None:
+        with suppress(FambaError):
+            states = slurm.queue()
     return {folder: states[job] for folder, job in jobs.items() if job in states}
 
 
 def _look(folder: Path, name: str, queued: str | None) -> Status:
-    path, summary, damage = folder / SUMMARY, None, None
+    path, said, damage = folder / SUMMARY, Summary(status=""), None
     try:
-        summary = Summary.parse(path.read_bytes())
+        said = Summary.parse(path.read_bytes())
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
         damage = f"{path} is damaged: {error}"
-    said = summary or Summary(status="")
     last, ended = _last_lines(folder / METRICS)
     state = "damaged" if damage else _state(folder, said.status, queued)
     step, epoch = _number(last, "step"), _number(last, "epoch")
@@ -145,7 +142,7 @@ def _look(folder: Path, name: str, queued: str | None) -> Status:
         top1=validation if on_validation else top1,
         top1_of="validation" if on_validation else None if top1 is None else "test",
         seconds_left=_seconds_left(folder, last, ended, step, said.steps) if state == "running" else None,
-        updated=_updated(folder),
+        updated=max((path.stat().st_mtime for name in _FILES if (path := folder / name).exists()), default=None),
         note=damage or (said.error if state == "failed" else None),
     )
 
@@ -165,39 +162,31 @@ def _state(folder: Path, said: str, queued: str | None) -> str:
 def _held(lock: Path) -> bool:
     """Return whether a process holds a run's lock, as famba.training.run_folder takes it."""
     try:
-        handle = os.open(lock, os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no locks on this file system
-        return False
-    finally:
-        os.close(handle)
+        with open(lock, "rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # held, no such file, or no locks on this file system
+        return isinstance(error, BlockingIOError)
     return False
 
 
 def _last_lines(metrics: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the last line of metrics.jsonl, and the last with an evaluation; {} where there is none."""
-    last: dict[str, Any] = {}
+    lines: list[bytes] = []
+    with suppress(OSError), open(metrics, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+        lines = file.read().splitlines()
+    logged = [values for line in reversed(lines) if (values := parse_line(line))]
+    ended = (values for values in logged if any(name in values for name in ("test_top1", "validation_top1")))
+    return logged[0] if logged else {}, next(ended, {})
+
+
+def parse_line(line: str | bytes) -> dict[str, Any] | None:
+    """Return a line of metrics.jsonl; None for one that is damaged, or being written."""
     try:
-        with open(metrics, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
-            lines = file.read().decode(errors="replace").splitlines()
-    except OSError:
-        return {}, {}
-    for line in reversed(lines):
-        try:
-            logged = json.loads(line)
-            evaluated = logged["kind"] == "epoch" and any(key in logged for key in ("test_top1", "validation_top1"))
-        except (ValueError, KeyError, TypeError):  # a line that is being written, or damaged
-            continue
-        last = last or logged
-        if evaluated:
-            return last, logged
-    return last, {}
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and "kind" in values else None
 
 
 def _seconds_left(
@@ -218,14 +207,6 @@ def _seconds_left(
         evaluations = max(0, steps - step) / (ended_at / (epoch + 1)) / every
         seconds += evaluations * (_number(ended, "time_eval_s") or 0.0)
     return seconds
-
-
-def _updated(folder: Path) -> float | None:
-    times = []
-    for name in _FILES:
-        with suppress(OSError):
-            times.append((folder / name).stat().st_mtime)
-    return max(times, default=None)
 
 
 def _number(values: Mapping[str, Any], key: str) -> float | None:
