@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -35,11 +35,7 @@ def time_unit(rows: pd.DataFrame) -> tuple[float, str]:
 
 
 def draw(
-    rows: pd.DataFrame,
-    runs: pd.DataFrame,
-    fronts: Mapping[str, list[str]],
-    metrics: Mapping[str, pd.DataFrame],
-    stem: str,
+    rows: pd.DataFrame, runs: pd.DataFrame, fronts: dict[str, list[str]], metrics: dict[str, pd.DataFrame], stem: str
 ) -> list[Plot]:
     """Draw all pictures of a table; their names begin with the stem.
 
@@ -51,12 +47,11 @@ def draw(
     top1 = max(("test_top1", "validation_top1"), key=lambda name: logged[name].count())
 
     def accuracy(run: Any) -> pd.Series:
-        return (
-            metrics[run.run].dropna(subset=top1).set_index("epoch")[top1].astype(float).rename(lambda epoch: epoch + 1)
-        )
+        found = metrics[run.run].dropna(subset=top1)
+        return found[top1].set_axis(found["epoch"] + 1)
 
     def loss(run: Any) -> pd.Series:
-        losses = metrics[run.run].query("kind == 'train'").set_index("step")["loss"].astype(float)
+        losses = metrics[run.run].query("kind == 'train'").set_index("step")["loss"]
         return losses.rolling(2 * (len(losses) // _SMOOTH // 2) + 1, center=True, min_periods=1).mean()
 
     def tokens(run: Any) -> pd.Series:
@@ -96,7 +91,7 @@ def _plot(name: str, title: str, caption: str, draw_on: Callable[[Axes], bool]) 
 
 
 def _cost(
-    rows: pd.DataFrame, fronts: Mapping[str, list[str]], cost: str, name: str, factor: float
+    rows: pd.DataFrame, fronts: dict[str, list[str]], cost: str, name: str, factor: float
 ) -> tuple[str, Callable[[Axes], bool]]:
     """Return the caption of a plot of Top-1 against a cost, and what draws it for settings on the table's machine."""
     is_here = (rows["device"] != "") | (rows["device"] == "").all()

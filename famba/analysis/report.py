@@ -35,7 +35,8 @@ COSTS = ("train_time_s", "peak_memory_mib", "saved_bytes_per_image", "images_per
 _NUMBERS = [*COSTS, "top1", "top5", "macs_per_image", "parameters", "tokens"]
 _OUTCOME = ["image_size", "precision", "steps", "provenance.famba", "provenance.git_commit"]
 _MODEL = ["model", *(f"config.model.{key}" for key in ("patch_size", "depth", "embed_dim", "d_state", "cls_position"))]
-_PLACE = [f"provenance.{key}" for key in ("device", "processes", "backend", "cuda")]
+_MACHINE = ("device", "processes", "backend")
+_PLACE = [f"provenance.{key}" for key in (*_MACHINE, "cuda")]
 _SPEED = ("compile", "cuda_graphs", "grad_checkpointing", "accumulation")
 _PLACE += ["config.data.workers", *(f"config.trainer.{key}" for key in _SPEED)]
 # Settings that have no bearing on results, or whose outcome the summary tells.
@@ -178,21 +179,16 @@ def _prepared(runs: pd.DataFrame) -> pd.DataFrame:
 
 def _tables(runs: pd.DataFrame, left_out: LeftOut) -> list[Table]:
     """Return for each model its largest group of runs that may be compared; the others go to left_out."""
-    what = [
-        name for name in runs if name.startswith("config.") and not name.startswith((*_FREE, *_MODEL[1:]))
-    ] + _OUTCOME
+    free = (*_FREE, *_MODEL[1:])
+    what = [name for name in runs if name.startswith("config.") and not name.startswith(free)] + _OUTCOME
     place = [*_PLACE, *(name for name in runs if name.startswith("provenance.packages."))]
     tables = []
     for key, own in runs.groupby(_MODEL):
         alike = runs.loc[runs["model"] == key[0], _MODEL].nunique() > 1
-        told = [
-            f"{name[13:]} {value or 'as registered'}" for name, value in zip(_MODEL, key, strict=True) if alike[name]
-        ]
+        told = [f"{name[13:]} {key[i] or 'as registered'}" for i, name in enumerate(_MODEL) if alike[name]]
         chosen = _largest(own, what)
-        first = chosen.iloc[0]
-        left_out += [
-            ("other", run["run"], _differences(first[what], run)) for _, run in own.drop(chosen.index).iterrows()
-        ]
+        first, others = chosen.iloc[0], own.drop(chosen.index)
+        left_out += [("other", run["run"], _differences(first[what], run)) for _, run in others.iterrows()]
         here = _largest(chosen, place).iloc[0][place]
         chosen = chosen.assign(here=(chosen[place] == here).all(axis=1), label=_labels(chosen))
         chosen = chosen.sort_values(["here", "provenance.started", "run"], ascending=[False, True, True])
@@ -253,9 +249,8 @@ def _table(model: str, runs: pd.DataFrame, what: pd.Series, here: pd.Series) -> 
     order = {name: place for place, name in enumerate(strategy_names())}
     runs = runs.assign(rank=runs["strategy"].map(order).fillna(len(order))).sort_values(["rank", *_SETTING, "seed"])
     # Times are of the runs on the table's machine; where a row has none, of those on one other machine.
-    timed = [
-        own[own["here"]] if own["here"].any() else _largest(own, list(here.index)) for _, own in runs.groupby("label")
-    ]
+    at = list(here.index)
+    timed = [own[own["here"]] if own["here"].any() else _largest(own, at) for _, own in runs.groupby("label")]
 
     def by_seed(value: str) -> pd.DataFrame:
         of = pd.concat(timed) if value in COSTS else runs
@@ -302,10 +297,7 @@ def _rows(runs: pd.DataFrame, by_seed: dict[str, pd.DataFrame], what: pd.Series,
         "on_pareto_front_of_time": False,
         "paper_top1_percent": printed.str[0].astype(float),
         "paper_train_time": printed.str[1],
-        **{
-            name: is_here.map({True: place[f"provenance.{name}"], False: ""})
-            for name in ("device", "processes", "backend")
-        },
+        **{name: is_here.map({True: place[f"provenance.{name}"], False: ""}) for name in _MACHINE},
         "famba": what["provenance.famba"],
         "git_commit": what["provenance.git_commit"],
     }

@@ -57,14 +57,14 @@ class Summary:
     loss: Number = None
     ema_top1: Number = None
     ema_top5: Number = None
-    selected: dict[str, Number] | None = None
+    selected: dict[str, Any] | None = None
     epoch: int | None = None
     epochs: int | None = None
     step: int | None = None
     steps: int | None = None
     train_time_s: Number = None
     eval_time_s: Number = None
-    epoch_time_s: dict[str, Number] | None = None
+    epoch_time_s: dict[str, float] | None = None
     images_per_s: Number = None
     peak_memory_mib: Number = None
     saved_bytes_per_image: int | None = None
