@@ -1,4 +1,4 @@
-"""The pictures of a report: accuracy against cost, curves over training, tokens per layer."""
+"""Draw the pictures of a report: accuracy against cost, curves over training, tokens per layer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SMOOTH = 12  # the loss is a running mean over a twelfth of its points
 
 
 class Plot(NamedTuple):
-    """A picture under a file's stem; svg and png are empty where there is nothing to show, and caption says why."""
+    """Hold a picture; svg and png are empty where there is nothing to show, and caption says why."""
 
     name: str
     title: str

@@ -44,7 +44,8 @@ _IGNORED = """fusion. logger. model.name seed run_dir resume data.image_size tra
     trainer.eval_every trainer.save_every_min trainer.precision ops.backend"""
 _FREE = (*(f"config.{key}" for key in _IGNORED.split()), *_PLACE)
 # What tells fusion settings apart, in the order in which they are sorted; for some, what a label need not say.
-_SETTING = "strategy order weighting place budget adapt_at adapt_images schedule mode proportional".split()
+_SETTING = ["strategy", "order", "weighting", "place", "budget", "adapt_at", "adapt_images", "schedule"]
+_SETTING += ["mode", "proportional"]
 _USUAL = {"order": "sequence", "weighting": "mean", "place": "before_mixer", "mode": "fuse", "proportional": ""}
 _USUAL |= {"budget": "the most common", "layers": ""}
 _KINDS = {
@@ -72,12 +73,12 @@ _TOP1, _TIME = "top1_difference_to_none_points", "train_time_difference_to_none_
 
 @dataclass(frozen=True)
 class Table:
-    """The settings of a model that may be compared.
+    """Hold the settings of a model that may be compared.
 
     runs: as `read_runs` gives them, with label, seed, numbers as floats, and here (whether on the table's machine).
     rows: the columns of report.csv by label. sheets: the same as text. shared: what the runs share, and the machine
-    that times and memory are of. notes: what a reader has to know. fronts: the labels of the Pareto front by
-    cost. metrics: what each run logged.
+    that times and memory are of. notes: what a reader has to know. fronts: the labels of the Pareto front by cost.
+    metrics: the lines that each run logged.
     """
 
     model: str
@@ -92,14 +93,14 @@ class Table:
 
     @cached_property
     def plots(self) -> list[Plot]:
-        """The table's pictures; they are drawn once they are asked for."""
+        """Draw the table's pictures, once they are asked for."""
         stem = re.sub(r"[^a-z0-9]+", "-", self.model.lower()).strip("-")[:60] or "model"
         return draw(self.rows, self.runs, self.fronts, self.metrics, stem)
 
 
 @dataclass(frozen=True)
 class Report:
-    """A table for each model. left_out: by kind of reason the names of runs, and the reasons."""
+    """Hold a table for each model. left_out: by kind of reason the names of runs, and the reasons."""
 
     tables: list[Table]
     left_out: dict[str, list[tuple[str, str]]]

@@ -1,4 +1,4 @@
-"""Runs as a pandas DataFrame, read from run folders and from CSV files."""
+"""Read runs into a pandas DataFrame, from run folders and from CSV files, and write such CSV files."""
 
 from __future__ import annotations
 

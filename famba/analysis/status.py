@@ -1,4 +1,4 @@
-"""How far the runs in some folders are. Only reads, also while the runs go on."""
+"""Tell how far the runs in some folders are. Only reads, also while the runs go on."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _ORDER = ("finished", "running", "waiting", "interrupted", "stopped", "failed", 
 
 @dataclass(frozen=True)
 class Status:
-    """How far one run is. None stands for what is not known; updated is in seconds since 1970.
+    """Describe how far one run is. None stands for what is not known; updated is in seconds since 1970.
 
     state: not started, waiting (in Slurm), running, interrupted (it saved itself), stopped (it ended without a word),
     failed, finished, or damaged where the summary cannot be read. note: the error of a failed or damaged run.

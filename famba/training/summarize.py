@@ -20,7 +20,7 @@ from famba.training.trained_on import TrainedOn
 
 @dataclass(frozen=True)
 class Facts:
-    """What does not change during a run, but with its schedule."""
+    """Hold facts of a run that change with its schedule alone."""
 
     parameters: int
     macs_per_image: int
@@ -30,13 +30,13 @@ class Facts:
     provenance: dict[str, Any]
 
     def measured_again(self, model: FusedNetwork, setup: Setup) -> Facts:
-        """What holds for a model whose schedule has changed."""
+        """Return the facts of a model whose schedule has changed."""
         macs, saved = _costs(model, setup)
         return replace(self, macs_per_image=macs, saved_bytes_per_image=saved)
 
 
 def _costs(model: FusedNetwork, setup: Setup) -> tuple[int, int]:
-    """Multiply-adds, and bytes saved for the backward, per image."""
+    """Return multiply-adds, and bytes saved for the backward, per image."""
     saved = saved_bytes_per_image(model, setup.image_size, setup.autocast)
     return macs_per_image(model, setup.image_size), saved
 

@@ -1,4 +1,4 @@
-"""summary.json: the result of a run, as training writes it and everything else reads it."""
+"""Define summary.json: the result of a run, as training writes it and everything else reads it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Number = Annotated[float | None, AfterValidator(lambda value: value if value is 
 
 @dataclass(frozen=True)
 class Summary:
-    """The result of a run, or of its part that is done. None stands for what is not known.
+    """Hold the result of a run, or of its part that is done. None stands for what is not known.
 
     Attributes:
         status: running, interrupted (it saved itself), failed or finished.
