@@ -136,10 +136,12 @@ def test_download_of_what_has_none_is_explained(capsys: pytest.CaptureFixture[st
 
 def test_report_on_nothing_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert famba(["report", str(tmp_path)]) == 2
-    assert "has a summary.json yet; give the run_" in capsys.readouterr().err
-    (tmp_path / "summary.json").write_text("{")
-    assert famba(["report", str(tmp_path)]) == 2
-    assert "summary.json is damaged" in capsys.readouterr().err
+    assert "no run in" in capsys.readouterr().err
+
+
+def test_pandas_is_imported_for_reports_alone() -> None:
+    told = command("-c", "import sys, famba.cli, famba.training.app; print('pandas' in sys.modules)")
+    assert told.stdout == "False\n"
 
 
 def test_missing_data_names_folders_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,7 +35,7 @@ from famba.training.run_folder import RunFolder
 from famba.training.saving import Saver
 from famba.training.setup import Setup
 from famba.training.step import Step
-from famba.training.summary import gather_facts, summarize
+from famba.training.summarize import gather_facts, summarize
 from famba.training.trained_on import TrainedOn, check_same_data
 
 _log = logging.getLogger(__name__)
@@ -115,14 +115,12 @@ class Training:
         return self._place() != self._at_start
 
     def summary(self, status: str) -> dict[str, Any]:
-        """Summary of the run so far."""
+        """Return the summary of the run so far, as plain values."""
         on_test = status == "finished" or self.loaders.selection_name == "test"
         tested = self.state.totals.evaluated if on_test else {}
-        return {
-            **summarize(status, self.config, self.setup, self.process, self.state, self.facts, tested),
-            "images": self.trained_on.images,
-            "classes": self.trained_on.classes,
-        }
+        return summarize(
+            status, self.config, self.setup, self.process, self.state, self.facts, tested, self.trained_on
+        ).values()
 
     # One epoch
 
