@@ -19,8 +19,7 @@ from PIL import Image
 from timm.data.readers import create_reader
 
 from famba.data import Splits, check_folder, load_splits
-from famba.data.files import FileSource
-from famba.data.layout import in_order
+from famba.data.folders import FileSource, in_order
 from famba.errors import DataError
 
 Files = dict[str, bytes]

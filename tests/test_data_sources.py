@@ -184,7 +184,7 @@ def test_a_subset_has_the_images_it_was_asked_for(indices: list[int]) -> None:
     chosen = np.array(indices)
     in_memory = take(array_source(), chosen)
     assert isinstance(in_memory, ArraySource)
-    behind = SubsetSource(array_source(), chosen)
+    behind = SubsetSource(array_source(), chosen, 20)
     for subset in (in_memory, behind):
         assert isinstance(subset, Source)
         assert [subset.label(i) for i in range(len(subset))] == indices
