@@ -1,4 +1,4 @@
-"""Small images, data sets and loaders for the tests of data."""
+"""Make small images, data sets and loaders for the tests of data."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def assert_same(one: Iterable[Batch], other: Iterable[Batch]) -> None:
 
 
 def arrays(count: int = 26, side: int = 8) -> ArraySource:
-    """Random images without black; the label of each is its number."""
+    """Return random images without black; the label of each is its number."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(1, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
     return ArraySource(images, torch.arange(count), count)
 
 
 def red(source: Any) -> list[int]:
-    """The red of each image's corner."""
+    """Return the red of each image's corner."""
     return [source.image(index).getpixel((0, 0))[0] for index in range(len(source))]
 
 
@@ -86,7 +86,7 @@ def write(root: Path, names: Iterable[str], content: bytes | None = None) -> Non
 
 
 def tar_of(files: Mapping[str, bytes] | Iterable[str], links: Mapping[str, tuple[bytes, str]] | None = None) -> bytes:
-    """A tar file of files, or of images whose red is their number, and of links."""
+    """Return a tar file of files, or of images whose red is their number, and of links."""
     held = files if isinstance(files, Mapping) else {name: encoded(number) for number, name in enumerate(files)}
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:

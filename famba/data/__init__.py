@@ -1,4 +1,4 @@
-"""Data sets, augmentation and loaders."""
+"""Open data sets, augment their images, and load batches."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ _EXAMPLES = ("rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2", "original-mstd0.5", "3a"
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What training images go through, and how images are scaled for evaluation.
+    """Says what training images go through, and how images are scaled for evaluation.
 
     Raises ConfigError for a value out of range, one that this kind does not use, or a policy that timm cannot read.
     """
@@ -90,7 +90,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Scaling:
-    """Scale the shorter side to `side` pixels, then cut out the central `crop` pixels."""
+    """Scales the shorter side to `side` pixels, then cuts out the central `crop` pixels."""
 
     side: int
     crop: int
@@ -113,7 +113,7 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Normalize:
-    """Turn uint8 or float values in 0..255, (b, 3, h, w), into float32 (value / 255 - mean) / std."""
+    """Turns uint8 or float values in 0..255, (b, 3, h, w), into float32 (value / 255 - mean) / std."""
 
     mean: Sequence[float]
     std: Sequence[float]
@@ -130,7 +130,7 @@ class Normalize:
 
 @dataclass(frozen=True)
 class BatchTransform:
-    """Pad-crop, flip, scale and normalise a batch; each image has draws of its own."""
+    """Pad-crops, flips, scales and normalises a batch; each image has draws of its own."""
 
     augmentation: Augmentation
     scaling: Scaling
@@ -151,7 +151,7 @@ class BatchTransform:
 
 @dataclass(frozen=True)
 class SampleTransform:
-    """Transform images one by one as timm does, each seeded by its position."""
+    """Transforms images one by one as timm does, each seeded by its position."""
 
     transform: Callable[[Image.Image], torch.Tensor]
     stream: Stream
@@ -169,7 +169,7 @@ class SampleTransform:
 
 @dataclass(frozen=True)
 class EvaluationTransform:
-    """Scale, crop and normalise images; nothing is drawn."""
+    """Scales, crops and normalises images; nothing is drawn."""
 
     scaling: Scaling
     normalize: Normalize
@@ -227,7 +227,7 @@ def timm_transform(
 
 
 def _pad_crop(images: torch.Tensor, padding: int, down: np.ndarray, right: np.ndarray) -> torch.Tensor:
-    """Crop (b, 3, h, w) to the same size at offsets 0 .. 2 * padding from uint64 draws (b,); a new tensor."""
+    """Crop (b, 3, h, w) to the same size at offsets 0 .. 2 * padding, drawn as uint64 (b,); return a new tensor."""
     if padding == 0:
         return images.clone()
     padded = F.pad(images, (padding,) * 4).numpy()

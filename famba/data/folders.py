@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 class Entry(NamedTuple):
-    """An image in a part of a data set."""
+    """Names an image in a part of a data set."""
 
     name: str  # its path in the part, "/" between
     label: str  # its class; "" where it lies in none
@@ -39,7 +39,7 @@ class Entry(NamedTuple):
 
 @dataclass
 class Part:
-    """A part of a data set (train, val, test) as it was found; every name is a path in it, "/" between."""
+    """Lists what was found in a part of a data set (train, val, test); every name is a path in it, "/" between."""
 
     path: Path
     entries: list[Entry] = field(default_factory=list)
@@ -50,13 +50,13 @@ class Part:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes in order."""
+        """Return the names of the classes in order."""
         return tuple(in_order({entry.label for entry in self.entries}))
 
 
 @dataclass(frozen=True, eq=False)
 class FileSource:
-    """The images of a part. Each is opened anew, so no open file is shared with another process."""
+    """Gives the images of a part. Each is opened anew, so no open file is shared with another process."""
 
     path: Path  # the folder or tar file that holds them
     names: list[str]  # their paths in it
@@ -106,12 +106,12 @@ def image_suffixes() -> frozenset[str]:
 
 
 def has_suffix(name: str, suffixes: Collection[str]) -> bool:
-    """Whether a file's name has one of some endings, in upper or lower case."""
+    """Say whether a file's name has one of some endings, in upper or lower case."""
     return os.path.splitext(name)[1].lower() in suffixes
 
 
 def is_hidden(name: str) -> bool:
-    """Whether systems and programs make such a name in a folder for themselves."""
+    """Say whether it is a name that systems and programs make for themselves."""
     return name.startswith(".") or name in _HIDDEN
 
 
@@ -157,7 +157,7 @@ class _Walk:
         self.read: dict[tuple[int, int], str] = {}  # folders by device and inode, whatever path leads to them
 
     def run(self) -> None:
-        """Add the images, and what else is there, to the part."""
+        """Add the images, and the names of all else, to the part."""
         top = self.part.path.resolve()
         above = {_identity(folder): folder for folder in (top, *top.parents)}
         for name in self._files(""):

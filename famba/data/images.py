@@ -31,12 +31,12 @@ _TIFF_BITS, _TIFF_PHOTOMETRIC, _MIN_IS_WHITE = 258, 262, 0  # two tags, and a va
 
 
 class _UnknownRangeError(ValueError):
-    """Pixels in a mode that does not tell their range."""
+    """Says that the mode of an image does not tell the range of its pixels."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How folders and images are read.
+    """Says how folders and images are read.
 
     version: 2; or 1 for what Famba 0.1 did: innermost folders are classes, `.png`, `.jpg` and `.jpeg` alone are images,
     transparency and EXIF orientation are dropped, 16 bits are cut off. background: the colour behind transparent
@@ -61,7 +61,7 @@ class Reading:
 
     @property
     def colour(self) -> Colour | None:
-        """The background as `to_rgb` takes it: None for version 1."""
+        """Return the background as `to_rgb` takes it: None for version 1."""
         return None if self.version == 1 else _colour(self.background)
 
 
@@ -81,7 +81,7 @@ def _colour(name: str) -> Colour:
 
 @contextmanager
 def naming(where: Callable[[], str]) -> Iterator[None]:
-    """Turn whatever goes wrong while an image is read into a DataError that says where it was.
+    """Turn every error of reading an image into a DataError that says which image it was.
 
     `where` is called only then: some data sets must read an image to tell its name.
     """

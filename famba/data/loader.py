@@ -120,7 +120,7 @@ def _check(**numbers: tuple[int, int]) -> None:
 
 @dataclass(frozen=True)
 class Workers:
-    """Processes that load ahead; with 0, this one loads."""
+    """Loads in `number` processes beside this one, ahead of time; with 0, in this one."""
 
     number: int
     pin_memory: bool
@@ -171,14 +171,14 @@ def _leave_signals_to_parent(_: int) -> None:
 
 @dataclass(frozen=True)
 class TrainBatches(ABC):
-    """The training batches of one process."""
+    """Gives the training batches of one process."""
 
     sampler: EpochSampler
     workers: Workers
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in every epoch."""
+        """Return the number of steps in every epoch."""
         return self.sampler.steps_per_epoch
 
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
@@ -218,7 +218,7 @@ class _Fetch(Dataset[Any]):
 
 @dataclass(frozen=True)
 class Batches(TrainBatches):
-    """Training batches of a source with random access."""
+    """Gives training batches of a source with random access."""
 
     fetch: _Fetch
 
@@ -228,7 +228,7 @@ class Batches(TrainBatches):
 
 @dataclass(frozen=True)
 class EvalBatches:
-    """One process's share of a source with random access; see `eval_batches`."""
+    """Gives one process's share of a source with random access; see `eval_batches`."""
 
     fetch: _Fetch
     indices: range
@@ -246,7 +246,7 @@ class EvalBatches:
 
 
 class _Stream(IterableDataset[Any]):
-    """Yields what a function does in a worker; an error as a value, see `_Fetch`."""
+    """Yields the batches that a function yields in a worker; an error comes as a value, see `_Fetch`."""
 
     def __init__(self, batches: Callable[[], Iterator[Batch | None]]) -> None:
         self.batches = batches
@@ -260,7 +260,7 @@ class _Stream(IterableDataset[Any]):
 
 @dataclass(frozen=True)
 class StreamBatches(TrainBatches):
-    """Training batches of a stream. A start in mid-epoch reads and drops what lies before."""
+    """Gives training batches of a stream. A start in mid-epoch reads and drops what lies before."""
 
     source: StreamSource
     transform: Callable[[Stream, tuple[int, ...]], Transform]  # from what its draws are for
@@ -301,7 +301,7 @@ class StreamBatches(TrainBatches):
 
 @dataclass(frozen=True)
 class StreamEvaluation:
-    """One process's share of a stream, each image once over all processes.
+    """Gives one process's share of a stream, each image once over all processes.
 
     Every process reads the whole stream and keeps every `world_size`-th image: the readers' own way of
     sharing repeats some images or leaves some out.

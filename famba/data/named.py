@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class HubSource:
-    """Images behind timm's reader of hfds/, which hands out encoded files.
+    """Gives the images of timm's reader of hfds/, which hands out encoded files.
 
     timm's own ImageDataset takes the next image where one is broken, so this goes to the reader directly.
     """
@@ -61,7 +61,7 @@ class HubSource:
 
 @dataclass(eq=False)
 class DatasetSource:
-    """A map-style data set of torchvision's, which gives (image, label) by number."""
+    """Gives the images of a map-style data set of torchvision's, which has (image, label) by number."""
 
     dataset: Any
     num_classes: int
@@ -103,7 +103,7 @@ class DatasetSource:
 
 @dataclass(frozen=True)
 class StreamSource:
-    """One split of a data set that timm reads as a stream, without random access (webdataset, tfds, hfids)."""
+    """Opens one split of a data set that timm reads as a stream, without random access (webdataset, tfds, hfids)."""
 
     name: str  # timm's, such as "wds/"
     root: str | None  # None where the reader needs no folder
@@ -135,7 +135,7 @@ class StreamSource:
         return self._decoded(self._create(0, 1, is_training=False))
 
     def where(self) -> str:
-        """Say what is read, for errors."""
+        """Name the split in errors."""
         return f"{self.name!r} in {self.root}, split {self.split}"
 
     def _create(self, rank: int, world_size: int, **options: Any) -> Any:
@@ -191,7 +191,7 @@ def check_named(name: str, root: Path | str | None) -> None:
 
 
 def needs_root(name: str) -> bool:
-    """Whether a name with a prefix is read from a folder that has to be there."""
+    """Say whether a name with a prefix is read from a folder that has to be there."""
     return _prefix(name) in ("torch", "wds")
 
 
@@ -200,7 +200,7 @@ def _prefix(name: str) -> str:
 
 
 def _decodes_itself(name: str) -> bool:
-    """Whether a reader's own package decodes the images, so that transparency and EXIF orientation are lost."""
+    """Say whether a reader's own package decodes the images and drops transparency and EXIF orientation."""
     return _prefix(name) == "tfds"
 
 

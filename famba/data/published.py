@@ -110,7 +110,7 @@ def find_cifar(name: str, root: Path) -> Callable[[Colour | None], Splits]:
 
 
 def _placed_by_hand(name: str, root: Path) -> bool:
-    """Whether the data lies where no download puts it."""
+    """Say whether the data lies where no download puts it."""
     return not _missing(name, root) or any(_shards(folder, "train") for folder in _parquet_folders(name, root))
 
 
@@ -271,7 +271,7 @@ def _class_names(kind: _Cifar, paths: list[Path]) -> tuple[str, ...] | None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """Open a parquet file; what goes wrong inside the block becomes a DataError that names it."""
+    """Open a parquet file; an error inside the block becomes a DataError that names it."""
     import pyarrow
     from pyarrow import parquet  # only this format needs it
 

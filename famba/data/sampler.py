@@ -15,7 +15,7 @@ from famba.errors import ConfigError
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """Images that are loaded at once: `indices`, int64 (b,), at positions start .. start + b - 1 of the epoch."""
+    """Names images that are loaded at once: `indices`, int64 (b,), at positions start .. start + b - 1."""
 
     epoch: int
     start: int
@@ -27,8 +27,8 @@ class EpochSampler:
     """Draws the order of each epoch, and says which images this process loads at which step.
 
     Micro-batch m of process r in step s holds the positions from
-    s * batch_size + (m * world_size + r) * micro_batch on. Images that do not fill a step are left out, others in each
-    epoch.
+    s * batch_size + (m * world_size + r) * micro_batch on. Images that do not fill a step are left out; they
+    are others in each epoch.
 
     Raises ConfigError where the numbers do not fit, naming those that would.
     """
@@ -69,12 +69,12 @@ class EpochSampler:
 
     @property
     def micro_batch(self) -> int:
-        """Images that one process loads at once."""
+        """Return the number of images that one process loads at once."""
         return self.batch_size // (self.world_size * self.accumulation)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole steps in an epoch."""
+        """Return the number of whole steps in an epoch."""
         return self._images_per_process() // (self.micro_batch * self.accumulation)
 
     def micro_batches(self, epoch: int, start_step: int) -> Iterator[MicroBatch]:

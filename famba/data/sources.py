@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Source(Protocol):
-    """A set of labelled images with random access."""
+    """Gives labelled images by number."""
 
     @property
     def num_classes(self) -> int:
-        """Labels lie in 0 .. num_classes - 1."""
+        """Return the number of classes; labels lie in 0 .. num_classes - 1."""
 
     def __len__(self) -> int: ...
 
@@ -38,7 +38,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Splits:
-    """The parts of a data set, all with the same class numbers."""
+    """Holds the parts of a data set, all with the same class numbers."""
 
     train: Source | StreamSource
     validation: Source | StreamSource | None  # None unless it was held out or comes with the data
@@ -48,7 +48,7 @@ class Splits:
 
 @dataclass(frozen=True, eq=False)
 class ArraySource:
-    """Images held in memory: images uint8 (n, 3, h, w), labels int64 (n,). Raises DataError for anything else."""
+    """Holds images in memory: images uint8 (n, 3, h, w), labels int64 (n,). Raises DataError for anything else."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -79,7 +79,7 @@ class ArraySource:
 
 @dataclass(frozen=True, eq=False)
 class SubsetSource:
-    """Images of a source that is not in memory: those at `indices`, int64 (n,), in that order."""
+    """Gives images of a source that is not in memory: those at `indices`, int64 (n,), in that order."""
 
     source: Source
     indices: npt.NDArray[np.int64]

@@ -22,7 +22,7 @@ Loader: TypeAlias = Callable[[Path | None, int | None], Splits]
 """(data.root, data.num_classes) to the images, either None where it is not given."""
 
 LOADERS: dict[str, Loader] = {}
-"""What opens each data set that was added to Famba's own. A new one is one more entry."""
+"""Functions that open the data sets that were added to Famba's own. A new one is one more entry."""
 PUBLISHED = tuple(NUM_CLASSES)
 """Data sets that are the same wherever their files lie."""
 _PARTS = ("folder", "tar")
@@ -148,7 +148,7 @@ def _check_subset(subset: int | None, images: int) -> None:
 
 
 def _is_image_folder(name: str, version: int) -> bool:
-    """Whether torchvision's image folder is read as one of Famba's: its own has the faults that version 1 keeps."""
+    """Say whether a name is read as an image folder of Famba's: torchvision's has the faults that version 1 keeps."""
     return version > 1 and name.lower() in _IMAGE_FOLDERS
 
 
