@@ -86,19 +86,9 @@ def build_model(name: str, arguments: dict[str, Any]) -> FusedNetwork:
 
 def augmentation(config: RunConfig) -> data.Augmentation:
     """Return what the recipe does to training images."""
-    recipe = config.recipe
+    values = {argument: getattr(config.recipe, key.removeprefix("recipe.")) for argument, key in AUGMENTATION.items()}
     with naming(AUGMENTATION):
-        return data.Augmentation(
-            kind=recipe.augmentation,
-            crop_padding=recipe.crop_padding,
-            hflip=recipe.hflip,
-            auto_augment=recipe.auto_augment,
-            color_jitter=recipe.color_jitter,
-            random_erasing=recipe.random_erasing,
-            erasing_mode=recipe.erasing_mode,
-            interpolation=recipe.interpolation,
-            eval_crop=recipe.eval_crop,
-        )
+        return data.Augmentation(**values)
 
 
 def reading(config: RunConfig) -> data.Reading:

@@ -1,4 +1,4 @@
-"""Which images a process sees in an epoch, and where they stand in the epoch's global order."""
+"""Deal the images of an epoch out to steps, micro-batches and processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from famba.errors import ConfigError
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """What is loaded at once: image `indices` (int64 (b,)) at positions start .. start + b - 1."""
+    """Names images that are loaded at once: `indices`, int64 (b,), at positions start .. start + b - 1."""
 
     epoch: int
     start: int
@@ -23,34 +23,24 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How an epoch is dealt out: to steps, in each step to micro-batches, in each of these to processes.
+class EpochSampler:
+    """Draws the order of each epoch, and says which images this process loads at which step.
 
     Micro-batch m of process r in step s holds the positions from
-    s * batch_size + (m * world_size + r) * micro_batch on. What does not fill a step is left out; it is
-    other images in each epoch.
+    s * batch_size + (m * world_size + r) * micro_batch on. Images that do not fill a step are left out; they
+    are others in each epoch.
 
-    Attributes:
-        length: number of training images.
-        seed: of the order, non-negative.
-        batch_size: images in one step of all processes.
-        accumulation: micro-batches per step.
-        rank: number of this process.
-        world_size: number of processes.
-        repeats: times that an image comes up, in different processes with different augmentation (Hoffer
-            et al. 2020, "Augment your batch"), while an epoch stays as long as without; acts only where
-            world_size is above 1, as released with DeiT.
-
-    Raises:
-        ConfigError: where the numbers do not fit, naming those that would.
+    Raises ConfigError where the numbers do not fit, naming those that would.
     """
 
-    length: int
-    seed: int
-    batch_size: int
-    accumulation: int
-    rank: int
-    world_size: int
+    length: int  # number of training images
+    seed: int  # of the order, non-negative
+    batch_size: int  # images in one step of all processes
+    accumulation: int  # micro-batches per step
+    rank: int  # number of this process
+    world_size: int  # number of processes
+    # Times that an image comes up, in different processes with different augmentation (Hoffer et al. 2020, "Augment
+    # your batch"), while an epoch stays as long as without; acts only where world_size is above 1, as in DeiT.
     repeats: int
 
     def __post_init__(self) -> None:
@@ -60,21 +50,36 @@ class Plan:
         if not 0 <= self.seed < 2**64:
             raise ConfigError(f"seed is {self.seed}, but must be at least 0 and below 2**64.")
         check_rank(self.rank, self.world_size)
-        self._check_batch_size()
+        unit = self.world_size * self.accumulation
+        split = f"world_size {self.world_size} times accumulation {self.accumulation}"
+        if self.batch_size % unit:
+            below = self.batch_size // unit * unit
+            raise ConfigError(
+                f"batch_size {self.batch_size} is not divisible by {split}; "
+                f"{f'{below} or ' if below else ''}{below + unit} would be.",
+                "batch_size",
+            )
+        if self.batch_size > self.length or self.steps_per_epoch == 0:
+            largest = min(self.length, self._images_per_process() * self.world_size) // unit * unit
+            raise ConfigError(
+                f"batch_size {self.batch_size} does not fit into the {self.length} training images: "
+                + (f"at most {largest} with {split}." if largest else f"fewer than {split} = {unit}."),
+                "batch_size",
+            )
 
     @property
     def micro_batch(self) -> int:
-        """Images that one process loads at once."""
+        """Return the number of images that one process loads at once."""
         return self.batch_size // (self.world_size * self.accumulation)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole steps in an epoch."""
-        return self._images_per_rank() // (self.micro_batch * self.accumulation)
+        """Return the number of whole steps in an epoch."""
+        return self._images_per_process() // (self.micro_batch * self.accumulation)
 
     def micro_batches(self, epoch: int, start_step: int) -> Iterator[MicroBatch]:
         """Yield this process's micro-batches of an epoch from a step on."""
-        indices = self._repeated(epoch) if self._repeating else self._once(epoch)
+        indices = self._repeated(epoch) if self._repeats else self._once(epoch)
         size = self.micro_batch
         for number in range(start_step * self.accumulation, self.steps_per_epoch * self.accumulation):
             start = (number * self.world_size + self.rank) * size
@@ -89,42 +94,24 @@ class Plan:
             )
 
     @property
-    def _repeating(self) -> bool:
+    def _repeats(self) -> bool:
         return self.repeats > 1 and self.world_size > 1
 
-    def _sampler(self) -> RepeatAugSampler:
+    def _repeating(self) -> RepeatAugSampler:
         return RepeatAugSampler(range(self.length), self.world_size, self.rank, num_repeats=self.repeats)
 
-    def _images_per_rank(self) -> int:
-        return self._sampler().num_selected_samples if self._repeating else self.length // self.world_size
+    def _images_per_process(self) -> int:
+        return self._repeating().num_selected_samples if self._repeats else self.length // self.world_size
 
     def _once(self, epoch: int) -> npt.NDArray[np.int64]:
-        """Return this process's images in its own order, int64 (steps * accumulation * micro_batch,)."""
         used = permutation(Stream.ORDER, self.seed, epoch, self.length)[: self.steps_per_epoch * self.batch_size]
         return used.reshape(-1, self.world_size, self.micro_batch)[:, self.rank].reshape(-1)
 
     def _repeated(self, epoch: int) -> npt.NDArray[np.int64]:
-        sampler = self._sampler()
+        sampler = self._repeating()
         # The sampler seeds its order with the epoch alone; this makes it depend on the run's seed too.
         sampler.set_epoch(derived_integer(Stream.REPEATED_ORDER, self.seed, epoch))
         return np.fromiter(sampler, dtype=np.int64)
-
-    def _check_batch_size(self) -> None:
-        unit = self.world_size * self.accumulation
-        split = f"world_size {self.world_size} times accumulation {self.accumulation}"
-        if self.batch_size % unit:
-            below = self.batch_size // unit * unit
-            near = f"{below} or {below + unit}" if below else f"{unit}"
-            raise ConfigError(
-                f"batch_size {self.batch_size} is not divisible by {split}; {near} would be.", "batch_size"
-            )
-        if self.batch_size > self.length or self.steps_per_epoch == 0:
-            largest = min(self.length, self._images_per_rank() * self.world_size) // unit * unit
-            remedy = f"at most {largest} with {split}" if largest else f"fewer than {split} = {unit}"
-            raise ConfigError(
-                f"batch_size {self.batch_size} does not fit into the {self.length} training images: {remedy}.",
-                "batch_size",
-            )
 
 
 def check_rank(rank: int, world_size: int) -> None:
