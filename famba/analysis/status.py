@@ -22,8 +22,7 @@ from famba.analysis.folders import check_folder
 from famba.errors import DataError, FambaError
 from famba.training.reporting import duration
 from famba.training.run_folder import METRICS
-from famba.training.sweeps import slurm
-from famba.training.sweeps.names import recorded
+from famba.training.sweeps import queue, recorded, remembered
 
 _COLUMNS = ("run", "state", "epoch", "done", "Top-1 %", "time left", "updated")
 _FILES = ("summary.json", "config.yaml", METRICS, "train.log", "output.log")
@@ -112,11 +111,11 @@ def _name(folder: Path, given: Path) -> str:
 
 def _queued(sweeps: Iterable[Path]) -> dict[Path, str]:
     """What Slurm does with the runs that were submitted; nothing where it cannot be asked."""
-    jobs = {sweep / name: job for sweep in sweeps for name, job in slurm.remembered(sweep / "slurm").items()}
+    jobs = {sweep / name: job for sweep in sweeps for name, job in remembered(sweep / "slurm").items()}
     if not jobs or which("squeue") is None:
         return {}
     try:
-        states = slurm.queue()
+        states = queue()
     except FambaError:
         return {}
     return {folder: states[job] for folder, job in jobs.items() if job in states}

@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 
 _log = logging.getLogger(__name__)
 
@@ -14,7 +14,7 @@ _log = logging.getLogger(__name__)
 _SAME_REQUEST_S = 1.0
 # By these a scheduler gives notice of a time limit or a pre-emption; the run is to go on later.
 _NOTICES = (signal.SIGUSR1, signal.SIGUSR2)
-_ANSWERED = (signal.SIGINT, signal.SIGTERM, *_NOTICES)
+_ANSWERED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *_NOTICES)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -29,9 +29,6 @@ class Interrupted(KeyboardInterrupt):
         """Whether the run is meant to go on by itself."""
         return self.signal in _NOTICES
 
-    def __reduce__(self) -> tuple[type, tuple[str, int]]:
-        return type(self), (self.args[0], self.signal)
-
 
 class StopAsked(Exception):  # noqa: N818 - no error
     """A process of the run was asked to stop by `signal`; every process raises it at the same place."""
@@ -44,7 +41,8 @@ class StopAsked(Exception):  # noqa: N818 - no error
 class StopRequest:
     """In a `with` block, keeps the number of the first signal that asks to stop; a second Ctrl-C interrupts at once.
 
-    Any other signal that follows is left unanswered: Slurm repeats itself while a run is saving.
+    Any other signal that follows is left unanswered: Slurm repeats itself while a run is saving. SIGHUP, the end of the
+    terminal, asks to stop too, except under nohup.
     """
 
     def __init__(self) -> None:
@@ -56,13 +54,13 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
+            under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
             for number in _ANSWERED:
-                self._previous[number] = signal.signal(number, self._receive)
+                if number != signal.SIGHUP or not under_nohup:
+                    self._previous[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 

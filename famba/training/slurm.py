@@ -1,4 +1,4 @@
-"""What a run asks of Slurm from inside a job."""
+"""Requests of a run to Slurm, from inside a job."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _ENDED_BY_SLURM_S = 300.0
 
 
 def in_job() -> bool:
-    """Whether this process belongs to a Slurm job."""
+    """Return whether this process belongs to a Slurm job."""
     return "SLURM_JOB_ID" in os.environ
 
 
 def is_restarted() -> bool:
-    """Whether Slurm has started this job before."""
+    """Return whether Slurm has started this job before."""
     return "SLURM_RESTART_COUNT" in os.environ
 
 
