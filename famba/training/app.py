@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 _STALLED_STARTS = 3
 _FILE_ONLY = {"file_only": True}  # the terminal gets the error from the command itself
 # Hydra answers these itself.
-_QUESTIONS = ("hydra_help", "version", "cfg", "info", "shell_completion")
+_QUESTIONS = ("hydra_help", "cfg", "info", "shell_completion")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
