@@ -21,6 +21,7 @@ from famba import ops
 from famba.errors import ConfigError, FambaError, TrainingError
 from famba.ops.registry import AUTO, explain
 from famba.training import slurm
+from famba.training.checks import check_files
 from famba.training.compose import Command, config_dir
 from famba.training.config import RunConfig, flatten, plain
 from famba.training.distributed import Process, start_process, world_size
@@ -100,6 +101,7 @@ def train(config: RunConfig, run_dir: Path | None = None) -> dict[str, Any]:
     queue by then.
     """
     with StopRequest() as stop:
+        check_files(config)  # which tell where the run was begun
         # Before the processes join, and so before any of them writes to the folder.
         asked, config = config, as_begun(config, run_dir or Path(config.run_dir))
         setup = prepare(config)

@@ -77,7 +77,7 @@ class Process:
             dist.destroy_process_group()
 
     def first_failure(self, error: Exception) -> Exception:
-        """Tell the others why this process fails; return the failure that was told first, this one or another's.
+        """Tell the others why this process fails; return the failure that was told first, with its process's number.
 
         A process that ends breaks the connections of the others, so it tells before they fail in turn.
         """

@@ -46,6 +46,7 @@ NotNegative = Annotated[int, Field(ge=0, le=10**9)]
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _OTHER = re.compile(r"[^A-Za-z0-9_.,=+@:\[\]-]+")
 _LONGEST = 200  # bytes of a name; file systems allow 255
+_SUBMITITS = ("name", "timeout_min", "nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "mem_gb")
 _READ = 1 << 16  # bytes at the end of a log
 _LOOK_S = 0.1
 _GRACE_S = 20.0  # a file system shows what a job has written last after a while
@@ -95,7 +96,11 @@ def recorded(folder: Path) -> list[dict[str, Any]]:
         found = [(PurePosixPath(run["folder"]), [str(line) for line in run["overrides"]]) for run in runs]
     except (OSError, ValueError, KeyError, TypeError):
         return []
-    inside = [(path, lines) for path, lines in found if not path.is_absolute() and not {"..", "\0"} & {*path.parts, *str(path)}]
+    inside = [
+        (path, lines)
+        for path, lines in found
+        if not path.is_absolute() and not {"..", "\0"} & {*path.parts, *str(path)}
+    ]
     return [{"folder": str(path), "overrides": lines} for path, lines in inside if path.parts]
 
 
@@ -417,10 +422,12 @@ class Slurm(Sequential):
         if self.cpus_per_task is not None:
             # Since Slurm 22.05 srun does not take it over from the job.
             given["srun_args"] = [*given.get("srun_args", []), f"--cpus-per-task={self.cpus_per_task}"]
+        named = {key if key in _SUBMITITS else f"slurm_{key}": value for key, value in given.items()}
         failures = submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError, NameError, ValueError
         try:
-            executor = submitit.SlurmExecutor(folder, max_num_timeout=timeouts, python=python)
-            executor.update_parameters(**given, stderr_to_stdout=True)
+            fixed: dict[str, Any] = {"slurm_max_num_timeout": timeouts, "slurm_python": python}
+            executor = submitit.AutoExecutor(folder, cluster="slurm", **fixed)
+            executor.update_parameters(**named, stderr_to_stdout=True)
             # submitit prints what Slurm says too.
             with redirect_stderr(io.StringIO()), executor.batch():
                 jobs = [executor.submit(Job(), plain(run.config)) for run in runs]
