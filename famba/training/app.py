@@ -204,11 +204,10 @@ def _record_failure(path: Path, config: RunConfig, reason: str) -> dict[str, Any
 
 def _announce(config: RunConfig, setup: Setup, folder: RunFolder) -> None:
     matched = "" if setup.matched else " (counts per layer as given, their total is not matched between strategies)"
-    size, removed = setup.image_size, sum(setup.schedule)
+    size, removed, left = setup.image_size, sum(setup.schedule), setup.tokens - sum(setup.schedule)
     precision = "float32" if setup.autocast is None else f"{str(setup.autocast).removeprefix('torch.')} autocast"
-    _log.info("run folder: %s", folder.path)
     network = f"{config.model.name} at {size} x {size}, fusion {config.fusion.strategy}"
-    left = setup.tokens - removed
+    _log.info("run folder: %s", folder.path)
     _log.info(
         "%s: %d tokens, %d removed, %d left after the last layer%s", network, setup.tokens, removed, left, matched
     )

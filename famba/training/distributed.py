@@ -15,20 +15,16 @@ import torch.distributed as dist
 
 from famba.errors import ConfigError, TrainingError
 
-# Nodes that import from a busy file system come late; a collective waits for the slowest evaluation.
-_JOIN_TIMEOUT = timedelta(minutes=10)
-_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+_JOIN_TIMEOUT = timedelta(minutes=10)  # nodes that import from a busy file system come late
+_COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # the slowest evaluation is waited for
 _FIRST_PORT, _PORTS = 20000, 20000
-# The words of gloo and NCCL where the process at the other end is gone.
+# By these words of gloo and NCCL the process at the other end is gone.
 _BROKEN = re.compile("Connection (closed|reset)|Broken pipe|remote process exited")
 
 
 @dataclass(frozen=True)
 class Process:
-    """This process among those that train together.
-
-    host_group is the group that agrees without the device, store what tells the others why this process fails.
-    """
+    """This process among those that train together; host_group agrees without the device, store keeps why one failed."""
 
     rank: int
     world_size: int
@@ -97,9 +93,7 @@ def world_size() -> int:
     adopt_slurm()
     given = os.environ.get("WORLD_SIZE", "1")
     if not given.isdecimal() or int(given) < 1:
-        raise ConfigError(
-            f"WORLD_SIZE is {given!r}; torchrun sets it to the number of processes, take it out of the environment"
-        )
+        raise ConfigError(f"WORLD_SIZE is {given!r}; torchrun sets it to the number of processes, or unset it")
     return int(given)
 
 
@@ -113,9 +107,7 @@ def adopt_slurm() -> None:
     tasks = int(given.get("SLURM_STEP_NUM_TASKS", "1"))
     if tasks == 1 or "WORLD_SIZE" in given or "SLURM_PROCID" not in given:
         return
-    given["WORLD_SIZE"] = str(tasks)
-    given["RANK"] = given["SLURM_PROCID"]
-    given["LOCAL_RANK"] = given.get("SLURM_LOCALID", "0")
+    given |= {"WORLD_SIZE": str(tasks), "RANK": given["SLURM_PROCID"], "LOCAL_RANK": given.get("SLURM_LOCALID", "0")}
     given.setdefault("MASTER_ADDR", _first_host())
     # Steps that share a node must not share a port.
     own = int(given.get("SLURM_JOB_ID", "0")) * 31 + int(given.get("SLURM_STEP_ID", "0"))
@@ -133,13 +125,12 @@ def start_process(device: torch.device) -> Process:
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=_JOIN_TIMEOUT))
     except (ValueError, RuntimeError) as error:
+        why = str(error).splitlines()[0]
         raise ConfigError(
-            f"the {size} processes (WORLD_SIZE) cannot meet: {str(error).splitlines()[0]}; start them by torchrun or "
-            "srun, or unset WORLD_SIZE"
+            f"the {size} processes cannot meet: {why}; start them by torchrun or srun, or unset WORLD_SIZE"
         ) from error
     on_gpu = device.type == "cuda"
-    if on_gpu:
-        # Slurm may show each process its own GPU alone, as number 0.
+    if on_gpu:  # Slurm may show each process its own GPU alone, as number 0
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     backend, group_store = "nccl" if on_gpu else "gloo", dist.PrefixStore("group", store)
     dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=_COLLECTIVE_TIMEOUT)

@@ -22,28 +22,23 @@ Examples
   python train.py experiment=demo
   python train.py -m experiment=paper_table hydra/launcher=slurm
   python train.py run_dir=runs/mine                      once more: goes on where it stopped
+  famba status runs                                      how far runs are
 
 Data ahead of time, for machines without network: famba download cifar100
 """
 
-# What a group is, the files that hold its keys, and what stands before these.
-_GROUPS: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "model": ("the network; model.KEY=null leaves a value as the model has it", ("_base",), "model."),
-    "fusion": (
-        "which layers fuse tokens; fusion.budget is the total removed, the same for every strategy",
-        ("_base",),
-        "fusion.",
-    ),
-    "data": ("the images; data.root is the folder that holds them", ("_base",), "data."),
-    "logger": ("where metrics go besides the run folder", ("none",), "logger."),
-    "experiment": ("several choices under one name; those of several values need -m", (), ""),
+# Each group's meaning, and the files that hold its keys with what stands before them.
+_GROUPS = {
+    "model": ("the network; model.KEY=null leaves a value as the model has it", {"_base": "model."}),
+    "fusion": ("which layers fuse tokens; fusion.budget is the total removed by any strategy", {"_base": "fusion."}),
+    "data": ("the images; data.root is the folder that holds them", {"_base": "data."}),
+    "recipe": ("augmentation, optimizer and schedule; keys with the paper's values", {"paper": "", "_base": "recipe."}),
+    "logger": ("where metrics go besides the run folder", {"none": "logger."}),
+    "experiment": ("several choices under one name; those of several values need -m", {}),
     LAUNCHER: (
-        f"with -m, where the runs go; your own: --config-dir DIR with a file in DIR/{LAUNCHER}/. "
-        "`famba status FOLDER` shows how far runs are",
-        ("local", "slurm"),
-        "hydra.launcher.",
+        f"with -m, where the runs go; your own: a file in DIR/{LAUNCHER}/ with --config-dir DIR",
+        {"local": "hydra.launcher.", "slurm": "hydra.launcher."},
     ),
-    "recipe": ("augmentation, optimizer and schedule; its keys with the paper's values", ("paper",), ""),
 }
 
 
@@ -54,14 +49,16 @@ def help_text() -> str:
         key.removeprefix("override "): name for entry in entries if entry != "_self_" for key, name in entry.items()
     }
     sections = [_HEAD.rstrip()]
-    for group, (meaning, files, prefix) in _GROUPS.items():
+    for group, (meaning, files) in _GROUPS.items():
         folder = config_dir() / group
         lines = [f"{group}: {meaning}" + (f" (default: {chosen[group]})" if chosen[group] else "")]
         lines += [f"  {group}={choice:12} {_comment(folder / f'{choice}.yaml')}" for choice in groups()[group]]
-        for file in files:
-            lines += [f"  keys of {file}" if len(files) > 1 else "  keys", *_keys(folder / f"{file}.yaml", prefix)]
+        for file, prefix in files.items():
+            lines += [
+                f"  keys of {group}={file}" if group == LAUNCHER else "  keys",
+                *_keys(folder / f"{file}.yaml", prefix),
+            ]
         sections.append("\n".join(lines))
-    sections[-1] = "\n".join([sections[-1], *_keys(config_dir() / "recipe" / "_base.yaml", "recipe.")])
     sections.append("\n".join(["Keys of their own", *_keys(config_dir() / "config.yaml", "")]))
     return "\n\n".join(sections) + "\n"
 

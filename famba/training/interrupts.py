@@ -10,10 +10,8 @@ from types import FrameType
 
 _log = logging.getLogger(__name__)
 
-# torchrun passes a Ctrl-C on to processes that the terminal has sent it already.
-_SAME_REQUEST_S = 1.0
-# By these a scheduler gives notice of a time limit or a pre-emption; the run is to go on later.
-_NOTICES = (signal.SIGUSR1, signal.SIGUSR2)
+_SAME_REQUEST_S = 1.0  # torchrun passes a Ctrl-C on to processes that the terminal has sent it already
+_NOTICES = (signal.SIGUSR1, signal.SIGUSR2)  # of a time limit or a pre-emption; the run is to go on later
 _ANSWERED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *_NOTICES)
 
 
@@ -34,7 +32,6 @@ class StopAsked(Exception):  # noqa: N818 - no error
     """A process of the run was asked to stop by `signal`; every process raises it at the same place."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"asked to stop by {signal.Signals(number).name}")
         self.signal = number
 
 
@@ -46,18 +43,16 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number, self._at = 0, 0.0
         self.ended = False
         """Whether SIGTERM came after the request: time is up."""
-        self._at = 0.0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-            for number in _ANSWERED:
-                if number != signal.SIGHUP or not under_nohup:
-                    self._previous[number] = signal.signal(number, self._receive)
+            answered = set(_ANSWERED) - ({signal.SIGHUP} if under_nohup else set())
+            self._previous = {number: signal.signal(number, self._receive) for number in answered}
         return self
 
     def __exit__(self, *error: object) -> None:

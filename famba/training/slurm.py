@@ -25,16 +25,14 @@ def is_restarted() -> bool:
 
 def requeue() -> None:
     """Put this job back into Slurm's queue, which ends it here. Raises TrainingError where Slurm refuses."""
-    given = os.environ
-    job = given["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_JOB_ID" in given:
-        job = f"{given['SLURM_ARRAY_JOB_ID']}_{given['SLURM_ARRAY_TASK_ID']}"
+    job, array = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_ARRAY_JOB_ID")
+    if array is not None:
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
         subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=True)  # noqa: S603, S607
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
         raise TrainingError(
-            f"the run is saved, but Slurm does not requeue job {job}: {said.strip()}. "
+            f"the run is saved, but Slurm does not requeue job {job}: {getattr(error, 'stderr', None) or error}. "
             "Submit the same command again, with sbatch --requeue where jobs are not requeued by default"
         ) from error
 
