@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from runs import check_command
 
 from famba.analysis.plan import plan
 from famba.analysis.plan_report import tokens_plot
@@ -17,7 +18,6 @@ from famba.errors import ConfigError
 from famba.fusion import schedule
 from famba.models.cost import cost
 from famba.ops import backends, use_backend
-from famba.training.compose import check_command
 from famba.training.estimate import estimate
 from famba.training.measure import macs_per_image, saved_bytes_per_image
 

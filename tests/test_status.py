@@ -76,7 +76,7 @@ def test_jobs_that_wait_in_slurm_are_told_from_those_that_never_were(
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm" / "jobs.json").write_text('{"new": "7_0", "gone": "7_1", "requeued": "7_2"}')
     monkeypatch.setattr(looking, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(looking.slurm, "queue", lambda: {"7_0": "PENDING", "7_2": "PENDING"})
+    monkeypatch.setattr(looking, "queue", lambda: {"7_0": "PENDING", "7_2": "PENDING"})
     waiting, never = dict.fromkeys(("new", "requeued"), "waiting"), dict.fromkeys(("gone", "never"), "not started")
     assert states(tmp_path) == {**waiting, **never}
 

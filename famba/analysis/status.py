@@ -23,8 +23,7 @@ from famba.errors import DataError, FambaError
 from famba.training.reporting import duration
 from famba.training.run_folder import METRICS
 from famba.training.summary import SUMMARY, Summary
-from famba.training.sweeps import slurm
-from famba.training.sweeps.names import recorded
+from famba.training.sweeps import queue, recorded, remembered
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _COLUMNS = ("run", "state", "epoch", "done", "Top-1 %", "time left", "updated")
@@ -108,11 +107,11 @@ def _is_run(path: Path) -> bool:
 
 def _queued(sweeps: Iterable[Path]) -> dict[Path, str]:
     """Return the state in Slurm of the runs that were submitted; nothing where Slurm cannot be asked."""
-    jobs = {sweep / name: job for sweep in sweeps for name, job in slurm.remembered(sweep / "slurm").items()}
+    jobs = {sweep / name: job for sweep in sweeps for name, job in remembered(sweep / "slurm").items()}
     states: dict[str, str] = {}
     if jobs and which("squeue") is not None:
         with suppress(FambaError):
-            states = slurm.queue()
+            states = queue()
     return {folder: states[job] for folder, job in jobs.items() if job in states}
 
 

@@ -15,7 +15,7 @@ from famba.fusion.schedules import ADAPTIVE, PAPER, STRATEGIES, Budget, strategy
 from famba.models import FusedNetwork, Vim
 from famba.models.fused import check_choice
 from famba.models.vim import PLACES, WEIGHTINGS
-from famba.training.naming import naming
+from famba.training.checks import naming
 from famba.training.trained import Trained
 
 USUAL_BUDGET = 6 / 7
@@ -234,7 +234,7 @@ def _spreads(trained: Trained, choice: Choice, strategy: str) -> list[tuple[str,
     model = trained.model
     layers = _layers_for(strategy, trained, choice)
     budgets = [_usual_budget(trained)] if choice.budgets is None else choice.budgets
-    with naming(_OPTIONS):
+    with naming("fusion", **_OPTIONS):
         found = [
             schedule(strategy, model.depth, model.num_tokens, budget, layers, model.protected) for budget in budgets
         ]

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from famba import data
 from famba.data.draws import Stream
+from famba.training.checks import naming
 from famba.training.config import RunConfig
 from famba.training.distributed import Process
 from famba.training.initial import start_from
-from famba.training.naming import BATCHES, DATA, naming
 from famba.training.optimizer import create_optimizer
 from famba.training.seeds import seed_generators
 from famba.training.setup import Setup, augmentation, build_model, model_classes
@@ -45,7 +45,7 @@ class Loaders:
 def load_splits(config: RunConfig) -> data.Splits:
     """Open the data that the configuration names, and log how much there is."""
     wanted = config.data
-    with naming(DATA):
+    with naming("data"):
         splits = data.load_splits(
             wanted.name,
             wanted.root,
@@ -94,7 +94,7 @@ def make_loaders(config: RunConfig, setup: Setup, splits: data.Splits, process: 
         "pin_memory": process.device.type == "cuda",
     }
     trainer = config.trainer
-    with naming(BATCHES):
+    with naming("trainer", repeats="recipe.repeats"):
         train = data.train_batches(
             splits.train,
             seed=config.seed,

@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 
 from famba import data, ops
-from famba.errors import BackendError, CheckpointError, ConfigError, near_miss
+from famba.errors import BackendError, CheckpointError, ConfigError, FambaError, near_miss
 from famba.fusion.schedules import ADAPTIVE
 from famba.models import FusedNetwork
 from famba.models.networks import vim_names, vit_names
 from famba.models.tome import AFTER_ATTENTION
 from famba.models.vim import PLACES
 from famba.ops.registry import AUTO, ENVIRONMENT_VARIABLE, resolve
-from famba.training.config import RunConfig
+from famba.training.config import RunConfig, keys
 from famba.training.graph import obstacle
-from famba.training.naming import DATA, naming
 
 _GIB = 2**30
+
+
+@contextmanager
+def naming(section: str, **others: str) -> Iterator[None]:
+    """Let an error about an argument name the key that it was set by: the section's key of that name.
+
+    others: argument to key, or to option, where the names differ.
+    """
+    try:
+        yield
+    except FambaError as error:
+        argument, message = error.argument or "", str(error)
+        key = others.get(argument, f"{section}.{argument}")
+        if key in message or not (argument in others or key in keys()):
+            raise
+        start = f"{argument} "
+        named = f"{key} {message[len(start) :]}" if message.startswith(start) else f"{key}: {message}"
+        raise type(error)(named, argument) from error
 
 
 def check_cuda_graphs(config: RunConfig, device: torch.device, processes: int, backend: str) -> None:
@@ -89,7 +106,7 @@ def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str
 def check_data(config: RunConfig) -> None:
     """Raise ConfigError for what no data under this name can give."""
     wanted = config.data
-    with naming(DATA):
+    with naming("data"):
         data.check_request(
             wanted.name,
             wanted.root,
@@ -173,7 +190,7 @@ def check_adapting(config: RunConfig) -> None:
 
 def check_files(config: RunConfig) -> None:
     """Raise FambaError where a file that is named is missing, or the run folder cannot be written."""
-    with naming(DATA):
+    with naming("data"):
         data.check_folder(config.data.name, config.data.root, config.data.version)
     if config.resume not in ("auto", "never") and not _asked(Path.is_file, "resume", config.resume):
         raise CheckpointError(

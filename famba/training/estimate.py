@@ -1,8 +1,9 @@
-"""How long a sweep will take on the GPUs of the paper, as far as that can be told beforehand."""
+"""Estimate the time of a sweep on the GPUs of the paper, as far as that can be told beforehand."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -10,8 +11,8 @@ from famba import data
 from famba.models import Vim
 from famba.models.cost import cost
 from famba.models.networks import vim_names
-from famba.training.compose import Asked
-from famba.training.setup import build_model
+from famba.training.config import RunConfig
+from famba.training.setup import Setup, build_model
 
 # The one time in print (arXiv 2409.09808): Vim-Ti with interleaved fusion in under 4 hours on A100s, 300 epochs of
 # 50,000 images, by `cost` 0.903 G multiply-adds each. The released scripts start four processes; the text does not say.
@@ -20,10 +21,19 @@ _PRINTED_HOURS, _MOST_GPUS = 4, 4
 _WORTH_SAYING_HOURS = 1.0
 
 
-def estimate(asked: Sequence[Asked]) -> str:
+@dataclass(frozen=True)
+class Alike:
+    """Runs of a sweep that differ in their seeds alone: their configuration, what it comes to, and how many."""
+
+    config: RunConfig
+    setup: Setup
+    runs: int
+
+
+def estimate(asked: Sequence[Alike]) -> str:
     """Return a line on a sweep's GPU-hours.
 
-    Nothing where it is little, where the number of images is not known, or where a network is none of the paper's kind.
+    It is empty where it is little, the number of images is not known, or a network is none of the paper's kind.
     """
     total = 0.0
     for one in asked:
@@ -47,7 +57,7 @@ def estimate(asked: Sequence[Asked]) -> str:
     )
 
 
-def _macs(one: Asked) -> int:
+def _macs(one: Alike) -> int:
     with torch.device("meta"):
         model = build_model(one.config.model.name, one.setup.model_arguments)
     assert isinstance(model, Vim)

@@ -33,6 +33,13 @@ class RunFolder:
         self.checkpoints = Checkpoints(path / "checkpoints")
         self._lock = FileLock(path / ".lock")
 
+    def __enter__(self) -> RunFolder:
+        self.claim()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
     def claim(self) -> None:
         """Make the folder and keep other runs out of it. Raises ConfigError where it is taken or cannot be written."""
         if not self.writes:

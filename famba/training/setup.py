@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -13,11 +13,11 @@ from famba.fusion.schedules import PAPER, check_schedule, schedule
 from famba.models import FusedNetwork, create_network
 from famba.models.networks import vim_names
 from famba.training import checks
+from famba.training.checks import naming
 from famba.training.config import RunConfig
 from famba.training.devices import choose_device, choose_precision, make_current
 from famba.training.distributed import world_size
 from famba.training.initial import check_initial
-from famba.training.naming import AUGMENTATION, DATA, FUSION, MODEL, naming
 from famba.training.optimizer import check_optimizer_name, try_optimizer
 
 
@@ -86,14 +86,15 @@ def build_model(name: str, arguments: dict[str, Any]) -> FusedNetwork:
 
 def augmentation(config: RunConfig) -> data.Augmentation:
     """Return what the recipe does to training images."""
-    values = {argument: getattr(config.recipe, key.removeprefix("recipe.")) for argument, key in AUGMENTATION.items()}
-    with naming(AUGMENTATION):
-        return data.Augmentation(**values)
+    recipe = config.recipe
+    keys = {field.name: field.name for field in fields(data.Augmentation)} | {"kind": "augmentation"}
+    with naming("recipe", kind="recipe.augmentation"):
+        return data.Augmentation(**{argument: getattr(recipe, key) for argument, key in keys.items()})
 
 
 def reading(config: RunConfig) -> data.Reading:
     """Return how folders and images are read."""
-    with naming(DATA):
+    with naming("data"):
         return data.Reading(config.data.version, config.data.background)
 
 
@@ -113,7 +114,7 @@ def _outline(config: RunConfig) -> tuple[FusedNetwork, dict[str, Any]]:
     known = config.data.num_classes or data.num_classes_of(config.data.name)
     classes = config.model.num_classes if known is None else model_classes(config, known)
     arguments = model_arguments(config, classes)
-    with naming(MODEL), torch.device("meta"):
+    with naming("model", img_size="data.image_size"), torch.device("meta"):
         return build_model(config.model.name, arguments), arguments
 
 
@@ -121,7 +122,7 @@ def _fusion(config: RunConfig, outline: FusedNetwork) -> tuple[int, ...]:
     """Return the tokens that each layer removes."""
     fusion = config.fusion
     depth, tokens, protected = outline.depth, outline.num_tokens, outline.protected
-    with naming(FUSION):
+    with naming("fusion", counts="fusion.budget"):
         counts = schedule(fusion.strategy, depth, tokens, fusion.budget, fusion.layers, protected)
         check_schedule(counts, depth, tokens, protected)
     return counts
