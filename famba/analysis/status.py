@@ -25,7 +25,7 @@ from famba.training.run_folder import METRICS
 from famba.training.summary import SUMMARY, Summary
 from famba.training.sweeps import queue, recorded, remembered
 
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _COLUMNS = ("run", "state", "epoch", "done", "Top-1 %", "time left", "updated")
 # Files that a run leaves behind even if it has no summary yet, or has lost it.
 _TRACES = (METRICS, "train.log")
@@ -196,7 +196,7 @@ def _seconds_left(
     if not speed or not step or steps is None:
         return None
     try:
-        trainer = yaml.load((folder / "config.yaml").read_text(), LOADER)["trainer"]  # noqa: S506 - a safe one
+        trainer = yaml.load((folder / "config.yaml").read_text(), _LOADER)["trainer"]  # noqa: S506 - a safe one
         batch, every = int(trainer["batch_size"]), int(trainer["eval_every"])
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
         return None
