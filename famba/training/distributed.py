@@ -24,7 +24,7 @@ _BROKEN = re.compile("Connection (closed|reset)|Broken pipe|remote process exite
 
 @dataclass(frozen=True)
 class Process:
-    """This process among those that train together; host_group agrees without the device, store says why one failed."""
+    """This process among those that train together; host_group agrees without its device, store keeps why one fails."""
 
     rank: int
     world_size: int

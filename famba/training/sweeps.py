@@ -240,7 +240,7 @@ class Local(Sequential):
         device, gpus = config.trainer.device, self.places()[0][0]
         if gpus and device.startswith("cuda:"):
             raise ConfigError(
-                f"trainer.device={device}, but hydra/launcher=local gives each run a GPU; leave trainer.device out"
+                f"trainer.device={device}, but hydra/launcher=local gives each run its own GPU; leave it out"
             )
         return config, max(1, len(gpus))
 
