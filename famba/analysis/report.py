@@ -192,7 +192,9 @@ def _tables(runs: pd.DataFrame, left_out: LeftOut) -> list[Table]:
         left_out += [("other", run["run"], _differences(first[what], run)) for _, run in others.iterrows()]
         here = _largest(chosen, place).iloc[0][place]
         chosen = chosen.assign(here=(chosen[place] == here).all(axis=1), label=_labels(chosen))
-        chosen = chosen.sort_values(["here", "provenance.started", "run"], ascending=[False, True, True])
+        chosen = chosen.sort_values(
+            ["here", "provenance.started", "train_time_s", "run"], ascending=[False, *[True] * 3]
+        )
         again = chosen.duplicated(["label", "seed"])
         left_out += [("repeated", run.run, f"seed {run.seed} of {run.label}") for run in chosen[again].itertuples()]
         chosen = chosen[~again]
