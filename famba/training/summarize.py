@@ -14,7 +14,7 @@ from famba.training.measure import macs_per_image, saved_bytes_per_image
 from famba.training.provenance import now, provenance
 from famba.training.setup import Setup
 from famba.training.state import TrainingState
-from famba.training.summary import Summary
+from famba.training.summary import FORMAT, Summary
 from famba.training.trained_on import TrainedOn
 
 
@@ -76,6 +76,7 @@ def summarize(
     train_time = totals.data_s + totals.step_s
     return Summary(
         status=status,
+        format=FORMAT,
         model=config.model.name,
         data=config.data.name,
         strategy=config.fusion.strategy,
