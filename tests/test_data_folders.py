@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -157,6 +158,13 @@ def test_images_in_folders_of_one_folder_are_no_single_class(tmp_path: Path) -> 
         load("tar", tmp_path)
 
 
+def test_classes_that_lie_several_folders_too_deep_are_named(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        write(tmp_path / part, ("data/pets/cat/1.png", "data/pets/dog/a/1.png"))
+    with pytest.raises(DataError, match=r"folders of 'data/pets', so all are of one class. If 2 folders \(cat, dog\)"):
+        load("folder", tmp_path)
+
+
 def test_images_outside_of_classes_are_named(root: Path) -> None:
     write(root / "train", ["stray.webp"])
     with pytest.raises(DataError, match=r"some lie outside: 1 image \(stray.webp\)"):
@@ -187,8 +195,29 @@ def test_links_are_followed_once(root: Path, caplog: pytest.LogCaptureFixture) -
     (root / "test" / "bird").unlink()
     with caplog.at_level(logging.INFO):
         names = [name for name, label in there(load("folder", root)) if label == "cat"]
-    assert "train: skipped 1 link (cat/more) to folders that were read already" in caplog.text
-    assert names == ["cat/1.png", "cat/2.png", "cat/5.png", "cat/again/3.png", "cat/again/deep/4.png"]
+    assert "train: skipped 2 links (cat/5.png, cat/more) to what was read already" in caplog.text
+    assert names == ["cat/1.png", "cat/2.png", "cat/again/3.png", "cat/again/deep/4.png"]
+
+
+def test_a_link_to_an_image_of_another_class_is_refused(root: Path) -> None:
+    (root / "train" / "dog" / "9.png").symlink_to("../cat/1.png")
+    with pytest.raises(DataError, match=r"dog/9\.png: this is the image .*cat/1\.png once more, by a link"):
+        load("folder", root)
+
+
+@pytest.mark.parametrize(("part", "target"), [("val", "test"), ("val", "train"), ("test", "train")])
+def test_parts_that_are_the_same_by_a_link_are_refused(root: Path, part: str, target: str) -> None:
+    if (root / part).exists():
+        shutil.rmtree(root / part)
+    (root / part).symlink_to(target)
+    with pytest.raises(DataError, match="hold the same images, by a link"):
+        load("folder", root)
+
+
+def test_folders_that_are_no_parts_are_named(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (root / "Val").mkdir()
+    load("folder", root)
+    assert "left alone 1 folder (Val); the parts are train, val, valid, validation and test" in caplog.text
 
 
 @pytest.mark.parametrize("target", ["..", ".", "../..", "/", "../cat"])

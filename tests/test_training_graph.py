@@ -182,6 +182,39 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_of_the_step_before(
         assert all(torch.equal(kept["optimizer"]["state"][number][name], value) for name, value in state.items())
 
 
+def test_a_schedule_that_adapts_after_a_loss_that_is_not_finite_changes_nothing(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = [*everything(device, "fusion=adaptive", "fusion.adapt_at=[0.5]", "trainer.epochs=2")]
+    usual += ["data.val_fraction=0", "trainer.log_every=9"]
+    run(tmp_path / "four", *usual, "trainer.max_steps=4")
+    broken_at(monkeypatch, 5)
+    with pytest.raises(TrainingError, match="the loss is nan at step 5 "):
+        run(tmp_path / "broken", *usual)
+    kept, expected = last(tmp_path / "broken"), last(tmp_path / "four")
+    assert kept["step"] == 4
+    assert kept["schedule"] == expected["schedule"]
+    assert all(torch.equal(kept["model"][name], value) for name, value in expected["model"].items())
+    assert kept["totals"]["steps"] == expected["totals"]["steps"]
+    assert not kept["totals"]["schedules"]
+
+
+def test_a_step_that_cannot_be_captured_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    def broken(function: object, memory: object) -> None:
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        except RuntimeError:
+            raise RuntimeError("capture failed")  # noqa: B904 - as torch's own context manager does
+
+    monkeypatch.setattr(graph, "captured", broken)
+    with pytest.raises(
+        TrainingError, match=r"\(operation not permitted .*\); start again with trainer\.cuda_graphs=false"
+    ):
+        run(tmp_path, *everything(device))
+
+
 def test_the_evaluation_of_a_graph_takes_a_smaller_last_batch(device: str, tmp_path: Path) -> None:
     found, expected = run(tmp_path / "graphed", *comparable(device)), eager(tmp_path / "eager", *comparable(device))
     for name in ("top1", "ema_top1", "loss"):

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -155,6 +156,7 @@ class _Walk:
         self.part = part
         self.suffixes = image_suffixes()
         self.read: dict[tuple[int, int], str] = {}  # folders by device and inode, whatever path leads to them
+        self.links: set[str] = set()  # images that are links
 
     def run(self) -> None:
         """Add the images, and the names of all else, to the part."""
@@ -163,6 +165,8 @@ class _Walk:
         for name in self._files(""):
             self.part.folders.add(name)
             self._folder(name, above)
+        if self.links:
+            self._drop_links()
 
     def _folder(self, name: str, above: dict[tuple[int, int], Path]) -> None:
         path = self.part.path / name
@@ -195,10 +199,29 @@ class _Walk:
             elif entry.is_dir():
                 folders.append(name)
             elif entry.is_file() and has_suffix(file, self.suffixes):
+                if entry.is_symlink():
+                    self.links.add(name)
                 self.part.entries.append(Entry(name, folder.partition("/")[0]))
             else:
                 self.part.skipped.append(name)
         return folders
+
+    def _drop_links(self) -> None:
+        """Leave out links to images that are in the part already. Raises DataError for one in another class."""
+        seen: dict[tuple[int, int], Entry] = {}
+        kept = []
+        for entry in sorted(self.part.entries, key=lambda entry: entry.name in self.links):
+            earlier = seen.setdefault(_identity(self.part.path / entry.name), entry)
+            if earlier is entry:
+                kept.append(entry)
+            elif earlier.label == entry.label:
+                self.part.again.append(entry.name)
+            else:
+                raise DataError(
+                    f"{self.part.path / entry.name}: this is the image {self.part.path / earlier.name} once more, by a "
+                    "link, so it would be in two classes. Remove one of them."
+                )
+        self.part.entries = kept
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -222,13 +245,14 @@ def arranged(part: Part, advice: str) -> Part:
             "convert what is there, or remove the folder."
         )
     checked(part)
-    if len(part.classes) == 1 and all(entry.name.count("/") > 1 for entry in part.entries):
-        inner = {entry.name.split("/")[1] for entry in part.entries}
-        if len(inner) > 1:
-            raise DataError(
-                f"{part.path}: all images lie in folders of {part.classes[0]!r}, so all are of one class. If "
-                f"{listed('folder', sorted(inner))} are the classes, {advice}."
-            )
+    paths = [entry.name.split("/")[:-1] for entry in part.entries]
+    depth = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False)))
+    inner = {path[depth] for path in paths if len(path) > depth}
+    if depth and len(inner) > 1 and all(len(path) > depth for path in paths):
+        raise DataError(
+            f"{part.path}: all images lie in folders of {'/'.join(paths[0][:depth])!r}, so all are of one class. If "
+            f"{listed('folder', sorted(inner))} are the classes, {advice}."
+        )
     return part
 
 
@@ -248,7 +272,7 @@ def checked(part: Part) -> Part:
         for kind, names, reason in (
             ("file", part.skipped, " of kinds that Pillow does not read"),
             ("hidden name", part.hidden, ""),
-            ("link", part.again, " to folders that were read already"),
+            ("link", part.again, " to what was read already"),
         )
         if names
     ]

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 
 from famba.data.draws import Stream, permutation
-from famba.data.folders import FileSource, Part, read_folder
+from famba.data.folders import FileSource, Part, is_hidden, listed, read_folder
 from famba.data.images import Reading
 from famba.data.named import StreamSource, check_named, load_named, needs_root
 from famba.data.published import CIFAR, NUM_CLASSES, TRAINING_IMAGES, find_cifar, load_cifar, load_digits
 from famba.data.sources import Source, Splits, balanced_order, labels_of, sample, take
 from famba.data.tar import read_tar
 from famba.errors import ConfigError, DataError, near_miss
+
+_log = logging.getLogger(__name__)
 
 Loader: TypeAlias = Callable[[Path | None, int | None], Splits]
 """(data.root, data.num_classes) to the images, either None where it is not given."""
@@ -173,6 +177,8 @@ def _load_parts(root: Path, suffix: str, num_classes: int | None, reading: Readi
     """
     read = read_tar if suffix else read_folder
     paths = _find_parts(root, suffix, reading.version)
+    if reading.version > 1:
+        _warn_of_others(root, suffix)
     parts = {part: read(path, reading.version) for part, path in paths.items()}
     for part in parts.values():
         _check_same_classes(parts["train"], part)
@@ -205,7 +211,32 @@ def _find_parts(root: Path, suffix: str, version: int) -> dict[str, Path]:
             "root",
         )
     parts = {"train": train[0], "test": (tests + validations)[0]}
-    return {**parts, "validation": validations[0]} if tests and validations else parts
+    if tests and validations:
+        parts["validation"] = validations[0]
+    places = {path: path.resolve() for path in parts.values()}
+    for (first, one), (second, other) in combinations(places.items(), 2):
+        if version > 1 and (one == other or one in other.parents or other in one.parents):
+            raise DataError(f"{first} and {second} hold the same images, by a link. Remove one of them.", "root")
+    return parts
+
+
+def _warn_of_others(root: Path, suffix: str) -> None:
+    """Log what lies beside the parts of a data set and may have been meant as one."""
+    known = {"train" + suffix, "test" + suffix, *(name + suffix for name in _VALIDATION[2])}
+    others = [
+        path.name
+        for path in root.iterdir()
+        if path.name not in known
+        and not is_hidden(path.name)
+        and (path.suffix == suffix and path.is_file() if suffix else path.is_dir())
+    ]
+    if others:
+        _log.warning(
+            "%s: left alone %s; the parts are train, %s and test, in lower case",
+            root,
+            listed("folder" if not suffix else "file", others),
+            ", ".join(_VALIDATION[2]),
+        )
 
 
 def _check_same_classes(train: Part, other: Part) -> None:

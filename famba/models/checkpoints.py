@@ -162,7 +162,7 @@ def _origin_by_timm(weights: Mapping[str, Any], model: Vim) -> Origin:
     cfg: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     if cfg.get("file"):
         place = Path(cfg["file"])  # timm calls a folder so, too
-        said = _beside(place if place.is_dir() else place.parent)
+        said = saved_origin(read_file(place), place) if place.is_file() else _beside(place)
         if said != Origin():
             return said
     arguments: Mapping[str, Any] = getattr(model, "pretrained_model_args", {})
@@ -211,11 +211,13 @@ def saved_origin(content: dict[str, Any], path: str | Path) -> Origin:
     Raises:
         CheckpointError: the configuration beside the file cannot be read.
     """
-    official = getattr(content.get("args"), "model", None)
+    arguments = content.get("args")
+    official = arguments.get("model") if isinstance(arguments, dict) else getattr(arguments, "model", None)
     if isinstance(official, str):
         return Origin("middle" if _MIDDLE in official else None)
     config = content.get("config")
-    return _beside(Path(path).parent) if config is None else _of_run(config)
+    said = _beside(Path(path).parent) if config is None else _of_run(config)
+    return Origin("middle") if said == Origin() and _MIDDLE in Path(path).name else said
 
 
 def _beside(folder: Path) -> Origin:

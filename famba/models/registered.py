@@ -18,7 +18,7 @@ from timm.models import (
 from torch import nn
 
 from famba.errors import ConfigError
-from famba.models.checkpoints import fitting_weights
+from famba.models.checkpoints import fitting_weights, read_file
 from famba.models.vim import Vim
 
 # Keys of a run's configuration that are arguments of Vim, with "fusion_" before them.
@@ -101,9 +101,12 @@ def _fusion_of_training(variant: str, shape: dict[str, Any], chosen: dict[str, A
     if not file or not Path(file).is_file():
         return {}
     config, summary = Path(file).with_name("config.yaml"), Path(file).with_name("summary.json")
-    if not config.is_file() or not summary.is_file():
+    if config.is_file() and summary.is_file():
+        ways, schedule = yaml.safe_load(config.read_text())["fusion"], json.loads(summary.read_text())["schedule"]
+    elif {"config", "schedule"} <= (content := read_file(file)).keys():  # a checkpoint of a run
+        ways, schedule = content["config"]["fusion"], content["schedule"]
+    else:
         return {}
-    ways, schedule = yaml.safe_load(config.read_text())["fusion"], json.loads(summary.read_text())["schedule"]
     if len(schedule) != {**shape, **chosen}["depth"]:
         return {}  # the weights do not fit either, which says more
     return {"fusion": schedule, **{f"fusion_{way}": ways[way] for way in _WAYS if way in ways}}

@@ -7,7 +7,6 @@ weight of the average. What is drawn inside follows the generators' seeds, which
 from __future__ import annotations
 
 import gc
-import logging
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,7 +22,6 @@ from famba.training.optimizer import has_fused_form
 from famba.training.state import TrainingState
 from famba.training.step import Infer, Step
 
-_log = logging.getLogger(__name__)
 _WARM_UPS = 3
 Memory = tuple[Any, torch.cuda.Stream]
 """A pool for the memory of graphs, and the stream that they are captured on."""
@@ -67,7 +65,6 @@ class GraphStep(Step):
         autocast: torch.dtype | None,
     ) -> None:
         super().__init__(config, state, forward, process, autocast)
-        self._must_capture = config.trainer.cuda_graphs is True
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, device=self.device)
@@ -75,7 +72,7 @@ class GraphStep(Step):
         self._loss, self._ema_weight, self._held, self._reported = zeros(), zeros(), zeros(), zeros(2)
         self._images, self._targets = zeros(0), zeros(0)
         self._evaluations: dict[nn.Module, _Evaluation] = {}
-        self.schedule_changed()
+        self.schedule_changes()
 
     def gradients(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
         """Do the next step, see `Step.gradients`; `update` has nothing left to do."""
@@ -110,7 +107,7 @@ class GraphStep(Step):
             self._evaluations[model] = _Evaluation(super().infer(model), self._captured)
         return self._evaluations[model]
 
-    def schedule_changed(self) -> None:
+    def schedule_changes(self) -> None:
         """Forget the graphs, and give their memory back; the next step is captured anew."""
         self._add: Callable[[], None] | None = None
         self._finish: Callable[[], None] | None = None
@@ -135,7 +132,7 @@ class GraphStep(Step):
     def _capture(self) -> None:
         """Capture the graphs without a trace in weights, optimizer, average, scaler or generators."""
         state = self.state
-        scale = state.scaler.state_dict()
+        scale, held = state.scaler.state_dict(), self._held.clone()
         self._held.fill_(1)
         try:
             with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), warnings.catch_warnings():
@@ -148,23 +145,29 @@ class GraphStep(Step):
                     self._add = self._captured(self._micro_batch)
                     self._finish = self._captured(self._update)
         finally:
-            self._held.zero_()
+            self._held.copy_(held)
             self._loss.zero_()
             state.scaler.load_state_dict(scale)
             state.optimizer.zero_grad(set_to_none=self._add is None)
 
     def _captured(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Return a function as a graph; as it is, with a warning, where that fails and is not asked for."""
+        """Return a function as a graph.
+
+        Raises TrainingError where it cannot be captured: the device is in no state to go on from then.
+        """
         try:
             return captured(function, self._memory)
         except RuntimeError as error:
             if out_of_memory(error):
                 raise
-            reason = f"a part of the step could not be captured as a CUDA graph ({str(error).splitlines()[0]})"
-            if self._must_capture:
-                raise TrainingError(f"{reason}; set trainer.cuda_graphs=auto to go on without") from error
-            _log.warning("%s; the run goes on without, and waits for the host", reason)
-            return function
+            cause: BaseException = error
+            while cause.__context__ is not None:  # the end of the capture fails after what made it fail
+                cause = cause.__context__
+            reason = (str(cause) or repr(cause)).splitlines()[0]
+            raise TrainingError(
+                f"the step cannot be captured as a CUDA graph ({reason}); "
+                "start again with trainer.cuda_graphs=false, which is as right, and slower"
+            ) from error
 
     def _keep_gradients(self) -> None:
         """Give the gradients fixed places, to which every micro-batch adds."""
