@@ -59,11 +59,11 @@ def added(kept: pd.DataFrame, runs: pd.DataFrame, without_times: str | None) -> 
     """Return the kept runs and the finished of the others. Raises DataError where one names folders of a machine."""
     runs = runs[runs["problem"] == ""].drop(columns="folder")
     private = [run for run, *cells in runs.to_numpy() if any(start in cell for cell in cells for start in PRIVATE)]
-    if private or (again := sorted(set(runs["run"]) & set(kept["run"]))):
+    if private:
+        raise DataError(f"{', '.join(private)} name folders of this machine; train with relative paths")
+    if again := sorted(set(runs["run"]) & set(kept["run"])):
         raise DataError(
-            f"{', '.join(private)} name folders of this machine; train with relative paths"
-            if private
-            else f"{', '.join(again)} are kept already; take them out of {RUNS.name} first, or rename their folder"
+            f"{', '.join(again)} are kept already; take them out of {RUNS.name} first, or rename their folder"
         )
     if without_times:
         gone = [name for name in runs if name in TIMES or name.startswith("epoch_time_s.")]

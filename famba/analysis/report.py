@@ -365,7 +365,9 @@ def _deviations(run: pd.Series) -> str:
 
 @cache
 def _paper() -> dict[str, str]:
-    row = to_row(Summary("", image_size=224), plain(compose(["experiment=paper_table", "model=vim_s", "fusion=none"])))
+    row = to_row(
+        Summary("", image_size=224), plain(compose(["experiment=paper_table", "model=vim_s", "fusion=none", "seed=0"]))
+    )
     free = (*_FREE, "config.data.root", "format", "status", "stalled_starts")
     return {name: cell.replace("null", "") for name, cell in row.items() if not name.startswith(free)}
 
