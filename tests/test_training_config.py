@@ -62,7 +62,7 @@ def test_every_recipe_composes_with_every_logger(recipe: str) -> None:
 def test_every_experiment_composes() -> None:
     for experiment in GROUPS["experiment"]:
         for strategy in STRATEGIES:
-            prepare(compose([f"experiment={experiment}", f"fusion={strategy}"]))
+            prepare(compose([f"experiment={experiment}", f"fusion={strategy}", "model=vim_micro", "seed=0"]))
 
 
 def test_the_paper_recipe_is_the_released_one() -> None:

@@ -17,7 +17,7 @@ from runs import TINY, metrics, run
 from torch import nn
 
 from famba.errors import TrainingError
-from famba.training import loop
+from famba.training import loop, step
 from famba.training.checkpoint import load
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +87,7 @@ def test_no_checkpoint_holds_what_is_not_finite(tmp_path: Path, monkeypatch: pyt
         start(self, *arguments)
         self._look_every = 10
 
-    monkeypatch.setattr(loop, "create_loss", lambda recipe: broken)
+    monkeypatch.setattr(step, "create_loss", lambda recipe: broken)
     monkeypatch.setattr(loop.Training, "__init__", rarely)
     with pytest.raises(TrainingError, match="the loss is nan at step 2"):
         run(tmp_path, "trainer.save_every_min=1e-9", "trainer.log_every=10")

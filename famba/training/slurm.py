@@ -31,8 +31,9 @@ def requeue() -> None:
     try:
         subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=True)  # noqa: S603, S607
     except (OSError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip()
         raise TrainingError(
-            f"the run is saved, but Slurm does not requeue job {job}: {getattr(error, 'stderr', None) or error}. "
+            f"the run is saved, but Slurm does not requeue job {job}: {reason}. "
             "Submit the same command again, with sbatch --requeue where jobs are not requeued by default"
         ) from error
 
