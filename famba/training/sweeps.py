@@ -445,7 +445,8 @@ def queue() -> dict[str, str]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)  # noqa: S603 - Slurm's own
     except (OSError, subprocess.SubprocessError) as error:
-        raise TrainingError(f"squeue does not answer: {getattr(error, 'stderr', None) or error}") from error
+        said = str(getattr(error, "stderr", None) or error).strip()
+        raise TrainingError(f"squeue does not answer: {said}") from error
     rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 2]
     return {job: "HELD" if state == "PENDING" and "held" in reason.lower() else state for job, state, reason in rows}
 
