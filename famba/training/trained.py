@@ -69,7 +69,7 @@ class Trained:
 
     @property
     def reading(self) -> data.Reading:
-        """How images are read, as in training."""
+        """Return how images are read, as in training."""
         return data.Reading() if self.config is None else reading(self.config)
 
     @property

@@ -24,7 +24,7 @@ _BACKWARD_VECTOR, _ADAMW_TENSORS = 12, 7
 
 
 class Work(NamedTuple):
-    """What one pass over data does at the least, or in `BOARDS` what a GPU can do in a second.
+    """Count what one pass over data does at the least, or in `BOARDS` what a GPU can do in a second.
 
     bytes: through device memory. products: operations of 16-bit matrix products, two for each multiply-add. vector:
     float32 instructions on single numbers. special: exponentials, logarithms and reciprocals, of which a multiprocessor

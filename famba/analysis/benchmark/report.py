@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Report:
-    """What one call of `famba benchmark` has to say; filled while it runs, so that an interruption loses little.
+    """Hold what one call of `famba benchmark` found; filled while it runs, so that an interruption loses little.
 
     provenance: as in a run's summary. tables: rows by title. left_out: what was not measured, and why.
     """
