@@ -1,4 +1,4 @@
-"""What `famba benchmark` times, and what it makes of the times; a GPU is stood in for where it has to be."""
+"""Test what `famba benchmark` times and makes of the times, with a stand-in for a GPU where it needs one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show, by `make test-gpu`; the arithmetic of the kernels is tested without one, elsewhere.
+"""Test what only a GPU can show, by `make test-gpu`; the arithmetic of the kernels is tested without one, elsewhere.
 
 Steps as CUDA graphs are in tests/test_training_graph.py, whose tests run on either device.
 """

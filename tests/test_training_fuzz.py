@@ -1,4 +1,4 @@
-"""What cannot work is refused by the name of its key, whatever it is, before anything is written."""
+"""Test that what cannot work is refused by the name of its key, before anything is written."""
 
 from __future__ import annotations
 
