@@ -35,6 +35,10 @@ train: setup
 # A process for each core, up to eight, each with one thread: more threads than cores would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
+# On a GPU most of the time goes into compiling kernels, which every core can do; Triton keeps them in ~/.triton/cache for
+# the next run. Where pytest-benchmark is installed it would warn of several processes.
+PYTEST_GPU := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 14 --dist worksteal -p no:benchmark
+
 test: setup
 	$(PYTEST) -m "not slow"
 
@@ -42,7 +46,7 @@ test-all: setup
 	$(PYTEST)
 
 test-gpu: setup
-	$(BIN)/python -m pytest -m gpu
+	$(PYTEST_GPU) -m gpu
 
 lint: setup
 	$(BIN)/ruff check .

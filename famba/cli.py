@@ -66,10 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser(
         "report",
         help="compare runs in a table, or in a report with plots",
-        description="Compare runs, from their run folders: in a plain table on the terminal, or with --out in a report "
-        "with means over seeds, intervals and plots, as Markdown, CSV, LaTeX and one HTML page.",
+        description="Compare runs, from run folders and from CSV files of runs: in a table on the terminal, or with "
+        "--out in a report with means over seeds, intervals and plots, as Markdown, CSV, LaTeX and one HTML page.",
     )
-    report.add_argument("runs", nargs="+", metavar="FOLDER", help="run folders, or folders that hold some")
+    report.add_argument(
+        "runs", nargs="+", metavar="FOLDER", help="run folders, folders that hold some, or CSV files with a run per row"
+    )
     report.add_argument("--out", type=Path, metavar="DIR", help="write a report to this folder instead")
     report.set_defaults(run=_report)
 
@@ -148,13 +150,13 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     if options.out is not None:
-        from famba.analysis.report import summary, write_report
+        from famba.analysis.report import terminal, write_report
 
-        print(summary(write_report(options.runs, options.out), options.out))
+        print(terminal(write_report(options.runs, options.out), options.out))
         return 0
-    from famba.analysis.tables import find_runs, run_table
+    from famba.analysis.runs import read_runs, run_table
 
-    print(run_table(find_runs(options.runs)))
+    print(run_table(read_runs(options.runs)))
     return 0
 
 

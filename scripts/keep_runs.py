@@ -1,60 +1,122 @@
-"""Copy what a report reads of finished runs, without weights and checkpoints, to where it is kept.
+"""Keep finished runs in docs/results/runs.csv, and fill the tables and plots of docs/results.md and README.md from it.
 
-    python scripts/keep_runs.py runs/cpu_table docs/results/cpu_table
+    python scripts/keep_runs.py runs/cpu_table    # add the runs of a sweep, then fill
+    python scripts/keep_runs.py                   # fill alone
 
-Times of runs that shared their machine with other work tell nothing: --without-times leaves them out, and says why.
-Runs whose files name folders of this machine are refused: what is kept is for others to read.
+--without-times leaves out times and throughput, and says why: those of runs that shared their machine tell nothing.
+The documents hold the tables between markers; everything else in them is written by hand.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import sys
+import tempfile
 from pathlib import Path
 
-FILES = ("config.yaml", "summary.json", "metrics.jsonl")
-TIMES = ("train_time_s", "eval_time_s", "epoch_time_s", "images_per_s")
+import pandas as pd
+
+from famba.analysis.report import Report, difference, interval, spread, tabulated, write_report
+from famba.analysis.runs import read_runs, runs_csv
+from famba.errors import DataError, FambaError
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "docs/results"
+RUNS = KEPT / "runs.csv"
+RESULTS, README = ROOT / "docs/results.md", ROOT / "README.md"
+TIMES = ("train_time_s", "eval_time_s", "images_per_s")
+PRIVATE = ("/home/", "/root/", "/tmp/", "/mnt/", "/Users/")  # noqa: S108
+PLOTS = ("accuracy_time", "accuracy_saved")
+README_COLUMNS = (0, 2, 1, 3, 5, 6)
+DIFFERENCE = "top1_difference_to_none_points"
+SHELF = {"vim": "`vim_micro`", "vit": "`vit_micro`"}
 
 
 def main() -> int:
-    """Copy; return the exit status, 2 where a run is refused."""
+    """Add runs and fill the documents; return the exit status, 2 where a run is refused."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sweep", type=Path, help="folder of the runs")
-    parser.add_argument("kept", type=Path, help="folder to keep them in")
+    parser.add_argument("runs", nargs="*", help="folders of runs to add")
     parser.add_argument("--without-times", metavar="REASON", help="leave out times and throughput, and say why")
-    parser.add_argument(
-        "--runs", default="*", metavar="PATTERN", help="which of them, such as '*,seed=2' (default: all)"
-    )
     options = parser.parse_args()
-    for run in sorted(path.parent for path in options.sweep.glob(f"{options.runs}/summary.json")):
-        if json.loads((run / "summary.json").read_text())["status"] != "finished":
-            print(f"{run.name}: not finished")
-            continue
-        private = [
-            name
-            for name in FILES
-            if str(Path.cwd()) in (run / name).read_text() or "/home/" in (run / name).read_text()
-        ]
-        if private:
-            print(f"error: {', '.join(private)} of {run} name folders of this machine; train with relative paths")
-            return 2
-        kept = options.kept / run.name
-        kept.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            shutil.copyfile(run / name, kept / name)
-        if options.without_times:
-            leave_out_times(kept / "summary.json", options.without_times)
-        print(f"{run.name}: kept in {kept}")
+    try:
+        if options.runs:
+            RUNS.write_text(runs_csv(added(read_runs([RUNS]), read_runs(options.runs), options.without_times)))
+    except FambaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        report = write_report([RUNS], Path(folder))
+        for name in PLOTS:
+            plot = next(plot for plot in report.tables[0].plots if plot.name.endswith(name))
+            (KEPT / f"{name}.png").write_bytes(plot.png)
+    for (document, name), text in texts(report).items():
+        before, _, after = parts(document, name)
+        document.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- end of {name} -->{after}")
     return 0
 
 
-def leave_out_times(file: Path, reason: str) -> None:
-    """Put nothing in place of times in a summary, and the reason beside them."""
-    summary = json.loads(file.read_text())
-    summary |= {**dict.fromkeys(TIMES), "times_left_out": reason}
-    file.write_text(json.dumps(summary, indent=2) + "\n")
+def added(kept: pd.DataFrame, runs: pd.DataFrame, without_times: str | None) -> pd.DataFrame:
+    """Return the kept runs and the finished of the others. Raises DataError where one names folders of a machine."""
+    runs = runs[runs["problem"] == ""].drop(columns="folder")
+    private = [run for run, *cells in runs.to_numpy() if any(start in cell for cell in cells for start in PRIVATE)]
+    if private:
+        raise DataError(f"{', '.join(private)} name folders of this machine; train with relative paths")
+    if again := sorted(set(runs["run"]) & set(kept["run"])):
+        raise DataError(
+            f"{', '.join(again)} are kept already; take them out of {RUNS.name} first, or rename their folder"
+        )
+    if without_times:
+        gone = [name for name in runs if name in TIMES or name.startswith("epoch_time_s.")]
+        runs = runs.assign(**dict.fromkeys(gone, ""), times_left_out=without_times)
+    return pd.concat([kept, runs]).fillna("")
+
+
+def texts(report: Report) -> dict[tuple[Path, str], str]:
+    """Return what belongs between the markers of each document, from the report on the kept runs."""
+    table = report.tables[0]
+    plain = [label for label in table.rows.index if "," not in label]
+    results, costs = (sheet.loc[plain] for sheet in table.sheets.values())
+    none = table.rows["macs_per_image"]["none"]
+    shares = pd.DataFrame({
+        "fusion": plain,
+        "multiply-adds, of none": [f"{macs / none:.3f}" for macs in table.rows.loc[plain, "macs_per_image"]],
+        "training time, of none": [f"{share:.3f}" for share in table.rows.loc[plain, "train_time_share_of_none"]],
+    })  # fmt: skip
+    top1 = table.runs.pivot(index="seed", columns="label", values="top1")
+    ways = []
+    for label, row in table.rows[table.rows["strategy"].isin(["all", "upper"])].iterrows():
+        first = "-" if label == row["strategy"] else difference(interval(top1[label], top1[row["strategy"]]))
+        mean = spread(row["top1_percent_mean"], row["top1_percent_sd"], 2)
+        ways.append([label, str(len(row["seeds"].split())), mean, first, difference(row, DIFFERENCE)])
+    headers = ["fusion", "seeds", "Top-1, %", "difference to the first, points (95 % interval)", "to none"]
+    return {
+        (RESULTS, "tables"): "\n\n".join(tabulated(sheet, "github") for sheet in (results, costs)),
+        (RESULTS, "shares"): tabulated(shares, "github"),
+        (RESULTS, "ways"): tabulated(pd.DataFrame(ways, columns=headers), "github"),
+        (RESULTS, "shelf"): "\n\n".join(map(shelf, SHELF)),
+        (README, "results"): tabulated(results.iloc[:, list(README_COLUMNS)], "github"),
+    }
+
+
+def shelf(name: str) -> str:
+    """Return Top-1 of a network that was trained without fusion, by tokens removed and the way that they go."""
+    found = pd.read_csv(KEPT / f"off_the_shelf_{name}.csv")
+    fused = found[(found["removed"] == 0) | ((found["mode"] == "fuse") & (found["order"] == "sequence"))]
+    speed = fused.set_index("removed")["images_per_s"]
+    ways = found[found["removed"] > 0].assign(way=found["mode"] + ", " + found["order"])
+    table = ways.pivot(index="removed", columns="way", values="top1")[list(ways["way"].unique())]
+    table = pd.concat([pd.DataFrame(found["top1"].iloc[0], [0], table.columns), table]).map("{:.2f}".format)
+    table.insert(0, f"{SHELF[name]}: tokens removed", table.index.astype(str))
+    return tabulated(
+        table.assign(**{"images/s, fused": [f"{s:.0f} ({s / speed[0]:.2f} of none)" for s in speed]}), "github"
+    )
+
+
+def parts(document: Path, name: str) -> tuple[str, str, str]:
+    """Return a document before, between and behind the markers of a name."""
+    before, rest = document.read_text().split(f"<!-- {name} -->")
+    between, after = rest.split(f"<!-- end of {name} -->")
+    return before, between.strip(), after
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Run folders as reports read them, made up, and what a report makes of them."""
+"""Run folders as reports read them, made up."""
 
 from __future__ import annotations
 
@@ -9,33 +9,19 @@ from typing import Any
 
 import yaml
 
-from famba.analysis.report.comparable import Comparable, sort_out
-from famba.analysis.report.rows import Row, Table, build_table
-from famba.analysis.report.runs import LeftOut, read_runs
+from famba.analysis.report import Table, gather
 
 MODEL = "vim_micro_patch4_32"
-SCHEDULES = {
-    "none": [0, 0, 0, 0],
-    "all": [3, 3, 3, 3],
-    "interleaved": [0, 6, 0, 6],
-    "lower": [4, 4, 4, 0],
-    "upper": [0, 4, 4, 4],
-    "adaptive": [1, 2, 4, 5],
-}
+SCHEDULES = {"none": [0, 0, 0, 0], "all": [3, 3, 3, 3], "interleaved": [0, 6, 0, 6], "lower": [4, 4, 4, 0],
+             "upper": [0, 4, 4, 4], "adaptive": [1, 2, 4, 5]}  # fmt: skip
 CONFIG: dict[str, Any] = {
     "model": {"name": MODEL, "depth": 4, "drop_path": 0.0, "cls_position": "head"},
-    "fusion": {
-        "strategy": "none", "budget": 12, "layers": None, "order": "sequence", "weighting": "mean",
-        "place": "before_mixer", "adapt_at": None, "adapt_images": None,
-    },
+    "fusion": {"strategy": "none", "budget": 12, "layers": None, "order": "sequence", "weighting": "mean",
+               "place": "before_mixer", "adapt_at": None, "adapt_images": None},
     "data": {"name": "cifar100", "root": "data/one", "image_size": None, "subset": None, "workers": 2},
     "recipe": {"lr": 0.004, "mixup": 0.8},
     "trainer": {"epochs": 3, "batch_size": 64, "precision": "auto", "log_every": 10, "compile": False},
-    "logger": {"name": "none"},
-    "ops": {"backend": "auto"},
-    "seed": 0,
-    "run_dir": "runs/x",
-    "init_from": None,
+    "logger": {"name": "none"}, "ops": {"backend": "auto"}, "seed": 0, "run_dir": "runs/x", "init_from": None,
 }  # fmt: skip
 PROVENANCE = {
     "started": "2026-11-24T10:00:00+00:00", "famba": "0.1.0", "git_commit": "a" * 40, "packages": {"torch": "2.14.1"},
@@ -63,8 +49,7 @@ def write_run(
     folder.mkdir(parents=True)
     schedule = summary.pop("schedule", SCHEDULES[strategy])
     told = copy.deepcopy(CONFIG)
-    changes = {"fusion.strategy": strategy, "seed": seed, "run_dir": str(folder), **(config or {})}
-    for key, value in changes.items():
+    for key, value in {"fusion.strategy": strategy, "seed": seed, "run_dir": str(folder), **(config or {})}.items():
         *groups, name = key.split(".")
         place = told
         for group in groups:
@@ -78,36 +63,34 @@ def write_run(
     }  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(found))
     (folder / "config.yaml").write_text(yaml.safe_dump(told))
-    lines = [
-        {"kind": "train", "step": step, "epoch": step // 101, "loss": 4.0 - 0.005 * step + 0.01 * seed}
-        for step in range(10, 301, 10)
+    lines: list[dict[str, Any]] = [
+        {"kind": "train", "step": step, "epoch": step // 101, "loss": 4.0 - 0.005 * step} for step in range(10, 301, 10)
     ]
-    lines += [
-        {"kind": "epoch", "step": 100 * (epoch + 1), "epoch": epoch, "test_top1": top1 - 2 + epoch}
-        for epoch in range(3)
-    ]
+    for epoch in range(3):
+        lines.append({"kind": "epoch", "step": 100 * (epoch + 1), "epoch": epoch, "test_top1": top1 - 2 + epoch})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
+def write_seeds(folder: Path, strategy: str, top1: list[float], **costs: list[float]) -> None:
+    """A seed of a strategy for each Top-1, with its costs."""
+    for seed, value in enumerate(top1):
+        write_run(folder / f"{strategy}{seed}", strategy, seed, value, **{key: of[seed] for key, of in costs.items()})
+
+
 def write_pair(folder: Path) -> Path:
     """Without fusion and upper, three seeds each."""
-    for strategy, values in (("none", NONE), ("upper", UPPER)):
-        for seed, top1 in values.items():
-            write_run(folder / f"{strategy}{seed}", strategy, seed, top1)
+    write_seeds(folder, "none", list(NONE.values()))
+    write_seeds(folder, "upper", list(UPPER.values()))
     return folder
 
 
-def sorted_out(*paths: Path) -> tuple[list[Comparable], dict[str, LeftOut]]:
-    runs, unusable = read_runs(paths)
-    tables, others = sort_out(runs)
-    return tables, {run.name.partition("/")[2]: run for run in [*unusable, *others]}
-
-
 def table_of(*paths: Path) -> Table:
-    (found,) = sorted_out(*paths)[0]
-    return build_table(found)
+    (table,) = gather(paths).tables
+    return table
 
 
-def row_of(table: Table, label: str) -> Row:
-    return next(row for row in table.rows if row.label == label)
+def left_out(*paths: Path) -> dict[str, tuple[str, str]]:
+    """Kind and reason by the name of each run that is left out, or counted for accuracy alone."""
+    listed = [(kind, *runs) for kind, found in gather(paths).left_out.items() for runs in found]
+    return {name.partition("/")[2]: (kind, reason) for kind, names, reason in listed for name in names.split("; ")}

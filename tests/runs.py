@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from famba.training.app import train
-from famba.training.compose import compose
+from famba.training.app import plan, train
+from famba.training.compose import Command, compose
+from famba.training.estimate import Alike
+from famba.training.setup import prepare
 
 TINY = (
     "model=vim_micro",
@@ -29,6 +32,15 @@ TINY = (
 def run(folder: Path, *overrides: str) -> dict[str, Any]:
     """Train a tiny Vim, 3 steps per epoch and 2 epochs unless told otherwise; return the summary."""
     return train(compose([*TINY, f"run_dir={folder}", *overrides]), folder)
+
+
+def check_command(arguments: Sequence[str]) -> list[Alike]:
+    """Check every run that a command line asks for; return those of a sweep, but for their seeds."""
+    command = Command.parse(arguments)
+    if command.multirun:
+        return plan(command)[1]
+    prepare(command.config())
+    return []
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import io
 import struct
-import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,87 +10,37 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from images_and_loaders import load, red, tar_of, write
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from famba.data import LOADERS, ArraySource, Source, Splits, SubsetSource, labels_of, load_splits, named, sample, take
+from famba.data import LOADERS, ArraySource, Source, Splits, SubsetSource, labels_of, named, renumber, sample, take
 from famba.data.draws import Stream, permutation
 from famba.errors import ConfigError, DataError
 
-PIXELS, LABELS = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
 
-
-def load(name: str, root: Path | None = None, **changes: Any) -> Splits:
-    options: dict[str, Any] = {"subset": None, "val_fraction": 0.0, "num_classes": None}
-    return load_splits(name, root, **{**options, **changes})
-
-
-def image(value: int) -> Image.Image:
-    return Image.new("RGB", (10, 8), (value, 0, 0))
-
-
-def write_folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), count: int = 3) -> None:
-    for number, name in enumerate(classes):
-        (root / name).mkdir(parents=True)
-        for i in range(count):
-            image(100 * number + i).save(root / name / f"{i}.png")
-
-
-def write_tar(path: Path, count: int = 2) -> None:
-    with tarfile.open(path, "w") as tar:
-        for number, name in enumerate(("cat", "dog")):
-            for i in range(count):
-                buffer = io.BytesIO()
-                image(100 * number + i).save(buffer, "PNG")
-                info = tarfile.TarInfo(f"{name}/{i}.png")
-                info.size = len(buffer.getvalue())
-                tar.addfile(info, io.BytesIO(buffer.getvalue()))
-
-
-def red(source: Any) -> list[int]:
-    return [source.image(i).getpixel((0, 0))[0] for i in range(len(source))]
-
-
-def label(source: Any, index: int) -> int:
-    return int(source.label(index))
-
-
-def array_source(count: int = 20) -> ArraySource:
-    images = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
-    return ArraySource(images, torch.arange(count), count)
-
-
-def test_digits_are_real_images_with_a_fixed_split() -> None:
-    first, second = load("digits"), load("digits")
-    assert isinstance(first.train, ArraySource)
-    assert isinstance(first.test, ArraySource)
-    assert first.train.images.shape == (1437, 3, 32, 32)
-    assert first.test.images.shape == (360, 3, 32, 32)
-    assert first.train.images.dtype == torch.uint8
-    assert first.train.images.max() == 255
-    assert first.train.images.min() == 0
-    assert set(first.test.labels.bincount().tolist()) <= set(range(33, 40))  # about 36 of each digit
-    for one, other in ((first.train, second.train), (first.test, second.test)):
-        assert isinstance(other, ArraySource)
-        assert torch.equal(one.images, other.images)
-    train = {image.numpy().tobytes() for image in first.train.images}
-    shared = sum(image.numpy().tobytes() in train for image in first.test.images)
-    assert shared == 0
-
-
-def test_an_unknown_name_gets_a_near_miss() -> None:
-    with pytest.raises(ConfigError, match="did you mean 'digits'"):
-        load("digit")
-
-
-def test_the_largest_subset_is_named() -> None:
-    for wrong in (0, 1438):
-        with pytest.raises(ConfigError, match="from 1 to the 1437"):
-            load("digits", subset=wrong)
+def numbered(labels: list[int], num_classes: int) -> ArraySource:
+    """Images in memory whose red is their number."""
+    images = torch.arange(len(labels), dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
+    return ArraySource(images, torch.tensor(labels), num_classes)
 
 
 def counts(source: Any) -> list[int]:
     return np.bincount(labels_of(source), minlength=source.num_classes).tolist()
+
+
+def test_digits_are_real_images_with_a_fixed_split() -> None:
+    first, second = load("digits"), load("digits")
+    assert first.classes == tuple("0123456789")
+    for part, count in (("train", 1437), ("test", 360)):
+        source, again = getattr(first, part), getattr(second, part)
+        assert source.images.shape == (count, 3, 32, 32)
+        assert source.images.dtype == torch.uint8
+        assert (source.images.min(), source.images.max()) == (0, 255)
+        assert torch.equal(source.images, again.images)
+    assert set(counts(first.test)) <= set(range(33, 40))  # about 36 of each digit
+    train, test = ({image.numpy().tobytes() for image in part.images} for part in (first.train, first.test))  # type: ignore[union-attr]
+    assert not train & test
 
 
 def write_mnist(root: Path, training: list[int]) -> None:
@@ -110,16 +58,13 @@ def write_mnist(root: Path, training: list[int]) -> None:
 def uneven(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function that loads a data set of each kind, with a class twice as large as the next."""
     kind = request.param
-    sizes = {0: 40, 1: 20, 2: 10, 3: 10}
-    labels = [number for number, size in sizes.items() for _ in range(size)]
+    labels = [number for number, size in enumerate((40, 20, 10, 10)) for _ in range(size)]
+    names = [f"{label}/{number}.png" for number, label in enumerate(labels)]
     for part in ("train", "val"):
-        for number, size in sizes.items():
-            write_folder(tmp_path / part, (str(number),), size)
-        with tarfile.open(tmp_path / f"{part}.tar", "w") as tar:
-            tar.add(tmp_path / part, "")
+        write(tmp_path / part, names)
+        (tmp_path / f"{part}.tar").write_bytes(tar_of(names))
     write_mnist(tmp_path, labels)
-    images = torch.arange(80, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
-    source = ArraySource(images, torch.tensor(labels), 4)
+    source = numbered(labels, 4)
     monkeypatch.setitem(LOADERS, "arrays", lambda root, num_classes: Splits(source, None, source))
     where = None if kind in ("digits", "arrays") else tmp_path
     return lambda **changes: load(kind, where, **changes)
@@ -139,6 +84,7 @@ def test_a_subset_has_every_class_in_proportion(uneven: Any) -> None:
 
 def test_every_class_is_in_proportion_where_images_are_held_out(uneven: Any) -> None:
     whole = np.array(counts(uneven().train))
+    assert uneven().validation is None
     splits = uneven(val_fraction=0.1)
     assert np.abs(counts(splits.validation) - whole * 0.1).max() <= 1
     assert (np.array(counts(splits.train)) + counts(splits.validation) == whole).all()
@@ -146,67 +92,69 @@ def test_every_class_is_in_proportion_where_images_are_held_out(uneven: Any) -> 
 
 def test_subset_and_held_out_images_of_version_1_are_those_that_they_were() -> None:
     whole, splits = load("digits").train, load("digits", subset=100, val_fraction=0.2, version=1)
-    assert isinstance(whole, ArraySource)
-    held = permutation(Stream.SPLIT, 0, 0, 100)[:20]
-    assert isinstance(splits.validation, ArraySource)
-    assert torch.equal(splits.validation.images, whole.images[torch.from_numpy(np.sort(held))])
-
-
-@pytest.mark.parametrize("fraction", [-0.1, 1.0])
-def test_val_fraction_has_limits(fraction: float) -> None:
-    with pytest.raises(ConfigError, match="val_fraction"):
-        load("digits", val_fraction=fraction)
+    held = np.sort(permutation(Stream.SPLIT, 0, 0, 100)[:20])
+    assert torch.equal(splits.validation.images, whole.images[torch.from_numpy(held)])  # type: ignore[union-attr]
 
 
 def test_val_fraction_holds_out_the_same_images_of_the_subset_in_every_run() -> None:
-    def parts() -> list[ArraySource]:
-        splits = load("digits", subset=200, val_fraction=0.25)
-        assert isinstance(splits.train, ArraySource)
-        assert isinstance(splits.validation, ArraySource)
-        return [splits.train, splits.validation]
-
-    whole = load("digits", subset=200).train
-    assert isinstance(whole, ArraySource)
-    train, validation = parts()
+    whole: Any = load("digits", subset=200).train
+    (train, validation), again = (
+        (splits.train, splits.validation)
+        for splits in (load("digits", subset=200, val_fraction=0.25) for _ in range(2))
+    )
+    assert isinstance(train, ArraySource)
+    assert isinstance(validation, ArraySource)
     assert (len(train), len(validation)) == (150, 50)
     both = sorted(image.numpy().tobytes() for image in torch.cat([train.images, validation.images]))
     assert both == sorted(image.numpy().tobytes() for image in whole.images)
-    assert [p.labels.tolist() for p in parts()] == [train.labels.tolist(), validation.labels.tolist()]
+    for one, other in zip((train, validation), again, strict=True):
+        assert torch.equal(one.images, other.images)  # type: ignore[union-attr]
     assert not torch.equal(validation.images, whole.images[-50:])  # drawn, not cut off
 
 
-def test_without_val_fraction_nothing_is_held_out() -> None:
-    assert load("digits").validation is None
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"subset": 0}, "from 1 to the 1437"),
+        ({"subset": 1438}, "from 1 to the 1437"),
+        ({"val_fraction": -0.1}, "val_fraction"),
+        ({"val_fraction": 1.0}, "val_fraction"),
+        ({"background": "wite"}, "background 'wite' is no colour.*did you mean 'white'"),
+        ({"background": "black", "version": 1}, "version 1 drops transparency"),
+        ({"version": 3}, "version is 3; allowed: 2, or 1"),
+    ],
+)
+def test_options_that_do_not_exist_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load("digits", **options)
 
 
 @given(st.lists(st.integers(0, 19), min_size=1))
 def test_a_subset_has_the_images_it_was_asked_for(indices: list[int]) -> None:
-    chosen = np.array(indices)
-    in_memory = take(array_source(), chosen)
+    whole, chosen = numbered(list(range(20)), 20), np.array(indices)
+    in_memory, behind = take(whole, chosen), SubsetSource(whole, chosen, 20)
     assert isinstance(in_memory, ArraySource)
-    behind = SubsetSource(array_source(), chosen)
     for subset in (in_memory, behind):
         assert isinstance(subset, Source)
-        assert [subset.label(i) for i in range(len(subset))] == indices
-        assert red(subset) == indices
+        assert labels_of(subset).tolist() == [subset.label(i) for i in range(len(subset))] == red(subset) == indices
         assert subset.num_classes == 20
+
+
+def test_classes_get_other_numbers() -> None:
+    whole = numbered([0, 1, 2, 1], 3)
+    for source in (whole, SubsetSource(whole, np.arange(4), 3)):
+        other = renumber(source, (5, 0, 3), 7)
+        assert labels_of(other).tolist() == [other.label(i) for i in range(4)] == [5, 0, 3, 0]
+        assert (red(other), other.num_classes) == ([0, 1, 2, 3], 7)
 
 
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        (torch.zeros(2, 3, 4, 4), LABELS, "images must be uint8"),
-        (
-            torch.zeros(2, 1, 4, 4, dtype=torch.uint8),
-            torch.zeros(2, dtype=torch.int64),
-            "images must be uint8",
-        ),
-        (
-            torch.zeros(2, 3, 4, 4, dtype=torch.uint8),
-            torch.zeros(3, dtype=torch.int64),
-            "labels must be int64",
-        ),
-        (PIXELS, torch.tensor([0, 5]), "image 1: label 5"),
+        (torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64), "images must be uint8"),
+        (torch.zeros(2, 1, 4, 4).byte(), torch.zeros(2, dtype=torch.int64), "images must be uint8"),
+        (torch.zeros(2, 3, 4, 4).byte(), torch.zeros(3, dtype=torch.int64), "labels must be int64"),
+        (torch.zeros(2, 3, 4, 4).byte(), torch.tensor([0, 5]), "image 1: label 5"),
     ],
 )
 def test_arrays_of_another_kind_are_refused(images: torch.Tensor, labels: torch.Tensor, message: str) -> None:
@@ -214,116 +162,22 @@ def test_arrays_of_another_kind_are_refused(images: torch.Tensor, labels: torch.
         ArraySource(images, labels, 5)
 
 
-def test_a_folder_has_sorted_classes_and_one_test_set(tmp_path: Path) -> None:
-    write_folder(tmp_path / "train")
-    write_folder(tmp_path / "val", count=1)
-    splits = load("folder", tmp_path)
-    assert splits.train.num_classes == 2
-    assert [label(splits.train, i) for i in range(6)] == [0, 0, 0, 1, 1, 1]
-    assert red(splits.train) == [0, 1, 2, 100, 101, 102]
-    assert (len(splits.test), splits.validation) == (2, None)
-
-
-def test_a_folder_with_val_and_test_has_both(tmp_path: Path) -> None:
-    write_folder(tmp_path / "train")
-    write_folder(tmp_path / "validation", count=1)
-    write_folder(tmp_path / "test", count=2)
-    splits = load("folder", tmp_path)
-    assert splits.validation is not None
-    assert (len(splits.validation), len(splits.test)) == (2, 4)
-    with pytest.raises(ConfigError, match="comes with a validation set"):
-        load("folder", tmp_path, val_fraction=0.1)
-
-
-def test_subset_and_val_fraction_of_a_folder(tmp_path: Path) -> None:
-    write_folder(tmp_path / "train")
-    write_folder(tmp_path / "val", count=1)
-    splits = load("folder", tmp_path, subset=4, val_fraction=0.5)
-    assert counts(splits.train) == counts(splits.validation) == [1, 1]
-    assert sorted(red(splits.train) + red(splits.validation)) == red(load("folder", tmp_path, subset=4).train)
-
-
-@pytest.mark.parametrize("damage", [b"", b"no image at all", None])
-def test_a_corrupt_image_is_named_and_not_skipped(tmp_path: Path, damage: bytes | None) -> None:
-    write_folder(tmp_path / "train")
-    write_folder(tmp_path / "val")
-    path = tmp_path / "train" / "cat" / "1.png"
-    path.write_bytes(path.read_bytes()[:40] if damage is None else damage)
-    train = load("folder", tmp_path).train
-    with pytest.raises(DataError, match=r"cat/1\.png: not a readable image"):
-        red(train)
-    assert label(train, 1) == 0
-
-
-def test_what_is_missing_from_a_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"needs data\.root"):
-        load("folder")
-    with pytest.raises(DataError, match=str(tmp_path / "train")):
-        load("folder", tmp_path)
-    write_folder(tmp_path / "train")
-    with pytest.raises(DataError, match=f"{tmp_path / 'val'} or .* or {tmp_path / 'test'}"):
-        load("folder", tmp_path)
-    (tmp_path / "val").mkdir()
-    with pytest.raises(DataError, match="holds no readable images"):
-        load("folder", tmp_path)
-
-
-def test_classes_of_a_folder_must_agree(tmp_path: Path) -> None:
-    write_folder(tmp_path / "train", ("cat", "dog"))
-    write_folder(tmp_path / "val", ("cat", "fox"))
-    with pytest.raises(DataError, match="without dog, with the unknown fox"):
-        load("folder", tmp_path)
-    image(1).save(tmp_path / "train" / "stray.png")
-    with pytest.raises(DataError, match="some lie outside"):
-        load("folder", tmp_path)
-
-
-def test_the_number_of_classes_must_be_that_of_the_folder(tmp_path: Path) -> None:
-    write_folder(tmp_path / "train")
-    write_folder(tmp_path / "val")
-    assert load("folder", tmp_path, num_classes=2).train.num_classes == 2
-    with pytest.raises(ConfigError, match=r"num_classes is 3, but .* 2 classes"):
-        load("folder", tmp_path, num_classes=3)
-
-
-def test_tar_files_are_read_like_folders(tmp_path: Path) -> None:
-    write_tar(tmp_path / "train.tar")
-    write_tar(tmp_path / "val.tar", count=1)
-    splits = load("tar", tmp_path)
-    assert red(splits.train) == [0, 1, 100, 101]
-    assert [label(splits.train, i) for i in range(4)] == [0, 0, 1, 1]
-    assert len(splits.test) == 2
-
-
-def test_a_tar_file_that_is_none_is_named(tmp_path: Path) -> None:
-    (tmp_path / "train.tar").write_bytes(b"nothing")
-    write_tar(tmp_path / "val.tar", count=1)
-    with pytest.raises(DataError, match=r"train\.tar: holds no readable images"):
-        load("tar", tmp_path)
-
-
-def test_names_of_timm_with_random_access(tmp_path: Path) -> None:
-    write_folder(tmp_path / "train")
-    write_folder(tmp_path / "val", count=1)
-    splits = load("torch/image_folder", tmp_path)
-    assert red(splits.train) == [0, 1, 2, 100, 101, 102]
-    assert [label(splits.test, i) for i in range(2)] == [0, 1]
-    (tmp_path / "train" / "dog" / "0.png").write_bytes(b"broken")
-    with pytest.raises(DataError, match=r"dog/0\.png: not a readable image"):
-        red(splits.train)
-    with pytest.raises(ConfigError, match="num_classes is 7"):
-        load("torch/image_folder", tmp_path, num_classes=7)
+def test_a_sample_does_not_follow_the_order_of_the_images() -> None:
+    in_turn = numbered([number % 10 for number in range(100)], 10)
+    assert counts(sample(in_turn, 20, version=2)) == [2] * 10
+    assert red(sample(in_turn, 20, version=1)) == list(range(0, 100, 5))
 
 
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
+        ("digit", ConfigError, "did you mean 'digits'"),
         ("torhc/cifar10", ConfigError, "did you mean 'torch'"),
         ("torch/cifar10", DataError, "not found or corrupted"),
         ("torch/nothing", DataError, "Unknown torchvision dataset"),
     ],
 )
-def test_names_that_timm_cannot_open(tmp_path: Path, name: str, error: type[Exception], message: str) -> None:
+def test_names_that_cannot_be_opened(tmp_path: Path, name: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         load(name, tmp_path)
 
@@ -338,32 +192,62 @@ def test_data_sets_of_torchvision_tell_their_classes_and_are_read_upright(
 ) -> None:
     write_mnist(tmp_path, [0, 1])
     assert load("torch/mnist", tmp_path).classes is not None
-    write_folder(tmp_path / "images", ("cat", "dog"), 1)
-    exif = Image.Exif()
+    write(tmp_path / "images", ("cat/0.png", "dog/0.png"))
+    exif, path = Image.Exif(), tmp_path / "images" / "dog" / "0.png"
     exif[0x0112] = 6
-    Image.new("RGBA", (10, 8)).save(tmp_path / "images" / "dog" / "0.png", exif=exif)
+    Image.new("RGBA", (10, 8)).save(path, exif=exif)
     # Stands for torch/imagenet, which is a folder too, and gives several names for a class.
     found = ImageFolder(str(tmp_path / "images"))
     found.classes = [("cat", "tom"), ("dog",)]
     monkeypatch.setattr(named, "create_dataset", lambda *arguments, **options: found)
     splits = load("torch/imagenet", tmp_path, background="#0000ff")
     assert splits.classes == ("cat, tom", "dog")
-    dog = splits.train.image(1)  # type: ignore[union-attr]
-    assert (dog.size, dog.getpixel((0, 0))) == ((8, 10), (0, 0, 255))
-    (tmp_path / "images" / "dog" / "0.png").write_bytes(b"broken")
+    train: Any = splits.train
+    assert (train.image(1).size, train.image(1).getpixel((0, 0))) == ((8, 10), (0, 0, 255))
+    path.write_bytes(b"broken")
     with pytest.raises(DataError, match=r"dog/0\.png: not a readable image"):
-        splits.train.image(1)  # type: ignore[union-attr]
+        train.image(1)
+    with pytest.raises(ConfigError, match="num_classes is 7, but 'torch/imagenet' has 2"):
+        load("torch/imagenet", tmp_path, num_classes=7)
 
 
-def test_parts_of_a_named_data_set_with_other_class_numbers_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_data_set_of_the_hub_is_read_from_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, ("0.png", "1.png", "2.png"))
+    (tmp_path / "1.png").write_bytes(b"broken")
+
+    class Reader:
+        """Stands for timm's reader of hfds/."""
+
+        class_to_idx, label_key, dataset = {"cat": 0, "dog": 1}, "label", {"label": [0, 1, 2]}
+
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> Any:
+            return open(tmp_path / f"{index}.png", "rb"), self.dataset["label"][index]
+
+        def filename(self, index: int, absolute: bool) -> str:
+            return f"hub/{index}.png"
+
+    monkeypatch.setattr(named, "create_dataset", lambda *arguments, **options: SimpleNamespace(reader=Reader()))
+    train: Any = load("hfds/somebody/pets", tmp_path).train
+    assert (len(train), train.label(1), train.image(2).getpixel((0, 0))) == (3, 1, (2, 0, 0))
+    with pytest.raises(DataError, match=r"hub/1\.png: not a readable image"):
+        train.image(1)
+    with pytest.raises(DataError, match=r"hub/2\.png: label 2 is not in 0\.\.1"):
+        train.label(2)
+
+
+@pytest.mark.parametrize("others", [{"dog": 0, "cat": 1}, {"cat": 0}])
+def test_parts_of_a_named_data_set_with_other_classes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: dict[str, int]
 ) -> None:
     def create(name: str, root: str, split: str, **options: Any) -> Any:
-        numbers = {"cat": 0, "dog": 1} if split == "train" else {"dog": 0, "cat": 1}
+        numbers = {"cat": 0, "dog": 1} if split == "train" else others
         return SimpleNamespace(reader=SimpleNamespace(class_to_idx=numbers))
 
     monkeypatch.setattr(named, "create_dataset", create)
-    with pytest.raises(DataError, match="class 0 is 'cat' in training and 'dog' in 'validation'"):
+    with pytest.raises(DataError, match="class . is '.*' in training and .* in 'validation'"):
         load("hfds/somebody/pets", tmp_path)
 
 
@@ -378,23 +262,3 @@ def test_the_split_that_is_tested_on_is_said_where_others_are_missing(
     monkeypatch.setattr(named, "create_dataset", create)
     load("hfds/somebody/pets", tmp_path)
     assert "split 'valid' is the test set, since others cannot be opened: validation: no validation" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"background": "wite"}, "background 'wite' is no colour.*did you mean 'white'"),
-        ({"background": "black", "version": 1}, "version 1 drops transparency"),
-        ({"version": 3}, "version is 3; allowed: 2, or 1"),
-    ],
-)
-def test_ways_of_reading_that_do_not_exist_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        load("digits", **options)
-
-
-def test_a_sample_does_not_follow_the_order_of_the_images() -> None:
-    images = torch.arange(100, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
-    in_turn = ArraySource(images, torch.arange(100) % 10, 10)
-    assert counts(sample(in_turn, 20, version=2)) == [2] * 10
-    assert red(sample(in_turn, 20, version=1)) == list(range(0, 100, 5))

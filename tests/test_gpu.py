@@ -1,4 +1,7 @@
-"""What only a GPU can show, by `make test-gpu`; the arithmetic of the kernels is tested without one, elsewhere."""
+"""Test what only a GPU can show, by `make test-gpu`; the arithmetic of the kernels is tested without one, elsewhere.
+
+Steps as CUDA graphs are in tests/test_training_graph.py, whose tests run on either device.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from ops_helpers import assert_close, draw
 from torch import Tensor, nn
 
+from famba.analysis.benchmark.gpu import grouped
+from famba.analysis.benchmark.steps import Contestant, loop_ms, measure
+from famba.analysis.benchmark.timing import Race
 from famba.analysis.doctor import diagnose
+from famba.cli import main as famba
 from famba.fusion import match, schedule
 from famba.models import Vim
 from famba.ops import add_rms_norm, backends, bidirectional_mixer, causal_conv1d, selective_scan, use_backend
@@ -256,14 +264,33 @@ def test_doctor_finds_nothing_wrong() -> None:
     assert works, text
 
 
-def test_the_benchmark_runs(tmp_path: Path) -> None:
-    out = tmp_path / "ops.json"
-    command = ["-m", "famba", "benchmark", "ops", "--quick", "--device", "cuda", "--batch", "4", "--length", "65"]
-    done = subprocess.run(
-        [sys.executable, *command, "--json", str(out)], capture_output=True, text=True, cwd=ROOT, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert json.loads(out.read_text())["complete"]
+def test_the_benchmark_tells_kernels_from_launches() -> None:
+    race, x = Race("race", torch.device("cuda")), torch.randn(4096, 4096, device="cuda")
+    race.enter("large", [lambda: x @ x])
+    race.enter("small", [lambda: x[:1, :1] + 1] * 4)
+    race.run(5)
+    large, small = race.entries("large"), race.entries("small")
+    assert large["ms"] == pytest.approx(large["kernels_ms"], rel=0.3)
+    assert large["host_ms"] < large["ms"], "the host does not wait for a product that it has launched"
+    assert small["ms"] < small["eager_ms"]
+    assert large["launches"] >= 1
+    assert small["launches"] == 1
+
+
+def test_the_benchmark_times_ops_and_the_steps_of_a_run(tmp_path: Path) -> None:
+    device, out = torch.device("cuda"), tmp_path / "ops.json"
+    command = ["benchmark", "ops", "--quick", "--device", "cuda", "--batch", "4", "--length", "65", "--json", str(out)]
+    assert famba(command) == 0
+    told = json.loads(out.read_text())
+    assert told["complete"]
+    assert all(0 < row["ms"] < row["eager_ms"] for row in told["tables"]["Ops"] if row["contestant"] == "triton")
+    tiny = ("model.depth=4", "model.embed_dim=64", "fusion.budget=6")
+    one = Contestant("upper", "vim_tiny_patch16_224", "upper", 8, 64, "fp32", tiny)
+    race, rows = Race("steps", device), list[dict[str, Any]]()
+    measure(race, [one], 3, rows)
+    assert 0 < rows[0]["ms"] < rows[0]["eager_ms"], "a graph"
+    assert {row["part"] for row in grouped(race)} >= {"scans", "convolutions", "matrix products", "optimizer, clipping"}
+    assert loop_ms(one.config(device)) > 0
 
 
 def vim(strategy: str) -> Vim:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from report_runs import write_run
+from report_runs import left_out, table_of, write_run
 from runs import TINY, run
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
@@ -21,8 +21,6 @@ from timm.models import register_model
 from torch import Tensor
 from torch.nn import functional as F
 
-from famba.analysis.report.comparable import sort_out
-from famba.analysis.report.runs import read_runs
 from famba.errors import CheckpointError, ConfigError
 from famba.models import Vim, create_vim, load_vim_checkpoint
 from famba.models.weights import weights_folder
@@ -334,7 +332,5 @@ def test_a_report_does_not_mix_runs_that_started_from_others(tmp_path: Path) -> 
     for seed in (0, 1):
         write_run(tmp_path / f"scratch{seed}", seed=seed)
     write_run(tmp_path / "tuned", seed=2, config={"init_from": "runs/before"})
-    tables, others = sort_out(read_runs([tmp_path])[0])
-    assert [len(table.runs) for table in tables] == [2]
-    assert [other.name.split("/")[-1] for other in others] == ["tuned"]
-    assert "init_from: runs/before" in others[0].reasons[0]
+    assert table_of(tmp_path).rows.loc["none", "seeds"] == "0 1"
+    assert left_out(tmp_path)["tuned"][1] == "init_from: runs/before, in the table not known"

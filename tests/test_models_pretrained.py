@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 import famba
@@ -154,6 +155,14 @@ def test_weights_of_another_run_fuse_as_that_run_did(tmp_path: Path) -> None:
     weights = run / "model.safetensors"
     model = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"file": str(weights)})
     assert (model.fusion, model.settings.order, model.settings.weighting) == ((0, 8) * 4, "tome", "size")
+    # Of other images, too.
+    (run / "config.yaml").write_text(config.replace("image_size: null", "image_size: 64"))
+    larger = timm.create_model(NAME, pretrained=True, img_size=64).state_dict()
+    save_file(larger, weights)
+    overlay = {"file": str(weights)}
+    model = timm.create_model(NAME, pretrained=True, img_size=64, pretrained_cfg_overlay=overlay)
+    assert torch.equal(model.pos_embed, larger["pos_embed"])
+    assert timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay).pos_embed.shape == (1, 65, 64)
     # Weights alone say nothing of it.
     alone = shutil.copy(weights, tmp_path / "alone.safetensors")
     assert not any(timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"file": str(alone)}).fusion)

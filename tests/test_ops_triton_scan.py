@@ -168,19 +168,27 @@ def joined(forward: list[Tensor], backward: list[Tensor], scale: float = 1.0) ->
     return kernels.Scans(u, delta, B, C, forward[6], parameters, (False, True), scale=scale)
 
 
+def differentiated(scans: Any, dy: Tensor, with_y: bool = False) -> tuple[Any, Tensor, Tensor, list[Any]]:
+    """Gradients of two scans, of B and C, which are written among other columns, and of the parameters."""
+    shape = scans.u.shape
+    _, dB, dC = torch.full((*shape[:3], 8), torch.nan, device=DEVICE).split([2, 3, 3], dim=3)
+    parameters = [kernels.Parameters(*(torch.empty(*x, device=DEVICE) for x in ((5, 3), (5,), (5,)))) for _ in range(2)]
+    return kernels.scan_backward(scans, dy, dB, dC, parameters, with_y), dB, dC, parameters
+
+
 def test_two_directions_in_one_launch_are_two_scans() -> None:
     torch.manual_seed(0)
     inputs = pair()
     dy = draw(2, 5, 5, dtype=torch.float32).to(DEVICE)
     scans = joined(*inputs, scale=0.5)
-    y, grads = kernels.scan(scans), kernels.scan_backward(scans, dy, with_y=True)
+    y, (grads, all_dB, all_dC, parameters) = kernels.scan(scans), differentiated(scans, dy, with_y=True)
     assert torch.equal(y, grads.y)
     for k, given_inputs in enumerate(inputs):
         single = kernels.selective_scan(*given_inputs, True, bool(k))[0]
         du, ddelta, dA, dB, dC, dD, dz, dbias = kernels.selective_scan_backward(
             dy / 2, *given_inputs, True, bool(k), y.new_empty(0)
         )
-        found = [y[k], grads.u[k], grads.delta[k], *grads.BC[:, k].transpose(2, 3), grads.z[k], *grads.parameters(k)]
+        found = [y[k], grads.u[k], grads.delta[k], all_dB[k], all_dC[k], grads.z[k], *parameters[k]]
         wanted = [single / 2, du, ddelta, dB, dC, dz, dA, dD, dbias]
         for number, (a, b) in enumerate(zip(found, wanted, strict=True)):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, msg=f"result {number} of direction {k}")
@@ -189,9 +197,12 @@ def test_two_directions_in_one_launch_are_two_scans() -> None:
 def test_the_same_bits_twice() -> None:
     torch.manual_seed(0)
     scans, dy = joined(*pair()), draw(2, 5, 5, dtype=torch.float32).to(DEVICE)
-    first, second = (kernels.scan_backward(scans, dy, with_y=True) for _ in range(2))
-    for a, b in zip(vars(first).values(), vars(second).values(), strict=True):
-        assert torch.equal(a, b)
+
+    def run() -> list[Tensor]:
+        grads, dB, dC, parameters = differentiated(scans, dy, with_y=True)
+        return [*vars(grads).values(), dB, dC, *parameters[0], *parameters[1]]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
 def test_launches_and_that_neither_length_nor_batch_is_compiled_in() -> None:
@@ -199,12 +210,18 @@ def test_launches_and_that_neither_length_nor_batch_is_compiled_in() -> None:
         scans = joined(*pair(length, batch))
         with launch.noted() as launches:
             kernels.scan(scans)
-            kernels.scan_backward(scans, scans.u[0])
+            differentiated(scans, scans.u[0])
         return [
             (made.kernel.name, {k: v for k, v in made.arguments.items() if k in made.kernel.constants})
             for made in launches
         ]
 
     found = constants(5, 2)
-    assert [name for name, _ in found] == ["scan_forward", "scan_forward", "scan_backward"]
+    assert [name for name, _ in found] == [
+        "scan_forward",
+        "scan_forward",
+        "scan_backward",
+        "state_sums",
+        "parameter_sums",
+    ]
     assert found == constants(17, 3) == constants(1, 1)

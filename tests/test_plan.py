@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import check_command
 
 from famba.analysis.plan import plan, tokens_plot
 from famba.cli import main
 from famba.errors import ConfigError
 from famba.ops import backends, use_backend
-from famba.training.compose import check_command
 from famba.training.estimate import estimate
 from famba.training.measure import cost, macs_per_image, saved_bytes_per_image
 from famba.training.setup import build_model
@@ -138,6 +138,7 @@ def test_equal_curves_are_drawn_once_under_both_names() -> None:
         (["trainer.cuda_graphs=true"], "cannot be: the device is cpu"),
         (["fusion=all", "fusion.budget=5000"], "a budget of 5000 tokens does not fit"),
         (["--measure", "--batch", "0"], "--batch is 0; allowed: 1 or more"),
+        (["--measure", "--batch", "3"], "mixup and cutmix pair the images of a micro-batch, but 3 is odd"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(

@@ -21,7 +21,7 @@ from famba.analysis.pictures.images import normalized, read_images
 from famba.cli import main as famba
 from famba.data import train_batches
 from famba.data.augment import evaluation_scaling
-from famba.data.layout import in_order
+from famba.data.folders import in_order
 from famba.export import export
 from famba.export.check import Check
 from famba.training.build import load_images, load_splits

@@ -16,23 +16,17 @@ from typing import Any
 import pytest
 import timm
 import torch
-from runs import TINY, run
+from runs import TINY, check_command, run
 
-from famba.data.archives import unpack
-from famba.data.pickles import file_md5, read_pickles
+from famba.data.published import unpack
 from famba.errors import CheckpointError, ConfigError, DataError, FambaError
 from famba.models import load_vim_checkpoint
 from famba.training import provenance
-from famba.training.compose import check_command, compose
+from famba.training.compose import compose
 from famba.training.setup import prepare
 
 REPOSITORY = Path(__file__).parents[1]
-SOURCES = sorted(
-    [*REPOSITORY.glob("famba/**/*.py"), *REPOSITORY.glob("hydra_plugins/**/*.py"), REPOSITORY / "train.py"]
-)
-# The restricted unpickler; and what submitit's jobs, started by the sweep itself, leave in its own folder.
-UNPICKLES = REPOSITORY / "famba" / "data" / "pickles.py"
-RESULTS = REPOSITORY / "famba" / "training" / "sweeps" / "slurm.py"
+SOURCES = sorted([*REPOSITORY.glob("famba/**/*.py"), REPOSITORY / "train.py"])
 
 
 class Hostile:
@@ -90,16 +84,6 @@ def test_a_hostile_configuration_beside_weights_is_refused(tmp_path: Path) -> No
     (tmp_path / "config.yaml").write_text(f"model: !!python/object/apply:os.mkdir ['{marker}']\n")
     with pytest.raises(CheckpointError, match=r"config\.yaml"):
         run(tmp_path / "run", f"init_from={tmp_path / 'weights.pt'}")
-    assert not marker.exists()
-
-
-def test_a_hostile_cifar_pickle_is_refused_by_its_sum_and_by_what_it_asks_for(tmp_path: Path) -> None:
-    marker, path = tmp_path / "ran", tmp_path / "train"
-    by_pickle({"data": Hostile(marker), "fine_labels": []}, path)
-    with pytest.raises(DataError, match="not the published file"):
-        read_pickles(tmp_path, [("train", "0" * 32)], "fine_labels", 100)
-    with pytest.raises(DataError, match=r"it asks for posix\.mkdir"):
-        read_pickles(tmp_path, [("train", file_md5(path))], "fine_labels", 100)
     assert not marker.exists()
 
 
@@ -257,17 +241,14 @@ def test_the_sources_call_nothing_that_runs_what_it_reads(path: Path) -> None:
     for name, call in _calls(path):
         if name == "yaml.load":
             assert _is_safe_loader(path, call), f"line {call.lineno}: {name}"
-        elif not (path == RESULTS and name == "pickle.loads"):
+        else:
             assert name not in UNSAFE, f"line {call.lineno}: {name}"
         if name == "torch.load":
             assert _given(call, "weights_only") == "True", f"line {call.lineno}"
-        if name.endswith((".extractall", ".extract")):
+        if name.endswith((".extractall", ".extract")) and not name.endswith(".str.extract"):  # that one is of pandas
             assert _given(call, "filter") == "'data'", f"line {call.lineno}"
         for keyword in ("allow_pickle", "trust_remote_code", "shell"):
             assert _given(call, keyword) in (None, "False"), f"line {call.lineno}: {keyword}"
-    subclasses = [
-        node
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.ClassDef) and any("Unpickler" in ast.unparse(base) for base in node.bases)
-    ]
-    assert not subclasses or path == UNPICKLES
+        assert not name.endswith("Unpickler"), f"line {call.lineno}: {name}"
+    for node in ast.walk(ast.parse(path.read_text())):
+        assert not (isinstance(node, ast.ClassDef) and any("Unpickler" in ast.unparse(base) for base in node.bases))

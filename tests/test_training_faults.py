@@ -13,53 +13,57 @@ from typing import Any
 
 import pytest
 import torch
-from runs import TINY, run
+from runs import TINY, metrics, run
 from torch import nn
 
 from famba.errors import TrainingError
-from famba.training import loop
+from famba.training import loop, step
 from famba.training.checkpoint import load
 
 ROOT = Path(__file__).parents[1]
 
 
-def kill_runs(*options: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "kill_runs.py"), "--json", *options],
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.stdout, done.stderr[-4000:]
-    return json.loads(done.stdout)
+def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "train.py", *TINY, f"run_dir={folder}", *overrides]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for_lines(folder: Path, count: int) -> None:
+    """Wait until a run has logged so many lines, of steps and epochs."""
+    path, deadline = folder / "metrics.jsonl", time.monotonic() + 120
+    while not (path.exists() and path.read_text().count("\n") >= count):
+        assert time.monotonic() < deadline, "the run does not train"
+        time.sleep(0.001)
 
 
 @pytest.mark.slow
-def test_runs_that_are_killed_end_as_one_that_nobody_killed() -> None:
-    outcome = kill_runs("--runs", "5")
-    assert outcome["differing"] == {}
-    assert sum(outcome["kills"].values()) >= 5
-
-
-@pytest.mark.slow
-def test_two_processes_of_which_one_is_killed_end_within_a_minute_and_go_on() -> None:
-    outcome = kill_runs("--runs", "1", "--processes", "2", "--seed", "1")
-    assert outcome["differing"] == {}
-    assert sum(outcome["kills"].values()) >= 1
-    assert outcome["longest_end_s"] < 60
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_nobody_killed(tmp_path: Path) -> None:
+    # A checkpoint after each step: at most of these moments one is being written.
+    settings = ("trainer.epochs=8", "trainer.save_every_min=1e-9", "recipe.ema_decay=0.9", "recipe.mixup=0.8")
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    for lines in (1, 12, 26):
+        process = start(killed, *settings)
+        wait_for_lines(killed, lines)
+        time.sleep(0.01 * (lines % 3))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "it was killed before its end"
+    for folder in (killed, whole):
+        process = start(folder, *settings)
+        errors = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, errors
+    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert metrics(killed) == metrics(whole)
+    results = [json.loads((folder / "summary.json").read_text()) for folder in (killed, whole)]
+    assert [results[0][key] for key in ("top1", "ema_top1", "loss")] == [
+        results[1][key] for key in ("top1", "ema_top1", "loss")
+    ]
 
 
 @pytest.mark.slow
 def test_a_signal_to_the_whole_group_reaches_training_before_its_loaders_end(tmp_path: Path) -> None:
-    arguments = [*TINY, f"run_dir={tmp_path}", "recipe.augmentation=timm", "data.workers=2", "trainer.epochs=400"]
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    metrics = tmp_path / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") > 2) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    process = start(tmp_path, "recipe.augmentation=timm", "data.workers=2", "trainer.epochs=400")
+    wait_for_lines(tmp_path, 3)
     os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, errors
@@ -83,7 +87,7 @@ def test_no_checkpoint_holds_what_is_not_finite(tmp_path: Path, monkeypatch: pyt
         start(self, *arguments)
         self._look_every = 10
 
-    monkeypatch.setattr(loop, "create_loss", lambda recipe: broken)
+    monkeypatch.setattr(step, "create_loss", lambda recipe: broken)
     monkeypatch.setattr(loop.Training, "__init__", rarely)
     with pytest.raises(TrainingError, match="the loss is nan at step 2"):
         run(tmp_path, "trainer.save_every_min=1e-9", "trainer.log_every=10")

@@ -1,9 +1,10 @@
-"""Steps that a GPU replays as graphs: here without graphs, but by the same code, at the same fixed places in memory."""
+"""Steps that a GPU replays as graphs; on a CPU without graphs, but by the same code, at the same places in memory."""
 
 from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,26 @@ EVERYTHING = (
 )
 
 
-@pytest.fixture
-def graphed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the CPU take the way of a GPU."""
+WITHOUT_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, WITHOUT_GPU])])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each device; the CPU takes the way of a GPU."""
     monkeypatch.setattr(graph, "_DEVICES", ["cuda", "cpu"])
+    return request.param
+
+
+def everything(device: str, *more: str) -> list[str]:
+    return [*EVERYTHING, f"trainer.device={device}", *more]
+
+
+def comparable(device: str, *more: str) -> list[str]:
+    """Everything that is equal to rounding by a graph and without.
+
+    A GPU may compute a product in another order in a graph, and another partner for a token is no rounding.
+    """
+    return everything(device, *(["fusion=none"] if device == "cuda" else []), *more)
 
 
 def eager(folder: Path, *overrides: str) -> dict[str, Any]:
@@ -75,24 +92,31 @@ def assert_same_run(found: Path, expected: Path) -> None:
     [(), ("trainer.accumulation=2",), ("trainer.precision=fp16",), ("recipe.mixup=0", "recipe.cutmix=0")],
     ids=["one graph", "accumulation", "fp16", "hard labels"],
 )
-def test_twenty_steps_are_those_of_the_usual_way(graphed: None, tmp_path: Path, options: tuple[str, ...]) -> None:
-    assert run(tmp_path / "graphed", *EVERYTHING, *options)["steps"] == 20
-    eager(tmp_path / "eager", *EVERYTHING, *options)
+def test_twenty_steps_are_those_of_the_usual_way(device: str, tmp_path: Path, options: tuple[str, ...]) -> None:
+    if device == "cuda" and "trainer.precision=fp16" in options:
+        pytest.skip("over twenty steps the rounding of float16 grows")
+    assert run(tmp_path / "graphed", *comparable(device, *options))["steps"] == 20
+    eager(tmp_path / "eager", *comparable(device, *options))
     assert_same_run(tmp_path / "graphed", tmp_path / "eager")
 
 
-def test_every_strategy_and_one_that_adapts(graphed: None, tmp_path: Path) -> None:
-    short = [*EVERYTHING, "trainer.epochs=2"]
-    for strategy in ("none", "all", "adaptive"):
-        options = [*short, f"fusion={strategy}"]
-        summary = run(tmp_path / strategy, *options)
-        assert summary["schedule"] == eager(tmp_path / f"{strategy} eager", *options)["schedule"]
-        assert_same_run(tmp_path / strategy, tmp_path / f"{strategy} eager")
+@pytest.mark.parametrize("strategy", ["none", "all", "interleaved", "lower", "upper", "adaptive"])
+def test_every_strategy_and_one_that_adapts(device: str, tmp_path: Path, strategy: str) -> None:
+    options = everything(device, "trainer.epochs=2", f"fusion={strategy}")
+    summary = run(tmp_path / "graphed", *options)
+    expected = eager(tmp_path / "eager", *options)
+    first, wanted = metrics(tmp_path / "graphed"), metrics(tmp_path / "eager")
+    assert [line["kind"] for line in first] == [line["kind"] for line in wanted]
+    assert first[0].pop("kind") == wanted[0].pop("kind")
+    assert first[0] == pytest.approx(wanted[0], rel=1e-3, abs=1e-4)
+    if device == "cpu" or strategy == "none":
+        assert summary["schedule"] == expected["schedule"]
+        assert_same_run(tmp_path / "graphed", tmp_path / "eager")
 
 
 @pytest.mark.parametrize("stop", [1, 9])
 def test_stopped_and_resumed_is_bit_equal(
-    graphed: None, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
+    device: str, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = Progress.step
 
@@ -101,12 +125,12 @@ def test_stopped_and_resumed_is_bit_equal(
         if done == stop:
             os.kill(os.getpid(), signal.SIGINT)
 
-    run(tmp_path / "whole", *EVERYTHING)
+    run(tmp_path / "whole", *everything(device))
     with monkeypatch.context() as patched:
         patched.setattr(Progress, "step", stopping)
         with pytest.raises(Interrupted):
-            run(tmp_path / "parts", *EVERYTHING)
-    run(tmp_path / "parts", *EVERYTHING)
+            run(tmp_path / "parts", *everything(device))
+    run(tmp_path / "parts", *everything(device))
     whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(parts[name], value) for name, value in whole.items())
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
@@ -121,32 +145,31 @@ def test_a_checkpoint_goes_on_on_either_kind_of_device(
     second = "eager" if first == "graphed" else "graphed"
     for kind, options in ((first, ("trainer.max_steps=9",)), (second, ())):
         monkeypatch.setattr(graph, "_DEVICES", devices[kind])
-        run(tmp_path / "mixed", *EVERYTHING, *options)
+        run(tmp_path / "mixed", *everything("cpu"), *options)
         groups = last(tmp_path / "mixed")["optimizer"]["param_groups"]
         assert all(isinstance(group["lr"], float) and not group["fused"] for group in groups)
     monkeypatch.setattr(graph, "_DEVICES", [])
-    run(tmp_path / "whole", *EVERYTHING)
+    run(tmp_path / "whole", *everything("cpu"))
     assert_same_state(tmp_path / "mixed", tmp_path / "whole")
 
 
 def broken_at(monkeypatch: pytest.MonkeyPatch, bad: int) -> None:
-    """Let the loss of a step be no number: by what the step knows of its place, as a graph does not count calls."""
-    original = step.Step.backward
+    """Let the images of a step be no numbers: a graph reads images, where the code of a step is not run again."""
+    original = step.Step.next_batch
 
-    def backward(self: step.Step, images: Tensor, targets: Tensor) -> Tensor:
-        if self.state.step + 1 == bad:
-            images = images * float("nan")
-        return original(self, images, targets)
+    def next_batch(self: step.Step, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        images, labels = original(self, batches)
+        return images * (float("nan") if self.state.step + 1 == bad else 1), labels
 
-    monkeypatch.setattr(step.Step, "backward", backward)
+    monkeypatch.setattr(step.Step, "next_batch", next_batch)
 
 
 @pytest.mark.parametrize("options", [(), ("trainer.accumulation=2",)], ids=["one graph", "accumulation"])
 def test_a_loss_that_is_not_finite_leaves_the_weights_of_the_step_before(
-    graphed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
 ) -> None:
     """Though the host looks two steps later."""
-    usual = [*EVERYTHING, *options, "trainer.epochs=2", "data.val_fraction=0", "trainer.log_every=4"]
+    usual = [*everything(device, *options), "trainer.epochs=2", "data.val_fraction=0", "trainer.log_every=4"]
     run(tmp_path / "nine", *usual, "trainer.max_steps=9")
     broken_at(monkeypatch, 10)
     with pytest.raises(TrainingError, match="the loss is nan at step 10 .*the state before it is kept in .*step_0*9"):
@@ -159,8 +182,41 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_of_the_step_before(
         assert all(torch.equal(kept["optimizer"]["state"][number][name], value) for name, value in state.items())
 
 
-def test_the_evaluation_of_a_graph_takes_a_smaller_last_batch(graphed: None, tmp_path: Path) -> None:
-    found, expected = run(tmp_path / "graphed", *EVERYTHING), eager(tmp_path / "eager", *EVERYTHING)
+def test_a_schedule_that_adapts_after_a_loss_that_is_not_finite_changes_nothing(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = [*everything(device, "fusion=adaptive", "fusion.adapt_at=[0.5]", "trainer.epochs=2")]
+    usual += ["data.val_fraction=0", "trainer.log_every=9"]
+    run(tmp_path / "four", *usual, "trainer.max_steps=4")
+    broken_at(monkeypatch, 5)
+    with pytest.raises(TrainingError, match="the loss is nan at step 5 "):
+        run(tmp_path / "broken", *usual)
+    kept, expected = last(tmp_path / "broken"), last(tmp_path / "four")
+    assert kept["step"] == 4
+    assert kept["schedule"] == expected["schedule"]
+    assert all(torch.equal(kept["model"][name], value) for name, value in expected["model"].items())
+    assert kept["totals"]["steps"] == expected["totals"]["steps"]
+    assert not kept["totals"]["schedules"]
+
+
+def test_a_step_that_cannot_be_captured_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    def broken(function: object, memory: object) -> None:
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        except RuntimeError:
+            raise RuntimeError("capture failed")  # noqa: B904 - as torch's own context manager does
+
+    monkeypatch.setattr(graph, "captured", broken)
+    with pytest.raises(
+        TrainingError, match=r"\(operation not permitted .*\); start again with trainer\.cuda_graphs=false"
+    ):
+        run(tmp_path, *everything(device))
+
+
+def test_the_evaluation_of_a_graph_takes_a_smaller_last_batch(device: str, tmp_path: Path) -> None:
+    found, expected = run(tmp_path / "graphed", *comparable(device)), eager(tmp_path / "eager", *comparable(device))
     for name in ("top1", "ema_top1", "loss"):
         assert found[name] == pytest.approx(expected[name], abs=0.6)
 
@@ -171,7 +227,7 @@ def test_the_evaluation_of_a_graph_takes_a_smaller_last_batch(graphed: None, tmp
         (("trainer.cuda_graphs=false",), 1, "triton", "trainer.cuda_graphs=false"),
         ((), 4, "triton", "4 processes exchange"),
         (("recipe.optimizer=lamb",), 1, "triton", "recipe.optimizer=lamb looks at numbers on the host"),
-        (("trainer.grad_checkpointing=true", "model.drop_path=0.1"), 1, "triton", "draw the same numbers twice"),
+        (("trainer.grad_checkpointing=true",), 1, "triton", "the state of the generators"),
         ((), 1, "reference", "by the reference"),
         ((), 1, "triton", None),
         (("recipe.optimizer=adam", "trainer.accumulation=2", "trainer.compile=true"), 1, "mamba_ssm", None),
@@ -187,7 +243,7 @@ def test_what_is_no_graph_says_why(
 
 def test_a_graph_that_has_to_be_and_cannot_is_refused_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"trainer\.cuda_graphs=true cannot be: the device is cpu"):
-        run(tmp_path / "run", "trainer.cuda_graphs=true")
+        run(tmp_path / "run", "trainer.cuda_graphs=true", "trainer.device=cpu")
     assert not (tmp_path / "run").exists()
 
 

@@ -1,25 +1,22 @@
-"""Processes that train together stop together, fail together and never wait for one that is gone."""
+"""Processes that train together stop together, fail together and name the failure that came first."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+import torch
 from runs import TINY, metrics
 
 from famba.errors import CheckpointError, ConfigError, TrainingError
-from famba.training import distributed, slurm
+from famba.training import slurm
 from famba.training.checkpoint import check_same_run
-from famba.training.distributed import adopt_slurm, connect, world_size
+from famba.training.distributed import adopt_slurm, start_process, world_size
 
-MINUTE = 60.0
 # Lets the process of a rank do something once a number of steps is done.
 PROGRAM = """
 import os, signal, sys
@@ -40,76 +37,52 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def start(action: str, folder: Path, *overrides: str, rank: int = 1) -> list[subprocess.Popen[str]]:
-    """Start two processes that train together; `action` is what that of `rank` does after two steps."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared["OMP_NUM_THREADS"] = "1"
-    command = [sys.executable, "-c", PROGRAM.format(action=action, rank=rank), *TINY, f"run_dir={folder}", *overrides]
-    return [
-        subprocess.Popen(
-            command,
-            env={**shared, "RANK": str(number), "LOCAL_RANK": str(number)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
+def torchrun(folder: Path, action: str = "pass", *overrides: str, rank: int = 1) -> subprocess.CompletedProcess[str]:
+    """Train in two processes, started by torchrun; `action` is what that of `rank` does after two steps."""
+    folder.mkdir(exist_ok=True)
+    program = folder / "program.py"
+    program.write_text(PROGRAM.format(action=action, rank=rank))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
+    command += [*TINY, f"run_dir={folder}/run", *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
-def wait_for_step(folder: Path, step: int) -> None:
-    path = folder / "metrics.jsonl"
-    deadline = time.monotonic() + 5 * MINUTE
-    while not (path.exists() and f'"step": {step}' in path.read_text()):
-        assert time.monotonic() < deadline, "the processes did not begin to train"
-        time.sleep(0.05)
+def summary(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "run" / "summary.json").read_text())
 
 
 @pytest.mark.slow
-def test_an_error_of_one_process_ends_all_with_that_error(tmp_path: Path) -> None:
-    main, other = start('raise DataError("image 7 is broken")', tmp_path)
-    wait_for_step(tmp_path, 2)
-    errors = [process.communicate(timeout=MINUTE)[1] for process in (main, other)]
-    assert [main.returncode, other.returncode] == [2, 2]
-    assert "error: process 1 failed: image 7 is broken" in errors[0]
-    assert "error: image 7 is broken" in errors[1]
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert (summary["status"], summary["error"]) == ("failed", "process 1 failed: image 7 is broken")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_one_process_ends_all_with_that_error(tmp_path: Path, rank: int) -> None:
+    done = torchrun(tmp_path, 'raise DataError("image 7 is broken")', rank=rank)
+    assert done.returncode == 1, done.stderr
+    assert "error: image 7 is broken" in done.stderr
+    assert summary(tmp_path)["status"] == "failed"
+    assert str(summary(tmp_path)["error"]) == f"process {rank} failed: image 7 is broken"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("frozen", [0, 1])
-def test_a_process_that_is_frozen_is_not_waited_for(tmp_path: Path, frozen: int) -> None:
-    processes = start("os.kill(os.getpid(), signal.SIGSTOP)", tmp_path, rank=frozen)
-    try:
-        wait_for_step(tmp_path, 2)
-        _, errors = processes[1 - frozen].communicate(timeout=MINUTE)
-    finally:
-        processes[frozen].kill()
-        processes[frozen].communicate()
-    assert processes[1 - frozen].returncode == 1
-    assert "Traceback" not in errors
-    if frozen == 1:
-        assert "lost process 1 of 2" in (tmp_path / "train.log").read_text()
-        assert json.loads((tmp_path / "summary.json").read_text())["status"] == "failed"
+def test_the_run_of_a_process_that_is_killed_fails_and_goes_on(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+    assert done.returncode == 1
+    assert "error: process 0 failed: lost another process: killed, or out of memory" in done.stderr
+    assert summary(tmp_path)["status"] == "failed"
+    assert torchrun(tmp_path).returncode == 0
+    assert summary(tmp_path)["status"] == "finished"
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_the_same_step_and_the_run_goes_on(tmp_path: Path) -> None:
-    processes = start("os.kill(os.getpid(), signal.SIGTERM)", tmp_path / "stopped")
-    errors = [process.communicate(timeout=5 * MINUTE)[1] for process in processes]
-    assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, errors
-    assert all("stopped after step 2 of 6" in error for error in errors)
-    for folder in ("stopped", "whole"):
-        for process in start("pass", tmp_path / folder):
-            _, error = process.communicate(timeout=5 * MINUTE)
-            assert process.returncode == 0, error
-    stopped, whole = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("stopped", "whole"))
-    assert stopped == whole
-    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    done = torchrun(stopped, "os.kill(os.getpid(), signal.SIGTERM)")
+    assert done.stderr.count("stopped after step 2 of 6") == 2, done.stderr
+    assert summary(stopped)["status"] == "interrupted"
+    for folder in (stopped, whole):
+        assert torchrun(folder).returncode == 0
+    weights = [(folder / "run" / "model.safetensors").read_bytes() for folder in (stopped, whole)]
+    assert weights[0] == weights[1]
+    assert metrics(stopped / "run") == metrics(whole / "run")
 
 
 def test_another_number_of_processes_is_refused_and_why() -> None:
@@ -131,7 +104,7 @@ def test_tasks_of_srun_find_one_another(monkeypatch: pytest.MonkeyPatch) -> None
             "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.3"}  # fmt: skip
     for name, value in step.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(distributed.shutil, "which", lambda name: None)
+    monkeypatch.setenv("PATH", "")
     assert world_size() == 4
     assert (os.environ["RANK"], os.environ["LOCAL_RANK"]) == ("3", "1")
     assert os.environ["MASTER_ADDR"] == "10.0.0.3", "without Slurm's commands, as in a container"
@@ -178,8 +151,9 @@ def test_a_world_size_that_is_no_number_of_processes_is_refused(given: str, monk
 @pytest.mark.usefixtures("no_ranks")
 def test_processes_without_a_place_to_meet_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="WORLD_SIZE is 2, but MASTER_ADDR=None and MASTER_PORT=None name no place"):
-        connect("group")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="the 2 processes cannot meet: .*MASTER_ADDR expected.*; start them by"):
+        start_process(torch.device("cpu"))
 
 
 @pytest.mark.slow
@@ -187,8 +161,7 @@ def test_processes_take_the_same_measured_schedule(tmp_path: Path) -> None:
     adaptive = ("fusion=adaptive", "fusion.budget=8", "fusion.adapt_at=[0.2,0.5]", "fusion.adapt_images=16")
     # The main process alone measures; after two steps the other one says what its own network removes.
     say = 'print("schedule", *sys._getframe(1).f_back.f_locals["self"].state.model.fusion)'
-    printed = [process.communicate(timeout=5 * MINUTE)[0] for process in start(say, tmp_path / "run", *adaptive)]
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["status"] == "finished"
-    first = " ".join(map(str, summary["adapted"][0]["schedule"]))
-    assert f"schedule {first}" in printed[1]
+    done = torchrun(tmp_path, say, *adaptive)
+    found = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert found["status"] == "finished", done.stderr
+    assert f"schedule {' '.join(map(str, found['adapted'][0]['schedule']))}" in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,11 +39,18 @@ def drawing() -> Iterator[None]:
         yield
 
 
+def rendered(figure: Figure, kind: str, dpi: int = 200) -> bytes:
+    """Return a figure as the content of a PNG or SVG file."""
+    content = io.BytesIO()
+    figure.savefig(content, format=kind, dpi=dpi, metadata=_METADATA[kind])
+    return content.getvalue()
+
+
 def save(figure: Figure, folder: Path, name: str, kinds: Sequence[str] = ("png", "svg"), dpi: int = 200) -> list[Path]:
     """Write a figure as name.png, name.svg or both; return the files. Raises CheckpointError where the disk refuses."""
     files = []
     for kind in kinds:
         file = folder / f"{name}.{kind}"
-        write_whole(file, lambda path, kind=kind: figure.savefig(path, format=kind, dpi=dpi, metadata=_METADATA[kind]))  # type: ignore[misc]
+        write_whole(file, lambda path, kind=kind: Path(path).write_bytes(rendered(figure, kind, dpi)))  # type: ignore[misc]
         files.append(file)
     return files

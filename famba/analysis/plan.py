@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from tabulate import tabulate
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from famba.analysis.benchmark.steps import Step, Subject
+from famba.analysis.benchmark.steps import TimedStep
 from famba.analysis.benchmark.timing import Race
 from famba.analysis.figures import drawing, save
 from famba.analysis.palette import looks
@@ -25,9 +25,8 @@ from famba.errors import ConfigError, FambaError, check_choice
 from famba.files import write_whole
 from famba.fusion import Fusion, labels
 from famba.fusion.schedules import ADAPTIVE, NONE
-from famba.models import Backbone
 from famba.ops.registry import AUTO, backends, counting_as, resolve
-from famba.training.checks import check_backend, check_cuda_graphs
+from famba.training.checks import check_backend, check_batch, check_cuda_graphs
 from famba.training.compose import compose_all
 from famba.training.config import RunConfig, flatten, plain
 from famba.training.devices import choose_device, choose_precision
@@ -157,37 +156,25 @@ def _obstacle(config: RunConfig, backend: str, option: str) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Subject(Subject):
-    """A planned model, for the clock."""
-
-    arguments: dict[str, Any] = field(default_factory=dict)
-
-    def build(self) -> Backbone:
-        """Build the model with random weights."""
-        torch.manual_seed(0)
-        return build_model(self.model, self.arguments).to(self.device)
-
-
 def measure(plans: Sequence[Planned], batch: int, rounds: int) -> list[Planned]:
     """Time training steps of each on this machine, one after the other in turn, by the median.
 
-    Raises ConfigError where one of them cannot run here.
+    Raises ConfigError where one of them cannot run here, or cannot pair so many images.
     """
     for one in plans:
         if one.obstacle is not None:
             raise ConfigError(f"--measure times steps here, where {one.name} cannot run: {one.obstacle}")
-    steps: dict[str, Callable[[], object]] = {}
+    race = Race("step", plans[0].setup.device)
     for one in plans:
-        setup, fusion = one.setup, one.config.fusion
-        precision = next(name for name, dtype in _PRECISIONS.items() if dtype == setup.autocast)
-        on = (batch, setup.image_size, precision, str(setup.device), one.backend)
-        step = Step(_Subject(one.config.model.name, fusion.strategy, *on, arguments=setup.model_arguments))
-        step.model.train()
-        steps[one.name] = step.train
-    race = Race("step", steps, plans[0].setup.device)
+        trainer, ops = replace(one.config.trainer, batch_size=batch, accumulation=1), one.config.ops
+        config = replace(one.config, trainer=trainer, ops=replace(ops, backend=one.backend))
+        try:
+            check_batch(config, 1)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("trainer.batch_size", "--batch")) from error
+        TimedStep(config, one.setup).enter(race, one.name)
     race.run(rounds)
-    return [replace(one, step_ms=race.times[one.name].median_ms) for one in plans]
+    return [replace(one, step_ms=race.entries(one.name)["ms"]) for one in plans]
 
 
 def tables(plans: Sequence[Planned]) -> str:

@@ -1,11 +1,11 @@
-"""What goes on in run folders: how far each run is, and what became of it. Only reads, also while runs go on."""
+"""Tell how far the runs in some folders are. Only reads, also while the runs go on."""
 
 from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,25 +22,25 @@ from famba.analysis.folders import check_folder
 from famba.errors import DataError, FambaError
 from famba.training.reporting import duration
 from famba.training.run_folder import METRICS
-from famba.training.sweeps import slurm
-from famba.training.sweeps.names import recorded
+from famba.training.summary import SUMMARY, Summary
+from famba.training.sweeps import queue, recorded, remembered
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _COLUMNS = ("run", "state", "epoch", "done", "Top-1 %", "time left", "updated")
-_FILES = ("summary.json", "config.yaml", METRICS, "train.log", "output.log")
-_TAIL = 1 << 16
-# What a run that has lost its summary, or has not written one yet, leaves behind.
+# Files that a run leaves behind even if it has no summary yet, or has lost it.
 _TRACES = (METRICS, "train.log")
+_FILES = (SUMMARY, "config.yaml", *_TRACES, "output.log")
+_TAIL = 1 << 16  # bytes at the end of metrics.jsonl that are read
 _ORDER = ("finished", "running", "waiting", "interrupted", "stopped", "failed", "damaged", "not started")
 
 
 @dataclass(frozen=True)
 class Status:
-    """One run. None stands for what is not known; updated is seconds since the epoch, note says more of the state.
+    """Describe how far one run is. None stands for what is not known; updated is in seconds since 1970.
 
-    top1 is of the images that top1_of names: test, or validation.
-
-    state: not started, waiting (in Slurm), running, interrupted (saved itself), stopped (ended without saying so),
-    failed, finished, or damaged where its summary cannot be read.
+    state: not started, waiting (in Slurm), running, interrupted (it saved itself), stopped (it ended without a word),
+    failed, finished, or damaged where the summary cannot be read. note: the error of a failed or damaged run.
+    top1: percent of the images that top1_of names, test or validation.
     """
 
     run: str
@@ -65,13 +65,13 @@ def status(paths: Iterable[str | Path]) -> list[Status]:
         folders = list(_runs_in(path))
         if not folders:
             raise DataError(f"no run in {path}; give the run_dir of a run or of a sweep, or a folder that holds some")
-        found |= {folder: _name(folder, path) for folder in folders}
+        found |= {folder: str(folder) if folder == path else str(folder.relative_to(path)) for folder in folders}
     queued = _queued({folder.parent for folder in found})
     return [_look(folder, name, queued.get(folder)) for folder, name in found.items()]
 
 
 def status_table(runs: Sequence[Status]) -> str:
-    """Return a table of runs, what there is to say of those in trouble, and the count of each state."""
+    """Return a table of runs, the errors of failed and damaged ones, and the count of each state."""
     table = tabulate([_row(run) for run in runs], headers=_COLUMNS, missingval="-", disable_numparse=True)
     notes = [f"{run.run}: {run.note}" for run in runs if run.note]
     counts = Counter(run.state for run in runs)
@@ -81,21 +81,20 @@ def status_table(runs: Sequence[Status]) -> str:
 
 
 def status_json(runs: Sequence[Status]) -> str:
-    """Return the same as a list of JSON objects."""
+    """Return the status of runs as a list of JSON objects."""
     return json.dumps([asdict(run) for run in runs], indent=2)
 
 
 def _runs_in(path: Path) -> Iterator[Path]:
-    """Folders of runs in or below a folder, and those that a sweep has yet to make."""
+    """Yield the folders of runs in or below a folder, with those that a sweep has yet to make."""
     if _is_run(path):
         yield path
         return
     known = [path / run["folder"] for run in recorded(path)]
     yield from known
     with suppress(OSError):
-        # A link may lead back up; a sweep of links to runs is a sweep all the same.
-        below = sorted(entry for entry in path.iterdir() if entry.is_dir() and entry not in known)
-        for entry in below:
+        for entry in sorted(entry for entry in path.iterdir() if entry.is_dir() and entry not in known):
+            # A link may lead back up, so only a link to a run itself is followed.
             if not entry.is_symlink():
                 yield from _runs_in(entry)
             elif _is_run(entry):
@@ -106,135 +105,94 @@ def _is_run(path: Path) -> bool:
     return any((path / name).is_file() for name in _FILES)
 
 
-def _name(folder: Path, given: Path) -> str:
-    return str(folder) if folder == given else str(folder.relative_to(given))
-
-
 def _queued(sweeps: Iterable[Path]) -> dict[Path, str]:
-    """What Slurm does with the runs that were submitted; nothing where it cannot be asked."""
-    jobs = {sweep / name: job for sweep in sweeps for name, job in slurm.remembered(sweep / "slurm").items()}
-    if not jobs or which("squeue") is None:
-        return {}
-    try:
-        states = slurm.queue()
-    except FambaError:
-        return {}
+    """Return the state in Slurm of the runs that were submitted; nothing where Slurm cannot be asked."""
+    jobs = {sweep / name: job for sweep in sweeps for name, job in remembered(sweep / "slurm").items()}
+    states: dict[str, str] = {}
+    if jobs and which("squeue") is not None:
+        with suppress(FambaError):
+            states = queue()
     return {folder: states[job] for folder, job in jobs.items() if job in states}
 
 
 def _look(folder: Path, name: str, queued: str | None) -> Status:
-    summary, damage = _summary(folder)
+    path, said, damage = folder / SUMMARY, Summary(status=""), None
+    try:
+        said = Summary.parse(path.read_bytes())
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        damage = f"{path} is damaged: {error}"
     last, ended = _last_lines(folder / METRICS)
-    state = "damaged" if damage else _state(folder, summary, queued)
-    step = _number(last, "step", int) or _number(summary, "step", int)
-    steps = _number(summary, "steps", int)
-    top1, top1_of = _top1(summary, ended)
+    state = "damaged" if damage else _state(folder, said.status, queued)
+    step, epoch = _number(last, "step"), _number(last, "epoch")
+    step = said.step if step is None else int(step)
+    test, validation = _number(ended, "test_top1"), _number(ended, "validation_top1")
+    top1 = said.top1 if said.status == "finished" or test is None else test
+    on_validation = said.status != "finished" and test is None and validation is not None
     return Status(
         run=name,
         folder=str(folder),
         state=state,
-        epoch=_epochs_done(last, summary),
-        epochs=_number(summary, "epochs", int),
+        epoch=said.epoch if epoch is None else int(epoch) + (last["kind"] == "epoch"),
+        epochs=said.epochs,
         step=step,
-        steps=steps,
-        top1=top1,
-        top1_of=top1_of,
-        seconds_left=_seconds_left(folder, last, ended, step, steps) if state == "running" else None,
-        updated=_updated(folder),
-        note=damage or (str(summary["error"]) if state == "failed" and summary.get("error") else None),
+        steps=said.steps,
+        top1=validation if on_validation else top1,
+        top1_of="validation" if on_validation else None if top1 is None else "test",
+        seconds_left=_seconds_left(folder, last, ended, step, said.steps) if state == "running" else None,
+        updated=max((path.stat().st_mtime for name in _FILES if (path := folder / name).exists()), default=None),
+        note=damage or (said.error if state == "failed" else None),
     )
 
 
-def _summary(folder: Path) -> tuple[dict[str, Any], str | None]:
-    path = folder / "summary.json"
-    try:
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict) or not isinstance(found.get("status"), str):
-            raise ValueError("it does not say a status")
-    except FileNotFoundError:
-        return {}, None
-    except (OSError, ValueError) as error:
-        return {}, f"{path} is damaged: {error}"
-    return found, None
-
-
-def _state(folder: Path, summary: Mapping[str, Any], queued: str | None) -> str:
-    said = summary.get("status")
+def _state(folder: Path, said: str, queued: str | None) -> str:
     if said == "finished":
         return "finished"
     if _held(folder / ".lock"):
         return "running"
     if queued is not None:
         return "running" if queued == "RUNNING" else "waiting"
-    if said is None:
+    if not said:
         return "stopped" if any((folder / name).is_file() for name in _TRACES) else "not started"
     return "stopped" if said == "running" else said
 
 
 def _held(lock: Path) -> bool:
-    """Whether a process holds a run's lock, as famba.training.run_folder takes it."""
+    """Return whether a process holds a run's lock, as famba.training.run_folder takes it."""
     try:
-        handle = os.open(lock, os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no locks on this file system
-        return False
-    finally:
-        os.close(handle)
+        with open(lock, "rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # held, no such file, or no locks on this file system
+        return isinstance(error, BlockingIOError)
     return False
 
 
 def _last_lines(metrics: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the last line of metrics.jsonl, and the last with an evaluation; {} where there is none."""
-    last: dict[str, Any] = {}
-    for line in reversed(_tail(metrics)):
-        try:
-            logged = json.loads(line)
-            evaluated = logged["kind"] == "epoch" and any(key in logged for key in ("test_top1", "validation_top1"))
-        except (ValueError, KeyError, TypeError):  # a line that is being written, or damaged
-            continue
-        last = last or logged
-        if evaluated:
-            return last, logged
-    return last, {}
+    lines: list[bytes] = []
+    with suppress(OSError), open(metrics, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+        lines = file.read().splitlines()
+    logged = [values for line in reversed(lines) if (values := parse_line(line))]
+    ended = (values for values in logged if any(name in values for name in ("test_top1", "validation_top1")))
+    return logged[0] if logged else {}, next(ended, {})
 
 
-def _tail(path: Path) -> list[str]:
+def parse_line(line: str | bytes) -> dict[str, Any] | None:
+    """Return a line of metrics.jsonl; None for one that is damaged, or being written."""
     try:
-        with open(path, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
-            return file.read().decode(errors="replace").splitlines()
-    except OSError:
-        return []
-
-
-def _epochs_done(last: Mapping[str, Any], summary: Mapping[str, Any]) -> int | None:
-    epoch = _number(last, "epoch", int)
-    if epoch is None:
-        return _number(summary, "epoch", int)
-    return epoch + (last.get("kind") == "epoch")
-
-
-def _top1(summary: Mapping[str, Any], ended: Mapping[str, Any]) -> tuple[float | None, str | None]:
-    """Top-1, and of which images: a summary's own is always of the test images."""
-    places = [(summary, "top1", "test")]
-    if summary.get("status") != "finished":
-        places = [(ended, "test_top1", "test"), (ended, "validation_top1", "validation"), *places]
-    for source, key, images in places:
-        if (value := _number(source, key, float)) is not None:
-            return value, images
-    return None, None
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and "kind" in values else None
 
 
 def _seconds_left(
     folder: Path, last: Mapping[str, Any], ended: Mapping[str, Any], step: int | None, steps: int | None
 ) -> float | None:
-    """Time of the steps and evaluations that are left, at the speed of the epoch under way."""
-    speed = _number(last, "images_per_s", float)
+    """Return the time of the steps and evaluations that are left, at the speed of the current epoch."""
+    speed = _number(last, "images_per_s")
     if not speed or not step or steps is None:
         return None
     try:
@@ -243,38 +201,28 @@ def _seconds_left(
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
         return None
     seconds = max(0, steps - step) * batch / speed
-    epoch, ended_at = _number(ended, "epoch", int), _number(ended, "step", int)
+    epoch, ended_at = _number(ended, "epoch"), _number(ended, "step")
     if epoch is not None and ended_at:
         evaluations = max(0, steps - step) / (ended_at / (epoch + 1)) / every
-        seconds += evaluations * (_number(ended, "time_eval_s", float) or 0.0)
+        seconds += evaluations * (_number(ended, "time_eval_s") or 0.0)
     return seconds
 
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
-def _updated(folder: Path) -> float | None:
-    times = []
-    for name in _FILES:
-        with suppress(OSError):
-            times.append((folder / name).stat().st_mtime)
-    return max(times, default=None)
-
-
-def _number(values: Mapping[str, Any], key: str, kind: type) -> Any:
-    value = values.get(key)
-    # Not math.isfinite: JSON's whole numbers may be too large for a float.
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    return kind(value) if is_number else None
+def _number(values: Mapping[str, Any], key: str) -> float | None:
+    """Return a finite number; None for anything else, such as a whole number that no float holds."""
+    try:
+        value = float(values[key])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _row(run: Status) -> list[Any]:
-    done = None if not run.steps or run.step is None else f"{100 * run.step / run.steps:.0f} %"
     return [
         run.run,
         run.state,
         None if run.epoch is None else f"{run.epoch} of {'?' if run.epochs is None else run.epochs}",
-        done,
+        None if not run.steps or run.step is None else f"{100 * run.step / run.steps:.0f} %",
         None if run.top1 is None else f"{run.top1:.2f}{' val' if run.top1_of == 'validation' else ''}",
         None if run.seconds_left is None else duration(run.seconds_left),
         None if run.updated is None else f"{duration(max(0.0, time.time() - run.updated))} ago",

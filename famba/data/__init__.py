@@ -1,14 +1,13 @@
-"""Data sets, augmentation and loaders."""
+"""Open data sets, augment their images, and load batches."""
 
 from __future__ import annotations
 
 from famba.data.augment import Augmentation
-from famba.data.download import default_root, download
-from famba.data.images import open_image
-from famba.data.loader import Batches, EvalBatches, TrainBatches, eval_batches, train_batches
-from famba.data.reading import Reading
-from famba.data.sampling import sample
-from famba.data.sources import ArraySource, Source, Splits, SubsetSource, labels_of, renumber, take
+from famba.data.images import Reading, open_image
+from famba.data.loader import Batch, TrainBatches, eval_batches, train_batches
+from famba.data.named import StreamSource
+from famba.data.published import default_root, download
+from famba.data.sources import ArraySource, Source, Splits, SubsetSource, labels_of, renumber, sample, take
 from famba.data.splits import (
     LOADERS,
     PUBLISHED,
@@ -19,8 +18,6 @@ from famba.data.splits import (
     num_classes_of,
     training_images_of,
 )
-from famba.data.streams import StreamSource
-from famba.data.workers import Batch
 
 __all__ = [
     "LOADERS",
@@ -28,8 +25,6 @@ __all__ = [
     "ArraySource",
     "Augmentation",
     "Batch",
-    "Batches",
-    "EvalBatches",
     "Reading",
     "Source",
     "Splits",

@@ -1,4 +1,4 @@
-"""Random draws that depend on (seed, epoch, position) and on nothing else.
+"""Draw random numbers that depend on (seed, epoch, position) and on nothing else.
 
 No generator outlives a call, so any step of any epoch can be produced directly, whatever ran before it and
 however many processes and workers share the job. Each purpose has a stream of its own, so that, say, the
@@ -18,7 +18,7 @@ WORDS = 4  # 64-bit words in one block of Philox, hence for one position
 
 
 class Stream(enum.IntEnum):
-    """What draws are for. The values are part of every key: changing one changes every run."""
+    """Names what draws are for. The values are part of every key: changing one changes every run."""
 
     ORDER = 1
     REPEATED_ORDER = 2

@@ -1,24 +1,23 @@
-"""Pillow images: decoding with a useful error, scaling, and conversion to tensors."""
+"""Read images: upright, in RGB, on a background where they are transparent; or as Famba 0.1 did."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, TypeAlias
 
 import numpy as np
-import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageColor, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as vision
 
-from famba.data.reading import Colour, Reading
-from famba.errors import DataError
+from famba.errors import ConfigError, DataError, near_miss
 
-ImageOrBatch = TypeVar("ImageOrBatch", Image.Image, torch.Tensor)
+Colour: TypeAlias = tuple[int, int, int]
+"""Red, green and blue in 0..255."""
 
+# The turns that undo the EXIF orientations 2 to 8.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -28,19 +27,61 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What undoes each EXIF orientation."""
-_SIXTEEN_BITS = 65_535
-_TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262  # numbers of tags
-_MIN_IS_WHITE = 0
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _MIN_IS_WHITE = 258, 262, 0  # two tags, and a value of the second
 
 
 class _UnknownRangeError(ValueError):
-    """Values of an image whose range its mode does not tell."""
+    """Says that the mode of an image does not tell the range of its pixels."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Says how folders and images are read.
+
+    version: 2; or 1 for what Famba 0.1 did: innermost folders are classes, `.png`, `.jpg` and `.jpeg` alone are images,
+    transparency and EXIF orientation are dropped, 16 bits are cut off. background: the colour behind transparent
+    images, a name as in CSS or "#rrggbb".
+
+    Raises ConfigError for another version or colour, and for a background in version 1, which has none.
+    """
+
+    version: int = 2
+    background: str = "white"
+
+    def __post_init__(self) -> None:
+        if self.version not in (1, 2):
+            raise ConfigError(f"version is {self.version}; allowed: 2, or 1 to read as Famba 0.1 did.", "version")
+        if self.version == 1 and _colour(self.background) != _colour(Reading.background):
+            raise ConfigError(
+                f"background is {self.background!r}, but version 1 drops transparency and has none; leave it out, or "
+                "use version 2.",
+                "background",
+            )
+        _colour(self.background)
+
+    @property
+    def colour(self) -> Colour | None:
+        """Return the background as `to_rgb` takes it: None for version 1."""
+        return None if self.version == 1 else _colour(self.background)
+
+
+def _colour(name: str) -> Colour:
+    try:
+        red, green, blue, *alpha = ImageColor.getrgb(name)
+        if alpha:
+            raise ValueError("a background cannot be transparent itself")
+    except ValueError:
+        raise ConfigError(
+            f'background {name!r} is no colour; allowed: a name such as white or black, or "#rrggbb"'
+            f"{near_miss(name, list(ImageColor.colormap))}",
+            "background",
+        ) from None
+    return red, green, blue
 
 
 @contextmanager
 def naming(where: Callable[[], str]) -> Iterator[None]:
-    """Turn whatever goes wrong while an image is read into a DataError that says where it was.
+    """Turn every error of reading an image into a DataError that says which image it was.
 
     `where` is called only then: some data sets must read an image to tell its name.
     """
@@ -50,55 +91,41 @@ def naming(where: Callable[[], str]) -> Iterator[None]:
         raise
     except _UnknownRangeError as error:
         raise DataError(f"{where()}: {error}") from error
-    except UnidentifiedImageError:  # whose own message names Python's file object
-        raise DataError(
-            f"{where()}: not a readable image (of no kind that Pillow knows). Replace or remove it."
-        ) from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, zlib.error, ...
         reason = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):  # whose own message names Python's file object
+            reason = "of no kind that Pillow knows"
         raise DataError(f"{where()}: not a readable image ({reason}). Replace or remove it.") from error
 
 
 def open_image(path: str | Path, background: str = "white") -> Image.Image:
     """Read an image file as training and evaluation do: upright, in RGB, on a background where it is transparent.
 
-    What else the file holds, such as EXIF and colour profiles, is left out.
+    EXIF, colour profiles and the like are left out. background: a colour's name, as in CSS, or "#rrggbb".
 
-    Args:
-        path: a file of any kind that Pillow reads.
-        background: a colour's name, as in CSS, or "#rrggbb".
-
-    Raises:
-        ConfigError: the background is no colour.
-        DataError: the file cannot be read, or holds values of no known range.
+    Raises ConfigError where the background is no colour; DataError where the file cannot be read, or holds values of no
+    known range.
     """
     return read_file(path, Reading(background=background).colour)
 
 
 def read_file(path: str | Path, background: Colour | None) -> Image.Image:
-    """Read one image file as RGB, background as in `to_rgb`. Raises DataError that names the file."""
+    """Read one image file as `to_rgb` does. Raises DataError that names the file."""
     with naming(lambda: str(path)), open(path, "rb") as file:
         return decode_rgb(file, background)
 
 
 def decode_rgb(file: IO[bytes], background: Colour | None) -> Image.Image:
-    """Read one image as RGB; raises whatever Pillow does, so call it under `naming`.
-
-    background: as in `to_rgb`.
-    """
+    """Read one image as `to_rgb` does; raises whatever Pillow does, so call it under `naming`."""
     with Image.open(file) as image:
         return to_rgb(image, background)
 
 
 def to_rgb(image: Image.Image, background: Colour | None) -> Image.Image:
-    """Return an image upright and in RGB; raises as `decode_rgb` does.
+    """Return an image, as `Image.open` gives it, upright and in RGB; raises as `decode_rgb` does.
 
     EXIF orientation is undone, transparent pixels show the background, 16 bits of grey are scaled to 8. Integers and
-    floats of no known range are refused.
-
-    Args:
-        image: as `Image.open` gives it.
-        background: red, green and blue; None for what Famba 0.1 did, which is `image.convert("RGB")` alone.
+    floats of no known range are refused. Without a background it is `image.convert("RGB")` alone, as in Famba 0.1.
     """
     if background is None:
         return image.convert("RGB")
@@ -117,10 +144,9 @@ def to_rgb(image: Image.Image, background: Colour | None) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 (upright) where there is none."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # EXIF that is damaged tells nothing, and the pixels are whole: every viewer shows them as stored
+    except Exception:  # damaged EXIF says nothing; the pixels are whole, and every viewer shows them as stored
         return 1
 
 
@@ -140,13 +166,17 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """Scale grey of more than 8 bits by its range, with alpha where a value is transparent; leave other images."""
     if not image.mode.startswith("I") and image.mode != "F":
         return image
-    if not _range_is_known(image):
+    if image.mode == "I":  # 16 bits, which Pillow gives in 32: of PPM, and before Pillow 11 of PNG
+        known = image.format in ("PNG", "PPM")
+    else:
+        known = image.mode.startswith("I;16") and image.format != "FITS"  # which shifts them by what its header says
+    if not known:
         raise _UnknownRangeError(
             f"its pixels are {'floats' if image.mode == 'F' else 'integers'} (mode {image.mode} in {image.format}) of "
             "no known range. Scale them, and save the image with 8 or 16 bits, as PNG."
         )
     tags = getattr(image, "tag_v2", {})
-    top = 4095 if tags.get(_TIFF_BITS) == (12,) else _SIXTEEN_BITS
+    top = 4095 if tags.get(_TIFF_BITS) == (12,) else 65_535
     values = np.asarray(image).astype(np.int64)
     scaled = (values * 255 + top // 2) // top
     if tags.get(_TIFF_PHOTOMETRIC) == _MIN_IS_WHITE:
@@ -156,29 +186,3 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         return grey
     alpha = np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)
     return Image.merge("LA", (grey, Image.fromarray(alpha)))
-
-
-def _range_is_known(image: Image.Image) -> bool:
-    if image.mode == "I":  # 16 bits, which Pillow gives in 32: of PPM, and before Pillow 11 of PNG
-        return image.format in ("PNG", "PPM")
-    return image.mode.startswith("I;16") and image.format != "FITS"  # which shifts them by what its header says
-
-
-def fit(image: ImageOrBatch, side: int, crop: int, interpolation: str) -> ImageOrBatch:
-    """Scale the shorter side to `side` pixels, keeping the shape, and cut out the central `crop` pixels.
-
-    Args:
-        image: an RGB image, or a float tensor (b, 3, h, w) with values in 0..255; a tensor keeps that range.
-        side: pixels, at least `crop`.
-        crop: pixels of the square that is returned.
-        interpolation: "bilinear" or "bicubic", antialiased.
-    """
-    scaled = vision.resize(image, side, InterpolationMode(interpolation), antialias=True)
-    if isinstance(scaled, torch.Tensor) and scaled is not image:
-        scaled = scaled.clamp(0, 255)  # bicubic weights overshoot at edges
-    return vision.center_crop(scaled, [crop, crop])
-
-
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """Return uint8 (3, h, w)."""
-    return vision.pil_to_tensor(image)

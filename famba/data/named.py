@@ -1,51 +1,175 @@
-"""Data sets that timm knows by a name with a prefix: torch/, hfds/, hfids/, tfds/ and wds/."""
+"""Open the data sets that timm knows by a name with a prefix: torch/, hfds/, hfids/, tfds/ and wds/."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from timm.data import create_dataset
+from torchvision.datasets import INaturalist
 
-from famba.data.folder import find_parts, load_folder
-from famba.data.readers import DatasetSource, HubSource
-from famba.data.reading import Reading
-from famba.data.sources import Source, Splits
-from famba.data.streams import StreamSource, decodes_itself
+from famba.data.draws import Stream, derived_integer
+from famba.data.folders import image_suffixes
+from famba.data.images import Colour, Reading, decode_rgb, naming, read_file, to_rgb
+from famba.data.sources import Source, Splits, check_label
 from famba.errors import ConfigError, DataError, near_miss
 
 PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
 _STREAMED = ("hfids", "tfds", "wds")
-_NEED_ROOT = ("torch", "wds")
-_IMAGE_FOLDERS = ("torch/image_folder", "torch/folder")
 _TEST_SPLITS = {1: ("validation", "val", "test"), 2: ("validation", "val", "valid", "test")}
 _log = logging.getLogger(__name__)
 
 
-def load_named(name: str, root: Path | None, *, num_classes: int | None, reading: Reading) -> Splits:
-    """Open a data set by timm's name; what its reader stores is not copied or downloaded by Famba.
+@dataclass(eq=False)
+class HubSource:
+    """Gives the images of timm's reader of hfds/, which hands out encoded files.
 
-    The test set is the split "validation", "val", "valid" or "test", the first that exists: public data sets often
-    have a "test" whose labels are secret. torch/image_folder is read as `load_folder` does. tfds/ is decoded by
-    TensorFlow, which drops transparency and EXIF orientation; a warning says so.
-
-    Args:
-        name: such as "torch/cifar10", "hfds/<repository>" or "wds/".
-        root: where the data lies; hfds, hfids and tfds use their own cache where it is None.
-        num_classes: number of classes; None where the data set tells.
-        reading: how images are read.
-
-    Raises:
-        ConfigError: for an unknown prefix, a missing root, or a number of classes that is missing or wrong.
-        DataError: where timm cannot open the data, or training and test images have other classes.
+    timm's own ImageDataset takes the next image where one is broken, so this goes to the reader directly.
     """
-    check_named(name, root)
-    if is_image_folder(name, reading.version):
-        assert root is not None
-        return load_folder(root, tar=False, num_classes=num_classes, reading=reading)
-    if reading.version > 1 and decodes_itself(name):
+
+    reader: Any
+    num_classes: int
+    background: Colour | None  # as in `images.to_rgb`
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def image(self, index: int) -> Image.Image:
+        """Return an RGB image; DataError naming its file where that is missing or corrupt."""
+        with naming(lambda: self._where(index)), self.reader[index][0] as file:
+            return decode_rgb(file, self.background)
+
+    def label(self, index: int) -> int:
+        """Return the label, without reading the image."""
+        with naming(lambda: self._where(index)):
+            label = int(self._labels[index])
+        return check_label(label, self.num_classes, lambda: self._where(index))
+
+    @cached_property
+    def _labels(self) -> Any:
+        return self.reader.dataset[self.reader.label_key][:]
+
+    def _where(self, index: int) -> str:
+        return str(self.reader.filename(index, absolute=True))
+
+
+@dataclass(eq=False)
+class DatasetSource:
+    """Gives the images of a map-style data set of torchvision's, which has (image, label) by number."""
+
+    dataset: Any
+    num_classes: int
+    background: Colour | None  # as in `images.to_rgb`
+
+    def __post_init__(self) -> None:
+        if self.background is not None and hasattr(self.dataset, "loader"):
+            # torchvision's own drops transparency and orientation.
+            self.dataset.loader = partial(read_file, background=self.background)
+        if self.background is not None and isinstance(self.dataset, INaturalist):
+            self.dataset.index.sort()  # torchvision has it in the order of the disk
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def image(self, index: int) -> Image.Image:
+        """Return an RGB image; DataError naming the data set and the number where it cannot be read."""
+        with naming(lambda: self._where(index)):
+            image = self.dataset[index][0]
+            if isinstance(image, Image.Image):
+                return to_rgb(image, self.background)
+        raise DataError(f"{self._where(index)}: gives {type(image).__name__} where an image is needed.")
+
+    def label(self, index: int) -> int:
+        """Return the label, without reading the image where the data set lists its labels."""
+        with naming(lambda: self._where(index)):
+            label = int(self.dataset[index][1] if self._targets is None else self._targets[index])
+        return check_label(label, self.num_classes, lambda: self._where(index))
+
+    @cached_property
+    def _targets(self) -> Any:
+        if isinstance(self.dataset, INaturalist) and self.dataset.target_type == ["full"]:
+            return [category for category, _ in self.dataset.index]
+        return getattr(self.dataset, "targets", None)
+
+    def _where(self, index: int) -> str:
+        return f"{type(self.dataset).__name__} in {getattr(self.dataset, 'root', '?')}, image {index}"
+
+
+@dataclass(frozen=True)
+class StreamSource:
+    """Opens one split of a data set that timm reads as a stream, without random access (webdataset, tfds, hfids)."""
+
+    name: str  # timm's, such as "wds/"
+    root: str | None  # None where the reader needs no folder
+    split: str  # the reader's name of the split
+    num_classes: int
+    length: int  # number of images; 0 where the data set does not say
+    background: Colour | None  # as in `images.to_rgb`
+
+    def __len__(self) -> int:
+        return self.length
+
+    def open_training(
+        self, seed: int, epoch: int, micro_batch: int, rank: int, world_size: int
+    ) -> Iterable[tuple[Image.Image, Any]]:
+        """Return one process's shuffled images, in RGB, and labels of an epoch.
+
+        Call it where it is iterated: the reader asks torch which worker it is in. Shards go round the workers of all
+        processes; a worker that has read all of its shards starts again, so that every one gives its share, rounded up
+        to whole micro-batches.
+        """
+        shuffle = derived_integer(Stream.STREAMED_ORDER, seed, epoch, bits=31)
+        dataset = self._create(rank, world_size, is_training=True, batch_size=micro_batch, seed=shuffle)
+        dataset.set_epoch(epoch)
+        return self._decoded(dataset)
+
+    def open_evaluation(self) -> Iterable[tuple[Image.Image, Any]]:
+        """Return all images, in RGB, and labels in the order of the files (those of one worker, in a worker)."""
+        # As one process: split over several, the readers would repeat or leave out images.
+        return self._decoded(self._create(0, 1, is_training=False))
+
+    def where(self) -> str:
+        """Name the split in errors."""
+        return f"{self.name!r} in {self.root}, split {self.split}"
+
+    def _create(self, rank: int, world_size: int, **options: Any) -> Any:
+        if self.background is not None and not _decodes_itself(self.name):
+            options["input_img_mode"] = ""  # as it is stored
+            if self.name.lower().startswith("wds/"):
+                suffixes = sorted(suffix[1:] for suffix in image_suffixes())
+                options["input_key"] = ";".join(dict.fromkeys(("jpg", "png", "webp", *suffixes)))
+        dataset = create_dataset(self.name, self.root, split=self.split, **options)
+        # The readers take these from torch.distributed; here they are plain arguments.
+        reader = dataset.reader
+        reader.dist_rank, reader.dist_num_replicas = rank, world_size
+        reader.global_num_workers = world_size * reader.num_workers
+        return dataset
+
+    def _decoded(self, dataset: Any) -> Iterator[tuple[Image.Image, Any]]:
+        for image, label in dataset:
+            with naming(lambda: f"{self.where()}: an image"):
+                rgb = to_rgb(image, self.background)
+            yield rgb, label
+
+
+def load_named(name: str, root: Path | None, *, num_classes: int | None, reading: Reading) -> Splits:
+    """Open a data set by timm's name, such as "torch/cifar10" or "wds/"; nothing is downloaded by Famba.
+
+    root is where the data lies; hfds, hfids and tfds use their own cache where it is None. num_classes is None where
+    the data set tells it. The test set is the split "validation", "val", "valid" or "test", the first that exists:
+    public data sets often have a "test" whose labels are secret. tfds/ is decoded by TensorFlow, which drops
+    transparency and EXIF orientation; a warning says so.
+
+    Raises ConfigError for a number of classes that is missing or wrong; DataError where timm cannot open the data, or
+    training and test images have other classes.
+    """
+    if reading.version > 1 and _decodes_itself(name):
         _log.warning(
             "%r: TensorFlow decodes these images: what is transparent has no background, and EXIF turns nothing", name
         )
@@ -56,7 +180,7 @@ def load_named(name: str, root: Path | None, *, num_classes: int | None, reading
     return Splits(train=train, validation=None, test=test, classes=classes)
 
 
-def check_named(name: str, root: Path | None) -> None:
+def check_named(name: str, root: Path | str | None) -> None:
     """Raise ConfigError for an unknown prefix or a missing root."""
     prefix = _prefix(name)
     if prefix not in PREFIXES:
@@ -66,24 +190,18 @@ def check_named(name: str, root: Path | None) -> None:
         raise ConfigError(f"data {name!r} needs data.root, the folder that holds it.", "root")
 
 
-def check_named_folder(name: str, root: Path, version: int) -> None:
-    """Raise DataError where a folder of images lacks a part; other data sets are not judged."""
-    if is_image_folder(name, version):
-        find_parts(root, tar=False, version=version)
-
-
-def is_image_folder(name: str, version: int) -> bool:
-    """Whether a name is read as an image folder of Famba's: torchvision's has the faults that version 1 keeps."""
-    return version > 1 and name.lower() in _IMAGE_FOLDERS
-
-
 def needs_root(name: str) -> bool:
-    """Whether a name with a prefix is read from a folder that has to be there."""
-    return _prefix(name) in _NEED_ROOT
+    """Say whether a name with a prefix is read from a folder that has to be there."""
+    return _prefix(name) in ("torch", "wds")
 
 
 def _prefix(name: str) -> str:
     return name.partition("/")[0].lower()
+
+
+def _decodes_itself(name: str) -> bool:
+    """Say whether a reader's own package decodes the images and drops transparency and EXIF orientation."""
+    return _prefix(name) == "tfds"
 
 
 def _open(
@@ -94,13 +212,17 @@ def _open(
     reading: Reading,
     expected: tuple[str, ...] | None = None,
 ) -> tuple[Source | StreamSource, tuple[str, ...] | None]:
-    """Return the images of the first split that exists, and the names of their classes where they are told.
+    """Return the images of the first split that exists, and the names of their classes where it tells them.
 
     Raises DataError where the classes are others than those that are expected, or in another order.
     """
     streamed = _prefix(name) in _STREAMED
     dataset, split = _create(name, root, splits, streamed=streamed)
-    classes = _class_names(dataset)
+    reader = getattr(dataset, "reader", None)
+    numbers = getattr(reader, "class_to_idx", None)
+    found = sorted(numbers, key=numbers.__getitem__) if numbers else getattr(dataset, "classes", None) or ()
+    # ImageNet has several names for a class.
+    classes = tuple(one if isinstance(one, str) else ", ".join(one) for one in found)
     if classes and expected and classes != expected:
         pairs = enumerate(zip_longest(expected, classes))
         number, (one, other) = next((number, pair) for number, pair in pairs if pair[0] != pair[1])
@@ -108,49 +230,32 @@ def _open(
             f"data {name!r} in {root}: its parts have other classes, or in another order: class {number} is {one!r} "
             f"in training and {other!r} in {split!r}."
         )
-    count = _num_classes(name, classes, num_classes)
+    if num_classes is None and not classes:
+        raise ConfigError(f"data {name!r} does not say how many classes it has: set num_classes.", "num_classes")
+    if num_classes is not None and classes and num_classes != len(classes):
+        raise ConfigError(f"num_classes is {num_classes}, but {name!r} has {len(classes)} classes.", "num_classes")
+    count = num_classes or len(classes)
+    source: Source | StreamSource
     if streamed:
-        length = int(dataset.reader.num_samples or 0)
-        return StreamSource(name, root, split, count, length, reading.colour), classes
-    reader = getattr(dataset, "reader", None)
-    if reader is None:
-        return DatasetSource(dataset, count, reading.colour), classes
-    return HubSource(reader, count, reading.colour), classes
+        source = StreamSource(name, root, split, count, int(dataset.reader.num_samples or 0), reading.colour)
+    elif reader is None:
+        source = DatasetSource(dataset, count, reading.colour)
+    else:
+        source = HubSource(reader, count, reading.colour)
+    return source, classes or None
 
 
 def _create(name: str, root: str | None, splits: tuple[str, ...], *, streamed: bool) -> tuple[Any, str]:
     """Return the data set of the first split that exists, and that split's name."""
     reasons: list[str] = []
     for split in splits:
-        # Only the training stream must know its length.
-        dataset = _attempt(name, root, split, training=streamed and split == "train", reasons=reasons)
-        if dataset is not None:
-            if reasons:
-                _log.warning("%r: split %r is the test set, since others cannot be opened: %s", name, split, reasons[0])
-            return dataset, split
+        try:
+            # Only the training stream must know its length.
+            dataset = create_dataset(name, root, split=split, is_training=streamed and split == "train")
+        except Exception as error:  # the readers and the packages behind them raise all kinds
+            reasons.append(f"{split}: {str(error) or type(error).__name__}")
+            continue
+        if reasons:
+            _log.warning("%r: split %r is the test set, since others cannot be opened: %s", name, split, reasons[0])
+        return dataset, split
     raise DataError(f"data {name!r} in {root} cannot be opened ({'; '.join(reasons)}).")
-
-
-def _attempt(name: str, root: str | None, split: str, *, training: bool, reasons: list[str]) -> Any:
-    """Return timm's data set; None, with one more reason, where there is none."""
-    try:
-        return create_dataset(name, root, split=split, is_training=training)
-    except Exception as error:  # the readers and the packages behind them raise all kinds
-        reasons.append(f"{split}: {str(error) or type(error).__name__}")
-        return None
-
-
-def _class_names(dataset: Any) -> tuple[str, ...] | None:
-    """Return the names of the classes in the order of their numbers; None where the data set tells none."""
-    numbers = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
-    names = sorted(numbers, key=numbers.__getitem__) if numbers else getattr(dataset, "classes", None)
-    # ImageNet has several names for a class.
-    return tuple(name if isinstance(name, str) else ", ".join(name) for name in names) if names else None
-
-
-def _num_classes(name: str, classes: tuple[str, ...] | None, given: int | None) -> int:
-    if given is None and not classes:
-        raise ConfigError(f"data {name!r} does not say how many classes it has: set num_classes.", "num_classes")
-    if given is not None and classes and given != len(classes):
-        raise ConfigError(f"num_classes is {given}, but {name!r} has {len(classes)} classes.", "num_classes")
-    return given or len(classes or ())

@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the project: labelled images by number."""
+"""Hold labelled images by number: in memory, in files, or a part of either."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as vision
 
+from famba.data.draws import Stream, permutation
 from famba.errors import DataError
 
 if TYPE_CHECKING:
-    from famba.data.streams import StreamSource
+    from famba.data.named import StreamSource
 
 
 @runtime_checkable
 class Source(Protocol):
-    """A set of labelled images with random access."""
+    """Gives labelled images by number."""
 
     @property
     def num_classes(self) -> int:
-        """Labels lie in 0 .. num_classes - 1."""
+        """Return the number of classes; labels lie in 0 .. num_classes - 1."""
 
     def __len__(self) -> int: ...
 
@@ -35,14 +36,19 @@ class Source(Protocol):
         """Return the label; DataError where it is out of range."""
 
 
+@dataclass(frozen=True)
+class Splits:
+    """Holds the parts of a data set, all with the same class numbers."""
+
+    train: Source | StreamSource
+    validation: Source | StreamSource | None  # None unless it was held out or comes with the data
+    test: Source | StreamSource
+    classes: tuple[str, ...] | None = None  # names in the order of their numbers; None where the data does not tell
+
+
 @dataclass(frozen=True, eq=False)
 class ArraySource:
-    """Images held in memory.
-
-    Attributes:
-        images: uint8 (n, 3, h, w).
-        labels: int64 (n,), in 0 .. num_classes - 1.
-    """
+    """Holds images in memory: images uint8 (n, 3, h, w), labels int64 (n,). Raises DataError for anything else."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -50,12 +56,11 @@ class ArraySource:
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
-            found = f"{self.images.dtype} {tuple(self.images.shape)}"
-            raise DataError(f"images must be uint8 (n, 3, h, w), not {found}.")
+            raise DataError(f"images must be uint8 (n, 3, h, w), not {self.images.dtype} {tuple(self.images.shape)}.")
         if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
             found = f"{self.labels.dtype} {tuple(self.labels.shape)}"
             raise DataError(f"labels must be int64 ({len(self.images)},), not {found}.")
-        wrong = torch.nonzero((self.labels < 0) | (self.labels >= self.num_classes)).flatten()
+        wrong = torch.nonzero((self.labels < 0) | (self.labels >= self.num_classes))
         if len(wrong):
             index = int(wrong[0])
             check_label(int(self.labels[index]), self.num_classes, lambda: f"image {index}")
@@ -74,15 +79,12 @@ class ArraySource:
 
 @dataclass(frozen=True, eq=False)
 class SubsetSource:
-    """Some images of a source that is not in memory, in the order of `indices` (int64 (n,))."""
+    """Gives images of a source that is not in memory: those at `indices`, int64 (n,), in that order."""
 
     source: Source
     indices: npt.NDArray[np.int64]
-
-    @property
-    def num_classes(self) -> int:
-        """As in the whole source."""
-        return self.source.num_classes
+    num_classes: int
+    numbers: tuple[int, ...] | None = None  # class i of the source has the number numbers[i]; None: i
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -93,22 +95,8 @@ class SubsetSource:
 
     def label(self, index: int) -> int:
         """Return the label; DataError as in the whole source."""
-        return self.source.label(int(self.indices[index]))
-
-
-@dataclass(frozen=True)
-class Splits:
-    """The parts of a data set, all with the same class numbers.
-
-    Attributes:
-        validation: None unless it was held out or comes with the data.
-        classes: names in the order of the class numbers; None where the data does not tell them.
-    """
-
-    train: Source | StreamSource
-    validation: Source | StreamSource | None
-    test: Source | StreamSource
-    classes: tuple[str, ...] | None = None
+        label = self.source.label(int(self.indices[index]))
+        return label if self.numbers is None else self.numbers[label]
 
 
 def take(source: Source, indices: npt.NDArray[np.int64]) -> Source:
@@ -116,34 +104,14 @@ def take(source: Source, indices: npt.NDArray[np.int64]) -> Source:
     if isinstance(source, ArraySource):
         chosen = torch.from_numpy(indices)
         return ArraySource(source.images[chosen], source.labels[chosen], source.num_classes)
-    return SubsetSource(source, indices)
-
-
-@dataclass(frozen=True, eq=False)
-class RenumberedSource:
-    """A source whose classes have other numbers: class i has the number `numbers[i]`, below `num_classes`."""
-
-    source: Source
-    numbers: tuple[int, ...]
-    num_classes: int
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def image(self, index: int) -> Image.Image:
-        """Return an RGB image; DataError as in the source."""
-        return self.source.image(index)
-
-    def label(self, index: int) -> int:
-        """Return the class's other number; DataError as in the source."""
-        return self.numbers[self.source.label(index)]
+    return SubsetSource(source, indices, source.num_classes)
 
 
 def renumber(source: Source, numbers: tuple[int, ...], num_classes: int) -> Source:
     """Return the images with class i numbered `numbers[i]`, below `num_classes`; an ArraySource stays one."""
     if isinstance(source, ArraySource):
         return ArraySource(source.images, torch.tensor(numbers)[source.labels], num_classes)
-    return RenumberedSource(source, numbers, num_classes)
+    return SubsetSource(source, np.arange(len(source)), num_classes, numbers)
 
 
 def labels_of(source: Source) -> npt.NDArray[np.int64]:
@@ -151,7 +119,8 @@ def labels_of(source: Source) -> npt.NDArray[np.int64]:
     if isinstance(source, ArraySource):
         return source.labels.numpy()
     if isinstance(source, SubsetSource):
-        return labels_of(source.source)[source.indices]
+        labels = labels_of(source.source)[source.indices]
+        return labels if source.numbers is None else np.array(source.numbers, dtype=np.int64)[labels]
     return np.fromiter((source.label(index) for index in range(len(source))), np.int64, len(source))
 
 
@@ -160,3 +129,27 @@ def check_label(label: int, num_classes: int, where: Callable[[], str]) -> int:
     if not 0 <= label < num_classes:
         raise DataError(f"{where()}: label {label} is not in 0..{num_classes - 1} ({num_classes} classes).")
     return label
+
+
+def balanced_order(labels: npt.NDArray[np.int64], stream: Stream) -> npt.NDArray[np.int64]:
+    """Order images, by int64 (n,) labels, so that the first of them, however many, hold every class in proportion.
+
+    The order within a class is drawn for `stream` once and for all; it depends on no seed. The j-th of a class's n
+    images gets the place (j + 0.5) / n; of equal places, lower class numbers come first. Returns indices, int64 (n,).
+    """
+    places = np.empty(len(labels))
+    by_class = np.argsort(labels, kind="stable")
+    numbers, starts = np.unique(labels[by_class], return_index=True)
+    for number, own in zip(numbers.tolist(), np.split(by_class, starts[1:]), strict=True):
+        places[own[permutation(stream, number, 0, len(own))]] = (np.arange(len(own)) + 0.5) / len(own)
+    return np.lexsort((labels, places))
+
+
+def sample(source: Source, images: int, version: int) -> Source:
+    """Return a fixed sample of so many images, at most all, in the order of the source.
+
+    A smaller sample lies in a larger one. version: 2; 1 for images that are evenly spaced, as Famba 0.1 took them.
+    """
+    if version == 1:
+        return take(source, np.arange(images) * len(source) // images)
+    return take(source, np.sort(balanced_order(labels_of(source), Stream.SUBSET)[:images]))

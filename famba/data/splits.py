@@ -1,41 +1,76 @@
-"""Data sets by name."""
+"""Open data sets by name, take a part of the training images, and hold some out for validation."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 
-from famba.data import cifar, digits
-from famba.data.cifar import KINDS, load_cifar
 from famba.data.draws import Stream, permutation
-from famba.data.folder import find_parts, load_folder
-from famba.data.named import check_named, check_named_folder, load_named, needs_root
-from famba.data.reading import Reading
-from famba.data.sampling import balanced_order, sample
-from famba.data.sources import Source, Splits, labels_of, take
-from famba.data.streams import StreamSource
+from famba.data.folders import FileSource, Part, is_hidden, listed, read_folder
+from famba.data.images import Reading
+from famba.data.named import StreamSource, check_named, load_named, needs_root
+from famba.data.published import CIFAR, NUM_CLASSES, TRAINING_IMAGES, find_cifar, load_cifar, load_digits
+from famba.data.sources import Source, Splits, balanced_order, labels_of, sample, take
+from famba.data.tar import read_tar
 from famba.errors import ConfigError, DataError, near_miss
+
+_log = logging.getLogger(__name__)
 
 Loader: TypeAlias = Callable[[Path | None, int | None], Splits]
 """(data.root, data.num_classes) to the images, either None where it is not given."""
 
 LOADERS: dict[str, Loader] = {}
-"""What opens each data set that was added to Famba's own. A new one is one more entry."""
-PUBLISHED = (*KINDS, "digits")
+"""Functions that open the data sets that were added to Famba's own. A new one is one more entry."""
+PUBLISHED = tuple(NUM_CLASSES)
 """Data sets that are the same wherever their files lie."""
 _PARTS = ("folder", "tar")
-_OWN = (*PUBLISHED, *_PARTS)
+_IMAGE_FOLDERS = ("torch/image_folder", "torch/folder")
+_VALIDATION = {1: ("val", "validation"), 2: ("val", "valid", "validation")}
 
 
-def num_classes_of(name: str) -> int | None:
-    """Return the number of classes where the name alone tells it, else None."""
-    if name == "digits":
-        return digits.NUM_CLASSES
-    return KINDS[name].num_classes if name in KINDS else None
+def load_splits(
+    name: str,
+    root: str | Path | None,
+    *,
+    subset: int | None,
+    val_fraction: float,
+    num_classes: int | None,
+    background: str = Reading.background,
+    version: int = Reading.version,
+) -> Splits:
+    """Open a data set.
+
+    Args:
+        name: cifar10, cifar100, digits, folder, tar, one of `LOADERS`, or a name of timm's with a prefix
+            ("torch/cifar10", "hfds/...", "wds/...").
+        root: folder that holds the data. None: CIFAR comes from `default_root()` and is downloaded where it
+            is missing there; digits need no folder.
+        subset: use a sample of N training images only, the same for every seed, with every class in proportion (in
+            version 1 the first N); None for all.
+        val_fraction: share of these, in [0, 1), that is held out of training as the validation set. It
+            depends on no seed, so every run holds out the same images, of every class in proportion (in version 1 of
+            whatever class).
+        num_classes: number of classes where the data does not tell; where it does, it must be right.
+        background: the colour behind transparent images: a name, as in CSS, or "#rrggbb".
+        version: 2; or 1 to read folders and images as Famba 0.1 did.
+
+    Raises ConfigError where an argument cannot work with this data; DataError where data is missing or damaged.
+    """
+    check_request(name, root, subset=subset, val_fraction=val_fraction, num_classes=num_classes)
+    reading = Reading(version, background)
+    splits = _load(name, None if root is None else Path(root).expanduser(), num_classes, reading)
+    if subset is not None:
+        train = _need_random_access(splits.train, "subset")
+        _check_subset(subset, len(train))
+        part = take(train, np.arange(subset)) if version == 1 else sample(train, subset, version)
+        splits = replace(splits, train=part)
+    return _hold_out(splits, val_fraction, version) if val_fraction else splits
 
 
 def check_request(
@@ -66,24 +101,25 @@ def check_folder(name: str, root: str | Path | None, version: int = Reading.vers
 
     Other packages' caches and the folders of loaders that were added are not judged.
     """
-    if root is None or not (name in KINDS or name in _PARTS or needs_root(name)):
+    if root is None or not (name in CIFAR or name in _PARTS or needs_root(name)):
         return
     folder = Path(root).expanduser()
     if not folder.is_dir():
         raise DataError(f"root {folder} is no folder; give the one that holds the data.", "root")
-    if name in KINDS:
-        cifar.check_folder(name, folder)
-    elif name in _PARTS:
-        find_parts(folder, tar=name == "tar", version=version)
-    else:
-        check_named_folder(name, folder, version)
+    if name in CIFAR:
+        find_cifar(name, folder)
+    elif name in _PARTS or _is_image_folder(name, version):
+        _find_parts(folder, ".tar" if name == "tar" else "", version)
+
+
+def num_classes_of(name: str) -> int | None:
+    """Return the number of classes where the name alone tells it, else None."""
+    return NUM_CLASSES.get(name)
 
 
 def training_images_of(name: str) -> int | None:
     """Return the number of training images where the name alone tells it, else None."""
-    if name == "digits":
-        return digits.TRAINING_IMAGES
-    return cifar.TRAINING_IMAGES if name in KINDS else None
+    return TRAINING_IMAGES.get(name)
 
 
 def held_out(images: int, fraction: float) -> int:
@@ -98,20 +134,16 @@ def _check_name(name: str, root: str | Path | None) -> None:
         )
     if name in _PARTS and root is None:
         raise ConfigError(f"data {name!r} needs data.root, the folder that holds train and val.", "root")
-    if name in _known():
+    known = (*PUBLISHED, *_PARTS, *LOADERS)
+    if name in known:
         return
-    if "/" in name:
-        check_named(name, None if root is None else Path(root))
-        return
-    raise ConfigError(
-        f"unknown data {name!r}{near_miss(name, _known())}. Known are {', '.join(_known())}, "
-        "and timm's names with a prefix, such as torch/cifar10.",
-        "name",
-    )
-
-
-def _known() -> tuple[str, ...]:
-    return (*_OWN, *LOADERS)
+    if "/" not in name:
+        raise ConfigError(
+            f"unknown data {name!r}{near_miss(name, known)}. Known are {', '.join(known)}, "
+            "and timm's names with a prefix, such as torch/cifar10.",
+            "name",
+        )
+    check_named(name, root)
 
 
 def _check_subset(subset: int | None, images: int) -> None:
@@ -119,75 +151,106 @@ def _check_subset(subset: int | None, images: int) -> None:
         raise ConfigError(f"subset is {subset}, but must be from 1 to the {images} training images.", "subset")
 
 
-def load_splits(
-    name: str,
-    root: str | Path | None,
-    *,
-    subset: int | None,
-    val_fraction: float,
-    num_classes: int | None,
-    background: str = Reading.background,
-    version: int = Reading.version,
-) -> Splits:
-    """Open a data set.
-
-    Args:
-        name: cifar10, cifar100, digits, folder, tar, one of `LOADERS`, or a name of timm's with a prefix
-            ("torch/cifar10", "hfds/...", "wds/...").
-        root: folder that holds the data. None: CIFAR comes from `default_root()` and is downloaded where it
-            is missing there; digits need no folder.
-        subset: use a sample of N training images only, the same for every seed, with every class in proportion (in
-            version 1 the first N); None for all.
-        val_fraction: share of these, in [0, 1), that is held out of training as the validation set. It
-            depends on no seed, so every run holds out the same images, of every class in proportion (in version 1 of
-            whatever class).
-        num_classes: number of classes where the data does not tell; where it does, it must be right.
-        background: what lies behind transparent images: a colour's name, as in CSS, or "#rrggbb".
-        version: 2; or 1 to read folders and images as Famba 0.1 did.
-
-    Raises:
-        ConfigError: where an argument cannot work with this data.
-        DataError: where data is missing or damaged.
-    """
-    check_request(
-        name,
-        root,
-        subset=subset,
-        val_fraction=val_fraction,
-        num_classes=num_classes,
-        background=background,
-        version=version,
-    )
-    folder = None if root is None else Path(root).expanduser()
-    splits = _load(name, folder, num_classes, Reading(version, background))
-    return _hold_out(_reduced(splits, subset, version), val_fraction, version)
+def _is_image_folder(name: str, version: int) -> bool:
+    """Say whether a name is read as an image folder of Famba's: torchvision's has the faults that version 1 keeps."""
+    return version > 1 and name.lower() in _IMAGE_FOLDERS
 
 
 def _load(name: str, root: Path | None, num_classes: int | None, reading: Reading) -> Splits:
     if name in LOADERS:
         return LOADERS[name](root, num_classes)
     if name == "digits":
-        return digits.load_digits()
-    if name in KINDS:
+        return load_digits()
+    if name in CIFAR:
         return load_cifar(name, root, reading.colour)
-    if name in _PARTS:
+    if name in _PARTS or _is_image_folder(name, reading.version):
         assert root is not None
-        return load_folder(root, tar=name == "tar", num_classes=num_classes, reading=reading)
+        return _load_parts(root, ".tar" if name == "tar" else "", num_classes, reading)
     return load_named(name, root, num_classes=num_classes, reading=reading)
 
 
-def _reduced(splits: Splits, subset: int | None, version: int) -> Splits:
-    if subset is None:
-        return splits
-    train = _need_random_access(splits.train, "subset")
-    _check_subset(subset, len(train))
-    part = take(train, np.arange(subset)) if version == 1 else sample(train, subset, version)
-    return replace(splits, train=part)
+def _load_parts(root: Path, suffix: str, num_classes: int | None, reading: Reading) -> Splits:
+    """Open `root/train` and `root/val` (or valid, validation, or test), or with ".tar" `root/train.tar` and so on.
+
+    Where both a validation and a test part exist, they are used as such; where there is only one, it is
+    the test set. Classes have the same numbers in all parts.
+    """
+    read = read_tar if suffix else read_folder
+    paths = _find_parts(root, suffix, reading.version)
+    if reading.version > 1:
+        _warn_of_others(root, suffix)
+    parts = {part: read(path, reading.version) for part, path in paths.items()}
+    for part in parts.values():
+        _check_same_classes(parts["train"], part)
+    classes = parts["train"].classes
+    if num_classes not in (None, len(classes)):
+        raise ConfigError(f"num_classes is {num_classes}, but {root} holds {len(classes)} classes.", "num_classes")
+    found = {name: FileSource.of(part, classes, reading.colour) for name, part in parts.items()}
+    return Splits(found["train"], found.get("validation"), found["test"], classes)
+
+
+def _find_parts(root: Path, suffix: str, version: int) -> dict[str, Path]:
+    """Return where "train", "test" and, if there is one, "validation" lie.
+
+    Raises DataError where a part is missing, or it is not clear which one is meant.
+    """
+
+    def existing(*names: str) -> list[Path]:
+        paths = [root / (name + suffix) for name in names]
+        return [path for path in paths if (path.is_file() if suffix else path.is_dir())]
+
+    train, tests, validations = existing("train"), existing("test"), existing(*_VALIDATION[version])
+    for found, names in ((train, ("train",)), (tests + validations, (*_VALIDATION[version], "test"))):
+        if not found:
+            wanted = " or ".join(str(root / (name + suffix)) for name in names)
+            raise DataError(f"no {wanted}: it holds one folder of images for each class.", "root")
+    if version > 1 and len(validations) > 1:
+        raise DataError(
+            f"{' and '.join(map(str, validations))}: one of them may hold the validation images; remove or rename the "
+            "others.",
+            "root",
+        )
+    parts = {"train": train[0], "test": (tests + validations)[0]}
+    if tests and validations:
+        parts["validation"] = validations[0]
+    places = {path: path.resolve() for path in parts.values()}
+    for (first, one), (second, other) in combinations(places.items(), 2):
+        if version > 1 and (one == other or one in other.parents or other in one.parents):
+            raise DataError(f"{first} and {second} hold the same images, by a link. Remove one of them.", "root")
+    return parts
+
+
+def _warn_of_others(root: Path, suffix: str) -> None:
+    """Log what lies beside the parts of a data set and may have been meant as one."""
+    known = {"train" + suffix, "test" + suffix, *(name + suffix for name in _VALIDATION[2])}
+    others = [
+        path.name
+        for path in root.iterdir()
+        if path.name not in known
+        and not is_hidden(path.name)
+        and (path.suffix == suffix and path.is_file() if suffix else path.is_dir())
+    ]
+    if others:
+        _log.warning(
+            "%s: left alone %s; the parts are train, %s and test, in lower case",
+            root,
+            listed("folder" if not suffix else "file", others),
+            ", ".join(_VALIDATION[2]),
+        )
+
+
+def _check_same_classes(train: Part, other: Part) -> None:
+    expected, found = set(train.classes), set(other.classes)
+    if expected != found:
+        differ = [
+            f"{which} {', '.join(sorted(names)[:5])}{' ...' if len(names) > 5 else ''}"
+            for which, names in (("without", expected - found), ("with the unknown", found - expected))
+            if names
+        ]
+        raise DataError(f"{other.path}: its classes differ from those of {train.path}: {', '.join(differ)}.")
 
 
 def _hold_out(splits: Splits, fraction: float, version: int) -> Splits:
-    if fraction == 0:
-        return splits
     if splits.validation is not None:
         raise ConfigError("the data comes with a validation set: set val_fraction to 0 to use it.", "val_fraction")
     train = _need_random_access(splits.train, "val_fraction")
@@ -199,11 +262,7 @@ def _hold_out(splits: Splits, fraction: float, version: int) -> Splits:
         order = balanced_order(labels_of(train), Stream.HELD_OUT)
     held = held_out(len(train), fraction)
     # Sorted, so that what is left is in the order of the data set.
-    return replace(
-        splits,
-        train=take(train, np.sort(order[held:])),
-        validation=take(train, np.sort(order[:held])),
-    )
+    return replace(splits, train=take(train, np.sort(order[held:])), validation=take(train, np.sort(order[:held])))
 
 
 def _need_random_access(source: Source | StreamSource, setting: str) -> Source:

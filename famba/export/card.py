@@ -116,7 +116,7 @@ def _results(description: Description) -> str:
     }
     note = "One run, one seed. These are the weights of the last step."
     if not description.own:
-        trained = ", ".join(map(str, (description.summary or {}).get("schedule", ())))
+        trained = ", ".join(map(str, (description.summary or {}).get("schedule") or ()))
         note += f" They were tested with the schedule of training ({trained}), not with the one of this folder."
     return f"## Results\n\n{_table(rows)}\n\n{note}"
 

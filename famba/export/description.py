@@ -15,9 +15,10 @@ from famba.files import sha256
 from famba.fusion import tokens_per_layer
 from famba.models import Backbone
 from famba.models.weights import weights_folder
+from famba.training.summary import SUMMARY, Summary
 from famba.training.trained import Trained
 
-_SUMMARY, _WEIGHTS = "summary.json", "model.safetensors"
+_WEIGHTS = "model.safetensors"
 # Of the run's summary and its provenance what says something to others; arguments and folders do not.
 _RESULTS = ("data", "top1", "top5", "epochs", "steps", "train_time_s", "parameters", "macs_per_image", "precision")
 _PROVENANCE = ("started", "famba", "git_commit", "python", "packages", "platform", "device", "cuda", "seed")
@@ -119,12 +120,12 @@ def find_summary(checkpoint: str) -> dict[str, Any] | None:
     place = Path(checkpoint)
     at_hand = place if place.is_dir() else place.parent
     folder = at_hand if place.exists() else weights_folder(checkpoint)
-    if folder is None or place.suffix == ".pt" or not (folder / _SUMMARY).is_file():
+    if folder is None or place.suffix == ".pt" or not (folder / SUMMARY).is_file():
         return None
     try:
-        summary = json.loads((folder / _SUMMARY).read_text())
-        digest = summary.get("weights_sha256")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder / _SUMMARY} cannot be read ({error}); mend it or move it away") from error
+        summary = Summary.parse((folder / SUMMARY).read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / SUMMARY} cannot be read ({error}); mend it or move it away") from error
     weights = place if place.is_file() else folder / _WEIGHTS
-    return summary if digest is not None and digest == sha256(weights) else None
+    digest = summary.weights_sha256
+    return summary.values() if digest is not None and digest == sha256(weights) else None

@@ -99,7 +99,7 @@ def schedule(
                 "fusion strategy 'custom' takes a list of layers, or a list of tokens per layer as budget, not both",
                 "layers",
             )
-        counts = list(budget)  # type: ignore[arg-type]
+        counts: list[int] = list(budget)  # type: ignore[arg-type]
     else:
         fusing, counts = fusing_layers(strategy, depth, layers), [0] * depth
         if budget == PAPER:

@@ -113,16 +113,25 @@ def fitting_weights(weights: dict[str, Any], model: Backbone) -> dict[str, Tenso
 
 
 def _origin_by_timm(weights: Mapping[str, Any], model: Backbone) -> Origin:
+    """Return what timm knows of the network that weights come from: by the file's folder, else by its own records."""
     cfg: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    arguments: Mapping[str, Any] = getattr(model, "pretrained_model_args", {})
-    position, patches = arguments.get("cls_position"), weights.get(_PATCHES)
     if cfg.get("file"):
         place = Path(cfg["file"])  # timm calls a folder so, too
-        position = _beside(place if place.is_dir() else place.parent).cls_position or position
-    grid = None
-    if isinstance(patches, Tensor) and patches.ndim == 4:
-        grid = _divided(cfg["input_size"][1:], patches.shape[2:])
-    return Origin(position, grid)
+        said = saved_origin(read_file(place), place) if place.is_file() else _beside(place)
+        if said != Origin():
+            return said
+    arguments: Mapping[str, Any] = getattr(model, "pretrained_model_args", {})
+    return Origin(arguments.get("cls_position"), _grid_by_size(weights, cfg["input_size"][1:]))
+
+
+def _grid_by_size(weights: Mapping[str, Any], image: Sequence[int]) -> tuple[int, int] | None:
+    """Return the grid of the weights' patches on images of a size, None where they are of images of another one."""
+    kernel, embed = weights.get(_PATCHES), weights.get("pos_embed")
+    if not isinstance(kernel, Tensor) or not isinstance(embed, Tensor) or kernel.ndim != 4 or embed.ndim != 3:
+        return None
+    height, width = (max(1, side) for side in kernel.shape[2:])
+    grid = image[0] // height, image[1] // width
+    return grid if grid[0] * grid[1] == embed.shape[1] - ("cls_token" in weights) else None
 
 
 @dataclass
@@ -161,11 +170,13 @@ def saved_origin(content: dict[str, Any], path: str | Path) -> Origin:
     Raises:
         CheckpointError: the configuration beside the file cannot be read.
     """
-    official = getattr(content.get("args"), "model", None)
+    arguments = content.get("args")
+    official = arguments.get("model") if isinstance(arguments, dict) else getattr(arguments, "model", None)
     if isinstance(official, str):
         return Origin("middle" if _MIDDLE in official else None)
     config = content.get("config")
-    return _beside(Path(path).parent) if config is None else _of_run(config)
+    said = _beside(Path(path).parent) if config is None else _of_run(config)
+    return Origin("middle") if said == Origin() and _MIDDLE in Path(path).name else said
 
 
 def _beside(folder: Path) -> Origin:
@@ -206,12 +217,6 @@ def _origin(name: Any, sizes: Mapping[str, Any], cls_position: Any) -> Origin:
     with torch.device("meta"):
         network = create_network(name, depth=1, **given)
     return Origin(position, network.grid_size)
-
-
-def _divided(image: Sequence[int], patch: Sequence[int]) -> tuple[int, int] | None:
-    if min(patch) < 1:
-        return None
-    return image[0] // patch[0], image[1] // patch[1]
 
 
 def _read_config(path: Path) -> Any:
@@ -354,9 +359,12 @@ def fusion_of_training(variant: str, shape: dict[str, Any], chosen: dict[str, An
     if not file or not Path(file).is_file():
         return {}
     config, summary = Path(file).with_name("config.yaml"), Path(file).with_name("summary.json")
-    if not config.is_file() or not summary.is_file():
+    if config.is_file() and summary.is_file():
+        fusion, schedule = yaml.safe_load(config.read_text())["fusion"], json.loads(summary.read_text())["schedule"]
+    elif {"config", "schedule"} <= (content := read_file(file)).keys():  # a checkpoint of a run
+        fusion, schedule = content["config"]["fusion"], content["schedule"]
+    else:
         return {}
-    fusion, schedule = yaml.safe_load(config.read_text())["fusion"], json.loads(summary.read_text())["schedule"]
     if len(schedule) != {**shape, **chosen}["depth"]:
         return {}  # the weights do not fit either, which says more
     return {"fusion": schedule, **{f"fusion_{name}": fusion[name] for name in SETTINGS if name in fusion}}

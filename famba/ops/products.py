@@ -20,7 +20,7 @@ _MULTIPLE = 8
 
 @dataclass(frozen=True)
 class Columns:
-    """Where dt, B and C lie among the columns that a token is projected to, for dt_rank `rank` and `states` states.
+    """Lay out dt, B and C among the columns that a token is projected to, for dt_rank `rank` and `states` states.
 
     [dt | zeros | B | C | zeros]: the zeros make the columns of dt, and all of them, a multiple of 8.
     """
@@ -35,17 +35,17 @@ class Columns:
 
     @property
     def dt(self) -> int:
-        """Columns of dt and the zeros behind it."""
+        """Count the columns of dt and the zeros behind it."""
         return _rounded_up(self.rank)
 
     @property
     def used(self) -> int:
-        """Columns up to the last of C."""
+        """Count the columns up to the last of C."""
         return self.dt + 2 * self.states
 
     @property
     def width(self) -> int:
-        """All columns."""
+        """Count all columns."""
         return _rounded_up(self.used)
 
     def split(self, projected: Tensor, dim: int = -1) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,7 +60,7 @@ class Columns:
 
 
 class ProductWeights(NamedTuple):
-    """Weights of a mixer's matrix products, or their gradients, in the dtype of the products.
+    """Hold the weights of a mixer's matrix products, or their gradients, in the dtype of the products.
 
     into (2 d, d_model); x (2, width, d) and dt (2, d, dt) of both directions, padded as `Columns` says; out (d_out, d)
     or None.
@@ -132,7 +132,10 @@ class ProductWeights(NamedTuple):
 
 
 def copy_each(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copy tensors, given as (into, from): at once where they agree in dtypes, strides and adjacent numbers."""
+    """Copy tensors, given as (into, from), by one launch for those of the same two dtypes.
+
+    torch needs one launch for each where sizes or strides of a pair differ, or numbers of a tensor are not adjacent.
+    """
     # In one call torch takes one dtype for all that it writes.
     kinds: dict[tuple[torch.dtype, torch.dtype], list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for into, source in pairs:

@@ -232,7 +232,7 @@ def _warn_if_slow(device: str, dtype: torch.dtype) -> None:
 
 
 def _passed_over(backend: Backend, device: str, dtype: torch.dtype) -> str | None:
-    """Why "auto" passes over a backend made for a device type, with the remedy behind a semicolon, or None."""
+    """Say why "auto" passes over a backend made for a device type, the remedy behind a semicolon; else return None."""
     if backend.devices is not None and device not in backend.devices:
         return None
     obstacle = backend.obstacle()

@@ -1,4 +1,4 @@
-"""The parts of a run that need data or memory: loaders, network, optimizer."""
+"""Build the parts of a run that need data or memory: loaders, network, optimizer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Evaluated = Iterable[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Loaders:
-    """Batches of this process. selection is what every epoch is evaluated on: "validation", or the "test" set itself.
+    """Holds the batches of this process. Every epoch is evaluated on selection: "validation", or the "test" set itself.
 
     Only a validation set selects a checkpoint.
     """
@@ -69,7 +69,7 @@ def _size(part: data.Source | data.StreamSource) -> str:
 
 
 def load_images(config: RunConfig, setup: Setup, source: data.Source) -> Tensor:
-    """All images of a source as evaluation sees them, (n, 3, s, s)."""
+    """Return all images of a source as evaluation sees them, (n, 3, s, s)."""
     shared = _transform(config, setup)
     batches = data.eval_batches(source, batch_size=len(source), rank=0, world_size=1, workers=0, **shared)
     return torch.cat([images for images, _ in batches])

@@ -1,25 +1,35 @@
-"""How long a sweep will take on the GPUs of the paper, as far as that can be told beforehand."""
+"""Estimate the time of a sweep on the GPUs of the paper, as far as that can be told beforehand."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from famba import data
 from famba.models.backbone import backbone_of
-from famba.training.compose import Asked
+from famba.training.config import RunConfig
 from famba.training.measure import macs_per_image
-from famba.training.setup import build_model
+from famba.training.setup import Setup, build_model
 
 _MOST_GPUS = 4
 _WORTH_SAYING_HOURS = 1.0
 
 
-def estimate(asked: Sequence[Asked]) -> str:
+@dataclass(frozen=True)
+class Alike:
+    """Runs of a sweep that differ in their seeds alone: their configuration, what it comes to, and how many."""
+
+    config: RunConfig
+    setup: Setup
+    runs: int
+
+
+def estimate(asked: Sequence[Alike]) -> str:
     """Return a line on a sweep's GPU-hours.
 
-    Nothing where it is little, where the number of images is not known, or where no time of such a network is in print.
+    It is empty where it is little, the number of images is not known, or no time of such a network is in print.
     """
     total = hours = 0.0
     for one in asked:
@@ -44,7 +54,7 @@ def estimate(asked: Sequence[Asked]) -> str:
     )
 
 
-def _macs(one: Asked) -> int:
+def _macs(one: Alike) -> int:
     with torch.device("meta"):
         model = build_model(one.config.model.name, one.setup.model_arguments)
     return macs_per_image(model, one.setup.image_size)

@@ -7,7 +7,6 @@ weight of the average. What is drawn inside follows the generators' seeds, which
 from __future__ import annotations
 
 import gc
-import logging
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,8 +22,9 @@ from famba.training.optimizer import has_fused_form
 from famba.training.state import TrainingState
 from famba.training.step import Infer, Step
 
-_log = logging.getLogger(__name__)
 _WARM_UPS = 3
+Memory = tuple[Any, torch.cuda.Stream]
+"""A pool for the memory of graphs, and the stream that they are captured on."""
 # Devices that graphs are made for. Tests add the CPU, which does the same without graphs.
 _DEVICES = ["cuda"]
 
@@ -39,8 +39,8 @@ def obstacle(config: RunConfig, device: torch.device, processes: int, backend: s
         return f"{processes} processes exchange their gradients"
     if not has_fused_form(config.recipe.optimizer):
         return f"recipe.optimizer={config.recipe.optimizer} looks at numbers on the host; adamw and adam do not"
-    if config.trainer.grad_checkpointing and config.model.drop_path:
-        return "trainer.grad_checkpointing with model.drop_path has to draw the same numbers twice"
+    if config.trainer.grad_checkpointing:
+        return "trainer.grad_checkpointing keeps the state of the generators, which a graph cannot ask for"
     if backend == "reference":
         return "the ops are computed by the reference, in too many kernels"
     return None
@@ -65,7 +65,6 @@ class GraphStep(Step):
         autocast: torch.dtype | None,
     ) -> None:
         super().__init__(config, state, forward, process, autocast)
-        self._must_capture = config.trainer.cuda_graphs is True
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, device=self.device)
@@ -73,7 +72,7 @@ class GraphStep(Step):
         self._loss, self._ema_weight, self._held, self._reported = zeros(), zeros(), zeros(), zeros(2)
         self._images, self._targets = zeros(0), zeros(0)
         self._evaluations: dict[nn.Module, _Evaluation] = {}
-        self.schedule_changed()
+        self.schedule_changes()
 
     def gradients(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
         """Do the next step, see `Step.gradients`; `update` has nothing left to do."""
@@ -91,9 +90,13 @@ class GraphStep(Step):
                 self._load(images, labels)
             if self._add is not None:
                 self._add()
-        assert self._finish is not None
-        self._finish()
+        self.replay()
         return self._reported.clone()
+
+    def replay(self) -> None:
+        """Replay the graph that ends a step, without new images: with one micro-batch that is all of the step."""
+        assert self._finish is not None, "the first call of `gradients` captures it"
+        self._finish()
 
     def update(self) -> None:
         """Do nothing: `gradients` has done the step."""
@@ -104,13 +107,12 @@ class GraphStep(Step):
             self._evaluations[model] = _Evaluation(super().infer(model), self._captured)
         return self._evaluations[model]
 
-    def schedule_changed(self) -> None:
+    def schedule_changes(self) -> None:
         """Forget the graphs, and give their memory back; the next step is captured anew."""
         self._add: Callable[[], None] | None = None
         self._finish: Callable[[], None] | None = None
         self._evaluations.clear()
-        # Graphs that take turns share their memory.
-        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self._memory = graph_memory(self.device)
 
     def _load(self, images: Tensor, labels: Tensor) -> None:
         """Put a micro-batch, mixed where the recipe mixes, where the graph reads it."""
@@ -130,7 +132,7 @@ class GraphStep(Step):
     def _capture(self) -> None:
         """Capture the graphs without a trace in weights, optimizer, average, scaler or generators."""
         state = self.state
-        scale = state.scaler.state_dict()
+        scale, held = state.scaler.state_dict(), self._held.clone()
         self._held.fill_(1)
         try:
             with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), warnings.catch_warnings():
@@ -143,23 +145,29 @@ class GraphStep(Step):
                     self._add = self._captured(self._micro_batch)
                     self._finish = self._captured(self._update)
         finally:
-            self._held.zero_()
+            self._held.copy_(held)
             self._loss.zero_()
             state.scaler.load_state_dict(scale)
             state.optimizer.zero_grad(set_to_none=self._add is None)
 
     def _captured(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Return a function as a graph; as it is, with a warning, where that fails and is not asked for."""
+        """Return a function as a graph.
+
+        Raises TrainingError where it cannot be captured: the device is in no state to go on from then.
+        """
         try:
-            return captured(function, self.device, self._pool)
+            return captured(function, self._memory)
         except RuntimeError as error:
             if out_of_memory(error):
                 raise
-            reason = f"a part of the step could not be captured as a CUDA graph ({str(error).splitlines()[0]})"
-            if self._must_capture:
-                raise TrainingError(f"{reason}; set trainer.cuda_graphs=auto to go on without") from error
-            _log.warning("%s; the run goes on without, and waits for the host", reason)
-            return function
+            cause: BaseException = error
+            while cause.__context__ is not None:  # the end of the capture fails after what made it fail
+                cause = cause.__context__
+            reason = (str(cause) or repr(cause)).splitlines()[0]
+            raise TrainingError(
+                f"the step cannot be captured as a CUDA graph ({reason}); "
+                "start again with trainer.cuda_graphs=false, which is as right, and slower"
+            ) from error
 
     def _keep_gradients(self) -> None:
         """Give the gradients fixed places, to which every micro-batch adds."""
@@ -208,22 +216,31 @@ def average(averaged: nn.Module, model: nn.Module, weight: Tensor) -> None:
     torch._foreach_add_(old_values, ways)
 
 
-def captured(function: Callable[[], None], device: torch.device, pool: Any) -> Callable[[], None]:
-    """Return what replays a function as a CUDA graph; on other devices the function itself, warmed up in the same way.
+def graph_memory(device: torch.device) -> Memory | None:
+    """Return memory for graphs, which those that take turns may share; None where there is no GPU."""
+    return (torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)) if device.type == "cuda" else None
+
+
+def captured(function: Callable[[], None], memory: Memory | None) -> Callable[[], None]:
+    """Return what replays a function as a CUDA graph, or the function itself where there is no GPU.
 
     The function runs a few times first: kernels are compiled, tuned and given their memory then.
+
+    Args:
+        function: takes and returns nothing; reads and writes tensors that stay where they are.
+        memory: of `graph_memory`.
     """
-    if device.type != "cuda":
+    if memory is None:
         for _ in range(_WARM_UPS):
             function()
         return function
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    pool, stream = memory
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
     with torch.cuda.stream(stream):
         for _ in range(_WARM_UPS):
             function()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    torch.cuda.synchronize(device)
+    torch.cuda.current_stream(stream.device).wait_stream(stream)
+    torch.cuda.synchronize(stream.device)
     # The graph has memory of its own: what the warm-up used is given back first.
     gc.collect()
     torch.cuda.empty_cache()

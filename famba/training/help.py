@@ -1,4 +1,4 @@
-"""What `python train.py --help` prints: the groups and their choices, from the configuration files themselves."""
+"""The text of `python train.py --help`: groups, choices and keys, from the configuration files themselves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from famba.training.compose import config_dir, groups
+from famba.training.compose import LAUNCHER, config_dir, groups
 
 _HEAD = """\
 Train a Vision Mamba with cross-layer token fusion.
@@ -22,89 +22,59 @@ Examples
   python train.py experiment=demo
   python train.py -m experiment=paper_table hydra/launcher=slurm
   python train.py run_dir=runs/mine                      once more: goes on where it stopped
+  famba status runs                                      how far runs are
 
 Data ahead of time, for machines without network: famba download cifar100
 """
 
+# Each group's meaning, and the files that hold its keys with what stands before them.
 _GROUPS = {
-    "model": "the network; model.KEY=null leaves a value as the model has it",
-    "fusion": "which layers fuse tokens; fusion.budget is the total removed, the same for every strategy",
-    "data": "the images; data.root is the folder that holds them",
-    "recipe": "augmentation, optimizer and schedule, with trainer.epochs, trainer.batch_size and trainer.precision",
-    "logger": "where metrics go besides the run folder",
-    "experiment": "several choices under one name; those of several values need -m",
+    "model": ("the network; model.KEY=null leaves a value as the model has it", {"_base": "model."}),
+    "fusion": ("which layers fuse tokens; fusion.budget is the total removed by any strategy", {"_base": "fusion."}),
+    "data": ("the images; data.root is the folder that holds them", {"_base": "data."}),
+    "recipe": ("augmentation, optimizer and schedule; keys with the paper's values", {"paper": "", "_base": "recipe."}),
+    "logger": ("where metrics go besides the run folder", {"none": "logger."}),
+    "experiment": ("several choices under one name; those of several values need -m", {}),
+    LAUNCHER: (
+        f"with -m, where the runs go; your own: a file in DIR/{LAUNCHER}/ with --config-dir DIR",
+        {"local": "hydra.launcher.", "slurm": "hydra.launcher."},
+    ),
 }
-_LAUNCHER = "hydra/launcher"
 
 
 def help_text() -> str:
     """Explain every group, choice and key."""
     entries = yaml.safe_load((config_dir() / "config.yaml").read_text())["defaults"]
-    chosen = {group: choice for entry in entries if isinstance(entry, dict) for group, choice in entry.items()}
+    chosen = {
+        key.removeprefix("override "): name for entry in entries if entry != "_self_" for key, name in entry.items()
+    }
     sections = [_HEAD.rstrip()]
-    for group, meaning in _GROUPS.items():
+    for group, (meaning, files) in _GROUPS.items():
         folder = config_dir() / group
-        default = f" (default: {chosen[group]})" if chosen[group] else ""
-        lines = [f"{group}: {meaning}{default}"]
-        lines += [f"  {group}={choice:12} {_first_comment(folder / f'{choice}.yaml')}" for choice in groups()[group]]
-        shared = folder / ("_base.yaml" if (folder / "_base.yaml").is_file() else "none.yaml")
-        if group != "recipe" and shared.is_file():
-            lines += ["  keys", *(f"    {group}.{line}" for line in _keys(shared))]
+        lines = [f"{group}: {meaning}" + (f" (default: {chosen[group]})" if chosen[group] else "")]
+        lines += [f"  {group}={choice:12} {_comment(folder / f'{choice}.yaml')}" for choice in groups()[group]]
+        for file, prefix in files.items():
+            lines += [
+                f"  keys of {group}={file}" if group == LAUNCHER else "  keys",
+                *_keys(folder / f"{file}.yaml", prefix),
+            ]
         sections.append("\n".join(lines))
-    sections.append(_launchers(chosen[f"override {_LAUNCHER}"]))
-    recipe = (config_dir() / "recipe" / "paper.yaml").read_text().split("recipe:\n")[1].splitlines()
-    recipe += _keys(config_dir() / "recipe" / "_base.yaml")
-    sections.append("\n".join(["recipe: keys, with the paper's values", *(f"    recipe.{x.strip()}" for x in recipe)]))
-    sections.append("Keys of their own\n" + "\n".join(f"  {line}" for line in _plain_keys()))
+    sections.append("\n".join(["Keys of their own", *_keys(config_dir() / "config.yaml", "")]))
     return "\n\n".join(sections) + "\n"
 
 
-def _launchers(default: str) -> str:
-    lines = [
-        f"{_LAUNCHER}: with -m, where the runs go (default: {default})",
-        *(f"  {_LAUNCHER}={choice:16} {_first_comment(_launcher_file(choice))}" for choice in groups()[_LAUNCHER]),
-        f"  one's own: --config-dir DIR with a file in DIR/{_LAUNCHER}/. `famba status FOLDER` shows how far runs are",
-    ]
-    for choice in ("local", "slurm"):
-        # The class is no choice.
-        keys = [line for line in _keys(_launcher_file(choice)) if not line.startswith("_")]
-        lines += [f"  keys of {choice}", *(f"    hydra.launcher.{line}" for line in keys)]
-    return "\n".join(lines)
-
-
-def _launcher_file(choice: str) -> Path:
-    return config_dir() / _LAUNCHER / f"{choice}.yaml"
-
-
-def _first_comment(path: Path) -> str:
+def _comment(path: Path) -> str:
     comments = [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")]
-    comments = [line for line in comments if not line.startswith("@")]
-    return comments[0] if comments else ""
+    return next((line for line in comments if not line.startswith("@")), "")
 
 
-def _keys(path: Path) -> list[str]:
-    return [
-        line for line in path.read_text().splitlines() if ":" in line and not line.startswith(("#", "defaults", " "))
-    ]
-
-
-def _plain_keys() -> list[str]:
-    """Keys of config.yaml outside the groups, with their comments."""
+def _keys(path: Path, prefix: str) -> list[str]:
+    """Return the lines of a file that set a key, with their comments, by the key's whole name."""
     lines, section = [], ""
-    for line in (config_dir() / "config.yaml").read_text().splitlines():
-        if line.startswith("hydra:"):
-            break
-        stripped = line.strip()
-        if not stripped or stripped.startswith(("#", "-", "defaults")):
-            continue
-        if not line.startswith(" "):
-            section = ""
-            if stripped.endswith(":"):
-                section = f"{stripped[:-1]}."
-                continue
-        lines.append(f"{section}{stripped}")
-    values = yaml.safe_load((config_dir() / "recipe" / "paper.yaml").read_text())["trainer"]
-    return [
-        *lines,
-        *(f"trainer.{key}: {value}  # the paper's recipe; each recipe has its own" for key, value in values.items()),
-    ]
+    for line in path.read_text().splitlines():
+        key, _, value = line.partition(":")
+        if not key.startswith(" "):
+            section = f"{key}." if not value.strip() else ""
+        if value.strip() and not key.lstrip().startswith(("#", "-", "_")):
+            lines.append(f"    {prefix}{section}{line.strip()}")
+    return lines

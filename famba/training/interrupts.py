@@ -6,15 +6,13 @@ import logging
 import signal
 import threading
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 
 _log = logging.getLogger(__name__)
 
-# torchrun passes a Ctrl-C on to processes that the terminal has sent it already.
-_SAME_REQUEST_S = 1.0
-# By these a scheduler gives notice of a time limit or a pre-emption; the run is to go on later.
-_NOTICES = (signal.SIGUSR1, signal.SIGUSR2)
-_ANSWERED = (signal.SIGINT, signal.SIGTERM, *_NOTICES)
+_SAME_REQUEST_S = 1.0  # torchrun passes a Ctrl-C on to processes that the terminal has sent it already
+_NOTICES = (signal.SIGUSR1, signal.SIGUSR2)  # of a time limit or a pre-emption; the run is to go on later
+_ANSWERED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *_NOTICES)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -29,40 +27,35 @@ class Interrupted(KeyboardInterrupt):
         """Whether the run is meant to go on by itself."""
         return self.signal in _NOTICES
 
-    def __reduce__(self) -> tuple[type, tuple[str, int]]:
-        return type(self), (self.args[0], self.signal)
-
 
 class StopAsked(Exception):  # noqa: N818 - no error
     """A process of the run was asked to stop by `signal`; every process raises it at the same place."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"asked to stop by {signal.Signals(number).name}")
         self.signal = number
 
 
 class StopRequest:
     """In a `with` block, keeps the number of the first signal that asks to stop; a second Ctrl-C interrupts at once.
 
-    Any other signal that follows is left unanswered: Slurm repeats itself while a run is saving.
+    Any other signal that follows is left unanswered: Slurm repeats itself while a run is saving. SIGHUP, the end of the
+    terminal, asks to stop too, except under nohup.
     """
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number, self._at = 0, 0.0
         self.ended = False
         """Whether SIGTERM came after the request: time is up."""
-        self._at = 0.0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in _ANSWERED:
-                self._previous[number] = signal.signal(number, self._receive)
+            under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            answered = set(_ANSWERED) - ({signal.SIGHUP} if under_nohup else set())
+            self._previous = {number: signal.signal(number, self._receive) for number in answered}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 

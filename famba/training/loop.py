@@ -35,7 +35,7 @@ from famba.training.run_folder import RunFolder
 from famba.training.saving import Saver
 from famba.training.setup import Setup
 from famba.training.step import Step
-from famba.training.summary import gather_facts, summarize
+from famba.training.summarize import gather_facts, summarize
 from famba.training.trained_on import TrainedOn, check_same_data
 
 _log = logging.getLogger(__name__)
@@ -115,14 +115,12 @@ class Training:
         return self._place() != self._at_start
 
     def summary(self, status: str) -> dict[str, Any]:
-        """Summary of the run so far."""
+        """Return the summary of the run so far, as plain values."""
         on_test = status == "finished" or self.loaders.selection_name == "test"
         tested = self.state.totals.evaluated if on_test else {}
-        return {
-            **summarize(status, self.config, self.setup, self.process, self.state, self.facts, tested),
-            "images": self.trained_on.images,
-            "classes": self.trained_on.classes,
-        }
+        return summarize(
+            status, self.config, self.setup, self.process, self.state, self.facts, tested, self.trained_on
+        ).values()
 
     # One epoch
 
@@ -135,6 +133,8 @@ class Training:
             last = min((epoch + 1) * self.steps_per_epoch, self.total_steps)
             while self.state.step < last:
                 if self.state.step in self.adapting.steps:
+                    if self._unseen:
+                        self._take_losses(self.state.step)
                     self._adapt(epoch)
                 loss = self._step(epoch, batches)
                 progress.step(self.state.step, epoch, loss)
@@ -145,9 +145,9 @@ class Training:
         """Measure the schedule anew; its time is training time."""
         began = time.perf_counter()
         state = self.state
+        self.step.schedule_changes()
         schedule, threshold = self.adapting.measure(state.model, self.process)
         state.set_fusion(schedule)
-        self.step.schedule_changed()
         state.totals.add_time(time.perf_counter() - began)
         state.totals.schedules.append({"step": state.step, "threshold": threshold, "schedule": list(schedule)})
         self.facts = self.facts.measured_again(state.model, self.setup)
@@ -174,7 +174,9 @@ class Training:
         state = self.state
         begin = time.perf_counter()
         lr = self.learning_rate.set(state.step)
-        seen = self._look(self.step.gradients(batches))
+        self._sound = not self.step.masks  # those have done the whole step by then
+        record = self.step.gradients(batches)
+        seen = self._look(record)
         self._sound = False
         self.step.update()
         state.step += 1
@@ -190,7 +192,7 @@ class Training:
         """Take what the steps since the last look came to to the host.
 
         Returns loss and gradient norm of this step, or None where it is not yet time. Raises TrainingError for what is
-        not finite, before an optimizer that does not mask its steps sees the gradients.
+        not finite; where each step is looked at, before the optimizer sees its gradients.
         """
         self._unseen.append(record)
         next_step = self.state.step + 1
@@ -211,6 +213,9 @@ class Training:
     def _explain_loss(self, step: int, loss: float, norm: float) -> str:
         if self.step.masks:
             # Nothing has changed since the step before it.
+            undone = self.state.step - (step - 1)
+            self.state.totals.steps -= undone
+            self.state.totals.epoch_steps -= undone
             self.state.step = step - 1
             self.state.totals.epoch_open = bool(self.state.step % self.steps_per_epoch)
         kept = "no state before it is kept, since this is the first epoch"

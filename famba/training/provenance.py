@@ -37,7 +37,7 @@ def provenance(device: torch.device, seed: int, world_size: int, dtype: torch.dt
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "backend": resolve(device.type, dtype),
         "seed": seed,
-        "arguments": [without_credentials(item) for item in sys.argv[1:] if not item.startswith("hydra.job.config.")],
+        "arguments": [without_credentials(item) for item in sys.argv[1:]],
     }
 
 

@@ -89,3 +89,9 @@ def epoch_line(epoch: int, epochs: int, images: str, values: Mapping[str, float]
     seconds = values["time_data_s"] + values["time_step_s"] + values.get("time_eval_s", 0.0)
     speed = f"{values['images_per_s']:.1f} images/s"
     return f"epoch {epoch + 1} of {epochs}: loss {values['train_loss']:.4f}{result}, {speed}, {duration(seconds)}"
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """Write a number with its sign, and without one where it rounds to 0."""
+    text = f"{value:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")

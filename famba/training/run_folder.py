@@ -15,6 +15,7 @@ from famba.files import remove_unfinished, write_whole
 from famba.training import slurm
 from famba.training.checkpoint import Checkpoints, differences
 from famba.training.config import RunConfig, plain, with_added_keys
+from famba.training.summary import FORMAT, SUMMARY, Summary
 
 METRICS = "metrics.jsonl"
 SWEEP = "sweep.json"
@@ -31,6 +32,13 @@ class RunFolder:
         self.writes = writes
         self.checkpoints = Checkpoints(path / "checkpoints")
         self._lock = FileLock(path / ".lock")
+
+    def __enter__(self) -> RunFolder:
+        self.claim()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
     def claim(self) -> None:
         """Make the folder and keep other runs out of it. Raises ConfigError where it is taken or cannot be written."""
@@ -65,17 +73,14 @@ class RunFolder:
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """The summary so far; None where there is none."""
-        path = self.path / "summary.json"
+        """The summary so far, as plain values by the fields of Summary; None where there is none."""
+        path = self.path / SUMMARY
         if not path.is_file():
             return None
         try:
-            summary = json.loads(path.read_bytes())
-            if not isinstance(summary, dict) or "status" not in summary:
-                raise ValueError("it holds no summary")
-        except ValueError as error:  # of JSON or of its encoding
+            return Summary.parse(path.read_bytes()).values()
+        except ValueError as error:
             raise ConfigError(f"{path} is damaged ({error}); remove it, or choose another run_dir") from error
-        return summary
 
     @property
     def config(self) -> dict[str, Any] | None:
@@ -98,10 +103,10 @@ class RunFolder:
             write_whole(self.path / "config.yaml", lambda file: Path(file).write_text(text))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write the summary."""
+        """Write the summary, from plain values by the fields of Summary."""
         if self.writes:
-            text = json.dumps(summary, indent=2) + "\n"
-            write_whole(self.path / "summary.json", lambda file: Path(file).write_text(text))
+            text = json.dumps(Summary.parse(json.dumps({**summary, "format": FORMAT})).values(), indent=2) + "\n"
+            write_whole(self.path / SUMMARY, lambda file: Path(file).write_text(text))
 
     def rewind_metrics(self, step: int, epoch_ended: bool) -> None:
         """Drop what metrics.jsonl says of later than `step`, and a line that was cut off.

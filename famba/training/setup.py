@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -86,18 +86,9 @@ def build_model(name: str, arguments: dict[str, Any]) -> Backbone:
 def augmentation(config: RunConfig) -> data.Augmentation:
     """Return what the recipe does to training images."""
     recipe = config.recipe
-    with named("recipe.{}"):
-        return data.Augmentation(
-            kind=recipe.augmentation,
-            crop_padding=recipe.crop_padding,
-            hflip=recipe.hflip,
-            auto_augment=recipe.auto_augment,
-            color_jitter=recipe.color_jitter,
-            random_erasing=recipe.random_erasing,
-            erasing_mode=recipe.erasing_mode,
-            interpolation=recipe.interpolation,
-            eval_crop=recipe.eval_crop,
-        )
+    keys = {field.name: field.name for field in fields(data.Augmentation)} | {"kind": "augmentation"}
+    with named({name: f"recipe.{key}" for name, key in keys.items()}):
+        return data.Augmentation(**{argument: getattr(recipe, key) for argument, key in keys.items()})
 
 
 def reading(config: RunConfig) -> data.Reading:

@@ -1,4 +1,4 @@
-"""What a run asks of Slurm from inside a job."""
+"""Requests of a run to Slurm, from inside a job."""
 
 from __future__ import annotations
 
@@ -14,27 +14,26 @@ _ENDED_BY_SLURM_S = 300.0
 
 
 def in_job() -> bool:
-    """Whether this process belongs to a Slurm job."""
+    """Return whether this process belongs to a Slurm job."""
     return "SLURM_JOB_ID" in os.environ
 
 
 def is_restarted() -> bool:
-    """Whether Slurm has started this job before."""
+    """Return whether Slurm has started this job before."""
     return "SLURM_RESTART_COUNT" in os.environ
 
 
 def requeue() -> None:
     """Put this job back into Slurm's queue, which ends it here. Raises TrainingError where Slurm refuses."""
-    given = os.environ
-    job = given["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_JOB_ID" in given:
-        job = f"{given['SLURM_ARRAY_JOB_ID']}_{given['SLURM_ARRAY_TASK_ID']}"
+    job, array = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_ARRAY_JOB_ID")
+    if array is not None:
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
         subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=True)  # noqa: S603, S607
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
+        reason = (getattr(error, "stderr", None) or str(error)).strip()
         raise TrainingError(
-            f"the run is saved, but Slurm does not requeue job {job}: {said.strip()}. "
+            f"the run is saved, but Slurm does not requeue job {job}: {reason}. "
             "Submit the same command again, with sbatch --requeue where jobs are not requeued by default"
         ) from error
 

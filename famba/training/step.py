@@ -33,7 +33,7 @@ class Step:
     """
 
     masks = False
-    """Whether a step whose loss or gradient is not finite leaves the state of the step before it."""
+    """True where a step whose loss or gradient is not finite leaves the state of the step before it."""
 
     def __init__(
         self,
@@ -91,8 +91,8 @@ class Step:
 
         return call
 
-    def schedule_changed(self) -> None:
-        """Take note that the layers remove other numbers of tokens from now on."""
+    def schedule_changes(self) -> None:
+        """Take note that the layers will remove other numbers of tokens."""
 
     def next_batch(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Return the next micro-batch, and count the time that it took."""

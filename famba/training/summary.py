@@ -1,114 +1,164 @@
-"""summary.json: what a run came to."""
+"""Define summary.json: the result of a run, as training writes it and everything else reads it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
-from famba.fusion import tokens_per_layer
-from famba.models import Backbone
-from famba.training.config import RunConfig
-from famba.training.devices import peak_memory_mib
-from famba.training.distributed import Process
-from famba.training.measure import macs_per_image, saved_bytes_per_image
-from famba.training.provenance import now, provenance
-from famba.training.setup import Setup
-from famba.training.state import TrainingState
+from pydantic import AfterValidator, TypeAdapter, ValidationError
+
+from famba.training.config import flatten, with_added_keys
+
+SUMMARY = "summary.json"
+FORMAT = 1
+_CONFIG = "config."
+
+# NaN and infinity stand for a number that is not known, as in the loss of a run that diverged.
+Number = Annotated[float | None, AfterValidator(lambda value: value if value is None or math.isfinite(value) else None)]
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What does not change during a run, but with its schedule."""
+class Summary:
+    """Hold the result of a run, or of its part that is done. None stands for what is not known.
 
-    parameters: int
-    macs_per_image: int
-    saved_bytes_per_image: int
-    steps_per_epoch: int
-    total_steps: int
-    provenance: dict[str, Any]
-
-    def measured_again(self, model: Backbone, setup: Setup) -> Facts:
-        """What holds for a model whose schedule has changed."""
-        macs, saved = _costs(model, setup)
-        return replace(self, macs_per_image=macs, saved_bytes_per_image=saved)
-
-
-def _costs(model: Backbone, setup: Setup) -> tuple[int, int]:
-    """Multiply-adds, and bytes saved for the backward, per image."""
-    saved = saved_bytes_per_image(model, setup.image_size, setup.autocast)
-    return macs_per_image(model, setup.image_size), saved
-
-
-def gather_facts(
-    model: Backbone, config: RunConfig, setup: Setup, process: Process, steps_per_epoch: int, total_steps: int
-) -> Facts:
-    """Measure a model on the device it is on."""
-    macs, saved = _costs(model, setup)
-    return Facts(
-        parameters=sum(p.numel() for p in model.parameters()),
-        macs_per_image=macs,
-        saved_bytes_per_image=saved,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
-        provenance=provenance(process.device, config.seed, process.world_size, setup.dtype),
-    )
-
-
-def summarize(
-    status: str,
-    config: RunConfig,
-    setup: Setup,
-    process: Process,
-    state: TrainingState,
-    facts: Facts,
-    tested: dict[str, float],
-) -> dict[str, Any]:
-    """Gather a summary. Times are seconds.
-
-    Top-1 and Top-5 are percent of the test set, from `tested`, None until they are known. train_time_s is spent on data
-    and steps, evaluation apart; epoch_time_s has the mean of each part. Where the schedule adapts, what
-    depends on it is of the last one, and adapted has each that was measured. started_from tells of the weights that
-    init_from named, None where the run began with its own.
+    Attributes:
+        status: running, interrupted (it saved itself), failed or finished.
+        format: version of these fields; 0 for the summaries of Famba 0.1, which do not say it.
+        model: timm name of the network; data: name of the data set; strategy: of fusion.
+        top1, top5: accuracy on the test images after the last step, in percent; loss: on the same images.
+        ema_top1, ema_top5: accuracy of the averaged weights.
+        selected: epoch, validation_top1, top1 and top5 of the weights that were the best on validation images.
+        epoch, epochs, step, steps: how many are done, and how many there are.
+        train_time_s: seconds for data and steps, without evaluation; eval_time_s: seconds for evaluation.
+        epoch_time_s: mean seconds of an epoch for data and step, and of an evaluation.
+        images_per_s: training images per second; peak_memory_mib: highest memory, in MiB.
+        saved_bytes_per_image: bytes that are kept for the backward; macs_per_image: multiply-adds of the forward.
+        parameters: number of weights; image_size: side in pixels; precision: of the forward; tokens: before layer 0.
+        schedule: tokens removed in each layer; tokens_per_layer: tokens left after each; tokens_removed: in all.
+        adapted: step, threshold and schedule of each measurement of an adaptive schedule.
+        started_from: init_from, weights_sha256 and new_classifier, where a run started from other weights.
+        budget_matched: whether the strategies at this budget remove the same number of tokens.
+        updated: time of writing, ISO 8601. provenance: versions, commit, machine, seed and arguments.
+        images: number of images by part of the data; classes: names of the classes by their number.
+        weights_sha256: of model.safetensors. times_left_out: why a kept summary has no times.
+        error: why a run failed. stalled_starts: starts on Slurm in a row that did no step.
     """
-    totals, schedule = state.totals, state.model.fusion
-    epochs = max(totals.steps / facts.steps_per_epoch, 1e-9)
-    train_time = totals.data_s + totals.step_s
-    return {
-        "status": status,
-        "model": config.model.name,
-        "data": config.data.name,
-        "strategy": config.fusion.strategy,
-        "top1": tested.get("top1"),
-        "top5": tested.get("top5"),
-        "loss": tested.get("loss"),
-        "ema_top1": tested.get("ema_top1"),
-        "ema_top5": tested.get("ema_top5"),
-        "selected": totals.best or None,
-        "epoch": state.step // facts.steps_per_epoch,
-        "epochs": config.trainer.epochs,
-        "step": state.step,
-        "steps": facts.total_steps,
-        "train_time_s": train_time,
-        "eval_time_s": totals.eval_s,
-        "epoch_time_s": {
-            "data": totals.data_s / epochs,
-            "step": totals.step_s / epochs,
-            "evaluation": totals.eval_s / max(1, totals.evaluations),
-        },
-        "images_per_s": config.trainer.batch_size * totals.steps / max(train_time, 1e-9),
-        "peak_memory_mib": peak_memory_mib(process.device),
-        "saved_bytes_per_image": facts.saved_bytes_per_image,
-        "macs_per_image": facts.macs_per_image,
-        "parameters": facts.parameters,
-        "image_size": setup.image_size,
-        "precision": "fp32" if setup.autocast is None else str(setup.autocast).removeprefix("torch."),
-        "tokens": setup.tokens,
-        "schedule": list(schedule),
-        "adapted": totals.schedules or None,
-        "started_from": totals.started_from or None,
-        "budget_matched": setup.matched,
-        "tokens_per_layer": list(tokens_per_layer(schedule, setup.tokens)),
-        "tokens_removed": sum(schedule),
-        "updated": now(),
-        "provenance": facts.provenance,
-    }
+
+    status: str
+    format: int = 0
+    model: str | None = None
+    data: str | None = None
+    strategy: str | None = None
+    top1: Number = None
+    top5: Number = None
+    loss: Number = None
+    ema_top1: Number = None
+    ema_top5: Number = None
+    selected: dict[str, Any] | None = None
+    epoch: int | None = None
+    epochs: int | None = None
+    step: int | None = None
+    steps: int | None = None
+    train_time_s: Number = None
+    eval_time_s: Number = None
+    epoch_time_s: dict[str, float] | None = None
+    images_per_s: Number = None
+    peak_memory_mib: Number = None
+    saved_bytes_per_image: int | None = None
+    macs_per_image: int | None = None
+    parameters: int | None = None
+    image_size: int | None = None
+    precision: str | None = None
+    tokens: int | None = None
+    schedule: tuple[int, ...] | None = None
+    adapted: tuple[dict[str, Any], ...] | None = None
+    started_from: dict[str, Any] | None = None
+    budget_matched: bool | None = None
+    tokens_per_layer: tuple[int, ...] | None = None
+    tokens_removed: int | None = None
+    updated: str | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, int] | None = None
+    classes: tuple[str, ...] | None = None
+    weights_sha256: str | None = None
+    times_left_out: str | None = None
+    error: str | None = None
+    stalled_starts: int = 0
+
+    @classmethod
+    def parse(cls, content: str | bytes) -> Summary:
+        """Read a summary from JSON; keys that are not known here are passed over.
+
+        Raises ValueError, with the field and its value, for what is no summary or of a later format.
+        """
+        try:
+            found = _ADAPTER.validate_json(content)
+        except ValidationError as error:
+            raise ValueError(_explain(error)) from None
+        if found.format > FORMAT:
+            raise ValueError(f"its format is {found.format}, this version of Famba reads up to {FORMAT}; update Famba")
+        return found
+
+    def values(self) -> dict[str, Any]:
+        """Return plain values by name, as JSON holds them."""
+        return _ADAPTER.dump_python(self, mode="json")
+
+
+_ADAPTER = TypeAdapter(Summary)
+
+
+def to_row(summary: Summary, config: Mapping[str, Any]) -> dict[str, str]:
+    """Return a run as one flat row of text, for CSV files: fields of its summary and, behind "config.", its settings.
+
+    Nested keys are joined by dots. A cell holds text as it is, everything else as JSON, and text that JSON could be
+    mistaken for in quotes. Fields of the summary that are not known have no cell; a setting of None is "null".
+    """
+    known = {name: value for name, value in summary.values().items() if value is not None}
+    settings = flatten(with_added_keys(config), _CONFIG)
+    return {name: _to_cell(value) for name, value in [*flatten(known).items(), *settings.items()]}
+
+
+def from_row(row: Mapping[str, str]) -> tuple[Summary, dict[str, Any]]:
+    """Return the summary and the nested configuration that `to_row` made a row of; empty cells count as absent.
+
+    Raises ValueError where the cells are no summary.
+    """
+    values: dict[str, Any] = {}
+    for name, cell in row.items():
+        if cell == "":
+            continue
+        *groups, last = name.split(".")
+        place = values
+        for group in groups:
+            place = place.setdefault(group, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"column {name} contradicts column {group}")
+        place[last] = from_cell(cell)
+    config = values.pop(_CONFIG.removesuffix("."), {})
+    return Summary.parse(json.dumps(values)), with_added_keys(config)
+
+
+def from_cell(cell: str) -> Any:
+    """Return the value that a cell of a row stands for."""
+    try:
+        return json.loads(cell)
+    except ValueError:
+        return cell
+
+
+def _to_cell(value: Any) -> str:
+    is_plain = isinstance(value, str) and value != "" and from_cell(value) is value
+    return value if is_plain else json.dumps(value, ensure_ascii=False)
+
+
+def _explain(error: ValidationError) -> str:
+    """Say the first field at fault in one line."""
+    first = error.errors()[0]
+    name = ".".join(map(str, first["loc"]))
+    reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"it has no {name}"
+    return f"{name} is {first['input']!r}: {reason}" if name else f"it holds no summary ({reason})"

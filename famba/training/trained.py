@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,11 +25,12 @@ from famba.training.checks import check_model
 from famba.training.config import RunConfig, parse, with_added_keys
 from famba.training.run_folder import finished_weights
 from famba.training.setup import augmentation, build_model, model_arguments, reading
+from famba.training.summary import SUMMARY, Summary
 from famba.training.trained_on import saved_classes
 
 Colours = tuple[float, float, float]
 
-_CONFIG, _SUMMARY = "config.yaml", "summary.json"
+_CONFIG = "config.yaml"
 # What `famba export` makes.
 _EXPORTED, _EXPORTED_CONFIG = (".onnx", ".pt2"), "config.json"
 
@@ -73,7 +73,7 @@ class Trained:
 
     @property
     def reading(self) -> data.Reading:
-        """How images are read, as in training."""
+        """Return how images are read, as in training."""
         return data.Reading() if self.config is None else reading(self.config)
 
     @property
@@ -108,15 +108,17 @@ def load_trained(path: str | Path) -> Trained:
 def _from_weights(file: Path) -> Trained:
     """Weights in a run folder, whose other files say what they are weights of."""
     folder = file.parent
-    config_file, summary_file = folder / _CONFIG, folder / _SUMMARY
+    config_file, summary_file = folder / _CONFIG, folder / SUMMARY
     if not config_file.is_file():
         raise CheckpointError(
             f"{file} lies beside no {_CONFIG}, which would say what network and data it is of; give a run folder"
         )
     config = _parsed(_read(config_file, yaml.safe_load), config_file)
-    counts = _read(summary_file, json.loads).get("schedule") if summary_file.is_file() else None
+    counts = (
+        _read(summary_file, lambda text: Summary.parse(text).values())["schedule"] if summary_file.is_file() else None
+    )
     if counts is None and config.fusion.strategy == ADAPTIVE:
-        raise CheckpointError(f"{folder} has no {_SUMMARY} with the schedule that training ended with; give a .pt file")
+        raise CheckpointError(f"{folder} has no {SUMMARY} with the schedule that training ended with; give a .pt file")
     content = read_file(file)
     return _built(config, content, counts, file, f"run {folder}", saved_classes(content, file))
 
@@ -207,6 +209,10 @@ def _built(
     load_weights(model, weights, file, Origin(config.model.cls_position, model.grid_size))
     mean, std = tuple(config.data.mean), tuple(config.data.std)
     return Trained(model.eval(), config, source, model.image_size[0], mean, std, scaling, class_names)  # type: ignore[arg-type]
+
+
+def _summary(content: bytes) -> dict[str, Any]:
+    return Summary.parse(content).values()
 
 
 def _read(file: Path, parser: Callable[[bytes], Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 
 from famba import data
 from famba.errors import CheckpointError
+from famba.training.summary import SUMMARY, Summary
 
-SUMMARY = "summary.json"
 _SHOWN = 5
 
 
@@ -80,7 +79,7 @@ def saved_classes(content: Mapping[str, Any], file: Path) -> tuple[str, ...] | N
     beside = file.parent / SUMMARY
     if not isinstance(kept, Mapping) and beside.is_file():
         try:
-            kept = json.loads(beside.read_bytes())
+            kept = Summary.parse(beside.read_bytes()).values()
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{beside} cannot be read ({error}); mend it or move it away") from error
     names = kept.get("classes") if isinstance(kept, Mapping) else None

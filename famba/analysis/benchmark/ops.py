@@ -1,210 +1,216 @@
-"""`famba benchmark ops`: each op by every backend, and the scan by the libraries that others use."""
+"""`famba benchmark ops`: each op by every backend; who differs from the reference is not timed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import product
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from famba.analysis.benchmark.cases import OPS, Case, inputs, passes
-from famba.analysis.benchmark.contestants import Contestant, contestants
-from famba.analysis.benchmark.machine import DTYPES
-from famba.analysis.benchmark.peaks import Peaks
-from famba.analysis.benchmark.report import Report, Table
-from famba.analysis.benchmark.timing import Clock, Race, Times, ratio
-from famba.analysis.benchmark.traffic import floor_ms, total_bytes
+from famba import ops
+from famba.analysis.benchmark import floors
+from famba.analysis.benchmark.report import Report, Row
+from famba.analysis.benchmark.timing import Call, Race
 from famba.errors import BackendError
+from famba.ops.availability import interpreted
+from famba.ops.registry import resolve
 
-# Relative errors, in the norm, up to which contestants agree.
-_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
-_COLUMNS = {
-    "op": "op",
-    "precision": "precision",
-    "batch": "batch",
-    "length": "length",
-    "by": "contestant",
-    "forward ms": "forward_ms",
-    "x native": "forward_of_native",
-    "x fastest": "forward_of_fastest",
-    "x floor": "forward_of_floor",
-    "of bandwidth": "forward_of_bandwidth",
-    "forward + backward ms": "both_ms",
-    "x native ": "both_of_native",
-    "x fastest ": "both_of_fastest",
-    "x floor ": "both_of_floor",
-    "of bandwidth ": "both_of_bandwidth",
-}
-_MODES = ("forward", "both")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NOTE = (
+    "forward is without autograd; whatever was timed agrees with the reference in result and gradients; on CUDA, "
+    "inputs rotate among so many copies as exceed twice the second-level cache, up to 256, so that they come from "
+    "memory; where 256 copies are smaller than that, they may be found in the cache"
+)
+# Relative errors, in the norm, up to which contestants agree; near ties match one way or another.
+_TOLERANCE, _MATCH_TOLERANCE, _MOST_COPIES = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}, 2e-2, 256
+_Run = Callable[..., Any]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What to time: every combination, in `rounds` rounds. channels and states are those of the scan, per direction.
+class Built(NamedTuple):
+    """An op on its inputs: those that have gradients, then others; and the least that there is to do."""
 
-    clock: that of the device where None. peaks: what the device can do, None where that is not known.
-    """
+    run: _Run
+    learned: list[Tensor]
+    fixed: list[Tensor]
+    passes: list[floors.Work]
 
-    ops: tuple[str, ...]
-    batches: tuple[int, ...]
-    lengths: tuple[int, ...]
+
+class Case(NamedTuple):
+    """An op and the size of its input; states: of each channel of the scan. The mixer has half the channels outside."""
+
+    op: str
+    batch: int
+    length: int
     channels: int
     states: int
-    precisions: tuple[str, ...]
-    rounds: int
-    device: torch.device
-    clock: Clock | None = None
-    peaks: Peaks | None = None
+    precision: str
 
-    def cases(self) -> Iterator[Case]:
-        """All cases."""
-        for op, precision, batch, length in product(self.ops, self.precisions, self.batches, self.lengths):
-            yield Case(op, batch, length, self.channels, self.states, precision)
+    def built(self) -> Built:
+        """Return what the op computes, on seeded inputs as a model has them under autocast."""
+        torch.manual_seed(0)
+        return OPS[self.op](*self[1:5], DTYPES[self.precision])
 
 
-def benchmark_ops(plan: Plan, report: Report) -> None:
-    """Time all cases. Raises BackendError where contestants do not agree."""
-    title = f"Ops on {plan.channels} channels, the scan with {plan.states} states; forward without autograd"
-    report.tables["ops"] = table = Table(title, _COLUMNS)
-    report.notes.append(
-        "x native and x fastest say how many times as long a contestant takes; "
-        "all of a case agreed in result and gradients before they were timed"
-    )
-    if plan.peaks is not None:
-        report.notes.append(_floor_note(plan.peaks))
-    for case in plan.cases():
-        dtype = DTYPES[case.precision]
-        tensors = inputs(case, dtype, plan.device)
-        entered, missing = contestants(case, dtype, plan.device)
-        report.leave_out(missing)
-        _check_agreement(case, entered, tensors)
-        race = Race(case.title, _timed(entered, tensors), plan.device, plan.clock)
-        try:
-            race.run(plan.rounds)
-        finally:
-            table.rows += _rows(case, race.times, plan.peaks)
+def removed(length: int) -> int:
+    """Return how many tokens fuse with another: 14 of 197, the most that a strategy of the paper removes in a layer."""
+    return max(1, length // 14)
 
 
-def _timed(entered: dict[str, Contestant], tensors: list[Tensor]) -> dict[tuple[str, str], Callable[[], object]]:
-    """For each contestant its forward, and its forward and backward if it has one; keys are (contestant, mode)."""
-    timed: dict[tuple[str, str], Callable[[], object]] = {}
-    for name, contestant in entered.items():
-        own = _arranged(contestant, tensors)
-        timed[name, "forward"] = _forward(contestant, own)
-        if learned := _learned(own):
-            with torch.no_grad():
-                outputs = _tuple(contestant.run(*own))
-            grads = [_gradient_like(y) for y in outputs]
-            timed[name, "both"] = _both(contestant, own, learned, grads)
-    return timed
+def _scan(b: int, l: int, d: int, n: int, dtype: torch.dtype) -> Built:  # noqa: E741
+    u, delta = torch.randn(b, l, d).to(dtype), (0.1 * torch.rand(b, l, d)).to(dtype)
+    B, C = torch.randn(2, b, l, n).to(dtype).unbind()
+    given = [u, delta, -16 * torch.rand(d, n), B, C, torch.ones(d)]
+    return Built(ops.selective_scan, given, [], floors.scan(b, l, d, n, dtype.itemsize))
 
 
-def _forward(contestant: Contestant, tensors: list[Tensor]) -> Callable[[], object]:
-    def run() -> object:
-        with torch.no_grad():
-            return contestant.run(*tensors)
-
-    return run
+def _convolution(b: int, l: int, d: int, n: int, dtype: torch.dtype) -> Built:  # noqa: E741
+    given = [torch.randn(b, l, d).to(dtype), torch.randn(d, 4), torch.randn(d)]
+    return Built(partial(ops.causal_conv1d, activation="silu"), given, [], floors.convolution(b, l, d, dtype.itemsize))
 
 
-def _both(
-    contestant: Contestant, tensors: list[Tensor], learned: list[Tensor], grads: list[Tensor]
-) -> Callable[[], object]:
-    def run() -> object:
-        return torch.autograd.grad(_tuple(contestant.run(*tensors)), learned, grads)
-
-    return run
+def _norm(b: int, l: int, d: int, n: int, dtype: torch.dtype) -> Built:  # noqa: E741
+    given = [torch.randn(b, l, d).to(dtype), torch.randn(b, l, d), torch.rand(d) + 0.5]
+    return Built(partial(ops.add_rms_norm, eps=1e-5), given, [], floors.norm(b, l, d, dtype.itemsize))
 
 
-def _check_agreement(case: Case, entered: dict[str, Contestant], tensors: list[Tensor]) -> None:
-    allowed = OPS[case.op].tolerance or _TOLERANCE[case.precision]
-    expected = _results(entered["reference"], tensors)
-    for name, contestant in entered.items():
-        worst = max(_error(x, y) for x, y in zip(_results(contestant, tensors), expected, strict=True))
-        if not worst <= allowed:
-            raise BackendError(
-                f"{name} and reference do not agree on {case.title}: relative error {worst:.1e}, allowed "
-                f"{allowed:.0e}; nothing is timed before that is mended"
-            )
+def _mixer(b: int, l: int, d: int, n: int, dtype: torch.dtype) -> Built:  # noqa: E741
+    d_model, rank = max(1, d // 2), math.ceil(max(1, d // 2) / 16)
+
+    def weight(outputs: int, inputs: int) -> Tensor:
+        return torch.randn(outputs, inputs) / math.sqrt(inputs)
+
+    def mix(x: Tensor, into: Tensor, out: Tensor, *weights: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            return ops.bidirectional_mixer(x, into, ops.Direction(*weights[:7]), ops.Direction(*weights[7:]), out)
+
+    given = [torch.randn(b, l, d_model).to(dtype), weight(2 * d, d_model), weight(d_model, d)]
+    for _ in range(2):
+        # Step sizes of about 0.001 to 0.1 and decays of 1 to n, as Vim begins.
+        given += [weight(d, 4), torch.randn(d), weight(rank + 2 * n, d), weight(d, rank), 5 * torch.rand(d) - 7]
+        given += [-torch.arange(1.0, n + 1).repeat(d, 1), torch.ones(d)]
+    multiplied = floors.multiplying(floors.mixer_linears(b * l, d_model, d, n, rank), dtype.itemsize)
+    return Built(mix, given, [], multiplied + floors.mixing(b, l, d, n, dtype.itemsize))
 
 
-def _results(contestant: Contestant, tensors: list[Tensor]) -> list[Tensor]:
-    """Outputs and gradients, in the common layout."""
-    own = _arranged(contestant, tensors)
-    outputs = _tuple(contestant.run(*own))
-    gradients: tuple[Tensor, ...] = ()
-    if learned := _learned(own):
-        # The same gradient for all contestants, whatever their layout.
-        grads = [contestant.arrange(_gradient_like(contestant.restore(y))) for y in outputs]
-        gradients = torch.autograd.grad(outputs, learned, grads)
-    return [contestant.restore(x.detach()) for x in (*outputs, *gradients)]
+def _matching(b: int, l: int, d: int, n: int, dtype: torch.dtype) -> Built:  # noqa: E741
+    passes = floors.matching(b, l, d, removed(l), dtype.itemsize)
+    return Built(_match, [], [torch.randn(b, l, d).to(dtype)], passes)
 
 
-def _arranged(contestant: Contestant, tensors: list[Tensor]) -> list[Tensor]:
-    return [contestant.arrange(x.detach()).requires_grad_(x.requires_grad) for x in tensors]
+def _fusing(b: int, l: int, d: int, n: int, dtype: torch.dtype) -> Built:  # noqa: E741
+    with ops.use_backend("reference"):
+        fixed = list(_match(torch.randn(b, l, d))[:2])
+    run, passes = partial(ops.fuse_tokens, length=l - removed(l)), floors.fusing(b, l, d, removed(l), dtype.itemsize)
+    return Built(run, [torch.randn(b, l, d).to(dtype)], fixed, passes)
 
 
-def _learned(tensors: list[Tensor]) -> list[Tensor]:
-    return [x for x in tensors if x.requires_grad]
+def _match(x: Tensor) -> tuple[Tensor, ...]:
+    return ops.match_tokens(x, 1, None, None, removed(x.shape[1]), "sequence")
 
 
-def _gradient_like(y: Tensor) -> Tensor:
-    return torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+OPS: dict[str, Callable[[int, int, int, int, torch.dtype], Built]] = {
+    "selective_scan": _scan,
+    "causal_conv1d": _convolution,
+    "add_rms_norm": _norm,
+    "bidirectional_mixer": _mixer,
+    "match_tokens": _matching,
+    "fuse_tokens": _fusing,
+}
 
 
-def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (outputs,) if isinstance(outputs, Tensor) else outputs
+def obstacle(backend: str, device: torch.device, precision: str) -> str | None:
+    """Return why a backend is not timed, None where it is."""
+    if backend == "triton" and interpreted():
+        return "TRITON_INTERPRET=1 has it run in Triton's interpreter, whose times say nothing; unset it"
+    try:
+        with ops.use_backend(backend):
+            resolve(device.type, DTYPES[precision])
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+def measure(case: Case, device: torch.device, rounds: int, report: Report, reference: bool = True) -> None:
+    """Time a case, forward and with its backward, and add its rows to the table of ops.
+
+    reference: whether plain torch is timed too, and not just compared with.
+    """
+    race, built = Race(" ".join(map(str, case)), device), case.built()
+    tensors = [x.to(device).requires_grad_() for x in built.learned] + [x.to(device) for x in built.fixed]
+    expected = _results(partial(_by, "reference", built.run), tensors)
+    try:
+        for name in ops.backends():
+            run = partial(_by, name, built.run)
+            if (
+                reason := obstacle(name, device, case.precision) or _difference(case, run, tensors, expected)
+            ) is not None:
+                report.left_out[name] = reason
+            elif name != "reference" or reference:
+                copies = _copies(tensors, device)
+                race.enter(f"{name}, forward", [partial(_forward, run, own) for own in copies])
+                if built.learned:
+                    race.enter(f"{name}, both", [_both(run, own) for own in copies])
+        race.run(rounds)
+    finally:
+        rows: list[Row] = []
+        for key in race.samples:
+            name, _, mode = key.partition(", ")
+            row = {"op": case.op, "mode": mode, **case._asdict(), "contestant": name, **race.entries(key)}
+            passes = [work for work in built.passes if mode == "both" or not work.backward]
+            floor = row["floor_ms"] = floors.floor_here(passes, device, case.precision)
+            rows.append(row | {"floor_share": floor and floor / row["ms"]})
+        for row in rows:
+            row["of_fastest"] = row["ms"] / min(other["ms"] for other in rows if other["mode"] == row["mode"])
+        report.tables.setdefault("Ops", []).extend(rows)
+
+
+def _by(name: str, run: _Run, *given: Tensor) -> tuple[Tensor, ...]:
+    with ops.use_backend(name):
+        outputs = run(*given)
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def _difference(case: Case, run: _Run, tensors: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
+    """Return how far results and gradients are from the reference's where that is too far, else None."""
+    error = max(map(_error, _results(run, tensors), expected))
+    allowed = _MATCH_TOLERANCE if case.op == "match_tokens" else _TOLERANCE[case.precision]
+    return None if error <= allowed else f"not timed on {case}: its relative error is {error:.1e}"
+
+
+def _copies(tensors: Sequence[Tensor], device: torch.device) -> list[list[Tensor]]:
+    """Return the inputs so often that together they exceed twice a GPU's second-level cache; once on other devices."""
+    count = 1
+    if device.type == "cuda":
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        count = min(_MOST_COPIES, 1 + 2 * cache // sum(x.nbytes for x in tensors))
+    return [[x.detach().clone().requires_grad_(x.requires_grad) for x in tensors] for _ in range(count)]
+
+
+def _forward(run: _Run, tensors: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        run(*tensors)
+
+
+def _both(run: _Run, tensors: Sequence[Tensor]) -> Call:
+    with torch.no_grad():
+        grads = [torch.randn_like(y) for y in run(*tensors)]
+    learned = [x for x in tensors if x.requires_grad]
+    return lambda: torch.autograd.grad(run(*tensors), learned, grads)
+
+
+def _results(run: _Run, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return outputs, and gradients for the same gradients of the outputs whoever computes them."""
+    outputs, learned = run(*tensors), [x for x in tensors if x.requires_grad]
+    torch.manual_seed(1)
+    grads = torch.autograd.grad(outputs, learned, [torch.randn_like(y) for y in outputs]) if learned else ()
+    return [*(y.detach() for y in outputs), *grads]
 
 
 def _error(x: Tensor, expected: Tensor) -> float:
-    """Relative error in the norm; of whole numbers the share that differs."""
+    """Return the relative error in the norm; of whole numbers the share that differs."""
     if not x.is_floating_point():
         return float((x != expected).double().mean())
-    difference = (x.double() - expected.double()).norm()
-    return float(difference / expected.double().norm().clamp(min=1e-30))
-
-
-def _rows(case: Case, times: dict[tuple[str, str], Times], peaks: Peaks | None) -> list[dict[str, Any]]:
-    fastest = {mode: min((t.median_ms for (_, m), t in times.items() if m == mode), default=None) for mode in _MODES}
-    rows = []
-    for name in dict.fromkeys(name for name, _ in times):
-        row: dict[str, Any] = {
-            "op": case.op,
-            "precision": case.precision,
-            "batch": case.batch,
-            "length": case.length,
-            "channels": case.channels,
-            "states": case.states,
-            "contestant": name,
-        }
-        for mode in _MODES:
-            own, native = times.get((name, mode)), times.get(("native", mode))
-            if own is not None:
-                row |= own.entries(f"{mode}_ms")
-                row[f"{mode}_of_native"] = ratio(own.median_ms, native.median_ms if native else None)
-                row[f"{mode}_of_fastest"] = ratio(own.median_ms, fastest[mode])
-                if peaks is not None:
-                    row |= _against_floor(case, mode, own.median_ms, peaks)
-        rows.append(row)
-    return rows
-
-
-def _against_floor(case: Case, mode: str, milliseconds: float, peaks: Peaks) -> dict[str, Any]:
-    work = passes(case).forward if mode == "forward" else passes(case).both
-    moved, floor = total_bytes(work), floor_ms(work, peaks, case.precision)
-    return {
-        f"{mode}_bytes": moved,
-        f"{mode}_floor_ms": floor,
-        f"{mode}_of_floor": milliseconds / floor,
-        f"{mode}_of_bandwidth": moved / (milliseconds / 1000) / peaks.bandwidth,
-    }
-
-
-def _floor_note(peaks: Peaks) -> str:
-    return (
-        f"x floor says how many times as long as {peaks.name} needs at its best, see docs/performance.md; of bandwidth "
-        f"is the share of {peaks.bandwidth / 1e9:.0f} GB/s at which the op's inputs and outputs moved, each once"
-    )
+    return float((x.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))

@@ -1,98 +1,175 @@
-"""A training step and an inference of a model by its timm name, on random images."""
+"""The training step that `train.py` does, on random images: by itself, and in the loop of a run."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from famba.analysis.benchmark.machine import PRECISIONS, SEED
-from famba.fusion import schedule
-from famba.models import Backbone, create_network
+from famba import data
+from famba.analysis.benchmark import floors
+from famba.analysis.benchmark.ops import DTYPES
+from famba.analysis.benchmark.report import Row
+from famba.analysis.benchmark.timing import Race
+from famba.fusion import tokens_per_layer
+from famba.models import Vim
 from famba.ops import use_backend
+from famba.ops.registry import AUTO, resolve
+from famba.training.build import Loaders, new_state
+from famba.training.compose import compose
+from famba.training.config import RunConfig
+from famba.training.distributed import Process
+from famba.training.graph import GraphStep, obstacle
+from famba.training.interrupts import StopRequest
+from famba.training.loop import Training
+from famba.training.measure import saved_bytes_per_image
+from famba.training.run_folder import RunFolder
+from famba.training.setup import Setup, prepare
+from famba.training.step import Step
+from famba.training.trained_on import TrainedOn
 
-BUDGET = 6 / 7
-"""Share of the patches that a strategy removes, as `configs/fusion` has it."""
-_RATE = 1e-6
-# Graphs that torch.compile keeps of one function: a model's in training and evaluation, times all contestants.
-_GRAPHS = 64
+NOTE = "a step is that of `train.py recipe=light` on random images that lie on the device"
+# Each Vim's counterpart, by their timm names.
+DEITS = {
+    "vim_tiny_patch16_224": "deit_tiny_patch16_224",
+    "vim_small_patch16_224": "deit_small_patch16_224",
+}
+_CLASSES, _EPOCH_STEPS = 100, 20
+_Batch = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is measured: a model, the strategy by which it fuses, and on what.
+class Contestant(NamedTuple):
+    """A model by its timm name in a table of steps, at a batch and size; more: overrides of its configuration."""
 
-    image_size: pixels a side. precision: a key of PRECISIONS. device: a torch device by name. backend: of the ops,
-    None for the process's choice. compiled: by torch.compile, in one graph.
-    """
-
+    name: str
     model: str
     strategy: str
     batch: int
     image_size: int
     precision: str
-    device: str
-    backend: str | None = None
-    compiled: bool = False
+    more: tuple[str, ...] = ()
 
-    def build(self) -> Backbone:
-        """Build the model with seeded random weights; attention is not proportional, as in training."""
-        torch.manual_seed(SEED)
-        model = create_network(self.model, img_size=self.image_size)
-        counts = schedule(self.strategy, model.depth, model.num_tokens, BUDGET, protected=model.protected)
-        model.set_fusion(counts, proportional=False)
-        return model.to(self.device)
-
-    @contextlib.contextmanager
-    def chosen_backend(self) -> Iterator[None]:
-        """Let ops inside the block be computed by the subject's backend."""
-        with contextlib.nullcontext() if self.backend is None else use_backend(self.backend):
-            yield
+    def config(self, device: torch.device) -> RunConfig:
+        """Compose its run of `recipe=light`; raises ConfigError as `train.py` does."""
+        group = "vim_ti" if self.model in DEITS else "vit_tiny"
+        asked = [f"model={group}", f"model.name={self.model}", f"fusion={self.strategy}", "data=digits", "recipe=light"]
+        asked += [f"model.num_classes={_CLASSES}", f"data.image_size={self.image_size}", "recipe.warmup_epochs=0"]
+        asked += [f"trainer.batch_size={self.batch}", f"trainer.precision={self.precision}", "trainer.epochs=2"]
+        return replace(compose([*asked, f"trainer.device={device}", *self.more]), run_dir=gettempdir())
 
 
-class Step:
-    """Training steps (forward, cross-entropy, backward, AdamW) and inferences of a subject."""
+class TimedStep:
+    """Training steps and inferences of a run without its loop; a CUDA graph where the run's would be one."""
 
-    def __init__(self, subject: Subject) -> None:
-        self.model = subject.build()
-        self._subject = subject
-        self._forward = _compiled(self.model) if subject.compiled else self.model
-        device, size = torch.device(subject.device), subject.image_size
-        generator = torch.Generator().manual_seed(SEED)
-        self._images = torch.randn(subject.batch, 3, size, size, generator=generator).to(device)
-        classes = self.model.num_classes
-        self._labels = torch.randint(classes, (subject.batch,), generator=generator).to(device)
-        dtype = PRECISIONS[subject.precision]
-        self._autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-        # Weights hardly move: the steps of a long measurement do the same work.
-        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=_RATE)
+    def __init__(self, config: RunConfig, setup: Setup | None = None) -> None:
+        self.config, self.setup = config, setup or prepare(config)
+        device = self.setup.device
+        self.batch = _random_batch(config, self.setup)
+        with _chosen(config):
+            fused = obstacle(config, device, 1, resolve(device.type, self.setup.dtype)) is None
+        classes = config.data.num_classes or data.num_classes_of(config.data.name) or _CLASSES
+        state = new_state(config, self.setup, TrainedOn(classes, None, {}), device, fresh=False, fused=fused)
+        self.model = state.model
+        forward: nn.Module = self.model
+        if config.trainer.compile:
+            forward = cast(nn.Module, torch.compile(self.model, fullgraph=True, dynamic=False))
+        self.step = (GraphStep if fused else Step)(config, state, forward, Process(0, 1, device), self.setup.autocast)
+        self._infer = Step.infer(self.step, self.model)
 
-    def allocate(self) -> None:
-        """Bring gradients and the optimizer's state into being, which any step needs."""
-        for parameter in self.model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        self._optimizer.step()
+    def enter(self, race: Race, name: str) -> None:
+        """Let the training step enter a race, where it is a graph with one that is none beside it."""
+        self.model.train()
+        if not isinstance(self.step, GraphStep):
+            race.enter(name, [self.train], graph=self.train)
+            return
+        self.train()  # which captures
+        eager = TimedStep(replace(self.config, trainer=replace(self.config.trainer, cuda_graphs=False)), self.setup)
+        race.enter(name, [eager.train], graph=self.step.replay)
 
     def train(self) -> None:
-        """One training step; the model has to be in training mode."""
-        with self._subject.chosen_backend():
-            with self._autocast:
-                loss = nn.functional.cross_entropy(self._forward(self._images), self._labels)
-            loss.backward()
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        """Do a training step; the model has to be in training mode."""
+        with _chosen(self.config):
+            self.step.gradients(itertools.repeat(self.batch))
+            self.step.update()
 
+    @torch.no_grad()
     def infer(self) -> None:
-        """One inference; the model has to be in evaluation mode."""
-        with self._subject.chosen_backend(), torch.no_grad(), self._autocast:
-            self._forward(self._images)
+        """Do an inference; the model has to be in evaluation mode."""
+        with _chosen(self.config):
+            self._infer(self.batch[0])
 
 
-def _compiled(model: nn.Module) -> Callable[..., torch.Tensor]:
-    # By the name that every torch release since 2.6 knows.
-    torch._dynamo.config.cache_size_limit = _GRAPHS
-    # Shapes are fixed, as in `trainer.compile`.
-    return torch.compile(model, fullgraph=True, dynamic=False)
+def measure(
+    race: Race,
+    contestants: Iterable[Contestant],
+    rounds: int,
+    rows: list[Row],
+    entered: Callable[[Contestant, Row], None] = lambda one, row: None,
+    attempt: Callable[[str, Callable[[], None]], None] = lambda name, enter: enter(),
+) -> dict[str, TimedStep]:
+    """Time training steps in turn, in so many rounds, add a row for each contestant, and return the steps.
+
+    `entered` is called with each and its row after its first sample; `attempt` lets one enter, or leaves it out.
+    """
+    steps: dict[str, TimedStep] = {}
+
+    def enter(one: Contestant) -> None:
+        step = steps[one.name] = TimedStep(one.config(race.device))
+        model, floor = step.model, None
+        step.enter(race, one.name)
+        left = sum(tokens_per_layer(model.fusion, model.num_tokens)) / (model.depth * model.num_tokens)
+        row: Row = {"contestant": one.name, "precision": one.precision, "tokens": model.num_tokens, "batch": one.batch}
+        if one.model in DEITS:
+            passes, _ = floors.step(cast(Vim, model), one.batch, DTYPES[one.precision].itemsize)
+            floor = floors.floor_here(passes, race.device, one.precision)
+        row |= {"token_layers": left, **race.entries(one.name), "images_per_s": None, "floor_ms": floor}
+        row["saved_bytes_per_image"] = saved_bytes_per_image(model, one.image_size, step.setup.autocast)
+        rows.append(row)
+        entered(one, row)
+
+    try:
+        for one in contestants:
+            attempt(f"{race.title}: {one.name}", partial(enter, one))
+        race.run(rounds)
+    finally:
+        for row in rows:
+            row |= race.entries(row["contestant"])
+            row["images_per_s"] = 1000 * row["batch"] / row["ms"]
+            row["floor_share"] = row["floor_ms"] and row["floor_ms"] / row["ms"]
+    return steps
+
+
+def loop_ms(config: RunConfig) -> float:
+    """Return the milliseconds of a step in the loop of `train.py`: of the second epoch of 20 steps."""
+    with TemporaryDirectory() as folder, StopRequest() as stop, _chosen(config):
+        config = replace(config, run_dir=folder, trainer=replace(config.trainer, eval_every=2))
+        setup = prepare(config)
+        run = Training(config, setup, RunFolder(Path(folder), writes=True), Process(0, 1, setup.device), stop)
+        batch = _random_batch(config, setup)
+        # The same batch for ever, which lies on the device: nothing is read, and nothing copied.
+        train: Any = SimpleNamespace(epoch=lambda epoch, first: (batch for _ in itertools.count()))
+        run.loaders = Loaders(train, "test", [batch], [batch])
+        run.steps_per_epoch, run.total_steps = _EPOCH_STEPS, 2 * _EPOCH_STEPS
+        run.run()
+        totals = run.state.totals
+        return 1000 * (totals.epoch_data_s + totals.epoch_step_s) / totals.epoch_steps
+
+
+def _random_batch(config: RunConfig, setup: Setup) -> _Batch:
+    """Return images (b, 3, s, s) and labels (b,) of a step's size on the device."""
+    size, generator = config.trainer.batch_size, torch.Generator().manual_seed(0)
+    images = torch.randn(size, 3, setup.image_size, setup.image_size, generator=generator)
+    return images.to(setup.device), torch.randint(2, (size,), generator=generator).to(setup.device)
+
+
+def _chosen(config: RunConfig) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if config.ops.backend == AUTO else use_backend(config.ops.backend)

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from famba.analysis.benchmark.machine import return_freed_memory
 from famba.analysis.evaluation.request import Request
+from famba.analysis.malloc import return_freed_memory
 from famba.analysis.variants import Variant
 from famba.ops import use_backend
 from famba.ops.registry import AUTO

@@ -18,11 +18,11 @@ from tabulate import tabulate
 from famba.analysis.evaluation.evaluate import Evaluation, Result
 from famba.analysis.figures import FAINT, INK, drawing, save
 from famba.analysis.palette import looks
-from famba.analysis.report.cells import signed
 from famba.analysis.variants import label_variants
 from famba.files import write_whole
 from famba.fusion import Fusion, labels
 from famba.training.provenance import provenance
+from famba.training.reporting import signed
 
 _STEM = "evaluate"
 

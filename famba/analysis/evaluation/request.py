@@ -19,7 +19,7 @@ from famba.training.trained import Trained, load_trained
 
 _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 _USUAL_BATCH, _USUAL_WORKERS = 100, 2
-_OPTIONS = {"name": "--data", "root": "--data-root", "num_classes": "data.num_classes"}
+_OPTIONS = {"name": "--data", "root": "--data-root"}
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _images(options: argparse.Namespace, trained: Trained) -> Images:
     images = Images(
         name, root, classes, is_own, options.subset, _USUAL_WORKERS if config is None else config.data.workers
     )
-    with named(_OPTIONS):
+    with named({name: _OPTIONS.get(name, f"data.{name}") for name in ("name", "root", "num_classes")}):
         data.check_request(name, root, subset=None, val_fraction=0.0, num_classes=classes)
         known = classes or data.num_classes_of(name)
         if known is not None:

@@ -12,8 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from famba.data.augment import Normalize, evaluation_scaling
-from famba.data.images import decode_rgb, naming
-from famba.data.reading import Colour
+from famba.data.images import Colour, decode_rgb, naming
 from famba.errors import DataError
 from famba.training.trained import Trained
 

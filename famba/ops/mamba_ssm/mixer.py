@@ -140,7 +140,7 @@ class _Weights:
         return y.transpose(0, 1)
 
     def project(self, inner: Tensor) -> Tensor:
-        """dt, B and C of both directions, padded, from the scans' input (2 d, b, l): (2, width, b, l)."""
+        """Work out dt, B and C of both directions, padded (2, width, b, l), from the scans' input (2 d, b, l)."""
         return torch.bmm(self.products.x, _halves(inner)).unflatten(2, inner.shape[1:])
 
     def scan(self, inner: Tensor, projected: Tensor) -> calls.Scan:
@@ -156,7 +156,7 @@ class _Weights:
     def project_back(
         self, inner: Tensor, projected: Tensor, grads: calls.ScanGradients
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the scans' input (2 d, b, l), and of both product weights of the directions, from the scan's."""
+        """Return gradients of the input (2 d, b, l), x (2, width, d) and dt (2, d, dt), from those of the scan."""
         dt, _, _ = self._columns.split(projected, dim=1)
         ddelta, dprojected = _halves(grads.delta.transpose(0, 1)), torch.empty_like(projected)
         ddt, dB, dC = self._columns.split(dprojected, dim=1)
@@ -169,14 +169,14 @@ class _Weights:
         return dinner.view(inner.shape), torch.bmm(flat, _halves(inner).mT), torch.bmm(ddelta, dt.flatten(2).mT)
 
     def convolve_back(self, both: Tensor, dinner: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gradients of u for both directions (2 d, b, l), and of the stacked convolutions' weights and biases."""
+        """Return gradients of u for both directions (2 d, b, l), and of the stacked weights and biases."""
         dboth, dweight, dbias = calls.convolve_backward(
             both.transpose(0, 1), self._conv_weight, self._conv_bias, True, dinner.transpose(0, 1)
         )
         return dboth.transpose(0, 1), dweight, dbias
 
     def unstacked(self, *stacked: Tensor | None) -> list[list[Tensor]]:
-        """Each direction's gradients of the weights that are not the products', in the dtypes of these."""
+        """Return each direction's gradients of the weights that are not the products', in the dtypes of these."""
         sides = [[torch.empty_like(w, memory_format=torch.contiguous_format) for w in side] for side in self._others]
         halves = zip(*(grad.chunk(2) for grad in stacked if grad is not None), strict=True)
         copy_each(pair for side, half in zip(sides, halves, strict=True) for pair in zip(side, half, strict=True))

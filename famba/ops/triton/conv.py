@@ -65,10 +65,10 @@ def convolve_backward(
     reverses: tuple[bool, ...],
     dx: Tensor,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Gradients of weights and biases, each in its input's dtype; write that of x, summed over the directions, into dx.
+    """Write the gradient of x into dx; return those of weights and biases, in their dtypes.
 
-    dys: (directions, b, l, d). dx: (b, l, d) of x's dtype, rows at equal distances over images too. One launch, and one
-    that adds up the tiles' sums.
+    dys: (directions, b, l, d), over which dx is a sum: (b, l, d) of x's dtype, rows at equal distances over images too.
+    One launch, and one that adds up the tiles' sums.
     """
     batch, length, channels = x.shape
     width = weights[0].shape[1]

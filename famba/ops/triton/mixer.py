@@ -22,7 +22,7 @@ _REVERSES = (False, True)
 
 
 def mixer_kept_shapes(batch: int, length: int, channels: int, projected: int, states: int) -> list[tuple[int, ...]]:
-    """Shapes of dt, B and C of both directions in one tensor, padded as `Columns` says, and of four that are empty."""
+    """Return the shapes of dt, B and C of both directions, padded as `Columns` says, and of four empty tensors."""
     return [(2, batch, length, Columns(projected - 2 * states, states).width), *[(0,)] * 4]
 
 

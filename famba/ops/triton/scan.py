@@ -126,14 +126,14 @@ class Scans:
 
 
 class Parameters(NamedTuple):
-    """What a scan reads besides activations, or the gradients of it: A (d, n), D (d,) and delta_bias (d,)."""
+    """Hold what a scan reads besides activations, or its gradients: A (d, n), D (d,) and delta_bias (d,)."""
 
     A: Tensor
     D: Tensor | None
     delta_bias: Tensor | None
 
     def empty(self) -> Parameters:
-        """Memory for their gradients, in their dtypes."""
+        """Return memory for their gradients, in their dtypes."""
         A, D, delta_bias = (
             None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in self
         )
@@ -143,7 +143,7 @@ class Parameters(NamedTuple):
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients of k scans, all (k, b, l, d) and in their inputs' dtypes; z's is None without a gate.
+    """Hold the gradients of k scans, all (k, b, l, d) and in their inputs' dtypes; z's is None without a gate.
 
     y: the scans' result again, where it was asked for.
     """
@@ -176,7 +176,7 @@ def scan(scans: Scans) -> Tensor:
 def scan_backward(
     scans: Scans, dy: Tensor, dB: Tensor, dC: Tensor, of_parameters: Sequence[Parameters], with_y: bool = False
 ) -> Gradients:
-    """Gradients for dy (b, l, d), which all results share, in four launches.
+    """Return the gradients for dy (b, l, d), which all results share, in four launches.
 
     Those of B and C are written into dB and dC, (k, b, l, n) with rows as `Scans` wants them, and those of the
     parameters into the contiguous tensors `of_parameters`, for each scan; all of any dtypes.

@@ -1,0 +1,524 @@
+"""`famba report`: the paper's table from one's own runs, over seeds, with intervals and plots.
+
+Runs of a model are compared where they share data, recipe, precision and code. Time, throughput and memory are compared
+where they share the machine too: a run from another machine counts for accuracy alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+from scipy.stats import t
+
+from famba.analysis.folders import prepared
+from famba.analysis.plots import Plot, draw, time_unit
+from famba.analysis.runs import read_metrics, read_runs
+from famba.data import PUBLISHED
+from famba.errors import DataError
+from famba.files import write_whole
+from famba.fusion import SETTINGS, Fusion
+from famba.fusion.schedules import PAPER, schedule, strategy_names
+from famba.training.compose import compose
+from famba.training.config import plain
+from famba.training.reporting import signed
+from famba.training.summary import Summary, from_cell, to_row
+
+NONE = "none"
+NAN = float("nan")
+COSTS = ("train_time_s", "peak_memory_mib", "saved_bytes_per_image", "images_per_s")
+_NUMBERS = [*COSTS, "top1", "top5", "macs_per_image", "parameters", "tokens"]
+_OUTCOME = ["image_size", "precision", "steps", "provenance.famba", "provenance.git_commit"]
+_MODEL = ["model", *(f"config.model.{key}" for key in ("patch_size", "depth", "embed_dim", "d_state", "cls_position"))]
+_MACHINE = ("device", "processes", "backend")
+_PLACE = [f"provenance.{key}" for key in (*_MACHINE, "cuda")]
+_SPEED = ("compile", "cuda_graphs", "grad_checkpointing", "accumulation")
+_PLACE += ["config.data.workers", *(f"config.trainer.{key}" for key in _SPEED)]
+# Settings that have no bearing on results, or whose outcome the summary tells.
+_IGNORED = """fusion. logger. model.name seed run_dir resume data.image_size trainer.device trainer.log_every
+    trainer.eval_every trainer.save_every_min trainer.precision ops.backend"""
+_FREE = (*(f"config.{key}" for key in _IGNORED.split()), *_PLACE)
+# What tells fusion settings apart, in the order in which they are sorted; for some, what a label need not say.
+_SETTING = ["strategy", *SETTINGS, "budget", "adapt_at", "adapt_images", "schedule"]
+_USUAL = {name: str(value or "") for name, value in Fusion().settings().items()}
+_USUAL |= {"budget": "the most common", "layers": ""}
+_KINDS = {
+    "unfinished": "Not finished",
+    "damaged": "Damaged",
+    "other": "Another recipe, other data or other code than the table of their model",
+    "repeated": "The same setting and seed as a run that started before, which counts",
+    "elsewhere": "Counted for accuracy alone, since they were trained on another machine",
+}
+READING = """± is the sample standard deviation over seeds; a single number is of one seed.
+Differences are paired by seed, with 95 % intervals by Student's t; about one in twenty misses the true difference.
+A setting is on the Pareto front unless another beats it: by the means it is at least as accurate at no more cost, and \
+the interval of one of the two differences excludes 0.
+Shares of none are over the seeds that both have. Training time is that of data and steps, without evaluation.
+Top-1 and Top-5 are of the test images after the last step.""".splitlines()
+_SOURCE = "arXiv 2409.09808, CIFAR-100 on an A100 with the paper's recipe"
+# Shen et al., "Famba-V: Fast Vision Mamba with Cross-Layer Token Fusion": Top-1 in percent and training time.
+_PRINTED = {
+    ("vim_small_patch16_224", "none"): (76.9, ""),
+    ("vim_small_patch16_224", "upper"): (75.2, ""),
+    ("vim_tiny_patch16_224", "interleaved"): (67.0, "under 4 h"),
+}
+_TOP1, _TIME = "top1_difference_to_none_points", "train_time_difference_to_none_s"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Hold the settings of a model that may be compared.
+
+    runs: as `read_runs` gives them, with label, seed, numbers as floats, and here (whether on the table's machine).
+    rows: the columns of report.csv by label. sheets: the same as text. shared: what the runs share, and the machine
+    that times and memory are of. notes: what a reader has to know. fronts: the labels of the Pareto front by cost.
+    metrics: the lines that each run logged.
+    """
+
+    model: str
+    runs: pd.DataFrame
+    rows: pd.DataFrame
+    sheets: dict[str, pd.DataFrame]
+    conclusion: str
+    notes: list[str]
+    shared: pd.Series
+    fronts: dict[str, list[str]]
+    metrics: dict[str, pd.DataFrame]
+
+    @cached_property
+    def plots(self) -> list[Plot]:
+        """Draw the table's pictures, once they are asked for."""
+        stem = re.sub(r"[^a-z0-9]+", "-", self.model.lower()).strip("-")[:60] or "model"
+        return draw(self.rows, self.runs, self.fronts, self.metrics, stem)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Hold a table for each model. left_out: by kind of reason the names of runs, and the reasons."""
+
+    tables: list[Table]
+    left_out: dict[str, list[tuple[str, str]]]
+    headline: str
+
+
+LeftOut = list[tuple[str, str, str]]  # kind, run, reason
+
+
+def write_report(paths: Iterable[str | Path], out: Path) -> Report:
+    """Write report.md, .csv, .tex, .html and plots/ on the runs in some folders and CSV files.
+
+    Raises ConfigError where the folder cannot be written, before any run is read, DataError where no table can be made,
+    and CheckpointError where the disk refuses later.
+    """
+    with prepared(out, out / "plots"):
+        report = gather(paths)
+        texts = {"report.md": markdown(report), "report.csv": table_csv(report), "report.tex": latex(report)}
+        files = {name: text.encode() for name, text in texts.items()}
+        for plot in (plot for table in report.tables for plot in table.plots if plot.svg):
+            files |= {f"plots/{plot.name}.svg": plot.svg, f"plots/{plot.name}.png": plot.png}
+        # Last, so that a page is there only with all that belongs to it.
+        files["report.html"] = page(report).encode()
+        for name, content in files.items():
+            write_whole(out / name, lambda file, content=content: Path(file).write_bytes(content))  # type: ignore[misc]
+    return report
+
+
+def gather(paths: Iterable[str | Path]) -> Report:
+    """Read runs and work out a report. Raises DataError where no table can be made of them."""
+    runs = read_runs(paths).replace("null", "")
+    left_out: LeftOut = [(run.kind, run.run, run.problem) for run in runs.itertuples() if run.problem]
+    usable = runs[runs["problem"] == ""]
+    tables = _tables(_prepared(usable), left_out) if len(usable) else []
+    if not tables:
+        lines = "\n".join(f"  {run}: {reason}" for _, run, reason in left_out[:8])
+        raise DataError(f"no run of these can stand in a table:\n{lines}\nWait for them, continue them, or name others")
+    listed: dict[str, list[tuple[str, str]]] = {kind: [] for kind in _KINDS}
+    found = pd.DataFrame(left_out, columns=["kind", "run", "reason"])
+    for (kind, reason), names in found.groupby(["kind", "reason"])["run"]:
+        listed[kind].append(("; ".join(sorted(names)), reason))
+    counted, moved = sum(len(table.runs) for table in tables), int((found["kind"] == "elsewhere").sum())
+    headline = f"{counted} runs in the tables, {moved} of them for accuracy alone; {len(found) - moved} left out."
+    groups = {_KINDS[kind]: names for kind, names in listed.items() if names}
+    return Report(tables, groups, headline)
+
+
+# Which runs are compared
+
+
+def _prepared(runs: pd.DataFrame) -> pd.DataFrame:
+    """Add numbers, seed and lists, and the fusion setting as text: without fusion nothing but the strategy counts."""
+    names = {f"config.fusion.{name}": name for name in (*_SETTING, "layers")}
+    needed = [*names, *_NUMBERS, *_MODEL, *_PLACE, *_OUTCOME, "started_from.weights_sha256", "config.init_from"]
+    runs = runs.reindex(columns=list(dict.fromkeys([*runs, *needed, "config.data.root"])), fill_value="")
+    counts = {name: runs[name].map(lambda cell: float(cell or "nan")) for name in _NUMBERS}
+    counts |= {name: counts[name].where(counts[name] > 0) for name in COSTS}
+    counts |= {"seed": runs["provenance.seed"].astype(int), "left": runs["tokens_per_layer"].map(from_cell)}
+    removed = runs["schedule"].map(lambda cell: str(sum(from_cell(cell))))
+    setting = runs[[*names]].rename(columns=names)
+    setting = setting.assign(strategy=runs["strategy"], schedule=runs["schedule"], budget=removed).replace("false", "")
+    # An adaptive schedule is a result, not a setting.
+    adaptive = runs["strategy"] == "adaptive"
+    setting["schedule"] = setting["schedule"].mask(adaptive, "")
+    setting[["adapt_at", "adapt_images"]] = setting[["adapt_at", "adapt_images"]].where(adaptive, "")
+    setting.loc[runs["strategy"] == NONE, setting.columns != "strategy"] = ""
+    setting = setting.map(lambda cell: cell.strip("[]").replace(",", ""))
+    # The layers that were asked for do not count beside the schedule that came of them.
+    setting["layers"] = setting.groupby(_SETTING)["layers"].transform("first")
+    # The images of a published set are the same wherever they lie, and weights are told by what they are.
+    root = runs["config.data.root"].mask(runs["config.data.name"].isin(PUBLISHED), "")
+    digest = runs["started_from.weights_sha256"]
+    head = runs.get("started_from.new_classifier", digest).map({"true": ", a new classifier"}).fillna("")
+    started = runs["config.init_from"].mask(digest != "", "weights of SHA-256 " + digest.str[:16] + head)
+    return runs.assign(**counts, **setting, **{"config.data.root": root, "config.init_from": started})
+
+
+def _tables(runs: pd.DataFrame, left_out: LeftOut) -> list[Table]:
+    """Return for each model its largest group of runs that may be compared; the others go to left_out."""
+    free = (*_FREE, *_MODEL[1:])
+    what = [name for name in runs if name.startswith("config.") and not name.startswith(free)] + _OUTCOME
+    place = [*_PLACE, *(name for name in runs if name.startswith("provenance.packages."))]
+    tables = []
+    for key, own in runs.groupby(_MODEL):
+        alike = runs.loc[runs["model"] == key[0], _MODEL].nunique() > 1
+        told = [f"{name[13:]} {key[i] or 'as registered'}" for i, name in enumerate(_MODEL) if alike[name]]
+        chosen = _largest(own, what)
+        first, others = chosen.iloc[0], own.drop(chosen.index)
+        left_out += [("other", run["run"], _differences(first[what], run)) for _, run in others.iterrows()]
+        here = _largest(chosen, place).iloc[0][place]
+        chosen = chosen.assign(here=(chosen[place] == here).all(axis=1), label=_labels(chosen))
+        chosen = chosen.sort_values(
+            ["here", "provenance.started", "train_time_s", "run"], ascending=[False, *[True] * 3]
+        )
+        again = chosen.duplicated(["label", "seed"])
+        left_out += [("repeated", run.run, f"seed {run.seed} of {run.label}") for run in chosen[again].itertuples()]
+        chosen = chosen[~again]
+        moved = chosen[~chosen["here"]]
+        left_out += [("elsewhere", run["run"], _differences(here, run)) for _, run in moved.iterrows()]
+        tables.append(_table(", ".join([key[0], *told]), chosen, first[what], here))
+    return sorted(tables, key=lambda table: (table.rows["parameters"].min(), table.model))
+
+
+def _largest(runs: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    """Return the runs that share the most settings and seeds; of several such those with none, then the latest."""
+
+    def size(group: pd.DataFrame) -> tuple[int, bool, str]:
+        trials = len(group.drop_duplicates([*_SETTING, "seed"]))
+        return trials, (group["strategy"] == NONE).any(), group["provenance.started"].max()
+
+    return max((group for _, group in runs.groupby(names)), key=size)
+
+
+def _labels(runs: pd.DataFrame) -> pd.Series:
+    """Return a label for each run's setting: the strategy, and what tells it from the other settings."""
+    common = _usual(runs)
+    told = {i: [name for name in common if runs.at[i, name] not in ("", common[name])] for i in runs.index}
+    for _, alike in runs.groupby(["strategy", *common]):
+        differs = [name for name in ("adapt_at", "adapt_images", "schedule") if alike[name].nunique() > 1]
+        told |= {i: [*told[i], *differs] for i in alike.index}
+    labels = {i: [runs.at[i, "strategy"], *(f"{name} {runs.at[i, name]}" for name in told[i])] for i in runs.index}
+    return pd.Series({i: ", ".join(parts) for i, parts in labels.items()})
+
+
+def _usual(runs: pd.DataFrame) -> dict[str, str]:
+    """Return what holds where a label says nothing else: the default where a run has it, else what most have."""
+    fused = runs[runs["strategy"] != NONE]
+    return {name: default if default in set(fused[name]) else fused[name].mode().min()
+            for name, default in _USUAL.items() if len(fused)}  # fmt: skip
+
+
+def _short(name: str) -> str:
+    return re.sub(r"^(config|provenance\.packages|provenance)\.", "", name)
+
+
+def _differences(table: pd.Series, run: pd.Series) -> str:
+    """Return the keys in which a run differs from what a table's runs share."""
+    lines = []
+    for name in sorted(name for name in table.index if run.get(name, "") != table[name]):
+        here, there = ((value.get(name) or "not known")[:80] for value in (run, table))
+        lines.append(f"{_short(name)}: {here}, in the table {there}")
+    return "; ".join(lines)
+
+
+# Numbers
+
+
+def _table(model: str, runs: pd.DataFrame, what: pd.Series, here: pd.Series) -> Table:
+    order = {name: place for place, name in enumerate(strategy_names())}
+    runs = runs.assign(rank=runs["strategy"].map(order).fillna(len(order))).sort_values(["rank", *_SETTING, "seed"])
+    # Times are of the runs on the table's machine; where a row has none, of those on one other machine.
+    at = list(here.index)
+    timed = [own[own["here"]] if own["here"].any() else _largest(own, at) for _, own in runs.groupby("label")]
+
+    def by_seed(value: str) -> pd.DataFrame:
+        of = pd.concat(timed) if value in COSTS else runs
+        return of.pivot(index="seed", columns="label", values=value).reindex(columns=runs["label"].unique())
+
+    values = {name: by_seed(name) for name in ("top1", "top5", *COSTS)}
+    is_here = runs.groupby("label")["here"].any()
+    fronts = {cost: _front(values["top1"], values[cost].loc[:, is_here]) for cost in COSTS}
+    rows = _rows(runs, values, what, here).assign(model=model)
+    rows["on_pareto_front_of_time"] = rows.index.isin(fronts["train_time_s"])
+    metrics = {run.run: read_metrics(run.folder) for run in runs.itertuples()}
+    logged = {run: found for run, (found, _) in metrics.items()}
+    known = values["train_time_s"].count()
+    notes = _notes(rows, runs, known) + [f"{run}: {remark}." for run, (_, remark) in metrics.items() if remark]
+    settings = pd.Series(_usual(runs), dtype=object).add_prefix("fusion, unless a row says otherwise: ")
+    shared = pd.concat([what, here, settings]).rename(_short)
+    return Table(model, runs, rows, _sheets(rows), _conclusion(rows), notes, shared[shared != ""], fronts, logged)
+
+
+def _rows(runs: pd.DataFrame, by_seed: dict[str, pd.DataFrame], what: pd.Series, place: pd.Series) -> pd.DataFrame:
+    """Return the columns of report.csv by label: unrounded, units in their names, NaN for what is not known."""
+    groups = runs.groupby("label", sort=False)
+    first, is_here = groups.first(), groups["here"].any()
+    columns = {"model": "", "fusion": first.index.to_series(), **first[["strategy", *SETTINGS]]}
+    columns |= {"tokens_removed": first["budget"].replace("", "0").astype(int), "data": what["config.data.name"]}
+    columns["seeds"] = groups["seed"].agg(lambda seeds: " ".join(map(str, seeds)))
+    for name, values in by_seed.items():
+        name = f"{name}_percent" if name in ("top1", "top5") else name
+        columns |= {f"{name}_mean": values.mean(), f"{name}_sd": values.std()}
+    columns |= _to_none(by_seed["top1"]).add_prefix(_TOP1)
+    columns |= {_TOP1.replace("points", "seeds"): columns.pop(f"{_TOP1}_seeds")}
+    columns |= _to_none(by_seed["train_time_s"]).where(is_here, axis=0).drop(columns="_seeds").add_prefix(_TIME)
+    for cost, name in zip(COSTS, ("train_time", "peak_memory", "saved_bytes"), strict=False):
+        columns[f"{name}_share_of_none"] = _share_of_none(by_seed[cost]).where(is_here)
+    left = groups["left"].agg(lambda runs: [sum(layer) / len(layer) for layer in zip(*runs, strict=True)])
+    used = runs["left"].map(sum) / (runs["tokens"] * runs["left"].map(len))
+    printed = first.apply(lambda run: _NOTHING if _deviations(run) else _PRINTED[run["model"], run["strategy"]], axis=1)
+    columns |= {
+        **groups[["macs_per_image", "parameters"]].mean(),
+        "tokens": first["tokens"].astype(int),
+        "tokens_left_mean": left.str[-1],
+        "tokens_per_layer_mean": left.map(lambda layers: " ".join(f"{tokens:g}" for tokens in layers)),
+        "token_layers_share_of_all": used.groupby(runs["label"]).mean(),
+        "on_pareto_front_of_time": False,
+        "paper_top1_percent": printed.str[0].astype(float),
+        "paper_train_time": printed.str[1],
+        **{name: is_here.map({True: place[f"provenance.{name}"], False: ""}) for name in _MACHINE},
+        "famba": what["provenance.famba"],
+        "git_commit": what["provenance.git_commit"],
+    }
+    return pd.DataFrame(columns, index=first.index)
+
+
+def interval(ours: pd.Series, base: pd.Series) -> pd.Series:
+    """Return the mean difference of two columns by seed ("") and its 95 % interval by Student's t (_low95, _high95).
+
+    _seeds lists the seeds that are in both. The ends are NaN for one such seed, all three numbers for none.
+    """
+    found = (ours - base).dropna()
+    half = t.ppf(0.975, len(found) - 1) * found.std() / len(found) ** 0.5 if len(found) > 1 else NAN
+    seeds = " ".join(map(str, found.index))
+    return pd.Series({"": found.mean(), "_low95": found.mean() - half, "_high95": found.mean() + half, "_seeds": seeds})
+
+
+def _to_none(by_seed: pd.DataFrame) -> pd.DataFrame:
+    """Return the interval of each label's difference to none; NaN for none itself, and where it is missing."""
+    unknown = by_seed.iloc[:, 0] * NAN
+    base = by_seed.get(NONE, unknown)
+    found = pd.DataFrame({label: interval(unknown if label == NONE else by_seed[label], base) for label in by_seed}).T
+    return found.astype({"": float, "_low95": float, "_high95": float})
+
+
+def _share_of_none(by_seed: pd.DataFrame) -> pd.Series:
+    """Return each label's cost as a share of that of none, over the seeds that both have."""
+    base = by_seed.get(NONE, by_seed.iloc[:, 0] * NAN)
+    both = by_seed.where(base.notna(), axis=0)
+    return both.sum(min_count=1) / both.notna().mul(base, axis=0).sum(min_count=1)
+
+
+def _front(top1: pd.DataFrame, spent: pd.DataFrame) -> list[str]:
+    """Return the labels that no other beats, cheapest first."""
+    costs = spent.mean().dropna().sort_values(kind="stable")
+
+    def beats(rival: str, label: str) -> bool:
+        if costs[rival] > costs[label] or top1[rival].mean() < top1[label].mean():
+            return False
+        less, more = interval(spent[rival], spent[label]), interval(top1[rival], top1[label])
+        return bool(less["_high95"] < 0 or more["_low95"] > 0)
+
+    return [label for label in costs.index if not any(beats(rival, label) for rival in costs.index)]
+
+
+_NOTHING = (NAN, "")
+
+
+def _deviations(run: pd.Series) -> str:
+    """Return how a run differs from those that the paper has figures of, which are of experiment=paper_table.
+
+    Order and place of fusing are free: the paper and its code have two places, and no figures for the order.
+    """
+    if (run["model"], run["strategy"]) not in _PRINTED:
+        return "the paper's figure is not known here"
+    wanted = _paper()
+    if run["strategy"] != NONE:
+        budgets = [" ".join(map(str, schedule(run["strategy"], 24, 197, budget))) for budget in (PAPER, 168)]
+        wanted = wanted | {"weighting": "mean", "mode": "fuse", "schedule": budgets[run["schedule"] != budgets[0]]}
+    return _differences(pd.Series(wanted), run).replace("in the table", "there")
+
+
+@cache
+def _paper() -> dict[str, str]:
+    row = to_row(
+        Summary("", image_size=224), plain(compose(["experiment=paper_table", "model=vim_s", "fusion=none", "seed=0"]))
+    )
+    free = (*_FREE, "config.data.root", "format", "status", "stalled_starts")
+    return {name: cell.replace("null", "") for name, cell in row.items() if not name.startswith(free)}
+
+
+# Text
+
+
+def spread(mean: float, sd: float, digits: int, factor: float = 1.0) -> str:
+    """Write a mean and its standard deviation; the mean alone for one seed, a dash for none."""
+    if pd.isna(mean):
+        return "-"
+    return f"{factor * mean:.{digits}f}" + ("" if pd.isna(sd) else f" ± {factor * sd:.{digits}f}")
+
+
+def difference(found: pd.Series, name: str = "") -> str:
+    """Write a difference and its interval; a dash for none."""
+    mean, low, high = found[name], found[f"{name}_low95"], found[f"{name}_high95"]
+    if pd.isna(mean):
+        return "-"
+    return f"{signed(mean)} ({'one seed' if pd.isna(low) else f'{signed(low)} to {signed(high)}'})"
+
+
+def _sheets(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the results as the paper has them and the costs in detail, as text with units in the headers."""
+    factor, unit = time_unit(rows)
+    star = rows["device"].map({"": " *"}).fillna("") if rows["device"].any() else ""
+
+    def cells(name: str, digits: int, factor: float = 1.0) -> pd.Series:
+        if name in rows:
+            return rows[name].map(lambda value: "-" if pd.isna(value) else f"{factor * value:,.{digits}f}")
+        return rows.apply(lambda row: spread(row[f"{name}_mean"], row[f"{name}_sd"], digits, factor), axis=1)
+
+    results = [
+        ("fusion", rows["fusion"]),
+        ("seeds", rows["seeds"].str.split().str.len().astype(str)),
+        ("Top-1, %", cells("top1_percent", 2)),
+        ("difference to none, points (95 % interval)", rows.apply(difference, axis=1, name=_TOP1)),
+        ("Top-5, %", cells("top5_percent", 2)),
+        (f"training time, {unit}", cells("train_time_s", 1, 1 / factor) + star),
+        ("of none", cells("train_time_share_of_none", 3)),
+        ("peak memory, MiB", cells("peak_memory_mib", 0) + star),
+        ("of none", cells("peak_memory_share_of_none", 3)),
+    ]
+    if rows["model"].str.split(",").str[0].isin([model for model, _ in _PRINTED]).any():
+        results += [("paper: Top-1, %", cells("paper_top1_percent", 1)), ("paper: time", rows["paper_train_time"])]
+    costs = [
+        ("fusion", rows["fusion"]),
+        ("images/s", cells("images_per_s", 1) + star),
+        ("saved for the backward, kB/image", cells("saved_bytes_per_image_mean", 0, 1e-3) + star),
+        ("of none", cells("saved_bytes_share_of_none", 3)),
+        ("FLOPs (multiply-adds), M/image", cells("macs_per_image", 1, 1e-6)),
+        ("parameters, M", cells("parameters", 2, 1e-6)),
+        ("tokens left", rows["tokens_left_mean"].map("{:.4g}".format) + " of " + rows["tokens"].astype(str)),
+        ("token-layers, of all", cells("token_layers_share_of_all", 3)),
+    ]
+    sheets = {"Results": results, "Cost": costs}
+    return {title: pd.concat([text.rename(name) for name, text in sheet], axis=1) for title, sheet in sheets.items()}
+
+
+def _conclusion(rows: pd.DataFrame) -> str:
+    """Return what the intervals show of each setting against none, in one sentence."""
+    more, less = rows[f"{_TOP1}_low95"] > 0, rows[f"{_TOP1}_high95"] < 0
+    faster = (rows[f"{_TIME}_high95"] < 0) & rows[f"{_TOP1}_low95"].notna() & ~less
+    shown = {"more accurate": more, "less accurate": less, "faster and not shown to be less accurate": faster}
+    said = [f"{what}: {', '.join(rows.index[found])}" for what, found in shown.items() if found.any()]
+    if rows[f"{_TOP1}_low95"].isna().all():
+        return "Not enough seeds to compare: at least 2 that a setting and none share are needed."
+    return f"Against none, {'; '.join(said)}." if said else "No difference to none is shown."
+
+
+def _notes(rows: pd.DataFrame, runs: pd.DataFrame, known: pd.Series) -> list[str]:
+    """Return what a reader has to know to read a table right; known: runs by label whose time is known."""
+    seeds, first = runs.groupby("label").size(), runs.drop_duplicates("label").set_index("label")
+    single = "; ".join(rows.index[seeds[rows.index] == 1])
+    fewer = "; ".join(f"{name} {known[name]} of {seeds[name]}" for name in rows.index if known[name] < seeds[name])
+    moved = "; ".join(rows.index[rows["device"] == ""] if rows["device"].any() else [])
+    printed = [label for label, run in first.iterrows() if (run["model"], run["strategy"]) in _PRINTED]
+    other = {label: ways for label in printed if (ways := _deviations(first.loc[label]))}
+    notes = {
+        f"One seed alone, so neither spread nor interval: {single}.": single,
+        "No run without fusion (none) is among these: differences and shares are left open.": NONE not in rows.index,
+        f"* timed on another machine, so without shares and not in the plots of cost: {moved}.": moved,
+        f"Training time is of the runs on the table's machine of which it is known: {fewer}.": fewer,
+        "Costs of an adaptive schedule are of its last one, but for time.": "adaptive" in set(rows["strategy"]),
+        f"Paper: {_SOURCE}; a dash where its figure is not known here.": len(printed) > len(other),
+        f"The paper's figures are not set beside {'; '.join(other)}: {next(iter(other.values()), '')}.": other,
+    }
+    return [note for note, holds in notes.items() if holds]
+
+
+# Formats
+
+
+def markdown(report: Report) -> str:
+    """Return the report as Markdown; pictures by their path from the report's folder."""
+    lines = ["# Token fusion in Vision Mamba", "", report.headline, ""]
+    for table in report.tables:
+        lines += [f"## {_md(table.model)}", "", _md(table.conclusion), ""]
+        for title, sheet in table.sheets.items():
+            lines += [f"### {title}", "", tabulated(sheet.map(_md), "github"), ""]
+        lines += [*(f"- {_md(note)}" for note in table.notes), ""]
+        for plot in table.plots:
+            lines += [f"![{plot.title}](plots/{plot.name}.svg)", ""] if plot.svg else []
+            lines += [f"{plot.title}. {plot.caption}", ""]
+        shared = (f"- {_md(name)}: {_md(value)}" for name, value in table.shared.items())
+        lines += ["### What all of these runs share", "", *shared, ""]
+    lines += ["## Runs left out, and what differs", ""]
+    for title, runs in report.left_out.items():
+        lines += [f"{title}:", "", *(f"- {_md(names)}\n  - {_md(reason)}" for names, reason in runs), ""]
+    return "\n".join([*lines, "## How to read this", "", *(f"- {line}" for line in READING)]) + "\n"
+
+
+def table_csv(report: Report) -> str:
+    """Return a line for each row of all tables: unrounded, units in the names of the columns, empty where not known."""
+    return pd.concat([table.rows for table in report.tables]).to_csv(index=False, lineterminator="\n")
+
+
+def latex(report: Report) -> str:
+    r"""Return two tables for each model, with booktabs; to be read in by \input."""
+    lines = ["% needs \\usepackage{booktabs}"]
+    for table in report.tables:
+        for title, sheet in table.sheets.items():
+            text = tabulated(sheet, "latex_booktabs").replace("±", r"$\pm$").replace("\N{MINUS SIGN}", "$-$")
+            caption = f"{table.model}: {title.lower()}".replace("_", r"\_")
+            lines += ["\\begin{table}", f"\\centering\n\\caption{{{caption}}}", text, "\\end{table}"]
+    return "\n".join(lines) + "\n"
+
+
+def page(report: Report) -> str:
+    """Return one HTML page that needs nothing but itself: no script, no other file, no network."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment.filters["base64"] = lambda svg: base64.b64encode(svg).decode()
+    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    return environment.from_string(template).render(report=report, reading=READING)
+
+
+def terminal(report: Report, out: Path) -> str:
+    """Return what to print of a report that has been written."""
+    lines = []
+    for table in report.tables:
+        lines += [table.model, "", tabulated(table.sheets["Results"], "simple"), "", table.conclusion, ""]
+    for title, runs in report.left_out.items():
+        lines += [f"{title}:", *(f"  {names}: {reason}" for names, reason in runs), ""]
+    return "\n".join([*lines, report.headline, f"{out / 'report.html'}"])
+
+
+def tabulated(sheet: pd.DataFrame, form: str) -> str:
+    """Return a table of text in one of tabulate's forms, all but its first column to the right."""
+    sides = ["left", *["right"] * (len(sheet.columns) - 1)]
+    return sheet.to_markdown(index=False, tablefmt=form, disable_numparse=True, colalign=sides)
+
+
+def _md(text: str) -> str:
+    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", text)

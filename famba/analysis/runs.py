@@ -1,0 +1,155 @@
+"""Read runs into a pandas DataFrame, from run folders and from CSV files, and write such CSV files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from famba.analysis.status import Status, parse_line, status
+from famba.errors import DataError
+from famba.training.run_folder import METRICS
+from famba.training.summary import SUMMARY, Summary, from_row, to_row
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+# What a report adds to the columns of a row; folder is empty for a row of a CSV file, problem for a run that is usable.
+_OWN = ("run", "folder", "state", "kind", "problem")
+_NEEDED = ("model", "strategy", "top1", "tokens", "schedule", "tokens_per_layer")
+_METRICS = ["kind", "step", "epoch", "loss", "test_top1", "validation_top1"]
+
+
+def read_runs(paths: Iterable[str | Path]) -> pd.DataFrame:
+    """Read the runs in or below some folders and in some CSV files, each once, sorted by name.
+
+    Returns a row for each run, all text, with an empty cell for what is not known: run (a name that does not depend on
+    where the folders lie), folder, state (as `famba status` names it), kind and problem (why a run cannot be used:
+    "unfinished" or "damaged", and the reason), and the columns of `famba.training.summary.to_row`.
+
+    Raises DataError for a path without runs and for a file that is no table of runs.
+    """
+    found: dict[Any, dict[str, str]] = {}
+    for path in map(Path, paths):
+        is_table = path.suffix == ".csv" and path.is_file()
+        for key, row in _from_csv(path) if is_table else _from_folders(path):
+            found.setdefault(key, row)
+    rows = sorted(found.values(), key=lambda row: (row["run"], row["folder"]))
+    runs = pd.DataFrame(rows).fillna("")
+    again = runs.groupby("run").cumcount()
+    return runs.assign(run=runs["run"].where(again == 0, runs["run"] + " (" + (again + 1).astype(str) + ")"))
+
+
+def runs_csv(runs: pd.DataFrame) -> str:
+    """Return usable runs as CSV, which `read_runs` reads like their folders; curves are not part of it."""
+    kept = runs[runs["problem"] == ""].drop(columns=[name for name in _OWN if name != "run"])
+    return kept.to_csv(index=False, lineterminator="\n")
+
+
+def run_table(runs: pd.DataFrame) -> str:
+    """Return a line for each run, with time per epoch and tokens left after the last layer, and what is damaged."""
+    names = {"model": "model", "strategy": "fusion", "provenance.seed": "seed", "top1": "Top-1 %"}
+    table = runs.reindex(columns=[*names], fill_value="").rename(columns=names)
+    table["Top-1 %"] = table["Top-1 %"].map(lambda cell: f"{float(cell):.2f}" if cell else "")
+    times = runs[[name for name in runs if name.startswith("epoch_time_s.")]].apply(pd.to_numeric, errors="coerce")
+    table["time per epoch s"] = times.sum(axis=1, min_count=1).map(lambda time: "" if pd.isna(time) else f"{time:.2f}")
+    left = runs.get("tokens_per_layer", runs["run"].map(lambda _: ""))
+    table["tokens left"] = left.str.extract(r"(\d+)\]$", expand=False) + " of " + runs.get("tokens", left)
+    table = table.fillna("").assign(status=runs["state"]).replace("", "-")
+    sides = ["left", "left", *["right"] * 3, "left", "left"]
+    text = table.to_markdown(index=False, tablefmt="simple", disable_numparse=True, colalign=sides)
+    damaged = runs[runs["kind"] == "damaged"]
+    return "\n".join([text, *(damaged["run"] + ": " + damaged["problem"])])
+
+
+def read_metrics(folder: str) -> tuple[pd.DataFrame, str]:
+    """Read what metrics.jsonl says of loss and evaluations; return it with a remark on what could not be read."""
+    lines: list[str] = []
+    try:
+        lines = (Path(folder) / METRICS).read_text(encoding="utf-8", errors="replace").splitlines() if folder else []
+    except OSError as error:
+        return pd.DataFrame(columns=_METRICS), f"{METRICS} cannot be read ({error.strerror}): no curves of this run"
+    found = [values for line in lines if (values := parse_line(line))]
+    logged = pd.DataFrame(found, columns=_METRICS)
+    logged[_METRICS[1:]] = logged[_METRICS[1:]].apply(pd.to_numeric, errors="coerce")
+    is_whole = logged["loss"].notna() | (logged["kind"] != "train")
+    broken = len(lines) - int(is_whole.sum())
+    remark = f"{broken} of {len(lines)} lines of {METRICS} cannot be read: gaps in its curves" if broken else ""
+    return logged[is_whole], remark
+
+
+def printable(text: str) -> str:
+    """Return a text that UTF-8 can hold and that stays on its line."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _from_folders(path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
+    for run in status([path]):
+        folder = Path(run.folder)
+        below = "" if run.run == str(path) else f"/{run.run}"
+        yield folder.resolve(), _read(printable(f"{path.resolve().name}{below}"), run, folder)
+
+
+def _read(name: str, run: Status, folder: Path) -> dict[str, str]:
+    row = dict(zip(_OWN, (name, printable(str(folder)), run.state, "", ""), strict=True))
+    step = "" if run.step is None else f" after step {run.step}{'' if run.steps is None else f' of {run.steps}'}"
+    if run.state != "finished":
+        row |= {"kind": "unfinished", "problem": printable(f"{run.state}{step}{f': {run.note}' if run.note else ''}")}
+    try:
+        summary, config = Summary.parse((folder / SUMMARY).read_bytes()), {}
+        if run.state == "finished":
+            _check(summary)
+            config = _config(folder)
+        return row | to_row(summary, config)
+    except FileNotFoundError as error:  # not begun, or gone by now
+        return row if row["problem"] else row | _damaged(str(error))
+    except (OSError, ValueError) as error:
+        return row | _damaged((run.note or str(error)).removeprefix(f"{folder}/"))
+
+
+def _from_csv(path: Path) -> Iterator[tuple[tuple[Path, int], dict[str, str]]]:
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        if missing := [name for name in ("run", "status", *_NEEDED) if name not in table]:
+            raise ValueError(f"it has no column {', '.join(missing)}")
+    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
+        raise DataError(f"{path} is no table of runs ({error}); write one by scripts/keep_runs.py") from error
+    for index, cells in enumerate(table.to_dict("records")):
+        row = dict(zip(_OWN, (printable(cells.pop("run")), "", "finished", "", ""), strict=True))
+        try:
+            summary, config = from_row(cells)
+            _check(summary)
+            if summary.status != "finished":
+                raise ValueError(f"status is {summary.status}, not finished")
+            row |= to_row(summary, config)
+        except ValueError as error:
+            row |= _damaged(f"its row in {path.name} is damaged: {error}")
+        yield (path.resolve(), index), row
+
+
+def _damaged(reason: str) -> dict[str, str]:
+    return {"state": "damaged", "kind": "damaged", "problem": printable(" ".join(reason.split()))}
+
+
+def _check(summary: Summary) -> None:
+    """Raise ValueError where a finished run lacks what every table needs."""
+    unknown = [name for name in _NEEDED if getattr(summary, name) is None]
+    if unknown or not isinstance(summary.provenance.get("seed"), int):
+        raise ValueError(f"the summary does not say {', '.join(unknown) or 'provenance.seed'}")
+    if len(summary.schedule or ()) != len(summary.tokens_per_layer or ()) or not summary.schedule or not summary.tokens:
+        raise ValueError("the summary has a schedule and tokens_per_layer that contradict each other")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = yaml.load((folder / "config.yaml").read_bytes(), _LOADER)  # noqa: S506 - a safe one
+    except FileNotFoundError:
+        raise ValueError("config.yaml is missing, so its recipe is not known") from None
+    except (OSError, yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"config.yaml is damaged: {error}") from error
+    if not isinstance(config, dict) or not config.keys() >= {"model", "fusion", "data", "trainer"}:
+        raise ValueError("config.yaml is damaged: it holds no configuration")
+    return config

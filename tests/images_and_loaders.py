@@ -1,0 +1,101 @@
+"""Make small images, data sets and loaders for the tests of data."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from famba.data import ArraySource, Augmentation, Batch, Splits, eval_batches, load_splits, train_batches
+
+BATCH = Augmentation(
+    kind="batch",
+    crop_padding=2,
+    hflip=0.5,
+    auto_augment=None,
+    color_jitter=0.0,
+    random_erasing=0.0,
+    erasing_mode="pixel",
+    interpolation="bicubic",
+    eval_crop=1.0,
+)
+PLAIN = replace(BATCH, crop_padding=0, hflip=0.0)
+TIMM = replace(PLAIN, kind="timm", hflip=0.5, auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.5)
+_SHARED = {"image_size": 8, "mean": (0.0,) * 3, "std": (1.0,) * 3, "rank": 0, "world_size": 1, "workers": 0}
+
+
+def load(name: str, root: Path | None = None, **changes: Any) -> Splits:
+    return load_splits(name, root, **{"subset": None, "val_fraction": 0.0, "num_classes": None, **changes})
+
+
+def training(source: Any, augmentation: Augmentation = BATCH, **changes: Any) -> Any:
+    options = {"seed": 3, "batch_size": 8, "accumulation": 1, "repeats": 1, **_SHARED, **changes}
+    return train_batches(source, augmentation, **options)  # type: ignore[arg-type]
+
+
+def evaluation(source: Any, augmentation: Augmentation = PLAIN, **changes: Any) -> Any:
+    return eval_batches(source, augmentation, **{"batch_size": 4, **_SHARED, **changes})  # type: ignore[arg-type]
+
+
+def labels_in(batches: Iterable[Batch]) -> list[int]:
+    return [int(label) for _, labels in batches for label in labels]
+
+
+def assert_same(one: Iterable[Batch], other: Iterable[Batch]) -> None:
+    one, other = list(one), list(other)
+    assert len(one) == len(other) > 0
+    for (images, labels), (other_images, other_labels) in zip(one, other, strict=True):
+        assert torch.equal(images, other_images)
+        assert torch.equal(labels, other_labels)
+
+
+def arrays(count: int = 26, side: int = 8) -> ArraySource:
+    """Return random images without black; the label of each is its number."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(1, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
+    return ArraySource(images, torch.arange(count), count)
+
+
+def red(source: Any) -> list[int]:
+    """Return the red of each image's corner."""
+    return [source.image(index).getpixel((0, 0))[0] for index in range(len(source))]
+
+
+def saved(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def encoded(value: int = 0, kind: str = "PNG") -> bytes:
+    return saved(Image.new("RGB", (8, 8), (value, 0, 0)), kind)
+
+
+def write(root: Path, names: Iterable[str], content: bytes | None = None) -> None:
+    """Write files; without content the red of each image is its number."""
+    for number, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(number) if content is None else content)
+
+
+def tar_of(files: Mapping[str, bytes] | Iterable[str], links: Mapping[str, tuple[bytes, str]] | None = None) -> bytes:
+    """Return a tar file of files, or of images whose red is their number, and of links."""
+    held = files if isinstance(files, Mapping) else {name: encoded(number) for number, name in enumerate(files)}
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in held.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        for name, (kind, target) in (links or {}).items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+    return buffer.getvalue()
