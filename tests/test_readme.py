@@ -1,4 +1,4 @@
-"""What the README shows works as it stands there."""
+"""Test that what README and docs show works as it stands there."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from famba.training import compose as composing
 from famba.training.config import keys
 from famba.training.setup import prepare
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+EXTENDING = (ROOT / "docs/extending.md").read_text()
+TEXTS = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
 def example(name: str) -> str:
     """Return the code block behind a marker."""
-    found = re.search(rf"<!-- example: {name} -->\n```python\n(.*?)```", README, re.DOTALL)
+    found = re.search(rf"<!-- example: {name} -->\n```python\n(.*?)```", EXTENDING, re.DOTALL)
     assert found is not None
     return found[1]
 
@@ -44,7 +47,7 @@ def test_examples_run_and_are_short(name: str, monkeypatch: pytest.MonkeyPatch) 
 def test_an_added_strategy_is_found_by_train_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configs = tmp_path / "configs"
     shutil.copytree(composing.config_dir(), configs)
-    yaml = re.search(r"`configs/fusion/middle.yaml`:\n\n```yaml\n(.*?)```", README, re.DOTALL)
+    yaml = re.search(r"`configs/fusion/middle.yaml`:\n\n```yaml\n(.*?)```", EXTENDING, re.DOTALL)
     assert yaml is not None
     (configs / "fusion" / "middle.yaml").write_text(yaml[1])
     monkeypatch.setattr(composing, "config_dir", lambda: configs)
@@ -54,12 +57,25 @@ def test_an_added_strategy_is_found_by_train_py(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_five_lines_run() -> None:
-    found = re.search(r"five lines\n\n```python\n(.*?)```", README, re.DOTALL)
+    found = re.search(r"in five lines\n\n```python\n(.*?)```", README, re.DOTALL)
     assert found is not None
     namespace: dict[str, object] = {}
     exec(found[1], namespace)
     assert tuple(namespace["logits"].shape) == (2, 100)  # type: ignore[attr-defined]
     assert len(namespace["patches"]) == 24  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("page", ["features", "transformers"])
+def test_the_code_of_a_page_runs(page: str) -> None:
+    text = (ROOT / f"docs/{page}.md").read_text()
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(code, {})
+
+
+def test_links_between_the_documents_lead_somewhere() -> None:
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
+            assert (path.parent / link).exists(), (path.name, link)
 
 
 def test_the_table_of_strategies_is_right() -> None:
@@ -71,14 +87,10 @@ def test_the_table_of_strategies_is_right() -> None:
         assert float(share) == pytest.approx(sum(tokens) / (24 * 197), abs=5e-4)
 
 
-def test_nothing_is_left_to_fill_in() -> None:
-    assert "@@" not in README
-
-
-def test_keys_and_choices_named_in_the_readme_exist() -> None:
+def test_keys_and_choices_named_in_the_documents_exist() -> None:
     choices = composing.groups()
-    text = re.sub(r"```python\n.*?```", "", README, flags=re.DOTALL)
-    for group, value in re.findall(r"(?<![\w.])(model|fusion|data|recipe|logger|experiment)=([\w,]+)", text):
+    text = re.sub(r"```python\n.*?```", "", "\n".join(TEXTS), flags=re.DOTALL)
+    for group, value in re.findall(r"(?<![\w.])(model|fusion|data|recipe|logger|experiment)=(\w+(?:,\w+(?![\w=]))*)", text):
         for choice in value.split(","):
             assert choice in {*choices[group], "middle"}, f"{group}={choice}"
     known = set(keys())
