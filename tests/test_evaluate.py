@@ -351,9 +351,7 @@ def test_several_ways_are_compared_in_one_command(upper: Trained) -> None:
         "upper, order tome, mode prune",
     ]
     assert len({replace(one.fusion, budget=0) for one in found}) == 4
-    with pytest.raises(
-        ConfigError, match="--attention: proportional is about attention, and a Vim has none; leave it out"
-    ):
+    with pytest.raises(ConfigError, match="--attention is about attention, and a Vim has none; leave it out"):
         variants(trained, {"proportional": [True]})
     both = variants(trained, {"budget": [4], "mode": ["prune"], "weighting": ["mean", "size"]})
     assert [one.fusion.mode for one in both] == ["prune"], "what is pruned is not weighed"

@@ -130,7 +130,7 @@ def test_a_transformer_goes_into_a_folder_and_fuses_again(tmp_path: Path, capsys
         (["--format", "torch_export", "--out", "folder.pt2"], "is a folder; name a file in it"),
         (["--format", "torch_export", "--out", "file/m.pt2"], "is a file; name a folder to write to"),
         (["--format", "onnx", "--out", "m.onnx", "--fusion", "all,lower", "--budget", "4"], "ask for 2 ways of fusing"),
-        (["--format", "onnx", "--out", "m.onnx", "--fusion", "al"], "unknown strategy 'al', did you mean 'all'"),
+        (["--format", "onnx", "--out", "m.onnx", "--fusion", "al"], "unknown --fusion 'al', did you mean 'all'"),
         (["--format", "onnx", "--out", "m.onnx", "--fusion", "all", "--budget", "99"], "--budget"),
     ],
 )

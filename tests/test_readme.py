@@ -90,7 +90,9 @@ def test_the_table_of_strategies_is_right() -> None:
 def test_keys_and_choices_named_in_the_documents_exist() -> None:
     choices = composing.groups()
     text = re.sub(r"```python\n.*?```", "", "\n".join(TEXTS), flags=re.DOTALL)
-    for group, value in re.findall(r"(?<![\w.])(model|fusion|data|recipe|logger|experiment)=(\w+(?:,\w+(?![\w=]))*)", text):
+    for group, value in re.findall(
+        r"(?<![\w.])(model|fusion|data|recipe|logger|experiment)=(\w+(?:,\w+(?![\w=]))*)", text
+    ):
         for choice in value.split(","):
             assert choice in {*choices[group], "middle"}, f"{group}={choice}"
     known = set(keys())

@@ -106,7 +106,7 @@ def schedule(
             shares = [_of_the_paper(strategy)] * len(fusing)
         else:
             total = _total(budget, tokens - protected)
-            shares = _spread(total, len(fusing), tokens - protected, strategy) if fusing else []
+            shares = [] if strategy == NONE else _spread(total, len(fusing), tokens - protected, strategy)
         for layer, share in zip(fusing, shares, strict=True):
             counts[layer] = share
     check_schedule(counts, depth, tokens, protected)

@@ -22,6 +22,7 @@ from famba.analysis.benchmark.report import Row
 from famba.analysis.benchmark.timing import Race
 from famba.fusion import tokens_per_layer
 from famba.models import Vim
+from famba.models.backbone import backbone_of
 from famba.ops import use_backend
 from famba.ops.registry import AUTO, resolve
 from famba.training.build import Loaders, new_state
@@ -60,7 +61,7 @@ class Contestant(NamedTuple):
 
     def config(self, device: torch.device) -> RunConfig:
         """Compose its run of `recipe=light`; raises ConfigError as `train.py` does."""
-        group = "vim_ti" if self.model in DEITS else "vit_tiny"
+        group = "vim_ti" if backbone_of(self.model) is Vim else "vit_tiny"
         asked = [f"model={group}", f"model.name={self.model}", f"fusion={self.strategy}", "data=digits", "recipe=light"]
         asked += [f"model.num_classes={_CLASSES}", f"data.image_size={self.image_size}", "recipe.warmup_epochs=0"]
         asked += [f"trainer.batch_size={self.batch}", f"trainer.precision={self.precision}", "trainer.epochs=2"]
@@ -128,7 +129,7 @@ def measure(
         step.enter(race, one.name)
         left = sum(tokens_per_layer(model.fusion, model.num_tokens)) / (model.depth * model.num_tokens)
         row: Row = {"contestant": one.name, "precision": one.precision, "tokens": model.num_tokens, "batch": one.batch}
-        if one.model in DEITS:
+        if backbone_of(one.model) is Vim:
             passes, _ = floors.step(cast(Vim, model), one.batch, DTYPES[one.precision].itemsize)
             floor = floors.floor_here(passes, race.device, one.precision)
         row |= {"token_layers": left, **race.entries(one.name), "images_per_s": None, "floor_ms": floor}
