@@ -1,4 +1,4 @@
-# A virtual environment of its own, unless PYTHON and VENV say otherwise.
+# PYTHON and VENV choose another Python or another virtual environment.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,15 +7,16 @@ DEMO ?= runs/demo-$(shell date +%Y-%m-%d_%H-%M-%S)
 .PHONY: help setup train test test-all test-gpu lint format clean retry
 
 help:
-	@echo "make train   set up and train a small Vim with and without fusion on digits (5 minutes)"
-	@echo "make test    run the tests, but for the slow ones"
+	@echo "make setup     create a virtual environment in .venv with the development tools"
+	@echo "make train     train a small Vim on digits, with and without fusion (5 minutes)"
+	@echo "make test      run the tests, except the slow ones"
 	@echo "make test-all  run all tests (two or three times as long)"
-	@echo "make test-gpu  learn whether everything works on this machine's GPU (minutes)"
-	@echo "make lint    check style and types"
-	@echo "make format  put the code into the project's style"
-	@echo "make clean   remove what builds and tests leave behind"
+	@echo "make test-gpu  run the tests of a GPU (minutes)"
+	@echo "make lint      check style and types"
+	@echo "make format    format the code"
+	@echo "make clean     remove the files of builds and tests"
 
-# Again where the kernels could not be compiled and now there is a compiler.
+# Set up again if the kernels could not be compiled and there is a compiler now.
 RETRY := $(if $(wildcard famba/ops/native/build_failure.txt),$(if $(shell command -v c++),retry))
 
 setup: $(VENV)/ready
@@ -32,11 +33,11 @@ train: setup
 	$(BIN)/python train.py -m experiment=demo fusion=none,upper run_dir=$(DEMO)
 	$(BIN)/famba report $(DEMO)
 
-# A process for each core, up to eight, each with one thread: more threads than cores would wait for one another.
+# One process for each core, up to eight, with one thread each: more threads than cores would slow one another down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-# On a GPU most of the time goes into compiling kernels, which every core can do; Triton keeps them in ~/.triton/cache for
-# the next run. Where pytest-benchmark is installed it would warn of several processes.
+# Most of this time goes into compiling kernels, which all cores can do. Triton keeps them in ~/.triton/cache. If
+# pytest-benchmark is installed, it would warn about several processes.
 PYTEST_GPU := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 14 --dist worksteal -p no:benchmark
 
 test: setup
