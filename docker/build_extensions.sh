@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Builds wheels of mamba-ssm and causal-conv1d from their sources, for the GPUs of TORCH_CUDA_ARCH_LIST alone.
+# Build wheels of mamba-ssm and causal-conv1d from their sources, only for the GPUs in TORCH_CUDA_ARCH_LIST.
 # Usage: build_extensions.sh REQUIREMENTS FOLDER. Needs torch, setuptools, wheel, ninja and the CUDA toolkit of torch.
 set -euo pipefail
 requirements=$(realpath "$1")
 mkdir -p "$2"
 folder=$(realpath "$2")
 : "${TORCH_CUDA_ARCH_LIST:?names the compute capabilities to build for, such as 8.0;9.0}"
-# Without these both look for a wheel on GitHub first; later releases of mamba-ssm leave the scan out unless asked.
+# Without these, both look for a wheel on GitHub first, and later releases of mamba-ssm leave out the scan.
 export MAMBA_FORCE_BUILD=TRUE MAMBA_KEEP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE
 
 build() { # NAME==VERSION
@@ -14,7 +14,7 @@ build() { # NAME==VERSION
     source=$(mktemp -d)
     pip download --no-deps --no-build-isolation --no-binary "${1%%==*}" --dest "$source" "$1"
     tar -xzf "$source"/*.tar.gz -C "$source" --strip-components=1
-    # Both name up to eleven targets themselves, which makes torch ignore TORCH_CUDA_ARCH_LIST.
+    # Both set up to eleven targets themselves, so torch ignores TORCH_CUDA_ARCH_LIST.
     sed -i -E 's/cc_flag\.append\("(-gencode|arch=[^"]*)"\)/pass/' "$source/setup.py"
     if grep -E -- '-gencode|arch=compute' "$source/setup.py"; then
         echo "error: setup.py of $1 names its targets in another way than known" >&2
@@ -24,11 +24,11 @@ build() { # NAME==VERSION
     rm -rf "$source"
 }
 
-check() { # WHEEL: whether it holds code for every capability
+check() { # WHEEL: fail unless it has code for every capability
     local unpacked architecture code packages
     unpacked=$(mktemp -d)
     python -m zipfile -e "$1" "$unpacked"
-    # The one that comes with torch, in Triton: not every image with a toolkit has its own.
+    # Triton, which comes with torch, has a cuobjdump; not every image with a toolkit has one.
     packages=$(python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
     code=$("$packages/triton/backends/nvidia/bin/cuobjdump" --list-elf "$unpacked"/*.so)
     for architecture in ${TORCH_CUDA_ARCH_LIST//[;,]/ }; do

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Fails where an image lacks something that has to work without a GPU. Usage: check_image.sh cpu|cuda
+# Fail if something does not work in an image that needs no GPU. Usage: check_image.sh cpu|cuda
 set -euo pipefail
-# By itself, doctor passes over a backend that cannot be used; one that is asked for by name has to work.
+# By default, doctor skips a backend that cannot be used. A backend chosen by name must work.
 FAMBA_BACKEND=native famba doctor
-# Triton and torch.compile compile modules of Python's at run time.
+# Triton and torch.compile compile Python modules at run time.
 headers=$(python -c 'import sysconfig; print(sysconfig.get_path("include"))')
 printf '#include <Python.h>\n' | g++ -fsyntax-only -x c++ -I"$headers" -
 if [ "$1" = cuda ]; then
-    # What the backend "mamba_ssm" imports; the extensions need torch's libraries to be loaded before them.
+    # The imports of the backend "mamba_ssm". The extensions need torch's libraries to be loaded first.
     python -c 'import torch, selective_scan_cuda, causal_conv1d.cpp_functions'
     python -c 'import torch; assert torch.version.cuda, "torch is built without CUDA"'
 fi

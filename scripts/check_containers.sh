@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Checks docker/ as far as it goes without a container engine. Needs PyPI, and Python 3.12 as the images have (PYTHON names
-# another place). Usage: check_containers.sh [install]
-#   lints, and whether the pinned versions exist, agree with each other and with pyproject.toml, and are complete;
-#   with "install", also makes the images' environment in a temporary folder (9 GB) and runs their check in it.
+# Check docker/ without a container engine. Usage: check_containers.sh [install]
+#   Lint, and check that the pinned versions exist, fit each other and pyproject.toml, and are complete.
+#   With "install", also create the environment of the images in a temporary folder (9 GB) and run their check in it.
+# Needs PyPI and Python 3.12, as in the images (PYTHON names another path).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3.12}
@@ -19,7 +19,7 @@ PATH=$folder/tools/bin:$PATH
 echo "== lint"
 hadolint docker/Dockerfile docker/Dockerfile.cpu
 shellcheck docker/*.sh scripts/*.sh
-# The scripts within the Apptainer definition, each as the shell gets it that runs it.
+# The scripts inside the Apptainer definition, one file for each section.
 awk -v folder="$folder" '
     /^(Bootstrap|%)/ { out = "" }
     /^%(post|test|runscript|environment)/ {
@@ -31,7 +31,7 @@ awk -v folder="$folder" '
 ' docker/famba.def
 shellcheck "$folder"/section-*.sh
 
-# The sources as the images see them: a build leaves nothing behind here.
+# Copy the sources that the images get, so that a build leaves nothing here.
 mkdir "$folder/famba"
 cp -r LICENSE README.md pyproject.toml setup.py configs famba "$folder/famba"
 
@@ -46,15 +46,15 @@ import json, re, sys
 report, *files = sys.argv[1:]
 pinned = {re.split("==", line)[0].lower().replace("_", "-") for path in files for line in open(path) if "==" in line}
 chosen = {item["metadata"]["name"].lower().replace("_", "-") for item in json.load(open(report))["install"]}
-# torch pins these itself; the CPU's torch has none of them.
+# torch pins these itself; torch for CPUs has none of them.
 free = {name for name in chosen - pinned - {"famba"} if not re.match("nvidia-|cuda-|triton$", name)}
 if free or pinned - chosen:
-    sys.exit(f"not pinned: {sorted(free)}; pinned without need: {sorted(pinned - chosen)}")
-print(f"{len(pinned)} versions are pinned, and all are needed")
+    sys.exit(f"not pinned: {sorted(free)}; pinned but not needed: {sorted(pinned - chosen)}")
+print(f"{len(pinned)} versions are pinned, all are needed")
 END
 while IFS='=' read -r name _ version; do
     pip index versions "$name" 2> /dev/null | grep -qw -- "$version"
-    echo "$name $version is there"
+    echo "$name $version exists"
 done < <(grep -hv '^#' "$requirements"/{extensions,build}.txt)
 
 [ "${1:-}" = install ] || exit 0

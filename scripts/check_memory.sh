@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs the native kernels under tools that watch memory: the tests and a driver in C++ with AddressSanitizer and
-# UndefinedBehaviorSanitizer, the driver with ThreadSanitizer and under valgrind, if that is installed.
-# Needs Linux, g++ and the environment of `make setup`; takes a few minutes and leaves nothing behind.
+# Check how the native kernels use memory: the tests and a C++ driver with AddressSanitizer and
+# UndefinedBehaviorSanitizer, and the driver with ThreadSanitizer and, if it is installed, valgrind.
+# Needs Linux, g++ and the environment of `make setup`; takes a few minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-$PWD/.venv/bin/python}
@@ -11,7 +11,7 @@ cp -r configs famba scripts tests LICENSE README.md pyproject.toml setup.py "$co
 cd "$copy"
 sources=famba/ops/native/src
 
-# Builds the library with further flags, and the driver against it.
+# Build the library with more flags, and the driver that uses it.
 build() {
     rm -rf build
     CXX=g++ CXXFLAGS="-g -fno-omit-frame-pointer $*" FAMBA_REQUIRE_KERNELS=1 "$python" setup.py --quiet build_ext --inplace
@@ -25,7 +25,7 @@ build
 if command -v valgrind > /dev/null; then
     valgrind --quiet --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=definite ./driver
 else
-    echo "left out: valgrind is not installed"
+    echo "skipped: valgrind is not installed"
 fi
 
 echo "== ThreadSanitizer: the driver"
@@ -35,8 +35,8 @@ build -fsanitize=thread
 echo "== AddressSanitizer and UndefinedBehaviorSanitizer: the driver, then the tests"
 build -fsanitize=address,undefined -fno-sanitize-recover=all
 ./driver
-# Python itself is not instrumented: the sanitizer's runtime and the C++ library that it watches have to come first.
-# Leaks of the interpreter are none of ours; valgrind has looked for those of the kernels.
+# Python is not instrumented, so the sanitizer's runtime and the C++ library must be loaded first.
+# Leaks of the interpreter do not matter here; valgrind has looked for leaks of the kernels.
 preload="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so) $(g++ -print-file-name=libstdc++.so)"
 LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
     "$python" -m pytest --quiet -p no:cacheprovider tests/test_ops_native*.py tests/test_ops_mixer.py tests/test_ops_fuse.py

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs the tests of the native kernels with sixteen lanes, as AVX-512 has them, on a processor that has only AVX2: the
-# compiler makes two instructions of each. What that shows is the arithmetic of the wide build, not its instructions.
-# Needs Linux, g++ and the environment of `make setup`; takes about two minutes and leaves nothing behind.
+# Test the native kernels with the sixteen lanes of AVX-512 on a processor that only has AVX2. The compiler turns each
+# instruction into two, so this tests the arithmetic of the wide build, not its instructions.
+# Needs Linux, g++ and the environment of `make setup`; takes about two minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-$PWD/.venv/bin/python}

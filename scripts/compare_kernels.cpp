@@ -1,6 +1,6 @@
-// Times builds of the CPU kernels against one another: the selective scan on one thread, call by call in turn, so that
-// what else the machine does meets all of them. Prints the least and the first quartile of the time in nanoseconds for
-// one vector of states (as many as the instruction set has lanes).
+// Compare the speed of several builds of the CPU kernels: the selective scan on one thread. The builds take turns call by
+// call, so that other work on the machine slows all of them. Prints the least and the first quartile of the time, in
+// nanoseconds for one vector of states (one state for each lane of the instruction set).
 //
 //   c++ -std=c++17 -O2 scripts/compare_kernels.cpp -o compare_kernels -ldl
 //   ./compare_kernels ISA BUILD.so [BUILD.so ...]         ISA: 0 portable, 1 AVX2, 2 AVX-512

@@ -1,9 +1,9 @@
-"""Compile every Triton kernel ahead of time, without a GPU, and list what each configuration takes.
+"""Compile every Triton kernel ahead of time, without a GPU, and list the resources of each configuration.
 
 Usage: python scripts/compile_kernels.py [--kernel NAME] [--target 80] [--dtype bfloat16] [--first] [--json FILE]
 
-Exits with 1 where a configuration spills: where it needs a stack, which none of the kernels has another use for.
-The sizes are those of Vim-Small at 224 x 224. Takes minutes; what was compiled before is found in Triton's cache.
+Exit with 1 if a configuration spills registers to a stack, which no kernel needs for anything else. The sizes are
+those of Vim-Small at 224 x 224. This takes minutes; Triton's cache keeps what was compiled before.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Draw = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a program of a kernel takes: registers of a thread, bytes of shared memory, bytes of stack of a thread."""
+    """Hold the resources of a compiled kernel: registers and bytes of stack of a thread, bytes of shared memory."""
 
     call: str
     kernel: str
@@ -96,7 +96,7 @@ def _places() -> tuple[Tensor, Tensor]:
     return torch.zeros(BATCH, LENGTH, dtype=torch.int64), torch.ones(BATCH, LENGTH)
 
 
-# What is called for its launches: by the name under which they are listed.
+# The calls whose launches are compiled, by the name in the table.
 CALLS: dict[str, Callable[[Draw], object]] = {
     "selective_scan": lambda x: ops.selective_scan(*_scan(x)),
     "selective_scan_backward": lambda x: ops.selective_scan_backward(
@@ -120,16 +120,16 @@ CALLS: dict[str, Callable[[Draw], object]] = {
 
 
 def main() -> None:
-    """Compile, print the table, and fail on a spill."""
+    """Compile, print the table, and exit with 1 if a configuration spills."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", help="only kernels of this name")
     parser.add_argument("--target", type=int, choices=TARGETS, help="only this compute capability, times ten")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="only activations of this dtype")
     parser.add_argument("--first", action="store_true", help="only the first configuration of each kernel")
-    parser.add_argument("--json", type=Path, help="write the table there too")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
     options = parser.parse_args()
     if interpreted():
-        parser.error("TRITON_INTERPRET=1 is set, under which nothing is compiled; unset it")
+        parser.error("TRITON_INTERPRET=1 is set, so nothing is compiled; unset it")
 
     names = [options.dtype] if options.dtype else ["float32", "bfloat16", "float16"]
     rows = []
@@ -151,7 +151,7 @@ def main() -> None:
 
 
 def launches(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
-    """Each different launch that the ops make for activations of a dtype, with the first call that makes it."""
+    """Yield each different launch of the ops for activations of a dtype, with the first call that makes it."""
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape).to(dtype)
@@ -200,7 +200,7 @@ def compile_launch(call: str, dtype: str, launch: Launch, configuration: Configu
 def _signature(
     arguments: Mapping[str, Any], constants: frozenset[str]
 ) -> tuple[dict[str, str], dict[str, Any], list[str]]:
-    """Types of arguments as Triton would find them at a launch, values of constants, and names of aligned tensors."""
+    """Return the types of arguments as Triton sees them, the values of constants, and the names of aligned tensors."""
     types, values, aligned = {}, {}, []
     for name, value in arguments.items():
         if name in constants or value is None:
@@ -214,7 +214,7 @@ def _signature(
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack of a thread."""
+    """Return the registers and the bytes of stack of a thread."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -222,7 +222,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603 - no user input
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if found is None:
-        raise RuntimeError(f"cuobjdump says nothing of registers: {text}")
+        raise RuntimeError(f"cuobjdump reports no registers: {text}")
     return int(found[1]), int(found[2])
 
 

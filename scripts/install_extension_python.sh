@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Installs the Python of mamba-ssm and causal-conv1d without their CUDA extensions into the environment of `make setup`,
-# for tests/test_ops_mamba_ssm.py, which puts stand-ins in the extensions' place. Needs PyPI; takes a minute.
-# Versions: MAMBA_VERSION and CONV_VERSION, by default those that scripts/build_cuda_extensions.sh compiles.
+# Install the Python code of mamba-ssm and causal-conv1d without their CUDA extensions, into the environment of
+# `make setup`. tests/test_ops_mamba_ssm.py puts stand-ins in the place of the extensions. Needs PyPI; takes a minute.
+# MAMBA_VERSION and CONV_VERSION choose other versions.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-$PWD/.venv/bin/python}
 "$python" -m pip install -q setuptools wheel packaging einops transformers
-# Forced, since the packages otherwise look for a wheel on GitHub.
+# Without FORCE_BUILD, the packages look for a wheel on GitHub.
 MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE \
     "$python" -m pip install -q --no-build-isolation --no-deps --no-cache-dir \
     "mamba-ssm==${MAMBA_VERSION:-2.3.2.post1}" "causal-conv1d==${CONV_VERSION:-1.7.0}"

@@ -1,10 +1,10 @@
-"""Keep finished runs in docs/results/runs.csv, and fill the tables and plots of docs/results.md and README.md from it.
+"""Add finished runs to docs/results/runs.csv, and fill the tables and plots of docs/results.md and README.md.
 
-    python scripts/keep_runs.py runs/cpu_table    # add the runs of a sweep, then fill
-    python scripts/keep_runs.py                   # fill alone
+    python scripts/keep_runs.py runs/cpu_table    # add the runs of a sweep, then fill the tables
+    python scripts/keep_runs.py                   # only fill the tables
 
---without-times leaves out times and throughput, and says why: those of runs that shared their machine tell nothing.
-The documents hold the tables between markers; everything else in them is written by hand.
+--without-times leaves out times and throughput and records the reason. Use it for runs that shared their machine.
+The tables stand between markers; the rest of the documents is written by hand.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ SHELF = {"vim": "`vim_micro`", "vit": "`vit_micro`"}
 
 
 def main() -> int:
-    """Add runs and fill the documents; return the exit status, 2 where a run is refused."""
+    """Add runs and fill the documents; return the exit status, 2 if a run is refused."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="folders of runs to add")
-    parser.add_argument("--without-times", metavar="REASON", help="leave out times and throughput, and say why")
+    parser.add_argument("--without-times", metavar="REASON", help="leave out times and throughput, for this reason")
     options = parser.parse_args()
     try:
         if options.runs:
@@ -56,14 +56,14 @@ def main() -> int:
 
 
 def added(kept: pd.DataFrame, runs: pd.DataFrame, without_times: str | None) -> pd.DataFrame:
-    """Return the kept runs and the finished of the others. Raises DataError where one names folders of a machine."""
+    """Return the kept runs and the finished new ones. Raises DataError if one names folders of this machine."""
     runs = runs[runs["problem"] == ""].drop(columns="folder")
     private = [run for run, *cells in runs.to_numpy() if any(start in cell for cell in cells for start in PRIVATE)]
     if private:
         raise DataError(f"{', '.join(private)} name folders of this machine; train with relative paths")
     if again := sorted(set(runs["run"]) & set(kept["run"])):
         raise DataError(
-            f"{', '.join(again)} are kept already; take them out of {RUNS.name} first, or rename their folder"
+            f"{', '.join(again)} are already in {RUNS.name}; remove them there first, or rename their folders"
         )
     if without_times:
         gone = [name for name in runs if name in TIMES or name.startswith("epoch_time_s.")]
@@ -72,7 +72,7 @@ def added(kept: pd.DataFrame, runs: pd.DataFrame, without_times: str | None) -> 
 
 
 def texts(report: Report) -> dict[tuple[Path, str], str]:
-    """Return what belongs between the markers of each document, from the report on the kept runs."""
+    """Return the text between the markers of each document, from the report on the kept runs."""
     table = report.tables[0]
     plain = [label for label in table.rows.index if "," not in label]
     results, costs = (sheet.loc[plain] for sheet in table.sheets.values())
@@ -99,7 +99,7 @@ def texts(report: Report) -> dict[tuple[Path, str], str]:
 
 
 def shelf(name: str) -> str:
-    """Return Top-1 of a network that was trained without fusion, by tokens removed and the way that they go."""
+    """Return a table of Top-1 without training, by the number of tokens removed, and by mode and order."""
     found = pd.read_csv(KEPT / f"off_the_shelf_{name}.csv")
     fused = found[(found["removed"] == 0) | ((found["mode"] == "fuse") & (found["order"] == "sequence"))]
     speed = fused.set_index("removed")["images_per_s"]
@@ -113,7 +113,7 @@ def shelf(name: str) -> str:
 
 
 def parts(document: Path, name: str) -> tuple[str, str, str]:
-    """Return a document before, between and behind the markers of a name."""
+    """Return the text of a document before, between and after the markers of a name."""
     before, rest = document.read_text().split(f"<!-- {name} -->")
     between, after = rest.split(f"<!-- end of {name} -->")
     return before, between.strip(), after

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A real Slurm on this machine, with all of its files in one folder: for the tests, and to try a sweep before it goes to
-# a cluster.
+# Run a real Slurm on this machine, with all its files in one folder: for the tests, and to try a sweep before it goes
+# to a cluster.
 set -euo pipefail
 
 readonly PACKAGES="apt-get install -y --no-install-recommends slurm-wlm munge"
@@ -9,14 +9,14 @@ usage() {
     cat <<'TEXT'
 Usage: scripts/local_slurm.sh start|stop|status DIR
 
-  start DIR    start munged, slurmctld and slurmd; print the lines that make a shell use them:
+  start DIR    start munged, slurmctld and slurmd, and print what a shell needs to use them:
                eval "$(scripts/local_slurm.sh start DIR)"
   stop DIR     end all jobs and the three daemons
-  status DIR   show which daemons run, the node and the queue; exit status 1 where one does not run
+  status DIR   show the daemons, the node and the queue; exit status 1 if a daemon does not run
 
-DIR holds configuration, state, logs and sockets; it may be removed after stop. The node has as many cores as the machine,
-at least four, and two GPUs that are only names (--gres=gpu:1). Jobs start at once, requeued ones after five seconds. There is no
-accounting, as on some clusters: sacct knows nothing.
+DIR has the configuration, state, logs and sockets; you can remove it after stop. The node has the cores of the machine, at
+least four, and two GPUs that only have names (--gres=gpu:1). Jobs start at once, requeued ones after five seconds. As on some
+clusters, there is no accounting, so sacct shows nothing.
 
 Needs root, and Debian's or Ubuntu's packages slurm-wlm and munge.
 TEXT
@@ -27,7 +27,7 @@ fail() {
     exit 2
 }
 
-# Whether the process that wrote a pid file still runs.
+# Succeed if the process that wrote a pid file still runs.
 runs() {
     local pid
     pid=$(cat "$1" 2>/dev/null) && kill -0 "$pid" 2>/dev/null
@@ -58,7 +58,7 @@ write_conf() {
     host=$(hostname -s)
     cores=$(nproc --all)
     [[ $cores -ge 4 ]] || cores=4
-    # A requeued job waits until its credential has expired, by default two minutes; five seconds is the least.
+    # A requeued job waits until its credential expires, by default after two minutes. Five seconds is the minimum.
     cat >"$dir/slurm.conf" <<CONF
 ClusterName=famba
 SlurmctldHost=$host(127.0.0.1)
@@ -88,24 +88,24 @@ GresTypes=gpu
 NodeName=$host NodeAddr=127.0.0.1 CPUs=$cores Gres=gpu:2 State=UNKNOWN
 PartitionName=main Nodes=$host Default=YES MaxTime=INFINITE State=UP
 CONF
-    # Slurm wants devices; these are everywhere.
+    # Slurm needs devices; these exist everywhere.
     printf 'Name=gpu File=%s\n' /dev/null /dev/zero >"$dir/gres.conf"
 }
 
 start() {
     local dir=$1
     check
-    [[ ${#dir} -le 80 ]] || fail "$dir is too long a path for a socket; choose one of at most 80 characters"
-    ! runs "$dir/slurmctld.pid" || fail "a Slurm runs in $dir already; scripts/local_slurm.sh stop $dir"
+    [[ ${#dir} -le 80 ]] || fail "$dir is too long for the path of a socket; choose one of at most 80 characters"
+    ! runs "$dir/slurmctld.pid" || fail "a Slurm already runs in $dir; scripts/local_slurm.sh stop $dir ends it"
     mkdir -p "$dir/state" "$dir/spool"
     [[ -f $dir/munge.key ]] || mungekey --create --keyfile="$dir/munge.key"
     write_conf "$dir"
-    # By force: only root has to reach the socket, others need not.
+    # --force, because only root needs to reach the socket.
     munged --force --socket="$dir/munge.socket" --key-file="$dir/munge.key" --pid-file="$dir/munged.pid" \
         --log-file="$dir/munged.log" --seed-file="$dir/munge.seed" >&2
-    # In the environment of every process that a job starts, by which stop finds them.
+    # Every process of a job has this in its environment, so stop finds it.
     export SLURM_CONF=$dir/slurm.conf
-    # Jobs of an earlier start are not taken up again.
+    # Do not continue the jobs of an earlier start.
     slurmctld -c -f "$SLURM_CONF" >&2
     slurmd -c -f "$SLURM_CONF" >&2
     local try
@@ -142,7 +142,7 @@ stop() {
         done
         kill -KILL "$pid"
     done
-    # Without slurmd, what it left behind would wait for it for ever.
+    # Processes that slurmd left would wait for it for ever.
     for pid in $(pgrep -x slurmstepd); do
         if tr '\0' '\n' <"/proc/$pid/environ" | grep -qxF "SLURM_CONF=$dir/slurm.conf"; then
             kill -KILL "$pid"

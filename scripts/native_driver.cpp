@@ -1,7 +1,7 @@
-// Calls every kernel through the C interface on small odd shapes and compares it with a plain loop in double.
-// check_memory.sh and check_arm.sh run it where Python would be too slow, or is not there.
+// Call every kernel through the C interface on small odd shapes and compare it with a plain loop in double.
+// check_memory.sh and check_arm.sh run it where Python is too slow or missing.
 //
-// Each array lies in memory of exactly its size, at odd strides, so that a tool that watches memory sees a step too far.
+// Each array has exactly its size in memory, at odd strides, so that memory checkers see every access outside it.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -26,7 +26,7 @@ void fail(const std::string &what, const std::string &why) {
     ++failures;
 }
 
-// Numbers in memory as a kernel takes them; `gap` elements behind each row belong to nobody.
+// An array as a kernel takes it; the `gap` elements behind each row are unused.
 class Array {
   public:
     Array(int64_t batch, int64_t length, int64_t channels, int dtype, double first, double last, int64_t gap = 1)
@@ -48,7 +48,7 @@ class Array {
     float *floats() { return reinterpret_cast<float *>(bytes_.get()); }
     double operator()(int64_t b, int64_t l, int64_t c) const { return get((b * length_ + l) * stride_ + c); }
     double before(int64_t b, int64_t l, int64_t c) const { return before_[(b * length_ + l) * stride_ + c]; }
-    // Whether nothing was written between the rows; or anywhere, where `all_of_it`.
+    // Return whether nothing was written between the rows or, with `all_of_it`, anywhere.
     bool kept(bool all_of_it) const {
         for (int64_t i = 0; i < static_cast<int64_t>(before_.size()); ++i)
             if ((all_of_it || i % stride_ >= channels_) && get(i) != before_[i]) return false;

@@ -1,4 +1,4 @@
-"""Profile a training step: where its time goes, by torch's profiler.
+"""Profile a training step with torch's profiler.
 
 Usage: python scripts/profile_step.py [--backend auto] [--fusion none] [--batch 32] [--precision fp32]
 """
@@ -19,7 +19,7 @@ DEPTH, TOKENS, BUDGET = 24, 197, 168
 
 
 def main() -> None:
-    """Print the median time of a step in seconds, and what takes most of one."""
+    """Print the median time of a step in seconds, and the 15 operations that take most of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--fusion", default="none")

@@ -77,4 +77,4 @@ def test_the_interpreter_is_refused() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, env=environment)
     assert done.returncode == 2
-    assert "TRITON_INTERPRET=1 is set, under which nothing is compiled; unset it" in done.stderr
+    assert "TRITON_INTERPRET=1 is set, so nothing is compiled; unset it" in done.stderr
