@@ -72,10 +72,17 @@ def test_the_code_of_a_page_runs(page: str) -> None:
         exec(code, {})
 
 
-def test_links_between_the_documents_lead_somewhere() -> None:
+def test_links_and_files_named_in_the_documents_exist() -> None:
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
-        for link in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
-            assert (path.parent / link).exists(), (path.name, link)
+        text = path.read_text()
+        for link, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+            target = path.parent / link if link else path
+            assert target.exists(), (path.name, link)
+            if anchor:
+                heads = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+                assert anchor in {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}, anchor
+        for name in re.findall(r"`((?:famba|scripts|tests|docker)/[\w/.*-]+)`", text):
+            assert any(ROOT.glob(name)), (path.name, name)
 
 
 def test_the_table_of_strategies_is_right() -> None:
