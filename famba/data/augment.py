@@ -1,21 +1,21 @@
 """Turn images as a source gives them into what the model takes.
 
-Training images take one of two ways: whole uint8 batches (pad-crop and flip), or one by one through timm's
-transforms. Both draw from (seed, epoch, position) alone, see `draws`.
+Training images are augmented in whole uint8 batches, or one by one by timm's transforms; both draw from (seed, epoch,
+position) alone, see `draws`.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Annotated, Literal, TypeAlias, get_type_hints
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pydantic import Field, TypeAdapter, ValidationError
 from timm.data import create_transform
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
@@ -29,12 +29,8 @@ Images: TypeAlias = torch.Tensor | Iterable[Image.Image]
 Transform: TypeAlias = Callable[[Images, int, int], torch.Tensor]
 """(images, epoch, start) to float32 (b, 3, s, s), for images at positions start, start + 1, ... of the epoch."""
 
-_CHOICES = {
-    "kind": ("batch", "timm"),
-    "erasing_mode": ("pixel", "rand", "const"),
-    "interpolation": ("bilinear", "bicubic"),
-}
-_LARGEST = {"hflip": 1.0, "random_erasing": 1.0, "eval_crop": 1.0, "crop_padding": math.inf, "color_jitter": math.inf}
+Probability = Annotated[float, Field(ge=0, le=1)]
+
 # What each kind does not use, and so must be left at.
 _UNUSED: dict[str, dict[str, object]] = {
     "batch": {"auto_augment": None, "color_jitter": 0, "random_erasing": 0},
@@ -51,37 +47,41 @@ _EXAMPLES = ("rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2", "original-mstd0.5", "3a"
 
 
 @dataclass(frozen=True)
-class Augmentation:
+class AugmentationOptions:
+    """Holds the options that a recipe has under the same names."""
+
+    crop_padding: Annotated[int, Field(ge=0, le=1024)]  # "batch": black pixels on each side before a crop of that size
+    hflip: Probability  # of a horizontal flip
+    auto_augment: str | None  # "timm": a policy such as "rand-m9-mstd0.5-inc1"
+    color_jitter: Annotated[float, Field(ge=0, le=1000)]  # "timm": strength; left out where `auto_augment` is on
+    random_erasing: Probability  # "timm": that a rectangle is erased
+    erasing_mode: Literal["pixel", "rand", "const"]  # "timm": filled with noise per pixel, one random colour, or zero
+    interpolation: Literal["bilinear", "bicubic"]  # in training and evaluation
+    eval_crop: Annotated[float, Field(ge=0.1, le=1)]  # share of the shorter side: 0.875 scales to 256 and crops 224
+
+
+@dataclass(frozen=True)
+class Augmentation(AugmentationOptions):
     """Says what training images go through, and how images are scaled for evaluation.
 
     Raises ConfigError for a value out of range, one that this kind does not use, or a policy that timm cannot read.
     """
 
-    kind: str  # "batch": pad-crop and flip of whole batches; "timm": its random resized crop, flip and more, by image
-    crop_padding: int  # "batch": black pixels added on each side before a crop of the original size
-    hflip: float  # probability of a horizontal flip
-    auto_augment: str | None  # "timm": a policy such as "rand-m9-mstd0.5-inc1"
-    color_jitter: float  # "timm": strength; timm leaves it out where `auto_augment` is on
-    random_erasing: float  # "timm": probability that a rectangle is erased
-    erasing_mode: str  # "timm": what fills it: noise per "pixel", one "rand" colour, or "const" zero
-    interpolation: str  # "bilinear" or "bicubic", in training and evaluation
-    eval_crop: float  # share of the shorter side that evaluation keeps: 0.875 scales to 256 and crops 224
+    kind: Literal["batch", "timm"]  # pad-crop and flip of whole batches; or timm's random resized crop, flip and more
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if (value := getattr(self, name)) not in allowed:
-                hint = near_miss(str(value), allowed) or "."
-                raise ConfigError(f"{name} {value!r} is not one of {', '.join(allowed)}{hint}", name)
-        for name, most in _LARGEST.items():
+        for name, kind in get_type_hints(Augmentation, include_extras=True).items():
             value = getattr(self, name)
-            if not 0 <= value <= most or (name == "eval_crop" and value == 0):
-                least = "above 0" if name == "eval_crop" else "0 or more"
-                raise ConfigError(f"{name} is {value}; allowed: {least}{'' if most > 1 else ', at most 1'}.", name)
+            try:
+                TypeAdapter(kind).validate_python(value, strict=True)
+            except ValidationError as error:
+                raise ConfigError(f"{name} is {value!r}. {error.errors()[0]['msg']}.", name) from None
         for name, nothing in _UNUSED[self.kind].items():
             if (value := getattr(self, name)) != nothing:
+                off = "null" if nothing is None else nothing
                 raise ConfigError(
-                    f"{name} is {value!r}, but augmentation {self.kind!r} does not use it: set it to "
-                    f"{'null' if nothing is None else nothing}, or use the other augmentation.",
+                    f"{name} is {value!r}, but augmentation {self.kind!r} does not use it: set it to {off}, or use the "
+                    "other augmentation.",
                     name,
                 )
         if self.kind == "timm":
@@ -139,7 +139,7 @@ class BatchTransform:
     key: tuple[int, ...]  # what the draws depend on beside epoch and position, the seed first
 
     def __call__(self, images: Images, epoch: int, start: int) -> torch.Tensor:
-        """Transform images, see `Transform`; those that are not in memory are scaled first."""
+        """Transform images; those that are not in memory are scaled first."""
         pixels = images if isinstance(images, torch.Tensor) else self.scaling.batch(images)
         drawn = words(self.stream, self.key, epoch, start, len(pixels))
         cropped = _pad_crop(pixels, self.augmentation.crop_padding, drawn[:, 0], drawn[:, 1])
@@ -151,20 +151,20 @@ class BatchTransform:
 
 @dataclass(frozen=True)
 class SampleTransform:
-    """Transforms images one by one as timm does, each seeded by its position."""
+    """Transforms images one by one as timm does, each seeded by its position, through the global CPU generators."""
 
     transform: Callable[[Image.Image], torch.Tensor]
     stream: Stream
     key: tuple[int, ...]  # as in `BatchTransform`
 
     def __call__(self, images: Images, epoch: int, start: int) -> torch.Tensor:
-        """Transform images, see `Transform`. Seeds the global CPU generators."""
-        return torch.stack([self._one(image, epoch, start + place) for place, image in enumerate(images)])
-
-    def _one(self, image: Image.Image | torch.Tensor, epoch: int, position: int) -> torch.Tensor:
-        rgb = vision.to_pil_image(image) if isinstance(image, torch.Tensor) else image
-        seed_global_generators(self.stream, self.key, epoch, position)
-        return self.transform(rgb)
+        """Transform images, uint8 or RGB."""
+        done = []
+        for position, image in enumerate(images, start):
+            rgb = vision.to_pil_image(image) if isinstance(image, torch.Tensor) else image
+            seed_global_generators(self.stream, self.key, epoch, position)
+            done.append(self.transform(rgb))
+        return torch.stack(done)
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class EvaluationTransform:
     normalize: Normalize
 
     def __call__(self, images: Images, epoch: int, start: int) -> torch.Tensor:
-        """Transform images, see `Transform`."""
+        """Transform images, uint8 or RGB."""
         return self.normalize(self.scaling.batch(images))
 
 
