@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from images_and_loaders import load, red, tar_of, write
 from PIL import Image
+from timm.data.readers.reader import Reader
 from torchvision.datasets import ImageFolder
 
 from famba.data import LOADERS, ArraySource, Source, Splits, SubsetSource, labels_of, named, renumber, sample, take
@@ -215,7 +216,7 @@ def test_a_data_set_of_the_hub_is_read_from_its_files(tmp_path: Path, monkeypatc
     write(tmp_path, ("0.png", "1.png", "2.png"))
     (tmp_path / "1.png").write_bytes(b"broken")
 
-    class Reader:
+    class Hub(Reader):
         """Stands for timm's reader of hfds/."""
 
         class_to_idx, label_key, dataset = {"cat": 0, "dog": 1}, "label", {"label": [0, 1, 2]}
@@ -226,10 +227,10 @@ def test_a_data_set_of_the_hub_is_read_from_its_files(tmp_path: Path, monkeypatc
         def __getitem__(self, index: int) -> Any:
             return open(tmp_path / f"{index}.png", "rb"), self.dataset["label"][index]
 
-        def filename(self, index: int, absolute: bool) -> str:
+        def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
             return f"hub/{index}.png"
 
-    monkeypatch.setattr(named, "create_dataset", lambda *arguments, **options: SimpleNamespace(reader=Reader()))
+    monkeypatch.setattr(named, "create_dataset", lambda *arguments, **options: SimpleNamespace(reader=Hub()))
     train: Any = load("hfds/somebody/pets", tmp_path).train
     assert (len(train), train.label(1), train.image(2).getpixel((0, 0))) == (3, 1, (2, 0, 0))
     with pytest.raises(DataError, match=r"hub/1\.png: not a readable image"):
@@ -247,7 +248,7 @@ def test_parts_of_a_named_data_set_with_other_classes_are_refused(
         return SimpleNamespace(reader=SimpleNamespace(class_to_idx=numbers))
 
     monkeypatch.setattr(named, "create_dataset", create)
-    with pytest.raises(DataError, match="class . is '.*' in training and .* in 'validation'"):
+    with pytest.raises(DataError, match="class . is '.*' in training and .* in the test set"):
         load("hfds/somebody/pets", tmp_path)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.transforms import functional as vision
 
 from famba.data.draws import Stream, permutation
-from famba.errors import DataError
+from famba.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from famba.data.named import StreamSource
@@ -124,11 +124,17 @@ def labels_of(source: Source) -> npt.NDArray[np.int64]:
     return np.fromiter((source.label(index) for index in range(len(source))), np.int64, len(source))
 
 
-def check_label(label: int, num_classes: int, where: Callable[[], str]) -> int:
+def check_label(label: object, num_classes: int, where: Callable[[], str]) -> int:
     """Return the label, or raise DataError saying `where` it was found."""
-    if not 0 <= label < num_classes:
+    if not isinstance(label, int) or not 0 <= label < num_classes:
         raise DataError(f"{where()}: label {label} is not in 0..{num_classes - 1} ({num_classes} classes).")
     return label
+
+
+def check_num_classes(given: int | None, found: int | None, name: str) -> None:
+    """Raise ConfigError where a number of classes is given that is not the one found in the data of that name."""
+    if None not in (given, found) and given != found:
+        raise ConfigError(f"num_classes is {given}, but {name} has {found} classes.", "num_classes")
 
 
 def balanced_order(labels: npt.NDArray[np.int64], stream: Stream) -> npt.NDArray[np.int64]:
