@@ -42,7 +42,7 @@ def there(splits: Splits, part: str = "train") -> list[tuple[str, str]]:
     source = getattr(splits, part)
     assert isinstance(source, FileSource)
     assert splits.classes is not None
-    return [(name, splits.classes[source.label(index)]) for index, name in enumerate(source.names)]
+    return [(name, splits.classes[int(source.labels[index])]) for index, name in enumerate(source.names)]
 
 
 @pytest.fixture
@@ -283,7 +283,7 @@ def test_a_part_beside_training_is_the_test_set(tmp_path: Path) -> None:
         tar_folders(tmp_path, ("train", "val"))
         splits = load(kind, tmp_path, num_classes=2)
         assert red(splits.train) == [0, 1, 2, 3]
-        assert [splits.train.label(index) for index in range(4)] == [0, 0, 1, 1]  # type: ignore[union-attr]
+        assert splits.train.labels.tolist() == [0, 0, 1, 1]  # type: ignore[union-attr]
         assert (splits.train.num_classes, len(splits.test), splits.validation) == (2, 2, None)
         with pytest.raises(ConfigError, match=r"num_classes is 3, but .* 2 classes"):
             load(kind, tmp_path, num_classes=3)
@@ -320,7 +320,7 @@ def test_a_corrupt_image_is_named_and_not_skipped(root: Path, damage: bytes) -> 
         train: Any = load(name, root).train
         with pytest.raises(DataError, match=r"cat/1\.png: not a readable image"):
             red(train)
-        assert train.label(0) == 0
+        assert train.labels[0] == 0
 
 
 # Tar files

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from images_and_loaders import BATCH, PLAIN, TIMM, arrays, assert_same, evaluation, labels_in, load, training
 from PIL import Image
 
-from famba.data import ArraySource, Augmentation, Batch, Source
+from famba.data import ArraySource, Augmentation, Batch, Source, labels_of
 from famba.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -222,7 +222,7 @@ def test_evaluation_covers_each_image_once(folder: Source, world_size: int, work
         shares = [evaluation(source, rank=rank, world_size=world_size, workers=workers) for rank in range(world_size)]
         joined = [batch for share in shares for batch in share]
         assert_same([join(joined)], evaluation(source, batch_size=100))
-        assert labels_in(joined) == [source.label(i) for i in range(len(source))]
+        assert labels_in(joined) == labels_of(source).tolist()
         assert_same(shares[0], shares[0])
 
 

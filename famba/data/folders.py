@@ -85,10 +85,6 @@ class FileSource:
         with naming(lambda: self._where(index)), self._opened(index) as file:
             return decode_rgb(file, self.background)
 
-    def label(self, index: int) -> int:
-        """Return the label."""
-        return int(self.labels[index])
-
     def _opened(self, index: int) -> IO[bytes]:
         if self.spans is None:
             return open(self.path / self.names[index], "rb")

@@ -30,7 +30,7 @@ from famba.data.augment import (
 from famba.data.draws import Stream, derived_integer
 from famba.data.named import StreamSource
 from famba.data.sampler import EpochSampler, MicroBatch, check_rank
-from famba.data.sources import ArraySource, Source, check_label
+from famba.data.sources import ArraySource, Source, check_label, labels_of
 from famba.errors import ConfigError, DataError, FambaError
 
 Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor]
@@ -235,9 +235,8 @@ def _load(source: Source, transform: Transform, one: MicroBatch) -> Batch:
     if isinstance(source, ArraySource):
         chosen = torch.from_numpy(one.indices)
         return transform(source.images[chosen], one.epoch, one.start), source.labels[chosen]
-    indices = one.indices.tolist()
-    images = transform((source.image(index) for index in indices), one.epoch, one.start)
-    return images, torch.tensor([source.label(index) for index in indices])
+    images = transform((source.image(index) for index in one.indices.tolist()), one.epoch, one.start)
+    return images, torch.from_numpy(labels_of(source)[one.indices])
 
 
 def _streamed(

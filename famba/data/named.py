@@ -10,6 +10,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from timm.data import create_dataset
 from timm.data.readers.reader import Reader
@@ -18,7 +19,7 @@ from torchvision.datasets import INaturalist
 from famba.data.draws import Stream, derived_integer
 from famba.data.folders import image_suffixes
 from famba.data.images import Colour, Reading, decode_rgb, naming, read_file, to_rgb
-from famba.data.sources import Source, Splits, check_label, check_num_classes
+from famba.data.sources import Labels, Source, Splits, check_labels, check_num_classes
 from famba.errors import ConfigError, DataError, near_miss
 
 PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
@@ -50,26 +51,29 @@ class NamedSource:
 
     def image(self, index: int) -> Image.Image:
         """Return an RGB image; DataError naming its file, or data set and number, where it cannot be read."""
+        image = self._read(index)[0]
         with naming(lambda: self._where(index)):
-            image = self.dataset[index][0]
             if isinstance(image, Image.Image):
                 return to_rgb(image, self.background)
             with image as file:
                 return decode_rgb(file, self.background)
 
-    def label(self, index: int) -> int:
-        """Return the label, without reading the image where the data set lists its labels."""
-        with naming(lambda: self._where(index)):
-            label = int(self.dataset[index][1] if self._labels is None else self._labels[index])
-        return check_label(label, self.num_classes, lambda: self._where(index))
-
     @cached_property
-    def _labels(self) -> Any:
+    def labels(self) -> Labels:
+        """Return the labels, int64 (n,), without reading the images where the data set lists them."""
         if isinstance(self.dataset, Reader):
-            return self.dataset.dataset[self.dataset.label_key][:]  # type: ignore[attr-defined]
-        if isinstance(self.dataset, INaturalist) and self.dataset.target_type == ["full"]:
-            return [category for category, _ in self.dataset.index]
-        return getattr(self.dataset, "targets", None)
+            found = self.dataset.dataset[self.dataset.label_key][:]  # type: ignore[attr-defined]
+        elif isinstance(self.dataset, INaturalist) and self.dataset.target_type == ["full"]:
+            found = [category for category, _ in self.dataset.index]
+        else:
+            found = getattr(self.dataset, "targets", None)
+        if np.ndim(found) != 1:  # QMNIST's are rows of facts, whose first one it gives
+            found = [self._read(index)[1] for index in range(len(self))]
+        return check_labels(np.asarray(found, dtype=np.int64), self.num_classes, self._where)
+
+    def _read(self, index: int) -> Any:
+        with naming(lambda: self._where(index)):
+            return self.dataset[index]
 
     def _where(self, index: int) -> str:
         if isinstance(self.dataset, Reader):
@@ -197,7 +201,7 @@ def _open(
     if not count:
         raise ConfigError(f"data {name!r} does not say how many classes it has: set num_classes.", "num_classes")
     if streamed:
-        length = int(reader.num_samples or 0)
+        length = int(dataset.reader.num_samples or 0)
         return StreamSource(name, root, split, count, length, reading.colour), classes or None
     return NamedSource(dataset if reader is None else reader, count, reading.colour), classes or None
 
