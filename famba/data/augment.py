@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal, TypeAlias, get_type_hints
 
 import numpy as np
@@ -113,7 +114,7 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Normalize:
-    """Turns uint8 or float values in 0..255, (b, 3, h, w), into float32 (value / 255 - mean) / std."""
+    """Turns uint8 or float values in 0..255, (b, 3, h, w), into new float32 (value / 255 - mean) / std."""
 
     mean: Sequence[float]
     std: Sequence[float]
@@ -123,60 +124,9 @@ class Normalize:
             raise ConfigError(f"mean {self.mean} and std {self.std} must hold three numbers each, std above zero.")
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Return a new float32 tensor of the same shape."""
+        """Return the values in the same shape."""
         mean, std = (torch.tensor(values).mul_(255).view(3, 1, 1) for values in (self.mean, self.std))
         return (images.float() - mean).div_(std)
-
-
-@dataclass(frozen=True)
-class BatchTransform:
-    """Pad-crops, flips, scales and normalises a batch; each image has draws of its own."""
-
-    augmentation: Augmentation
-    scaling: Scaling
-    normalize: Normalize
-    stream: Stream
-    key: tuple[int, ...]  # what the draws depend on beside epoch and position, the seed first
-
-    def __call__(self, images: Images, epoch: int, start: int) -> torch.Tensor:
-        """Transform images; those that are not in memory are scaled first."""
-        pixels = images if isinstance(images, torch.Tensor) else self.scaling.batch(images)
-        drawn = words(self.stream, self.key, epoch, start, len(pixels))
-        cropped = _pad_crop(pixels, self.augmentation.crop_padding, drawn[:, 0], drawn[:, 1])
-        uniform = (drawn[:, 2] >> np.uint64(11)) * 2.0**-53
-        flipped = torch.from_numpy(uniform < self.augmentation.hflip)
-        cropped[flipped] = cropped[flipped].flip(-1)
-        return self.normalize(self.scaling.batch(cropped))
-
-
-@dataclass(frozen=True)
-class SampleTransform:
-    """Transforms images one by one as timm does, each seeded by its position, through the global CPU generators."""
-
-    transform: Callable[[Image.Image], torch.Tensor]
-    stream: Stream
-    key: tuple[int, ...]  # as in `BatchTransform`
-
-    def __call__(self, images: Images, epoch: int, start: int) -> torch.Tensor:
-        """Transform images, uint8 or RGB."""
-        done = []
-        for position, image in enumerate(images, start):
-            rgb = vision.to_pil_image(image) if isinstance(image, torch.Tensor) else image
-            seed_global_generators(self.stream, self.key, epoch, position)
-            done.append(self.transform(rgb))
-        return torch.stack(done)
-
-
-@dataclass(frozen=True)
-class EvaluationTransform:
-    """Scales, crops and normalises images; nothing is drawn."""
-
-    scaling: Scaling
-    normalize: Normalize
-
-    def __call__(self, images: Images, epoch: int, start: int) -> torch.Tensor:
-        """Transform images, uint8 or RGB."""
-        return self.normalize(self.scaling.batch(images))
 
 
 def evaluation_scaling(augmentation: Augmentation, image_size: int) -> Scaling:
@@ -184,14 +134,19 @@ def evaluation_scaling(augmentation: Augmentation, image_size: int) -> Scaling:
     return Scaling(round(image_size / augmentation.eval_crop), image_size, augmentation.interpolation)
 
 
+def evaluation_transform(augmentation: Augmentation, image_size: int, normalize: Normalize) -> Transform:
+    """Return the transform of evaluation, which draws nothing."""
+    return partial(_evaluated, evaluation_scaling(augmentation, image_size), normalize)
+
+
 def training_transform(
     augmentation: Augmentation, image_size: int, normalize: Normalize, stream: Stream, key: tuple[int, ...]
 ) -> Transform:
-    """Return the transform of training images; `stream` and `key` are as in `BatchTransform`."""
+    """Return the transform of training images; key: what draws depend on beside epoch and position, the seed first."""
     if augmentation.kind == "timm":
-        return SampleTransform(timm_transform(augmentation, image_size, normalize.mean, normalize.std), stream, key)
+        return partial(_each, timm_transform(augmentation, image_size, normalize.mean, normalize.std), stream, key)
     scaling = Scaling(image_size, image_size, augmentation.interpolation)
-    return BatchTransform(augmentation, scaling, normalize, stream, key)
+    return partial(_cropped, augmentation, scaling, normalize, stream, key)
 
 
 def timm_transform(
@@ -199,14 +154,10 @@ def timm_transform(
 ) -> Callable[[Image.Image], torch.Tensor]:
     """Build timm's training transform: RGB image to float32 (3, s, s). Raises ConfigError for a wrong policy."""
     policy = augmentation.auto_augment
-    # timm would pass over some mistakes in silence, and repeat an operation a million times.
-    if policy is not None and not _POLICY.fullmatch(policy):
-        raise ConfigError(
-            f"auto_augment {policy!r} is no policy: allowed are rand, augmix, 3a, original, originalr, v0 and v0r, "
-            f"behind them settings of timm such as -m9 with numbers up to 99{near_miss(policy, _EXAMPLES)}.",
-            "auto_augment",
-        )
     try:
+        # timm would pass over some mistakes in silence, and repeat an operation a million times.
+        if policy is not None and not _POLICY.fullmatch(policy):
+            raise ValueError("allowed: rand, augmix, 3a, original, originalr, v0, v0r, with settings like -m9 up to 99")
         return create_transform(
             image_size,
             is_training=True,
@@ -220,16 +171,53 @@ def timm_transform(
             re_mode=augmentation.erasing_mode,
         )
     except (AssertionError, ValueError, KeyError, IndexError) as error:
-        raise ConfigError(
-            f"auto_augment {policy!r} is no policy that timm reads ({error}). An example is {_EXAMPLES[0]}.",
-            "auto_augment",
-        ) from error
+        hint = near_miss(str(policy), _EXAMPLES) or f", such as {_EXAMPLES[0]}."
+        raise ConfigError(f"auto_augment {policy!r} is no policy ({error}){hint}", "auto_augment") from error
+
+
+def _evaluated(scaling: Scaling, normalize: Normalize, images: Images, epoch: int, start: int) -> torch.Tensor:
+    return normalize(scaling.batch(images))
+
+
+def _each(
+    transform: Callable[[Image.Image], torch.Tensor],
+    stream: Stream,
+    key: tuple[int, ...],
+    images: Images,
+    epoch: int,
+    start: int,
+) -> torch.Tensor:
+    """Transform images one by one as timm does, each seeded by its position, through the global CPU generators."""
+    done = []
+    for position, image in enumerate(images, start):
+        rgb = vision.to_pil_image(image) if isinstance(image, torch.Tensor) else image
+        seed_global_generators(stream, key, epoch, position)
+        done.append(transform(rgb))
+    return torch.stack(done)
+
+
+def _cropped(
+    augmentation: Augmentation,
+    scaling: Scaling,
+    normalize: Normalize,
+    stream: Stream,
+    key: tuple[int, ...],
+    images: Images,
+    epoch: int,
+    start: int,
+) -> torch.Tensor:
+    """Pad-crop, flip, scale and normalise images; those that are not in memory are scaled first."""
+    pixels = images if isinstance(images, torch.Tensor) else scaling.batch(images)
+    drawn = words(stream, key, epoch, start, len(pixels))
+    cropped = _pad_crop(pixels, augmentation.crop_padding, drawn[:, 0], drawn[:, 1])
+    uniform = (drawn[:, 2] >> np.uint64(11)) * 2.0**-53
+    flipped = torch.from_numpy(uniform < augmentation.hflip)
+    cropped[flipped] = cropped[flipped].flip(-1)
+    return normalize(scaling.batch(cropped))
 
 
 def _pad_crop(images: torch.Tensor, padding: int, down: np.ndarray, right: np.ndarray) -> torch.Tensor:
     """Crop (b, 3, h, w) to the same size at offsets 0 .. 2 * padding, drawn as uint64 (b,); return a new tensor."""
-    if padding == 0:
-        return images.clone()
     padded = F.pad(images, (padding,) * 4).numpy()
     # A view of every window, (b, 3, offsets down, offsets right, h, w); indexing copies one for each image.
     windows = np.lib.stride_tricks.sliding_window_view(padded, images.shape[-2:], axis=(2, 3))

@@ -19,18 +19,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from famba.data.augment import (
-    Augmentation,
-    EvaluationTransform,
-    Normalize,
-    Transform,
-    evaluation_scaling,
-    training_transform,
-)
+from famba.data.augment import Augmentation, Images, Normalize, Transform, evaluation_transform, training_transform
 from famba.data.draws import Stream, derived_integer
 from famba.data.named import StreamSource
-from famba.data.sampler import EpochSampler, MicroBatch, check_rank
-from famba.data.sources import ArraySource, Source, check_label, labels_of
+from famba.data.sampler import EpochSampler, MicroBatch, check_numbers, check_rank
+from famba.data.sources import ArraySource, Labels, Source, check_label, labels_of
 from famba.errors import ConfigError, DataError, FambaError
 
 Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor]
@@ -69,16 +62,17 @@ def train_batches(
     `EpochSampler`. workers are loading processes beside this one; images in memory with whole-batch augmentation need
     none. pin_memory gives page-locked results, where there is CUDA. Raises ConfigError where the numbers do not fit.
     """
-    _check(workers=(workers, 0), image_size=(image_size, 1))
+    check_numbers(0, workers=workers)
+    check_numbers(image_size=image_size)
     sampler = EpochSampler(len(source), seed, batch_size, accumulation, rank, world_size, repeats)
     transform = partial(training_transform, augmentation, image_size, Normalize(tuple(mean), tuple(std)))
     if isinstance(source, StreamSource):
         if repeats > 1:
             raise ConfigError(f"repeats must be 1 with {source.name!r}: a stream cannot repeat images.", "repeats")
         return TrainBatches(sampler, partial(_streamed, source, transform, sampler), Workers(workers, pin_memory))
+    load = partial(_load, source, labels_of(source), transform(Stream.AUGMENTATION, (seed,)))
     in_memory = augmentation.kind == "batch" and isinstance(source, ArraySource)
-    share = partial(_shuffled, source, transform(Stream.AUGMENTATION, (seed,)), sampler)
-    return TrainBatches(sampler, share, Workers(0 if in_memory else workers, pin_memory))
+    return TrainBatches(sampler, partial(_shuffled, load, sampler), Workers(0 if in_memory else workers, pin_memory))
 
 
 def eval_batches(
@@ -100,23 +94,17 @@ def eval_batches(
     repeatedly, which raises DataError where an image cannot be read. `eval_crop` and `interpolation` are used of the
     augmentation; batch_size is that of this process; the rest is as in `train_batches`.
     """
-    _check(workers=(workers, 0), image_size=(image_size, 1), batch_size=(batch_size, 1))
+    check_numbers(0, workers=workers)
+    check_numbers(image_size=image_size, batch_size=batch_size)
     check_rank(rank, world_size)
-    scaling = evaluation_scaling(augmentation, image_size)
-    transform = EvaluationTransform(scaling, Normalize(tuple(mean), tuple(std)))
+    transform = evaluation_transform(augmentation, image_size, Normalize(tuple(mean), tuple(std)))
     if isinstance(source, StreamSource):
-        share: Share = partial(_streamed_once, source, transform, batch_size, rank, world_size)
+        share = partial(_streamed_once, source, transform, batch_size, rank, world_size)
         return EvalBatches(share, Workers(workers, pin_memory))
+    load = partial(_load, source, labels_of(source), transform)
     images = range(len(source) * rank // world_size, len(source) * (rank + 1) // world_size)
     needed = Workers(0 if isinstance(source, ArraySource) else workers, pin_memory)
-    return EvalBatches(partial(_in_order, source, transform, batch_size, images), needed)
-
-
-def _check(**numbers: tuple[int, int]) -> None:
-    """Raise ConfigError for a number that is below its limit."""
-    for name, (number, least) in numbers.items():
-        if number < least:
-            raise ConfigError(f"{name} is {number}, but must be at least {least}.", name)
+    return EvalBatches(partial(_in_order, load, batch_size, images), needed)
 
 
 @dataclass(frozen=True)
@@ -218,25 +206,23 @@ class EvalBatches:
 
 
 def _shuffled(
-    source: Source, transform: Transform, sampler: EpochSampler, epoch: int, start_step: int, worker: int, workers: int
+    load: Callable[[MicroBatch], Batch], sampler: EpochSampler, epoch: int, start_step: int, worker: int, workers: int
 ) -> Iterator[Batch]:
-    for one in islice(sampler.micro_batches(epoch, start_step), worker, None, workers):
-        yield _load(source, transform, one)
+    return map(load, islice(sampler.micro_batches(epoch, start_step), worker, None, workers))
 
 
 def _in_order(
-    source: Source, transform: Transform, batch_size: int, images: range, worker: int, workers: int
+    load: Callable[[MicroBatch], Batch], batch_size: int, images: range, worker: int, workers: int
 ) -> Iterator[Batch]:
     for first in images[::batch_size][worker::workers]:
-        yield _load(source, transform, MicroBatch(0, first, np.arange(first, min(first + batch_size, images.stop))))
+        yield load(MicroBatch(0, first, np.arange(first, min(first + batch_size, images.stop))))
 
 
-def _load(source: Source, transform: Transform, one: MicroBatch) -> Batch:
+def _load(source: Source, labels: Labels, transform: Transform, one: MicroBatch) -> Batch:
+    images: Images = (source.image(index) for index in one.indices.tolist())
     if isinstance(source, ArraySource):
-        chosen = torch.from_numpy(one.indices)
-        return transform(source.images[chosen], one.epoch, one.start), source.labels[chosen]
-    images = transform((source.image(index) for index in one.indices.tolist()), one.epoch, one.start)
-    return images, torch.from_numpy(labels_of(source)[one.indices])
+        images = source.images[one.indices]
+    return transform(images, one.epoch, one.start), torch.from_numpy(labels[one.indices])
 
 
 def _streamed(
