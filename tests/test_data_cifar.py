@@ -19,7 +19,8 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets import utils as torchvision_utils
 
-from famba.data import ArraySource, default_root, download, num_classes_of
+from famba.data import ArraySource, download, num_classes_of
+from famba.data.published import default_root
 from famba.errors import ConfigError, DataError
 
 NAMES = [f"class {number}" for number in range(100)]

@@ -15,8 +15,9 @@ from PIL import Image
 from timm.data.readers.reader import Reader
 from torchvision.datasets import ImageFolder
 
-from famba.data import LOADERS, ArraySource, Splits, SubsetSource, labels_of, named, renumber, sample, take
+from famba.data import LOADERS, ArraySource, Splits, labels_of, named, renumber, sample
 from famba.data.draws import Stream, permutation
+from famba.data.sources import SubsetSource, take
 from famba.errors import ConfigError, DataError
 
 

@@ -1,4 +1,4 @@
-"""Find images in folders, one for each class: the same classes in the same order in every process and on every disk."""
+"""Find images in folders, one for each class, in one order on every disk, and read them when they are needed."""
 
 from __future__ import annotations
 
@@ -51,10 +51,6 @@ class Part:
     def classes(self) -> tuple[str, ...]:
         """Return the names of the classes in order."""
         return tuple(in_order({entry.label for entry in self.entries}))
-
-    def sort(self) -> None:
-        """Put the images in order."""
-        self.entries.sort(key=lambda entry: order(entry.name))
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,14 +134,13 @@ def read_folder(path: Path, version: int) -> Part:
             found, numbers = find_images_and_targets(str(path))
             classes, top = list(numbers), os.path.join(path, "")
             part.entries = [Entry(file.removeprefix(top), classes[number]) for file, number in found]
-            part.sort()
+            part.entries.sort(key=lambda entry: order(entry.name))
             return checked(part)
         walk = _Walk(part)
         walk.read("", {_identity(folder): folder for folder in path.resolve().parents})
         walk.drop_links()
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror}).") from error
-    part.sort()
     return checked(part, f"move their folders up into {path}")
 
 
@@ -159,7 +154,7 @@ class _Walk:
         self.links: set[str] = set()  # images that are links
 
     def read(self, folder: str, above: dict[tuple[int, int], Path]) -> None:
-        """Add the images in a folder, and the names of all else, to the part; above: the folders that hold it."""
+        """Add what lies in a folder to the part; above: the folders that hold it."""
         path = self.part.path / folder
         identity = _identity(path)
         if identity in above:
@@ -199,43 +194,39 @@ class _Walk:
         if earlier == name:
             return True
         if earlier.split("/")[0] != name.split("/")[0]:
+            other = self.part.path / earlier
             raise DataError(
-                f"{path}: this is the {kind} {self.part.path / earlier} once more, by a link, and would be in two "
-                "classes. Remove one of them."
+                f"{path}: this is the {kind} {other} once more, by a link, in two classes. Remove one of them."
             )
         self.part.again.append(name)
         return False
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    found = os.stat(path)
-    return found.st_dev, found.st_ino
+    return (found := os.stat(path)).st_dev, found.st_ino
 
 
 def checked(part: Part, advice: str | None = None) -> Part:
-    """Return a part whose images all lie in classes, and log what was skipped.
+    """Return a part whose images all lie in classes, sorted but in version 1, and log what was skipped.
 
-    advice: how to mend a part whose classes lie one folder too deep; None where they may, as in version 1. Raises
-    DataError for that, where there are no images, where only some folders hold any, or where some images lie in no
-    class.
+    advice: how to mend a part whose classes lie one folder too deep; None where they may. Raises DataError for that,
+    where there are no images, where only some folders hold any, or where some images lie in no class.
     """
+    if advice:
+        part.entries.sort(key=lambda entry: order(entry.name))
     without = part.folders - {entry.label for entry in part.entries}
     if without and part.entries:
         skipped = [name for name in part.skipped if name.split("/")[0] in without]
         held = f", but {listed('file', skipped)} of other kinds" if skipped else ""
-        raise DataError(
-            f"{part.path}: {listed('class', without)} without any image that Pillow reads{held}. Add images, "
-            "convert what is there, or remove the folder."
-        )
+        lacking = f"{listed('class', without)} without any image that Pillow reads{held}"
+        raise DataError(f"{part.path}: {lacking}. Add images, convert what is there, or remove the folder.")
     if not part.entries:
         files = f"; it holds {listed('file', part.skipped)} of other kinds" if part.skipped else ""
         raise DataError(f"{part.path}: holds no readable images in class folders{files}.")
     strays = [entry.name for entry in part.entries if not entry.label]
     if strays:
-        raise DataError(
-            f"{part.path}: images must lie in one folder for each class, but some lie outside: "
-            f"{listed('image', strays)}."
-        )
+        said = f"images must lie in one folder for each class, but some lie outside: {listed('image', strays)}"
+        raise DataError(f"{part.path}: {said}.")
     paths = [entry.name.split("/")[:-1] for entry in part.entries]
     depth = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False)))
     inner = {path[depth] for path in paths if len(path) > depth}
@@ -244,12 +235,9 @@ def checked(part: Part, advice: str | None = None) -> Part:
             f"{part.path}: all images lie in folders of {'/'.join(paths[0][:depth])!r}, so all are of one class. If "
             f"{listed('folder', inner)} are the classes, {advice}."
         )
-    kinds = {
-        "{} of kinds that Pillow does not read": ("file", part.skipped),
-        "{}": ("hidden name", part.hidden),
-        "{} to what was read already": ("link", part.again),
-    }
-    left_out = [text.format(listed(kind, names)) for text, (kind, names) in kinds.items() if names]
+    left_out = [f"{listed('file', part.skipped)} of kinds that Pillow does not read"] if part.skipped else []
+    left_out += [listed("hidden name", part.hidden)] if part.hidden else []
+    left_out += [f"{listed('link', part.again)} to what was read already"] if part.again else []
     if left_out:
         # Hidden names are meant to be left out; other files may be images that are missed.
         level = logging.WARNING if part.skipped else logging.INFO

@@ -35,13 +35,11 @@ class Reading:
     def __post_init__(self) -> None:
         if self.version not in (1, 2):
             raise ConfigError(f"version is {self.version}; allowed: 2, or 1 to read as Famba 0.1 did.", "version")
-        if self.version == 1 and _colour(self.background) != _colour(Reading.background):
+        if _colour(self.background) != (255, 255, 255) and self.version == 1:
+            given = f"background is {self.background!r}"
             raise ConfigError(
-                f"background is {self.background!r}, but version 1 drops transparency and has none; leave it out, or "
-                "use version 2.",
-                "background",
+                f"{given}, but version 1 drops transparency; leave it out, or use version 2.", "background"
             )
-        _colour(self.background)
 
     @property
     def colour(self) -> Colour | None:
@@ -51,15 +49,13 @@ class Reading:
 
 def _colour(name: str) -> Colour:
     try:
-        red, green, blue, *alpha = ImageColor.getrgb(name)
-        if alpha:
-            raise ValueError("a background cannot be transparent itself")
+        red, green, blue, *transparency = ImageColor.getrgb(name)
+        if transparency:
+            raise ValueError("a background is opaque")
     except ValueError:
-        raise ConfigError(
-            f'background {name!r} is no colour; allowed: a name such as white or black, or "#rrggbb"'
-            f"{near_miss(name, list(ImageColor.colormap))}",
-            "background",
-        ) from None
+        hint = near_miss(name, ImageColor.colormap)
+        said = f'background {name!r} is no colour; allowed: a name such as white or black, or "#rrggbb"{hint}'
+        raise ConfigError(said, "background") from None
     return red, green, blue
 
 

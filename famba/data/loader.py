@@ -69,10 +69,10 @@ def train_batches(
     if isinstance(source, StreamSource):
         if repeats > 1:
             raise ConfigError(f"repeats must be 1 with {source.name!r}: a stream cannot repeat images.", "repeats")
-        return TrainBatches(sampler, partial(_streamed, source, transform, sampler), Workers(workers, pin_memory))
+        return TrainBatches(sampler, partial(_streamed, source, transform, sampler), workers, pin_memory)
     load = partial(_load, source, labels_of(source), transform(Stream.AUGMENTATION, (seed,)))
     in_memory = augmentation.kind == "batch" and isinstance(source, ArraySource)
-    return TrainBatches(sampler, partial(_shuffled, load, sampler), Workers(0 if in_memory else workers, pin_memory))
+    return TrainBatches(sampler, partial(_shuffled, load, sampler), 0 if in_memory else workers, pin_memory)
 
 
 def eval_batches(
@@ -100,48 +100,11 @@ def eval_batches(
     transform = evaluation_transform(augmentation, image_size, Normalize(tuple(mean), tuple(std)))
     if isinstance(source, StreamSource):
         share = partial(_streamed_once, source, transform, batch_size, rank, world_size)
-        return EvalBatches(share, Workers(workers, pin_memory))
+        return EvalBatches(share, workers, pin_memory)
     load = partial(_load, source, labels_of(source), transform)
     images = range(len(source) * rank // world_size, len(source) * (rank + 1) // world_size)
-    needed = Workers(0 if isinstance(source, ArraySource) else workers, pin_memory)
-    return EvalBatches(partial(_in_order, load, batch_size, images), needed)
-
-
-@dataclass(frozen=True)
-class Workers:
-    """Loads in `number` processes beside this one, ahead of time; with 0, in this one."""
-
-    number: int
-    pin_memory: bool
-
-    def load(self, share: Share, seed: int = 0) -> Generator[Batch, None, None]:
-        """Yield the batches of all workers in order, and raise the errors among them.
-
-        Workers end when the generator does or is closed. Each has a seed of its own, worked out from `seed`.
-        """
-        loader = DataLoader(
-            _Batches(share),
-            batch_size=None,
-            num_workers=self.number,
-            collate_fn=_unchanged,
-            pin_memory=self.pin_memory and torch.cuda.is_available(),
-            worker_init_fn=_leave_signals_to_parent,
-            # Its own generator: the global one belongs to the training loop.
-            generator=torch.Generator().manual_seed(seed),
-        )
-        with warnings.catch_warnings():
-            # Python 3.12 warns of forking beside threads; torch's workers use none of the parent's.
-            warnings.filterwarnings("ignore", r".*use of fork\(\) may lead to deadlocks", DeprecationWarning)
-            batches = iter(loader)
-        try:
-            for batch in batches:
-                if isinstance(batch, FambaError):
-                    raise batch
-                if batch is not None:
-                    yield batch
-        finally:
-            # The last reference: workers end now, not when someone lets go of an error's traceback.
-            del batches
+    needed = 0 if isinstance(source, ArraySource) else workers
+    return EvalBatches(partial(_in_order, load, batch_size, images), needed, pin_memory)
 
 
 class _Batches(IterableDataset[Any]):
@@ -176,7 +139,8 @@ class TrainBatches:
 
     sampler: EpochSampler
     share: Callable[[int, int, int, int], Iterator[Batch | None]]  # (epoch, start_step) and the arguments of `Share`
-    workers: Workers
+    workers: int
+    pin_memory: bool
 
     @property
     def steps_per_epoch(self) -> int:
@@ -191,7 +155,7 @@ class TrainBatches:
         """
         self.sampler.check_place(epoch, start_step)
         seed = derived_integer(Stream.STREAMED_ORDER, self.sampler.seed, epoch, self.sampler.rank)
-        return self.workers.load(partial(self.share, epoch, start_step), seed)
+        return _loaded(partial(self.share, epoch, start_step), self.workers, self.pin_memory, seed)
 
 
 @dataclass(frozen=True)
@@ -199,10 +163,41 @@ class EvalBatches:
     """Gives one process's share of the images; see `eval_batches`."""
 
     share: Share
-    workers: Workers
+    workers: int
+    pin_memory: bool
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.workers.load(self.share)
+        return _loaded(self.share, self.workers, self.pin_memory, seed=0)
+
+
+def _loaded(share: Share, workers: int, pin_memory: bool, seed: int) -> Generator[Batch, None, None]:
+    """Yield the batches of all workers in order, and raise the errors among them.
+
+    Workers, each with a seed of its own that is worked out from `seed`, end when the generator does or is closed.
+    """
+    loader = DataLoader(
+        _Batches(share),
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_unchanged,
+        pin_memory=pin_memory and torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_parent,
+        # Its own generator: the global one belongs to the training loop.
+        generator=torch.Generator().manual_seed(seed),
+    )
+    with warnings.catch_warnings():
+        # Python 3.12 warns of forking beside threads; torch's workers use none of the parent's.
+        warnings.filterwarnings("ignore", r".*use of fork\(\) may lead to deadlocks", DeprecationWarning)
+        batches = iter(loader)
+    try:
+        for batch in batches:
+            if isinstance(batch, FambaError):
+                raise batch
+            if batch is not None:
+                yield batch
+    finally:
+        # The last reference: workers end now, not when someone lets go of an error's traceback.
+        del batches
 
 
 def _shuffled(
@@ -240,10 +235,8 @@ def _streamed(
     for turn, number in enumerate(range(worker, wanted, workers)):
         chunk = list(islice(samples, size))
         if len(chunk) < size:
-            raise DataError(
-                f"{source.name!r} gave fewer than {wanted} micro-batches: every worker needs a file of its own, so use "
-                f"at most (files / {sampler.world_size} processes) workers."
-            )
+            most = f"at most (files / {sampler.world_size} processes) workers"
+            raise DataError(f"{source.name!r} is too short: every worker needs a file of its own, so use {most}.")
         yield None if number < skipped else _of_stream(source, augment, chunk, epoch, turn * size)
 
 

@@ -141,27 +141,22 @@ def load_named(name: str, root: Path | None, *, num_classes: int | None, reading
     """Open a data set by timm's name, such as "torch/cifar10" or "wds/"; nothing is downloaded by Famba.
 
     root is where the data lies; hfds, hfids and tfds use their own cache where it is None. num_classes is None where
-    the data set tells it. The test set is the split "validation", "val", "valid" or "test", the first that exists:
-    public data sets often have a "test" whose labels are secret. tfds/ is decoded by TensorFlow, which drops
-    transparency and EXIF orientation; a warning says so.
+    the data set tells it. The test set is the first of `_TEST_SPLITS` that exists: public data sets often have a "test"
+    whose labels are secret.
 
     Raises ConfigError for a number of classes that is missing or wrong; DataError where timm cannot open the data, or
     training and test images have other classes.
     """
     if reading.version > 1 and _prefix(name) == "tfds":
-        _log.warning(
-            "%r: TensorFlow decodes these images: what is transparent has no background, and EXIF turns nothing", name
-        )
+        _log.warning("%r: TensorFlow decodes these images, and drops transparency and EXIF orientation", name)
     folder = None if root is None else str(root)
     train, classes = _open(name, folder, ("train",), num_classes, reading)
     test, others = _open(name, folder, _TEST_SPLITS[reading.version], num_classes or train.num_classes, reading)
     if classes and others and classes != others:
         pairs = enumerate(zip_longest(classes, others))
         number, (one, other) = next((number, pair) for number, pair in pairs if pair[0] != pair[1])
-        raise DataError(
-            f"data {name!r} in {root}: its parts have other classes, or in another order: class {number} is {one!r} in "
-            f"training and {other!r} in the test set."
-        )
+        differ = f"class {number} is {one!r} in training and {other!r} in the test set"
+        raise DataError(f"data {name!r} in {root}: its parts have other classes, or in another order: {differ}.")
     for part in (train, test):
         check_num_classes(num_classes, part.num_classes, repr(name))
     return Splits(train=train, validation=None, test=test, classes=classes)

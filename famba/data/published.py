@@ -116,10 +116,8 @@ def _load_official(name: str, folder: Path, _: Colour | None) -> Splits:
         # It unpickles a file only if its sum is the published one, for a pickle can run any code.
         parts = [here(folder, train=train) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        raise DataError(
-            f"{folder}: {', '.join(_missing(name, folder, or_damaged=True)) or error}: damaged or not the published "
-            "file. Delete it and fetch it again."
-        ) from error
+        at_fault = ", ".join(_missing(name, folder, or_damaged=True)) or error
+        raise DataError(f"{folder}: {at_fault}: damaged or not the published file. Fetch it again.") from error
     train, test = (_in_memory(part.data, part.targets, CIFAR[name].num_classes) for part in parts)
     return Splits(train, None, test, classes=tuple(parts[0].classes))
 
@@ -157,11 +155,10 @@ def download(name: str, root: str | Path | None) -> Path:
                 unpack(folder / kind.filename, folder)
                 (folder / kind.filename).unlink()
     except (OSError, RuntimeError) as error:  # no network, no space, no permission; a wrong checksum
-        raise DataError(
-            f"{name} could not be downloaded from {kind.url} to {folder} ({error}). "
-            f"On a machine with network access run: famba download {name} --root DIR; "
-            "then copy DIR here and set data.root to it."
-        ) from error
+        advice = (
+            f"On a machine with network access run: famba download {name} --root DIR; copy DIR; set data.root to it"
+        )
+        raise DataError(f"{name} could not be downloaded from {kind.url} to {folder} ({error}). {advice}.") from error
     return folder
 
 
@@ -189,10 +186,8 @@ def _shards(folder: Path, split: str) -> list[Path]:
     for path in found:
         match = _SHARD.search(path.name)
         if match and int(match[2]) != len(found):
-            raise DataError(
-                f"{folder}: {path.name} is one of {int(match[2])} files, but {len(found)} lie there. "
-                "Fetch the missing ones, or remove those of another data set."
-            )
+            counted = f"{path.name} is one of {int(match[2])} files, but {len(found)} lie there"
+            raise DataError(f"{folder}: {counted}. Fetch the missing ones, or remove those of another data set.")
     return found
 
 
@@ -205,10 +200,8 @@ def _load_parquet(kind: _Cifar, shards: dict[str, list[Path]], background: Colou
         for path in paths:
             names = _read_parquet(kind, path, background, images, labels)
             if names and (len(names) != kind.num_classes or names != (classes or names)):
-                raise DataError(
-                    f"{path}: names {len(names)} classes, which are not the {kind.num_classes} of this data set in the "
-                    "order of the files before it. Fetch it again."
-                )
+                differ = f"names {len(names)} classes, which are not the {kind.num_classes} of this data set in order"
+                raise DataError(f"{path}: {differ}. Fetch it again.")
             classes = names or classes
         if not images:
             raise DataError(f"{paths[0]}: holds no images. Fetch it again.")
@@ -227,9 +220,7 @@ def _read_parquet(
         with parquet.ParquetFile(path) as file:
             table = file.read()
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(
-            f"{path}: not a readable parquet file ({error}). It may be incomplete: fetch it again."
-        ) from error
+        raise DataError(f"{path}: not a readable parquet file ({error}). Fetch it again.") from error
     columns = []
     for wanted in (("img", "image"), kind.labels):
         columns += [name for name in wanted if name in table.column_names][:1]

@@ -125,19 +125,14 @@ def held_out(images: int, fraction: float) -> int:
 def _check_name(name: str, root: str | Path | None) -> None:
     known = (*PUBLISHED, *_PARTS, *LOADERS)
     if name == "digits" and root is not None:
-        raise ConfigError(
-            f"digits come with scikit-learn and are read from no folder: leave out data.root (given {root}).", "root"
-        )
+        raise ConfigError(f"digits come with scikit-learn, from no folder: leave out data.root (given {root}).", "root")
     if name in _PARTS and root is None:
         raise ConfigError(f"data {name!r} needs data.root, the folder that holds train and val.", "root")
     if "/" in name and name not in known:
         check_named(name, root)
     elif name not in known:
-        raise ConfigError(
-            f"unknown data {name!r}{near_miss(name, known)}. Known are {', '.join(known)}, "
-            "and timm's names with a prefix, such as torch/cifar10.",
-            "name",
-        )
+        allowed = f"{', '.join(known)}, and timm's names with a prefix, such as torch/cifar10"
+        raise ConfigError(f"unknown data {name!r}{near_miss(name, known)}. Known are {allowed}.", "name")
 
 
 def _check_subset(subset: int | None, images: int) -> None:
@@ -164,11 +159,7 @@ def _load(name: str, root: Path | None, num_classes: int | None, reading: Readin
 
 
 def _load_parts(root: Path, suffix: str, num_classes: int | None, reading: Reading) -> Splits:
-    """Open `root/train` and `root/val` (or valid, validation, or test), or with ".tar" `root/train.tar` and so on.
-
-    Where both a validation and a test part exist, they are used as such; where there is only one, it is
-    the test set. Classes have the same numbers in all parts.
-    """
+    """Open the parts of a data set; classes have the same numbers in all of them."""
     read = read_tar if suffix else read_folder
     parts = {part: read(path, reading.version) for part, path in _find_parts(root, suffix, reading.version).items()}
     if reading.version > 1:
@@ -185,9 +176,9 @@ def _load_parts(root: Path, suffix: str, num_classes: int | None, reading: Readi
 
 
 def _find_parts(root: Path, suffix: str, version: int) -> dict[str, Path]:
-    """Return where "train", "test" and, if there is one, "validation" lie.
+    """Return where "train", "test" and "validation" lie; where there is one of the last two, it is the test set.
 
-    Raises DataError where a part is missing, or it is not clear which one is meant.
+    suffix: "" for folders, ".tar". Raises DataError where a part is missing, or it is not clear which one is meant.
     """
     validation = _VALIDATION[version]
     train, tests, validations = (
@@ -198,11 +189,8 @@ def _find_parts(root: Path, suffix: str, version: int) -> dict[str, Path]:
         wanted = " or ".join(str(root / (name + suffix)) for name in ((*validation, "test") if train else ("train",)))
         raise DataError(f"no {wanted}: it holds one folder of images for each class.", "root")
     if version > 1 and len(validations) > 1:
-        raise DataError(
-            f"{' and '.join(map(str, validations))}: one of them may hold the validation images; remove or rename the "
-            "others.",
-            "root",
-        )
+        several = " and ".join(map(str, validations))
+        raise DataError(f"{several}: one of them may hold the validation images. Rename the others.", "root")
     parts = {"train": train[0], "test": (tests + validations)[0]}
     if tests and validations:
         parts["validation"] = validations[0]
@@ -223,12 +211,8 @@ def _warn_of_others(root: Path, suffix: str) -> None:
     names = [path.name for path in root.iterdir() if _is_part(path, suffix) and not is_hidden(path.name)]
     others = [name for name in names if name not in known]
     if others:
-        _log.warning(
-            "%s: left alone %s; the parts are train, %s and test, in lower case",
-            root,
-            listed("file" if suffix else "folder", others),
-            ", ".join(_VALIDATION[2]),
-        )
+        found, parts = listed("file" if suffix else "folder", others), ", ".join(_VALIDATION[2])
+        _log.warning("%s: left alone %s; the parts are train, %s and test, in lower case", root, found, parts)
 
 
 def _hold_out(splits: Splits, fraction: float, version: int) -> Splits:

@@ -14,38 +14,34 @@ from timm.data.readers.reader_image_in_tar import extract_tarinfos
 from famba.data.folders import Entry, Part, checked, has_suffix, image_suffixes, is_hidden
 from famba.errors import DataError
 
-# The programs that unpack files that begin so.
-_COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 _PIECE = 1 << 20  # bytes
 
 
 def read_tar(path: Path, version: int) -> Part:
     """Find the images of a part, with their classes and their places in the file.
 
-    A tar file in it stands for a folder of its name, without .tar; in version 1, the innermost folder or tar file is
-    the class. Raises DataError as `checked`, and where the file is compressed or damaged, or a link leads to nothing in
-    it.
+    A tar file in it stands for a folder of its name, without .tar. Raises DataError as `checked`, and where the file is
+    compressed or damaged, or a link leads to nothing in it.
     """
     part = Part(path)
+    members = _Members(part)
     try:
+        if version == 1:
+            # timm's cache is a pickle beside the data.
+            samples, targets, numbers, _ = extract_tarinfos(str(path), cache_tarinfo=False)
+            classes = list(numbers)
+            for (image, _, inner), number in zip(samples, targets, strict=True):
+                begin = image.offset_data + (inner.offset_data if inner else 0)
+                part.entries.append(Entry(image.path, classes[number], (begin, image.size)))
+            return checked(part)
         with open(path, "rb") as file:
-            if version == 1:
-                _refuse_compressed(path, file)
-                # timm's cache is a pickle beside the data.
-                samples, targets, numbers, _ = extract_tarinfos(str(path), cache_tarinfo=False)
-                classes = list(numbers)
-                for (image, _, inner), number in zip(samples, targets, strict=True):
-                    begin = image.offset_data + (inner.offset_data if inner else 0)
-                    part.entries.append(Entry(image.path, classes[number], (begin, image.size)))
-                return checked(part)
-            members = _Members(part)
             members.read(file, "", 0)
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise DataError(
-            f"{path}: holds no readable images: it is damaged or no tar file ({error}). Make or fetch it again."
+            f"{path}: it or a tar file in it is damaged, compressed or no tar file ({error}). Unpack it with gunzip, "
+            "bunzip2, unxz or the like, or fetch it again."
         ) from error
     members.finish()
-    part.sort()
     return checked(part, "make the tar file from within it")
 
 
@@ -60,7 +56,7 @@ class _Members:
 
     def read(self, file: IO[bytes], folder: str, begin: int) -> None:
         """Read a tar file that begins at a byte of the outermost one; its names lie in a folder."""
-        for tar, member in _members(self.part.path, file):
+        for tar, member in _members(file):
             name = self._path(folder, member.name)
             if any(is_hidden(piece) for piece in name.split("/") if piece != "."):
                 self.part.hidden.append(name)
@@ -73,9 +69,7 @@ class _Members:
             elif has_suffix(name, self.suffixes) and (member.islnk() or member.issym()):
                 self.found[name] = self._path(folder if member.islnk() else posixpath.dirname(name), member.linkname)
             elif has_suffix(name, self.suffixes) and member.issparse():
-                raise DataError(
-                    f"{self.part.path}, {name}: a sparse member, whose bytes lie apart; leave out --sparse."
-                )
+                raise DataError(f"{self.part.path}, {name}: its bytes lie apart. Make the tar file without --sparse.")
             elif has_suffix(name, self.suffixes) and member.isfile():
                 self.found[name] = begin + member.offset_data, member.size
             elif not member.isdir():
@@ -106,14 +100,12 @@ class _Members:
         """Return a member's path without "." and ".."."""
         plain = posixpath.normpath(posixpath.join(folder, name.lstrip("/")))
         if plain.startswith(".."):
-            path = self.part.path
-            raise DataError(f"{path}, {name}: lies outside of the tar file. Make it anew, from within its folder.")
+            raise DataError(f"{self.part.path}, {name}: lies outside of the tar file. Make it from within its folder.")
         return plain
 
 
-def _members(path: Path, file: IO[bytes]) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+def _members(file: IO[bytes]) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     """Yield the members of a tar file, and refuse one that looks whole but is cut off, damaged or joined of several."""
-    _refuse_compressed(path, file)
     with tarfile.TarFile(fileobj=file, mode="r") as tar:
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # or it would keep all of them
@@ -127,14 +119,3 @@ def _members(path: Path, file: IO[bytes]) -> Iterator[tuple[tarfile.TarFile, tar
         while piece := file.read(_PIECE):
             if any(piece):
                 raise tarfile.ReadError("more follows behind its end, as in tar files that were joined by cat")
-
-
-def _refuse_compressed(path: Path, file: IO[bytes]) -> None:
-    header = file.read(tarfile.BLOCKSIZE)
-    file.seek(0)
-    for signature, program in _COMPRESSED.items():
-        if header.startswith(signature) and not header[257:].startswith(b"ustar"):
-            raise DataError(
-                f"{path}: is compressed, or holds a compressed tar file, and images are read from their place in it. "
-                f"Unpack it with {program}."
-            )
