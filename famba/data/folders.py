@@ -9,7 +9,7 @@ import posixpath
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from itertools import takewhile
+from functools import cache
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -93,6 +93,7 @@ class FileSource:
         return f"{self.path}{'/' if self.spans is None else ', '}{self.names[index]}"
 
 
+@cache
 def image_suffixes() -> frozenset[str]:
     """Return the endings, in lower case and with the dot, of the files that Pillow decodes here."""
     Image.init()
@@ -100,9 +101,9 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, kind in kinds if kind in Image.OPEN and kind not in _NOT_DECODED)
 
 
-def has_suffix(name: str, suffixes: Collection[str]) -> bool:
-    """Say whether a file's name has one of some endings, in upper or lower case."""
-    return os.path.splitext(name)[1].lower() in suffixes
+def is_image(name: str) -> bool:
+    """Say whether a file's name is that of an image, in upper or lower case."""
+    return os.path.splitext(name)[1].lower() in image_suffixes()
 
 
 def is_hidden(name: str) -> bool:
@@ -149,7 +150,6 @@ class _Walk:
 
     def __init__(self, part: Part) -> None:
         self.part = part
-        self.suffixes = image_suffixes()
         self.folders: dict[tuple[int, int], str] = {}  # by device and inode, whatever path leads to them
         self.links: set[str] = set()  # images that are links
 
@@ -173,7 +173,7 @@ class _Walk:
                 if not folder:
                     self.part.folders.add(name)
                 self.read(name, {**above, identity: path})
-            elif entry.is_file() and has_suffix(name, self.suffixes):
+            elif entry.is_file() and is_image(name):
                 if entry.is_symlink():
                     self.links.add(name)
                 self.part.entries.append(Entry(name, folder.partition("/")[0]))
@@ -194,10 +194,8 @@ class _Walk:
         if earlier == name:
             return True
         if earlier.split("/")[0] != name.split("/")[0]:
-            other = self.part.path / earlier
-            raise DataError(
-                f"{path}: this is the {kind} {other} once more, by a link, in two classes. Remove one of them."
-            )
+            other = f"the {kind} {self.part.path / earlier}"
+            raise DataError(f"{path}: this is {other} once more, by a link, in two classes. Remove one of them.")
         self.part.again.append(name)
         return False
 
@@ -225,23 +223,20 @@ def checked(part: Part, advice: str | None = None) -> Part:
         raise DataError(f"{part.path}: holds no readable images in class folders{files}.")
     strays = [entry.name for entry in part.entries if not entry.label]
     if strays:
-        said = f"images must lie in one folder for each class, but some lie outside: {listed('image', strays)}"
-        raise DataError(f"{part.path}: {said}.")
-    paths = [entry.name.split("/")[:-1] for entry in part.entries]
-    depth = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False)))
-    inner = {path[depth] for path in paths if len(path) > depth}
-    if advice and depth and len(inner) > 1 and all(len(path) > depth for path in paths):
-        raise DataError(
-            f"{part.path}: all images lie in folders of {'/'.join(paths[0][:depth])!r}, so all are of one class. If "
-            f"{listed('folder', inner)} are the classes, {advice}."
-        )
+        outside = listed("image", strays)
+        raise DataError(f"{part.path}: images must lie in one folder for each class, but some lie outside: {outside}.")
+    places = {posixpath.dirname(entry.name) for entry in part.entries}
+    common = posixpath.commonpath(places)
+    if advice and common and common not in places:
+        inner = listed("folder", {place[len(common) + 1 :].partition("/")[0] for place in places})
+        said = f"all images lie in folders of {common!r}, so all are of one class"
+        raise DataError(f"{part.path}: {said}. If {inner} are the classes, {advice}.")
     left_out = [f"{listed('file', part.skipped)} of kinds that Pillow does not read"] if part.skipped else []
     left_out += [listed("hidden name", part.hidden)] if part.hidden else []
     left_out += [f"{listed('link', part.again)} to what was read already"] if part.again else []
     if left_out:
         # Hidden names are meant to be left out; other files may be images that are missed.
-        level = logging.WARNING if part.skipped else logging.INFO
-        _log.log(level, "%s: skipped %s", part.path, ", ".join(left_out))
+        _log.log(logging.WARNING if part.skipped else logging.INFO, "%s: skipped %s", part.path, ", ".join(left_out))
     return part
 
 

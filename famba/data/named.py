@@ -69,7 +69,10 @@ class NamedSource:
             found = getattr(self.dataset, "targets", None)
         if np.ndim(found) != 1:  # QMNIST's are rows of facts, whose first one it gives
             found = [self._read(index)[1] for index in range(len(self))]
-        return check_labels(np.asarray(found, dtype=np.int64), self.num_classes, self._where)
+        try:
+            return check_labels(np.asarray(found, dtype=np.int64), self.num_classes, self._where)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{self._where(0)} and others: labels must be whole numbers ({error}).") from error
 
     def _read(self, index: int) -> Any:
         with naming(lambda: self._where(index)):

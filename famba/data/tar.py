@@ -11,7 +11,7 @@ from typing import IO
 
 from timm.data.readers.reader_image_in_tar import extract_tarinfos
 
-from famba.data.folders import Entry, Part, checked, has_suffix, image_suffixes, is_hidden
+from famba.data.folders import Entry, Part, checked, is_hidden, is_image
 from famba.errors import DataError
 
 _PIECE = 1 << 20  # bytes
@@ -50,7 +50,6 @@ class _Members:
 
     def __init__(self, part: Part) -> None:
         self.part = part
-        self.suffixes = image_suffixes()
         self.found: dict[str, tuple[int, int] | str] = {}  # images: their first byte and size, or where a link leads
         self.folders: set[str] = set()
 
@@ -62,15 +61,15 @@ class _Members:
                 self.part.hidden.append(name)
                 continue
             self.folders.add(name if member.isdir() else posixpath.dirname(name))
-            if member.isfile() and has_suffix(name, (".tar",)):
+            if member.isfile() and name.lower().endswith(".tar"):
                 inner = os.path.splitext(name)[0]
                 self.folders.add(inner)
                 self.read(tar.extractfile(member), inner, begin + member.offset_data)  # type: ignore[arg-type]
-            elif has_suffix(name, self.suffixes) and (member.islnk() or member.issym()):
+            elif is_image(name) and (member.islnk() or member.issym()):
                 self.found[name] = self._path(folder if member.islnk() else posixpath.dirname(name), member.linkname)
-            elif has_suffix(name, self.suffixes) and member.issparse():
+            elif is_image(name) and member.issparse():
                 raise DataError(f"{self.part.path}, {name}: its bytes lie apart. Make the tar file without --sparse.")
-            elif has_suffix(name, self.suffixes) and member.isfile():
+            elif is_image(name) and member.isfile():
                 self.found[name] = begin + member.offset_data, member.size
             elif not member.isdir():
                 self.part.skipped.append(name)
