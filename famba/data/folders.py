@@ -226,8 +226,8 @@ def checked(part: Part, advice: str | None = None) -> Part:
         outside = listed("image", strays)
         raise DataError(f"{part.path}: images must lie in one folder for each class, but some lie outside: {outside}.")
     places = {posixpath.dirname(entry.name) for entry in part.entries}
-    common = posixpath.commonpath(places)
-    if advice and common and common not in places:
+    common = posixpath.commonpath(places) if advice else ""
+    if common and common not in places:
         inner = listed("folder", {place[len(common) + 1 :].partition("/")[0] for place in places})
         said = f"all images lie in folders of {common!r}, so all are of one class"
         raise DataError(f"{part.path}: {said}. If {inner} are the classes, {advice}.")
