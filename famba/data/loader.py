@@ -57,10 +57,10 @@ def train_batches(
     `workers`; with `repeats` 1 and a source with random access, the processes together see the same images with the
     same augmentation however many they are.
 
-    image_size is the side in pixels of the images that the model takes; mean and std are of the colours, in 0..1. The
-    seed is that of order and augmentation; seed, batch_size, accumulation, rank, world_size and repeats are as in
-    `EpochSampler`. workers are loading processes beside this one; images in memory with whole-batch augmentation need
-    none. pin_memory gives page-locked results, where there is CUDA. Raises ConfigError where the numbers do not fit.
+    image_size: side in pixels that the model takes. mean, std: of the colours, in 0..1. seed: of order and
+    augmentation. seed to world_size and repeats: as in `EpochSampler`. workers: loading processes beside this one;
+    images in memory with whole-batch augmentation need none. pin_memory: page-locked results, where there is CUDA.
+    Raises ConfigError where the numbers do not fit.
     """
     check_numbers(0, workers=workers)
     check_numbers(image_size=image_size)

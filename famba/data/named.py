@@ -188,8 +188,18 @@ def _open(
     name: str, root: str | None, splits: tuple[str, ...], num_classes: int | None, reading: Reading
 ) -> tuple[Source | StreamSource, tuple[str, ...] | None]:
     """Return the images of the first split that exists, and the names of their classes where it tells them."""
-    streamed = _prefix(name) in _STREAMED
-    dataset, split = _create(name, root, splits, streamed)
+    streamed, reasons = _prefix(name) in _STREAMED, []
+    for split in splits:
+        try:
+            # Only the training stream must know its length.
+            dataset = create_dataset(name, root, split=split, is_training=streamed and split == "train")
+            break
+        except Exception as error:  # the readers and the packages behind them raise all kinds
+            reasons.append(f"{split}: {str(error) or type(error).__name__}")
+    else:
+        raise DataError(f"data {name!r} in {root} cannot be opened ({'; '.join(reasons)}).")
+    if reasons:
+        _log.warning("%r: split %r is the test set, since others cannot be opened: %s", name, split, reasons[0])
     reader = getattr(dataset, "reader", None)
     numbers = getattr(reader, "class_to_idx", None)
     found = sorted(numbers, key=numbers.__getitem__) if numbers else getattr(dataset, "classes", None) or ()
@@ -202,19 +212,3 @@ def _open(
         length = int(dataset.reader.num_samples or 0)
         return StreamSource(name, root, split, count, length, reading.colour), classes or None
     return NamedSource(dataset if reader is None else reader, count, reading.colour), classes or None
-
-
-def _create(name: str, root: str | None, splits: tuple[str, ...], streamed: bool) -> tuple[Any, str]:
-    """Return the data set of the first split that exists, and that split's name."""
-    reasons: list[str] = []
-    for split in splits:
-        try:
-            # Only the training stream must know its length.
-            dataset = create_dataset(name, root, split=split, is_training=streamed and split == "train")
-        except Exception as error:  # the readers and the packages behind them raise all kinds
-            reasons.append(f"{split}: {str(error) or type(error).__name__}")
-            continue
-        if reasons:
-            _log.warning("%r: split %r is the test set, since others cannot be opened: %s", name, split, reasons[0])
-        return dataset, split
-    raise DataError(f"data {name!r} in {root} cannot be opened ({'; '.join(reasons)}).")

@@ -66,11 +66,9 @@ def load_digits() -> Splits:
 def load_cifar(name: str, root: Path | None, background: Colour | None) -> Splits:
     """Load "cifar10" or "cifar100" into memory as uint8 (n, 3, 32, 32).
 
-    root: folder that holds the data in any of the known layouts; a folder that is given is never downloaded into. None:
-    `default_root()`, with a download where the data is missing. background: of transparent images in parquet files, as
-    in `images.to_rgb`.
-
-    Raises DataError where data is missing, incomplete or damaged, naming the file (and row).
+    root: folder that holds the data in any of the known layouts; None for `default_root()`, which alone is downloaded
+    into. background: of transparent images in parquet files, as in `images.to_rgb`. Raises DataError where data is
+    missing, incomplete or damaged, naming the file (and row).
     """
     folder = default_root() if root is None else root
     by_hand = not _missing(name, folder) or any(_shards(place, "train") for place in _parquet_folders(name, folder))
@@ -165,13 +163,16 @@ def download(name: str, root: str | Path | None) -> Path:
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack a tar file, compressed or not, into a folder.
 
-    Raises DataError where it is damaged, a member would lie or point outside the folder or is no file, folder or link,
-    or this Python (before 3.10.12 and 3.11.4) cannot tell. Members before that one stay.
+    Raises DataError where it is damaged, or a member would lie or point outside the folder, or is no file, folder or
+    link. Members before that one stay.
     """
+    if not hasattr(tarfile, "data_filter"):
+        better = f"use 3.10.12, 3.11.4, 3.12 or later, or unpack {archive} yourself"
+        raise DataError(f"this Python unpacks archives without looking where their files go; {better}")
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
-    except (tarfile.TarError, EOFError, OSError, TypeError) as error:  # TypeError: extractall knows no filter
+    except (tarfile.TarError, EOFError, OSError) as error:
         raise DataError(f"{archive} cannot be unpacked ({error}); delete it and fetch it again") from error
 
 

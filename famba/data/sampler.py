@@ -41,7 +41,8 @@ class EpochSampler:
     repeats: int
 
     def __post_init__(self) -> None:
-        check_numbers(batch_size=self.batch_size, accumulation=self.accumulation, repeats=self.repeats)
+        names = ("batch_size", "accumulation", "world_size", "repeats")
+        check_numbers(**{name: getattr(self, name) for name in names})
         if not 0 <= self.seed < 2**64:
             raise ConfigError(f"seed is {self.seed}, but must be at least 0 and below 2**64.")
         check_rank(self.rank, self.world_size)
@@ -77,8 +78,8 @@ class EpochSampler:
     def check_place(self, epoch: int, start_step: int) -> None:
         """Raise ConfigError where there is no such place in the training."""
         if epoch < 0 or not 0 <= start_step <= self.steps_per_epoch:
-            steps = self.steps_per_epoch
-            raise ConfigError(f"there is no step {start_step} in epoch {epoch}: epochs count from 0, of {steps} steps.")
+            there = f"epochs count from 0, each has {self.steps_per_epoch} steps"
+            raise ConfigError(f"there is no step {start_step} in epoch {epoch}: {there}.")
 
     def _repeating(self) -> RepeatAugSampler | None:
         if self.repeats == 1 or self.world_size == 1:
