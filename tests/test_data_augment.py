@@ -68,32 +68,33 @@ def test_bicubic_scaling_stays_in_range() -> None:
     assert images.max() <= 255.01
 
 
-def test_each_option_of_timms_transform_acts() -> None:
-    data = arrays(16, 16)
-    plain, _ = augmented(data, TIMM, 16)
-    for change in (
+@pytest.mark.parametrize(
+    "change",
+    [
         {"hflip": 1.0},
         {"auto_augment": "rand-m9-mstd0.5-inc1"},
         {"color_jitter": 0.4},
         {"random_erasing": 1.0},
         {"random_erasing": 1.0, "erasing_mode": "const"},
         {"interpolation": "bicubic"},
-    ):
-        other, _ = augmented(data, replace(TIMM, **change), 16)  # type: ignore[arg-type]
-        assert not torch.equal(plain, other), change
+    ],
+)
+def test_each_option_of_timms_transform_acts(change: dict[str, Any]) -> None:
+    plain, other = (augmented(arrays(16, 16), replace(TIMM, **options), 16)[0] for options in ({}, change))
+    assert not torch.equal(plain, other)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "btach"}, "kind 'btach' is not one of batch, timm, did you mean 'batch'"),
-        ({"erasing_mode": "noise"}, "erasing_mode 'noise' is not one of pixel, rand, const"),
-        ({"interpolation": "cubic"}, "did you mean 'bicubic'"),
-        ({"hflip": 1.5}, "hflip is 1.5; allowed: 0 or more, at most 1"),
+        ({"kind": "btach"}, "kind is 'btach'. Input should be 'batch' or 'timm'"),
+        ({"erasing_mode": "noise"}, "erasing_mode is 'noise'. Input should be 'pixel', 'rand' or 'const'"),
+        ({"interpolation": "cubic"}, "interpolation is 'cubic'"),
+        ({"hflip": 1.5}, "hflip is 1.5. Input should be less than or equal to 1"),
         ({"random_erasing": -0.1}, "random_erasing is -0.1"),
-        ({"crop_padding": -1}, "crop_padding is -1; allowed: 0 or more"),
+        ({"crop_padding": -1}, "crop_padding is -1"),
         ({"color_jitter": -1.0}, "color_jitter is -1.0"),
-        ({"eval_crop": 0.0}, "eval_crop is 0.0; allowed: above 0, at most 1"),
+        ({"eval_crop": 0.0}, "eval_crop is 0.0"),
         ({"random_erasing": 0.5}, "augmentation 'batch' does not use it: set it to 0"),
         ({"kind": "timm"}, "crop_padding is 3, but augmentation 'timm' does not use it"),
         ({"kind": "timm", "crop_padding": 0, "auto_augment": "rnad-m9"}, "auto_augment 'rnad-m9' is no policy"),

@@ -9,6 +9,7 @@ import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -19,26 +20,31 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets import utils as torchvision_utils
 
-from famba.data import ArraySource, default_root, download, num_classes_of
+from famba.data import ArraySource, download, num_classes_of
+from famba.data.published import default_root
 from famba.errors import ConfigError, DataError
 
 NAMES = [f"class {number}" for number in range(100)]
-
-
-def in_memory(source: object) -> ArraySource:
-    assert isinstance(source, ArraySource)
-    return source
+COLUMNS = ("img", "fine_label")
+SHARD = "train-00000-of-00001.parquet"
 
 
 def pixels(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
 
 
+def shown(source: Any) -> np.ndarray:
+    """Images (n, 32, 32, 3) of a source in memory."""
+    assert isinstance(source, ArraySource)
+    assert source.images.is_contiguous()
+    return source.images.permute(0, 2, 3, 1).numpy()
+
+
 def png(image: np.ndarray) -> bytes:
     return saved(Image.fromarray(image))
 
 
-def write_parquet(path: Path, images: list[Any], labels: list[Any], columns: tuple[str, str]) -> None:
+def write_parquet(path: Path, images: list[Any], labels: list[Any], columns: tuple[str, str] = COLUMNS) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     cells = [{"bytes": encoded, "path": "x.png"} for encoded in images]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -46,13 +52,11 @@ def write_parquet(path: Path, images: list[Any], labels: list[Any], columns: tup
     pq.write_table(table, path)
 
 
-def write_split(
-    folder: Path, split: str, count: int, seed: int = 0, columns: tuple[str, str] = ("img", "fine_label")
-) -> np.ndarray:
-    images = pixels(count, seed)
-    path = folder / f"{split}-00000-of-00001.parquet"
-    write_parquet(path, [png(image) for image in images], list(range(count)), columns)
-    return images
+def write_splits(folder: Path, columns: tuple[str, str] = COLUMNS, parts: tuple[str, ...] = ("train", "test")) -> None:
+    """Write `pixels(5, 1)`, labelled by their numbers, as each part."""
+    for part in parts:
+        path = folder / f"{part}-00000-of-00001.parquet"
+        write_parquet(path, [*map(png, pixels(5, 1))], list(range(5)), columns)
 
 
 def write_pickle(path: Path, entry: dict[str, Any]) -> list[str]:
@@ -83,14 +87,15 @@ def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("at_folder", [False, True])
-def test_official_files_load_from_the_folder_or_the_one_above(official: Path, at_folder: bool) -> None:
-    splits = load("cifar100", official if at_folder else official.parent)
-    train = in_memory(splits.train)
-    assert train.images.is_contiguous()
-    assert np.array_equal(train.images.permute(0, 2, 3, 1).numpy(), pixels(6, 1))
-    assert train.labels.tolist() == [0, 1, 2, 3, 98, 99]
-    assert (splits.test.num_classes, len(splits.test), splits.classes) == (100, 3, tuple(NAMES))
+def test_official_files_load_from_the_folder_or_the_one_above(official: Path) -> None:
+    for root in (official, official.parent):
+        splits: Any = load("cifar100", root)
+        assert np.array_equal(shown(splits.train), pixels(6, 1))
+        assert splits.train.labels.tolist() == [0, 1, 2, 3, 98, 99]
+        assert (splits.test.num_classes, len(splits.test), splits.classes) == (100, 3, tuple(NAMES))
+    (official / "test").unlink()
+    with pytest.raises(DataError, match="cifar-100-python: test of cifar100 is missing"):
+        load("cifar100", official.parent)
 
 
 def test_cifar10_is_read_from_several_batches_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,15 +103,9 @@ def test_cifar10_is_read_from_several_batches_in_order(tmp_path: Path, monkeypat
     train = [write_pickle(folder / f"data_batch_{i}", batch(pixels(2, i), [i, i + 1], "labels")) for i in range(1, 4)]
     test = write_pickle(folder / "test_batch", batch(pixels(1, 9), [9], "labels"))
     publish(monkeypatch, CIFAR10, train, [test], write_pickle(folder / "batches.meta", {"label_names": NAMES[:10]}))
-    found = in_memory(load("cifar10", tmp_path).train)
+    found: Any = load("cifar10", tmp_path).train
     assert found.labels.tolist() == [1, 2, 2, 3, 3, 4]
-    assert np.array_equal(np.asarray(found.image(4)), pixels(2, 3)[0])
-
-
-def test_an_incomplete_folder_names_what_is_missing(official: Path) -> None:
-    (official / "test").unlink()
-    with pytest.raises(DataError, match="cifar-100-python: test of cifar100 is missing"):
-        load("cifar100", official.parent)
+    assert np.array_equal(shown(found), np.concatenate([pixels(2, i) for i in range(1, 4)]))
 
 
 class _Dangerous:
@@ -127,29 +126,28 @@ def test_a_file_that_was_not_published_is_named_and_its_code_does_not_run(
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("below", ["", "data", "cifar100"])
-def test_parquet_is_found_and_decoded(tmp_path: Path, below: str) -> None:
-    images = write_split(tmp_path / below, "train", 5, 1)
-    write_split(tmp_path / below, "test", 2, 2)
-    splits = load("cifar100", tmp_path)
-    train = in_memory(splits.train)
-    assert train.labels.tolist() == list(range(5))
-    assert np.array_equal(train.images.permute(0, 2, 3, 1).numpy(), images)
-    assert (len(splits.test), splits.validation) == (2, None)
-
-
-def test_parquet_of_cifar10_may_call_its_columns_image_and_label(tmp_path: Path) -> None:
-    images = [write_split(tmp_path / "plain_text", split, 3, 1, ("image", "label")) for split in ("train", "test")]
-    assert np.array_equal(np.asarray(in_memory(load("cifar10", tmp_path).train).image(2)), images[0][2])
+@pytest.mark.parametrize(
+    ("name", "below", "columns"),
+    [
+        *(("cifar100", below, COLUMNS) for below in ("", "data", "cifar100")),
+        ("cifar10", "plain_text", ("image", "label")),
+    ],
+)
+def test_parquet_is_found_and_decoded(tmp_path: Path, name: str, below: str, columns: tuple[str, str]) -> None:
+    write_splits(tmp_path / below, columns)
+    splits: Any = load(name, tmp_path)
+    assert splits.train.labels.tolist() == list(range(5))
+    assert np.array_equal(shown(splits.train), pixels(5, 1))
+    assert (len(splits.test), splits.validation) == (5, None)
 
 
 def test_parquet_shards_are_joined_in_order_and_must_be_complete(tmp_path: Path) -> None:
-    write_split(tmp_path, "test", 1)
+    write_splits(tmp_path, parts=("test",))
     for shard in (1, 0):
         path = tmp_path / f"train-{shard:05}-of-00002.parquet"
-        labels = [10 * shard, 10 * shard + 1]
-        write_parquet(path, [png(image) for image in pixels(2, shard)], labels, ("img", "label"))
-    assert in_memory(load("cifar100", tmp_path).train).labels.tolist() == [0, 1, 10, 11]
+        write_parquet(path, [*map(png, pixels(2, shard))], [10 * shard, 10 * shard + 1], ("img", "label"))
+    train: Any = load("cifar100", tmp_path).train
+    assert train.labels.tolist() == [0, 1, 10, 11]
     (tmp_path / "train-00000-of-00002.parquet").unlink()
     with pytest.raises(DataError, match="is one of 2 files, but 1 lie there"):
         load("cifar100", tmp_path)
@@ -164,33 +162,31 @@ def test_parquet_shards_are_joined_in_order_and_must_be_complete(tmp_path: Path)
         (png(np.zeros((8, 9, 3), np.uint8)), 3, "the image is 9 x 8 pixels, not 32 x 32"),
         (png(pixels(1, 1)[0]), 100, r"label 100 is not in 0\.\.99"),
         (png(pixels(1, 1)[0]), -1, r"label -1 is not in 0\.\.99"),
-        (png(pixels(1, 1)[0]), None, "label None is not an integer"),
+        (png(pixels(1, 1)[0]), None, r"label None is not in 0\.\.99"),
     ],
 )
 def test_a_bad_row_of_parquet_is_named(tmp_path: Path, image: Any, label: Any, message: str) -> None:
-    write_split(tmp_path, "test", 1)
-    path = tmp_path / "train-00000-of-00001.parquet"
-    write_parquet(path, [*map(png, pixels(2, 0)), image], [0, 1, label], ("img", "fine_label"))
-    with pytest.raises(DataError, match=f"{path.name}, row 2: .*{message}"):
+    write_splits(tmp_path)
+    write_parquet(tmp_path / SHARD, [*map(png, pixels(2, 0)), image], [0, 1, label])
+    with pytest.raises(DataError, match=f"{SHARD}, row 2: .*{message}"):
         load("cifar100", tmp_path)
 
 
 @pytest.mark.parametrize("damage", [slice(0), slice(50), slice(-1000), None])
 def test_a_damaged_parquet_file_is_named(tmp_path: Path, damage: slice | None) -> None:
-    write_split(tmp_path, "test", 1)
-    write_split(tmp_path, "train", 3)
-    path = tmp_path / "train-00000-of-00001.parquet"
+    write_splits(tmp_path)
+    path = tmp_path / SHARD
     data = path.read_bytes()
     path.write_bytes(data[:4] + b"\xff" * 1996 + data[2000:] if damage is None else data[damage])
-    with pytest.raises(DataError, match=path.name if damage is None else f"{path.name}: not a readable parquet file"):
+    with pytest.raises(DataError, match=SHARD if damage is None else f"{SHARD}: not a readable parquet file"):
         load("cifar100", tmp_path)
 
 
 def test_parquet_without_the_column_or_the_other_split_is_refused(tmp_path: Path) -> None:
-    write_split(tmp_path, "train", 2, columns=("img", "something"))
+    write_splits(tmp_path, ("img", "something"), ("train",))
     with pytest.raises(DataError, match="holds parquet files, but no test-"):
         load("cifar100", tmp_path)
-    write_split(tmp_path, "test", 2)
+    write_splits(tmp_path, parts=("test",))
     with pytest.raises(DataError, match="no column 'fine_label' or 'label' among img, something"):
         load("cifar100", tmp_path)
 
@@ -202,27 +198,20 @@ def name_classes(path: Path, names: list[str]) -> None:
 
 
 def test_classes_have_their_names_in_parquet_of_the_hub(tmp_path: Path) -> None:
-    for split in ("train", "test"):
-        write_split(tmp_path, split, 5, 1, ("img", "label"))
+    write_splits(tmp_path, ("img", "label"))
     assert load("cifar10", tmp_path).classes is None
-    name_classes(tmp_path / "train-00000-of-00001.parquet", NAMES[:10])
+    name_classes(tmp_path / SHARD, NAMES[:10])
     assert load("cifar10", tmp_path).classes == tuple(NAMES[:10])
     name_classes(tmp_path / "test-00000-of-00001.parquet", NAMES[9::-1])
     with pytest.raises(DataError, match="test-00000-of-00001.parquet: names 10 classes, which are not the 10"):
         load("cifar10", tmp_path)
 
 
-def test_transparent_images_of_parquet_have_a_background(tmp_path: Path) -> None:
-    clear = png(np.zeros((32, 32, 4), np.uint8))
+@pytest.mark.parametrize(("options", "value"), [({}, 255), ({"background": "#404040"}, 64), ({"version": 1}, 0)])
+def test_transparent_images_of_parquet_have_a_background(tmp_path: Path, options: dict[str, Any], value: int) -> None:
     for split in ("train", "test"):
-        write_parquet(tmp_path / f"{split}-00000-of-00001.parquet", [clear], [0], ("img", "fine_label"))
-    options: list[tuple[dict[str, Any], int]] = [({}, 255), ({"background": "#404040"}, 64), ({"version": 1}, 0)]
-    for option, value in options:
-        assert in_memory(load("cifar100", tmp_path, **option).train).images.unique().tolist() == [value]
-
-
-def _refuse(*_: Any, **__: Any) -> None:
-    raise OSError("Network is unreachable")
+        write_parquet(tmp_path / f"{split}-00000-of-00001.parquet", [png(np.zeros((32, 32, 4), np.uint8))], [0])
+    assert np.unique(shown(load("cifar100", tmp_path, **options).train)).tolist() == [value]
 
 
 def test_a_given_folder_without_data_is_never_downloaded_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,12 +230,12 @@ def test_a_failed_download_says_what_to_do_and_none_is_needed_for_what_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAMBA_DATA", str(tmp_path))
-    monkeypatch.setattr(torchvision_utils, "download_url", _refuse)
+    refuse = Mock(side_effect=OSError("Network is unreachable"))
+    monkeypatch.setattr(torchvision_utils, "download_url", refuse)
     with pytest.raises(DataError, match=r"Network is unreachable.*famba download cifar100 .*data\.root"):
         load("cifar100", None)
-    for split in ("train", "test"):
-        write_split(tmp_path / "cifar100", split, 4)
-    assert len(load("cifar100", None).train) == 4
+    write_splits(tmp_path / "cifar100")
+    assert len(load("cifar100", None).train) == 5
 
 
 @pytest.fixture

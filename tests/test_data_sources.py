@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import struct
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from images_and_loaders import load, red, tar_of, write
 from PIL import Image
+from timm.data.readers.reader import Reader
 from torchvision.datasets import ImageFolder
 
-from famba.data import LOADERS, ArraySource, Source, Splits, SubsetSource, labels_of, named, renumber, sample, take
+from famba.data import LOADERS, ArraySource, Splits, labels_of, named, renumber, sample
 from famba.data.draws import Stream, permutation
+from famba.data.sources import SubsetSource, take
 from famba.errors import ConfigError, DataError
 
 
@@ -32,15 +35,16 @@ def counts(source: Any) -> list[int]:
 def test_digits_are_real_images_with_a_fixed_split() -> None:
     first, second = load("digits"), load("digits")
     assert first.classes == tuple("0123456789")
+    seen: set[bytes] = set()
     for part, count in (("train", 1437), ("test", 360)):
         source, again = getattr(first, part), getattr(second, part)
-        assert source.images.shape == (count, 3, 32, 32)
-        assert source.images.dtype == torch.uint8
+        assert (source.images.shape, source.images.dtype) == ((count, 3, 32, 32), torch.uint8)
         assert (source.images.min(), source.images.max()) == (0, 255)
         assert torch.equal(source.images, again.images)
+        found = {image.numpy().tobytes() for image in source.images}
+        assert not found & seen
+        seen |= found
     assert set(counts(first.test)) <= set(range(33, 40))  # about 36 of each digit
-    train, test = ({image.numpy().tobytes() for image in part.images} for part in (first.train, first.test))  # type: ignore[union-attr]
-    assert not train & test
 
 
 def write_mnist(root: Path, training: list[int]) -> None:
@@ -70,20 +74,16 @@ def uneven(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     return lambda **changes: load(kind, where, **changes)
 
 
-def test_a_subset_has_every_class_in_proportion(uneven: Any) -> None:
+def test_a_subset_and_what_is_held_out_have_every_class_in_proportion(uneven: Any) -> None:
     whole = np.array(counts(uneven().train))
     before: set[bytes] = set()
     for images in (8, 20, 40, 79):
         part = uneven(subset=images).train
         assert len(part) == images
         assert np.abs(counts(part) - whole * images / whole.sum()).max() <= 1
-        chosen = {np.asarray(part.image(index)).tobytes() + bytes([part.label(index)]) for index in range(images)}
+        chosen = {np.asarray(part.image(index)).tobytes() + bytes([part.labels[index]]) for index in range(images)}
         assert before <= chosen, "a smaller subset lies in a larger one"
         before = chosen
-
-
-def test_every_class_is_in_proportion_where_images_are_held_out(uneven: Any) -> None:
-    whole = np.array(counts(uneven().train))
     assert uneven().validation is None
     splits = uneven(val_fraction=0.1)
     assert np.abs(counts(splits.validation) - whole * 0.1).max() <= 1
@@ -98,18 +98,13 @@ def test_subset_and_held_out_images_of_version_1_are_those_that_they_were() -> N
 
 def test_val_fraction_holds_out_the_same_images_of_the_subset_in_every_run() -> None:
     whole: Any = load("digits", subset=200).train
-    (train, validation), again = (
-        (splits.train, splits.validation)
-        for splits in (load("digits", subset=200, val_fraction=0.25) for _ in range(2))
-    )
-    assert isinstance(train, ArraySource)
-    assert isinstance(validation, ArraySource)
+    first, again = ((splits.train, splits.validation) for splits in [load("digits", subset=200, val_fraction=0.25)] * 2)
+    train, validation = (part.images for part in first)  # type: ignore[union-attr]
     assert (len(train), len(validation)) == (150, 50)
-    both = sorted(image.numpy().tobytes() for image in torch.cat([train.images, validation.images]))
+    both = sorted(image.numpy().tobytes() for image in torch.cat([train, validation]))
     assert both == sorted(image.numpy().tobytes() for image in whole.images)
-    for one, other in zip((train, validation), again, strict=True):
-        assert torch.equal(one.images, other.images)  # type: ignore[union-attr]
-    assert not torch.equal(validation.images, whole.images[-50:])  # drawn, not cut off
+    assert all(torch.equal(one.images, other.images) for one, other in zip(first, again, strict=True))  # type: ignore[union-attr]
+    assert not torch.equal(validation, whole.images[-50:])  # drawn, not cut off
 
 
 @pytest.mark.parametrize(
@@ -132,20 +127,12 @@ def test_options_that_do_not_exist_are_refused(options: dict[str, Any], message:
 @given(st.lists(st.integers(0, 19), min_size=1))
 def test_a_subset_has_the_images_it_was_asked_for(indices: list[int]) -> None:
     whole, chosen = numbered(list(range(20)), 20), np.array(indices)
-    in_memory, behind = take(whole, chosen), SubsetSource(whole, chosen, 20)
-    assert isinstance(in_memory, ArraySource)
-    for subset in (in_memory, behind):
-        assert isinstance(subset, Source)
-        assert labels_of(subset).tolist() == [subset.label(i) for i in range(len(subset))] == red(subset) == indices
-        assert subset.num_classes == 20
-
-
-def test_classes_get_other_numbers() -> None:
-    whole = numbered([0, 1, 2, 1], 3)
-    for source in (whole, SubsetSource(whole, np.arange(4), 3)):
-        other = renumber(source, (5, 0, 3), 7)
-        assert labels_of(other).tolist() == [other.label(i) for i in range(4)] == [5, 0, 3, 0]
-        assert (red(other), other.num_classes) == ([0, 1, 2, 3], 7)
+    in_files = SubsetSource(whole, np.arange(20), labels_of(whole), 20)
+    for subset in (take(whole, chosen), take(in_files, chosen)):
+        assert labels_of(subset).tolist() == red(subset) == indices
+        other = renumber(subset, tuple(range(19, -1, -1)), 30)
+        assert labels_of(other).tolist() == [19 - index for index in indices]
+        assert (red(other), subset.num_classes, other.num_classes) == (indices, 20, 30)
 
 
 @pytest.mark.parametrize(
@@ -169,22 +156,21 @@ def test_a_sample_does_not_follow_the_order_of_the_images() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "error", "message"),
+    ("name", "has_root", "error", "message"),
     [
-        ("digit", ConfigError, "did you mean 'digits'"),
-        ("torhc/cifar10", ConfigError, "did you mean 'torch'"),
-        ("torch/cifar10", DataError, "not found or corrupted"),
-        ("torch/nothing", DataError, "Unknown torchvision dataset"),
+        ("digit", True, ConfigError, "did you mean 'digits'"),
+        ("digits", True, ConfigError, "leave out data.root"),
+        ("torhc/cifar10", True, ConfigError, "did you mean 'torch'"),
+        ("torch/cifar10", False, ConfigError, r"needs data\.root"),
+        ("torch/cifar10", True, DataError, "not found or corrupted"),
+        ("torch/nothing", True, DataError, "Unknown torchvision dataset"),
     ],
 )
-def test_names_that_cannot_be_opened(tmp_path: Path, name: str, error: type[Exception], message: str) -> None:
+def test_names_that_cannot_be_opened(
+    tmp_path: Path, name: str, has_root: bool, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
-        load(name, tmp_path)
-
-
-def test_torchvision_needs_a_folder() -> None:
-    with pytest.raises(ConfigError, match=r"needs data\.root"):
-        load("torch/cifar10")
+        load(name, tmp_path if has_root else None)
 
 
 def test_data_sets_of_torchvision_tell_their_classes_and_are_read_upright(
@@ -215,7 +201,7 @@ def test_a_data_set_of_the_hub_is_read_from_its_files(tmp_path: Path, monkeypatc
     write(tmp_path, ("0.png", "1.png", "2.png"))
     (tmp_path / "1.png").write_bytes(b"broken")
 
-    class Reader:
+    class Hub(Reader):
         """Stands for timm's reader of hfds/."""
 
         class_to_idx, label_key, dataset = {"cat": 0, "dog": 1}, "label", {"label": [0, 1, 2]}
@@ -226,39 +212,35 @@ def test_a_data_set_of_the_hub_is_read_from_its_files(tmp_path: Path, monkeypatc
         def __getitem__(self, index: int) -> Any:
             return open(tmp_path / f"{index}.png", "rb"), self.dataset["label"][index]
 
-        def filename(self, index: int, absolute: bool) -> str:
+        def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
             return f"hub/{index}.png"
 
-    monkeypatch.setattr(named, "create_dataset", lambda *arguments, **options: SimpleNamespace(reader=Reader()))
+    monkeypatch.setattr(named, "create_dataset", lambda *arguments, **options: SimpleNamespace(reader=Hub()))
     train: Any = load("hfds/somebody/pets", tmp_path).train
-    assert (len(train), train.label(1), train.image(2).getpixel((0, 0))) == (3, 1, (2, 0, 0))
+    assert (len(train), train.image(2).getpixel((0, 0))) == (3, (2, 0, 0))
     with pytest.raises(DataError, match=r"hub/1\.png: not a readable image"):
         train.image(1)
     with pytest.raises(DataError, match=r"hub/2\.png: label 2 is not in 0\.\.1"):
-        train.label(2)
+        _ = train.labels
 
 
-@pytest.mark.parametrize("others", [{"dog": 0, "cat": 1}, {"cat": 0}])
-def test_parts_of_a_named_data_set_with_other_classes_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: dict[str, int]
-) -> None:
-    def create(name: str, root: str, split: str, **options: Any) -> Any:
-        numbers = {"cat": 0, "dog": 1} if split == "train" else others
-        return SimpleNamespace(reader=SimpleNamespace(class_to_idx=numbers))
-
-    monkeypatch.setattr(named, "create_dataset", create)
-    with pytest.raises(DataError, match="class . is '.*' in training and .* in 'validation'"):
-        load("hfds/somebody/pets", tmp_path)
-
-
-def test_the_split_that_is_tested_on_is_said_where_others_are_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("test", "said"),
+    [
+        ({"cat": 0, "dog": 1}, ""),
+        ({"dog": 0, "cat": 1}, "class 0 is 'cat' in training and 'dog' in the test set"),
+        ({"cat": 0}, "class 1 is 'dog' in training and None in the test set"),
+    ],
+)
+def test_the_test_split_is_said_and_has_the_classes_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, test: dict[str, int], said: str
 ) -> None:
     def create(name: str, root: str, split: str, **options: Any) -> Any:
         if split not in ("train", "valid"):
             raise ValueError(f"no {split}")
-        return SimpleNamespace(reader=SimpleNamespace(class_to_idx={"cat": 0, "dog": 1}))
+        return SimpleNamespace(reader=SimpleNamespace(class_to_idx={"cat": 0, "dog": 1} if split == "train" else test))
 
     monkeypatch.setattr(named, "create_dataset", create)
-    load("hfds/somebody/pets", tmp_path)
+    with pytest.raises(DataError, match=said) if said else nullcontext():
+        load("hfds/somebody/pets", tmp_path)
     assert "split 'valid' is the test set, since others cannot be opened: validation: no validation" in caplog.text

@@ -20,7 +20,6 @@ pytest.importorskip("webdataset")
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*use of fork:DeprecationWarning", "ignore:unclosed file:ResourceWarning"
 )
-SHARDS, PER_SHARD = 4, 6
 TIMM = replace(PLAIN, kind="timm", hflip=0.5)
 WORKERS = pytest.mark.parametrize("workers", [0, 2])
 
@@ -51,9 +50,9 @@ def write_shards(folder: Path, shards: list[list[tuple[str, bytes]]], test: str)
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four shards of six images each; the label of an image is its number."""
     folder, drawn = tmp_path_factory.mktemp("shards"), np.random.default_rng(0)
-    images = drawn.integers(0, 256, (SHARDS, PER_SHARD, 10, 10, 3), dtype=np.uint8)
+    shards = drawn.integers(0, 256, (4, 6, 10, 10, 3), dtype=np.uint8)
     write_shards(
-        folder, [[("png", saved(Image.fromarray(image))) for image in shard] for shard in images], "validation"
+        folder, [[("png", saved(Image.fromarray(image))) for image in shard] for shard in shards], "validation"
     )
     return folder
 
@@ -92,10 +91,16 @@ def test_an_epoch_of_one_process_has_every_image_in_an_order_of_its_own(root: Pa
     assert first != labels_in(epochs(root, workers=workers, seed=2).epoch(0))
 
 
-def test_processes_share_the_shards(root: Path) -> None:
-    shares = [labels_in(epochs(root, rank=rank, world_size=2).epoch(0)) for rank in range(2)]
-    assert [len(share) for share in shares] == [12, 12]
-    assert sorted(shares[0] + shares[1]) == list(range(24))
+def test_processes_share_the_shards_and_augment_each_image_anew(root: Path) -> None:
+    views: dict[int, set[bytes]] = {}
+    for epoch in range(3):
+        shares = [list(epochs(root, rank=rank, world_size=2).epoch(epoch)) for rank in range(2)]
+        assert [len(labels_in(share)) for share in shares] == [12, 12]
+        for images, labels in [*shares[0], *shares[1]]:
+            for image, label in zip(images, labels.tolist(), strict=True):
+                views.setdefault(label, set()).add(image.numpy().tobytes())
+    assert len(views) == 24
+    assert sum(len(found) > 1 for found in views.values()) > 20
 
 
 @pytest.mark.parametrize("augmentation", [BATCH, TIMM], ids=["batch", "timm"])
@@ -105,15 +110,6 @@ def test_a_stream_resumes_in_mid_epoch(root: Path, augmentation: Augmentation, w
     whole = list(epochs(root, augmentation, **options).epoch(0))
     assert [images.shape for images, _ in whole] == [torch.Size([2, 3, 8, 8])] * 12
     assert_same(epochs(root, augmentation, **options).epoch(0, 2), whole[4:])
-
-
-def test_streamed_images_are_augmented_each_on_its_own(root: Path) -> None:
-    views: dict[int, set[bytes]] = {}
-    for epoch in range(3):
-        for images, labels in epochs(root).epoch(epoch):
-            for image, label in zip(images, labels.tolist(), strict=True):
-                views.setdefault(label, set()).add(image.numpy().tobytes())
-    assert sum(len(found) > 1 for found in views.values()) > 20
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -171,5 +167,5 @@ def test_a_streamed_image_of_no_known_range_is_named(tmp_path: Path, workers: in
         ("valid", evaluation(splits.test, workers=workers)),
         ("train", training(splits.train, batch_size=1, workers=workers).epoch(0)),
     ):
-        with pytest.raises(DataError, match=f"split {part}: an image: its pixels are floats"):
+        with pytest.raises(DataError, match=f"split {part}: an image: .*its pixels are floats"):
             list(batches)

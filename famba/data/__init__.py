@@ -6,8 +6,8 @@ from famba.data.augment import Augmentation
 from famba.data.images import Reading, open_image
 from famba.data.loader import Batch, TrainBatches, eval_batches, train_batches
 from famba.data.named import StreamSource
-from famba.data.published import default_root, download
-from famba.data.sources import ArraySource, Source, Splits, SubsetSource, labels_of, renumber, sample, take
+from famba.data.published import download
+from famba.data.sources import ArraySource, Source, Splits, labels_of, renumber, sample
 from famba.data.splits import (
     LOADERS,
     PUBLISHED,
@@ -29,11 +29,9 @@ __all__ = [
     "Source",
     "Splits",
     "StreamSource",
-    "SubsetSource",
     "TrainBatches",
     "check_folder",
     "check_request",
-    "default_root",
     "download",
     "eval_batches",
     "held_out",
@@ -43,7 +41,6 @@ __all__ = [
     "open_image",
     "renumber",
     "sample",
-    "take",
     "train_batches",
     "training_images_of",
 ]

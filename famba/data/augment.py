@@ -1,21 +1,22 @@
 """Turn images as a source gives them into what the model takes.
 
-Training images take one of two ways: whole uint8 batches (pad-crop and flip), or one by one through timm's
-transforms. Both draw from (seed, epoch, position) alone, see `draws`.
+Training images are augmented in whole uint8 batches, or one by one by timm's transforms; both draw from (seed, epoch,
+position) alone, see `draws`.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from functools import partial
+from typing import Annotated, Literal, TypeAlias, get_type_hints
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pydantic import Field, TypeAdapter, ValidationError
 from timm.data import create_transform
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
@@ -29,12 +30,8 @@ Images: TypeAlias = torch.Tensor | Iterable[Image.Image]
 Transform: TypeAlias = Callable[[Images, int, int], torch.Tensor]
 """(images, epoch, start) to float32 (b, 3, s, s), for images at positions start, start + 1, ... of the epoch."""
 
-_CHOICES = {
-    "kind": ("batch", "timm"),
-    "erasing_mode": ("pixel", "rand", "const"),
-    "interpolation": ("bilinear", "bicubic"),
-}
-_LARGEST = {"hflip": 1.0, "random_erasing": 1.0, "eval_crop": 1.0, "crop_padding": math.inf, "color_jitter": math.inf}
+Probability = Annotated[float, Field(ge=0, le=1)]
+
 # What each kind does not use, and so must be left at.
 _UNUSED: dict[str, dict[str, object]] = {
     "batch": {"auto_augment": None, "color_jitter": 0, "random_erasing": 0},
@@ -51,37 +48,41 @@ _EXAMPLES = ("rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2", "original-mstd0.5", "3a"
 
 
 @dataclass(frozen=True)
-class Augmentation:
+class AugmentationOptions:
+    """Holds the options that a recipe has under the same names."""
+
+    crop_padding: Annotated[int, Field(ge=0, le=1024)]  # "batch": black pixels on each side before a crop of that size
+    hflip: Probability  # of a horizontal flip
+    auto_augment: str | None  # "timm": a policy such as "rand-m9-mstd0.5-inc1"
+    color_jitter: Annotated[float, Field(ge=0, le=1000)]  # "timm": strength; left out where `auto_augment` is on
+    random_erasing: Probability  # "timm": that a rectangle is erased
+    erasing_mode: Literal["pixel", "rand", "const"]  # "timm": filled with noise per pixel, one random colour, or zero
+    interpolation: Literal["bilinear", "bicubic"]  # in training and evaluation
+    eval_crop: Annotated[float, Field(ge=0.1, le=1)]  # share of the shorter side: 0.875 scales to 256 and crops 224
+
+
+@dataclass(frozen=True)
+class Augmentation(AugmentationOptions):
     """Says what training images go through, and how images are scaled for evaluation.
 
     Raises ConfigError for a value out of range, one that this kind does not use, or a policy that timm cannot read.
     """
 
-    kind: str  # "batch": pad-crop and flip of whole batches; "timm": its random resized crop, flip and more, by image
-    crop_padding: int  # "batch": black pixels added on each side before a crop of the original size
-    hflip: float  # probability of a horizontal flip
-    auto_augment: str | None  # "timm": a policy such as "rand-m9-mstd0.5-inc1"
-    color_jitter: float  # "timm": strength; timm leaves it out where `auto_augment` is on
-    random_erasing: float  # "timm": probability that a rectangle is erased
-    erasing_mode: str  # "timm": what fills it: noise per "pixel", one "rand" colour, or "const" zero
-    interpolation: str  # "bilinear" or "bicubic", in training and evaluation
-    eval_crop: float  # share of the shorter side that evaluation keeps: 0.875 scales to 256 and crops 224
+    kind: Literal["batch", "timm"]  # pad-crop and flip of whole batches; or timm's random resized crop, flip and more
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if (value := getattr(self, name)) not in allowed:
-                hint = near_miss(str(value), allowed) or "."
-                raise ConfigError(f"{name} {value!r} is not one of {', '.join(allowed)}{hint}", name)
-        for name, most in _LARGEST.items():
+        for name, kind in get_type_hints(Augmentation, include_extras=True).items():
             value = getattr(self, name)
-            if not 0 <= value <= most or (name == "eval_crop" and value == 0):
-                least = "above 0" if name == "eval_crop" else "0 or more"
-                raise ConfigError(f"{name} is {value}; allowed: {least}{'' if most > 1 else ', at most 1'}.", name)
+            try:
+                TypeAdapter(kind).validate_python(value, strict=True)
+            except ValidationError as error:
+                raise ConfigError(f"{name} is {value!r}. {error.errors()[0]['msg']}.", name) from None
         for name, nothing in _UNUSED[self.kind].items():
             if (value := getattr(self, name)) != nothing:
+                off = "null" if nothing is None else nothing
                 raise ConfigError(
-                    f"{name} is {value!r}, but augmentation {self.kind!r} does not use it: set it to "
-                    f"{'null' if nothing is None else nothing}, or use the other augmentation.",
+                    f"{name} is {value!r}, but augmentation {self.kind!r} does not use it: set it to {off}, or use the "
+                    "other augmentation.",
                     name,
                 )
         if self.kind == "timm":
@@ -113,7 +114,7 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Normalize:
-    """Turns uint8 or float values in 0..255, (b, 3, h, w), into float32 (value / 255 - mean) / std."""
+    """Turns uint8 or float values in 0..255, (b, 3, h, w), into new float32 (value / 255 - mean) / std."""
 
     mean: Sequence[float]
     std: Sequence[float]
@@ -123,60 +124,9 @@ class Normalize:
             raise ConfigError(f"mean {self.mean} and std {self.std} must hold three numbers each, std above zero.")
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Return a new float32 tensor of the same shape."""
+        """Return the values in the same shape."""
         mean, std = (torch.tensor(values).mul_(255).view(3, 1, 1) for values in (self.mean, self.std))
         return (images.float() - mean).div_(std)
-
-
-@dataclass(frozen=True)
-class BatchTransform:
-    """Pad-crops, flips, scales and normalises a batch; each image has draws of its own."""
-
-    augmentation: Augmentation
-    scaling: Scaling
-    normalize: Normalize
-    stream: Stream
-    key: tuple[int, ...]  # what the draws depend on beside epoch and position, the seed first
-
-    def __call__(self, images: Images, epoch: int, start: int) -> torch.Tensor:
-        """Transform images, see `Transform`; those that are not in memory are scaled first."""
-        pixels = images if isinstance(images, torch.Tensor) else self.scaling.batch(images)
-        drawn = words(self.stream, self.key, epoch, start, len(pixels))
-        cropped = _pad_crop(pixels, self.augmentation.crop_padding, drawn[:, 0], drawn[:, 1])
-        uniform = (drawn[:, 2] >> np.uint64(11)) * 2.0**-53
-        flipped = torch.from_numpy(uniform < self.augmentation.hflip)
-        cropped[flipped] = cropped[flipped].flip(-1)
-        return self.normalize(self.scaling.batch(cropped))
-
-
-@dataclass(frozen=True)
-class SampleTransform:
-    """Transforms images one by one as timm does, each seeded by its position."""
-
-    transform: Callable[[Image.Image], torch.Tensor]
-    stream: Stream
-    key: tuple[int, ...]  # as in `BatchTransform`
-
-    def __call__(self, images: Images, epoch: int, start: int) -> torch.Tensor:
-        """Transform images, see `Transform`. Seeds the global CPU generators."""
-        return torch.stack([self._one(image, epoch, start + place) for place, image in enumerate(images)])
-
-    def _one(self, image: Image.Image | torch.Tensor, epoch: int, position: int) -> torch.Tensor:
-        rgb = vision.to_pil_image(image) if isinstance(image, torch.Tensor) else image
-        seed_global_generators(self.stream, self.key, epoch, position)
-        return self.transform(rgb)
-
-
-@dataclass(frozen=True)
-class EvaluationTransform:
-    """Scales, crops and normalises images; nothing is drawn."""
-
-    scaling: Scaling
-    normalize: Normalize
-
-    def __call__(self, images: Images, epoch: int, start: int) -> torch.Tensor:
-        """Transform images, see `Transform`."""
-        return self.normalize(self.scaling.batch(images))
 
 
 def evaluation_scaling(augmentation: Augmentation, image_size: int) -> Scaling:
@@ -184,14 +134,19 @@ def evaluation_scaling(augmentation: Augmentation, image_size: int) -> Scaling:
     return Scaling(round(image_size / augmentation.eval_crop), image_size, augmentation.interpolation)
 
 
+def evaluation_transform(augmentation: Augmentation, image_size: int, normalize: Normalize) -> Transform:
+    """Return the transform of evaluation, which draws nothing."""
+    return partial(_evaluated, evaluation_scaling(augmentation, image_size), normalize)
+
+
 def training_transform(
     augmentation: Augmentation, image_size: int, normalize: Normalize, stream: Stream, key: tuple[int, ...]
 ) -> Transform:
-    """Return the transform of training images; `stream` and `key` are as in `BatchTransform`."""
+    """Return the transform of training images; key: what draws depend on beside epoch and position, the seed first."""
     if augmentation.kind == "timm":
-        return SampleTransform(timm_transform(augmentation, image_size, normalize.mean, normalize.std), stream, key)
+        return partial(_each, timm_transform(augmentation, image_size, normalize.mean, normalize.std), stream, key)
     scaling = Scaling(image_size, image_size, augmentation.interpolation)
-    return BatchTransform(augmentation, scaling, normalize, stream, key)
+    return partial(_cropped, augmentation, scaling, normalize, stream, key)
 
 
 def timm_transform(
@@ -199,14 +154,10 @@ def timm_transform(
 ) -> Callable[[Image.Image], torch.Tensor]:
     """Build timm's training transform: RGB image to float32 (3, s, s). Raises ConfigError for a wrong policy."""
     policy = augmentation.auto_augment
-    # timm would pass over some mistakes in silence, and repeat an operation a million times.
-    if policy is not None and not _POLICY.fullmatch(policy):
-        raise ConfigError(
-            f"auto_augment {policy!r} is no policy: allowed are rand, augmix, 3a, original, originalr, v0 and v0r, "
-            f"behind them settings of timm such as -m9 with numbers up to 99{near_miss(policy, _EXAMPLES)}.",
-            "auto_augment",
-        )
     try:
+        # timm would pass over some mistakes in silence, and repeat an operation a million times.
+        if policy is not None and not _POLICY.fullmatch(policy):
+            raise ValueError("allowed: rand, augmix, 3a, original, originalr, v0, v0r, with settings like -m9 up to 99")
         return create_transform(
             image_size,
             is_training=True,
@@ -220,16 +171,53 @@ def timm_transform(
             re_mode=augmentation.erasing_mode,
         )
     except (AssertionError, ValueError, KeyError, IndexError) as error:
-        raise ConfigError(
-            f"auto_augment {policy!r} is no policy that timm reads ({error}). An example is {_EXAMPLES[0]}.",
-            "auto_augment",
-        ) from error
+        hint = near_miss(str(policy), _EXAMPLES) or f", such as {_EXAMPLES[0]}."
+        raise ConfigError(f"auto_augment {policy!r} is no policy ({error}){hint}", "auto_augment") from error
+
+
+def _evaluated(scaling: Scaling, normalize: Normalize, images: Images, epoch: int, start: int) -> torch.Tensor:
+    return normalize(scaling.batch(images))
+
+
+def _each(
+    transform: Callable[[Image.Image], torch.Tensor],
+    stream: Stream,
+    key: tuple[int, ...],
+    images: Images,
+    epoch: int,
+    start: int,
+) -> torch.Tensor:
+    """Transform images one by one as timm does, each seeded by its position, through the global CPU generators."""
+    done = []
+    for position, image in enumerate(images, start):
+        rgb = vision.to_pil_image(image) if isinstance(image, torch.Tensor) else image
+        seed_global_generators(stream, key, epoch, position)
+        done.append(transform(rgb))
+    return torch.stack(done)
+
+
+def _cropped(
+    augmentation: Augmentation,
+    scaling: Scaling,
+    normalize: Normalize,
+    stream: Stream,
+    key: tuple[int, ...],
+    images: Images,
+    epoch: int,
+    start: int,
+) -> torch.Tensor:
+    """Pad-crop, flip, scale and normalise images; those that are not in memory are scaled first."""
+    pixels = images if isinstance(images, torch.Tensor) else scaling.batch(images)
+    drawn = words(stream, key, epoch, start, len(pixels))
+    cropped = _pad_crop(pixels, augmentation.crop_padding, drawn[:, 0], drawn[:, 1])
+    uniform = (drawn[:, 2] >> np.uint64(11)) * 2.0**-53
+    flipped = torch.from_numpy(uniform < augmentation.hflip)
+    cropped[flipped] = cropped[flipped].flip(-1)
+    return normalize(scaling.batch(cropped))
 
 
 def _pad_crop(images: torch.Tensor, padding: int, down: np.ndarray, right: np.ndarray) -> torch.Tensor:
     """Crop (b, 3, h, w) to the same size at offsets 0 .. 2 * padding, drawn as uint64 (b,); return a new tensor."""
-    if padding == 0:
-        return images.clone()
     padded = F.pad(images, (padding,) * 4).numpy()
     # A view of every window, (b, 3, offsets down, offsets right, h, w); indexing copies one for each image.
     windows = np.lib.stride_tricks.sliding_window_view(padded, images.shape[-2:], axis=(2, 3))

@@ -1,8 +1,6 @@
 """Draw random numbers that depend on (seed, epoch, position) and on nothing else.
 
-No generator outlives a call, so any step of any epoch can be produced directly, whatever ran before it and
-however many processes and workers share the job. Each purpose has a stream of its own, so that, say, the
-order of the images says nothing about how they are cropped.
+No generator outlives a call, so any step of any epoch can be produced directly, by any process or worker.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ WORDS = 4  # 64-bit words in one block of Philox, hence for one position
 
 
 class Stream(enum.IntEnum):
-    """Names what draws are for. The values are part of every key: changing one changes every run."""
+    """Names what draws are for, independent of each other. Changing a value changes every run."""
 
     ORDER = 1
     REPEATED_ORDER = 2
@@ -61,12 +59,9 @@ def words(stream: Stream, values: tuple[int, ...], epoch: int, start: int, count
 
 
 def seed_global_generators(stream: Stream, values: tuple[int, ...], epoch: int, position: int) -> None:
-    """Seed `random`, `numpy.random` and torch's CPU generator for the transform of one sample.
-
-    timm's and torchvision's transforms draw from these three. The CUDA generators are left alone: a worker
-    process must not touch the device.
-    """
+    """Seed `random`, `numpy.random` and torch's CPU generator, from which timm's transforms draw, for one sample."""
     state = derive(stream, *values, epoch, position).generate_state(3, np.uint64)
+    # Not torch.manual_seed: a worker process must not touch the device.
     random.seed(int(state[0]))
     np.random.seed(int(state[1]) & 0xFFFFFFFF)
     torch.default_generator.manual_seed(int(state[2]) >> 1)

@@ -1,17 +1,15 @@
-"""Find images in folders and tar files, one folder of images for each class, and read them when they are needed.
-
-The rules give the same classes in the same order in every process and on every disk.
-"""
+"""Find images in folders, one for each class, in one order on every disk, and read them when they are needed."""
 
 from __future__ import annotations
 
 import io
 import logging
 import os
+import posixpath
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from itertools import takewhile
+from functools import cache
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -40,7 +38,7 @@ class Entry(NamedTuple):
 
 @dataclass
 class Part:
-    """Lists what was found in a part of a data set (train, val, test); every name is a path in it, "/" between."""
+    """Lists what was found in a part of a data set (train, val, test); names are paths in it."""
 
     path: Path
     entries: list[Entry] = field(default_factory=list)
@@ -83,10 +81,6 @@ class FileSource:
         with naming(lambda: self._where(index)), self._opened(index) as file:
             return decode_rgb(file, self.background)
 
-    def label(self, index: int) -> int:
-        """Return the label."""
-        return int(self.labels[index])
-
     def _opened(self, index: int) -> IO[bytes]:
         if self.spans is None:
             return open(self.path / self.names[index], "rb")
@@ -99,6 +93,7 @@ class FileSource:
         return f"{self.path}{'/' if self.spans is None else ', '}{self.names[index]}"
 
 
+@cache
 def image_suffixes() -> frozenset[str]:
     """Return the endings, in lower case and with the dot, of the files that Pillow decodes here."""
     Image.init()
@@ -106,9 +101,9 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, kind in kinds if kind in Image.OPEN and kind not in _NOT_DECODED)
 
 
-def has_suffix(name: str, suffixes: Collection[str]) -> bool:
-    """Say whether a file's name has one of some endings, in upper or lower case."""
-    return os.path.splitext(name)[1].lower() in suffixes
+def is_image(name: str) -> bool:
+    """Say whether a file's name is that of an image, in upper or lower case."""
+    return os.path.splitext(name)[1].lower() in image_suffixes()
 
 
 def is_hidden(name: str) -> bool:
@@ -131,22 +126,23 @@ def in_order(names: Iterable[str]) -> list[str]:
 def read_folder(path: Path, version: int) -> Part:
     """Find the images of a part, with their classes.
 
-    Raises DataError where there are none, a class has none, some lie in no class, a folder cannot be read, or links
-    lead in circles, nowhere, or to the images of another class.
+    Raises DataError as `checked`, and where a folder cannot be read or links lead in circles, nowhere, or to the images
+    of another class.
     """
     part = Part(path)
     try:
         if version == 1:
             found, numbers = find_images_and_targets(str(path))
-            classes = {number: name for name, number in numbers.items()}
-            top = os.path.join(path, "")
+            classes, top = list(numbers), os.path.join(path, "")
             part.entries = [Entry(file.removeprefix(top), classes[number]) for file, number in found]
             part.entries.sort(key=lambda entry: order(entry.name))
             return checked(part)
-        _Walk(part).run()
+        walk = _Walk(part)
+        walk.read("", {_identity(folder): folder for folder in path.resolve().parents})
+        walk.drop_links()
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror}).") from error
-    return arranged(part, f"move their folders up into {path}")
+    return checked(part, f"move their folders up into {path}")
 
 
 class _Walk:
@@ -154,136 +150,97 @@ class _Walk:
 
     def __init__(self, part: Part) -> None:
         self.part = part
-        self.suffixes = image_suffixes()
-        self.read: dict[tuple[int, int], str] = {}  # folders by device and inode, whatever path leads to them
+        self.folders: dict[tuple[int, int], str] = {}  # by device and inode, whatever path leads to them
         self.links: set[str] = set()  # images that are links
 
-    def run(self) -> None:
-        """Add the images, and the names of all else, to the part."""
-        top = self.part.path.resolve()
-        above = {_identity(folder): folder for folder in (top, *top.parents)}
-        for name in self._files(""):
-            self.part.folders.add(name)
-            self._folder(name, above)
-        if self.links:
-            self._drop_links()
-
-    def _folder(self, name: str, above: dict[tuple[int, int], Path]) -> None:
-        path = self.part.path / name
+    def read(self, folder: str, above: dict[tuple[int, int], Path]) -> None:
+        """Add what lies in a folder to the part; above: the folders that hold it."""
+        path = self.part.path / folder
         identity = _identity(path)
         if identity in above:
             raise DataError(f"{path}: this link leads to {above[identity]}, which contains it. Remove it.")
-        earlier = self.read.setdefault(identity, name)
-        if earlier == name:
-            for inner in self._files(name):
-                self._folder(inner, {**above, identity: path})
-        elif earlier.split("/")[0] == name.split("/")[0]:
-            self.part.again.append(name)
-        else:
-            raise DataError(
-                f"{path}: this is the folder {self.part.path / earlier} once more, by a link, so its images would be "
-                "in two classes. Remove one of them."
-            )
-
-    def _files(self, folder: str) -> list[str]:
-        """Take the images that lie in a folder itself; return the folders in it, in order."""
-        folders = []
-        with os.scandir(self.part.path / folder) as entries:
-            there = {entry.name: entry for entry in entries}
-        for file in in_order(there):
-            name, entry = (f"{folder}/{file}" if folder else file), there[file]
-            if is_hidden(file):
+        if not self._is_new(self.folders, folder, "folder"):
+            return
+        with os.scandir(path) as found:
+            entries = sorted(found, key=lambda entry: order(entry.name))
+        for entry in entries:
+            name = posixpath.join(folder, entry.name)
+            if is_hidden(entry.name):
                 self.part.hidden.append(name)
             elif entry.is_symlink() and not os.path.exists(entry.path):
                 raise DataError(f"{entry.path}: this link leads nowhere. Mend or remove it.")
             elif entry.is_dir():
-                folders.append(name)
-            elif entry.is_file() and has_suffix(file, self.suffixes):
+                if not folder:
+                    self.part.folders.add(name)
+                self.read(name, {**above, identity: path})
+            elif entry.is_file() and is_image(name):
                 if entry.is_symlink():
                     self.links.add(name)
                 self.part.entries.append(Entry(name, folder.partition("/")[0]))
             else:
                 self.part.skipped.append(name)
-        return folders
 
-    def _drop_links(self) -> None:
-        """Leave out links to images that are in the part already. Raises DataError for one in another class."""
-        seen: dict[tuple[int, int], Entry] = {}
-        kept = []
-        for entry in sorted(self.part.entries, key=lambda entry: entry.name in self.links):
-            earlier = seen.setdefault(_identity(self.part.path / entry.name), entry)
-            if earlier is entry:
-                kept.append(entry)
-            elif earlier.label == entry.label:
-                self.part.again.append(entry.name)
-            else:
-                raise DataError(
-                    f"{self.part.path / entry.name}: this is the image {self.part.path / earlier.name} once more, by a "
-                    "link, so it would be in two classes. Remove one of them."
-                )
-        self.part.entries = kept
+    def drop_links(self) -> None:
+        """Leave out links to images that are in the part already."""
+        if self.links:
+            seen: dict[tuple[int, int], str] = {}
+            files_first = sorted(self.part.entries, key=lambda entry: entry.name in self.links)
+            self.part.entries = [entry for entry in files_first if self._is_new(seen, entry.name, "image")]
+
+    def _is_new(self, seen: dict[tuple[int, int], str], name: str, kind: str) -> bool:
+        """Say whether it was not met before. Raises DataError for what was met in another class."""
+        path = self.part.path / name
+        earlier = seen.setdefault(_identity(path), name)
+        if earlier == name:
+            return True
+        if earlier.split("/")[0] != name.split("/")[0]:
+            other = f"the {kind} {self.part.path / earlier}"
+            raise DataError(f"{path}: this is {other} once more, by a link, in two classes. Remove one of them.")
+        self.part.again.append(name)
+        return False
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    found = os.stat(path)
-    return found.st_dev, found.st_ino
+    return (found := os.stat(path)).st_dev, found.st_ino
 
 
-def arranged(part: Part, advice: str) -> Part:
-    """Put the images of a part in order and check the part as a whole; what was skipped is logged.
+def checked(part: Part, advice: str | None = None) -> Part:
+    """Return a part whose images all lie in classes, sorted but in version 1, and log what was skipped.
 
-    advice: how to mend a part whose classes lie one folder too deep. Raises DataError for that, where there are no
-    images, where only some folders hold any, or where some images lie in no class.
+    advice: how to mend a part whose classes lie one folder too deep; None where they may. Raises DataError for that,
+    where there are no images, where only some folders hold any, or where some images lie in no class.
     """
-    part.entries.sort(key=lambda entry: order(entry.name))
+    if advice:
+        part.entries.sort(key=lambda entry: order(entry.name))
     without = part.folders - {entry.label for entry in part.entries}
     if without and part.entries:
         skipped = [name for name in part.skipped if name.split("/")[0] in without]
         held = f", but {listed('file', skipped)} of other kinds" if skipped else ""
-        raise DataError(
-            f"{part.path}: {listed('class', sorted(without))} without any image that Pillow reads{held}. Add images, "
-            "convert what is there, or remove the folder."
-        )
-    checked(part)
-    paths = [entry.name.split("/")[:-1] for entry in part.entries]
-    depth = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False)))
-    inner = {path[depth] for path in paths if len(path) > depth}
-    if depth and len(inner) > 1 and all(len(path) > depth for path in paths):
-        raise DataError(
-            f"{part.path}: all images lie in folders of {'/'.join(paths[0][:depth])!r}, so all are of one class. If "
-            f"{listed('folder', sorted(inner))} are the classes, {advice}."
-        )
-    return part
-
-
-def checked(part: Part) -> Part:
-    """Return a part whose images all lie in classes, and log what was skipped. Raises DataError as `arranged`."""
+        lacking = f"{listed('class', without)} without any image that Pillow reads{held}"
+        raise DataError(f"{part.path}: {lacking}. Add images, convert what is there, or remove the folder.")
     if not part.entries:
         files = f"; it holds {listed('file', part.skipped)} of other kinds" if part.skipped else ""
         raise DataError(f"{part.path}: holds no readable images in class folders{files}.")
     strays = [entry.name for entry in part.entries if not entry.label]
     if strays:
-        raise DataError(
-            f"{part.path}: images must lie in one folder for each class, but some lie outside: "
-            f"{listed('image', strays)}."
-        )
-    left_out = [
-        f"{listed(kind, names)}{reason}"
-        for kind, names, reason in (
-            ("file", part.skipped, " of kinds that Pillow does not read"),
-            ("hidden name", part.hidden, ""),
-            ("link", part.again, " to what was read already"),
-        )
-        if names
-    ]
+        outside = listed("image", strays)
+        raise DataError(f"{part.path}: images must lie in one folder for each class, but some lie outside: {outside}.")
+    places = {posixpath.dirname(entry.name) for entry in part.entries}
+    common = posixpath.commonpath(places) if advice else ""
+    if common and common not in places:
+        inner = listed("folder", {place[len(common) + 1 :].partition("/")[0] for place in places})
+        said = f"all images lie in folders of {common!r}, so all are of one class"
+        raise DataError(f"{part.path}: {said}. If {inner} are the classes, {advice}.")
+    left_out = [f"{listed('file', part.skipped)} of kinds that Pillow does not read"] if part.skipped else []
+    left_out += [listed("hidden name", part.hidden)] if part.hidden else []
+    left_out += [f"{listed('link', part.again)} to what was read already"] if part.again else []
     if left_out:
         # Hidden names are meant to be left out; other files may be images that are missed.
-        level = logging.WARNING if part.skipped else logging.INFO
-        _log.log(level, "%s: skipped %s", part.path, ", ".join(left_out))
+        _log.log(logging.WARNING if part.skipped else logging.INFO, "%s: skipped %s", part.path, ", ".join(left_out))
     return part
 
 
-def listed(kind: str, names: Sequence[str]) -> str:
+def listed(kind: str, names: Collection[str]) -> str:
     """Say how many names there are and what the first ones are: "5 files (a.txt, b.txt, c.txt, ...)"."""
     # File systems hold names that are no text; a log and a terminal cannot.
     shown = [os.fsencode(name).decode(errors="replace") for name in in_order(names)[:_SHOWN]]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeAlias
 
 import numpy as np
-from PIL import ExifTags, Image, ImageColor, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile
 
 from famba.errors import ConfigError, DataError, near_miss
@@ -17,21 +17,7 @@ from famba.errors import ConfigError, DataError, near_miss
 Colour: TypeAlias = tuple[int, int, int]
 """Red, green and blue in 0..255."""
 
-# The turns that undo the EXIF orientations 2 to 8.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _MIN_IS_WHITE = 258, 262, 0  # two tags, and a value of the second
-
-
-class _UnknownRangeError(ValueError):
-    """Says that the mode of an image does not tell the range of its pixels."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +26,7 @@ class Reading:
 
     version: 2; or 1 for what Famba 0.1 did: innermost folders are classes, `.png`, `.jpg` and `.jpeg` alone are images,
     transparency and EXIF orientation are dropped, 16 bits are cut off. background: the colour behind transparent
-    images, a name as in CSS or "#rrggbb".
-
-    Raises ConfigError for another version or colour, and for a background in version 1, which has none.
+    images, a name as in CSS or "#rrggbb"; version 1 has none. Raises ConfigError for anything else.
     """
 
     version: int = 2
@@ -51,13 +35,11 @@ class Reading:
     def __post_init__(self) -> None:
         if self.version not in (1, 2):
             raise ConfigError(f"version is {self.version}; allowed: 2, or 1 to read as Famba 0.1 did.", "version")
-        if self.version == 1 and _colour(self.background) != _colour(Reading.background):
+        if _colour(self.background) != (255, 255, 255) and self.version == 1:
+            given = f"background is {self.background!r}"
             raise ConfigError(
-                f"background is {self.background!r}, but version 1 drops transparency and has none; leave it out, or "
-                "use version 2.",
-                "background",
+                f"{given}, but version 1 drops transparency; leave it out, or use version 2.", "background"
             )
-        _colour(self.background)
 
     @property
     def colour(self) -> Colour | None:
@@ -67,15 +49,13 @@ class Reading:
 
 def _colour(name: str) -> Colour:
     try:
-        red, green, blue, *alpha = ImageColor.getrgb(name)
-        if alpha:
-            raise ValueError("a background cannot be transparent itself")
+        red, green, blue, *transparency = ImageColor.getrgb(name)
+        if transparency:
+            raise ValueError("a background is opaque")
     except ValueError:
-        raise ConfigError(
-            f'background {name!r} is no colour; allowed: a name such as white or black, or "#rrggbb"'
-            f"{near_miss(name, list(ImageColor.colormap))}",
-            "background",
-        ) from None
+        hint = near_miss(name, ImageColor.colormap)
+        said = f'background {name!r} is no colour; allowed: a name such as white or black, or "#rrggbb"{hint}'
+        raise ConfigError(said, "background") from None
     return red, green, blue
 
 
@@ -89,8 +69,6 @@ def naming(where: Callable[[], str]) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except _UnknownRangeError as error:
-        raise DataError(f"{where()}: {error}") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, zlib.error, ...
         reason = str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):  # whose own message names Python's file object
@@ -101,10 +79,8 @@ def naming(where: Callable[[], str]) -> Iterator[None]:
 def open_image(path: str | Path, background: str = "white") -> Image.Image:
     """Read an image file as training and evaluation do: upright, in RGB, on a background where it is transparent.
 
-    EXIF, colour profiles and the like are left out. background: a colour's name, as in CSS, or "#rrggbb".
-
-    Raises ConfigError where the background is no colour; DataError where the file cannot be read, or holds values of no
-    known range.
+    background: a colour's name, as in CSS, or "#rrggbb". Raises ConfigError where it is no colour; DataError where the
+    file cannot be read, or its values have no known range.
     """
     return read_file(path, Reading(background=background).colour)
 
@@ -124,30 +100,24 @@ def decode_rgb(file: IO[bytes], background: Colour | None) -> Image.Image:
 def to_rgb(image: Image.Image, background: Colour | None) -> Image.Image:
     """Return an image, as `Image.open` gives it, upright and in RGB; raises as `decode_rgb` does.
 
-    EXIF orientation is undone, transparent pixels show the background, 16 bits of grey are scaled to 8. Integers and
-    floats of no known range are refused. Without a background it is `image.convert("RGB")` alone, as in Famba 0.1.
+    EXIF orientation is undone, transparent pixels show the background, more than 8 bits of grey are scaled to 8.
+    Integers and floats of no known range raise ValueError. Without a background it is `image.convert("RGB")` alone, as
+    in Famba 0.1.
     """
     if background is None:
         return image.convert("RGB")
     _scale_transparency(image)
     image.load()
-    turn = _UPRIGHT.get(_orientation(image))
-    grey = _eight_bits(image)
-    upright = grey if turn is None else grey.transpose(turn)
+    with suppress(Exception):  # damaged EXIF says nothing; the pixels are whole, and viewers show them as stored
+        ImageOps.exif_transpose(image, in_place=True)
+    upright = _eight_bits(image)
     if upright.has_transparency_data:
         # Premultiplied grey converts to grey alone.
         layer = (upright.convert("LA") if upright.mode == "La" else upright).convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", layer.size, (*background, 255)), layer)
     rgb = upright.convert("RGB")
-    rgb.info = {}  # whose EXIF would turn it once more
+    rgb.info = {}  # EXIF and colour profiles are of the file, not of these pixels
     return rgb
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged EXIF says nothing; the pixels are whole, and every viewer shows them as stored
-        return 1
 
 
 def _scale_transparency(image: Image.Image) -> None:
@@ -164,17 +134,13 @@ def _scale_transparency(image: Image.Image) -> None:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Scale grey of more than 8 bits by its range, with alpha where a value is transparent; leave other images."""
-    if not image.mode.startswith("I") and image.mode != "F":
+    if image.mode[0] not in "IF":
         return image
-    if image.mode == "I":  # 16 bits, which Pillow gives in 32: of PPM, and before Pillow 11 of PNG
-        known = image.format in ("PNG", "PPM")
-    else:
-        known = image.mode.startswith("I;16") and image.format != "FITS"  # which shifts them by what its header says
+    # 16 bits, which Pillow gives in 32 for PPM, and before Pillow 11 for PNG. FITS shifts them by what its header says.
+    known = image.format in ("PNG", "PPM") if image.mode == "I" else image.mode != "F" and image.format != "FITS"
     if not known:
-        raise _UnknownRangeError(
-            f"its pixels are {'floats' if image.mode == 'F' else 'integers'} (mode {image.mode} in {image.format}) of "
-            "no known range. Scale them, and save the image with 8 or 16 bits, as PNG."
-        )
+        kind = "floats" if image.mode == "F" else "integers"
+        raise ValueError(f"its pixels are {kind} of no known range: scale them, and save it with 8 or 16 bits, as PNG")
     tags = getattr(image, "tag_v2", {})
     top = 4095 if tags.get(_TIFF_BITS) == (12,) else 65_535
     values = np.asarray(image).astype(np.int64)

@@ -10,14 +10,16 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from timm.data import create_dataset
+from timm.data.readers.reader import Reader
 from torchvision.datasets import INaturalist
 
 from famba.data.draws import Stream, derived_integer
 from famba.data.folders import image_suffixes
 from famba.data.images import Colour, Reading, decode_rgb, naming, read_file, to_rgb
-from famba.data.sources import Source, Splits, check_label
+from famba.data.sources import Labels, Source, Splits, check_labels, check_num_classes
 from famba.errors import ConfigError, DataError, near_miss
 
 PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
@@ -27,43 +29,13 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class HubSource:
-    """Gives the images of timm's reader of hfds/, which hands out encoded files.
+class NamedSource:
+    """Gives the images of a data set of torchvision's, or of timm's reader of hfds/.
 
     timm's own ImageDataset takes the next image where one is broken, so this goes to the reader directly.
     """
 
-    reader: Any
-    num_classes: int
-    background: Colour | None  # as in `images.to_rgb`
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def image(self, index: int) -> Image.Image:
-        """Return an RGB image; DataError naming its file where that is missing or corrupt."""
-        with naming(lambda: self._where(index)), self.reader[index][0] as file:
-            return decode_rgb(file, self.background)
-
-    def label(self, index: int) -> int:
-        """Return the label, without reading the image."""
-        with naming(lambda: self._where(index)):
-            label = int(self._labels[index])
-        return check_label(label, self.num_classes, lambda: self._where(index))
-
-    @cached_property
-    def _labels(self) -> Any:
-        return self.reader.dataset[self.reader.label_key][:]
-
-    def _where(self, index: int) -> str:
-        return str(self.reader.filename(index, absolute=True))
-
-
-@dataclass(eq=False)
-class DatasetSource:
-    """Gives the images of a map-style data set of torchvision's, which has (image, label) by number."""
-
-    dataset: Any
+    dataset: Any  # (image, label) by number; a reader has (file, label)
     num_classes: int
     background: Colour | None  # as in `images.to_rgb`
 
@@ -78,26 +50,37 @@ class DatasetSource:
         return len(self.dataset)
 
     def image(self, index: int) -> Image.Image:
-        """Return an RGB image; DataError naming the data set and the number where it cannot be read."""
+        """Return an RGB image; DataError naming its file, or data set and number, where it cannot be read."""
+        image = self._read(index)[0]
         with naming(lambda: self._where(index)):
-            image = self.dataset[index][0]
             if isinstance(image, Image.Image):
                 return to_rgb(image, self.background)
-        raise DataError(f"{self._where(index)}: gives {type(image).__name__} where an image is needed.")
-
-    def label(self, index: int) -> int:
-        """Return the label, without reading the image where the data set lists its labels."""
-        with naming(lambda: self._where(index)):
-            label = int(self.dataset[index][1] if self._targets is None else self._targets[index])
-        return check_label(label, self.num_classes, lambda: self._where(index))
+            with image as file:
+                return decode_rgb(file, self.background)
 
     @cached_property
-    def _targets(self) -> Any:
-        if isinstance(self.dataset, INaturalist) and self.dataset.target_type == ["full"]:
-            return [category for category, _ in self.dataset.index]
-        return getattr(self.dataset, "targets", None)
+    def labels(self) -> Labels:
+        """Return the labels, int64 (n,), without reading the images where the data set lists them."""
+        if isinstance(self.dataset, Reader):
+            found = self.dataset.dataset[self.dataset.label_key][:]  # type: ignore[attr-defined]
+        elif isinstance(self.dataset, INaturalist) and self.dataset.target_type == ["full"]:
+            found = [category for category, _ in self.dataset.index]
+        else:
+            found = getattr(self.dataset, "targets", None)
+        if np.ndim(found) != 1:  # QMNIST's are rows of facts, whose first one it gives
+            found = [self._read(index)[1] for index in range(len(self))]
+        try:
+            return check_labels(np.asarray(found, dtype=np.int64), self.num_classes, self._where)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{self._where(0)} and others: labels must be whole numbers ({error}).") from error
+
+    def _read(self, index: int) -> Any:
+        with naming(lambda: self._where(index)):
+            return self.dataset[index]
 
     def _where(self, index: int) -> str:
+        if isinstance(self.dataset, Reader):
+            return str(self.dataset.filename(index, absolute=True))
         return f"{type(self.dataset).__name__} in {getattr(self.dataset, 'root', '?')}, image {index}"
 
 
@@ -120,9 +103,8 @@ class StreamSource:
     ) -> Iterable[tuple[Image.Image, Any]]:
         """Return one process's shuffled images, in RGB, and labels of an epoch.
 
-        Call it where it is iterated: the reader asks torch which worker it is in. Shards go round the workers of all
-        processes; a worker that has read all of its shards starts again, so that every one gives its share, rounded up
-        to whole micro-batches.
+        Call it where it is iterated: the reader asks torch which worker it is in. A worker that has read all of its
+        shards starts again, so that every one gives its share, rounded up to whole micro-batches.
         """
         shuffle = derived_integer(Stream.STREAMED_ORDER, seed, epoch, bits=31)
         dataset = self._create(rank, world_size, is_training=True, batch_size=micro_batch, seed=shuffle)
@@ -139,9 +121,9 @@ class StreamSource:
         return f"{self.name!r} in {self.root}, split {self.split}"
 
     def _create(self, rank: int, world_size: int, **options: Any) -> Any:
-        if self.background is not None and not _decodes_itself(self.name):
+        if self.background is not None and _prefix(self.name) != "tfds":
             options["input_img_mode"] = ""  # as it is stored
-            if self.name.lower().startswith("wds/"):
+            if _prefix(self.name) == "wds":
                 suffixes = sorted(suffix[1:] for suffix in image_suffixes())
                 options["input_key"] = ";".join(dict.fromkeys(("jpg", "png", "webp", *suffixes)))
         dataset = create_dataset(self.name, self.root, split=self.split, **options)
@@ -162,21 +144,24 @@ def load_named(name: str, root: Path | None, *, num_classes: int | None, reading
     """Open a data set by timm's name, such as "torch/cifar10" or "wds/"; nothing is downloaded by Famba.
 
     root is where the data lies; hfds, hfids and tfds use their own cache where it is None. num_classes is None where
-    the data set tells it. The test set is the split "validation", "val", "valid" or "test", the first that exists:
-    public data sets often have a "test" whose labels are secret. tfds/ is decoded by TensorFlow, which drops
-    transparency and EXIF orientation; a warning says so.
+    the data set tells it. The test set is the first of `_TEST_SPLITS` that exists: public data sets often have a "test"
+    whose labels are secret.
 
     Raises ConfigError for a number of classes that is missing or wrong; DataError where timm cannot open the data, or
     training and test images have other classes.
     """
-    if reading.version > 1 and _decodes_itself(name):
-        _log.warning(
-            "%r: TensorFlow decodes these images: what is transparent has no background, and EXIF turns nothing", name
-        )
+    if reading.version > 1 and _prefix(name) == "tfds":
+        _log.warning("%r: TensorFlow decodes these images, and drops transparency and EXIF orientation", name)
     folder = None if root is None else str(root)
     train, classes = _open(name, folder, ("train",), num_classes, reading)
-    tests = _TEST_SPLITS[reading.version]
-    test, _ = _open(name, folder, tests, num_classes or train.num_classes, reading, expected=classes)
+    test, others = _open(name, folder, _TEST_SPLITS[reading.version], num_classes or train.num_classes, reading)
+    if classes and others and classes != others:
+        pairs = enumerate(zip_longest(classes, others))
+        number, (one, other) = next((number, pair) for number, pair in pairs if pair[0] != pair[1])
+        differ = f"class {number} is {one!r} in training and {other!r} in the test set"
+        raise DataError(f"data {name!r} in {root}: its parts have other classes, or in another order: {differ}.")
+    for part in (train, test):
+        check_num_classes(num_classes, part.num_classes, repr(name))
     return Splits(train=train, validation=None, test=test, classes=classes)
 
 
@@ -199,63 +184,31 @@ def _prefix(name: str) -> str:
     return name.partition("/")[0].lower()
 
 
-def _decodes_itself(name: str) -> bool:
-    """Say whether a reader's own package decodes the images and drops transparency and EXIF orientation."""
-    return _prefix(name) == "tfds"
-
-
 def _open(
-    name: str,
-    root: str | None,
-    splits: tuple[str, ...],
-    num_classes: int | None,
-    reading: Reading,
-    expected: tuple[str, ...] | None = None,
+    name: str, root: str | None, splits: tuple[str, ...], num_classes: int | None, reading: Reading
 ) -> tuple[Source | StreamSource, tuple[str, ...] | None]:
-    """Return the images of the first split that exists, and the names of their classes where it tells them.
-
-    Raises DataError where the classes are others than those that are expected, or in another order.
-    """
-    streamed = _prefix(name) in _STREAMED
-    dataset, split = _create(name, root, splits, streamed=streamed)
+    """Return the images of the first split that exists, and the names of their classes where it tells them."""
+    streamed, reasons = _prefix(name) in _STREAMED, []
+    for split in splits:
+        try:
+            # Only the training stream must know its length.
+            dataset = create_dataset(name, root, split=split, is_training=streamed and split == "train")
+            break
+        except Exception as error:  # the readers and the packages behind them raise all kinds
+            reasons.append(f"{split}: {str(error) or type(error).__name__}")
+    else:
+        raise DataError(f"data {name!r} in {root} cannot be opened ({'; '.join(reasons)}).")
+    if reasons:
+        _log.warning("%r: split %r is the test set, since others cannot be opened: %s", name, split, reasons[0])
     reader = getattr(dataset, "reader", None)
     numbers = getattr(reader, "class_to_idx", None)
     found = sorted(numbers, key=numbers.__getitem__) if numbers else getattr(dataset, "classes", None) or ()
     # ImageNet has several names for a class.
     classes = tuple(one if isinstance(one, str) else ", ".join(one) for one in found)
-    if classes and expected and classes != expected:
-        pairs = enumerate(zip_longest(expected, classes))
-        number, (one, other) = next((number, pair) for number, pair in pairs if pair[0] != pair[1])
-        raise DataError(
-            f"data {name!r} in {root}: its parts have other classes, or in another order: class {number} is {one!r} "
-            f"in training and {other!r} in {split!r}."
-        )
-    if num_classes is None and not classes:
+    count = len(classes) or num_classes
+    if not count:
         raise ConfigError(f"data {name!r} does not say how many classes it has: set num_classes.", "num_classes")
-    if num_classes is not None and classes and num_classes != len(classes):
-        raise ConfigError(f"num_classes is {num_classes}, but {name!r} has {len(classes)} classes.", "num_classes")
-    count = num_classes or len(classes)
-    source: Source | StreamSource
     if streamed:
-        source = StreamSource(name, root, split, count, int(dataset.reader.num_samples or 0), reading.colour)
-    elif reader is None:
-        source = DatasetSource(dataset, count, reading.colour)
-    else:
-        source = HubSource(reader, count, reading.colour)
-    return source, classes or None
-
-
-def _create(name: str, root: str | None, splits: tuple[str, ...], *, streamed: bool) -> tuple[Any, str]:
-    """Return the data set of the first split that exists, and that split's name."""
-    reasons: list[str] = []
-    for split in splits:
-        try:
-            # Only the training stream must know its length.
-            dataset = create_dataset(name, root, split=split, is_training=streamed and split == "train")
-        except Exception as error:  # the readers and the packages behind them raise all kinds
-            reasons.append(f"{split}: {str(error) or type(error).__name__}")
-            continue
-        if reasons:
-            _log.warning("%r: split %r is the test set, since others cannot be opened: %s", name, split, reasons[0])
-        return dataset, split
-    raise DataError(f"data {name!r} in {root} cannot be opened ({'; '.join(reasons)}).")
+        length = int(dataset.reader.num_samples or 0)
+        return StreamSource(name, root, split, count, length, reading.colour), classes or None
+    return NamedSource(dataset if reader is None else reader, count, reading.colour), classes or None

@@ -26,11 +26,8 @@ class MicroBatch:
 class EpochSampler:
     """Draws the order of each epoch, and says which images this process loads at which step.
 
-    Micro-batch m of process r in step s holds the positions from
-    s * batch_size + (m * world_size + r) * micro_batch on. Images that do not fill a step are left out; they
-    are others in each epoch.
-
-    Raises ConfigError where the numbers do not fit, naming those that would.
+    Micro-batch m of process r in step s holds the positions from s * batch_size + (m * world_size + r) * micro_batch
+    on. Images that do not fill a step are left out, others in each epoch. Raises ConfigError where numbers do not fit.
     """
 
     length: int  # number of training images
@@ -44,26 +41,20 @@ class EpochSampler:
     repeats: int
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulation", "world_size", "repeats"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 1.")
+        names = ("batch_size", "accumulation", "world_size", "repeats")
+        check_numbers(**{name: getattr(self, name) for name in names})
         if not 0 <= self.seed < 2**64:
             raise ConfigError(f"seed is {self.seed}, but must be at least 0 and below 2**64.")
         check_rank(self.rank, self.world_size)
         unit = self.world_size * self.accumulation
-        split = f"world_size {self.world_size} times accumulation {self.accumulation}"
+        fits = f"a multiple of {unit}, world_size {self.world_size} times accumulation {self.accumulation}"
         if self.batch_size % unit:
-            below = self.batch_size // unit * unit
-            raise ConfigError(
-                f"batch_size {self.batch_size} is not divisible by {split}; "
-                f"{f'{below} or ' if below else ''}{below + unit} would be.",
-                "batch_size",
-            )
+            raise ConfigError(f"batch_size is {self.batch_size}, but must be {fits}.", "batch_size")
         if self.batch_size > self.length or self.steps_per_epoch == 0:
-            largest = min(self.length, self._images_per_process() * self.world_size) // unit * unit
+            largest = min(self.length, self._images_per_process() * self.world_size)
             raise ConfigError(
-                f"batch_size {self.batch_size} does not fit into the {self.length} training images: "
-                + (f"at most {largest} with {split}." if largest else f"fewer than {split} = {unit}."),
+                f"batch_size {self.batch_size} does not fit into the {self.length} training images: at most {largest}, "
+                f"and {fits}.",
                 "batch_size",
             )
 
@@ -79,8 +70,7 @@ class EpochSampler:
 
     def micro_batches(self, epoch: int, start_step: int) -> Iterator[MicroBatch]:
         """Yield this process's micro-batches of an epoch from a step on."""
-        indices = self._repeated(epoch) if self._repeats else self._once(epoch)
-        size = self.micro_batch
+        indices, size = self._indices(epoch), self.micro_batch
         for number in range(start_step * self.accumulation, self.steps_per_epoch * self.accumulation):
             start = (number * self.world_size + self.rank) * size
             yield MicroBatch(epoch, start, indices[number * size : (number + 1) * size])
@@ -88,27 +78,23 @@ class EpochSampler:
     def check_place(self, epoch: int, start_step: int) -> None:
         """Raise ConfigError where there is no such place in the training."""
         if epoch < 0 or not 0 <= start_step <= self.steps_per_epoch:
-            raise ConfigError(
-                f"there is no step {start_step} in epoch {epoch}: epochs count from 0, "
-                f"and each has {self.steps_per_epoch} steps."
-            )
+            there = f"epochs count from 0, each has {self.steps_per_epoch} steps"
+            raise ConfigError(f"there is no step {start_step} in epoch {epoch}: {there}.")
 
-    @property
-    def _repeats(self) -> bool:
-        return self.repeats > 1 and self.world_size > 1
-
-    def _repeating(self) -> RepeatAugSampler:
+    def _repeating(self) -> RepeatAugSampler | None:
+        if self.repeats == 1 or self.world_size == 1:
+            return None
         return RepeatAugSampler(range(self.length), self.world_size, self.rank, num_repeats=self.repeats)
 
     def _images_per_process(self) -> int:
-        return self._repeating().num_selected_samples if self._repeats else self.length // self.world_size
-
-    def _once(self, epoch: int) -> npt.NDArray[np.int64]:
-        used = permutation(Stream.ORDER, self.seed, epoch, self.length)[: self.steps_per_epoch * self.batch_size]
-        return used.reshape(-1, self.world_size, self.micro_batch)[:, self.rank].reshape(-1)
-
-    def _repeated(self, epoch: int) -> npt.NDArray[np.int64]:
         sampler = self._repeating()
+        return self.length // self.world_size if sampler is None else sampler.num_selected_samples
+
+    def _indices(self, epoch: int) -> npt.NDArray[np.int64]:
+        sampler = self._repeating()
+        if sampler is None:
+            used = permutation(Stream.ORDER, self.seed, epoch, self.length)[: self.steps_per_epoch * self.batch_size]
+            return used.reshape(-1, self.world_size, self.micro_batch)[:, self.rank].reshape(-1)
         # The sampler seeds its order with the epoch alone; this makes it depend on the run's seed too.
         sampler.set_epoch(derived_integer(Stream.REPEATED_ORDER, self.seed, epoch))
         return np.fromiter(sampler, dtype=np.int64)
@@ -118,3 +104,10 @@ def check_rank(rank: int, world_size: int) -> None:
     """Raise ConfigError unless 0 <= rank < world_size."""
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank is {rank}, but must be from 0 to world_size - 1 = {world_size - 1}.")
+
+
+def check_numbers(least: int = 1, **numbers: int) -> None:
+    """Raise ConfigError for a number that is too small."""
+    for name, number in numbers.items():
+        if number < least:
+            raise ConfigError(f"{name} is {number}, but must be at least {least}.", name)

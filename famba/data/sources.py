@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,27 +13,29 @@ from PIL import Image
 from torchvision.transforms import functional as vision
 
 from famba.data.draws import Stream, permutation
-from famba.errors import DataError
+from famba.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from famba.data.named import StreamSource
 
+Labels = npt.NDArray[np.int64]
 
-@runtime_checkable
+
 class Source(Protocol):
     """Gives labelled images by number."""
 
     @property
     def num_classes(self) -> int:
-        """Return the number of classes; labels lie in 0 .. num_classes - 1."""
+        """Return the number of classes."""
+
+    @property
+    def labels(self) -> Labels | torch.Tensor:
+        """Return the labels, int64 (n,), in 0 .. num_classes - 1; DataError where one is out of range."""
 
     def __len__(self) -> int: ...
 
     def image(self, index: int) -> Image.Image:
         """Return an RGB image; DataError naming the file (and row) where it is corrupt."""
-
-    def label(self, index: int) -> int:
-        """Return the label; DataError where it is out of range."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,7 @@ class ArraySource:
         if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
             found = f"{self.labels.dtype} {tuple(self.labels.shape)}"
             raise DataError(f"labels must be int64 ({len(self.images)},), not {found}.")
-        wrong = torch.nonzero((self.labels < 0) | (self.labels >= self.num_classes))
-        if len(wrong):
-            index = int(wrong[0])
-            check_label(int(self.labels[index]), self.num_classes, lambda: f"image {index}")
+        check_labels(self.labels.numpy(), self.num_classes, "image {}".format)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -72,10 +71,6 @@ class ArraySource:
         """Return one image as RGB."""
         return vision.to_pil_image(self.images[index])
 
-    def label(self, index: int) -> int:
-        """Return one label."""
-        return int(self.labels[index])
-
 
 @dataclass(frozen=True, eq=False)
 class SubsetSource:
@@ -83,8 +78,8 @@ class SubsetSource:
 
     source: Source
     indices: npt.NDArray[np.int64]
+    labels: Labels  # (n,)
     num_classes: int
-    numbers: tuple[int, ...] | None = None  # class i of the source has the number numbers[i]; None: i
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -93,49 +88,53 @@ class SubsetSource:
         """Return an RGB image; DataError as in the whole source."""
         return self.source.image(int(self.indices[index]))
 
-    def label(self, index: int) -> int:
-        """Return the label; DataError as in the whole source."""
-        label = self.source.label(int(self.indices[index]))
-        return label if self.numbers is None else self.numbers[label]
-
 
 def take(source: Source, indices: npt.NDArray[np.int64]) -> Source:
     """Return the images at `indices` (int64 (n,)), in that order; an ArraySource stays one."""
     if isinstance(source, ArraySource):
-        chosen = torch.from_numpy(indices)
-        return ArraySource(source.images[chosen], source.labels[chosen], source.num_classes)
-    return SubsetSource(source, indices, source.num_classes)
+        return ArraySource(source.images[indices], source.labels[indices], source.num_classes)
+    return SubsetSource(source, indices, labels_of(source)[indices], source.num_classes)
 
 
 def renumber(source: Source, numbers: tuple[int, ...], num_classes: int) -> Source:
     """Return the images with class i numbered `numbers[i]`, below `num_classes`; an ArraySource stays one."""
+    labels = np.array(numbers, dtype=np.int64)[labels_of(source)]
     if isinstance(source, ArraySource):
-        return ArraySource(source.images, torch.tensor(numbers)[source.labels], num_classes)
-    return SubsetSource(source, np.arange(len(source)), num_classes, numbers)
+        return ArraySource(source.images, torch.from_numpy(labels), num_classes)
+    return SubsetSource(source, np.arange(len(source)), labels, num_classes)
 
 
-def labels_of(source: Source) -> npt.NDArray[np.int64]:
+def labels_of(source: Source) -> Labels:
     """Return the labels of all images, int64 (n,); DataError where one is out of range."""
-    if isinstance(source, ArraySource):
-        return source.labels.numpy()
-    if isinstance(source, SubsetSource):
-        labels = labels_of(source.source)[source.indices]
-        return labels if source.numbers is None else np.array(source.numbers, dtype=np.int64)[labels]
-    return np.fromiter((source.label(index) for index in range(len(source))), np.int64, len(source))
+    return np.asarray(source.labels)
 
 
-def check_label(label: int, num_classes: int, where: Callable[[], str]) -> int:
+def check_labels(labels: Labels, num_classes: int, where: Callable[[int], str]) -> Labels:
+    """Return the labels, or raise DataError saying `where` the first wrong one was found, by its place."""
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(wrong):
+        check_label(int(labels[wrong[0]]), num_classes, lambda: where(int(wrong[0])))
+    return labels
+
+
+def check_label(label: object, num_classes: int, where: Callable[[], str]) -> int:
     """Return the label, or raise DataError saying `where` it was found."""
-    if not 0 <= label < num_classes:
+    if not isinstance(label, int) or not 0 <= label < num_classes:
         raise DataError(f"{where()}: label {label} is not in 0..{num_classes - 1} ({num_classes} classes).")
     return label
 
 
-def balanced_order(labels: npt.NDArray[np.int64], stream: Stream) -> npt.NDArray[np.int64]:
+def check_num_classes(given: int | None, found: int | None, name: str) -> None:
+    """Raise ConfigError where a number of classes is given that is not the one found in the data of that name."""
+    if None not in (given, found) and given != found:
+        raise ConfigError(f"num_classes is {given}, but {name} has {found} classes.", "num_classes")
+
+
+def balanced_order(labels: Labels, stream: Stream) -> npt.NDArray[np.int64]:
     """Order images, by int64 (n,) labels, so that the first of them, however many, hold every class in proportion.
 
-    The order within a class is drawn for `stream` once and for all; it depends on no seed. The j-th of a class's n
-    images gets the place (j + 0.5) / n; of equal places, lower class numbers come first. Returns indices, int64 (n,).
+    The order within a class is drawn for `stream` and depends on no seed. The j-th of a class's n images gets the place
+    (j + 0.5) / n; of equal places, lower class numbers come first. Returns indices, int64 (n,).
     """
     places = np.empty(len(labels))
     by_class = np.argsort(labels, kind="stable")

@@ -12,11 +12,11 @@ from typing import TypeAlias
 import numpy as np
 
 from famba.data.draws import Stream, permutation
-from famba.data.folders import FileSource, Part, is_hidden, listed, read_folder
+from famba.data.folders import FileSource, is_hidden, listed, read_folder
 from famba.data.images import Reading
 from famba.data.named import StreamSource, check_named, load_named, needs_root
 from famba.data.published import CIFAR, NUM_CLASSES, TRAINING_IMAGES, find_cifar, load_cifar, load_digits
-from famba.data.sources import Source, Splits, balanced_order, labels_of, sample, take
+from famba.data.sources import Source, Splits, balanced_order, check_num_classes, labels_of, sample, take
 from famba.data.tar import read_tar
 from famba.errors import ConfigError, DataError, near_miss
 
@@ -51,14 +51,11 @@ def load_splits(
             ("torch/cifar10", "hfds/...", "wds/...").
         root: folder that holds the data. None: CIFAR comes from `default_root()` and is downloaded where it
             is missing there; digits need no folder.
-        subset: use a sample of N training images only, the same for every seed, with every class in proportion (in
-            version 1 the first N); None for all.
-        val_fraction: share of these, in [0, 1), that is held out of training as the validation set. It
-            depends on no seed, so every run holds out the same images, of every class in proportion (in version 1 of
-            whatever class).
+        subset: number of training images to use, None for all; the same for every seed, with every class in proportion.
+        val_fraction: share of these, in [0, 1), that is held out as the validation set, in the same way.
         num_classes: number of classes where the data does not tell; where it does, it must be right.
         background: the colour behind transparent images: a name, as in CSS, or "#rrggbb".
-        version: 2; or 1 to read folders and images as Famba 0.1 did.
+        version: 2; or 1 to read folders and images, and choose `subset` and `val_fraction`, as Famba 0.1 did.
 
     Raises ConfigError where an argument cannot work with this data; DataError where data is missing or damaged.
     """
@@ -88,9 +85,7 @@ def check_request(
     if not 0 <= val_fraction < 1:
         raise ConfigError(f"val_fraction is {val_fraction}, but must be at least 0 and below 1.", "val_fraction")
     _check_name(name, root)
-    known = num_classes_of(name)
-    if None not in (known, num_classes) and known != num_classes:
-        raise ConfigError(f"num_classes is {num_classes}, but {name} has {known} classes.", "num_classes")
+    check_num_classes(num_classes, num_classes_of(name), name)
     images = training_images_of(name)
     if images is not None:
         _check_subset(subset, images)
@@ -108,7 +103,7 @@ def check_folder(name: str, root: str | Path | None, version: int = Reading.vers
         raise DataError(f"root {folder} is no folder; give the one that holds the data.", "root")
     if name in CIFAR:
         find_cifar(name, folder)
-    elif name in _PARTS or _is_image_folder(name, version):
+    elif _is_parts(name, version):
         _find_parts(folder, ".tar" if name == "tar" else "", version)
 
 
@@ -128,22 +123,16 @@ def held_out(images: int, fraction: float) -> int:
 
 
 def _check_name(name: str, root: str | Path | None) -> None:
+    known = (*PUBLISHED, *_PARTS, *LOADERS)
     if name == "digits" and root is not None:
-        raise ConfigError(
-            f"digits come with scikit-learn and are read from no folder: leave out data.root (given {root}).", "root"
-        )
+        raise ConfigError(f"digits come with scikit-learn, from no folder: leave out data.root (given {root}).", "root")
     if name in _PARTS and root is None:
         raise ConfigError(f"data {name!r} needs data.root, the folder that holds train and val.", "root")
-    known = (*PUBLISHED, *_PARTS, *LOADERS)
-    if name in known:
-        return
-    if "/" not in name:
-        raise ConfigError(
-            f"unknown data {name!r}{near_miss(name, known)}. Known are {', '.join(known)}, "
-            "and timm's names with a prefix, such as torch/cifar10.",
-            "name",
-        )
-    check_named(name, root)
+    if "/" in name and name not in known:
+        check_named(name, root)
+    elif name not in known:
+        allowed = f"{', '.join(known)}, and timm's names with a prefix, such as torch/cifar10"
+        raise ConfigError(f"unknown data {name!r}{near_miss(name, known)}. Known are {allowed}.", "name")
 
 
 def _check_subset(subset: int | None, images: int) -> None:
@@ -151,9 +140,9 @@ def _check_subset(subset: int | None, images: int) -> None:
         raise ConfigError(f"subset is {subset}, but must be from 1 to the {images} training images.", "subset")
 
 
-def _is_image_folder(name: str, version: int) -> bool:
-    """Say whether a name is read as an image folder of Famba's: torchvision's has the faults that version 1 keeps."""
-    return version > 1 and name.lower() in _IMAGE_FOLDERS
+def _is_parts(name: str, version: int) -> bool:
+    """Say whether it is read part by part; torchvision's folders too, whose own reader has the faults of version 1."""
+    return name in _PARTS or (version > 1 and name.lower() in _IMAGE_FOLDERS)
 
 
 def _load(name: str, root: Path | None, num_classes: int | None, reading: Reading) -> Splits:
@@ -163,53 +152,45 @@ def _load(name: str, root: Path | None, num_classes: int | None, reading: Readin
         return load_digits()
     if name in CIFAR:
         return load_cifar(name, root, reading.colour)
-    if name in _PARTS or _is_image_folder(name, reading.version):
+    if _is_parts(name, reading.version):
         assert root is not None
         return _load_parts(root, ".tar" if name == "tar" else "", num_classes, reading)
     return load_named(name, root, num_classes=num_classes, reading=reading)
 
 
 def _load_parts(root: Path, suffix: str, num_classes: int | None, reading: Reading) -> Splits:
-    """Open `root/train` and `root/val` (or valid, validation, or test), or with ".tar" `root/train.tar` and so on.
-
-    Where both a validation and a test part exist, they are used as such; where there is only one, it is
-    the test set. Classes have the same numbers in all parts.
-    """
+    """Open the parts of a data set; classes have the same numbers in all of them."""
     read = read_tar if suffix else read_folder
-    paths = _find_parts(root, suffix, reading.version)
+    parts = {part: read(path, reading.version) for part, path in _find_parts(root, suffix, reading.version).items()}
     if reading.version > 1:
         _warn_of_others(root, suffix)
-    parts = {part: read(path, reading.version) for part, path in paths.items()}
-    for part in parts.values():
-        _check_same_classes(parts["train"], part)
     classes = parts["train"].classes
-    if num_classes not in (None, len(classes)):
-        raise ConfigError(f"num_classes is {num_classes}, but {root} holds {len(classes)} classes.", "num_classes")
+    for part in parts.values():
+        differ = {"without": {*classes} - {*part.classes}, "with": {*part.classes} - {*classes}}
+        said = [f"{how} {listed('class', names)}" for how, names in differ.items() if names]
+        if said:
+            raise DataError(f"{part.path}: its classes are not those of {parts['train'].path}: {', '.join(said)}.")
+    check_num_classes(num_classes, len(classes), str(root))
     found = {name: FileSource.of(part, classes, reading.colour) for name, part in parts.items()}
     return Splits(found["train"], found.get("validation"), found["test"], classes)
 
 
 def _find_parts(root: Path, suffix: str, version: int) -> dict[str, Path]:
-    """Return where "train", "test" and, if there is one, "validation" lie.
+    """Return where "train", "test" and "validation" lie; where there is one of the last two, it is the test set.
 
-    Raises DataError where a part is missing, or it is not clear which one is meant.
+    suffix: "" for folders, ".tar". Raises DataError where a part is missing, or it is not clear which one is meant.
     """
-
-    def existing(*names: str) -> list[Path]:
-        paths = [root / (name + suffix) for name in names]
-        return [path for path in paths if (path.is_file() if suffix else path.is_dir())]
-
-    train, tests, validations = existing("train"), existing("test"), existing(*_VALIDATION[version])
-    for found, names in ((train, ("train",)), (tests + validations, (*_VALIDATION[version], "test"))):
-        if not found:
-            wanted = " or ".join(str(root / (name + suffix)) for name in names)
-            raise DataError(f"no {wanted}: it holds one folder of images for each class.", "root")
+    validation = _VALIDATION[version]
+    train, tests, validations = (
+        [path for name in names if _is_part(path := root / (name + suffix), suffix)]
+        for names in (("train",), ("test",), validation)
+    )
+    if not train or not tests + validations:
+        wanted = " or ".join(str(root / (name + suffix)) for name in ((*validation, "test") if train else ("train",)))
+        raise DataError(f"no {wanted}: it holds one folder of images for each class.", "root")
     if version > 1 and len(validations) > 1:
-        raise DataError(
-            f"{' and '.join(map(str, validations))}: one of them may hold the validation images; remove or rename the "
-            "others.",
-            "root",
-        )
+        several = " and ".join(map(str, validations))
+        raise DataError(f"{several}: one of them may hold the validation images. Rename the others.", "root")
     parts = {"train": train[0], "test": (tests + validations)[0]}
     if tests and validations:
         parts["validation"] = validations[0]
@@ -220,34 +201,18 @@ def _find_parts(root: Path, suffix: str, version: int) -> dict[str, Path]:
     return parts
 
 
+def _is_part(path: Path, suffix: str) -> bool:
+    return path.suffix == suffix and path.is_file() if suffix else path.is_dir()
+
+
 def _warn_of_others(root: Path, suffix: str) -> None:
     """Log what lies beside the parts of a data set and may have been meant as one."""
-    known = {"train" + suffix, "test" + suffix, *(name + suffix for name in _VALIDATION[2])}
-    others = [
-        path.name
-        for path in root.iterdir()
-        if path.name not in known
-        and not is_hidden(path.name)
-        and (path.suffix == suffix and path.is_file() if suffix else path.is_dir())
-    ]
+    known = {name + suffix for name in ("train", "test", *_VALIDATION[2])}
+    names = [path.name for path in root.iterdir() if _is_part(path, suffix) and not is_hidden(path.name)]
+    others = [name for name in names if name not in known]
     if others:
-        _log.warning(
-            "%s: left alone %s; the parts are train, %s and test, in lower case",
-            root,
-            listed("folder" if not suffix else "file", others),
-            ", ".join(_VALIDATION[2]),
-        )
-
-
-def _check_same_classes(train: Part, other: Part) -> None:
-    expected, found = set(train.classes), set(other.classes)
-    if expected != found:
-        differ = [
-            f"{which} {', '.join(sorted(names)[:5])}{' ...' if len(names) > 5 else ''}"
-            for which, names in (("without", expected - found), ("with the unknown", found - expected))
-            if names
-        ]
-        raise DataError(f"{other.path}: its classes differ from those of {train.path}: {', '.join(differ)}.")
+        found, parts = listed("file" if suffix else "folder", others), ", ".join(_VALIDATION[2])
+        _log.warning("%s: left alone %s; the parts are train, %s and test, in lower case", root, found, parts)
 
 
 def _hold_out(splits: Splits, fraction: float, version: int) -> Splits:

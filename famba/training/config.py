@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from famba.data.augment import AugmentationOptions, Probability
 from famba.errors import ConfigError, near_miss
 from famba.fusion import Fusion
 
@@ -45,7 +46,6 @@ NotNegative = Annotated[float, Field(ge=0, le=1e9)]
 Positive = Annotated[float, Field(gt=0, le=1e9)]
 Rate = Annotated[float, Field(ge=0, le=1000)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Probability = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_writable)]
 
 
@@ -81,7 +81,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class RecipeConfig:
+class RecipeConfig(AugmentationOptions):
     """Optimizer, schedule, augmentation and regularisation; lr holds for lr_batch images per step."""
 
     optimizer: Text
@@ -102,14 +102,6 @@ class RecipeConfig:
     label_smoothing: Share
     ema_decay: Share | None
     augmentation: Literal["batch", "timm"]
-    crop_padding: Annotated[int, Field(ge=0, le=1024)]
-    hflip: Probability
-    auto_augment: Text | None
-    color_jitter: Rate
-    random_erasing: Probability
-    erasing_mode: Literal["const", "rand", "pixel"]
-    interpolation: Literal["bilinear", "bicubic"]
-    eval_crop: Annotated[float, Field(ge=0.1, le=1)]
     repeats: Annotated[int, Field(ge=1, le=1000)]
 
 

@@ -176,7 +176,7 @@ def _downloaded(name: str) -> Backbone:
         ) from error
 
 
-def _plain_scaling(interpolation: str, eval_crop: float) -> data.Augmentation:
+def _plain_scaling(interpolation: Any, eval_crop: float) -> data.Augmentation:
     nothing: dict[str, Any] = {"crop_padding": 0, "hflip": 0.0, "color_jitter": 0.0, "random_erasing": 0.0}
     return data.Augmentation(
         kind="batch",
