@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from famba.ops.inputs import Direction, MixerInputs
 from famba.ops.mamba_ssm import calls, extensions, kernels, mixer
 from famba.ops.mamba_ssm.packages import PACKAGES
 
@@ -70,7 +71,7 @@ def _single(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
 
 def _mixed(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """The mixer's calls: each in turn the real one, with the others left out so that it is reached."""
-    direction = [
+    direction = Direction(
         torch.randn(CHANNELS, 4),
         torch.randn(CHANNELS),
         torch.randn(RANK + 2 * STATES, CHANNELS, dtype=dtype),
@@ -78,12 +79,12 @@ def _mixed(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         torch.randn(CHANNELS),
         -torch.rand(CHANNELS, STATES),
         torch.randn(CHANNELS),
-    ]
+    )
     x = torch.randn(BATCH, LENGTH, D_MODEL, dtype=dtype)
     in_weight, out_weight = torch.randn(2 * CHANNELS, D_MODEL).to(dtype), torch.randn(D_MODEL, CHANNELS).to(dtype)
-    arguments = (x, in_weight, direction, direction, out_weight)
-    shapes = mixer.mixer_kept_shapes(BATCH, LENGTH, CHANNELS, RANK + 2 * STATES, STATES)
-    kept = [torch.zeros(shape, dtype=dtype if i < 3 else torch.float32) for i, shape in enumerate(shapes)]
+    arguments = MixerInputs(x, in_weight, direction, direction, out_weight)
+    shapes, float_shapes = mixer.mixer_kept_shapes(arguments.sizes)
+    kept = [*(torch.zeros(shape, dtype=dtype) for shape in shapes), *(torch.zeros(shape) for shape in float_shapes)]
 
     def with_real(real: str, call: Callable[[], object]) -> Callable[[], object]:
         def run() -> object:
@@ -105,10 +106,10 @@ def _mixed(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         return run
 
     return {
-        "mixer's convolution": with_real("conv", lambda: mixer.mixer(*arguments)),
-        "mixer's scan": with_real("scan", lambda: mixer.mixer(*arguments)),
-        "mixer's scan backward": with_real("scan backward", lambda: mixer.mixer_backward(x, *arguments, kept)),
-        "mixer's convolution backward": with_real("conv backward", lambda: mixer.mixer_backward(x, *arguments, kept)),
+        "mixer's convolution": with_real("conv", lambda: mixer.mixer(arguments)),
+        "mixer's scan": with_real("scan", lambda: mixer.mixer(arguments)),
+        "mixer's scan backward": with_real("scan backward", lambda: mixer.mixer_backward(x, arguments, kept)),
+        "mixer's convolution backward": with_real("conv backward", lambda: mixer.mixer_backward(x, arguments, kept)),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import naive
 import pytest
@@ -11,12 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ops_helpers import EXAMPLES, assert_close
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from famba.errors import ConfigError
 from famba.ops import Direction, bidirectional_mixer, use_backend
-from famba.ops.bidirectional_mixer import compose_mixer
-from famba.ops.native import kernels, library
+from famba.ops.bidirectional_mixer import compose_mixer, kept_bytes
+from famba.ops.inputs import MixerInputs, MixerSizes
+from famba.ops.native import kernels, library, mixer, mixer_backward
 
 needs_kernels = pytest.mark.skipif(library.obstacle() is not None, reason=f"native kernels: {library.obstacle()}")
 
@@ -135,6 +138,49 @@ def test_autocast_casts_the_products_and_keeps_the_weights_gradients_in_float32(
         assert (a.double() - w).norm() <= 2e-2 * w.norm(), f"result {number}"
 
 
+class Casts(TorchDispatchMode):
+    """Counts the matrices that are copied from float32 to bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = list(zip(*args[:2], strict=True)) if func is torch.ops.aten._foreach_copy_.default else []
+        given += [args[:2]] if func is torch.ops.aten.copy_.default else []
+        out = func(*args, **(kwargs or {}))
+        given += [(out, args[0])] if func is torch.ops.aten._to_copy.default else []
+        kinds = [(into.dtype, source.dtype) for into, source in given if source.ndim == 2]
+        self.count += kinds.count((torch.bfloat16, torch.float32))
+        return out
+
+
+@needs_kernels
+def test_each_weight_is_cast_once_in_a_step() -> None:
+    tensors, dy = drawn_inputs(2, 5)
+    inputs = MixerInputs(*built([t.float() for t in tensors]))
+    with Casts() as uncast:
+        _, *kept = mixer(inputs)
+        mixer_backward(dy.float(), inputs, kept)
+    assert uncast.count == kept[3].numel() == 0
+    inputs = inputs._replace(x=inputs.x.bfloat16())
+    with Casts() as forward:
+        _, *kept = mixer(inputs)
+    with Casts() as backward:
+        mixer_backward(dy.bfloat16(), inputs, kept)
+    assert (forward.count, backward.count) == (6, 0)
+
+
+def test_what_is_kept_is_counted_with_the_copied_weights_and_without() -> None:
+    sizes = MixerSizes(2, 5, d_model=6, channels=16, states=4, rank=2, out=6, cast=True)
+    assert kept_bytes("reference", sizes, 2) is None
+    if library.obstacle() is None:
+        of_tokens = 2 * 2 * 5 * (16 + 2 * 10)
+        assert kept_bytes("native", sizes._replace(cast=False), 4) == 2 * of_tokens
+        weights = 2 * (2 * 16 * 6 + 2 * (10 * 16 + 16 * 2) + 16 * 6)
+        assert kept_bytes("native", sizes, 2) == of_tokens + weights
+
+
 @needs_kernels
 def test_it_keeps_less_than_a_third_of_what_its_parts_keep() -> None:
     torch.manual_seed(0)
@@ -207,9 +253,9 @@ def test_multiply_adds_are_those_of_the_parts() -> None:
     tensors, _ = drawn_inputs(2, 9)
     tensors = [t.float() for t in tensors]
     counts = []
-    for mixer in (bidirectional_mixer, compose_mixer):
+    for op in (bidirectional_mixer, compose_mixer):
         with FlopCounterMode(display=False) as counter:
-            mixer(*built(tensors))
+            op(*built(tensors))
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
 

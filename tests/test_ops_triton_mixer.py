@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from famba.errors import ConfigError
 from famba.ops import Direction, availability, bidirectional_mixer, use_backend
 from famba.ops.bidirectional_mixer import compose_mixer
+from famba.ops.inputs import MixerInputs, MixerSizes
 
 pytestmark = [
     pytest.mark.skipif(availability.triton_obstacle() is not None, reason=f"triton: {availability.triton_obstacle()}"),
@@ -140,8 +142,14 @@ def test_nothing_comes_in_from_memory_that_was_not_written(sizes: tuple[int, ...
 
 
 def test_it_keeps_the_small_projections_alone() -> None:
-    shapes = mixer.mixer_kept_shapes(4, 197, 384, 44, 16)
-    assert sum(torch.Size(shape).numel() for shape in shapes) == 4 * 197 * 2 * 48
+    sizes = MixerSizes(4, 197, 192, 384, 16, 12, 192, cast=True)
+    (projected, weights), none = mixer.mixer_kept_shapes(sizes)
+    assert math.prod(projected) == 4 * 197 * 2 * 48
+    assert not none
+    # One copy of each product's weight, those of both scans padded; without a cast these alone.
+    stacked = 2 * 384 * (48 + 16)
+    assert math.prod(weights) == 3 * 192 * 384 + stacked
+    assert mixer.mixer_kept_shapes(sizes._replace(cast=False))[0][1] == (stacked,)
 
 
 def test_the_same_bits_twice_and_only_the_gradients_asked_for() -> None:
@@ -159,11 +167,11 @@ def test_the_same_bits_twice_and_only_the_gradients_asked_for() -> None:
 
 def test_launches_of_kernels() -> None:
     tensors, dy = drawn_inputs(2, 5)
-    x, in_weight, forward, backward, out_weight = built([t.float() for t in tensors])
+    inputs = MixerInputs(*built([t.float() for t in tensors]))
     with launch.noted() as ahead:
-        _, *kept = mixer.mixer(x, in_weight, forward, backward, out_weight)
+        _, *kept = mixer.mixer(inputs)
     with launch.noted() as back:
-        mixer.mixer_backward(dy.float(), x, in_weight, forward, backward, out_weight, kept)
+        mixer.mixer_backward(dy.float(), inputs, kept)
     assert [found.kernel.name for found in ahead] == ["conv_forward", "scan_forward"]
     assert [found.kernel.name for found in back] == [
         "conv_forward",
@@ -195,20 +203,20 @@ class Counted(TorchDispatchMode):
 
 def test_launches_of_torch_with_float32_weights_under_bfloat16_tokens() -> None:
     tensors, dy = drawn_inputs(2, 5)
-    x, in_weight, forward, backward, out_weight = built([t.float() for t in tensors])
-    x, dy = x.bfloat16(), dy.bfloat16()
+    inputs = MixerInputs(*built([t.float() for t in tensors]))
+    inputs, dy = inputs._replace(x=inputs.x.bfloat16()), dy.bfloat16()
     with launch.noted(), Counted() as ahead:
-        _, *kept = mixer.mixer(x, in_weight, forward, backward, out_weight)
+        _, *kept = mixer.mixer(inputs)
     with launch.noted(), Counted() as back:
-        mixer.mixer_backward(dy, x, in_weight, forward, backward, out_weight, kept)
-    # Weights: zeros, one copy of all, one into the padded columns of dt.
+        mixer.mixer_backward(dy, inputs, kept)
+    # Weights, once in a step: zeros, one copy of all, one into the padded columns of dt.
     weights_alike = {"new_zeros": 1, "_foreach_copy_": 1, "copy_": 1}
     # The scans' parameters in one tensor, and the sum of both directions.
     assert ahead.counts == {**weights_alike, "mm": 2, "bmm": 2, "cat": 1, "add": 1}
     products = {"mm": 5, "bmm": 4, "baddbmm_": 1}
     # The sums of y and dz; gradients of dt without their padding, then all in the weights' dtypes; zeros behind C.
-    sums_and_copies = {"add": 2, "clone": 1, "_foreach_copy_": 2, "zero_": 1}
-    assert back.counts == {**weights_alike, **products, "cat": 1, **sums_and_copies}
+    sums_and_copies = {"add": 2, "clone": 1, "_foreach_copy_": 1, "zero_": 1}
+    assert back.counts == {**products, "cat": 1, **sums_and_copies}
 
 
 def test_no_gradient_of_what_is_kept_is_made() -> None:

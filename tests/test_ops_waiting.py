@@ -16,6 +16,7 @@ from famba.fusion import schedule
 from famba.models import Vim
 from famba.ops import triton, use_backend
 from famba.ops.availability import triton_obstacle
+from famba.ops.inputs import Direction, MixerInputs
 from famba.ops.triton.launch import noted
 
 pytestmark = pytest.mark.skipif(triton_obstacle() is not None, reason=f"triton: {triton_obstacle()}")
@@ -106,8 +107,9 @@ def test_the_kernels_of_the_backend_wait_for_nothing(valueless: None, dtype: tor
         places, weights, _ = triton.match_tokens(x, int(guarded is None), guarded, None, 5, "sequence")
         fused = triton.fuse_tokens(x, places, weights, length - 5)
         triton.fuse_tokens_backward(fused, places, weights)
-    direction = [weight, D, on_gpu(rank + 2 * n, d, dtype=dtype), on_gpu(d, rank, dtype=dtype), D, A, D]
+    direction = Direction(weight, D, on_gpu(rank + 2 * n, d, dtype=dtype), on_gpu(d, rank, dtype=dtype), D, A, D)
     tokens, into = on_gpu(batch, length, d_model, dtype=dtype), on_gpu(2 * d, d_model, dtype=dtype)
     out_weight = on_gpu(d_model, d, dtype=dtype)
-    out, *kept = triton.mixer(tokens, into, direction, direction, out_weight)
-    triton.mixer_backward(out, tokens, into, direction, direction, out_weight, kept)
+    inputs = MixerInputs(tokens, into, direction, direction, out_weight)
+    out, *kept = triton.mixer(inputs)
+    triton.mixer_backward(out, inputs, kept)

@@ -161,8 +161,8 @@ def _notes(plans: Sequence[Planned]) -> list[str]:
         "Multiply-adds are those of one image's forward pass, what papers on vision backbones call FLOPs: matrix "
         "products, convolutions, scans and the similarities between tokens. A step does three times as many.",
         "Step time, of none, is predicted from them: nearly all of a Vim's work is linear in tokens.",
-        f"Kept is what autograd holds of one image for the backward, computed in {computed}; memory adds weights, "
-        f"gradients and AdamW's moments, for {batches} images.",
+        f"Kept is what autograd holds of one image for the backward, computed in {computed}; memory adds weights, cast "
+        f"weights, gradients and AdamW's moments, for {batches} images.",
     ]
     obstacles = dict.fromkeys(one.where.obstacle for one in plans if one.where.obstacle)
     notes += [f"Planned for another machine; here it could not run: {reason}." for reason in obstacles]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import nn
 
 from famba.models.vim import Vim, VimBlock
-from famba.ops.bidirectional_mixer import MixerKernels, mixer_macs
+from famba.ops.bidirectional_mixer import kept_bytes, mixer_macs
+from famba.ops.inputs import MixerSizes
 from famba.ops.match_tokens import match_macs
 from famba.ops.reference import scan_state_shape
-from famba.ops.registry import kernels
 
 _FP32, _INT64 = 4, 8
 
@@ -126,12 +125,15 @@ class _Shape:
 
     def _mixer_bytes(self, tokens: int, output: bool) -> int:
         projected = self.dt_rank + 2 * self.d_state
-        found = kernels(self.backend)
         kept = tokens * self.d_model * self.bytes
-        if isinstance(found, MixerKernels):
-            shapes = cast("MixerKernels", found).mixer_kept_shapes(1, tokens, self.d_inner, projected, self.d_state)
-            sizes = [math.prod(shape) for shape in shapes]
-            return kept + sum(sizes[:3]) * self.bytes + sum(sizes[3:]) * _FP32
+        out = self.d_model if output else None
+        sizes = MixerSizes(
+            1, tokens, self.d_model, self.d_inner, self.d_state, self.dt_rank, out, cast=self.bytes != _FP32
+        )
+        # Of one image more: copied weights are kept once, for all.
+        one, two = (kept_bytes(self.backend, sizes._replace(batch=batch), self.bytes) for batch in (1, 2))
+        if one is not None and two is not None:
+            return kept + two - one
         # Part by part: u and z, then for each direction u convolved, dt, B and C, the step sizes, and the states.
         per_direction = tokens * (2 * self.d_inner + projected) * self.bytes
         per_direction += math.prod(scan_state_shape(1, tokens, self.d_inner, self.d_state)) * _FP32

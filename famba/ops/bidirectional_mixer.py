@@ -2,12 +2,13 @@
 
 One autograd node keeps less than a third of what its parts would keep: of the inner tensors the small projections, and
 what else a backend finds too dear to work out again; the rest is worked out again in the backward from the tokens. The
-weights go in as they are: a backend casts them for its products, all at once.
+weights go in as they are: a backend casts them for its products, all at once, and keeps what it has cast.
 """
 
 # Annotations are evaluated here, not postponed: torch reads an op's schema from them.
+import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, cast, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,57 +19,29 @@ from torch.utils.flop_counter import register_flop_formula
 from famba.errors import ConfigError
 from famba.ops.causal_conv1d import causal_conv1d
 from famba.ops.checks import check_rank, check_shapes
+from famba.ops.inputs import Direction, MixerInputs, MixerSizes
 from famba.ops.registry import backend_of, kernels
 from famba.ops.selective_scan import scan_macs, selective_scan
-
-
-class Direction(NamedTuple):
-    """Weights of one of the two scans; d channels, n states, dt_rank r.
-
-    conv_weight (d, width), conv_bias (d,), x_weight (r + 2 n, d), dt_weight (d, r), dt_bias (d,), A (d, n), D (d,).
-    """
-
-    conv_weight: Tensor
-    conv_bias: Tensor
-    x_weight: Tensor
-    dt_weight: Tensor
-    dt_bias: Tensor
-    A: Tensor
-    D: Tensor
 
 
 @runtime_checkable
 class MixerKernels(Protocol):
     """What a backend's module provides besides `Kernels` if it has the mixer as one op.
 
-    A direction is a list in the order of `Direction`'s fields. Products are in x's dtype, weights and their gradients
-    each in a dtype of its own. `mixer` returns the result and five tensors for the backward, of the shapes
-    `mixer_kept_shapes`; the first three are of x's dtype, the last two float32.
+    Products are in x's dtype, weights and their gradients each in a dtype of its own. `mixer` returns the result and
+    up to six tensors for the backward, of the shapes `mixer_kept_shapes`: first those of x's dtype, then those of
+    float32. `mixer_backward` returns the gradients of the inputs in their order, each in its input's dtype.
     """
 
     @staticmethod
-    def mixer_kept_shapes(
-        batch: int, length: int, channels: int, projected: int, states: int
-    ) -> list[tuple[int, ...]]: ...
+    def mixer_kept_shapes(sizes: MixerSizes) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]: ...
 
     @staticmethod
-    def mixer(
-        x: Tensor,
-        in_weight: Tensor,
-        forward: Sequence[Tensor],
-        backward: Sequence[Tensor],
-        out_weight: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+    def mixer(inputs: MixerInputs) -> tuple[Tensor, ...]: ...
 
     @staticmethod
     def mixer_backward(
-        dout: Tensor,
-        x: Tensor,
-        in_weight: Tensor,
-        forward: Sequence[Tensor],
-        backward: Sequence[Tensor],
-        out_weight: Tensor | None,
-        kept: Sequence[Tensor],
+        dout: Tensor, inputs: MixerInputs, kept: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None]: ...
 
 
@@ -172,7 +145,8 @@ def _check(x: Tensor, in_weight: Tensor, forward: Direction, backward: Direction
 
 # torch 2.6 cannot read lists of tensors off a signature.
 _WEIGHTS = "Tensor x, Tensor in_weight, Tensor[] forward, Tensor[] backward, Tensor? out_weight"
-_SCHEMA = f"({_WEIGHTS}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_KEPT = 6
+_SCHEMA = f"({_WEIGHTS}, str backend) -> (Tensor, {', '.join(['Tensor'] * _KEPT)})"
 _BACKWARD_SCHEMA = (
     f"(Tensor dout, {_WEIGHTS}, Tensor[] kept, str backend) -> (Tensor, Tensor, Tensor[], Tensor[], Tensor)"
 )
@@ -186,9 +160,10 @@ def _mixer(
     backward: Sequence[Tensor],
     out_weight: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     with torch.autocast(x.device.type, enabled=False):
-        return _kernels(backend).mixer(x, in_weight, forward, backward, out_weight)
+        results = _kernels(backend).mixer(MixerInputs.of(x, in_weight, forward, backward, out_weight))
+    return _filled_up(results)
 
 
 @_mixer.register_fake
@@ -199,16 +174,18 @@ def _mixer_shape(
     backward: Sequence[Tensor],
     out_weight: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, length, _ = x.shape
-    channels = in_weight.shape[0] // 2
-    projected, states = forward[2].shape[0], forward[5].shape[1]
-    shapes = _kernels(backend).mixer_kept_shapes(batch, length, channels, projected, states)
-    u, from_u, from_u_back, *entering = (
-        x.new_empty(shape, dtype=x.dtype if i < 3 else torch.float32) for i, shape in enumerate(shapes)
-    )
-    out = x.new_empty(batch, length, channels if out_weight is None else out_weight.shape[0])
-    return out, u, from_u, from_u_back, entering[0], entering[1]
+) -> tuple[Tensor, ...]:
+    inputs = MixerInputs.of(x, in_weight, forward, backward, out_weight)
+    sizes = inputs.sizes
+    shapes, float_shapes = _kernels(backend).mixer_kept_shapes(sizes)
+    out = x.new_empty(sizes.batch, sizes.length, sizes.channels if sizes.out is None else sizes.out)
+    kept = [x.new_empty(shape) for shape in shapes]
+    return _filled_up((out, *kept, *(x.new_empty(shape, dtype=torch.float32) for shape in float_shapes)))
+
+
+def _filled_up(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Add empty tensors: an op returns the same number whatever the backend."""
+    return *results, *(results[0].new_empty(0) for _ in range(1 + _KEPT - len(results)))
 
 
 @torch.library.custom_op("famba::bidirectional_mixer_backward", mutates_args=(), schema=_BACKWARD_SCHEMA)
@@ -222,8 +199,9 @@ def _mixer_backward(
     kept: Sequence[Tensor],
     backend: str,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:
+    inputs = MixerInputs.of(x, in_weight, forward, backward, out_weight)
     with torch.autocast(x.device.type, enabled=False):
-        *grads, dout_weight = _kernels(backend).mixer_backward(dout, x, in_weight, forward, backward, out_weight, kept)
+        *grads, dout_weight = _kernels(backend).mixer_backward(dout, inputs, kept)
     # An op returns tensors only: an empty one stands for the gradient of a weight that is None.
     return *grads, x.new_empty(0) if dout_weight is None else dout_weight  # type: ignore[return-value]
 
@@ -271,6 +249,18 @@ _mixer.register_autograd(_gradients, setup_context=_keep)
 
 def _kernels(backend: str) -> MixerKernels:
     return cast("MixerKernels", kernels(backend))
+
+
+def kept_bytes(backend: str, sizes: MixerSizes, itemsize: int) -> int | None:
+    """Count the bytes that a mixer keeps besides its inputs, for products in numbers of `itemsize` bytes.
+
+    None for a backend that has no mixer as one op. Copied weights count too.
+    """
+    found = kernels(backend)
+    if not isinstance(found, MixerKernels):
+        return None
+    shapes, float_shapes = cast("MixerKernels", found).mixer_kept_shapes(sizes)
+    return itemsize * sum(map(math.prod, shapes)) + 4 * sum(map(math.prod, float_shapes))
 
 
 def mixer_macs(

@@ -15,53 +15,48 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from famba.ops.checks import check_equal_directions
+from famba.ops.inputs import MixerInputs, MixerSizes
 from famba.ops.mamba_ssm import calls
 from famba.ops.products import Columns, ProductWeights, copy_each
 
 
-def mixer_kept_shapes(batch: int, length: int, channels: int, projected: int, states: int) -> list[tuple[int, ...]]:
-    """Shapes of dt, B and C of both directions, of the scans' mean, and of states between chunks; two are empty.
+def mixer_kept_shapes(sizes: MixerSizes) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Return the shapes of dt, B and C of both directions, the scans' mean, the copied weights, and the states kept.
 
     The mean is kept since to work it out again would be another scan. The rest is worked out again.
     """
-    width = Columns(projected - 2 * states, states).width
-    entering = calls.entering_shape(batch, length, 2 * channels, states)
-    return [(2, width, batch, length), (channels, batch, length), (0,), entering, (0,)]
+    batch, length, channels = sizes.batch, sizes.length, sizes.channels
+    projected = (2, Columns.of(sizes).width, batch, length)
+    entering = calls.entering_shape(batch, length, 2 * channels, sizes.states)
+    return [projected, (channels, batch, length), ProductWeights.kept_shape(sizes)], [entering]
 
 
-def mixer(
-    x: Tensor, in_weight: Tensor, forward: Sequence[Tensor], backward: Sequence[Tensor], out_weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def mixer(inputs: MixerInputs) -> tuple[Tensor, ...]:
     """Return the result, and what the backward needs."""
-    weights = _Weights(x.dtype, in_weight, forward, backward, out_weight)
-    tokens = _Tokens(x)
-    u, z = tokens.project(weights.products.into).chunk(2)
+    check_equal_directions("mamba_ssm", *inputs.directions)
+    products, copied = ProductWeights.copied(inputs)
+    weights, tokens = _Weights(inputs, products), _Tokens(inputs.x)
+    u, z = tokens.project(products.into).chunk(2)
     inner = weights.convolve(_both(u))
     projected = weights.project(inner)
     y, _, entering = calls.scan(weights.scan(inner, projected))
     mean = torch.lerp(*_directions(y.transpose(0, 1)), 0.5)
     gated = mean * F.silu(z)
-    out = tokens.rows(gated) if weights.products.out is None else tokens.product(gated, weights.products.out)
-    return out, projected, mean, x.new_empty(0), entering, entering.new_empty(0)
+    out = tokens.rows(gated) if products.out is None else tokens.product(gated, products.out)
+    return out, projected, mean, copied, entering
 
 
 def mixer_backward(
-    dout: Tensor,
-    x: Tensor,
-    in_weight: Tensor,
-    forward: Sequence[Tensor],
-    backward: Sequence[Tensor],
-    out_weight: Tensor | None,
-    kept: Sequence[Tensor],
+    dout: Tensor, inputs: MixerInputs, kept: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None]:
-    """Gradients of x, in_weight, both directions' weights and out_weight, each in its input's dtype."""
-    projected, mean, _, entering, _ = kept
-    weights = _Weights(x.dtype, in_weight, forward, backward, out_weight)
-    tokens, products = _Tokens(x), weights.products
+    """Return the gradients of x, in_weight, both directions' weights and out_weight, each in its input's dtype."""
+    projected, mean, copied, entering, *_ = kept
+    x, products = inputs.x, ProductWeights.kept(copied, inputs)
+    weights, tokens = _Weights(inputs, products), _Tokens(x)
     u, z = tokens.project(products.into).chunk(2)
     gate = F.silu(z)
     dgated = tokens.project_rows(dout, products.out)
-    dxz = torch.empty(in_weight.shape[0], *x.shape[:2], dtype=x.dtype, device=x.device)
+    dxz = torch.empty(inputs.in_weight.shape[0], *x.shape[:2], dtype=x.dtype, device=x.device)
     du, dz = dxz.chunk(2)
     torch.ops.aten.silu_backward.grad_input(dgated * mean, z, grad_input=dz)
     dy = _both(dgated * gate / 2)
@@ -75,9 +70,9 @@ def mixer_backward(
         into=dxz.flatten(1) @ tokens.flat,
         x=dx_weight,
         dt=ddt_weight,
-        out=None if out_weight is None else _flat(dout).t() @ (mean * gate).flatten(1).t(),
+        out=None if products.out is None else _flat(dout).t() @ (mean * gate).flatten(1).t(),
     )
-    din_weight, *of_projections, dout_weight = of_products.as_given(in_weight, forward, backward, out_weight)
+    din_weight, *of_projections, dout_weight = of_products.as_given(inputs)
     others = weights.unstacked(dconv_weight, dconv_bias, grads.delta_bias, grads.A, grads.D)
     dforward, dbackward = (
         [*side[:2], *projections, *side[2:]] for side, projections in zip(others, of_projections, strict=True)
@@ -117,19 +112,10 @@ class _Tokens:
 class _Weights:
     """The weights of both directions, stacked as the extensions and the products of both take them."""
 
-    def __init__(
-        self,
-        dtype: torch.dtype,
-        in_weight: Tensor,
-        forward: Sequence[Tensor],
-        backward: Sequence[Tensor],
-        out_weight: Tensor | None,
-    ) -> None:
-        check_equal_directions("mamba_ssm", forward, backward)
-        self._columns = Columns.of(forward)
-        self.products = ProductWeights.of(dtype, in_weight, forward, backward, out_weight)
+    def __init__(self, inputs: MixerInputs, products: ProductWeights) -> None:
+        self._columns, self.products = Columns.of(inputs.sizes), products
         # Without those of the products: convolution, its bias, the step sizes' bias, A and D.
-        self._others = [[*side[:2], *side[4:]] for side in (forward, backward)]
+        self._others = [[*side[:2], *side[4:]] for side in inputs.directions]
         self._conv_weight, self._conv_bias, self._dt_bias, self._A, self._D = (
             torch.cat(pair).to(torch.float32) for pair in zip(*self._others, strict=True)
         )

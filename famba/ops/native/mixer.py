@@ -3,68 +3,92 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from famba.ops.inputs import MixerInputs, MixerSizes
 from famba.ops.native.kernels import ConvArguments, ScanArguments, activation, scan_state_shape
+from famba.ops.products import copy_each, flat_size, split_flat
 
 
-def mixer_kept_shapes(batch: int, length: int, channels: int, projected: int, states: int) -> list[tuple[int, ...]]:
-    """Shapes of u, of dt, B and C for both directions, and of the states that enter later chunks for both."""
-    state = scan_state_shape(batch, length, channels, states)
-    return [(batch, length, channels), *[(batch, length, projected)] * 2, *[state] * 2]
+def mixer_kept_shapes(sizes: MixerSizes) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Return the shapes of u, of dt, B and C for both directions, of cast weights, and of both scans' kept states."""
+    tokens = (sizes.batch, sizes.length)
+    state = scan_state_shape(sizes.batch, sizes.length, sizes.channels, sizes.states)
+    projected = (*tokens, sizes.rank + 2 * sizes.states)
+    return [(*tokens, sizes.channels), projected, projected, (flat_size(_shapes(sizes)),)], [state, state]
 
 
-def mixer(
-    x: Tensor, in_weight: Tensor, forward: Sequence[Tensor], backward: Sequence[Tensor], out_weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def mixer(inputs: MixerInputs) -> tuple[Tensor, ...]:
     """Return the result, and what the backward needs."""
-    batch, length, _ = x.shape
-    channels = in_weight.shape[0] // 2
-    tokens, in_weight = _flat(x.contiguous()), in_weight.to(x.dtype)
-    u, z = (_rows(tokens @ half.t(), x) for half in (in_weight[:channels], in_weight[channels:]))
+    x, sizes = inputs.x, inputs.sizes
+    cast = x.new_zeros(flat_size(_shapes(sizes)))
+    products = _Products.of(inputs, cast)
+    copy_each(zip(split_flat(cast, _shapes(sizes)), inputs.product_weights(), strict=False))
+    tokens = _flat(x.contiguous())
+    u, z = (_rows(tokens @ half.t(), x) for half in products.into.chunk(2))
     y, inner, delta = (torch.empty_like(u) for _ in range(3))
+    state = scan_state_shape(sizes.batch, sizes.length, sizes.channels, sizes.states)
     projections, entering = [], []
-    for reverse, weights in enumerate((forward, backward)):
-        run = _Direction(u, z, weights, bool(reverse), inner, delta)
+    for reverse in (False, True):
+        run = _Direction(u, z, inputs, products, reverse, inner, delta)
         run.convolve()
         projections.append(_rows(_flat(inner) @ run.x_weight.t(), x))
-        entering.append(torch.empty(scan_state_shape(batch, length, channels, run.states)))
+        entering.append(torch.empty(state))
         run.scan(projections[-1], entering[-1]).forward(y)
-    out = y if out_weight is None else _rows(_flat(y) @ out_weight.to(x.dtype).t(), x)
-    return out, u, *projections, *entering  # type: ignore[return-value]
+    out = y if products.out is None else _rows(_flat(y) @ products.out.t(), x)
+    return out, u, *projections, cast, *entering
 
 
 def mixer_backward(
-    dout: Tensor,
-    x: Tensor,
-    in_weight: Tensor,
-    forward: Sequence[Tensor],
-    backward: Sequence[Tensor],
-    out_weight: Tensor | None,
-    kept: Sequence[Tensor],
+    dout: Tensor, inputs: MixerInputs, kept: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None]:
-    """Gradients of x, in_weight, both directions' weights and out_weight, each in its input's dtype."""
-    u, *projections = kept[:3]
-    channels = u.shape[2]
+    """Return the gradients of x, in_weight, both directions' weights and out_weight, each in its input's dtype."""
+    u, *projections, cast, state, back_state = kept
+    x, channels, products = inputs.x, u.shape[2], _Products.of(inputs, cast)
     tokens, dout = _flat(x.contiguous()), activation(dout, x.dtype).contiguous()
     # The gate is worked out again: keeping it would cost a third more memory, its product 4 % of a step's.
-    into = in_weight.to(x.dtype)
-    z = _rows(tokens @ into[channels:].t(), x)
+    z = _rows(tokens @ products.into[channels:].t(), x)
     dy, y = dout, None
-    if out_weight is not None:
-        dy, y = _rows(_flat(dout) @ out_weight.to(x.dtype), x), torch.empty_like(u)
+    if products.out is not None:
+        dy, y = _rows(_flat(dout) @ products.out, x), torch.empty_like(u)
     inner, delta, dinner, ddelta = (torch.empty_like(u) for _ in range(4))
     dxz = x.new_empty(*x.shape[:2], 2 * channels)
     grads = []
-    for reverse, (weights, projected, state) in enumerate(zip((forward, backward), projections, kept[3:], strict=True)):
-        run = _Direction(u, z, weights, bool(reverse), inner, delta)
-        grads.append(run.backward(projected, state, dy, y, dinner, ddelta, dxz))
-    flat = _flat(dxz)
+    for reverse, projected, entering in zip((False, True), projections, (state, back_state), strict=True):
+        run = _Direction(u, z, inputs, products, reverse, inner, delta)
+        grads.append(run.backward(projected, entering, dy, y, dinner, ddelta, dxz))
+    flat, out_weight = _flat(dxz), inputs.out_weight
     dout_weight = None if out_weight is None or y is None else (_flat(dout).t() @ _flat(y)).to(out_weight.dtype)
-    din_weight = (flat.t() @ tokens).to(in_weight.dtype)
-    return (flat @ into).view(x.shape), din_weight, grads[0], grads[1], dout_weight
+    din_weight = (flat.t() @ tokens).to(inputs.in_weight.dtype)
+    return (flat @ products.into).view(x.shape), din_weight, grads[0], grads[1], dout_weight
+
+
+def _shapes(sizes: MixerSizes) -> list[tuple[int, ...]]:
+    """Return the shapes of the products' weights, in their order, where they are cast; of none where they are not."""
+    if not sizes.cast:
+        return []
+    d = sizes.channels
+    direction = [(sizes.rank + 2 * sizes.states, d), (d, sizes.rank)]
+    return [(2 * d, sizes.d_model), *direction, *direction, *([] if sizes.out is None else [(sizes.out, d)])]
+
+
+class _Products(NamedTuple):
+    """Hold the weights of the matrix products in x's dtype: those cast, or the given ones."""
+
+    into: Tensor
+    x: tuple[Tensor, Tensor]
+    dt: tuple[Tensor, Tensor]
+    out: Tensor | None
+
+    @classmethod
+    def of(cls, inputs: MixerInputs, cast: Tensor) -> _Products:
+        """Find them in the memory of those cast."""
+        found = split_flat(cast, _shapes(inputs.sizes)) or list(inputs.product_weights())
+        into, x, dt, x_back, dt_back, *out = found
+        return cls(into, (x, x_back), (dt, dt_back), out[0] if out else None)
 
 
 class _Direction:
@@ -74,14 +98,22 @@ class _Direction:
     """
 
     def __init__(
-        self, u: Tensor, z: Tensor, weights: Sequence[Tensor], reverse: bool, inner: Tensor, delta: Tensor
+        self,
+        u: Tensor,
+        z: Tensor,
+        inputs: MixerInputs,
+        products: _Products,
+        reverse: bool,
+        inner: Tensor,
+        delta: Tensor,
     ) -> None:
+        weights = inputs.directions[reverse]
         self._u, self._z, self._weights, self._reverse = u, z, weights, reverse
         self._inner, self._delta = inner, delta
-        conv_weight, conv_bias, x_weight, dt_weight, *_ = weights
-        self.x_weight, self._dt_weight = x_weight.to(u.dtype), dt_weight.to(u.dtype)
-        self.states = weights[5].shape[1]
-        self._conv = ConvArguments(u, conv_weight, conv_bias, silu=True, reverse=reverse, accumulate=reverse)
+        self.x_weight, self._dt_weight = products.x[reverse], products.dt[reverse]
+        self._conv = ConvArguments(
+            u, weights.conv_weight, weights.conv_bias, silu=True, reverse=reverse, accumulate=reverse
+        )
 
     def convolve(self) -> None:
         """Write the scan's input into `inner`."""
