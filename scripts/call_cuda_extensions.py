@@ -5,7 +5,6 @@ A call that binds its arguments ends in the extension's own "is_cuda" check, any
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -15,9 +14,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from famba.ops.inputs import Direction, MixerInputs
-from famba.ops.mamba_ssm import calls, extensions, kernels, mixer
-from famba.ops.mamba_ssm.packages import PACKAGES
+from famba.ops import availability, mamba_ssm
+from famba.ops.availability import CAUSAL_CONV1D, MAMBA_SSM
+from famba.ops.inputs import Direction, MixerInputs, ScanInputs
 
 BATCH, LENGTH, CHANNELS, STATES, RANK, D_MODEL = 2, 17, 8, 4, 3, 6
 REACHED = "is_cuda() to be true"
@@ -25,9 +24,9 @@ REACHED = "is_cuda() to be true"
 
 def main() -> int:
     """Return 0 where each call got as far as the check."""
-    for package in PACKAGES:
-        print(package.name, package.installed(), "of", importlib.import_module(package.extension).__file__)
-    print("obstacle:", extensions.obstacle())
+    for extension in (CAUSAL_CONV1D, MAMBA_SSM):
+        print(extension.package, extension.version(), "of", extension.load().__file__)
+    print("obstacle:", availability.mamba_ssm_obstacle())
     failures = 0
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for name, call in {**_single(dtype), **_mixed(dtype)}.items():
@@ -51,21 +50,22 @@ def _single(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     u, delta, z, dy = (torch.randn(BATCH, LENGTH, CHANNELS, dtype=dtype) for _ in range(4))
     B, C = (torch.randn(BATCH, LENGTH, STATES, dtype=dtype) for _ in range(2))
     A, D, bias, weight = -torch.rand(CHANNELS, STATES), *torch.randn(2, CHANNELS), torch.randn(CHANNELS, 4)
-    gated, plain = (u, delta, A, B, C, D, z, bias, True, False), (u, delta, A, B, C, None, None, None, False, True)
+    gated = ScanInputs(u, delta, A, B, C, D, z, bias, True, False)
+    plain = ScanInputs(u, delta, A, B, C, None, None, None, False, True)
 
-    def backward(*arguments: Any) -> object:
-        scan = kernels._scan(*arguments)
+    def backward(inputs: ScanInputs) -> object:
+        scan = mamba_ssm._scan_inputs(inputs)
         ungated = None if scan.z is None else scan.u
-        return calls.scan_backward(scan, scan.u, ungated, u.new_empty(0))
+        return mamba_ssm._run_scan_backward(scan, scan.u, ungated, u.new_empty(0))
 
     return {
-        "scan": lambda: kernels.selective_scan(*gated),
-        "scan without D, gate and bias": lambda: kernels.selective_scan(*plain),
-        "scan backward": lambda: backward(*gated),
-        "scan backward without D, gate and bias": lambda: backward(*plain),
-        "convolution": lambda: kernels.causal_conv1d(u, weight, bias, True, False),
-        "convolution backward": lambda: kernels.causal_conv1d_backward(dy, u, weight, bias, True, False),
-        "convolution backward without bias": lambda: kernels.causal_conv1d_backward(dy, u, weight, None, False, True),
+        "scan": lambda: mamba_ssm.selective_scan(gated),
+        "scan without D, gate and bias": lambda: mamba_ssm.selective_scan(plain),
+        "scan backward": lambda: backward(gated),
+        "scan backward without D, gate and bias": lambda: backward(plain),
+        "convolution": lambda: mamba_ssm.causal_conv1d(u, weight, bias, True, False),
+        "convolution backward": lambda: mamba_ssm.causal_conv1d_backward(dy, u, weight, bias, True, False),
+        "convolution backward without bias": lambda: mamba_ssm.causal_conv1d_backward(dy, u, weight, None, False, True),
     }
 
 
@@ -83,12 +83,12 @@ def _mixed(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     x = torch.randn(BATCH, LENGTH, D_MODEL, dtype=dtype)
     in_weight, out_weight = torch.randn(2 * CHANNELS, D_MODEL).to(dtype), torch.randn(D_MODEL, CHANNELS).to(dtype)
     arguments = MixerInputs(x, in_weight, direction, direction, out_weight)
-    shapes, float_shapes = mixer.mixer_kept_shapes(arguments.sizes)
+    shapes, float_shapes = mamba_ssm.mixer_kept_shapes(arguments.sizes)
     kept = [*(torch.zeros(shape, dtype=dtype) for shape in shapes), *(torch.zeros(shape) for shape in float_shapes)]
 
     def with_real(real: str, call: Callable[[], object]) -> Callable[[], object]:
         def run() -> object:
-            scan, (conv, conv_backward) = extensions.scan(), extensions.convolution()
+            scan, (conv, conv_backward) = MAMBA_SSM.load(), availability.convolution()
             pair = (
                 conv if real == "conv" else _left_out,
                 conv_backward if real == "conv backward" else _left_out_backward,
@@ -98,18 +98,20 @@ def _mixed(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
                 bwd=scan.bwd if real == "scan backward" else _left_out_scan_backward,
             )
             with (
-                mock.patch.object(extensions, "scan", return_value=namespace),
-                mock.patch.object(extensions, "convolution", return_value=pair),
+                mock.patch.dict(sys.modules, {MAMBA_SSM.module: namespace}),
+                mock.patch.object(mamba_ssm, "convolution", return_value=pair),
             ):
                 return call()
 
         return run
 
     return {
-        "mixer's convolution": with_real("conv", lambda: mixer.mixer(arguments)),
-        "mixer's scan": with_real("scan", lambda: mixer.mixer(arguments)),
-        "mixer's scan backward": with_real("scan backward", lambda: mixer.mixer_backward(x, arguments, kept)),
-        "mixer's convolution backward": with_real("conv backward", lambda: mixer.mixer_backward(x, arguments, kept)),
+        "mixer's convolution": with_real("conv", lambda: mamba_ssm.mixer(arguments)),
+        "mixer's scan": with_real("scan", lambda: mamba_ssm.mixer(arguments)),
+        "mixer's scan backward": with_real("scan backward", lambda: mamba_ssm.mixer_backward(x, arguments, kept)),
+        "mixer's convolution backward": with_real(
+            "conv backward", lambda: mamba_ssm.mixer_backward(x, arguments, kept)
+        ),
     }
 
 

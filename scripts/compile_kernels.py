@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 
 from famba.ops import triton as ops
 from famba.ops.availability import interpreted
-from famba.ops.inputs import Direction, MixerInputs
+from famba.ops.inputs import Direction, MixerInputs, ScanInputs
 from famba.ops.triton.launch import Configuration, Launch, noted
 
 TARGETS = (80, 90)
@@ -60,10 +60,10 @@ class Compiled:
     stack: int
 
 
-def _scan(x: Draw) -> list[Any]:
+def _scan(x: Draw) -> ScanInputs:
     tokens, states = (BATCH, LENGTH, D_INNER), (BATCH, LENGTH, D_STATE)
-    given = [x(*tokens), x(*tokens), torch.randn(D_INNER, D_STATE), x(*states), x(*states)]
-    return [*given, torch.randn(D_INNER), x(*tokens), torch.randn(D_INNER), True, True]
+    A, D, bias = torch.randn(D_INNER, D_STATE), torch.randn(D_INNER), torch.randn(D_INNER)
+    return ScanInputs(x(*tokens), x(*tokens), A, x(*states), x(*states), D, x(*tokens), bias, True, True)
 
 
 def _conv(x: Draw) -> list[Any]:
@@ -100,9 +100,9 @@ def _places() -> tuple[Tensor, Tensor]:
 
 # What is called for its launches: by the name under which they are listed.
 CALLS: dict[str, Callable[[Draw], object]] = {
-    "selective_scan": lambda x: ops.selective_scan(*_scan(x)),
+    "selective_scan": lambda x: ops.selective_scan(_scan(x)),
     "selective_scan_backward": lambda x: ops.selective_scan_backward(
-        *[x(BATCH, LENGTH, D_INNER), *_scan(x), torch.empty(0)]
+        x(BATCH, LENGTH, D_INNER), _scan(x), torch.empty(0)
     ),
     "causal_conv1d": lambda x: ops.causal_conv1d(*_conv(x)),
     "causal_conv1d_backward": lambda x: ops.causal_conv1d_backward(x(BATCH, LENGTH, D_INNER), *_conv(x)),

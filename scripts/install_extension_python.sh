@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs the Python of mamba-ssm and causal-conv1d without their CUDA extensions into the environment of `make setup`,
-# for tests/test_ops_mamba_ssm.py, which puts stand-ins in the extensions' place. Needs PyPI; takes a minute.
+# for tests/test_ops_*.py, which put stand-ins in the extensions' place. Needs PyPI; takes a minute.
 # Versions: MAMBA_VERSION and CONV_VERSION, by default those that scripts/build_cuda_extensions.sh compiles.
 set -euo pipefail
 cd "$(dirname "$0")/.."

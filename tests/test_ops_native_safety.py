@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from famba.errors import BackendError, ConfigError
 from famba.ops import add_rms_norm, backends, causal_conv1d, reference, registry, selective_scan, use_backend
+from famba.ops.inputs import ScanInputs
 from famba.ops.native import kernels, library
 
 ALLOW_FORK = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -50,8 +51,8 @@ def run_all(inputs: list[Tensor]) -> list[Tensor]:
 def forward(inputs: list[Tensor]) -> list[Tensor]:
     """Results of the kernels, and the scan's gradients, without the machinery of autograd, which forks badly."""
     u, delta, A, *_, D, _, _ = inputs
-    y, state = kernels.selective_scan(*inputs, True, False)
-    grads = kernels.selective_scan_backward(y, *inputs, True, False, state)
+    y, state = kernels.selective_scan(ScanInputs(*inputs, True, False))
+    grads = kernels.selective_scan_backward(y, ScanInputs(*inputs, True, False), state)
     conv = kernels.causal_conv1d(u, A, D, True, False)
     return [y, *grads, conv, *kernels.add_rms_norm(u, delta, D, 1e-5)]
 

@@ -16,7 +16,7 @@ from famba.fusion import schedule
 from famba.models import Vim
 from famba.ops import triton, use_backend
 from famba.ops.availability import triton_obstacle
-from famba.ops.inputs import Direction, MixerInputs
+from famba.ops.inputs import Direction, MixerInputs, ScanInputs
 from famba.ops.triton.launch import noted
 
 pytestmark = pytest.mark.skipif(triton_obstacle() is not None, reason=f"triton: {triton_obstacle()}")
@@ -97,8 +97,9 @@ def test_the_kernels_of_the_backend_wait_for_nothing(valueless: None, dtype: tor
     batch, length, d_model, d, n, rank = 2, 17, 8, 16, 4, 3
     x = on_gpu(batch, length, d, dtype=dtype)
     A, B, D = on_gpu(d, n), on_gpu(batch, length, n, dtype=dtype), on_gpu(d)
-    y, state = triton.selective_scan(x, x, A, B, B, D, x, D, True, True)
-    triton.selective_scan_backward(y, x, x, A, B, B, D, x, D, True, True, state)
+    scan = ScanInputs(x, x, A, B, B, D, x, D, True, True)
+    y, state = triton.selective_scan(scan)
+    triton.selective_scan_backward(y, scan, state)
     weight = on_gpu(d, 4)
     triton.causal_conv1d_backward(triton.causal_conv1d(x, weight, D, True, False), x, weight, D, True, False)
     normed, total = triton.add_rms_norm(x, None, D, 1e-5)

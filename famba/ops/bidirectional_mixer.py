@@ -5,10 +5,9 @@ what else a backend finds too dear to work out again; the rest is worked out aga
 weights go in as they are: a backend casts them for its products, all at once, and keeps what it has cast.
 """
 
-# Annotations are evaluated here, not postponed: torch reads an op's schema from them.
 import math
 from collections.abc import Sequence
-from typing import Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -19,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from famba.errors import ConfigError
 from famba.ops.causal_conv1d import causal_conv1d
 from famba.ops.checks import check_rank, check_shapes
+from famba.ops.definition import define, fresh
 from famba.ops.inputs import Direction, MixerInputs, MixerSizes
 from famba.ops.registry import backend_of, kernels
 from famba.ops.selective_scan import scan_macs, selective_scan
@@ -143,85 +143,42 @@ def _check(x: Tensor, in_weight: Tensor, forward: Direction, backward: Direction
     check_shapes(op, "x", x=(x, tuple(x.shape)), **shapes)
 
 
-# torch 2.6 cannot read lists of tensors off a signature.
-_WEIGHTS = "Tensor x, Tensor in_weight, Tensor[] forward, Tensor[] backward, Tensor? out_weight"
 _KEPT = 6
-_SCHEMA = f"({_WEIGHTS}, str backend) -> (Tensor, {', '.join(['Tensor'] * _KEPT)})"
-_BACKWARD_SCHEMA = (
-    f"(Tensor dout, {_WEIGHTS}, Tensor[] kept, str backend) -> (Tensor, Tensor, Tensor[], Tensor[], Tensor)"
-)
+_INPUTS = "Tensor x, Tensor in_weight, Tensor[] forward, Tensor[] backward, Tensor? out_weight"
 
 
-@torch.library.custom_op("famba::bidirectional_mixer", mutates_args=(), schema=_SCHEMA)
-def _mixer(
-    x: Tensor,
-    in_weight: Tensor,
-    forward: Sequence[Tensor],
-    backward: Sequence[Tensor],
-    out_weight: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    with torch.autocast(x.device.type, enabled=False):
-        results = _kernels(backend).mixer(MixerInputs.of(x, in_weight, forward, backward, out_weight))
-    return _filled_up(results)
+def _run(kernels: MixerKernels, *inputs: Any) -> tuple[Tensor | None, ...]:
+    return _filled_up(*kernels.mixer(MixerInputs.of(*inputs)))
 
 
-@_mixer.register_fake
-def _mixer_shape(
-    x: Tensor,
-    in_weight: Tensor,
-    forward: Sequence[Tensor],
-    backward: Sequence[Tensor],
-    out_weight: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    inputs = MixerInputs.of(x, in_weight, forward, backward, out_weight)
-    sizes = inputs.sizes
-    shapes, float_shapes = _kernels(backend).mixer_kept_shapes(sizes)
+def _shape(kernels: MixerKernels, *given: Any) -> tuple[Tensor | None, ...]:
+    inputs = MixerInputs.of(*given)
+    x, sizes = inputs.x, inputs.sizes
+    shapes, float_shapes = kernels.mixer_kept_shapes(sizes)
     out = x.new_empty(sizes.batch, sizes.length, sizes.channels if sizes.out is None else sizes.out)
     kept = [x.new_empty(shape) for shape in shapes]
-    return _filled_up((out, *kept, *(x.new_empty(shape, dtype=torch.float32) for shape in float_shapes)))
+    return _filled_up(out, *kept, *(x.new_empty(shape, dtype=torch.float32) for shape in float_shapes))
 
 
-def _filled_up(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Add empty tensors: an op returns the same number whatever the backend."""
-    return *results, *(results[0].new_empty(0) for _ in range(1 + _KEPT - len(results)))
+def _filled_up(*results: Tensor) -> tuple[Tensor | None, ...]:
+    """Add what a backend does not keep: an op returns the same number of tensors whatever the backend."""
+    return *results, *[None] * (1 + _KEPT - len(results))
 
 
-@torch.library.custom_op("famba::bidirectional_mixer_backward", mutates_args=(), schema=_BACKWARD_SCHEMA)
-def _mixer_backward(
-    dout: Tensor,
-    x: Tensor,
-    in_weight: Tensor,
-    forward: Sequence[Tensor],
-    backward: Sequence[Tensor],
-    out_weight: Tensor | None,
-    kept: Sequence[Tensor],
-    backend: str,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:
-    inputs = MixerInputs.of(x, in_weight, forward, backward, out_weight)
-    with torch.autocast(x.device.type, enabled=False):
-        *grads, dout_weight = _kernels(backend).mixer_backward(dout, inputs, kept)
-    # An op returns tensors only: an empty one stands for the gradient of a weight that is None.
-    return *grads, x.new_empty(0) if dout_weight is None else dout_weight  # type: ignore[return-value]
-
-
-@_mixer_backward.register_fake
-def _mixer_backward_shape(
-    dout: Tensor,
-    x: Tensor,
-    in_weight: Tensor,
-    forward: Sequence[Tensor],
-    backward: Sequence[Tensor],
-    out_weight: Tensor | None,
-    kept: Sequence[Tensor],
-    backend: str,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:
-    def like(tensor: Tensor) -> Tensor:
-        return tensor.new_empty(tensor.shape)
-
-    dout_weight = x.new_empty(0) if out_weight is None else like(out_weight)
-    return like(x), like(in_weight), [like(w) for w in forward], [like(w) for w in backward], dout_weight
+_mixer = define("bidirectional_mixer", _INPUTS, f"({', '.join(['Tensor'] * (1 + _KEPT))})", run=_run, fake=_shape)
+_mixer_backward = define(
+    "bidirectional_mixer_backward",
+    f"Tensor dout, {_INPUTS}, Tensor[] kept",
+    "(Tensor, Tensor, Tensor[], Tensor[], Tensor)",
+    run=lambda kernels, dout, *rest: kernels.mixer_backward(dout, MixerInputs.of(*rest[:-1]), rest[-1]),
+    fake=lambda kernels, dout, x, in_weight, forward, backward, out_weight, kept: (
+        fresh(x),
+        fresh(in_weight),
+        [fresh(weight) for weight in forward],
+        [fresh(weight) for weight in backward],
+        fresh(out_weight),
+    ),
+)
 
 
 def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -245,10 +202,6 @@ def _gradients(ctx, dout, *_):  # type: ignore[no-untyped-def]
 
 
 _mixer.register_autograd(_gradients, setup_context=_keep)
-
-
-def _kernels(backend: str) -> MixerKernels:
-    return cast("MixerKernels", kernels(backend))
 
 
 def kept_bytes(backend: str, sizes: MixerSizes, itemsize: int) -> int | None:

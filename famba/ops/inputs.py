@@ -3,9 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+
+class ScanInputs(NamedTuple):
+    """Hold the inputs of a selective scan, of the shapes that `famba.ops.selective_scan` lists."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    delta_bias: Tensor | None
+    delta_softplus: bool
+    reverse: bool
+
+
+class ScanGradients(NamedTuple):
+    """Hold the gradients of a scan's inputs, each in its input's dtype; None for an input of None."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    delta_bias: Tensor | None
+
+    @classmethod
+    def cast(cls, inputs: ScanInputs, *grads: Tensor | None) -> ScanGradients:
+        """Take gradients of any dtypes, in the order of the fields; those of inputs that are None are left out."""
+        pairs: Any = zip(inputs[: len(cls._fields)], grads, strict=True)
+        found: list[Any] = [None if x is None or grad is None else grad.to(x.dtype) for x, grad in pairs]
+        return cls(*found)
 
 
 class Direction(NamedTuple):

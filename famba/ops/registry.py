@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from famba.errors import BackendError, near_miss
-from famba.ops.availability import triton_obstacle, triton_on_request
-from famba.ops.mamba_ssm import extensions
+from famba.ops.availability import mamba_ssm_obstacle, triton_obstacle, triton_on_request
+from famba.ops.inputs import ScanGradients, ScanInputs
 from famba.ops.native import library
 
 AUTO = "auto"
@@ -36,34 +36,10 @@ class Kernels(Protocol):
     def scan_state_shape(batch: int, length: int, channels: int, states: int) -> tuple[int, ...]: ...
 
     @staticmethod
-    def selective_scan(
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        delta_softplus: bool,
-        reverse: bool,
-    ) -> tuple[Tensor, Tensor]: ...
+    def selective_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]: ...
 
     @staticmethod
-    def selective_scan_backward(
-        dy: Tensor,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        delta_softplus: bool,
-        reverse: bool,
-        state: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]: ...
+    def selective_scan_backward(dy: Tensor, inputs: ScanInputs, state: Tensor) -> ScanGradients: ...
 
     @staticmethod
     def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor: ...
@@ -115,7 +91,7 @@ _HALF = (torch.float32, torch.bfloat16, torch.float16)
 # In the order in which "auto" prefers them.
 _BACKENDS: dict[str, Backend] = {
     "triton": Backend("famba.ops.triton", ("cuda",), triton_obstacle, _HALF, triton_on_request),
-    "mamba_ssm": Backend("famba.ops.mamba_ssm.backend", ("cuda",), extensions.obstacle, _HALF),
+    "mamba_ssm": Backend("famba.ops.mamba_ssm", ("cuda",), mamba_ssm_obstacle, _HALF),
     "native": Backend("famba.ops.native", ("cpu",), library.obstacle, dtypes=(torch.float32, torch.bfloat16)),
     "reference": Backend("famba.ops.reference", None, lambda: None),
 }

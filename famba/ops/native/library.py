@@ -10,12 +10,14 @@ import os
 import sysconfig
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from famba.errors import BackendError, near_miss
 
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ISAS = ("portable", "avx2", "avx512")
 ENVIRONMENT_VARIABLE = "FAMBA_ISA"
 PATH = Path(__file__).with_name("libfamba_kernels.so")
@@ -29,10 +31,8 @@ class Array(ctypes.Structure):
     _fields_ = (("data", c_void_p), ("batch_stride", c_int64), ("row_stride", c_int64))
 
     @classmethod
-    def of(cls, tensor: Tensor | None) -> Array:
-        """Describe a tensor whose last stride is 1; an empty array for None."""
-        if tensor is None:
-            return cls(None, 0, 0)
+    def of(cls, tensor: Tensor) -> Array:
+        """Describe a tensor whose last stride is 1."""
         return cls(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
 
 
@@ -120,9 +120,18 @@ def use_isa(name: str | None) -> None:
     _isa = None if name is None else _checked_isa(name)
 
 
-def call(kernel: str, arguments: ctypes.Structure) -> None:
-    """Run a kernel. Raises MemoryError where its scratch memory cannot be had."""
-    status = getattr(_library(), f"famba_{kernel}")(_isa_number(), ctypes.byref(arguments))
+def call(kernel: str, kind: type[ctypes.Structure], dtype: torch.dtype, **arguments: Any) -> None:
+    """Run a kernel on a structure with these fields, of which tensors become arrays or addresses; others are 0.
+
+    Raises MemoryError where its scratch memory cannot be had.
+    """
+    structure = kind(dtype=_DTYPES[dtype], threads=threads())
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            value = Array.of(value) if isinstance(getattr(structure, name), Array) else value.data_ptr()
+        if value is not None:
+            setattr(structure, name, value)
+    status = getattr(_library(), f"famba_{kernel}")(_isa_number(), ctypes.byref(structure))
     if status == 1:
         raise MemoryError(f"native {kernel}: out of memory for scratch space")
     assert status == 0
@@ -139,11 +148,6 @@ def _note_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_note_fork)
-
-
-def dtype_code(dtype: torch.dtype) -> int:
-    """How the interface names a dtype of activations."""
-    return {torch.float32: 0, torch.bfloat16: 1}[dtype]
 
 
 def _isa_number() -> int:

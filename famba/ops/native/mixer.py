@@ -8,8 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from famba.ops.inputs import MixerInputs, MixerSizes
-from famba.ops.native.kernels import ConvArguments, ScanArguments, activation, scan_state_shape
+from famba.ops.inputs import Direction, MixerInputs, MixerSizes, ScanInputs
+from famba.ops.native.kernels import (
+    activation,
+    convolve,
+    convolve_backward,
+    readable,
+    run_scan,
+    run_scan_backward,
+    scan_state_shape,
+)
 from famba.ops.products import copy_each, flat_size, split_flat
 
 
@@ -25,19 +33,19 @@ def mixer(inputs: MixerInputs) -> tuple[Tensor, ...]:
     """Return the result, and what the backward needs."""
     x, sizes = inputs.x, inputs.sizes
     cast = x.new_zeros(flat_size(_shapes(sizes)))
-    products = _Products.of(inputs, cast)
     copy_each(zip(split_flat(cast, _shapes(sizes)), inputs.product_weights(), strict=False))
+    products = _Products.of(inputs, cast)
     tokens = _flat(x.contiguous())
     u, z = (_rows(tokens @ half.t(), x) for half in products.into.chunk(2))
     y, inner, delta = (torch.empty_like(u) for _ in range(3))
-    state = scan_state_shape(sizes.batch, sizes.length, sizes.channels, sizes.states)
     projections, entering = [], []
-    for reverse in (False, True):
-        run = _Direction(u, z, inputs, products, reverse, inner, delta)
-        run.convolve()
-        projections.append(_rows(_flat(inner) @ run.x_weight.t(), x))
-        entering.append(torch.empty(state))
-        run.scan(projections[-1], entering[-1]).forward(y)
+    for reverse, weights in enumerate(inputs.directions):
+        convolve(u, weights.conv_weight, weights.conv_bias, True, bool(reverse), inner)
+        projections.append(_rows(_flat(inner) @ products.x[reverse].t(), x))
+        entering.append(torch.empty(scan_state_shape(sizes.batch, sizes.length, sizes.channels, sizes.states)))
+        scan = _scan(inner, delta, z, projections[-1], products.dt[reverse], weights, bool(reverse))
+        # The second direction adds to what the first has written.
+        run_scan(scan, entering[-1], y, scale=0.5, accumulate=bool(reverse))
     out = y if products.out is None else _rows(_flat(y) @ products.out.t(), x)
     return out, u, *projections, cast, *entering
 
@@ -56,14 +64,40 @@ def mixer_backward(
         dy, y = _rows(_flat(dout) @ products.out, x), torch.empty_like(u)
     inner, delta, dinner, ddelta = (torch.empty_like(u) for _ in range(4))
     dxz = x.new_empty(*x.shape[:2], 2 * channels)
-    grads = []
-    for reverse, projected, entering in zip((False, True), projections, (state, back_state), strict=True):
-        run = _Direction(u, z, inputs, products, reverse, inner, delta)
-        grads.append(run.backward(projected, entering, dy, y, dinner, ddelta, dxz))
+    du, dz = dxz.chunk(2, dim=-1)
+    of_directions = []
+    sides = zip(inputs.directions, projections, (state, back_state), strict=True)
+    for reverse, (weights, projected, entering) in enumerate(sides):
+        convolution = (u, weights.conv_weight, weights.conv_bias, True, bool(reverse))
+        convolve(*convolution, inner)
+        rank, x_weight, dt_weight = weights.dt_weight.shape[1], products.x[reverse], products.dt[reverse]
+        scan = _scan(inner, delta, z, projected, dt_weight, weights, bool(reverse))
+        dprojected = torch.empty_like(projected)
+        dB, dC = dprojected[..., rank:].chunk(2, dim=-1)
+        written = {"du": dinner, "ddelta": ddelta, "dB": dB, "dC": dC, "dz": dz, "y": y}
+        dA, dD, dbias = run_scan_backward(scan, entering, dy, scale=0.5, accumulate=bool(reverse), **written)
+        flat_ddelta = _flat(ddelta)
+        _flat(dprojected)[:, :rank].copy_(flat_ddelta @ dt_weight)
+        ddt_weight = flat_ddelta.t() @ _flat(projected)[:, :rank]
+        _flat(dinner).addmm_(_flat(dprojected), x_weight)
+        dx_weight = _flat(dprojected).t() @ _flat(inner)
+        dconv_weight, dconv_bias = convolve_backward(dinner, *convolution, du, accumulate=bool(reverse))
+        grads = (dconv_weight, dconv_bias, dx_weight, ddt_weight, dbias, dA, dD)
+        of_directions.append([grad.to(weight.dtype) for grad, weight in zip(grads, weights, strict=True)])
     flat, out_weight = _flat(dxz), inputs.out_weight
     dout_weight = None if out_weight is None or y is None else (_flat(dout).t() @ _flat(y)).to(out_weight.dtype)
     din_weight = (flat.t() @ tokens).to(inputs.in_weight.dtype)
-    return (flat @ products.into).view(x.shape), din_weight, grads[0], grads[1], dout_weight
+    return (flat @ products.into).view(x.shape), din_weight, of_directions[0], of_directions[1], dout_weight
+
+
+def _scan(
+    inner: Tensor, delta: Tensor, z: Tensor, projected: Tensor, dt_weight: Tensor, weights: Direction, reverse: bool
+) -> ScanInputs:
+    """Return the scan of `inner` for dt, B and C (b, l, r + 2 n), ready for the kernel; write its step sizes."""
+    rank = dt_weight.shape[1]
+    B, C = projected[..., rank:].chunk(2, dim=-1)
+    torch.mm(_flat(projected)[:, :rank], dt_weight.t(), out=_flat(delta))
+    return readable(ScanInputs(inner, delta, weights.A, B, C, weights.D, z, weights.dt_bias, True, reverse))
 
 
 def _shapes(sizes: MixerSizes) -> list[tuple[int, ...]]:
@@ -89,83 +123,6 @@ class _Products(NamedTuple):
         found = split_flat(cast, _shapes(inputs.sizes)) or list(inputs.product_weights())
         into, x, dt, x_back, dt_back, *out = found
         return cls(into, (x, x_back), (dt, dt_back), out[0] if out else None)
-
-
-class _Direction:
-    """One direction of a mixer: its weights, and memory (b, l, d) that both directions use in turn.
-
-    The second direction, the one in reverse, adds to what the first has written.
-    """
-
-    def __init__(
-        self,
-        u: Tensor,
-        z: Tensor,
-        inputs: MixerInputs,
-        products: _Products,
-        reverse: bool,
-        inner: Tensor,
-        delta: Tensor,
-    ) -> None:
-        weights = inputs.directions[reverse]
-        self._u, self._z, self._weights, self._reverse = u, z, weights, reverse
-        self._inner, self._delta = inner, delta
-        self.x_weight, self._dt_weight = products.x[reverse], products.dt[reverse]
-        self._conv = ConvArguments(
-            u, weights.conv_weight, weights.conv_bias, silu=True, reverse=reverse, accumulate=reverse
-        )
-
-    def convolve(self) -> None:
-        """Write the scan's input into `inner`."""
-        self._conv.forward(self._inner)
-
-    def scan(self, projected: Tensor, state: Tensor) -> ScanArguments:
-        """The scan of `inner` for dt, B and C (b, l, r + 2 n), its result halved; writes the step sizes."""
-        rank = self._dt_weight.shape[1]
-        B, C = projected[..., rank:].chunk(2, dim=-1)
-        torch.mm(_flat(projected)[:, :rank], self._dt_weight.t(), out=_flat(self._delta))
-        *_, dt_bias, A, D = self._weights
-        return ScanArguments(
-            self._inner,
-            self._delta,
-            A,
-            B,
-            C,
-            D,
-            self._z,
-            dt_bias,
-            delta_softplus=True,
-            reverse=self._reverse,
-            state=state,
-            scale=0.5,
-            accumulate=self._reverse,
-        )
-
-    def backward(
-        self,
-        projected: Tensor,
-        state: Tensor,
-        dy: Tensor,
-        y: Tensor | None,
-        dinner: Tensor,
-        ddelta: Tensor,
-        dxz: Tensor,
-    ) -> list[Tensor]:
-        """Return the weights' gradients; write those of u and z into dxz (b, l, 2 d), and y where it is asked for."""
-        self.convolve()
-        du, dz = dxz.chunk(2, dim=-1)
-        dprojected = torch.empty_like(projected)
-        rank = self._dt_weight.shape[1]
-        dB, dC = dprojected[..., rank:].chunk(2, dim=-1)
-        dA, dD, dbias = self.scan(projected, state).backward(dy, dinner, ddelta, dB, dC, dz, y)
-        dt, ddt, flat_ddelta = _flat(projected)[:, :rank], _flat(dprojected)[:, :rank], _flat(ddelta)
-        ddt.copy_(flat_ddelta @ self._dt_weight)
-        ddt_weight = flat_ddelta.t() @ dt
-        _flat(dinner).addmm_(_flat(dprojected), self.x_weight)
-        dx_weight = _flat(dprojected).t() @ _flat(self._inner)
-        dconv_weight, dconv_bias = self._conv.backward(dinner, du)
-        grads = (dconv_weight, dconv_bias, dx_weight, ddt_weight, dbias, dA, dD)
-        return [grad.to(weight.dtype) for grad, weight in zip(grads, self._weights, strict=True)]
 
 
 def _flat(x: Tensor) -> Tensor:

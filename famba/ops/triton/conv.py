@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from famba.ops.triton.launch import Configuration, activation, kernel, parameter
+from famba.ops.triton.launch import Configuration, Grid, activation, kernel, parameter
 from famba.ops.triton.sums import column_sums
 
 
@@ -48,11 +48,8 @@ def convolve(
     if y.numel() == 0:
         return y
     tiles = batch * triton.cdiv(length, tile_steps(weights[0].shape[1]))
-    _conv_forward.launch(
-        lambda constants: (tiles, triton.cdiv(channels, constants["BLOCK"])),
-        y=y,
-        **_arguments(x, weights, biases, silu, reverses),
-    )
+    grid = _grid(tiles, channels)
+    _conv_forward.launch(grid, y=y, **_arguments(x, weights, biases, silu, reverses))
     return y
 
 
@@ -79,30 +76,20 @@ def convolve_backward(
     tiles = batch * triton.cdiv(length, tile_steps(width))
     columns = len(weights) * (width + 1) * channels
     partials = torch.empty(tiles, columns, dtype=torch.float32, device=x.device)
+    given = _arguments(x, weights, biases, silu, reverses)
     if tiles:
-        _conv_backward.launch(
-            lambda constants: (tiles, triton.cdiv(channels, constants["BLOCK"])),
-            dy=dys.to(x.dtype).contiguous(),
-            dx=dx,
-            partials=partials,
-            DX_ROW=dx.stride(1),
-            TAPS=triton.next_power_of_2(len(weights) * (width + 1)),
-            **_arguments(x, weights, biases, silu, reverses),
-        )
-    _conv_sums.launch(
-        lambda constants: (triton.cdiv(columns, constants["BLOCK"]),),
-        partials=partials,
-        tiles=tiles,
-        dweight=dweights[0],
-        dbias=dbiases[0],
-        dweight2=dweights[-1],
-        dbias2=dbiases[-1],
-        CHANNELS=channels,
-        WIDTH=width,
-        DIRECTIONS=len(weights),
-        BIASED=biases[0] is not None,
-    )
+        taps = triton.next_power_of_2(len(weights) * (width + 1))
+        written = {"dx": dx, "DX_ROW": dx.stride(1), "partials": partials}
+        _conv_backward.launch(_grid(tiles, channels), dy=dys.to(x.dtype).contiguous(), **written, TAPS=taps, **given)
+    sums = {"dweight": dweights[0], "dbias": dbiases[0], "dweight2": dweights[-1], "dbias2": dbiases[-1]}
+    known = {name: given[name] for name in ("CHANNELS", "WIDTH", "DIRECTIONS", "BIASED")}
+    grid = lambda constants: (triton.cdiv(columns, constants["BLOCK"]),)  # noqa: E731 - as Triton writes grids
+    _conv_sums.launch(grid, partials=partials, tiles=tiles, **sums, **known)
     return dweights, dbiases
+
+
+def _grid(tiles: int, channels: int) -> Grid:
+    return lambda constants: (tiles, triton.cdiv(channels, constants["BLOCK"]))
 
 
 def _arguments(
@@ -112,24 +99,12 @@ def _arguments(
     x = activation(x, x.dtype)
     readable = [parameter(weight) for weight in weights]
     shifts = [None if bias is None else parameter(bias) for bias in biases]
-    return {
-        "x": x,
-        "weight": readable[0],
-        "bias": shifts[0],
-        "weight2": readable[-1],
-        "bias2": shifts[-1],
-        "batch": x.shape[0],
-        "length": x.shape[1],
-        "CHANNELS": x.shape[2],
-        "X_ROW": x.stride(1),
-        "WIDTH": weights[0].shape[1],
-        "DIRECTIONS": len(weights),
-        "REVERSE": reverses[0],
-        "REVERSE2": reverses[-1],
-        "BIASED": biases[0] is not None,
-        "SILU": silu,
-        "STEPS": tile_steps(weights[0].shape[1]),
-    }
+    batch, length, channels = x.shape
+    width, biased = weights[0].shape[1], biases[0] is not None
+    tensors = {"x": x, "weight": readable[0], "bias": shifts[0], "weight2": readable[-1], "bias2": shifts[-1]}
+    sizes = {"batch": batch, "length": length, "CHANNELS": channels, "X_ROW": x.stride(1), "WIDTH": width}
+    how = {"DIRECTIONS": len(weights), "REVERSE": reverses[0], "REVERSE2": reverses[-1], "BIASED": biased, "SILU": silu}
+    return {**tensors, **sizes, **how, "STEPS": tile_steps(width)}
 
 
 @triton.jit
@@ -147,18 +122,9 @@ def _tap(weight, channel, k: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.con
 
 @triton.jit
 def _convolved(
-    start,
-    step,
-    channel,
-    length,
-    weight,
-    bias,
-    CHANNELS: tl.constexpr,
-    X_ROW: tl.constexpr,
-    WIDTH: tl.constexpr,
-    REVERSE: tl.constexpr,
-    BIASED: tl.constexpr,
-):
+    start, step, channel, length, weight, bias,
+    CHANNELS: tl.constexpr, X_ROW: tl.constexpr, WIDTH: tl.constexpr, REVERSE: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
     """The convolution before silu at some steps of an image, (steps, channels)."""
     total = tl.zeros([step.shape[0], channel.shape[0]], tl.float32)
     if BIASED:
@@ -171,33 +137,15 @@ def _convolved(
 
 
 @kernel(
-    [
-        Configuration({"BLOCK": 32}, warps=4),
-        Configuration({"BLOCK": 32}, warps=8),
-        Configuration({"BLOCK": 64}, warps=8),
-    ],
+    [Configuration({"BLOCK": block}, warps) for block, warps in ((32, 4), (32, 8), (64, 8))],
     key=["CHANNELS", "WIDTH", "DIRECTIONS"],
 )
 def _conv_forward(
-    x,
-    weight,
-    bias,
-    weight2,
-    bias2,
-    y,
-    batch,
-    length,
-    CHANNELS: tl.constexpr,
-    X_ROW: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DIRECTIONS: tl.constexpr,
-    REVERSE: tl.constexpr,
-    REVERSE2: tl.constexpr,
-    BIASED: tl.constexpr,
-    SILU: tl.constexpr,
-    STEPS: tl.constexpr,
+    x, weight, bias, weight2, bias2, y, batch, length,
+    CHANNELS: tl.constexpr, X_ROW: tl.constexpr, WIDTH: tl.constexpr, DIRECTIONS: tl.constexpr,
+    REVERSE: tl.constexpr, REVERSE2: tl.constexpr, BIASED: tl.constexpr, SILU: tl.constexpr, STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     tiles = tl.cdiv(length, STEPS)
     image = (tl.program_id(0) // tiles).to(tl.int64)
     step = tl.program_id(0) % tiles * STEPS + tl.arange(0, STEPS)
@@ -217,20 +165,10 @@ def _conv_forward(
 
 @triton.jit
 def _through_silu(
-    dy,
-    start,
-    step,
-    channel,
-    length,
-    weight,
-    bias,
-    CHANNELS: tl.constexpr,
-    X_ROW: tl.constexpr,
-    WIDTH: tl.constexpr,
-    REVERSE: tl.constexpr,
-    BIASED: tl.constexpr,
+    dy, start, step, channel, length, weight, bias,
+    CHANNELS: tl.constexpr, X_ROW: tl.constexpr, WIDTH: tl.constexpr, REVERSE: tl.constexpr, BIASED: tl.constexpr,
     SILU: tl.constexpr,
-):
+):  # fmt: skip
     """The gradient of what entered silu, at some steps of an image whose gradients begin at `dy`; 0 outside."""
     grad = _tile(dy, step, channel, length, CHANNELS, CHANNELS)
     if SILU:
@@ -241,37 +179,15 @@ def _through_silu(
 
 
 @kernel(
-    [
-        Configuration({"BLOCK": 16}, warps=4),
-        Configuration({"BLOCK": 16}, warps=8),
-        Configuration({"BLOCK": 32}, warps=8),
-    ],
+    [Configuration({"BLOCK": block}, warps) for block, warps in ((16, 4), (16, 8), (32, 8))],
     key=["CHANNELS", "WIDTH", "DIRECTIONS"],
 )
 def _conv_backward(
-    dy,
-    x,
-    weight,
-    bias,
-    weight2,
-    bias2,
-    dx,
-    partials,
-    batch,
-    length,
-    CHANNELS: tl.constexpr,
-    X_ROW: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DIRECTIONS: tl.constexpr,
-    REVERSE: tl.constexpr,
-    REVERSE2: tl.constexpr,
-    BIASED: tl.constexpr,
-    SILU: tl.constexpr,
-    DX_ROW: tl.constexpr,
-    TAPS: tl.constexpr,
-    STEPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    dy, x, weight, bias, weight2, bias2, dx, partials, batch, length,
+    CHANNELS: tl.constexpr, X_ROW: tl.constexpr, WIDTH: tl.constexpr, DIRECTIONS: tl.constexpr,
+    REVERSE: tl.constexpr, REVERSE2: tl.constexpr, BIASED: tl.constexpr, SILU: tl.constexpr, DX_ROW: tl.constexpr,
+    TAPS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     tiles = tl.cdiv(length, STEPS)
     image = (tl.program_id(0) // tiles).to(tl.int64)
     step = tl.program_id(0) % tiles * STEPS + tl.arange(0, STEPS)
@@ -311,19 +227,10 @@ def _conv_backward(
 
 @kernel([Configuration({"BLOCK": 32, "BLOCK_ROWS": 32}, warps=4)])
 def _conv_sums(
-    partials,
-    tiles,
-    dweight,
-    dbias,
-    dweight2,
-    dbias2,
-    CHANNELS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DIRECTIONS: tl.constexpr,
-    BIASED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-):
+    partials, tiles, dweight, dbias, dweight2, dbias2,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, DIRECTIONS: tl.constexpr, BIASED: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
     COLUMNS: tl.constexpr = DIRECTIONS * (WIDTH + 1) * CHANNELS
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = column_sums(partials, tiles, column, column < COLUMNS, COLUMNS, BLOCK_ROWS, BLOCK)

@@ -8,14 +8,9 @@ import triton.language as tl
 
 @triton.jit
 def column_sums(
-    partials,
-    rows,
-    column,
-    inside,
-    COLUMNS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    partials, rows, column, inside,
+    COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Sums over the rows of a float32 matrix (rows, COLUMNS), at columns (BLOCK,) of which some are inside."""
     total = tl.zeros([BLOCK_ROWS, BLOCK], tl.float32)
     for first in range(0, rows, BLOCK_ROWS):
