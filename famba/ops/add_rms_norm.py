@@ -1,4 +1,4 @@
-"""Residual addition and RMS norm in one torch custom op."""
+"""Define the residual addition and RMS norm as one torch custom op."""
 
 from jaxtyping import Float
 from torch import Tensor

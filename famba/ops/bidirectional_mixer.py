@@ -1,4 +1,4 @@
-"""Vim's mixer from its input to its output projection, as one op where a backend has it so.
+"""Define Vim's mixer from its input to its output projection, as one op where a backend has it so.
 
 One autograd node keeps less than a third of what its parts would keep: of the inner tensors the small projections, and
 what else a backend finds too dear to work out again; the rest is worked out again in the backward from the tokens. The
@@ -26,7 +26,7 @@ from famba.ops.selective_scan import scan_macs, selective_scan
 
 @runtime_checkable
 class MixerKernels(Protocol):
-    """What a backend's module provides besides `Kernels` if it has the mixer as one op.
+    """List what a backend's module provides besides `Kernels` if it has the mixer as one op.
 
     Products are in x's dtype, weights and their gradients each in a dtype of its own. `mixer` returns the result and
     up to six tensors for the backward, of the shapes `mixer_kept_shapes`: first those of x's dtype, then those of
@@ -83,7 +83,7 @@ def bidirectional_mixer(
 def compose_mixer(
     x: Tensor, in_weight: Tensor, forward: Direction, backward: Direction, out_weight: Tensor | None = None
 ) -> Tensor:
-    """The meaning of `bidirectional_mixer`: its parts one after the other, each with its own backward."""
+    """Run the parts of `bidirectional_mixer` one after the other, which is its meaning, each with its own backward."""
     u, z = F.linear(x, in_weight).chunk(2, dim=-1)
     y = (_scan_direction(u, z, forward, reverse=False) + _scan_direction(u, z, backward, reverse=True)) / 2
     return y if out_weight is None else F.linear(y, out_weight)
@@ -102,13 +102,13 @@ def _scan_direction(u: Tensor, z: Tensor, weights: Direction, reverse: bool) -> 
 
 @torch.compiler.assume_constant_result
 def _is_fused(backend: str) -> bool:
-    """Whether a backend has the mixer as one op; not traced by torch.compile, since it imports the backend."""
+    """Return whether a backend has the mixer as one op; not traced by torch.compile, since it imports the backend."""
     return isinstance(kernels(backend), MixerKernels)
 
 
 @torch.compiler.assume_constant_result
 def _has_autocast(kind: str) -> bool:
-    """Whether a kind of device knows autocast; torch 2.11, for one, cannot trace the question."""
+    """Return whether a kind of device knows autocast; torch 2.11, for one, cannot trace the question."""
     return torch.amp.is_autocast_available(kind)
 
 
@@ -219,13 +219,13 @@ def kept_bytes(backend: str, sizes: MixerSizes, itemsize: int) -> int | None:
 def mixer_macs(
     tokens: int, d_model: int, d_inner: int, d_state: int, dt_rank: int, d_conv: int, output: bool = True
 ) -> int:
-    """Multiply-adds of a forward pass of `tokens` tokens, with or without the output projection."""
+    """Count the multiply-adds of a forward pass of `tokens` tokens, with or without the output projection."""
     projections = d_inner * d_model * (3 if output else 2)
     return tokens * (projections + 2 * _direction_macs(d_inner, d_conv, dt_rank + 2 * d_state, dt_rank, d_state))
 
 
 def _direction_macs(d_inner: int, d_conv: int, projected: int, dt_rank: int, d_state: int) -> int:
-    """Multiply-adds of one direction, per token."""
+    """Count the multiply-adds of one direction, per token."""
     return d_inner * (d_conv + projected + dt_rank) + scan_macs(1, 1, d_inner, d_state, skip=True, gate=True)
 
 

@@ -1,4 +1,4 @@
-"""The causal depthwise convolution as a torch custom op."""
+"""Define the causal depthwise convolution as a torch custom op."""
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,7 @@ def causal_conv1d(
     activation: str | None = None,
     reverse: bool = False,
 ) -> Float[Tensor, "b l d"]:
-    """Depthwise convolution over the length in which a position sees only itself and those before it.
+    """Convolve each channel over the length so that a position sees only itself and those before it.
 
     Args:
         x: input (b, l, d), of any floating dtype.

@@ -1,4 +1,4 @@
-"""The fusing of tokens as a torch custom op."""
+"""Define the fusing of tokens as a torch custom op."""
 
 import torch
 from jaxtyping import Float, Int

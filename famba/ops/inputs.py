@@ -1,4 +1,4 @@
-"""The inputs of the larger ops, as an op hands them to a backend."""
+"""Hold the inputs of the larger ops, as an op hands them to a backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scan, the convolution and the mixer by the CUDA extensions of mamba-ssm and causal-conv1d.
+"""Run the scan, the convolution and the mixer by the CUDA extensions of mamba-ssm and causal-conv1d.
 
 Neither package knows of tokens that fuse, and mamba-ssm's norm lies where an import draws in much else: these ops are
 done by the Triton kernels. Not reproducible to the bit: mamba-ssm's backward scan, and causal-conv1d's backward
@@ -188,15 +188,15 @@ def mixer(inputs: MixerInputs) -> tuple[Tensor, ...]:
     """Return the result, and what the backward needs."""
     check_equal_directions("mamba_ssm", *inputs.directions)
     products, copied = ProductWeights.copied(inputs)
-    weights, tokens = _Weights(inputs, products), _Tokens(inputs.x)
-    u, z = tokens.project(products.into).chunk(2)
+    weights, x = _Weights(inputs, products), inputs.x
+    u, z = _project(products.into, x).chunk(2)
     inner = weights.convolve(_both(u))
-    projected = weights.project(inner)
+    projected = torch.bmm(products.x, _halves(inner)).unflatten(2, inner.shape[1:])
     y, _, entering = _run_scan(weights.scan(inner, projected))
     mean = torch.lerp(*_directions(y.transpose(0, 1)), 0.5)
-    gated = mean * F.silu(z)
-    out = tokens.rows(gated) if products.out is None else tokens.product(gated, products.out)
-    return out, projected, mean, copied, entering
+    gated = (mean * F.silu(z)).flatten(1).t()
+    out = gated.contiguous() if products.out is None else gated @ products.out.t()
+    return out.unflatten(0, x.shape[:2]), projected, mean, copied, entering
 
 
 def mixer_backward(
@@ -205,10 +205,10 @@ def mixer_backward(
     """Return the gradients of x, in_weight, both directions' weights and out_weight, each in its input's dtype."""
     projected, mean, copied, entering, *_ = kept
     x, products = inputs.x, ProductWeights.kept(copied, inputs)
-    weights, tokens = _Weights(inputs, products), _Tokens(x)
-    u, z = tokens.project(products.into).chunk(2)
+    weights = _Weights(inputs, products)
+    u, z = _project(products.into, x).chunk(2)
     gate = F.silu(z)
-    dgated = tokens.project_rows(dout, products.out)
+    dgated = _project(None if products.out is None else products.out.t(), dout)
     dxz = torch.empty(inputs.in_weight.shape[0], *x.shape[:2], dtype=x.dtype, device=x.device)
     du, dz = dxz.chunk(2)
     torch.ops.aten.silu_backward.grad_input(dgated * mean, z, grad_input=dz)
@@ -220,7 +220,7 @@ def mixer_backward(
     dboth, dconv_weight, dconv_bias = weights.convolve_back(both, dinner)
     torch.add(*_directions(dboth), out=du)
     of_products = ProductWeights(
-        into=dxz.flatten(1) @ tokens.flat,
+        into=dxz.flatten(1) @ _flat(x),
         x=dx_weight,
         dt=ddt_weight,
         out=None if products.out is None else _flat(dout).t() @ (mean * gate).flatten(1).t(),
@@ -233,37 +233,14 @@ def mixer_backward(
     return (dxz.flatten(1).t() @ products.into).view(x.shape), din_weight, dforward, dbackward, dout_weight
 
 
-class _Tokens:
-    """Tokens x (b, l, c), and products between them and (channels, b, l)."""
-
-    def __init__(self, x: Tensor) -> None:
-        self._batch, self._length, _ = x.shape
-        self.flat = _flat(x)
-
-    def project(self, weight: Tensor) -> Tensor:
-        """Product of weight (d, c) and the tokens: (d, b, l)."""
-        return self._unflatten(weight @ self.flat.t())
-
-    def project_rows(self, dout: Tensor, weight: Tensor | None) -> Tensor:
-        """Product of weight^T, where there is one, and dout (b, l, c): (d, b, l)."""
-        flat = _flat(dout).t()
-        return self._unflatten(flat.contiguous() if weight is None else weight.t() @ flat)
-
-    def product(self, inner: Tensor, weight: Tensor) -> Tensor:
-        """Product of inner (d, b, l) and weight (c, d), turned: (b, l, c)."""
-        return (inner.flatten(1).t() @ weight.t()).unflatten(0, (self._batch, self._length))
-
-    def rows(self, inner: Tensor) -> Tensor:
-        """(d, b, l) as (b, l, d)."""
-        return inner.permute(1, 2, 0).contiguous()
-
-    def _unflatten(self, inner: Tensor) -> Tensor:
-        """(d, b l) as (d, b, l)."""
-        return inner.unflatten(1, (self._batch, self._length))
+def _project(weight: Tensor | None, x: Tensor) -> Tensor:
+    """Return the product of weight (d, c), where there is one, and x (b, l, c): (d, b, l)."""
+    flat = _flat(x).t()
+    return (flat.contiguous() if weight is None else weight @ flat).unflatten(1, x.shape[:2])
 
 
 class _Weights:
-    """The weights of both directions, stacked as the extensions and the products of both take them."""
+    """Hold the weights of both directions, stacked as the extensions and the products of both take them."""
 
     def __init__(self, inputs: MixerInputs, products: ProductWeights) -> None:
         self._columns, self.products = Columns.of(inputs.sizes), products
@@ -274,16 +251,11 @@ class _Weights:
         )
 
     def convolve(self, both: Tensor) -> Tensor:
-        """The scans' input from u for both directions: (2 d, b, l)."""
-        y = _convolve(both.transpose(0, 1), self._conv_weight, self._conv_bias, silu=True)
-        return y.transpose(0, 1)
-
-    def project(self, inner: Tensor) -> Tensor:
-        """Work out dt, B and C of both directions, padded (2, width, b, l), from the scans' input (2 d, b, l)."""
-        return torch.bmm(self.products.x, _halves(inner)).unflatten(2, inner.shape[1:])
+        """Return the scans' input from u for both directions: (2 d, b, l)."""
+        return _convolve(both.transpose(0, 1), self._conv_weight, self._conv_bias, silu=True).transpose(0, 1)
 
     def scan(self, inner: Tensor, projected: Tensor) -> ScanInputs:
-        """The scan of inner (2 d, b, l) for dt, B and C (2, width, b, l), without its gate."""
+        """Return the scan of inner (2 d, b, l) for dt, B and C (2, width, b, l), without its gate."""
         dt, B, C = self._columns.split(projected, dim=1)
         delta = torch.bmm(self.products.dt, dt.flatten(2)).view(inner.shape)
         # (2, n, b, l) as (b, 2, n, l): a group for each direction.
@@ -321,7 +293,7 @@ class _Weights:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """(b, l, c) as (b l, c)."""
+    """View (b, l, c) as (b l, c)."""
     return x.reshape(-1, x.shape[2])
 
 
@@ -331,11 +303,11 @@ def _both(x: Tensor) -> Tensor:
 
 
 def _directions(both: Tensor) -> tuple[Tensor, Tensor]:
-    """The halves of (2 d, b, l), the second with its steps turned back."""
+    """Return the halves of (2 d, b, l), the second with its steps turned back."""
     first, second = both.chunk(2)
     return first, second.flip(2)
 
 
 def _halves(both: Tensor) -> Tensor:
-    """(2 d, b, l) as (2, d, b l)."""
+    """View (2 d, b, l) as (2, d, b l)."""
     return both.reshape(2, both.shape[0] // 2, -1)

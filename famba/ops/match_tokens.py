@@ -1,4 +1,4 @@
-"""The matching of tokens as a torch custom op."""
+"""Define the matching of tokens as a torch custom op."""
 
 from typing import Any
 
@@ -74,6 +74,6 @@ def _match_flops(metric, leading, guarded, *args, **kwargs) -> int:  # type: ign
 
 
 def match_macs(tokens: int, protected: int, channels: int) -> int:
-    """Multiply-adds of the similarities between the two halves of an image's tokens that may fuse."""
+    """Count the multiply-adds of the similarities between the two halves of an image's tokens that may fuse."""
     free = tokens - protected
     return (free // 2) * (free - free // 2) * channels

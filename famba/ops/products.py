@@ -1,4 +1,4 @@
-"""The weights of a mixer's matrix products, as one batched product for both directions takes them.
+"""Lay out the weights of a mixer's matrix products as one batched product for both directions takes them.
 
 They are cast to the dtype of the products, stacked, and padded so that rows of 16-bit numbers begin at multiples of
 16 bytes: products read such rows about twice as fast. All of a mixer's weights are copied at once, into one piece of

@@ -1,4 +1,4 @@
-"""The meaning of each op in plain torch: any dtype, any device, and the oracle of every other backend.
+"""Define each op in plain torch: any dtype, any device, and the oracle of every other backend.
 
 Forward and backward are written out, so that memory stays bounded: the scan's states, `d_state` times larger than
 its inputs, exist for one tile of images and time steps at once and are recomputed in the backward.
@@ -24,12 +24,12 @@ _CHUNK_ELEMENTS = 2**19
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which an op on `x` is worked out: float64 for float64, float32 otherwise."""
+    """Return the dtype in which an op on `x` is worked out: float64 for float64, float32 otherwise."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def scan_state_shape(batch: int, length: int, channels: int, states: int) -> tuple[int, ...]:
-    """Shape of what the forward scan keeps for its backward: nothing."""
+    """Return the shape of what the forward scan keeps for its backward: nothing."""
     return (0,)
 
 
@@ -70,7 +70,7 @@ def selective_scan_backward(dy: Tensor, inputs: ScanInputs, state: Tensor) -> Sc
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
-    """Depthwise convolution over the length that sees only the past (the future where `reverse`).
+    """Convolve each channel over the length that sees only the past (the future where `reverse`).
 
     x (b, l, d), weight (d, width), bias (d,). Returns (b, l, d) in x's dtype.
     """
@@ -81,7 +81,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, re
 def causal_conv1d_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of x, weight and bias, each in its input's dtype."""
+    """Return the gradients of x, weight and bias, each in its input's dtype."""
     grad = dy.to(compute_dtype(x))
     if silu:
         grad = grad * _silu_slope(_conv_linear(x, weight, bias, reverse))
@@ -108,7 +108,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
 def add_rms_norm_backward(
     dnormed: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the sum (which are those of x and of the residual) and of weight."""
+    """Return the gradients of the sum (which are those of x and of the residual) and of weight."""
     inverse = _inverse_rms(total, eps)
     normed = total * inverse
     grad = dnormed.to(total.dtype)
@@ -132,7 +132,7 @@ def fuse_tokens(x: Tensor, places: Tensor, weights: Tensor, length: int) -> Tens
 
 
 def fuse_tokens_backward(dy: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-    """Gradient of the tokens, (b, l, c) in dy's dtype."""
+    """Return the gradient of the tokens, (b, l, c) in dy's dtype."""
     index = places.unsqueeze(2).expand(-1, -1, dy.shape[2])
     return (dy.gather(1, index) * weights.to(compute_dtype(dy)).unsqueeze(2)).to(dy.dtype)
 
@@ -163,7 +163,7 @@ def match_tokens(
 
 
 def deal(leading: int, guarded: Tensor | None, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Places of the tokens of set A and of set B, ascending, (1 or b, their number).
+    """Return the places of the tokens of set A and of set B, ascending, (1 or b, their number).
 
     Of the tokens that belong to neither, `leading` stand at the head, or `guarded` has their places (1 or b, p).
     """
@@ -173,7 +173,7 @@ def deal(leading: int, guarded: Tensor | None, length: int, device: torch.device
 
 
 def group_shares(places: Tensor, sizes: Tensor | None, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Each token's share of its place's size (b, l), exactly 1 where it stands alone, and the sizes (b, length)."""
+    """Return each token's share of its place's size (b, l), exactly 1 for one alone, and the sizes (b, length)."""
     if sizes is None:
         sizes = torch.ones(places.shape, dtype=dtype, device=places.device)
     sizes = sizes.to(dtype)
@@ -182,7 +182,7 @@ def group_shares(places: Tensor, sizes: Tensor | None, length: int, dtype: torch
 
 
 def _closest_pairs(metric: Tensor, in_a: Tensor, in_b: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Places (b, r) of the tokens of A that fuse, and of the tokens of B that they join."""
+    """Return the places (b, r) of the tokens of A that fuse, and of the tokens of B that they join."""
     batch = metric.shape[0]
     unit = F.normalize(metric.to(compute_dtype(metric)), dim=-1)
     similarity = _take(unit, in_a) @ _take(unit, in_b).transpose(1, 2)
@@ -194,7 +194,7 @@ def _closest_pairs(metric: Tensor, in_a: Tensor, in_b: Tensor, r: int) -> tuple[
 
 
 def _free_places(leading: int, guarded: Tensor | None, length: int, device: torch.device) -> Tensor:
-    """Places of the tokens that may fuse, ascending, (1 or b, length - p)."""
+    """Return the places of the tokens that may fuse, ascending, (1 or b, length - p)."""
     if guarded is None:
         return torch.arange(leading, length, device=device).unsqueeze(0)
     free = torch.arange(length - guarded.shape[1], device=device).unsqueeze(0)
@@ -204,7 +204,7 @@ def _free_places(leading: int, guarded: Tensor | None, length: int, device: torc
 
 
 def _take(x: Tensor, places: Tensor) -> Tensor:
-    """Rows of x (b, l, c) at places (1 or b, k)."""
+    """Return the rows of x (b, l, c) at places (1 or b, k)."""
     if places.shape[0] == 1:
         return x.index_select(1, places[0])
     return x.gather(1, places.unsqueeze(2).expand(-1, -1, x.shape[2]))
@@ -212,7 +212,7 @@ def _take(x: Tensor, places: Tensor) -> Tensor:
 
 @dataclass
 class _Chunk:
-    """The inputs of some time steps of some images, (t, b, channels), in the order in which the scan meets them."""
+    """Hold the inputs of some steps of some images, (t, b, channels), in the order in which the scan meets them."""
 
     u: Tensor
     delta: Tensor
@@ -223,7 +223,7 @@ class _Chunk:
 
 
 class _Scan:
-    """The inputs of a scan, cut into tiles of images (rows) and chunks of time steps."""
+    """Hold the inputs of a scan, cut into tiles of images (rows) and chunks of time steps."""
 
     def __init__(self, inputs: ScanInputs) -> None:
         self.inputs, self.dtype = inputs, compute_dtype(inputs.u)
@@ -240,13 +240,13 @@ class _Scan:
             yield slice(start, min(start + self._rows, self.inputs.u.shape[0]))
 
     def chunks(self) -> list[slice]:
-        """Chunks of time steps in the order in which the scan meets them."""
+        """Return the chunks of time steps in the order in which the scan meets them."""
         length = self.inputs.u.shape[1]
         chunks = [slice(i, min(i + self._steps, length)) for i in range(0, length, self._steps)]
         return chunks[::-1] if self.inputs.reverse else chunks
 
     def initial_state(self, rows: slice) -> Tensor:
-        """A state (b, n, d) of zeros."""
+        """Return a state (b, n, d) of zeros."""
         return torch.zeros(rows.stop - rows.start, *self.A.shape, dtype=self.dtype, device=self.A.device)
 
     def load(self, rows: slice, steps: slice) -> _Chunk:
@@ -264,7 +264,7 @@ class _Scan:
         return _Chunk(take(u), delta, slope, take(B), take(C), None if z is None else take(z))
 
     def buffer(self, name: str, steps: int, rows: int) -> Tensor:
-        """Memory (steps, rows, n, d) that each chunk uses again: fresh pages cost more than the arithmetic."""
+        """Return memory (steps, rows, n, d) that each chunk uses again: fresh pages cost more than the arithmetic."""
         if name not in self._buffers:
             size = (self._steps + 1) * self._rows * self.A.numel()
             self._buffers[name] = torch.empty(size, dtype=self.dtype, device=self.A.device)
@@ -272,7 +272,7 @@ class _Scan:
         return self._buffers[name][: math.prod(shape)].view(shape)
 
     def run(self, chunk: _Chunk, state: Tensor) -> tuple[Tensor, Tensor]:
-        """States after each step, after the one that enters, and decays: (t + 1, b, n, d) and (t, b, n, d).
+        """Return the states after each step, after the one that enters, and decays: (t + 1, b, n, d) and (t, b, n, d).
 
         Both are overwritten by the next call.
         """
@@ -297,7 +297,7 @@ class _Scan:
 
 
 def _entering_states(scan: _Scan, rows: slice) -> list[Tensor]:
-    """The state with which the scan enters each chunk."""
+    """Return the states with which the scan enters each chunk."""
     entering = [scan.initial_state(rows)]
     for steps in scan.chunks()[:-1]:
         entering.append(scan.run(scan.load(rows, steps), entering[-1])[0][-1].clone())
@@ -305,7 +305,7 @@ def _entering_states(scan: _Scan, rows: slice) -> list[Tensor]:
 
 
 class _ScanBackward:
-    """The gradients of a scan, gathered chunk by chunk; A's is (n, d)."""
+    """Gather the gradients of a scan chunk by chunk; A's is (n, d)."""
 
     def __init__(self, scan: _Scan) -> None:
         self._scan = scan
@@ -374,7 +374,7 @@ def _silu_slope(x: Tensor) -> Tensor:
 
 
 def _conv_windows(length: int, width: int, reverse: bool) -> Iterator[tuple[slice, slice]]:
-    """For each tap of the kernel, the positions it reads and those it writes."""
+    """Give for each tap of the kernel the positions it reads and those it writes."""
     for k in range(width):
         shift = min(width - 1 - k, length)
         early, late = slice(0, length - shift), slice(shift, length)

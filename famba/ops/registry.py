@@ -1,4 +1,4 @@
-"""Which backend serves which device, and why another does not."""
+"""Choose the backend that serves a device, and say why another does not."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 @runtime_checkable
 class Kernels(Protocol):
-    """What a backend's module provides; `famba.ops.reference` says what each function means.
+    """List what a backend's module provides; `famba.ops.reference` says what each function means.
 
     `selective_scan` returns its result and a state for its backward, of shape `scan_state_shape`, in float32, or in
     float64 where u is.
@@ -71,7 +71,7 @@ class Kernels(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """Where a backend's kernels lie and when they can be used.
+    """Say where a backend's kernels lie and when they can be used.
 
     module: imported at first use. devices: the torch device types it serves, None for all. obstacle: None where it
     works here, else the reason and behind a semicolon the remedy. dtypes: what an op's first input may be, None for
@@ -205,7 +205,7 @@ def _passed_over(backend: Backend, device: str, dtype: torch.dtype) -> str | Non
 
 
 def kernels(name: str) -> Kernels:
-    """The functions of a backend that `resolve` named."""
+    """Import the functions of a backend that `resolve` named."""
     return cast("Kernels", importlib.import_module(_BACKENDS[name].module))
 
 
@@ -215,12 +215,12 @@ def _asked_for() -> str:
 
 @torch.compiler.assume_constant_result
 def _obstacle(name: str) -> str | None:
-    """What hinders a backend; not traced by torch.compile, since it looks at files."""
+    """Say what hinders a backend; not traced by torch.compile, since it looks at files."""
     return _BACKENDS[name].obstacle()
 
 
 def _serves_device(backend: Backend, device: str) -> bool:
-    """Whether "auto" may choose a backend for a device type."""
+    """Return whether "auto" may choose a backend for a device type."""
     return (backend.devices is None or device in backend.devices) and device not in backend.on_request()
 
 

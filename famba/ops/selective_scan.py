@@ -1,4 +1,4 @@
-"""The selective scan as a torch custom op."""
+"""Define the selective scan as a torch custom op."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def selective_scan(
     delta_softplus: bool = False,
     reverse: bool = False,
 ) -> Float[Tensor, "b l d"]:
-    """Mamba's selective scan over the length (Gu and Dao 2023, arXiv 2312.00752, Algorithm 2).
+    """Run Mamba's selective scan over the length (Gu and Dao 2023, arXiv 2312.00752, Algorithm 2).
 
     With delta' = softplus(delta + delta_bias) where `delta_softplus`, else delta + delta_bias:
     h[t] = exp(delta'[t] A) h[t - 1] + delta'[t] u[t] B[t];  y[t] = (C[t] . h[t] + D u[t]) silu(z[t]).
@@ -118,7 +118,7 @@ _scan.register_autograd(_gradients, setup_context=_keep)
 
 
 def scan_macs(batch: int, length: int, channels: int, states: int, skip: bool, gate: bool) -> int:
-    """Multiply-adds of a forward scan.
+    """Count the multiply-adds of a forward scan.
 
     Per token, channel and state four (delta A, the decayed state, the input's share, C h); per token and channel
     one for delta u, and one each for the skip and the gate. Exponentials are not counted.

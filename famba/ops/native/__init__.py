@@ -1,4 +1,4 @@
-"""The ops on CPUs by compiled kernels."""
+"""Run the ops on CPUs by compiled kernels."""
 
 from famba.ops.native.kernels import (
     add_rms_norm,

@@ -1,4 +1,4 @@
-"""The ops on CPUs by compiled kernels; `famba.ops.reference` says what each means."""
+"""Run the ops on CPUs by compiled kernels; `famba.ops.reference` says what each means."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compiled kernels: finding and loading them, and the instruction set that they use.
+"""Find, load and call the compiled kernels, and choose the instruction set that they use.
 
 The interface is `src/interface.h`; the structures below mirror it field by field.
 """
@@ -26,7 +26,7 @@ FAILURE = Path(__file__).with_name("build_failure.txt")
 
 
 class Array(ctypes.Structure):
-    """A (batch, length, channels) array with adjacent channels; strides in elements."""
+    """Describe a (batch, length, channels) array with adjacent channels; strides in elements."""
 
     _fields_ = (("data", c_void_p), ("batch_stride", c_int64), ("row_stride", c_int64))
 
@@ -41,7 +41,7 @@ def _fields(kind: type, names: str) -> list[tuple[str, type]]:
 
 
 class Scan(ctypes.Structure):
-    """Arguments of the selective scan."""
+    """Hold the arguments of the selective scan."""
 
     _fields_ = (
         *_fields(c_int64, "batch length channels states chunk"),
@@ -55,7 +55,7 @@ class Scan(ctypes.Structure):
 
 
 class Conv(ctypes.Structure):
-    """Arguments of the causal convolution."""
+    """Hold the arguments of the causal convolution."""
 
     _fields_ = (
         *_fields(c_int64, "batch length channels width"),
@@ -68,7 +68,7 @@ class Conv(ctypes.Structure):
 
 
 class Norm(ctypes.Structure):
-    """Arguments of the residual addition and RMS norm."""
+    """Hold the arguments of the residual addition and RMS norm."""
 
     _fields_ = (
         *_fields(c_int64, "rows channels"),
@@ -79,7 +79,7 @@ class Norm(ctypes.Structure):
 
 
 class Fuse(ctypes.Structure):
-    """Arguments of the fusing of tokens."""
+    """Hold the arguments of the fusing of tokens."""
 
     _fields_ = (
         *_fields(c_int64, "batch length fused channels"),
@@ -95,7 +95,7 @@ _is_forked_child = False
 
 
 def obstacle() -> str | None:
-    """None where the kernels can be used, else the reason and behind a semicolon the remedy."""
+    """Return None where the kernels can be used, else the reason and behind a semicolon the remedy."""
     try:
         _library()
     except BackendError as error:
@@ -104,13 +104,13 @@ def obstacle() -> str | None:
 
 
 def isas() -> list[str]:
-    """Instruction sets that this processor has of those that were built, in rising order."""
+    """Return the instruction sets that this processor has of those that were built, in rising order."""
     best = _library().famba_isa_best()
     return [name for number, name in enumerate(ISAS) if number <= best and _library().famba_isa_built(number)]
 
 
 def isa() -> str:
-    """The instruction set in use: the environment variable FAMBA_ISA, else the best of this processor."""
+    """Return the instruction set in use: the environment variable FAMBA_ISA, else the best of this processor."""
     return ISAS[_isa_number()]
 
 
@@ -138,7 +138,7 @@ def call(kernel: str, kind: type[ctypes.Structure], dtype: torch.dtype, **argume
 
 
 def threads() -> int:
-    """Threads that a kernel may use: torch's, or one in a forked child, which has none of its parent's."""
+    """Return the threads that a kernel may use: torch's, or one in a forked child, which has none of its parent's."""
     return 1 if _is_forked_child else torch.get_num_threads()
 
 

@@ -1,4 +1,4 @@
-"""Vim's mixer by compiled kernels and torch's matrix products, with as little kept and moved as can be."""
+"""Run Vim's mixer by compiled kernels and torch's matrix products, with as little kept and moved as can be."""
 
 from __future__ import annotations
 
@@ -126,10 +126,10 @@ class _Products(NamedTuple):
 
 
 def _flat(x: Tensor) -> Tensor:
-    """(b, l, c) as (b l, c)."""
+    """View (b, l, c) as (b l, c)."""
     return x.view(x.shape[0] * x.shape[1], x.shape[2])
 
 
 def _rows(flat: Tensor, like: Tensor) -> Tensor:
-    """(b l, c) as (b, l, c)."""
+    """View (b l, c) as (b, l, c)."""
     return flat.view(like.shape[0], like.shape[1], flat.shape[1])

@@ -1,4 +1,4 @@
-"""The ops on GPUs by Triton kernels, which need nothing compiled when the package is installed."""
+"""Run the ops on GPUs by Triton kernels, which need nothing compiled when the package is installed."""
 
 from famba.ops.triton.conv import causal_conv1d, causal_conv1d_backward
 from famba.ops.triton.fuse import fuse_tokens, fuse_tokens_backward

@@ -1,4 +1,4 @@
-"""The causal depthwise convolution: both directions of a mixer at once, or one.
+"""Run the causal depthwise convolution: both directions of a mixer at once, or one.
 
 A program works on a tile of steps and channels of one image, and for all directions. The backward keeps nothing of the
 forward: it works out again what entered silu, at each step as often as the kernel has taps, since that moves no memory.
@@ -18,7 +18,7 @@ from famba.ops.triton.sums import column_sums
 
 
 def tile_steps(width: int) -> int:
-    """Steps of a tile, which decide how many partial sums there are: fewer where many taps fill the registers."""
+    """Return the steps of a tile, on which the number of partial sums depends: fewer where taps fill the registers."""
     return 64 if width <= 4 else 16
 
 
@@ -30,7 +30,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, re
 def causal_conv1d_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of x, weight and bias, each in its input's dtype."""
+    """Return the gradients of x, weight and bias, each in its input's dtype."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     (dweight,), (dbias,) = convolve_backward(dy.unsqueeze(0), x, [weight], [bias], silu, (reverse,), dx)
     return dx, dweight, dbias
@@ -39,7 +39,7 @@ def causal_conv1d_backward(
 def convolve(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], silu: bool, reverses: tuple[bool, ...]
 ) -> Tensor:
-    """The convolutions of x (b, l, d) in one or two directions, (directions, b, l, d) in x's dtype, in one launch.
+    """Convolve x (b, l, d) in one or two directions, to (directions, b, l, d) in x's dtype, in one launch.
 
     weights: (d, width) for each direction, of one width; biases: (d,), or all None.
     """
@@ -95,7 +95,7 @@ def _grid(tiles: int, channels: int) -> Grid:
 def _arguments(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], silu: bool, reverses: tuple[bool, ...]
 ) -> dict[str, object]:
-    """What both kernels take. Of one direction alone the second is the first again, and not looked at."""
+    """Return what both kernels take. Of one direction alone the second is the first again, and not looked at."""
     x = activation(x, x.dtype)
     readable = [parameter(weight) for weight in weights]
     shifts = [None if bias is None else parameter(bias) for bias in biases]
@@ -109,14 +109,14 @@ def _arguments(
 
 @triton.jit
 def _tile(start, step, channel, length, CHANNELS: tl.constexpr, ROW: tl.constexpr):
-    """Steps of one image, whose rows begin at `start`, in float32; 0 outside."""
+    """Return steps of one image, whose rows begin at `start`, in float32; 0 outside."""
     inside = ((step >= 0) & (step < length))[:, None] & (channel < CHANNELS)[None, :]
     return tl.load(start + step[:, None] * ROW + channel[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _tap(weight, channel, k: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
-    """One tap of the kernel for each channel, as a row."""
+    """Return one tap of the kernel for each channel, as a row."""
     return tl.load(weight + channel * WIDTH + k, mask=channel < CHANNELS, other=0.0)[None, :]
 
 
@@ -125,7 +125,7 @@ def _convolved(
     start, step, channel, length, weight, bias,
     CHANNELS: tl.constexpr, X_ROW: tl.constexpr, WIDTH: tl.constexpr, REVERSE: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """The convolution before silu at some steps of an image, (steps, channels)."""
+    """Return the convolution before silu at some steps of an image, (steps, channels)."""
     total = tl.zeros([step.shape[0], channel.shape[0]], tl.float32)
     if BIASED:
         total += tl.load(bias + channel, mask=channel < CHANNELS, other=0.0)[None, :]
@@ -169,7 +169,7 @@ def _through_silu(
     CHANNELS: tl.constexpr, X_ROW: tl.constexpr, WIDTH: tl.constexpr, REVERSE: tl.constexpr, BIASED: tl.constexpr,
     SILU: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of what entered silu, at some steps of an image whose gradients begin at `dy`; 0 outside."""
+    """Return the gradient of what entered silu, at some steps of an image whose gradients begin at `dy`; 0 outside."""
     grad = _tile(dy, step, channel, length, CHANNELS, CHANNELS)
     if SILU:
         before = _convolved(start, step, channel, length, weight, bias, CHANNELS, X_ROW, WIDTH, REVERSE, BIASED)

@@ -1,4 +1,4 @@
-"""The fusing of tokens: a program gathers what belongs to a block of places, so that nothing is added by atomics."""
+"""Fuse tokens: a program gathers what belongs to a block of places, so that nothing is added by atomics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def fuse_tokens(x: Tensor, places: Tensor, weights: Tensor, length: int) -> Tens
 
 
 def fuse_tokens_backward(dy: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-    """Gradient of the tokens, in one launch; zero for a token whose place is outside."""
+    """Return the gradient of the tokens, in one launch; zero for a token whose place is outside."""
     batch, tokens = places.shape
     length, channels = dy.shape[1:]
     dx = torch.empty(batch, tokens, channels, dtype=dy.dtype, device=dy.device)
@@ -43,7 +43,7 @@ def _grid(batch: int, rows: int, channels: int) -> Grid:
 
 @triton.jit
 def _places(places, token, tokens, length):
-    """Places of some tokens of an image, -1 where the token or its place does not exist."""
+    """Return the places of some tokens of an image, -1 where the token or its place does not exist."""
     place = tl.load(places + token, mask=token < tokens, other=-1)
     return tl.where((place >= 0) & (place < length), place, -1).to(tl.int32)
 

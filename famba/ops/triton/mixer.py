@@ -1,4 +1,4 @@
-"""Vim's mixer by Triton kernels and torch's matrix products.
+"""Run Vim's mixer by Triton kernels and torch's matrix products.
 
 Both directions share each launch of a kernel and each product. Kernels are launched twice forward and 7 times backward:
 the convolution and the walk over the states again, the scans' gradients with two sums, the convolution's with one. Kept
@@ -110,10 +110,10 @@ def _both(x: Tensor) -> Tensor:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """(b, l, c) as (b l, c)."""
+    """View (b, l, c) as (b l, c)."""
     return x.reshape(-1, x.shape[2])
 
 
 def _rows(flat: Tensor, like: Tensor) -> Tensor:
-    """(b l, c) as (b, l, c)."""
+    """View (b l, c) as (b, l, c)."""
     return flat.view(like.shape[0], like.shape[1], flat.shape[1])

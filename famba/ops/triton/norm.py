@@ -1,4 +1,4 @@
-"""Addition to the residual stream and RMS norm, a block of whole rows to a program."""
+"""Add to the residual stream and RMS-normalise, a block of whole rows to a program."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
 def add_rms_norm_backward(
     dnormed: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the sum, float32, and of weight; one launch, and one that adds up the programs' sums."""
+    """Return the gradients of the sum, float32, and of weight; one launch, and one that adds up the programs' sums."""
     _check_channels(total)
     grad = torch.empty(total.shape, dtype=torch.float32, device=total.device)
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
@@ -76,7 +76,7 @@ def _check_channels(x: Tensor) -> None:
 
 
 def _blocks(x: Tensor) -> tuple[int, int, int]:
-    """Rows that a program has in hand, their channels rounded up, and how many such blocks there are."""
+    """Return the rows that a program has in hand, their channels rounded up, and how many such blocks there are."""
     block = triton.next_power_of_2(x.shape[2])
     rows = max(1, _TILE // max(block, _TILE // 64))
     return rows, block, triton.cdiv(x.shape[0] * x.shape[1], rows)
@@ -84,7 +84,7 @@ def _blocks(x: Tensor) -> tuple[int, int, int]:
 
 @triton.jit
 def _rows_of(x, first, row, channel, inside, ROW: tl.constexpr):
-    """Rows from `first` (int64) on, in float32; 0 outside."""
+    """Return the rows from `first` (int64) on, in float32; 0 outside."""
     start = x + first * ROW
     return tl.load(start + row[:, None] * ROW + channel[None, :], mask=inside, other=0.0).to(tl.float32)
 

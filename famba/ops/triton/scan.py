@@ -1,4 +1,4 @@
-"""The selective scan: one direction, or the two of a mixer in one launch; `scan_kernels` says how it is done.
+"""Run the selective scan: one direction, or the two of a mixer in one launch; `scan_kernels` says how it is done.
 
 The forward keeps nothing. The backward walks forward once more, noting the states that enter each tile of steps, then
 goes through the tiles from the last to the first.
@@ -26,7 +26,7 @@ _BLOCK = 128
 
 
 def scan_state_shape(batch: int, length: int, channels: int, states: int) -> tuple[int, ...]:
-    """Shape of what the forward scan keeps for its backward: nothing."""
+    """Return the shape of what the forward scan keeps for its backward: nothing."""
     return (0,)
 
 
@@ -46,7 +46,7 @@ def selective_scan_backward(dy: Tensor, inputs: ScanInputs, state: Tensor) -> Sc
 
 @dataclass(frozen=True)
 class Scans:
-    """Scans over the same tokens, k of them, one or two, as the kernels read them.
+    """Hold scans over the same tokens, k of them, one or two, as the kernels read them.
 
     u, delta: (k, b, l, d), contiguous. B, C: (k, b, l, n), rows at equal distances over directions and images too.
     z: (b, l, d), the gate of all, rows at equal distances; or None. parameters: (k, n + 2, d), of `stack_parameters`.
@@ -75,7 +75,7 @@ class Scans:
         return cls(u, delta, B, C, z, parameters, (reverse,), skip=D is not None, softplus=softplus)
 
     def arguments(self) -> dict[str, object]:
-        """What both kernels take."""
+        """Return what both kernels take."""
         _, batch, length, channels = self.u.shape
         tensors = {name: getattr(self, name) for name in ("u", "delta", "B", "C", "z", "parameters")}
         # `channels` and `z_row` are no constants: knowing them the compiler would read several channels at once, which
@@ -117,7 +117,7 @@ class Gradients:
 
 
 def stack_parameters(As: Sequence[Tensor], Ds: Sequence[Tensor | None], biases: Sequence[Tensor | None]) -> Tensor:
-    """A, D and delta_bias of k scans in float32, (k, n + 2, d); zeros where there is no D or bias."""
+    """Stack A, D and delta_bias of k scans in float32, (k, n + 2, d); zeros where there is no D or bias."""
     channels, states = As[0].shape
     nothing = torch.zeros(channels, device=As[0].device) if None in (Ds[0], biases[0]) else None
     rows: list[Tensor] = []
@@ -128,7 +128,7 @@ def stack_parameters(As: Sequence[Tensor], Ds: Sequence[Tensor | None], biases: 
 
 
 def scan(scans: Scans) -> Tensor:
-    """The results (k, b, l, d) in u's dtype, in one launch."""
+    """Return the results (k, b, l, d) in u's dtype, in one launch."""
     y = torch.empty_like(scans.u)
     if y.numel():
         _walk(scans, y=y)

@@ -1,4 +1,4 @@
-"""The kernels of the selective scan, for the directions of a mixer side by side.
+"""Run the selective scan on a GPU, for the directions of a mixer side by side.
 
 A thread owns a channel, with its states in registers, and walks over the length: the exponentials, 16 a clock and
 multiprocessor on an A100 or H100, then set the pace, where a scan in parallel over the length would compute and shuffle
@@ -21,7 +21,7 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _softplus(x):
-    """log(1 + e^x), exact to float32 where it is small too: log(1 + e) is 2 artanh(s), s = e / (2 + e), a series."""
+    """Return log(1 + e^x), exact where it is small too: log(1 + e) is 2 artanh(s), s = e / (2 + e), a series."""
     e = tl.exp(-tl.abs(x))
     s = e / (2 + e)
     q = s * s
@@ -31,7 +31,7 @@ def _softplus(x):
 
 @triton.jit
 def _softplus_slope(size):
-    """The slope of softplus where its result is `size`, 1 - e^-size, exact to float32 where it is small too."""
+    """Return the slope of softplus where its result is `size`, 1 - e^-size, exact to float32 where it is small too."""
     s = size
     series = s * (1 - s / 2 * (1 - s / 3 * (1 - s / 4 * (1 - s / 5 * (1 - s / 6)))))
     return tl.where(s < 0.25, series, 1 - tl.exp(-s))
@@ -45,7 +45,7 @@ def _step_sizes(raw, bias, SOFTPLUS: tl.constexpr):
 
 @triton.jit
 def _row(x, index):
-    """The row of x (rows, columns) where index (rows, 1) is true."""
+    """Return the row of x (rows, columns) where index (rows, 1) is true."""
     # Added as bits: a row that is known when the kernel is compiled then costs nothing, since a compiler leaves out
     # adding the integer 0, but not adding 0.0.
     bits = tl.where(index, x.to(tl.int32, bitcast=True), 0)
