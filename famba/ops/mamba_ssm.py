@@ -25,7 +25,7 @@ from famba.errors import ConfigError
 from famba.ops.availability import MAMBA_SSM, convolution
 from famba.ops.checks import check_equal_directions
 from famba.ops.inputs import MixerInputs, MixerSizes, ScanGradients, ScanInputs
-from famba.ops.products import Columns, ProductWeights, copy_each
+from famba.ops.products import Columns, ProductWeights, copy_each, flatten
 from famba.ops.triton import add_rms_norm, add_rms_norm_backward, fuse_tokens, fuse_tokens_backward, match_tokens
 
 _INSTEAD = "use backend 'triton' or 'reference'"
@@ -220,22 +220,24 @@ def mixer_backward(
     dboth, dconv_weight, dconv_bias = weights.convolve_back(both, dinner)
     torch.add(*_directions(dboth), out=du)
     of_products = ProductWeights(
-        into=dxz.flatten(1) @ _flat(x),
+        into=dxz.flatten(1) @ flatten(x),
         x=dx_weight,
         dt=ddt_weight,
-        out=None if products.out is None else _flat(dout).t() @ (mean * gate).flatten(1).t(),
+        out=None if products.out is None else flatten(dout).t() @ (mean * gate).flatten(1).t(),
     )
-    din_weight, *of_projections, dout_weight = of_products.as_given(inputs)
+    of_weights = of_products.as_given(inputs)
     others = weights.unstacked(dconv_weight, dconv_bias, grads.delta_bias, grads.A, grads.D)
     dforward, dbackward = (
-        [*side[:2], *projections, *side[2:]] for side, projections in zip(others, of_projections, strict=True)
+        [*other[:2], side.x_weight, side.dt_weight, *other[2:]]
+        for other, side in zip(others, of_weights.directions, strict=True)
     )
-    return (dxz.flatten(1).t() @ products.into).view(x.shape), din_weight, dforward, dbackward, dout_weight
+    dx = (dxz.flatten(1).t() @ products.into).view(x.shape)
+    return dx, of_weights.in_weight, dforward, dbackward, of_weights.out_weight
 
 
 def _project(weight: Tensor | None, x: Tensor) -> Tensor:
     """Return the product of weight (d, c), where there is one, and x (b, l, c): (d, b, l)."""
-    flat = _flat(x).t()
+    flat = flatten(x).t()
     return (flat.contiguous() if weight is None else weight @ flat).unflatten(1, x.shape[:2])
 
 
@@ -290,11 +292,6 @@ class _Weights:
         halves = zip(*(grad.chunk(2) for grad in stacked if grad is not None), strict=True)
         copy_each(pair for side, half in zip(sides, halves, strict=True) for pair in zip(side, half, strict=True))
         return sides
-
-
-def _flat(x: Tensor) -> Tensor:
-    """View (b, l, c) as (b l, c)."""
-    return x.reshape(-1, x.shape[2])
 
 
 def _both(x: Tensor) -> Tensor:

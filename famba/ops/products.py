@@ -91,11 +91,7 @@ class ProductWeights(NamedTuple):
         narrow = stacked.dt
         if narrow.shape[2] > sizes.rank:
             narrow = flat.new_empty(2, sizes.channels, sizes.rank)
-        sides = inputs.directions
-        pairs = stacked._pairs(
-            narrow, inputs.in_weight, [w.x_weight for w in sides], [w.dt_weight for w in sides], inputs.out_weight
-        )
-        copy_each((ours, theirs) for ours, theirs in pairs if ours is not theirs)
+        copy_each((ours, theirs) for ours, theirs in stacked._pairs(narrow, inputs) if ours is not theirs)
         if narrow is not stacked.dt:
             stacked.dt[..., : sizes.rank].copy_(narrow)
         return stacked, flat
@@ -109,38 +105,29 @@ class ProductWeights(NamedTuple):
             return cls(others[0], x, dt, None if sizes.out is None else others[1])
         return cls(inputs.in_weight, x, dt, inputs.out_weight)
 
-    def as_given(
-        self, inputs: MixerInputs
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor | None]:
-        """Take these gradients apart: new tensors of the given weights' shapes and dtypes.
-
-        Returns in_weight's, x_weight's and dt_weight's of each direction, and out_weight's.
-        """
+    def as_given(self, inputs: MixerInputs) -> MixerInputs:
+        """Take these gradients apart: new tensors of the weights' shapes and dtypes, in the weights' places."""
         # All are copied at once only where their numbers are adjacent, so those of dt without the zeros first.
         narrow = self.dt[..., : inputs.sizes.rank].contiguous()
-        into, out = _empty(inputs.in_weight), None if inputs.out_weight is None else _empty(inputs.out_weight)
-        xs = [_empty(weights.x_weight) for weights in inputs.directions]
-        dts = [_empty(weights.dt_weight) for weights in inputs.directions]
-        copy_each((theirs, ours) for ours, theirs in self._pairs(narrow, into, xs, dts, out))
-        return into, (xs[0], dts[0]), (xs[1], dts[1]), out
+        forward, backward = (
+            side._replace(x_weight=_empty(side.x_weight), dt_weight=_empty(side.dt_weight))
+            for side in inputs.directions
+        )
+        out = None if inputs.out_weight is None else _empty(inputs.out_weight)
+        found = MixerInputs(inputs.x, _empty(inputs.in_weight), forward, backward, out)
+        copy_each((theirs, ours) for ours, theirs in self._pairs(narrow, found))
+        return found
 
-    def _pairs(
-        self,
-        narrow: Tensor,
-        in_weight: Tensor,
-        x_weights: Sequence[Tensor],
-        dt_weights: Sequence[Tensor],
-        out_weight: Tensor | None,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _pairs(self, narrow: Tensor, inputs: MixerInputs) -> Iterator[tuple[Tensor, Tensor]]:
         """Pair each part of these with the part of a mixer's weights that belongs there; narrow is dt, unpadded."""
-        yield self.into, in_weight
-        for x, dt, x_weight, dt_weight in zip(self.x, narrow, x_weights, dt_weights, strict=True):
-            rank, behind = dt_weight.shape[1], x_weight.shape[0] - dt_weight.shape[1]
-            yield x[:rank], x_weight[:rank]
-            yield x[self.dt.shape[2] :][:behind], x_weight[rank:]
-            yield dt, dt_weight
-        if self.out is not None and out_weight is not None:
-            yield self.out, out_weight
+        yield self.into, inputs.in_weight
+        for x, dt, side in zip(self.x, narrow, inputs.directions, strict=True):
+            rank, behind = side.dt_weight.shape[1], side.x_weight.shape[0] - side.dt_weight.shape[1]
+            yield x[:rank], side.x_weight[:rank]
+            yield x[self.dt.shape[2] :][:behind], side.x_weight[rank:]
+            yield dt, side.dt_weight
+        if self.out is not None and inputs.out_weight is not None:
+            yield self.out, inputs.out_weight
 
 
 def _shapes(sizes: MixerSizes) -> list[tuple[int, ...]]:
@@ -161,6 +148,16 @@ def split_flat(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
     """Return views of such memory, one of each shape."""
     parts = flat.split([_rounded_up(math.prod(shape)) for shape in shapes])
     return [part[: math.prod(shape)].view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def flatten(x: Tensor) -> Tensor:
+    """Return (b, l, c) as (b l, c), the rows of a product."""
+    return x.reshape(-1, x.shape[2])
+
+
+def as_tokens(rows: Tensor, like: Tensor) -> Tensor:
+    """View (b l, c) as (b, l, c), for the b and l of another tensor."""
+    return rows.view(like.shape[0], like.shape[1], rows.shape[1])
 
 
 def copy_each(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:

@@ -36,57 +36,41 @@ class Array(ctypes.Structure):
         return cls(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
 
 
-def _fields(kind: type, names: str) -> list[tuple[str, type]]:
-    return [(name, kind) for name in names.split()]
+def _structure(*fields: tuple[type, str]) -> type[ctypes.Structure]:
+    """Make a structure from the types and names of its fields, in their order."""
+    named = [(name, kind) for kind, names in fields for name in names.split()]
+    return type("Arguments", (ctypes.Structure,), {"_fields_": named})
 
 
-class Scan(ctypes.Structure):
-    """Hold the arguments of the selective scan."""
-
-    _fields_ = (
-        *_fields(c_int64, "batch length channels states chunk"),
-        *_fields(c_int32, "dtype threads softplus reverse accumulate"),
-        *_fields(c_float, "scale"),
-        *_fields(Array, "u delta B C z y"),
-        *_fields(c_void_p, "A D delta_bias state"),
-        *_fields(Array, "dy du ddelta dB dC dz"),
-        *_fields(c_void_p, "dA dD ddelta_bias"),
-    )
-
-
-class Conv(ctypes.Structure):
-    """Hold the arguments of the causal convolution."""
-
-    _fields_ = (
-        *_fields(c_int64, "batch length channels width"),
-        *_fields(c_int32, "dtype threads silu reverse accumulate"),
-        *_fields(Array, "x y"),
-        *_fields(c_void_p, "weight bias"),
-        *_fields(Array, "dy dx"),
-        *_fields(c_void_p, "dweight dbias"),
-    )
-
-
-class Norm(ctypes.Structure):
-    """Hold the arguments of the residual addition and RMS norm."""
-
-    _fields_ = (
-        *_fields(c_int64, "rows channels"),
-        *_fields(c_int32, "dtype threads"),
-        *_fields(c_float, "eps"),
-        *_fields(c_void_p, "x dnormed normed residual weight dtotal total grad dweight"),
-    )
-
-
-class Fuse(ctypes.Structure):
-    """Hold the arguments of the fusing of tokens."""
-
-    _fields_ = (
-        *_fields(c_int64, "batch length fused channels"),
-        *_fields(c_int32, "dtype threads"),
-        *_fields(Array, "x y"),
-        *_fields(c_void_p, "places weights"),
-    )
+Scan = _structure(
+    (c_int64, "batch length channels states chunk"),
+    (c_int32, "dtype threads softplus reverse accumulate"),
+    (c_float, "scale"),
+    (Array, "u delta B C z y"),
+    (c_void_p, "A D delta_bias state"),
+    (Array, "dy du ddelta dB dC dz"),
+    (c_void_p, "dA dD ddelta_bias"),
+)
+Conv = _structure(
+    (c_int64, "batch length channels width"),
+    (c_int32, "dtype threads silu reverse accumulate"),
+    (Array, "x y"),
+    (c_void_p, "weight bias"),
+    (Array, "dy dx"),
+    (c_void_p, "dweight dbias"),
+)
+Norm = _structure(
+    (c_int64, "rows channels"),
+    (c_int32, "dtype threads"),
+    (c_float, "eps"),
+    (c_void_p, "x dnormed normed residual weight dtotal total grad dweight"),
+)
+Fuse = _structure(
+    (c_int64, "batch length fused channels"),
+    (c_int32, "dtype threads"),
+    (Array, "x y"),
+    (c_void_p, "places weights"),
+)
 
 
 _loaded: ctypes.CDLL | str | None = None

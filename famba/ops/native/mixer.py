@@ -18,7 +18,7 @@ from famba.ops.native.kernels import (
     run_scan_backward,
     scan_state_shape,
 )
-from famba.ops.products import copy_each, flat_size, split_flat
+from famba.ops.products import as_tokens, copy_each, flat_size, flatten, split_flat
 
 
 def mixer_kept_shapes(sizes: MixerSizes) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
@@ -35,18 +35,18 @@ def mixer(inputs: MixerInputs) -> tuple[Tensor, ...]:
     cast = x.new_zeros(flat_size(_shapes(sizes)))
     copy_each(zip(split_flat(cast, _shapes(sizes)), inputs.product_weights(), strict=False))
     products = _Products.of(inputs, cast)
-    tokens = _flat(x.contiguous())
-    u, z = (_rows(tokens @ half.t(), x) for half in products.into.chunk(2))
+    tokens = flatten(x.contiguous())
+    u, z = (as_tokens(tokens @ half.t(), x) for half in products.into.chunk(2))
     y, inner, delta = (torch.empty_like(u) for _ in range(3))
     projections, entering = [], []
     for reverse, weights in enumerate(inputs.directions):
         convolve(u, weights.conv_weight, weights.conv_bias, True, bool(reverse), inner)
-        projections.append(_rows(_flat(inner) @ products.x[reverse].t(), x))
+        projections.append(as_tokens(flatten(inner) @ products.x[reverse].t(), x))
         entering.append(torch.empty(scan_state_shape(sizes.batch, sizes.length, sizes.channels, sizes.states)))
         scan = _scan(inner, delta, z, projections[-1], products.dt[reverse], weights, bool(reverse))
         # The second direction adds to what the first has written.
         run_scan(scan, entering[-1], y, scale=0.5, accumulate=bool(reverse))
-    out = y if products.out is None else _rows(_flat(y) @ products.out.t(), x)
+    out = y if products.out is None else as_tokens(flatten(y) @ products.out.t(), x)
     return out, u, *projections, cast, *entering
 
 
@@ -56,12 +56,12 @@ def mixer_backward(
     """Return the gradients of x, in_weight, both directions' weights and out_weight, each in its input's dtype."""
     u, *projections, cast, state, back_state = kept
     x, channels, products = inputs.x, u.shape[2], _Products.of(inputs, cast)
-    tokens, dout = _flat(x.contiguous()), activation(dout, x.dtype).contiguous()
+    tokens, dout = flatten(x.contiguous()), activation(dout, x.dtype).contiguous()
     # The gate is worked out again: keeping it would cost a third more memory, its product 4 % of a step's.
-    z = _rows(tokens @ products.into[channels:].t(), x)
+    z = as_tokens(tokens @ products.into[channels:].t(), x)
     dy, y = dout, None
     if products.out is not None:
-        dy, y = _rows(_flat(dout) @ products.out, x), torch.empty_like(u)
+        dy, y = as_tokens(flatten(dout) @ products.out, x), torch.empty_like(u)
     inner, delta, dinner, ddelta = (torch.empty_like(u) for _ in range(4))
     dxz = x.new_empty(*x.shape[:2], 2 * channels)
     du, dz = dxz.chunk(2, dim=-1)
@@ -76,16 +76,16 @@ def mixer_backward(
         dB, dC = dprojected[..., rank:].chunk(2, dim=-1)
         written = {"du": dinner, "ddelta": ddelta, "dB": dB, "dC": dC, "dz": dz, "y": y}
         dA, dD, dbias = run_scan_backward(scan, entering, dy, scale=0.5, accumulate=bool(reverse), **written)
-        flat_ddelta = _flat(ddelta)
-        _flat(dprojected)[:, :rank].copy_(flat_ddelta @ dt_weight)
-        ddt_weight = flat_ddelta.t() @ _flat(projected)[:, :rank]
-        _flat(dinner).addmm_(_flat(dprojected), x_weight)
-        dx_weight = _flat(dprojected).t() @ _flat(inner)
+        flat_ddelta = flatten(ddelta)
+        flatten(dprojected)[:, :rank].copy_(flat_ddelta @ dt_weight)
+        ddt_weight = flat_ddelta.t() @ flatten(projected)[:, :rank]
+        flatten(dinner).addmm_(flatten(dprojected), x_weight)
+        dx_weight = flatten(dprojected).t() @ flatten(inner)
         dconv_weight, dconv_bias = convolve_backward(dinner, *convolution, du, accumulate=bool(reverse))
         grads = (dconv_weight, dconv_bias, dx_weight, ddt_weight, dbias, dA, dD)
         of_directions.append([grad.to(weight.dtype) for grad, weight in zip(grads, weights, strict=True)])
-    flat, out_weight = _flat(dxz), inputs.out_weight
-    dout_weight = None if out_weight is None or y is None else (_flat(dout).t() @ _flat(y)).to(out_weight.dtype)
+    flat, out_weight = flatten(dxz), inputs.out_weight
+    dout_weight = None if out_weight is None or y is None else (flatten(dout).t() @ flatten(y)).to(out_weight.dtype)
     din_weight = (flat.t() @ tokens).to(inputs.in_weight.dtype)
     return (flat @ products.into).view(x.shape), din_weight, of_directions[0], of_directions[1], dout_weight
 
@@ -96,7 +96,7 @@ def _scan(
     """Return the scan of `inner` for dt, B and C (b, l, r + 2 n), ready for the kernel; write its step sizes."""
     rank = dt_weight.shape[1]
     B, C = projected[..., rank:].chunk(2, dim=-1)
-    torch.mm(_flat(projected)[:, :rank], dt_weight.t(), out=_flat(delta))
+    torch.mm(flatten(projected)[:, :rank], dt_weight.t(), out=flatten(delta))
     return readable(ScanInputs(inner, delta, weights.A, B, C, weights.D, z, weights.dt_bias, True, reverse))
 
 
@@ -123,13 +123,3 @@ class _Products(NamedTuple):
         found = split_flat(cast, _shapes(inputs.sizes)) or list(inputs.product_weights())
         into, x, dt, x_back, dt_back, *out = found
         return cls(into, (x, x_back), (dt, dt_back), out[0] if out else None)
-
-
-def _flat(x: Tensor) -> Tensor:
-    """View (b, l, c) as (b l, c)."""
-    return x.view(x.shape[0] * x.shape[1], x.shape[2])
-
-
-def _rows(flat: Tensor, like: Tensor) -> Tensor:
-    """View (b l, c) as (b, l, c)."""
-    return flat.view(like.shape[0], like.shape[1], flat.shape[1])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from famba.ops.checks import check_equal_directions
 from famba.ops.inputs import MixerInputs, MixerSizes
-from famba.ops.products import Columns, ProductWeights
+from famba.ops.products import Columns, ProductWeights, as_tokens, flatten
 from famba.ops.triton.conv import convolve, convolve_backward
 from famba.ops.triton.launch import activation
 from famba.ops.triton.scan import Parameters, Scans, scan, scan_backward, stack_parameters
@@ -32,13 +32,13 @@ def mixer(inputs: MixerInputs) -> tuple[Tensor, ...]:
     check_equal_directions("triton", *inputs.directions)
     x = inputs.x
     weights, copied = ProductWeights.copied(inputs)
-    u, z = _rows(_flat(x) @ weights.into.t(), x).chunk(2, dim=2)
+    u, z = as_tokens(flatten(x) @ weights.into.t(), x).chunk(2, dim=2)
     inner = _convolved(u, inputs)
     projected = inner.new_empty(*inner.shape[:3], weights.x.shape[1])
     torch.bmm(_both(inner), weights.x.mT, out=_both(projected))
     y = scan(_scans(inner, projected, z, weights, inputs))
     y = y[0] + y[1]
-    return y if weights.out is None else _rows(_flat(y) @ weights.out.t(), x), projected, copied
+    return y if weights.out is None else as_tokens(flatten(y) @ weights.out.t(), x), projected, copied
 
 
 def mixer_backward(
@@ -47,11 +47,11 @@ def mixer_backward(
     """Return the gradients of x, in_weight, both directions' weights and out_weight, each in its input's dtype."""
     projected, copied, *_ = kept
     x, weights = inputs.x, ProductWeights.kept(copied, inputs)
-    tokens, flat_dout = _flat(x), _flat(activation(dout, x.dtype))
-    dy = _rows(flat_dout if weights.out is None else flat_dout @ weights.out, x)
+    tokens, flat_dout = flatten(x), flatten(activation(dout, x.dtype))
+    dy = as_tokens(flat_dout if weights.out is None else flat_dout @ weights.out, x)
     # Kept, u and z would take eight times the memory of `projected` in a Vim-Ti, for one product that is saved.
     xz = tokens @ weights.into.t()
-    u, z = _rows(xz, x).chunk(2, dim=2)
+    u, z = as_tokens(xz, x).chunk(2, dim=2)
     inner = _convolved(u, inputs)
     scans = _scans(inner, projected, z, weights, inputs)
 
@@ -64,7 +64,7 @@ def mixer_backward(
     dinner = _both(grads.u).baddbmm_(_both(dprojected), weights.x)
 
     dxz = torch.empty_like(xz)
-    du, dz = _rows(dxz, x).chunk(2, dim=2)
+    du, dz = as_tokens(dxz, x).chunk(2, dim=2)
     assert grads.z is not None
     torch.add(*grads.z, out=dz)
     of_convolutions = convolve_backward(dinner.view(inner.shape), u, *_convolutions(inputs), True, _REVERSES, du)
@@ -74,14 +74,15 @@ def mixer_backward(
         into=dxz.t() @ tokens,
         x=torch.bmm(_both(dprojected).mT, _both(inner)),
         dt=torch.bmm(_both(grads.delta).mT, _both(dt)),
-        out=None if grads.y is None else flat_dout.t() @ _flat(grads.y[0] + grads.y[1]),
+        out=None if grads.y is None else flat_dout.t() @ flatten(grads.y[0] + grads.y[1]),
     )
-    din_weight, *of_projections, dout_weight = of_products.as_given(inputs)
+    of_weights = of_products.as_given(inputs)
     of_directions = [
-        [dweight, dbias, *projections, parameters.delta_bias, parameters.A, parameters.D]
-        for dweight, dbias, projections, parameters in zip(*of_convolutions, of_projections, of_parameters, strict=True)
+        [dweight, dbias, side.x_weight, side.dt_weight, parameters.delta_bias, parameters.A, parameters.D]
+        for dweight, dbias, side, parameters in zip(*of_convolutions, of_weights.directions, of_parameters, strict=True)
     ]
-    return (dxz @ weights.into).view(x.shape), din_weight, *of_directions, dout_weight  # type: ignore[return-value]
+    dx = (dxz @ weights.into).view(x.shape)
+    return dx, of_weights.in_weight, *of_directions, of_weights.out_weight  # type: ignore[return-value]
 
 
 def _convolutions(inputs: MixerInputs) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -107,13 +108,3 @@ def _both(x: Tensor) -> Tensor:
     """View (2, b, l, c), rows at equal distances, as (2, b l, c)."""
     # Not `flatten`, which makes a copy where it finds no view: products write here.
     return x.view(x.shape[0], x.shape[1] * x.shape[2], x.shape[3])
-
-
-def _flat(x: Tensor) -> Tensor:
-    """View (b, l, c) as (b l, c)."""
-    return x.reshape(-1, x.shape[2])
-
-
-def _rows(flat: Tensor, like: Tensor) -> Tensor:
-    """View (b l, c) as (b, l, c)."""
-    return flat.view(like.shape[0], like.shape[1], flat.shape[1])
