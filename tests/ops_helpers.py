@@ -56,7 +56,7 @@ def compare(
     exact_inputs = [None if x is None else x.detach().double().clone().requires_grad_() for x in inputs]
     outs, exact = op(*given_inputs), oracle(*exact_inputs)
     outs, exact = [(x,) if isinstance(x, Tensor) else x for x in (outs, exact)]
-    weights = [torch.randn(x.shape, dtype=torch.float64).to(x.dtype) for x in outs]
+    weights = [torch.randn(x.shape, dtype=torch.float64).to(x) for x in outs]
     for out, wanted in zip(outs, exact, strict=True):
         assert_close(out.detach(), wanted.detach(), tolerance, floor=floor)
     present = [x for x in given_inputs if x is not None]
@@ -186,13 +186,20 @@ class Backend:
         if self.name == "mamba_ssm":
             forget_caches()
 
-    def check(self, op: Callable[..., Any], loop: Callable[..., Any], inputs: list[Tensor | None], **tile: Any) -> None:
+    def check(
+        self,
+        op: Callable[..., Any],
+        loop: Callable[..., Any],
+        inputs: list[Tensor | None],
+        tile: dict[str, int] | None = None,
+        tolerance: float | None = None,
+    ) -> None:
         """Compare an op with a loop in float64, outputs and all gradients."""
         assert inputs[0] is not None
-        with self.running(tile.get("tile")):
-            # Sums of terms of size 1 that happen to cancel are as exact as their terms.
-            floor = 1e-3 if self.name == "reference" else 0.1
-            compare(op, loop, self.place(inputs), tile.get("tolerance", TOLERANCE[inputs[0].dtype]), floor)
+        # Sums of terms of size 1 that happen to cancel are as exact as their terms.
+        floor = 1e-3 if self.name == "reference" else 0.1
+        with self.running(tile):
+            compare(op, loop, self.place(inputs), tolerance or TOLERANCE[inputs[0].dtype], floor)
 
 
 HALF = (torch.float32, torch.bfloat16, torch.float16)
