@@ -152,7 +152,7 @@ def split_flat(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
 
 def flatten(x: Tensor) -> Tensor:
     """Return (b, l, c) as (b l, c), the rows of a product."""
-    return x.reshape(-1, x.shape[2])
+    return x.reshape(x.shape[0] * x.shape[1], x.shape[2])
 
 
 def as_tokens(rows: Tensor, like: Tensor) -> Tensor:
