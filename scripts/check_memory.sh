@@ -39,5 +39,5 @@ build -fsanitize=address,undefined -fno-sanitize-recover=all
 # Leaks of the interpreter do not matter here; valgrind has looked for leaks of the kernels.
 preload="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so) $(g++ -print-file-name=libstdc++.so)"
 LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-    "$python" -m pytest --quiet -p no:cacheprovider tests/test_ops_native*.py tests/test_ops_mixer.py tests/test_ops_fuse.py
+    "$python" -m pytest --quiet -p no:cacheprovider -k native tests/test_ops_{scan,conv,norm,mixer,fuse,native_safety}.py
 echo "nothing found"

@@ -12,5 +12,5 @@ cd "$copy"
 sed -i 's/("avx2", 8, /("avx2", 16, /' setup.py
 grep -q '("avx2", 16, ' setup.py
 FAMBA_REQUIRE_KERNELS=1 "$python" setup.py --quiet build_ext --inplace
-PYTHONPATH=$copy FAMBA_ISA=avx2 "$python" -m pytest -q -p no:cacheprovider tests/test_ops_native_numerics.py \
-    tests/test_ops_native_safety.py tests/test_ops_mixer.py tests/test_ops_fuse.py
+PYTHONPATH=$copy FAMBA_ISA=avx2 "$python" -m pytest -q -p no:cacheprovider -k native \
+    tests/test_ops_{scan,conv,norm,mixer,fuse,native_safety}.py

@@ -28,6 +28,7 @@ from triton.compiler import ASTSource
 
 from famba.ops import triton as ops
 from famba.ops.availability import interpreted
+from famba.ops.inputs import Direction, MixerInputs, ScanInputs
 from famba.ops.triton.launch import Configuration, Launch, noted
 
 TARGETS = (80, 90)
@@ -59,18 +60,18 @@ class Compiled:
     stack: int
 
 
-def _scan(x: Draw) -> list[Any]:
+def _scan(x: Draw) -> ScanInputs:
     tokens, states = (BATCH, LENGTH, D_INNER), (BATCH, LENGTH, D_STATE)
-    given = [x(*tokens), x(*tokens), torch.randn(D_INNER, D_STATE), x(*states), x(*states)]
-    return [*given, torch.randn(D_INNER), x(*tokens), torch.randn(D_INNER), True, True]
+    A, D, bias = torch.randn(D_INNER, D_STATE), torch.randn(D_INNER), torch.randn(D_INNER)
+    return ScanInputs(x(*tokens), x(*tokens), A, x(*states), x(*states), D, x(*tokens), bias, True, True)
 
 
 def _conv(x: Draw) -> list[Any]:
     return [x(BATCH, LENGTH, D_INNER), torch.randn(D_INNER, WIDTH), torch.randn(D_INNER), True, True]
 
 
-def _mixer(x: Draw) -> list[Any]:
-    direction = [
+def _mixer(x: Draw) -> MixerInputs:
+    direction = Direction(
         torch.randn(D_INNER, WIDTH),
         torch.randn(D_INNER),
         x(DT_RANK + 2 * D_STATE, D_INNER),
@@ -78,13 +79,14 @@ def _mixer(x: Draw) -> list[Any]:
         torch.randn(D_INNER),
         torch.randn(D_INNER, D_STATE),
         torch.randn(D_INNER),
-    ]
-    return [x(BATCH, LENGTH, D_MODEL), x(2 * D_INNER, D_MODEL), direction, direction, x(D_MODEL, D_INNER)]
+    )
+    return MixerInputs(x(BATCH, LENGTH, D_MODEL), x(2 * D_INNER, D_MODEL), direction, direction, x(D_MODEL, D_INNER))
 
 
 def _mixer_backward(x: Draw) -> None:
-    shapes = ops.mixer_kept_shapes(BATCH, LENGTH, D_INNER, DT_RANK + 2 * D_STATE, D_STATE)
-    ops.mixer_backward(*[x(BATCH, LENGTH, D_MODEL), *_mixer(x), [x(*shape) for shape in shapes]])
+    inputs = _mixer(x)
+    shapes, _ = ops.mixer_kept_shapes(inputs.sizes)
+    ops.mixer_backward(x(BATCH, LENGTH, D_MODEL), inputs, [x(*shape) for shape in shapes])
 
 
 def _norm_backward(x: Draw) -> None:
@@ -98,13 +100,13 @@ def _places() -> tuple[Tensor, Tensor]:
 
 # The calls whose launches are compiled, by the name in the table.
 CALLS: dict[str, Callable[[Draw], object]] = {
-    "selective_scan": lambda x: ops.selective_scan(*_scan(x)),
+    "selective_scan": lambda x: ops.selective_scan(_scan(x)),
     "selective_scan_backward": lambda x: ops.selective_scan_backward(
-        *[x(BATCH, LENGTH, D_INNER), *_scan(x), torch.empty(0)]
+        x(BATCH, LENGTH, D_INNER), _scan(x), torch.empty(0)
     ),
     "causal_conv1d": lambda x: ops.causal_conv1d(*_conv(x)),
     "causal_conv1d_backward": lambda x: ops.causal_conv1d_backward(x(BATCH, LENGTH, D_INNER), *_conv(x)),
-    "mixer": lambda x: ops.mixer(*_mixer(x)),
+    "mixer": lambda x: ops.mixer(_mixer(x)),
     "mixer_backward": _mixer_backward,
     "add_rms_norm": lambda x: ops.add_rms_norm(
         x(BATCH, LENGTH, D_MODEL), torch.randn(BATCH, LENGTH, D_MODEL), torch.randn(D_MODEL), 1e-5

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install the Python code of mamba-ssm and causal-conv1d without their CUDA extensions, into the environment of
-# `make setup`. tests/test_ops_mamba_ssm.py puts stand-ins in the place of the extensions. Needs PyPI; takes a minute.
+# `make setup`. The tests of ops put stand-ins in the place of the extensions. Needs PyPI; takes a minute.
 # MAMBA_VERSION and CONV_VERSION choose other versions.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -6,6 +6,7 @@ They take and refuse what the C++ does, but for the device, and give tensors of 
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 import types
 from typing import Any
 
@@ -13,9 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from famba.ops import reference
-from famba.ops.mamba_ssm import extensions, norm, packages
-from famba.ops.mamba_ssm.packages import CAUSAL_CONV1D
+from famba.ops import availability, reference, registry
+from famba.ops.inputs import ScanInputs
 
 HALF_OR_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 STEPS_PER_CHUNK = 2048
@@ -62,7 +62,9 @@ class SelectiveScan(types.ModuleType):
             inputs = [_turn(u[:, d]), _turn(delta[:, d]), A[d], _turn(B[:, g]), _turn(C[:, g])]
             inputs += [_part(D, d), None if z is None else _turn(z[:, d]), _part(delta_bias, d)]
             parts.append(
-                reference.selective_scan_backward(_turn(dout[:, d]), *inputs, delta_softplus, False, u.new_empty(0))
+                reference.selective_scan_backward(
+                    _turn(dout[:, d]), ScanInputs(*inputs, delta_softplus, False), u.new_empty(0)
+                )
             )
         du, ddelta, dA, dB, dC, dD, dgate, dbias = zip(*parts, strict=True)
         grads = [
@@ -104,7 +106,8 @@ class SelectiveScan(types.ModuleType):
             d = slice(g * u.shape[1] // groups, (g + 1) * u.shape[1] // groups)
             inputs = [_turn(u[:, d]), _turn(delta[:, d]), A[d], _turn(B[:, g]), _turn(C[:, g])]
             gate = None if z is None else _turn(z[:, d])
-            parts.append(reference.selective_scan(*inputs, _part(D, d), gate, _part(bias, d), softplus, False)[0])
+            one = ScanInputs(*inputs, _part(D, d), gate, _part(bias, d), softplus, False)
+            parts.append(reference.selective_scan(one)[0])
         return _turn(torch.cat(parts, -1))
 
     @staticmethod
@@ -182,8 +185,8 @@ class Extensions:
 
     def __init__(self, installed: bool) -> None:
         self.installed = installed
-        release = CAUSAL_CONV1D.installed() if installed else None
-        writes = release is not None and packages.numbers(release) >= (1, 5, 1)
+        release = availability.CAUSAL_CONV1D.version() if installed else None
+        writes = release is not None and availability._numbers(release) >= (1, 5, 1)
         self.scan, self.conv = SelectiveScan(), CausalConv1d(writes)
 
     def forget(self) -> None:
@@ -205,6 +208,19 @@ def pretend(patch: pytest.MonkeyPatch, versions: dict[str, str | None]) -> None:
 
 
 def forget_caches() -> None:
-    extensions.obstacle.cache_clear()
-    extensions.convolution.cache_clear()
-    norm.package.cache_clear()
+    availability.mamba_ssm_obstacle.cache_clear()
+    availability.convolution.cache_clear()
+
+
+def use_stand_ins(patch: pytest.MonkeyPatch, installed: bool) -> Extensions:
+    """Let the backend mamba_ssm serve CPU tensors: as of 2.2 and 1.4, or through the Python of what is installed."""
+    made = Extensions(installed)
+    for module in (made.scan, made.conv):
+        patch.setitem(sys.modules, module.__name__, module)
+    forget_caches()
+    if not installed:
+        pretend(patch, {"mamba-ssm": "2.2.2", "causal-conv1d": "1.4.0"})
+        patch.setitem(sys.modules, "mamba_ssm", None)
+    serving = registry.Backend("famba.ops.mamba_ssm", ("cpu",), lambda: None, HALF_OR_FLOAT)
+    patch.setitem(registry._BACKENDS, "mamba_ssm", serving)
+    return made

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import naive
 import pytest
 import torch
+from extension_stand_ins import forget_caches, use_stand_ins
 from hypothesis import settings
 from torch import Tensor
 
-from famba.ops import use_backend
+from famba.ops import add_rms_norm, causal_conv1d, selective_scan, use_backend
+from famba.ops.availability import triton_obstacle
 from famba.ops.native import library
 
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 LAYOUTS = ("contiguous", "transposed", "strided", "expanded")
 EXAMPLES = settings(max_examples=40, deadline=None)
 
@@ -50,7 +56,7 @@ def compare(
     exact_inputs = [None if x is None else x.detach().double().clone().requires_grad_() for x in inputs]
     outs, exact = op(*given_inputs), oracle(*exact_inputs)
     outs, exact = [(x,) if isinstance(x, Tensor) else x for x in (outs, exact)]
-    weights = [torch.randn(x.shape, dtype=torch.float64).to(x.dtype) for x in outs]
+    weights = [torch.randn(x.shape, dtype=torch.float64).to(x) for x in outs]
     for out, wanted in zip(outs, exact, strict=True):
         assert_close(out.detach(), wanted.detach(), tolerance, floor=floor)
     present = [x for x in given_inputs if x is not None]
@@ -127,14 +133,161 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def compare_native(op: Callable[..., Any], inputs: list[Tensor | None], tolerance: float) -> None:
-    """Compare an op by every usable instruction set with the reference in float64, outputs and all gradients."""
+@dataclass(frozen=True)
+class Backend:
+    """A backend as the tests of all backends run it, with the sizes and the effort that suit it.
 
-    def oracle(*exact: Tensor | None) -> Any:
-        with use_backend("reference"):
-            return op(*exact)
+    tiles: settings, by their dotted names, under which it cuts its work into pieces of other sizes.
+    """
 
-    for isa in usable_isas():
-        with native(isa):
-            # Sums of terms of size 1 that happen to cancel are as exact as their terms.
-            compare(op, oracle, inputs, tolerance, floor=0.1)
+    name: str
+    dtypes: tuple[torch.dtype, ...]
+    examples: int
+    lengths: tuple[int, ...] = (0, 1, 2, 3, 15, 16, 17, 31, 33, 50)
+    channels: tuple[int, ...] = (1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33)
+    states: tuple[int, ...] = (1, 2, 3, 4, 5, 16, 17, 32)
+    widths: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
+    tiles: tuple[dict[str, int], ...] = ({},)
+    isa: str | None = None
+    installed: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.isa or ''}{'installed' if self.installed else ''}".strip()
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.name == "triton" and torch.cuda.is_available() else "cpu"
+
+    def place(self, inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return [None if x is None else x.to(self.device) for x in inputs]
+
+    def skip_where_it_cannot_run(self) -> None:
+        if self.name == "mamba_ssm" and torch.cuda.is_available():
+            pytest.skip("where there is a GPU the real extensions are tested: make test-gpu")
+        if self.name == "mamba_ssm" and importlib.util.find_spec("triton") is None:
+            pytest.skip("mamba-ssm needs Triton, which is for Linux alone")
+        if self.installed and not all(importlib.util.find_spec(name) for name in ("mamba_ssm", "causal_conv1d")):
+            pytest.skip(
+                "scripts/install_extension_python.sh installs the Python of mamba-ssm and causal-conv1d for this"
+            )
+        obstacle = {"native": library.obstacle, "triton": triton_obstacle}.get(self.name, lambda: None)()
+        if obstacle is not None:
+            pytest.skip(f"{self.name}: {obstacle}")
+
+    @contextmanager
+    def running(self, tile: dict[str, int] | None = None) -> Iterator[Any]:
+        """Let it serve all ops; gives the stand-ins of mamba_ssm."""
+        with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+            made = use_stand_ins(patch, self.installed) if self.name == "mamba_ssm" else None
+            for name, value in (tile or {}).items():
+                patch.setattr(name, value)
+            stack.enter_context(native(self.isa) if self.name == "native" else use_backend(self.name))
+            yield made
+        if self.name == "mamba_ssm":
+            forget_caches()
+
+    def check(
+        self,
+        op: Callable[..., Any],
+        loop: Callable[..., Any],
+        inputs: list[Tensor | None],
+        tile: dict[str, int] | None = None,
+        tolerance: float | None = None,
+    ) -> None:
+        """Compare an op with a loop in float64, outputs and all gradients."""
+        assert inputs[0] is not None
+        # Sums of terms of size 1 that happen to cancel are as exact as their terms.
+        floor = 1e-3 if inputs[0].dtype == torch.float64 else 0.1
+        with self.running(tile):
+            compare(op, loop, self.place(inputs), tolerance or TOLERANCE[inputs[0].dtype], floor)
+
+
+HALF = (torch.float32, torch.bfloat16, torch.float16)
+REFERENCE = Backend(
+    "reference",
+    (torch.float64, torch.float32, torch.bfloat16),
+    40,
+    lengths=(0, 1, 2, 3, 4, 5, 7, 16, 23),
+    channels=(1, 2, 3, 4),
+    states=(1, 2, 3, 4),
+    tiles=tuple(
+        {"famba.ops.reference._STEP_ELEMENTS": step, "famba.ops.reference._CHUNK_ELEMENTS": chunk}
+        for step, chunk in ((1, 1), (8, 24), (16, 100), (2**17, 2**19))
+    ),
+)
+NATIVE = [
+    Backend(
+        "native",
+        (torch.float32, torch.bfloat16),
+        40,
+        tiles=tuple({"famba.ops.native.kernels._CHUNK": chunk} for chunk in (1, 4, 16, 33, 384)),
+        isa=isa,
+    )
+    for isa in usable_isas()
+]
+# Its interpreter takes a while for each state of each tile of steps.
+TRITON = Backend(
+    "triton",
+    HALF,
+    8,
+    lengths=(0, 1, 2, 5, 9),
+    channels=(1, 5, 8, 33),
+    states=(1, 3, 4),
+    tiles=tuple({"famba.ops.triton.scan._TILE": tile} for tile in (2, 4, 8)),
+)
+MAMBA_SSM = [
+    Backend(
+        "mamba_ssm",
+        HALF,
+        20,
+        lengths=(0, 1, 2, 17, 33, 128),
+        channels=(1, 5, 8, 17),
+        states=(1, 3, 16),
+        widths=(2, 3, 4),
+        installed=installed,
+    )
+    for installed in (False, True)
+]
+BACKENDS = [REFERENCE, *NATIVE, TRITON, *MAMBA_SSM]
+
+
+def all_backends(*names: str) -> Any:
+    """Run a test for each backend, or for those of these names."""
+    chosen = [backend for backend in BACKENDS if not names or backend.name in names]
+
+    def decorate(test: Any) -> Any:
+        @functools.wraps(test)
+        def run(backend: Backend, **arguments: Any) -> None:
+            backend.skip_where_it_cannot_run()
+            torch.manual_seed(0)
+            test(backend=backend, **arguments)
+
+        # numpy says so where Triton's interpreter meets infinity.
+        quiet = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+        return pytest.mark.parametrize("backend", chosen, ids=str)(quiet(run))
+
+    return decorate
+
+
+def examples(backend: Backend, share: float = 1.0) -> Any:
+    """Settings with the number of examples that a backend is fast enough for."""
+    return settings(max_examples=max(1, round(share * backend.examples)), deadline=None)
+
+
+def loop_scan(softplus: bool = True, reverse: bool = False) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The op, and the loop that it is compared with."""
+    return (
+        lambda *x: selective_scan(*x, delta_softplus=softplus, reverse=reverse),
+        lambda *x: naive.scan(*x, softplus=softplus, reverse=reverse),
+    )
+
+
+def loop_conv(silu: bool = True, reverse: bool = False) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    return (
+        lambda *x: causal_conv1d(*x, activation="silu" if silu else None, reverse=reverse),
+        lambda *x: naive.conv(*x, silu=silu, reverse=reverse),
+    )
+
+
+def loop_norm(eps: float = 1e-5) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    return lambda *x: add_rms_norm(*x, eps), lambda *x: naive.add_rms_norm(*x, eps)

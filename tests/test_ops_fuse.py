@@ -3,73 +3,117 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import naive
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ops_helpers import EXAMPLES, TOLERANCE, assert_close, draw
+from ops_helpers import LAYOUTS, TOLERANCE, Backend, all_backends, assert_close, draw, examples
 from torch import Tensor
 
 from famba.errors import ConfigError
-from famba.ops import fuse_tokens, use_backend
-from famba.ops.native import library
+from famba.ops import fuse_tokens
 
-BACKENDS = ["reference", *(["native"] if library.obstacle() is None else [])]
-
-
-def sums(x: Tensor, places: Tensor, weights: Tensor, length: int) -> Tensor:
-    out = torch.zeros(x.shape[0], length, x.shape[2], dtype=torch.float64)
-    for image in range(x.shape[0]):
-        for token in range(x.shape[1]):
-            out[image, places[image, token]] += weights[image, token].double() * x[image, token].double()
-    return out
+# Those with an implementation of their own.
+OWN = ("reference", "native", "triton")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@EXAMPLES
-@given(
-    seed=st.integers(0, 2**31),
-    batch=st.integers(0, 3),
-    length=st.integers(0, 9),
-    channels=st.sampled_from([1, 3, 8, 17, 33]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    layout=st.sampled_from(["contiguous", "transposed", "strided", "expanded"]),
-)
-def test_tokens_of_a_place_are_added_up(
-    backend: str, seed: int, batch: int, length: int, channels: int, dtype: torch.dtype, layout: str
-) -> None:
-    torch.manual_seed(seed)
-    fused = max(1, length - 2)
-    x = draw(batch, length, channels, dtype=dtype, layout=layout).requires_grad_()
-    places, weights = torch.randint(0, fused, (batch, length)), torch.rand(batch, length)
-    dy = draw(batch, fused, channels, dtype=dtype)
-    with use_backend(backend):
-        y = fuse_tokens(x, places, weights, fused)
-        (dx,) = torch.autograd.grad(y, x, dy)
-    assert_close(y.detach(), sums(x.detach(), places, weights, fused), TOLERANCE[dtype])
-    index = places.unsqueeze(2).expand(-1, -1, channels)
-    assert_close(dx, dy.double().gather(1, index) * weights.double().unsqueeze(2), TOLERANCE[dtype], "gradient")
+def check(backend: Backend, x: Tensor, places: Tensor, weights: Tensor, length: int) -> None:
+    """Compare result and gradient with products by a matrix of shares."""
+    dy = draw(x.shape[0], length, x.shape[2], dtype=x.dtype).to(backend.device)
+    x, places, weights = (t.to(backend.device) for t in (x, places, weights))
+    leaf = x.requires_grad_()
+    with backend.running():
+        y = fuse_tokens(leaf, places, weights, length)
+        (dx,) = torch.autograd.grad(y, leaf, dy)
+    belongs = places.unsqueeze(1) == torch.arange(length, device=backend.device).unsqueeze(1)
+    shares = belongs * weights.double().unsqueeze(1)
+    assert_close(y.detach(), shares @ leaf.detach().double(), TOLERANCE[x.dtype])
+    assert_close(dx, shares.transpose(1, 2) @ dy.double(), TOLERANCE[x.dtype], "gradient")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_token_alone_passes_bit_for_bit_and_an_empty_place_is_zero(backend: str, dtype: torch.dtype) -> None:
-    x = torch.tensor([1e-30, -0.0, 3.1, float("inf")], dtype=dtype).reshape(1, 2, 2)
-    with use_backend(backend):
-        y = fuse_tokens(x, torch.tensor([[2, 0]]), torch.ones(1, 2), 3)
-    assert torch.equal(y[0, [2, 0]].view(torch.uint8), x[0].contiguous().view(torch.uint8))
-    assert y[0, 1].eq(0).all()
+@all_backends(*OWN)
+def test_tokens_of_a_place_are_added_up(backend: Backend) -> None:
+    @examples(backend)
+    @given(
+        seed=st.integers(0, 2**31),
+        batch=st.integers(0, 3),
+        length=st.sampled_from([0, 1, 2, 9, 17]),
+        channels=st.sampled_from([1, 3, 8, 17, 33]),
+        dtype=st.sampled_from(backend.dtypes),
+        layout=st.sampled_from(LAYOUTS),
+    )
+    def run(seed: int, batch: int, length: int, channels: int, **how: Any) -> None:
+        torch.manual_seed(seed)
+        fused = max(1, length - 2)
+        x = draw(batch, length, channels, **how)
+        check(backend, x, torch.randint(0, fused, (batch, length)), torch.rand(batch, length), fused)
+
+    run()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_wrong_places_are_refused(backend: str) -> None:
+@all_backends(*OWN)
+@pytest.mark.parametrize("fused", [1, 40, 150])
+def test_more_tokens_and_channels_than_a_block(backend: Backend, fused: int) -> None:
+    check(backend, draw(2, 150, 70).float(), torch.randint(0, fused, (2, 150)), torch.rand(2, 150), fused)
+
+
+@all_backends()
+def test_a_token_alone_passes_bit_for_bit_and_an_empty_place_is_negative_zero(backend: Backend) -> None:
+    for dtype in backend.dtypes:
+        numbers = [1e-30, -0.0, 3.1, float("inf"), -float("inf"), torch.finfo(dtype).max]
+        x = torch.tensor(numbers, dtype=dtype, device=backend.device).reshape(1, 2, 3)
+        with backend.running():
+            y = fuse_tokens(x, torch.tensor([[2, 0]]).to(x.device), torch.ones(1, 2).to(x.device), 3)
+        assert torch.equal(y[0, [2, 0]].view(torch.uint8), x[0].contiguous().view(torch.uint8))
+        assert y[0, 1].eq(0).all()
+        assert backend.name == "native" or y[0, 1].signbit().all()
+
+
+@all_backends(*OWN)
+def test_what_is_no_number_stays_in_its_place(backend: Backend) -> None:
+    x = torch.ones(1, 4, 3, device=backend.device)
+    x[0, 1, 2], x[0, 3, 0] = torch.nan, torch.inf
+    with backend.running():
+        y = fuse_tokens(x, torch.tensor([[0, 1, 2, 2]]).to(x.device), torch.ones(1, 4).to(x.device), 4)
+    assert y.isnan().nonzero().tolist() == [[0, 1, 2]]
+    assert y.isinf().nonzero().tolist() == [[0, 2, 0]]
+    assert y[0, 2].tolist() == [float("inf"), 2, 2]
+
+
+@all_backends("triton")
+def test_triton_leaves_out_tokens_whose_place_is_outside(backend: Backend) -> None:
+    x = torch.ones(2, 4, 3, device=backend.device, requires_grad=True)
+    places = torch.tensor([[0, 5, -1, 2**32], [1, 1, 2**31, -(2**40)]], device=backend.device)
+    with backend.running():
+        y = fuse_tokens(x, places, torch.ones(2, 4, device=backend.device), 2)
+    assert y[:, :, 0].tolist() == [[1, 0], [0, 2]]
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert dx[:, :, 0].tolist() == [[1, 0, 0, 0], [1, 1, 0, 0]]
+
+
+@all_backends(*OWN)
+def test_tokens_are_added_in_their_order(backend: Backend) -> None:
+    # In another order the small ones are lost.
+    numbers = torch.tensor([2.0**-24, 2.0**-24, 1.0, 2.0**24], device=backend.device)
+    for x in (numbers, numbers[:3]):
+        total = torch.zeros(1, device=backend.device)
+        for token in x:
+            total = total + token
+        places = torch.zeros(1, len(x), dtype=torch.int64, device=backend.device)
+        with backend.running():
+            y = fuse_tokens(x.reshape(1, -1, 1), places, torch.ones(1, len(x), device=backend.device), 1)
+        assert torch.equal(y[0, 0], total)
+    assert total.item() == 1 + 2.0**-23
+
+
+@all_backends("reference", "native")
+def test_wrong_places_are_refused(backend: Backend) -> None:
     x, weights = torch.ones(1, 3, 2), torch.ones(1, 3)
-    with use_backend(backend), naive.as_users_run_it():
-        with pytest.raises(
-            ConfigError, match=r"places is torch.float32 of shape \(1, 3\) on cpu, expected torch.int64"
-        ):
+    with backend.running(), naive.as_users_run_it():
+        with pytest.raises(ConfigError, match=r"places is torch.float32 of shape \(1, 3\) on cpu, expected torch.int6"):
             fuse_tokens(x, weights, weights, 2)
         with pytest.raises(ConfigError, match=r"weights has shape \(1, 2\), expected \(1, 3\)"):
             fuse_tokens(x, torch.zeros(1, 3, dtype=torch.int64), weights[:, :2], 2)
@@ -77,10 +121,10 @@ def test_wrong_places_are_refused(backend: str) -> None:
             fuse_tokens(x, torch.tensor([[0, 1, 2]]), weights, 2)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_torch_accepts_the_op(backend: str) -> None:
+@all_backends("reference", "native")
+def test_torch_accepts_the_op(backend: Backend) -> None:
     x = torch.randn(2, 4, 3, requires_grad=True)
     places, weights = torch.tensor([[0, 1, 1, 2]] * 2), torch.rand(2, 4)
     with warnings.catch_warnings(), naive.as_users_run_it():
         warnings.simplefilter("ignore")
-        torch.library.opcheck(torch.ops.famba.fuse_tokens, (x, places, weights, 3, backend))
+        torch.library.opcheck(torch.ops.famba.fuse_tokens, (x, places, weights, 3, backend.name))

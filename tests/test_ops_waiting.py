@@ -16,6 +16,7 @@ from famba.fusion import schedule
 from famba.models import Vim
 from famba.ops import triton, use_backend
 from famba.ops.availability import triton_obstacle
+from famba.ops.inputs import Direction, MixerInputs, ScanInputs
 from famba.ops.triton.launch import noted
 
 pytestmark = pytest.mark.skipif(triton_obstacle() is not None, reason=f"triton: {triton_obstacle()}")
@@ -96,8 +97,9 @@ def test_the_kernels_of_the_backend_wait_for_nothing(valueless: None, dtype: tor
     batch, length, d_model, d, n, rank = 2, 17, 8, 16, 4, 3
     x = on_gpu(batch, length, d, dtype=dtype)
     A, B, D = on_gpu(d, n), on_gpu(batch, length, n, dtype=dtype), on_gpu(d)
-    y, state = triton.selective_scan(x, x, A, B, B, D, x, D, True, True)
-    triton.selective_scan_backward(y, x, x, A, B, B, D, x, D, True, True, state)
+    scan = ScanInputs(x, x, A, B, B, D, x, D, True, True)
+    y, state = triton.selective_scan(scan)
+    triton.selective_scan_backward(y, scan, state)
     weight = on_gpu(d, 4)
     triton.causal_conv1d_backward(triton.causal_conv1d(x, weight, D, True, False), x, weight, D, True, False)
     normed, total = triton.add_rms_norm(x, None, D, 1e-5)
@@ -106,8 +108,9 @@ def test_the_kernels_of_the_backend_wait_for_nothing(valueless: None, dtype: tor
         places, weights, _ = triton.match_tokens(x, int(protected is None), protected, None, 5, "sequence")
         fused = triton.fuse_tokens(x, places, weights, length - 5)
         triton.fuse_tokens_backward(fused, places, weights)
-    direction = [weight, D, on_gpu(rank + 2 * n, d, dtype=dtype), on_gpu(d, rank, dtype=dtype), D, A, D]
+    direction = Direction(weight, D, on_gpu(rank + 2 * n, d, dtype=dtype), on_gpu(d, rank, dtype=dtype), D, A, D)
     tokens, into = on_gpu(batch, length, d_model, dtype=dtype), on_gpu(2 * d, d_model, dtype=dtype)
     out_weight = on_gpu(d_model, d, dtype=dtype)
-    out, *kept = triton.mixer(tokens, into, direction, direction, out_weight)
-    triton.mixer_backward(out, tokens, into, direction, direction, out_weight, kept)
+    inputs = MixerInputs(tokens, into, direction, direction, out_weight)
+    out, *kept = triton.mixer(inputs)
+    triton.mixer_backward(out, inputs, kept)

@@ -64,8 +64,9 @@ class Planned:
 
     @property
     def memory(self) -> int:
-        """Bytes of weights, gradients, optimizer, and what a step keeps for the backward."""
-        return _BYTES_PER_PARAMETER * self.parameters + self.batch * self.cost.saved_bytes
+        """Bytes of weights, gradients, optimizer, and what a step keeps for the backward, cast weights among it."""
+        cast = 0 if self.setup.autocast is None else self.setup.autocast.itemsize
+        return (_BYTES_PER_PARAMETER + cast) * self.parameters + self.batch * self.cost.saved_bytes
 
 
 def plan(overrides: Sequence[str], backend: str | None = None, config_dir: Path | None = None) -> list[Planned]:

@@ -1,4 +1,4 @@
-"""What the backbone computes: torch custom ops, each with interchangeable backends."""
+"""Compute what the backbone needs: torch custom ops, each with interchangeable backends."""
 
 from famba.ops.add_rms_norm import add_rms_norm
 from famba.ops.bidirectional_mixer import Direction, bidirectional_mixer

@@ -1,19 +1,16 @@
-"""Residual addition and RMS norm in one torch custom op."""
+"""Define the residual addition and RMS norm as one torch custom op."""
 
-# Annotations are evaluated here, not postponed: torch reads an op's schema from them.
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from famba.ops.checks import check_rank, check_shapes
-from famba.ops.registry import backend_of, kernels
+from famba.ops.definition import define, fresh
+from famba.ops.reference import compute_dtype
+from famba.ops.registry import backend_of
 
 
 def add_rms_norm(
-    x: Float[Tensor, "b l d"],
-    residual: Float[Tensor, "b l d"] | None,
-    weight: Float[Tensor, " d"],
-    eps: float,
+    x: Float[Tensor, "b l d"], residual: Float[Tensor, "b l d"] | None, weight: Float[Tensor, " d"], eps: float
 ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b l d"]]:
     """Add to the residual stream and RMS-normalise the sum (Zhang and Sennrich 2019, arXiv 1910.07467).
 
@@ -36,31 +33,20 @@ def add_rms_norm(
     return _norm(x, residual, weight, eps, backend_of(x))
 
 
-@torch.library.custom_op("famba::add_rms_norm", mutates_args=())
-def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
-        return kernels(backend).add_rms_norm(x, residual, weight, eps)
-
-
-@_norm.register_fake
-def _norm_shape(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
-    total = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=total)
-
-
-@torch.library.custom_op("famba::add_rms_norm_backward", mutates_args=())
-def _norm_backward(
-    dnormed: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, eps: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    with torch.autocast(total.device.type, enabled=False):
-        return kernels(backend).add_rms_norm_backward(dnormed, dtotal, total, weight, eps)
-
-
-@_norm_backward.register_fake
-def _norm_backward_shape(
-    dnormed: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, eps: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    return total.new_empty(total.shape), weight.new_empty(weight.shape)
+_norm = define(
+    "add_rms_norm",
+    "Tensor x, Tensor? residual, Tensor weight, float eps",
+    "(Tensor, Tensor)",
+    run=lambda kernels, *inputs: kernels.add_rms_norm(*inputs),
+    fake=lambda kernels, x, *_: (fresh(x), fresh(x, compute_dtype(x))),
+)
+_norm_backward = define(
+    "add_rms_norm_backward",
+    "Tensor dnormed, Tensor dtotal, Tensor total, Tensor weight, float eps",
+    "(Tensor, Tensor)",
+    run=lambda kernels, *inputs: kernels.add_rms_norm_backward(*inputs),
+    fake=lambda kernels, dnormed, dtotal, total, weight, eps: (fresh(total), fresh(weight)),
+)
 
 
 def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -1,13 +1,13 @@
-"""Vim's mixer from its input to its output projection, as one op where a backend has it so.
+"""Define Vim's mixer from its input to its output projection, as one op where a backend has it so.
 
 One autograd node keeps less than a third of what its parts would keep: of the inner tensors the small projections, and
 what else a backend finds too dear to work out again; the rest is worked out again in the backward from the tokens. The
-weights go in as they are: a backend casts them for its products, all at once.
+weights go in as they are: a backend casts them for its products, all at once, and keeps what it has cast.
 """
 
-# Annotations are evaluated here, not postponed: torch reads an op's schema from them.
+import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,57 +18,30 @@ from torch.utils.flop_counter import register_flop_formula
 from famba.errors import ConfigError
 from famba.ops.causal_conv1d import causal_conv1d
 from famba.ops.checks import check_rank, check_shapes
+from famba.ops.definition import define, fresh
+from famba.ops.inputs import Direction, MixerInputs, MixerSizes
 from famba.ops.registry import backend_of, kernels
 from famba.ops.selective_scan import scan_macs, selective_scan
 
 
-class Direction(NamedTuple):
-    """Weights of one of the two scans; d channels, n states, dt_rank r.
-
-    conv_weight (d, width), conv_bias (d,), x_weight (r + 2 n, d), dt_weight (d, r), dt_bias (d,), A (d, n), D (d,).
-    """
-
-    conv_weight: Tensor
-    conv_bias: Tensor
-    x_weight: Tensor
-    dt_weight: Tensor
-    dt_bias: Tensor
-    A: Tensor
-    D: Tensor
-
-
 @runtime_checkable
 class MixerKernels(Protocol):
-    """What a backend's module provides besides `Kernels` if it has the mixer as one op.
+    """List what a backend's module provides besides `Kernels` if it has the mixer as one op.
 
-    A direction is a list in the order of `Direction`'s fields. Products are in x's dtype, weights and their gradients
-    each in a dtype of its own. `mixer` returns the result and five tensors for the backward, of the shapes
-    `mixer_kept_shapes`; the first three are of x's dtype, the last two float32.
+    Products are in x's dtype, weights and their gradients each in a dtype of its own. `mixer` returns the result and
+    up to six tensors for the backward, of the shapes `mixer_kept_shapes`: first those of x's dtype, then those of
+    float32. `mixer_backward` returns the gradients of the inputs in their order, each in its input's dtype.
     """
 
     @staticmethod
-    def mixer_kept_shapes(
-        batch: int, length: int, channels: int, projected: int, states: int
-    ) -> list[tuple[int, ...]]: ...
+    def mixer_kept_shapes(sizes: MixerSizes) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]: ...
 
     @staticmethod
-    def mixer(
-        x: Tensor,
-        in_weight: Tensor,
-        forward: Sequence[Tensor],
-        backward: Sequence[Tensor],
-        out_weight: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+    def mixer(inputs: MixerInputs) -> tuple[Tensor, ...]: ...
 
     @staticmethod
     def mixer_backward(
-        dout: Tensor,
-        x: Tensor,
-        in_weight: Tensor,
-        forward: Sequence[Tensor],
-        backward: Sequence[Tensor],
-        out_weight: Tensor | None,
-        kept: Sequence[Tensor],
+        dout: Tensor, inputs: MixerInputs, kept: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None]: ...
 
 
@@ -110,7 +83,7 @@ def bidirectional_mixer(
 def compose_mixer(
     x: Tensor, in_weight: Tensor, forward: Direction, backward: Direction, out_weight: Tensor | None = None
 ) -> Tensor:
-    """The meaning of `bidirectional_mixer`: its parts one after the other, each with its own backward."""
+    """Run the parts of `bidirectional_mixer` one after the other, which is its meaning, each with its own backward."""
     u, z = F.linear(x, in_weight).chunk(2, dim=-1)
     y = (_scan_direction(u, z, forward, reverse=False) + _scan_direction(u, z, backward, reverse=True)) / 2
     return y if out_weight is None else F.linear(y, out_weight)
@@ -129,13 +102,13 @@ def _scan_direction(u: Tensor, z: Tensor, weights: Direction, reverse: bool) -> 
 
 @torch.compiler.assume_constant_result
 def _is_fused(backend: str) -> bool:
-    """Whether a backend has the mixer as one op; not traced by torch.compile, since it imports the backend."""
+    """Return whether a backend has the mixer as one op; not traced by torch.compile, since it imports the backend."""
     return isinstance(kernels(backend), MixerKernels)
 
 
 @torch.compiler.assume_constant_result
 def _has_autocast(kind: str) -> bool:
-    """Whether a kind of device knows autocast; torch 2.11, for one, cannot trace the question."""
+    """Return whether a kind of device knows autocast; torch 2.11, for one, cannot trace the question."""
     return torch.amp.is_autocast_available(kind)
 
 
@@ -170,80 +143,42 @@ def _check(x: Tensor, in_weight: Tensor, forward: Direction, backward: Direction
     check_shapes(op, "x", x=(x, tuple(x.shape)), **shapes)
 
 
-# torch 2.6 cannot read lists of tensors off a signature.
-_WEIGHTS = "Tensor x, Tensor in_weight, Tensor[] forward, Tensor[] backward, Tensor? out_weight"
-_SCHEMA = f"({_WEIGHTS}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-_BACKWARD_SCHEMA = (
-    f"(Tensor dout, {_WEIGHTS}, Tensor[] kept, str backend) -> (Tensor, Tensor, Tensor[], Tensor[], Tensor)"
+_KEPT = 6
+_INPUTS = "Tensor x, Tensor in_weight, Tensor[] forward, Tensor[] backward, Tensor? out_weight"
+
+
+def _run(kernels: MixerKernels, *inputs: Any) -> tuple[Tensor | None, ...]:
+    return _filled_up(*kernels.mixer(MixerInputs.of(*inputs)))
+
+
+def _shape(kernels: MixerKernels, *given: Any) -> tuple[Tensor | None, ...]:
+    inputs = MixerInputs.of(*given)
+    x, sizes = inputs.x, inputs.sizes
+    shapes, float_shapes = kernels.mixer_kept_shapes(sizes)
+    out = x.new_empty(sizes.batch, sizes.length, sizes.channels if sizes.out is None else sizes.out)
+    kept = [x.new_empty(shape) for shape in shapes]
+    return _filled_up(out, *kept, *(x.new_empty(shape, dtype=torch.float32) for shape in float_shapes))
+
+
+def _filled_up(*results: Tensor) -> tuple[Tensor | None, ...]:
+    """Add what a backend does not keep: an op returns the same number of tensors whatever the backend."""
+    return *results, *[None] * (1 + _KEPT - len(results))
+
+
+_mixer = define("bidirectional_mixer", _INPUTS, f"({', '.join(['Tensor'] * (1 + _KEPT))})", run=_run, fake=_shape)
+_mixer_backward = define(
+    "bidirectional_mixer_backward",
+    f"Tensor dout, {_INPUTS}, Tensor[] kept",
+    "(Tensor, Tensor, Tensor[], Tensor[], Tensor)",
+    run=lambda kernels, dout, *rest: kernels.mixer_backward(dout, MixerInputs.of(*rest[:-1]), rest[-1]),
+    fake=lambda kernels, dout, x, in_weight, forward, backward, out_weight, kept: (
+        fresh(x),
+        fresh(in_weight),
+        [fresh(weight) for weight in forward],
+        [fresh(weight) for weight in backward],
+        fresh(out_weight),
+    ),
 )
-
-
-@torch.library.custom_op("famba::bidirectional_mixer", mutates_args=(), schema=_SCHEMA)
-def _mixer(
-    x: Tensor,
-    in_weight: Tensor,
-    forward: Sequence[Tensor],
-    backward: Sequence[Tensor],
-    out_weight: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
-        return _kernels(backend).mixer(x, in_weight, forward, backward, out_weight)
-
-
-@_mixer.register_fake
-def _mixer_shape(
-    x: Tensor,
-    in_weight: Tensor,
-    forward: Sequence[Tensor],
-    backward: Sequence[Tensor],
-    out_weight: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, length, _ = x.shape
-    channels = in_weight.shape[0] // 2
-    projected, states = forward[2].shape[0], forward[5].shape[1]
-    shapes = _kernels(backend).mixer_kept_shapes(batch, length, channels, projected, states)
-    u, from_u, from_u_back, *entering = (
-        x.new_empty(shape, dtype=x.dtype if i < 3 else torch.float32) for i, shape in enumerate(shapes)
-    )
-    out = x.new_empty(batch, length, channels if out_weight is None else out_weight.shape[0])
-    return out, u, from_u, from_u_back, entering[0], entering[1]
-
-
-@torch.library.custom_op("famba::bidirectional_mixer_backward", mutates_args=(), schema=_BACKWARD_SCHEMA)
-def _mixer_backward(
-    dout: Tensor,
-    x: Tensor,
-    in_weight: Tensor,
-    forward: Sequence[Tensor],
-    backward: Sequence[Tensor],
-    out_weight: Tensor | None,
-    kept: Sequence[Tensor],
-    backend: str,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
-        *grads, dout_weight = _kernels(backend).mixer_backward(dout, x, in_weight, forward, backward, out_weight, kept)
-    # An op returns tensors only: an empty one stands for the gradient of a weight that is None.
-    return *grads, x.new_empty(0) if dout_weight is None else dout_weight  # type: ignore[return-value]
-
-
-@_mixer_backward.register_fake
-def _mixer_backward_shape(
-    dout: Tensor,
-    x: Tensor,
-    in_weight: Tensor,
-    forward: Sequence[Tensor],
-    backward: Sequence[Tensor],
-    out_weight: Tensor | None,
-    kept: Sequence[Tensor],
-    backend: str,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:
-    def like(tensor: Tensor) -> Tensor:
-        return tensor.new_empty(tensor.shape)
-
-    dout_weight = x.new_empty(0) if out_weight is None else like(out_weight)
-    return like(x), like(in_weight), [like(w) for w in forward], [like(w) for w in backward], dout_weight
 
 
 def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -269,20 +204,28 @@ def _gradients(ctx, dout, *_):  # type: ignore[no-untyped-def]
 _mixer.register_autograd(_gradients, setup_context=_keep)
 
 
-def _kernels(backend: str) -> MixerKernels:
-    return cast("MixerKernels", kernels(backend))
+def kept_bytes(backend: str, sizes: MixerSizes, itemsize: int) -> int | None:
+    """Count the bytes that a mixer keeps besides its inputs, for products in numbers of `itemsize` bytes.
+
+    None for a backend that has no mixer as one op. Copied weights count too.
+    """
+    found = kernels(backend)
+    if not isinstance(found, MixerKernels):
+        return None
+    shapes, float_shapes = cast("MixerKernels", found).mixer_kept_shapes(sizes)
+    return itemsize * sum(map(math.prod, shapes)) + 4 * sum(map(math.prod, float_shapes))
 
 
 def mixer_macs(
     tokens: int, d_model: int, d_inner: int, d_state: int, dt_rank: int, d_conv: int, output: bool = True
 ) -> int:
-    """Multiply-adds of a forward pass of `tokens` tokens, with or without the output projection."""
+    """Count the multiply-adds of a forward pass of `tokens` tokens, with or without the output projection."""
     projections = d_inner * d_model * (3 if output else 2)
     return tokens * (projections + 2 * _direction_macs(d_inner, d_conv, dt_rank + 2 * d_state, dt_rank, d_state))
 
 
 def _direction_macs(d_inner: int, d_conv: int, projected: int, dt_rank: int, d_state: int) -> int:
-    """Multiply-adds of one direction, per token."""
+    """Count the multiply-adds of one direction, per token."""
     return d_inner * (d_conv + projected + dt_rank) + scan_macs(1, 1, d_inner, d_state, skip=True, gate=True)
 
 

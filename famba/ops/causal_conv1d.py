@@ -1,6 +1,5 @@
-"""The causal depthwise convolution as a torch custom op."""
+"""Define the causal depthwise convolution as a torch custom op."""
 
-# Annotations are evaluated here, not postponed: torch reads an op's schema from them.
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -8,7 +7,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from famba.errors import ConfigError
 from famba.ops.checks import check_rank, check_shapes
-from famba.ops.registry import backend_of, kernels
+from famba.ops.definition import define, fresh
+from famba.ops.registry import backend_of
 
 
 def causal_conv1d(
@@ -18,7 +18,7 @@ def causal_conv1d(
     activation: str | None = None,
     reverse: bool = False,
 ) -> Float[Tensor, "b l d"]:
-    """Depthwise convolution over the length in which a position sees only itself and those before it.
+    """Convolve each channel over the length so that a position sees only itself and those before it.
 
     Args:
         x: input (b, l, d), of any floating dtype.
@@ -51,32 +51,21 @@ def causal_conv1d(
     return _conv(x, weight, bias, activation == "silu", reverse, backend_of(x))
 
 
-@torch.library.custom_op("famba::causal_conv1d", mutates_args=())
-def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool, backend: str) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
-        return kernels(backend).causal_conv1d(x, weight, bias, silu, reverse)
-
-
-@_conv.register_fake
-def _conv_shape(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool, backend: str) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("famba::causal_conv1d_backward", mutates_args=())
-def _conv_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
-        dx, dweight, dbias = kernels(backend).causal_conv1d_backward(dy, x, weight, bias, silu, reverse)
-    return dx, dweight, x.new_empty(0) if dbias is None else dbias
-
-
-@_conv_backward.register_fake
-def _conv_backward_shape(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    dbias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
+_INPUTS = "Tensor x, Tensor weight, Tensor? bias, bool silu, bool reverse"
+_conv = define(
+    "causal_conv1d",
+    _INPUTS,
+    "Tensor",
+    run=lambda kernels, *inputs: kernels.causal_conv1d(*inputs),
+    fake=lambda kernels, x, *_: x.new_empty(x.shape),
+)
+_conv_backward = define(
+    "causal_conv1d_backward",
+    f"Tensor dy, {_INPUTS}",
+    "(Tensor, Tensor, Tensor)",
+    run=lambda kernels, *inputs: kernels.causal_conv1d_backward(*inputs),
+    fake=lambda kernels, dy, x, weight, bias, *_: (fresh(x), fresh(weight), fresh(bias)),
+)
 
 
 def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -1,4 +1,4 @@
-"""Shapes and devices of an op's arguments, checked before a backend sees them."""
+"""Check shapes and devices of an op's arguments, before a backend sees them."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""The fusing of tokens as a torch custom op."""
+"""Define the fusing of tokens as a torch custom op."""
 
-# Annotations are evaluated here, not postponed: torch reads an op's schema from them.
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from famba.errors import ConfigError
 from famba.ops.checks import check_rank, check_shapes
-from famba.ops.registry import backend_of, kernels
+from famba.ops.definition import define
+from famba.ops.registry import backend_of
 
 _MOST_PLACES = 2**31 - 1
 
@@ -44,26 +44,20 @@ def fuse_tokens(
     return _fuse(x, places, weights.detach(), length, backend_of(x))
 
 
-@torch.library.custom_op("famba::fuse_tokens", mutates_args=())
-def _fuse(x: Tensor, places: Tensor, weights: Tensor, length: int, backend: str) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
-        return kernels(backend).fuse_tokens(x, places, weights, length)
-
-
-@_fuse.register_fake
-def _fuse_shape(x: Tensor, places: Tensor, weights: Tensor, length: int, backend: str) -> Tensor:
-    return x.new_empty(x.shape[0], length, x.shape[2])
-
-
-@torch.library.custom_op("famba::fuse_tokens_backward", mutates_args=())
-def _fuse_backward(dy: Tensor, places: Tensor, weights: Tensor, backend: str) -> Tensor:
-    with torch.autocast(dy.device.type, enabled=False):
-        return kernels(backend).fuse_tokens_backward(dy, places, weights)
-
-
-@_fuse_backward.register_fake
-def _fuse_backward_shape(dy: Tensor, places: Tensor, weights: Tensor, backend: str) -> Tensor:
-    return dy.new_empty(*places.shape, dy.shape[2])
+_fuse = define(
+    "fuse_tokens",
+    "Tensor x, Tensor places, Tensor weights, SymInt length",
+    "Tensor",
+    run=lambda kernels, *inputs: kernels.fuse_tokens(*inputs),
+    fake=lambda kernels, x, places, weights, length: x.new_empty(x.shape[0], length, x.shape[2]),
+)
+_fuse_backward = define(
+    "fuse_tokens_backward",
+    "Tensor dy, Tensor places, Tensor weights",
+    "Tensor",
+    run=lambda kernels, *inputs: kernels.fuse_tokens_backward(*inputs),
+    fake=lambda kernels, dy, places, weights: dy.new_empty(*places.shape, dy.shape[2]),
+)
 
 
 def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -1,6 +1,7 @@
-"""The matching of tokens as a torch custom op."""
+"""Define the matching of tokens as a torch custom op."""
 
-# Annotations are evaluated here, not postponed: torch reads an op's schema from them.
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -8,7 +9,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from famba.errors import ConfigError
 from famba.ops.checks import check_rank, check_shapes
-from famba.ops.registry import backend_of, kernels
+from famba.ops.definition import define
+from famba.ops.reference import compute_dtype
+from famba.ops.registry import Kernels, backend_of
 
 
 @torch.no_grad()
@@ -50,22 +53,19 @@ def match_tokens(
     return _match(metric, leading, protected, sizes, r, order, backend_of(metric))
 
 
-@torch.library.custom_op("famba::match_tokens", mutates_args=())
-def _match(
-    metric: Tensor, leading: int, protected: Tensor | None, sizes: Tensor | None, r: int, order: str, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(metric.device.type, enabled=False):
-        return kernels(backend).match_tokens(metric, leading, protected, sizes, r, order)
-
-
-@_match.register_fake
-def _match_shape(
-    metric: Tensor, leading: int, protected: Tensor | None, sizes: Tensor | None, r: int, order: str, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, length, _ = metric.shape
-    dtype = torch.float64 if metric.dtype == torch.float64 else torch.float32
+def _shape(kernels: Kernels, metric: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, length, _), r, dtype = metric.shape, rest[3], compute_dtype(metric)
     places = metric.new_empty(batch, length, dtype=torch.int64)
     return places, metric.new_empty(batch, length, dtype=dtype), metric.new_empty(batch, length - r, dtype=dtype)
+
+
+_match = define(
+    "match_tokens",
+    "Tensor metric, SymInt leading, Tensor? protected, Tensor? sizes, SymInt r, str order",
+    "(Tensor, Tensor, Tensor)",
+    run=lambda kernels, *inputs: kernels.match_tokens(*inputs),
+    fake=_shape,
+)
 
 
 @register_flop_formula(torch.ops.famba.match_tokens)
@@ -75,6 +75,6 @@ def _match_flops(metric, leading, protected, *args, **kwargs) -> int:  # type: i
 
 
 def match_macs(tokens: int, protected: int, channels: int) -> int:
-    """Multiply-adds of the similarities between the two halves of an image's tokens that may fuse."""
+    """Count the multiply-adds of the similarities between the two halves of an image's tokens that may fuse."""
     free = tokens - protected
     return (free // 2) * (free - free // 2) * channels

@@ -1,12 +1,13 @@
-"""The weights of a mixer's matrix products, as one batched product for both directions takes them.
+"""Lay out the weights of a mixer's matrix products as one batched product for both directions takes them.
 
 They are cast to the dtype of the products, stacked, and padded so that rows of 16-bit numbers begin at multiples of
-16 bytes: products read such rows about twice as fast. All of a mixer's weights take one multi-tensor copy, forward and
-again in the backward, so that no second copy of the weights is kept in between.
+16 bytes: products read such rows about twice as fast. All of a mixer's weights are copied at once, into one piece of
+memory that the forward keeps for the backward, so that a step casts each weight once.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from famba.ops.inputs import MixerInputs, MixerSizes
 
 _MULTIPLE = 8
 
@@ -29,9 +32,9 @@ class Columns:
     states: int
 
     @classmethod
-    def of(cls, direction: Sequence[Tensor]) -> Columns:
-        """Read both sizes off a direction's weights, in the order of `Direction`."""
-        return cls(direction[3].shape[1], direction[5].shape[1])
+    def of(cls, sizes: MixerSizes) -> Columns:
+        """Read off a mixer's sizes."""
+        return cls(sizes.rank, sizes.states)
 
     @property
     def dt(self) -> int:
@@ -71,64 +74,90 @@ class ProductWeights(NamedTuple):
     dt: Tensor
     out: Tensor | None
 
+    @staticmethod
+    def kept_shape(sizes: MixerSizes) -> tuple[int, ...]:
+        """Return the shape of what `copied` keeps."""
+        return (flat_size(_shapes(sizes)),)
+
     @classmethod
-    def of(
-        cls,
-        dtype: torch.dtype,
-        in_weight: Tensor,
-        forward: Sequence[Tensor],
-        backward: Sequence[Tensor],
-        out_weight: Tensor | None,
-    ) -> ProductWeights:
-        """Take a mixer's weights, of any dtypes; those that need no change are not copied."""
-        columns, d = Columns.of(forward), in_weight.shape[0] // 2
-        zeros = in_weight.new_zeros(2 * d * (columns.width + columns.dt), dtype=dtype)
-        x, dt = zeros.split([2 * d * columns.width, 2 * d * columns.dt])
-        stacked = cls(
-            in_weight if in_weight.dtype == dtype else _empty(in_weight, dtype),
-            x.view(2, columns.width, d),
-            dt.view(2, d, columns.dt),
-            out_weight if out_weight is None or out_weight.dtype == dtype else _empty(out_weight, dtype),
-        )
-        narrow = stacked.dt if columns.dt == columns.rank else zeros.new_empty(2, d, columns.rank)
-        xs, dts = ([side[i] for side in (forward, backward)] for i in (2, 3))
-        pairs = stacked._pairs(narrow, in_weight, xs, dts, out_weight)
-        copy_each((ours, theirs) for ours, theirs in pairs if ours is not theirs)
-        if narrow is not stacked.dt:
-            stacked.dt[..., : columns.rank].copy_(narrow)
-        return stacked
+    def copied(cls, inputs: MixerInputs) -> tuple[ProductWeights, Tensor]:
+        """Copy a mixer's weights, of any dtypes, for products in x's dtype.
 
-    def as_given(
-        self, in_weight: Tensor, forward: Sequence[Tensor], backward: Sequence[Tensor], out_weight: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor | None]:
-        """Take these gradients apart: new tensors of the given weights' shapes and dtypes.
-
-        Returns in_weight's, x_weight's and dt_weight's of each direction, and out_weight's.
+        Returns them, and the memory that `kept` finds them in. Without a cast `into` and `out` are not copied.
         """
-        # All are copied at once only where their numbers are adjacent, so those of dt without the zeros first.
-        narrow = self.dt[..., : forward[3].shape[1]].contiguous()
-        into, out = _empty(in_weight), None if out_weight is None else _empty(out_weight)
-        xs, dts = ([_empty(side[i]) for side in (forward, backward)] for i in (2, 3))
-        copy_each((theirs, ours) for ours, theirs in self._pairs(narrow, into, xs, dts, out))
-        return into, (xs[0], dts[0]), (xs[1], dts[1]), out
+        sizes = inputs.sizes
+        flat = inputs.x.new_zeros(ProductWeights.kept_shape(sizes))
+        stacked = cls.kept(flat, inputs)
+        narrow = stacked.dt
+        if narrow.shape[2] > sizes.rank:
+            narrow = flat.new_empty(2, sizes.channels, sizes.rank)
+        copy_each((ours, theirs) for ours, theirs in stacked._pairs(narrow, inputs) if ours is not theirs)
+        if narrow is not stacked.dt:
+            stacked.dt[..., : sizes.rank].copy_(narrow)
+        return stacked, flat
 
-    def _pairs(
-        self,
-        narrow: Tensor,
-        in_weight: Tensor,
-        x_weights: Sequence[Tensor],
-        dt_weights: Sequence[Tensor],
-        out_weight: Tensor | None,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    @classmethod
+    def kept(cls, flat: Tensor, inputs: MixerInputs) -> ProductWeights:
+        """Find the weights that `copied` has left in its memory."""
+        sizes = inputs.sizes
+        x, dt, *others = split_flat(flat, _shapes(sizes))
+        if sizes.cast:
+            return cls(others[0], x, dt, None if sizes.out is None else others[1])
+        return cls(inputs.in_weight, x, dt, inputs.out_weight)
+
+    def as_given(self, inputs: MixerInputs) -> MixerInputs:
+        """Take these gradients apart: new tensors of the weights' shapes and dtypes, in the weights' places."""
+        # All are copied at once only where their numbers are adjacent, so those of dt without the zeros first.
+        narrow = self.dt[..., : inputs.sizes.rank].contiguous()
+        forward, backward = (
+            side._replace(x_weight=_empty(side.x_weight), dt_weight=_empty(side.dt_weight))
+            for side in inputs.directions
+        )
+        out = None if inputs.out_weight is None else _empty(inputs.out_weight)
+        found = MixerInputs(inputs.x, _empty(inputs.in_weight), forward, backward, out)
+        copy_each((theirs, ours) for ours, theirs in self._pairs(narrow, found))
+        return found
+
+    def _pairs(self, narrow: Tensor, inputs: MixerInputs) -> Iterator[tuple[Tensor, Tensor]]:
         """Pair each part of these with the part of a mixer's weights that belongs there; narrow is dt, unpadded."""
-        yield self.into, in_weight
-        for x, dt, x_weight, dt_weight in zip(self.x, narrow, x_weights, dt_weights, strict=True):
-            rank, behind = dt_weight.shape[1], x_weight.shape[0] - dt_weight.shape[1]
-            yield x[:rank], x_weight[:rank]
-            yield x[self.dt.shape[2] :][:behind], x_weight[rank:]
-            yield dt, dt_weight
-        if self.out is not None and out_weight is not None:
-            yield self.out, out_weight
+        yield self.into, inputs.in_weight
+        for x, dt, side in zip(self.x, narrow, inputs.directions, strict=True):
+            rank, behind = side.dt_weight.shape[1], side.x_weight.shape[0] - side.dt_weight.shape[1]
+            yield x[:rank], side.x_weight[:rank]
+            yield x[self.dt.shape[2] :][:behind], side.x_weight[rank:]
+            yield dt, side.dt_weight
+        if self.out is not None and inputs.out_weight is not None:
+            yield self.out, inputs.out_weight
+
+
+def _shapes(sizes: MixerSizes) -> list[tuple[int, ...]]:
+    """Return the shapes of what is copied: x, dt, and where the products' dtype is another also into and out."""
+    d, columns = sizes.channels, Columns.of(sizes)
+    shapes: list[tuple[int, ...]] = [(2, columns.width, d), (2, d, columns.dt)]
+    if sizes.cast:
+        shapes += [(2 * d, sizes.d_model), *([] if sizes.out is None else [(sizes.out, d)])]
+    return shapes
+
+
+def flat_size(shapes: Sequence[tuple[int, ...]]) -> int:
+    """Count the numbers of a piece of memory for tensors of these shapes, each at a multiple of 8 numbers."""
+    return sum(_rounded_up(math.prod(shape)) for shape in shapes)
+
+
+def split_flat(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Return views of such memory, one of each shape."""
+    parts = flat.split([_rounded_up(math.prod(shape)) for shape in shapes])
+    return [part[: math.prod(shape)].view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def flatten(x: Tensor) -> Tensor:
+    """Return (b, l, c) as (b l, c), the rows of a product."""
+    return x.reshape(x.shape[0] * x.shape[1], x.shape[2])
+
+
+def as_tokens(rows: Tensor, like: Tensor) -> Tensor:
+    """View (b l, c) as (b, l, c), for the b and l of another tensor."""
+    return rows.view(like.shape[0], like.shape[1], rows.shape[1])
 
 
 def copy_each(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -144,9 +173,9 @@ def copy_each(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         torch._foreach_copy_([into for into, _ in alike], [source for _, source in alike])
 
 
-def _empty(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+def _empty(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
-def _rounded_up(columns: int) -> int:
-    return -(-columns // _MULTIPLE) * _MULTIPLE
+def _rounded_up(count: int) -> int:
+    return -(-count // _MULTIPLE) * _MULTIPLE

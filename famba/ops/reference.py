@@ -1,4 +1,4 @@
-"""The meaning of each op in plain torch: any dtype, any device, and the oracle of every other backend.
+"""Define each op in plain torch: any dtype, any device, and the oracle of every other backend.
 
 Forward and backward are written out, so that memory stays bounded: the scan's states, `d_state` times larger than
 its inputs, exist for one tile of images and time steps at once and are recomputed in the backward.
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from famba.ops.inputs import ScanGradients, ScanInputs
+
 # Elements of one time step's state, and of a chunk of states, that are worked on at once: large enough to
 # outweigh the cost of launching an op, small enough for a processor's second-level cache.
 _STEP_ELEMENTS = 2**17
@@ -22,96 +24,53 @@ _CHUNK_ELEMENTS = 2**19
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which an op on `x` is worked out: float64 for float64, float32 otherwise."""
+    """Return the dtype in which an op on `x` is worked out: float64 for float64, float32 otherwise."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def scan_state_shape(batch: int, length: int, channels: int, states: int) -> tuple[int, ...]:
-    """Shape of what the forward scan keeps for its backward: nothing."""
+    """Return the shape of what the forward scan keeps for its backward: nothing."""
     return (0,)
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """Mamba's selective scan (Gu and Dao 2023, arXiv 2312.00752, Algorithm 2), gated by silu(z).
+def selective_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """Run Mamba's selective scan (Gu and Dao 2023, arXiv 2312.00752, Algorithm 2), gated by silu(z).
 
     h[t] = exp(delta[t] A) h[t - 1] + delta[t] u[t] B[t];  y[t] = (C[t] . h[t] + D u[t]) silu(z[t]).
     Returns y (b, l, d) in u's dtype, and an empty tensor.
     """
-    scan = _Scan(u, delta, A, B, C, z, delta_bias, delta_softplus, reverse)
-    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    scan = _Scan(inputs)
+    y = torch.empty(inputs.u.shape, dtype=inputs.u.dtype, device=inputs.u.device)
     for rows in scan.row_tiles():
         state = scan.initial_state(rows)
         for steps in scan.chunks():
             chunk = scan.load(rows, steps)
             states = scan.run(chunk, state)[0]
             state = states[-1].clone()
-            out = _read_out(states, chunk.C, chunk.u, D)
+            out = scan.read_out(states, chunk)
             if chunk.z is not None:
                 out = out * F.silu(chunk.z)
             scan.store(y, rows, steps, out)
-    batch, length, channels = u.shape
-    return y, u.new_empty(scan_state_shape(batch, length, channels, A.shape[1]), dtype=scan.dtype)
+    return y, y.new_empty(0, dtype=scan.dtype)
 
 
-def selective_scan_backward(
-    dy: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    state: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of u, delta, A, B, C, D, z and delta_bias, each in its input's dtype; None for an input of None."""
-    scan = _Scan(u, delta, A, B, C, z, delta_bias, delta_softplus, reverse)
-    channels = torch.zeros(u.shape[-1], dtype=scan.dtype, device=u.device)
-    grads = _Gradients(
-        u=torch.empty_like(u, memory_format=torch.contiguous_format),
-        delta=torch.empty_like(delta, memory_format=torch.contiguous_format),
-        A=torch.zeros_like(scan.A),
-        B=torch.empty_like(B, memory_format=torch.contiguous_format),
-        C=torch.empty_like(C, memory_format=torch.contiguous_format),
-        D=channels.clone(),
-        z=None if z is None else torch.empty_like(z, memory_format=torch.contiguous_format),
-        delta_bias=channels.clone(),
-    )
+def selective_scan_backward(dy: Tensor, inputs: ScanInputs, state: Tensor) -> ScanGradients:
+    """Return the gradients; `state` is the forward's empty tensor."""
+    scan = _Scan(inputs)
+    # Those of activations are written in their own dtypes, those of parameters added up and then cast.
+    grads = _ScanBackward(scan)
     for rows in scan.row_tiles():
         entering = _entering_states(scan, rows)
         carry = scan.initial_state(rows)
         for steps, start in reversed(list(zip(scan.chunks(), entering, strict=True))):
             chunk = scan.load(rows, steps)
             out = dy[rows, steps].transpose(0, 1).to(scan.dtype)
-            carry = _chunk_backward(scan, grads, rows, steps, chunk, out.flip(0) if reverse else out, start, carry, D)
-    return (
-        grads.u,
-        grads.delta,
-        grads.A.t().to(A.dtype).contiguous(),
-        grads.B,
-        grads.C,
-        None if D is None else grads.D.to(D.dtype),
-        grads.z,
-        None if delta_bias is None else grads.delta_bias.to(delta_bias.dtype),
-    )
+            carry = grads.add(rows, steps, chunk, out.flip(0) if inputs.reverse else out, start, carry)
+    return grads.results()
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
-    """Depthwise convolution over the length that sees only the past (the future where `reverse`).
+    """Convolve each channel over the length that sees only the past (the future where `reverse`).
 
     x (b, l, d), weight (d, width), bias (d,). Returns (b, l, d) in x's dtype.
     """
@@ -122,7 +81,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, re
 def causal_conv1d_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of x, weight and bias, each in its input's dtype."""
+    """Return the gradients of x, weight and bias, each in its input's dtype."""
     grad = dy.to(compute_dtype(x))
     if silu:
         grad = grad * _silu_slope(_conv_linear(x, weight, bias, reverse))
@@ -149,7 +108,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
 def add_rms_norm_backward(
     dnormed: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the sum (which are those of x and of the residual) and of weight."""
+    """Return the gradients of the sum (which are those of x and of the residual) and of weight."""
     inverse = _inverse_rms(total, eps)
     normed = total * inverse
     grad = dnormed.to(total.dtype)
@@ -173,7 +132,7 @@ def fuse_tokens(x: Tensor, places: Tensor, weights: Tensor, length: int) -> Tens
 
 
 def fuse_tokens_backward(dy: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-    """Gradient of the tokens, (b, l, c) in dy's dtype."""
+    """Return the gradient of the tokens, (b, l, c) in dy's dtype."""
     index = places.unsqueeze(2).expand(-1, -1, dy.shape[2])
     return (dy.gather(1, index) * weights.to(compute_dtype(dy)).unsqueeze(2)).to(dy.dtype)
 
@@ -206,7 +165,7 @@ def match_tokens(
 def split_alternately(
     leading: int, protected: Tensor | None, length: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Places of the tokens of set A and of set B, ascending, (1 or b, their number).
+    """Return the places of the tokens of set A and of set B, ascending, (1 or b, their number).
 
     Of the tokens that belong to neither, `leading` stand at the head, or `protected` has their places (1 or b, p).
     """
@@ -216,7 +175,7 @@ def split_alternately(
 
 
 def group_shares(places: Tensor, sizes: Tensor | None, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Each token's share of its place's size (b, l), exactly 1 where it stands alone, and the sizes (b, length)."""
+    """Return each token's share of its place's size (b, l), exactly 1 for one alone, and the sizes (b, length)."""
     if sizes is None:
         sizes = torch.ones(places.shape, dtype=dtype, device=places.device)
     sizes = sizes.to(dtype)
@@ -225,7 +184,7 @@ def group_shares(places: Tensor, sizes: Tensor | None, length: int, dtype: torch
 
 
 def _closest_pairs(metric: Tensor, in_a: Tensor, in_b: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Places (b, r) of the tokens of A that fuse, and of the tokens of B that they join."""
+    """Return the places (b, r) of the tokens of A that fuse, and of the tokens of B that they join."""
     batch = metric.shape[0]
     unit = F.normalize(metric.to(compute_dtype(metric)), dim=-1)
     similarity = _take(unit, in_a) @ _take(unit, in_b).transpose(1, 2)
@@ -237,7 +196,7 @@ def _closest_pairs(metric: Tensor, in_a: Tensor, in_b: Tensor, r: int) -> tuple[
 
 
 def _free_places(leading: int, protected: Tensor | None, length: int, device: torch.device) -> Tensor:
-    """Places of the tokens that may fuse, ascending, (1 or b, length - p)."""
+    """Return the places of the tokens that may fuse, ascending, (1 or b, length - p)."""
     if protected is None:
         return torch.arange(leading, length, device=device).unsqueeze(0)
     free = torch.arange(length - protected.shape[1], device=device).unsqueeze(0)
@@ -247,29 +206,15 @@ def _free_places(leading: int, protected: Tensor | None, length: int, device: to
 
 
 def _take(x: Tensor, places: Tensor) -> Tensor:
-    """Rows of x (b, l, c) at places (1 or b, k)."""
+    """Return the rows of x (b, l, c) at places (1 or b, k)."""
     if places.shape[0] == 1:
         return x.index_select(1, places[0])
     return x.gather(1, places.unsqueeze(2).expand(-1, -1, x.shape[2]))
 
 
 @dataclass
-class _Gradients:
-    """Where the backward of the scan gathers; A is (n, d)."""
-
-    u: Tensor
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor
-    z: Tensor | None
-    delta_bias: Tensor
-
-
-@dataclass
 class _Chunk:
-    """The inputs of some time steps of some images, (t, b, channels), in the order in which the scan meets them."""
+    """Hold the inputs of some steps of some images, (t, b, channels), in the order in which the scan meets them."""
 
     u: Tensor
     delta: Tensor
@@ -280,70 +225,48 @@ class _Chunk:
 
 
 class _Scan:
-    """The inputs of a scan, cut into tiles of images (rows) and chunks of time steps."""
+    """Hold the inputs of a scan, cut into tiles of images (rows) and chunks of time steps."""
 
-    def __init__(
-        self,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        delta_softplus: bool,
-        reverse: bool,
-    ) -> None:
-        self.dtype = compute_dtype(u)
-        self.u, self.delta, self.B, self.C, self.z = u, delta, B, C, z
+    def __init__(self, inputs: ScanInputs) -> None:
+        self.inputs, self.dtype = inputs, compute_dtype(inputs.u)
         # (n, d): with the channels innermost every elementwise op runs over contiguous memory.
-        self.A = A.t().to(self.dtype).contiguous()
-        self.delta_bias = None if delta_bias is None else delta_bias.to(self.dtype)
-        self.delta_softplus = delta_softplus
-        self.reverse = reverse
+        self.A = inputs.A.t().to(self.dtype).contiguous()
+        self.D, self._bias = (None if x is None else x.to(self.dtype) for x in (inputs.D, inputs.delta_bias))
         self._buffers: dict[str, Tensor] = {}
         step = max(1, self.A.numel())
-        self._rows = max(1, min(u.shape[0], _STEP_ELEMENTS // step))
-        self._steps = max(1, min(u.shape[1], _CHUNK_ELEMENTS // (step * self._rows)))
+        self._rows = max(1, min(inputs.u.shape[0], _STEP_ELEMENTS // step))
+        self._steps = max(1, min(inputs.u.shape[1], _CHUNK_ELEMENTS // (step * self._rows)))
 
     def row_tiles(self) -> Iterator[slice]:
-        for start in range(0, self.u.shape[0], self._rows):
-            yield slice(start, min(start + self._rows, self.u.shape[0]))
+        for start in range(0, self.inputs.u.shape[0], self._rows):
+            yield slice(start, min(start + self._rows, self.inputs.u.shape[0]))
 
     def chunks(self) -> list[slice]:
-        """Chunks of time steps in the order in which the scan meets them."""
-        length = self.u.shape[1]
+        """Return the chunks of time steps in the order in which the scan meets them."""
+        length = self.inputs.u.shape[1]
         chunks = [slice(i, min(i + self._steps, length)) for i in range(0, length, self._steps)]
-        return chunks[::-1] if self.reverse else chunks
+        return chunks[::-1] if self.inputs.reverse else chunks
 
     def initial_state(self, rows: slice) -> Tensor:
-        """A state (b, n, d) of zeros."""
+        """Return a state (b, n, d) of zeros."""
         return torch.zeros(rows.stop - rows.start, *self.A.shape, dtype=self.dtype, device=self.A.device)
 
     def load(self, rows: slice, steps: slice) -> _Chunk:
         def take(x: Tensor) -> Tensor:
             x = x[rows, steps].transpose(0, 1).to(self.dtype)
-            return x.flip(0) if self.reverse else x.contiguous()
+            return x.flip(0) if self.inputs.reverse else x.contiguous()
 
-        delta = take(self.delta)
-        if self.delta_bias is not None:
-            delta = delta + self.delta_bias
+        u, delta, _, B, C, _, z, _, softplus, _ = self.inputs
+        delta = take(delta) if self._bias is None else take(delta) + self._bias
         slope = None
-        if self.delta_softplus:
+        if softplus:
             slope = torch.sigmoid(delta)
             # The same as softplus, which is several times slower in torch's CPU build.
             delta = -F.logsigmoid(-delta)
-        return _Chunk(
-            u=take(self.u),
-            delta=delta,
-            slope=slope,
-            B=take(self.B),
-            C=take(self.C),
-            z=None if self.z is None else take(self.z),
-        )
+        return _Chunk(take(u), delta, slope, take(B), take(C), None if z is None else take(z))
 
     def buffer(self, name: str, steps: int, rows: int) -> Tensor:
-        """Memory (steps, rows, n, d) that each chunk uses again: fresh pages cost more than the arithmetic."""
+        """Return memory (steps, rows, n, d) that each chunk uses again: fresh pages cost more than the arithmetic."""
         if name not in self._buffers:
             size = (self._steps + 1) * self._rows * self.A.numel()
             self._buffers[name] = torch.empty(size, dtype=self.dtype, device=self.A.device)
@@ -351,7 +274,7 @@ class _Scan:
         return self._buffers[name][: math.prod(shape)].view(shape)
 
     def run(self, chunk: _Chunk, state: Tensor) -> tuple[Tensor, Tensor]:
-        """States after each step, after the one that enters, and decays: (t + 1, b, n, d) and (t, b, n, d).
+        """Return the states after each step, after the one that enters, and decays: (t + 1, b, n, d) and (t, b, n, d).
 
         Both are overwritten by the next call.
         """
@@ -367,70 +290,84 @@ class _Scan:
         return states, decay
 
     def store(self, out: Tensor, rows: slice, steps: slice, value: Tensor) -> None:
-        out[rows, steps] = (value.flip(0) if self.reverse else value).transpose(0, 1).to(out.dtype)
+        out[rows, steps] = (value.flip(0) if self.inputs.reverse else value).transpose(0, 1).to(out.dtype)
 
-
-def _read_out(states: Tensor, C: Tensor, u: Tensor, D: Tensor | None) -> Tensor:
-    """The scan's output before the gate, (t, b, d)."""
-    out = torch.matmul(C.unsqueeze(2), states[1:]).squeeze(2)
-    return out if D is None else out + D.to(u.dtype) * u
+    def read_out(self, states: Tensor, chunk: _Chunk) -> Tensor:
+        """Return the output before the gate, (t, b, d)."""
+        out = torch.matmul(chunk.C.unsqueeze(2), states[1:]).squeeze(2)
+        return out if self.D is None else out + self.D * chunk.u
 
 
 def _entering_states(scan: _Scan, rows: slice) -> list[Tensor]:
-    """The state with which the scan enters each chunk."""
+    """Return the states with which the scan enters each chunk."""
     entering = [scan.initial_state(rows)]
     for steps in scan.chunks()[:-1]:
         entering.append(scan.run(scan.load(rows, steps), entering[-1])[0][-1].clone())
     return entering[: len(scan.chunks())]
 
 
-def _chunk_backward(
-    scan: _Scan,
-    grads: _Gradients,
-    rows: slice,
-    steps: slice,
-    chunk: _Chunk,
-    dy: Tensor,
-    start: Tensor,
-    carry: Tensor,
-    D: Tensor | None,
-) -> Tensor:
-    """Add one chunk's gradients; `carry` is the gradient of its last state from later chunks.
+class _ScanBackward:
+    """Gather the gradients of a scan chunk by chunk; A's is (n, d)."""
 
-    Returns the gradient of the state that enters the chunk.
-    """
-    states, decay = scan.run(chunk, start)
-    if chunk.z is not None and grads.z is not None:
-        out = _read_out(states, chunk.C, chunk.u, D)
-        scan.store(grads.z, rows, steps, dy * out * _silu_slope(chunk.z))
-        dy = dy * F.silu(chunk.z)
+    def __init__(self, scan: _Scan) -> None:
+        self._scan = scan
+        u, delta, _, B, C, _, z, *_ = scan.inputs
+        self._u, self._delta, self._B, self._C = (_like(x) for x in (u, delta, B, C))
+        self._z = None if z is None else _like(z)
+        self._A = torch.zeros_like(scan.A)
+        self._D, self._bias = scan.A.new_zeros(2, u.shape[2])
 
-    scan.store(grads.C, rows, steps, torch.matmul(states[1:], dy.unsqueeze(3)).squeeze(3))
-    dstates = scan.buffer("dstates", *dy.shape[:2])
-    torch.mul(dy.unsqueeze(2), chunk.C.unsqueeze(3), out=dstates)
-    dstates[-1] += carry
-    by_step = dstates.unbind()[::-1]
-    for rate, after, before in zip(decay.unbind()[:0:-1], by_step, by_step[1:], strict=False):
-        before.addcmul_(rate, after)
-    carry = decay[0] * dstates[0]
+    def add(self, rows: slice, steps: slice, chunk: _Chunk, dy: Tensor, start: Tensor, carry: Tensor) -> Tensor:
+        """Add one chunk's gradients; `carry` is the gradient of its last state from later chunks.
 
-    weighted_u = chunk.delta * chunk.u
-    scan.store(grads.B, rows, steps, torch.matmul(dstates, weighted_u.unsqueeze(3)).squeeze(3))
-    dweighted_u = torch.matmul(chunk.B.unsqueeze(2), dstates).squeeze(2)
-    dexponent = decay.mul_(dstates).mul_(states[:-1])
-    ddelta = torch.mul(dexponent, scan.A, out=dstates).sum(2) + dweighted_u * chunk.u
-    grads.A += dexponent.mul_(chunk.delta.unsqueeze(2)).sum((0, 1))
-    if chunk.slope is not None:
-        ddelta = ddelta * chunk.slope
-    scan.store(grads.delta, rows, steps, ddelta)
-    grads.delta_bias += ddelta.sum((0, 1))
+        Returns the gradient of the state that enters the chunk.
+        """
+        scan = self._scan
+        states, decay = scan.run(chunk, start)
+        if chunk.z is not None and self._z is not None:
+            scan.store(self._z, rows, steps, dy * scan.read_out(states, chunk) * _silu_slope(chunk.z))
+            dy = dy * F.silu(chunk.z)
 
-    du = dweighted_u * chunk.delta
-    if D is not None:
-        du = du + dy * D.to(dy.dtype)
-        grads.D += (dy * chunk.u).sum((0, 1))
-    scan.store(grads.u, rows, steps, du)
-    return carry
+        scan.store(self._C, rows, steps, torch.matmul(states[1:], dy.unsqueeze(3)).squeeze(3))
+        dstates = scan.buffer("dstates", *dy.shape[:2])
+        torch.mul(dy.unsqueeze(2), chunk.C.unsqueeze(3), out=dstates)
+        dstates[-1] += carry
+        by_step = dstates.unbind()[::-1]
+        for rate, after, before in zip(decay.unbind()[:0:-1], by_step, by_step[1:], strict=False):
+            before.addcmul_(rate, after)
+        carry = decay[0] * dstates[0]
+
+        weighted_u = chunk.delta * chunk.u
+        scan.store(self._B, rows, steps, torch.matmul(dstates, weighted_u.unsqueeze(3)).squeeze(3))
+        dweighted_u = torch.matmul(chunk.B.unsqueeze(2), dstates).squeeze(2)
+        dexponent = decay.mul_(dstates).mul_(states[:-1])
+        ddelta = torch.mul(dexponent, scan.A, out=dstates).sum(2) + dweighted_u * chunk.u
+        self._A += dexponent.mul_(chunk.delta.unsqueeze(2)).sum((0, 1))
+        if chunk.slope is not None:
+            ddelta = ddelta * chunk.slope
+        scan.store(self._delta, rows, steps, ddelta)
+        self._bias += ddelta.sum((0, 1))
+
+        du = dweighted_u * chunk.delta
+        if scan.D is not None:
+            du = du + dy * scan.D
+            self._D += (dy * chunk.u).sum((0, 1))
+        scan.store(self._u, rows, steps, du)
+        return carry
+
+    def results(self) -> ScanGradients:
+        """Return all in their inputs' dtypes."""
+        inputs = self._scan.inputs
+        dA = self._A.t().to(inputs.A.dtype).contiguous()
+        dD, dbias = (
+            None if x is None else total.to(x.dtype, copy=True)
+            for x, total in ((inputs.D, self._D), (inputs.delta_bias, self._bias))
+        )
+        return ScanGradients(self._u, self._delta, dA, self._B, self._C, dD, self._z, dbias)
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _silu_slope(x: Tensor) -> Tensor:
@@ -439,7 +376,7 @@ def _silu_slope(x: Tensor) -> Tensor:
 
 
 def _conv_windows(length: int, width: int, reverse: bool) -> Iterator[tuple[slice, slice]]:
-    """For each tap of the kernel, the positions it reads and those it writes."""
+    """Give for each tap of the kernel the positions it reads and those it writes."""
     for k in range(width):
         shift = min(width - 1 - k, length)
         early, late = slice(0, length - shift), slice(shift, length)

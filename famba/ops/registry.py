@@ -1,4 +1,4 @@
-"""Which backend serves which device, and why another does not."""
+"""Choose the backend that serves a device, and say why another does not."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from famba.errors import BackendError, near_miss
-from famba.ops.availability import triton_obstacle, triton_on_request
-from famba.ops.mamba_ssm import extensions
+from famba.ops.availability import mamba_ssm_obstacle, triton_obstacle, triton_on_request
+from famba.ops.inputs import ScanGradients, ScanInputs
 from famba.ops.native import library
 
 AUTO = "auto"
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 @runtime_checkable
 class Kernels(Protocol):
-    """What a backend's module provides; `famba.ops.reference` says what each function means.
+    """List what a backend's module provides; `famba.ops.reference` says what each function means.
 
     `selective_scan` returns its result and a state for its backward, of shape `scan_state_shape`, in float32, or in
     float64 where u is.
@@ -37,34 +37,10 @@ class Kernels(Protocol):
     def scan_state_shape(batch: int, length: int, channels: int, states: int) -> tuple[int, ...]: ...
 
     @staticmethod
-    def selective_scan(
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        delta_softplus: bool,
-        reverse: bool,
-    ) -> tuple[Tensor, Tensor]: ...
+    def selective_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]: ...
 
     @staticmethod
-    def selective_scan_backward(
-        dy: Tensor,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        delta_softplus: bool,
-        reverse: bool,
-        state: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]: ...
+    def selective_scan_backward(dy: Tensor, inputs: ScanInputs, state: Tensor) -> ScanGradients: ...
 
     @staticmethod
     def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor: ...
@@ -96,7 +72,7 @@ class Kernels(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """Where a backend's kernels lie and when they can be used.
+    """Say where a backend's kernels lie and when they can be used.
 
     module: imported at first use. devices: the torch device types it serves, None for all. obstacle: None where it
     works here, else the reason and behind a semicolon the remedy. dtypes: what an op's first input may be, None for
@@ -116,7 +92,7 @@ _HALF = (torch.float32, torch.bfloat16, torch.float16)
 # In the order in which "auto" prefers them.
 _BACKENDS: dict[str, Backend] = {
     "triton": Backend("famba.ops.triton", ("cuda",), triton_obstacle, _HALF, triton_on_request),
-    "mamba_ssm": Backend("famba.ops.mamba_ssm.backend", ("cuda",), extensions.obstacle, _HALF),
+    "mamba_ssm": Backend("famba.ops.mamba_ssm", ("cuda",), mamba_ssm_obstacle, _HALF),
     "native": Backend("famba.ops.native", ("cpu",), library.obstacle, dtypes=(torch.float32, torch.bfloat16)),
     "reference": Backend("famba.ops.reference", None, lambda: None),
 }
@@ -244,7 +220,7 @@ def _passed_over(backend: Backend, device: str, dtype: torch.dtype) -> str | Non
 
 
 def kernels(name: str) -> Kernels:
-    """The functions of a backend that `resolve` named."""
+    """Import the functions of a backend that `resolve` named."""
     return cast("Kernels", importlib.import_module(_BACKENDS[name].module))
 
 
@@ -254,12 +230,12 @@ def _asked_for() -> str:
 
 @torch.compiler.assume_constant_result
 def _obstacle(name: str) -> str | None:
-    """What hinders a backend; not traced by torch.compile, since it looks at files."""
+    """Say what hinders a backend; not traced by torch.compile, since it looks at files."""
     return _BACKENDS[name].obstacle()
 
 
 def _serves_device(backend: Backend, device: str) -> bool:
-    """Whether "auto" may choose a backend for a device type."""
+    """Return whether "auto" may choose a backend for a device type."""
     return (backend.devices is None or device in backend.devices) and device not in backend.on_request()
 
 

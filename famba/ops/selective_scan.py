@@ -1,13 +1,17 @@
-"""The selective scan as a torch custom op."""
+"""Define the selective scan as a torch custom op."""
 
-# Annotations are evaluated here, not postponed: torch reads an op's schema from them.
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from famba.ops.checks import check_rank, check_shapes
-from famba.ops.registry import backend_of, kernels
+from famba.ops.definition import define, fresh
+from famba.ops.inputs import ScanGradients, ScanInputs
+from famba.ops.reference import compute_dtype
+from famba.ops.registry import Kernels, backend_of
 
 
 def selective_scan(
@@ -22,7 +26,7 @@ def selective_scan(
     delta_softplus: bool = False,
     reverse: bool = False,
 ) -> Float[Tensor, "b l d"]:
-    """Mamba's selective scan over the length (Gu and Dao 2023, arXiv 2312.00752, Algorithm 2).
+    """Run Mamba's selective scan over the length (Gu and Dao 2023, arXiv 2312.00752, Algorithm 2).
 
     With delta' = softplus(delta + delta_bias) where `delta_softplus`, else delta + delta_bias:
     h[t] = exp(delta'[t] A) h[t - 1] + delta'[t] u[t] B[t];  y[t] = (C[t] . h[t] + D u[t]) silu(z[t]).
@@ -65,98 +69,33 @@ def selective_scan(
     return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend_of(u))[0]
 
 
-@torch.library.custom_op("famba::selective_scan", mutates_args=())
-def _scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    with torch.autocast(u.device.type, enabled=False):
-        return kernels(backend).selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+_INPUTS = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+    "bool delta_softplus, bool reverse"
+)
 
 
-@_scan.register_fake
-def _scan_shape(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    batch, length, channels = u.shape
-    state = kernels(backend).scan_state_shape(batch, length, channels, A.shape[1])
-    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-    return u.new_empty(u.shape), u.new_empty(state, dtype=dtype)
+def _shape(kernels: Kernels, *given: Any) -> tuple[Tensor, Tensor]:
+    inputs = ScanInputs(*given)
+    batch, length, channels = inputs.u.shape
+    state = kernels.scan_state_shape(batch, length, channels, inputs.A.shape[1])
+    return inputs.u.new_empty(inputs.u.shape), inputs.u.new_empty(state, dtype=compute_dtype(inputs.u))
 
 
-@torch.library.custom_op("famba::selective_scan_backward", mutates_args=())
-def _scan_backward(
-    dy: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    state: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(u.device.type, enabled=False):
-        du, ddelta, dA, dB, dC, dD, dz, dbias = kernels(backend).selective_scan_backward(
-            dy, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, state
-        )
-    # An op returns tensors only: an empty one stands for the gradient of an input that is None.
-    none = u.new_empty(0)
-    return (
-        du,
-        ddelta,
-        dA,
-        dB,
-        dC,
-        none if dD is None else dD,
-        none.clone() if dz is None else dz,
-        none.clone() if dbias is None else dbias,
-    )
-
-
-@_scan_backward.register_fake
-def _scan_backward_shape(
-    dy: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    state: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def like(x: Tensor | None) -> Tensor:
-        return u.new_empty(0) if x is None else x.new_empty(x.shape)
-
-    return like(u), like(delta), like(A), like(B), like(C), like(D), like(z), like(delta_bias)
+_scan = define(
+    "selective_scan",
+    _INPUTS,
+    "(Tensor, Tensor)",
+    run=lambda kernels, *inputs: kernels.selective_scan(ScanInputs(*inputs)),
+    fake=_shape,
+)
+_scan_backward = define(
+    "selective_scan_backward",
+    f"Tensor dy, {_INPUTS}, Tensor state",
+    f"({', '.join(['Tensor'] * len(ScanGradients._fields))})",
+    run=lambda kernels, dy, *rest: kernels.selective_scan_backward(dy, ScanInputs(*rest[:-1]), rest[-1]),
+    fake=lambda kernels, dy, *inputs: [fresh(x) for x in inputs[: len(ScanGradients._fields)]],
+)
 
 
 def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -179,7 +118,7 @@ _scan.register_autograd(_gradients, setup_context=_keep)
 
 
 def scan_macs(batch: int, length: int, channels: int, states: int, skip: bool, gate: bool) -> int:
-    """Multiply-adds of a forward scan.
+    """Count the multiply-adds of a forward scan.
 
     Per token, channel and state four (delta A, the decayed state, the input's share, C h); per token and channel
     one for delta u, and one each for the skip and the gate. Exponentials are not counted.

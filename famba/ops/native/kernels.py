@@ -1,12 +1,15 @@
-"""The ops on CPUs by compiled kernels; `famba.ops.reference` says what each means."""
+"""Run the ops on CPUs by compiled kernels; `famba.ops.reference` says what each means."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from famba.errors import ConfigError
-from famba.ops.native.library import Array, Conv, Fuse, Norm, Scan, call, dtype_code, threads
+from famba.ops.inputs import ScanGradients, ScanInputs
+from famba.ops.native.library import Conv, Fuse, Norm, Scan, call
 
 # The scan keeps the states that enter each chunk of at most this many steps; shorter sequences keep none.
 # A chunk's states then fit a processor's second-level cache in the backward.
@@ -14,144 +17,102 @@ _CHUNK = 384
 
 
 def scan_chunk(length: int) -> int:
-    """Steps between two kept states: chunks as equal as can be."""
+    """Return the steps between two kept states: chunks as equal as can be."""
     chunks = max(1, -(-length // _CHUNK))
     return max(1, -(-length // chunks))
 
 
 def scan_state_shape(batch: int, length: int, channels: int, states: int) -> tuple[int, ...]:
-    """Shape of the states that the forward scan keeps for its backward."""
+    """Return the shape of the states that the forward scan keeps for its backward."""
     chunks = max(1, -(-length // scan_chunk(length)))
     return (batch, chunks - 1, channels, states)
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+def selective_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """Return y and the states that enter the later chunks."""
-    batch, length, channels = u.shape
-    dtype = u.dtype
-    u = u.to(_common_dtype(u, delta, B, C, z))
-    y = torch.empty(u.shape, dtype=u.dtype)
-    state = torch.empty(scan_state_shape(batch, length, channels, A.shape[1]))
-    scan = ScanArguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, state)
-    scan.forward(y)
-    return y.to(dtype), state
+    scan = readable(inputs)
+    y = torch.empty(scan.u.shape, dtype=scan.u.dtype)
+    batch, length, channels = y.shape
+    state = torch.empty(scan_state_shape(batch, length, channels, inputs.A.shape[1]))
+    run_scan(scan, state, y)
+    return y.to(inputs.u.dtype), state
 
 
-def selective_scan_backward(
-    dy: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    state: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of the inputs, each in its input's dtype."""
-    dtype = u.dtype
-    u = u.to(_common_dtype(u, delta, B, C, z))
-    scan = ScanArguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, state.contiguous())
-    du, ddelta, dB, dC = (torch.empty(x.shape, dtype=u.dtype) for x in (u, delta, B, C))
-    dz = None if z is None else torch.empty(z.shape, dtype=u.dtype)
-    dA, dD, dbias = scan.backward(dy, du, ddelta, dB, dC, dz)
-    return (
-        du.to(dtype),
-        ddelta.to(delta.dtype),
-        dA.to(A.dtype),
-        dB.to(B.dtype),
-        dC.to(C.dtype),
-        None if D is None else dD.to(D.dtype),
-        None if z is None or dz is None else dz.to(z.dtype),
-        None if delta_bias is None else dbias.to(delta_bias.dtype),
-    )
+def selective_scan_backward(dy: Tensor, inputs: ScanInputs, state: Tensor) -> ScanGradients:
+    """Return the gradients of the inputs, each in its input's dtype."""
+    scan = readable(inputs)
+    du, ddelta, dB, dC = (torch.empty(x.shape, dtype=scan.u.dtype) for x in (scan.u, scan.delta, scan.B, scan.C))
+    dz = None if scan.z is None else torch.empty(scan.z.shape, dtype=scan.u.dtype)
+    dA, dD, dbias = run_scan_backward(scan, state.contiguous(), dy, du=du, ddelta=ddelta, dB=dB, dC=dC, dz=dz)
+    return ScanGradients.cast(inputs, du, ddelta, dA, dB, dC, dD, dz, dbias)
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
     """Return y."""
     y = torch.empty(x.shape, dtype=x.dtype)
-    ConvArguments(x, weight, bias, silu, reverse).forward(y)
+    convolve(x, weight, bias, silu, reverse, y)
     return y
 
 
 def causal_conv1d_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of x, weight and bias, each in its input's dtype."""
+    """Return the gradients of x, weight and bias, each in its input's dtype."""
     dx = torch.empty(x.shape, dtype=x.dtype)
-    dweight, dbias = ConvArguments(x, weight, bias, silu, reverse).backward(dy, dx)
+    dweight, dbias = convolve_backward(dy, x, weight, bias, silu, reverse, dx)
     return dx, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return the normed sum and the sum."""
-    x, residual, weight = x.contiguous(), _parameter(residual), parameter(weight)
     normed, total = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape)
-    norm = Norm(rows=x.shape[0] * x.shape[1], channels=x.shape[2], dtype=dtype_code(x.dtype), eps=eps)
-    norm.threads, norm.x, norm.residual = threads(), x.data_ptr(), address(residual)
-    norm.weight, norm.normed, norm.total = weight.data_ptr(), normed.data_ptr(), total.data_ptr()
-    call("norm_forward", norm)
+    given = {"x": x.contiguous(), "residual": _parameter(residual), "weight": parameter(weight)}
+    _norm("norm_forward", x, eps, **given, normed=normed, total=total)
     return normed, total
 
 
 def add_rms_norm_backward(
     dnormed: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the sum and of weight."""
-    dnormed, dtotal, weights, total = dnormed.contiguous(), parameter(dtotal), parameter(weight), parameter(total)
+    """Return the gradients of the sum and of weight."""
     grad, dweight = torch.empty(total.shape), torch.empty(weight.shape)
-    norm = Norm(rows=total.shape[0] * total.shape[1], channels=total.shape[2], dtype=dtype_code(dnormed.dtype), eps=eps)
-    norm.threads, norm.dnormed, norm.dtotal = threads(), dnormed.data_ptr(), dtotal.data_ptr()
-    norm.total, norm.weight = total.data_ptr(), weights.data_ptr()
-    norm.grad, norm.dweight = grad.data_ptr(), dweight.data_ptr()
-    call("norm_backward", norm)
+    given = {"dtotal": parameter(dtotal), "total": parameter(total), "weight": parameter(weight)}
+    _norm("norm_backward", dnormed, eps, dnormed=dnormed.contiguous(), **given, grad=grad, dweight=dweight)
     return grad, dweight.to(weight.dtype)
+
+
+def _norm(kernel: str, like: Tensor, eps: float, **tensors: Tensor | None) -> None:
+    batch, length, channels = like.shape
+    call(kernel, Norm, like.dtype, rows=batch * length, channels=channels, eps=eps, **tensors)
 
 
 def fuse_tokens(x: Tensor, places: Tensor, weights: Tensor, length: int) -> Tensor:
     """Return the fused tokens (b, length, c)."""
-    x = activation(x, x.dtype)
     y = torch.empty(x.shape[0], length, x.shape[2], dtype=x.dtype)
-    _fuse("fuse_forward", x, y, places, weights)
+    _fuse("fuse_forward", activation(x, x.dtype), y, places, weights)
     return y
 
 
 def fuse_tokens_backward(dy: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-    """Gradient of the tokens."""
-    dy = activation(dy, dy.dtype)
+    """Return the gradient of the tokens."""
     dx = torch.empty(*places.shape, dy.shape[2], dtype=dy.dtype)
-    _fuse("fuse_backward", dx, dy, places, weights)
+    _fuse("fuse_backward", dx, activation(dy, dy.dtype), places, weights)
     return dx
 
 
 def _fuse(kernel: str, tokens: Tensor, fused: Tensor, places: Tensor, weights: Tensor) -> None:
-    places, weights = places.contiguous(), parameter(weights)
-    length = fused.shape[1]
+    batch, length, channels = tokens.shape
+    most = fused.shape[1]
     # A place outside would be written to outside.
-    if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < length:
-        raise ConfigError(f"fuse_tokens: places from {places.min()} to {places.max()}, expected 0 to {length - 1}")
-    fuse = Fuse(tokens.shape[0], tokens.shape[1], length, tokens.shape[2], dtype_code(tokens.dtype))
-    fuse.threads, fuse.x, fuse.y = threads(), Array.of(tokens), Array.of(fused)
-    fuse.places, fuse.weights = places.data_ptr(), weights.data_ptr()
-    call(kernel, fuse)
+    if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < most:
+        raise ConfigError(f"fuse_tokens: places from {places.min()} to {places.max()}, expected 0 to {most - 1}")
+    sizes = {"batch": batch, "length": length, "fused": most, "channels": channels}
+    given = {"places": places.contiguous(), "weights": parameter(weights)}
+    call(kernel, Fuse, tokens.dtype, **sizes, x=tokens, y=fused, **given)
 
 
 def parameter(x: Tensor) -> Tensor:
-    """As the kernels read what is no activation: float32 and contiguous."""
+    """Return what is no activation as the kernels read it: float32 and contiguous."""
     return x.to(torch.float32).contiguous()
 
 
@@ -159,136 +120,78 @@ def _parameter(x: Tensor | None) -> Tensor | None:
     return None if x is None else parameter(x)
 
 
-def _common_dtype(*activations: Tensor | None) -> torch.dtype:
-    """The dtype of all, or float32 where they differ: nothing is rounded to the coarsest."""
-    dtypes = {x.dtype for x in activations if x is not None}
-    return dtypes.pop() if len(dtypes) == 1 else torch.float32
-
-
 def activation(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """As the kernels read activations: of one dtype, channels adjacent."""
+    """Return an activation as the kernels read it: of one dtype, channels adjacent."""
     x = x.to(dtype)
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _activation(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else activation(x, dtype)
+def readable(inputs: ScanInputs) -> ScanInputs:
+    """Return a scan as the kernel reads it: activations of one dtype, parameters in float32."""
+    u, delta, A, B, C, D, z, delta_bias, softplus, reverse = inputs
+    dtypes = {x.dtype for x in (u, delta, B, C, z) if x is not None}
+    # Where they differ nothing is rounded to the coarsest.
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    u, delta, B, C = (activation(x, dtype) for x in (u, delta, B, C))
+    z = None if z is None else activation(z, dtype)
+    return ScanInputs(u, delta, parameter(A), B, C, _parameter(D), z, _parameter(delta_bias), softplus, reverse)
 
 
-def address(x: Tensor | None) -> int | None:
-    """Where a tensor's numbers lie."""
-    return None if x is None else x.data_ptr()
+def run_scan(inputs: ScanInputs, state: Tensor, y: Tensor, scale: float = 1.0, accumulate: bool = False) -> None:
+    """Write the result of a scan as `readable` gives it, and the states that enter later chunks."""
+    call("scan_forward", Scan, y.dtype, **_scan(inputs, state, scale, accumulate), y=y)
 
 
-class ScanArguments:
-    """A scan whose inputs are as the kernels read them; it keeps them alive for its calls."""
-
-    def __init__(
-        self,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        delta_softplus: bool,
-        reverse: bool,
-        state: Tensor,
-        scale: float = 1.0,
-        accumulate: bool = False,
-    ) -> None:
-        self._dtype = u.dtype
-        arrays = {"u": u, "delta": delta, "B": B, "C": C, "z": z}
-        self._arrays = {name: _activation(x, u.dtype) for name, x in arrays.items()}
-        self._parameters = {
-            "A": parameter(A),
-            "D": _parameter(D),
-            "delta_bias": _parameter(delta_bias),
-            "state": state,
-        }
-        self._scan = Scan(
-            *u.shape,
-            A.shape[1],
-            scan_chunk(u.shape[1]),
-            dtype_code(u.dtype),
-            softplus=delta_softplus,
-            reverse=reverse,
-            accumulate=accumulate,
-            scale=scale,
-            **{name: Array.of(x) for name, x in self._arrays.items()},
-            **{name: address(x) for name, x in self._parameters.items()},
-        )
-
-    def forward(self, y: Tensor) -> None:
-        """Write the result, and the states that enter later chunks."""
-        self._scan.threads = threads()
-        self._scan.y = Array.of(y)
-        call("scan_forward", self._scan)
-
-    def backward(
-        self,
-        dy: Tensor,
-        du: Tensor,
-        ddelta: Tensor,
-        dB: Tensor,
-        dC: Tensor,
-        dz: Tensor | None,
-        y: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Write the activations' gradients (and y again, where asked for); return those of A, D and delta_bias."""
-        scan = self._scan
-        dy = activation(dy, self._dtype)
-        written = {"dy": dy, "du": du, "ddelta": ddelta, "dB": dB, "dC": dC, "dz": dz, "y": y}
-        for name, x in written.items():
-            setattr(scan, name, Array.of(x))
-        A = self._parameters["A"]
-        assert A is not None
-        dA, dD, dbias = torch.empty(A.shape), torch.empty(A.shape[0]), torch.empty(A.shape[0])
-        scan.dA, scan.dD, scan.ddelta_bias = dA.data_ptr(), dD.data_ptr(), dbias.data_ptr()
-        scan.threads = threads()
-        call("scan_backward", scan)
-        return dA, dD, dbias
+def run_scan_backward(
+    inputs: ScanInputs,
+    state: Tensor,
+    dy: Tensor,
+    scale: float = 1.0,
+    accumulate: bool = False,
+    **written: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of A, D and delta_bias; write du, ddelta, dB, dC, dz, and y again, where memory is given."""
+    A, dtype = inputs.A, inputs.u.dtype
+    dA, dD, dbias = torch.empty(A.shape), torch.empty(A.shape[0]), torch.empty(A.shape[0])
+    sums = {"dA": dA, "dD": dD, "ddelta_bias": dbias}
+    given = _scan(inputs, state, scale, accumulate)
+    call("scan_backward", Scan, dtype, **given, dy=activation(dy, dtype), **written, **sums)
+    return dA, dD, dbias
 
 
-class ConvArguments:
-    """A convolution whose inputs are as the kernels read them; it keeps them alive for its calls."""
+def _scan(inputs: ScanInputs, state: Tensor, scale: float, accumulate: bool) -> dict[str, Any]:
+    batch, length, channels = inputs.u.shape
+    sizes = {"batch": batch, "length": length, "channels": channels, "states": inputs.A.shape[1]}
+    given = inputs._asdict()
+    how = {"softplus": given.pop("delta_softplus"), "scale": scale, "accumulate": accumulate}
+    return {**sizes, "chunk": scan_chunk(length), **how, **given, "state": state}
 
-    def __init__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        silu: bool,
-        reverse: bool,
-        accumulate: bool = False,
-    ) -> None:
-        self._x, self._weight, self._bias = activation(x, x.dtype), parameter(weight), _parameter(bias)
-        self._conv = Conv(
-            *x.shape,
-            weight.shape[1],
-            dtype_code(x.dtype),
-            silu=silu,
-            reverse=reverse,
-            accumulate=accumulate,
-            x=Array.of(self._x),
-            weight=self._weight.data_ptr(),
-            bias=address(self._bias),
-        )
 
-    def forward(self, y: Tensor) -> None:
-        """Write the result."""
-        self._conv.threads = threads()
-        self._conv.y = Array.of(y)
-        call("conv_forward", self._conv)
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool, y: Tensor) -> None:
+    """Write the result of a convolution."""
+    call("conv_forward", Conv, x.dtype, **_conv(x, weight, bias, silu, reverse), y=y)
 
-    def backward(self, dy: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the input's gradient; return those of weight and bias."""
-        dy = activation(dy, self._x.dtype)
-        dweight, dbias = torch.empty(self._weight.shape), torch.empty(self._weight.shape[0])
-        self._conv.threads = threads()
-        self._conv.dy, self._conv.dx = Array.of(dy), Array.of(dx)
-        self._conv.dweight, self._conv.dbias = dweight.data_ptr(), dbias.data_ptr()
-        call("conv_backward", self._conv)
-        return dweight, dbias
+
+def convolve_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    reverse: bool,
+    dx: Tensor,
+    accumulate: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Write the input's gradient, or add it to dx; return those of weight and bias in float32."""
+    dweight, dbias = torch.empty(weight.shape), torch.empty(weight.shape[0])
+    written = {"dx": dx, "dweight": dweight, "dbias": dbias, "accumulate": accumulate}
+    given = _conv(x, weight, bias, silu, reverse)
+    call("conv_backward", Conv, x.dtype, **given, dy=activation(dy, x.dtype), **written)
+    return dweight, dbias
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> dict[str, Any]:
+    batch, length, channels = x.shape
+    sizes = {"batch": batch, "length": length, "channels": channels, "width": weight.shape[1]}
+    given = {"x": activation(x, x.dtype), "weight": parameter(weight), "bias": _parameter(bias)}
+    return {**sizes, "silu": silu, "reverse": reverse, **given}

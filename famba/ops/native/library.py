@@ -1,4 +1,4 @@
-"""The compiled kernels: finding and loading them, and the instruction set that they use.
+"""Find, load and call the compiled kernels, and choose the instruction set that they use.
 
 The interface is `src/interface.h`; the structures below mirror it field by field.
 """
@@ -10,12 +10,14 @@ import os
 import sysconfig
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from famba.errors import BackendError, near_miss
 
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ISAS = ("portable", "avx2", "avx512")
 ENVIRONMENT_VARIABLE = "FAMBA_ISA"
 PATH = Path(__file__).with_name("libfamba_kernels.so")
@@ -24,69 +26,51 @@ FAILURE = Path(__file__).with_name("build_failure.txt")
 
 
 class Array(ctypes.Structure):
-    """A (batch, length, channels) array with adjacent channels; strides in elements."""
+    """Describe a (batch, length, channels) array with adjacent channels; strides in elements."""
 
     _fields_ = (("data", c_void_p), ("batch_stride", c_int64), ("row_stride", c_int64))
 
     @classmethod
-    def of(cls, tensor: Tensor | None) -> Array:
-        """Describe a tensor whose last stride is 1; an empty array for None."""
-        if tensor is None:
-            return cls(None, 0, 0)
+    def of(cls, tensor: Tensor) -> Array:
+        """Describe a tensor whose last stride is 1."""
         return cls(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
 
 
-def _fields(kind: type, names: str) -> list[tuple[str, type]]:
-    return [(name, kind) for name in names.split()]
+def _structure(*fields: tuple[type, str]) -> type[ctypes.Structure]:
+    """Make a structure from the types and names of its fields, in their order."""
+    named = [(name, kind) for kind, names in fields for name in names.split()]
+    return type("Arguments", (ctypes.Structure,), {"_fields_": named})
 
 
-class Scan(ctypes.Structure):
-    """Arguments of the selective scan."""
-
-    _fields_ = (
-        *_fields(c_int64, "batch length channels states chunk"),
-        *_fields(c_int32, "dtype threads softplus reverse accumulate"),
-        *_fields(c_float, "scale"),
-        *_fields(Array, "u delta B C z y"),
-        *_fields(c_void_p, "A D delta_bias state"),
-        *_fields(Array, "dy du ddelta dB dC dz"),
-        *_fields(c_void_p, "dA dD ddelta_bias"),
-    )
-
-
-class Conv(ctypes.Structure):
-    """Arguments of the causal convolution."""
-
-    _fields_ = (
-        *_fields(c_int64, "batch length channels width"),
-        *_fields(c_int32, "dtype threads silu reverse accumulate"),
-        *_fields(Array, "x y"),
-        *_fields(c_void_p, "weight bias"),
-        *_fields(Array, "dy dx"),
-        *_fields(c_void_p, "dweight dbias"),
-    )
-
-
-class Norm(ctypes.Structure):
-    """Arguments of the residual addition and RMS norm."""
-
-    _fields_ = (
-        *_fields(c_int64, "rows channels"),
-        *_fields(c_int32, "dtype threads"),
-        *_fields(c_float, "eps"),
-        *_fields(c_void_p, "x dnormed normed residual weight dtotal total grad dweight"),
-    )
-
-
-class Fuse(ctypes.Structure):
-    """Arguments of the fusing of tokens."""
-
-    _fields_ = (
-        *_fields(c_int64, "batch length fused channels"),
-        *_fields(c_int32, "dtype threads"),
-        *_fields(Array, "x y"),
-        *_fields(c_void_p, "places weights"),
-    )
+Scan = _structure(
+    (c_int64, "batch length channels states chunk"),
+    (c_int32, "dtype threads softplus reverse accumulate"),
+    (c_float, "scale"),
+    (Array, "u delta B C z y"),
+    (c_void_p, "A D delta_bias state"),
+    (Array, "dy du ddelta dB dC dz"),
+    (c_void_p, "dA dD ddelta_bias"),
+)
+Conv = _structure(
+    (c_int64, "batch length channels width"),
+    (c_int32, "dtype threads silu reverse accumulate"),
+    (Array, "x y"),
+    (c_void_p, "weight bias"),
+    (Array, "dy dx"),
+    (c_void_p, "dweight dbias"),
+)
+Norm = _structure(
+    (c_int64, "rows channels"),
+    (c_int32, "dtype threads"),
+    (c_float, "eps"),
+    (c_void_p, "x dnormed normed residual weight dtotal total grad dweight"),
+)
+Fuse = _structure(
+    (c_int64, "batch length fused channels"),
+    (c_int32, "dtype threads"),
+    (Array, "x y"),
+    (c_void_p, "places weights"),
+)
 
 
 _loaded: ctypes.CDLL | str | None = None
@@ -95,7 +79,7 @@ _is_forked_child = False
 
 
 def obstacle() -> str | None:
-    """None where the kernels can be used, else the reason and behind a semicolon the remedy."""
+    """Return None where the kernels can be used, else the reason and behind a semicolon the remedy."""
     try:
         _library()
     except BackendError as error:
@@ -104,13 +88,13 @@ def obstacle() -> str | None:
 
 
 def isas() -> list[str]:
-    """Instruction sets that this processor has of those that were built, in rising order."""
+    """Return the instruction sets that this processor has of those that were built, in rising order."""
     best = _library().famba_isa_best()
     return [name for number, name in enumerate(ISAS) if number <= best and _library().famba_isa_built(number)]
 
 
 def isa() -> str:
-    """The instruction set in use: the environment variable FAMBA_ISA, else the best of this processor."""
+    """Return the instruction set in use: the environment variable FAMBA_ISA, else the best of this processor."""
     return ISAS[_isa_number()]
 
 
@@ -120,16 +104,25 @@ def use_isa(name: str | None) -> None:
     _isa = None if name is None else _checked_isa(name)
 
 
-def call(kernel: str, arguments: ctypes.Structure) -> None:
-    """Run a kernel. Raises MemoryError where its scratch memory cannot be had."""
-    status = getattr(_library(), f"famba_{kernel}")(_isa_number(), ctypes.byref(arguments))
+def call(kernel: str, kind: type[ctypes.Structure], dtype: torch.dtype, **arguments: Any) -> None:
+    """Run a kernel on a structure with these fields, of which tensors become arrays or addresses; others are 0.
+
+    Raises MemoryError where its scratch memory cannot be had.
+    """
+    structure = kind(dtype=_DTYPES[dtype], threads=threads())
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            value = Array.of(value) if isinstance(getattr(structure, name), Array) else value.data_ptr()
+        if value is not None:
+            setattr(structure, name, value)
+    status = getattr(_library(), f"famba_{kernel}")(_isa_number(), ctypes.byref(structure))
     if status == 1:
         raise MemoryError(f"native {kernel}: out of memory for scratch space")
     assert status == 0
 
 
 def threads() -> int:
-    """Threads that a kernel may use: torch's, or one in a forked child, which has none of its parent's."""
+    """Return the threads that a kernel may use: torch's, or one in a forked child, which has none of its parent's."""
     return 1 if _is_forked_child else torch.get_num_threads()
 
 
@@ -139,11 +132,6 @@ def _note_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_note_fork)
-
-
-def dtype_code(dtype: torch.dtype) -> int:
-    """How the interface names a dtype of activations."""
-    return {torch.float32: 0, torch.bfloat16: 1}[dtype]
 
 
 def _isa_number() -> int:

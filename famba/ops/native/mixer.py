@@ -1,146 +1,125 @@
-"""Vim's mixer by compiled kernels and torch's matrix products, with as little kept and moved as can be."""
+"""Run Vim's mixer by compiled kernels and torch's matrix products, with as little kept and moved as can be."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from famba.ops.native.kernels import ConvArguments, ScanArguments, activation, scan_state_shape
+from famba.ops.inputs import Direction, MixerInputs, MixerSizes, ScanInputs
+from famba.ops.native.kernels import (
+    activation,
+    convolve,
+    convolve_backward,
+    readable,
+    run_scan,
+    run_scan_backward,
+    scan_state_shape,
+)
+from famba.ops.products import as_tokens, copy_each, flat_size, flatten, split_flat
 
 
-def mixer_kept_shapes(batch: int, length: int, channels: int, projected: int, states: int) -> list[tuple[int, ...]]:
-    """Shapes of u, of dt, B and C for both directions, and of the states that enter later chunks for both."""
-    state = scan_state_shape(batch, length, channels, states)
-    return [(batch, length, channels), *[(batch, length, projected)] * 2, *[state] * 2]
+def mixer_kept_shapes(sizes: MixerSizes) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Return the shapes of u, of dt, B and C for both directions, of cast weights, and of both scans' kept states."""
+    tokens = (sizes.batch, sizes.length)
+    state = scan_state_shape(sizes.batch, sizes.length, sizes.channels, sizes.states)
+    projected = (*tokens, sizes.rank + 2 * sizes.states)
+    return [(*tokens, sizes.channels), projected, projected, (flat_size(_shapes(sizes)),)], [state, state]
 
 
-def mixer(
-    x: Tensor, in_weight: Tensor, forward: Sequence[Tensor], backward: Sequence[Tensor], out_weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def mixer(inputs: MixerInputs) -> tuple[Tensor, ...]:
     """Return the result, and what the backward needs."""
-    batch, length, _ = x.shape
-    channels = in_weight.shape[0] // 2
-    tokens, in_weight = _flat(x.contiguous()), in_weight.to(x.dtype)
-    u, z = (_rows(tokens @ half.t(), x) for half in (in_weight[:channels], in_weight[channels:]))
+    x, sizes = inputs.x, inputs.sizes
+    cast = x.new_zeros(flat_size(_shapes(sizes)))
+    copy_each(zip(split_flat(cast, _shapes(sizes)), inputs.product_weights(), strict=False))
+    products = _Products.of(inputs, cast)
+    tokens = flatten(x.contiguous())
+    u, z = (as_tokens(tokens @ half.t(), x) for half in products.into.chunk(2))
     y, inner, delta = (torch.empty_like(u) for _ in range(3))
     projections, entering = [], []
-    for reverse, weights in enumerate((forward, backward)):
-        run = _Direction(u, z, weights, bool(reverse), inner, delta)
-        run.convolve()
-        projections.append(_rows(_flat(inner) @ run.x_weight.t(), x))
-        entering.append(torch.empty(scan_state_shape(batch, length, channels, run.states)))
-        run.scan(projections[-1], entering[-1]).forward(y)
-    out = y if out_weight is None else _rows(_flat(y) @ out_weight.to(x.dtype).t(), x)
-    return out, u, *projections, *entering  # type: ignore[return-value]
+    for reverse, weights in enumerate(inputs.directions):
+        convolve(u, weights.conv_weight, weights.conv_bias, True, bool(reverse), inner)
+        projections.append(as_tokens(flatten(inner) @ products.x[reverse].t(), x))
+        entering.append(torch.empty(scan_state_shape(sizes.batch, sizes.length, sizes.channels, sizes.states)))
+        scan = _scan(inner, delta, z, projections[-1], products.dt[reverse], weights, bool(reverse))
+        # The second direction adds to what the first has written.
+        run_scan(scan, entering[-1], y, scale=0.5, accumulate=bool(reverse))
+    out = y if products.out is None else as_tokens(flatten(y) @ products.out.t(), x)
+    return out, u, *projections, cast, *entering
 
 
 def mixer_backward(
-    dout: Tensor,
-    x: Tensor,
-    in_weight: Tensor,
-    forward: Sequence[Tensor],
-    backward: Sequence[Tensor],
-    out_weight: Tensor | None,
-    kept: Sequence[Tensor],
+    dout: Tensor, inputs: MixerInputs, kept: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None]:
-    """Gradients of x, in_weight, both directions' weights and out_weight, each in its input's dtype."""
-    u, *projections = kept[:3]
-    channels = u.shape[2]
-    tokens, dout = _flat(x.contiguous()), activation(dout, x.dtype).contiguous()
+    """Return the gradients of x, in_weight, both directions' weights and out_weight, each in its input's dtype."""
+    u, *projections, cast, state, back_state = kept
+    x, channels, products = inputs.x, u.shape[2], _Products.of(inputs, cast)
+    tokens, dout = flatten(x.contiguous()), activation(dout, x.dtype).contiguous()
     # The gate is worked out again: keeping it would cost a third more memory, its product 4 % of a step's.
-    into = in_weight.to(x.dtype)
-    z = _rows(tokens @ into[channels:].t(), x)
+    z = as_tokens(tokens @ products.into[channels:].t(), x)
     dy, y = dout, None
-    if out_weight is not None:
-        dy, y = _rows(_flat(dout) @ out_weight.to(x.dtype), x), torch.empty_like(u)
+    if products.out is not None:
+        dy, y = as_tokens(flatten(dout) @ products.out, x), torch.empty_like(u)
     inner, delta, dinner, ddelta = (torch.empty_like(u) for _ in range(4))
     dxz = x.new_empty(*x.shape[:2], 2 * channels)
-    grads = []
-    for reverse, (weights, projected, state) in enumerate(zip((forward, backward), projections, kept[3:], strict=True)):
-        run = _Direction(u, z, weights, bool(reverse), inner, delta)
-        grads.append(run.backward(projected, state, dy, y, dinner, ddelta, dxz))
-    flat = _flat(dxz)
-    dout_weight = None if out_weight is None or y is None else (_flat(dout).t() @ _flat(y)).to(out_weight.dtype)
-    din_weight = (flat.t() @ tokens).to(in_weight.dtype)
-    return (flat @ into).view(x.shape), din_weight, grads[0], grads[1], dout_weight
-
-
-class _Direction:
-    """One direction of a mixer: its weights, and memory (b, l, d) that both directions use in turn.
-
-    The second direction, the one in reverse, adds to what the first has written.
-    """
-
-    def __init__(
-        self, u: Tensor, z: Tensor, weights: Sequence[Tensor], reverse: bool, inner: Tensor, delta: Tensor
-    ) -> None:
-        self._u, self._z, self._weights, self._reverse = u, z, weights, reverse
-        self._inner, self._delta = inner, delta
-        conv_weight, conv_bias, x_weight, dt_weight, *_ = weights
-        self.x_weight, self._dt_weight = x_weight.to(u.dtype), dt_weight.to(u.dtype)
-        self.states = weights[5].shape[1]
-        self._conv = ConvArguments(u, conv_weight, conv_bias, silu=True, reverse=reverse, accumulate=reverse)
-
-    def convolve(self) -> None:
-        """Write the scan's input into `inner`."""
-        self._conv.forward(self._inner)
-
-    def scan(self, projected: Tensor, state: Tensor) -> ScanArguments:
-        """The scan of `inner` for dt, B and C (b, l, r + 2 n), its result halved; writes the step sizes."""
-        rank = self._dt_weight.shape[1]
-        B, C = projected[..., rank:].chunk(2, dim=-1)
-        torch.mm(_flat(projected)[:, :rank], self._dt_weight.t(), out=_flat(self._delta))
-        *_, dt_bias, A, D = self._weights
-        return ScanArguments(
-            self._inner,
-            self._delta,
-            A,
-            B,
-            C,
-            D,
-            self._z,
-            dt_bias,
-            delta_softplus=True,
-            reverse=self._reverse,
-            state=state,
-            scale=0.5,
-            accumulate=self._reverse,
-        )
-
-    def backward(
-        self,
-        projected: Tensor,
-        state: Tensor,
-        dy: Tensor,
-        y: Tensor | None,
-        dinner: Tensor,
-        ddelta: Tensor,
-        dxz: Tensor,
-    ) -> list[Tensor]:
-        """Return the weights' gradients; write those of u and z into dxz (b, l, 2 d), and y where it is asked for."""
-        self.convolve()
-        du, dz = dxz.chunk(2, dim=-1)
+    du, dz = dxz.chunk(2, dim=-1)
+    of_directions = []
+    sides = zip(inputs.directions, projections, (state, back_state), strict=True)
+    for reverse, (weights, projected, entering) in enumerate(sides):
+        convolution = (u, weights.conv_weight, weights.conv_bias, True, bool(reverse))
+        convolve(*convolution, inner)
+        rank, x_weight, dt_weight = weights.dt_weight.shape[1], products.x[reverse], products.dt[reverse]
+        scan = _scan(inner, delta, z, projected, dt_weight, weights, bool(reverse))
         dprojected = torch.empty_like(projected)
-        rank = self._dt_weight.shape[1]
         dB, dC = dprojected[..., rank:].chunk(2, dim=-1)
-        dA, dD, dbias = self.scan(projected, state).backward(dy, dinner, ddelta, dB, dC, dz, y)
-        dt, ddt, flat_ddelta = _flat(projected)[:, :rank], _flat(dprojected)[:, :rank], _flat(ddelta)
-        ddt.copy_(flat_ddelta @ self._dt_weight)
-        ddt_weight = flat_ddelta.t() @ dt
-        _flat(dinner).addmm_(_flat(dprojected), self.x_weight)
-        dx_weight = _flat(dprojected).t() @ _flat(self._inner)
-        dconv_weight, dconv_bias = self._conv.backward(dinner, du)
+        written = {"du": dinner, "ddelta": ddelta, "dB": dB, "dC": dC, "dz": dz, "y": y}
+        dA, dD, dbias = run_scan_backward(scan, entering, dy, scale=0.5, accumulate=bool(reverse), **written)
+        flat_ddelta = flatten(ddelta)
+        flatten(dprojected)[:, :rank].copy_(flat_ddelta @ dt_weight)
+        ddt_weight = flat_ddelta.t() @ flatten(projected)[:, :rank]
+        flatten(dinner).addmm_(flatten(dprojected), x_weight)
+        dx_weight = flatten(dprojected).t() @ flatten(inner)
+        dconv_weight, dconv_bias = convolve_backward(dinner, *convolution, du, accumulate=bool(reverse))
         grads = (dconv_weight, dconv_bias, dx_weight, ddt_weight, dbias, dA, dD)
-        return [grad.to(weight.dtype) for grad, weight in zip(grads, self._weights, strict=True)]
+        of_directions.append([grad.to(weight.dtype) for grad, weight in zip(grads, weights, strict=True)])
+    flat, out_weight = flatten(dxz), inputs.out_weight
+    dout_weight = None if out_weight is None or y is None else (flatten(dout).t() @ flatten(y)).to(out_weight.dtype)
+    din_weight = (flat.t() @ tokens).to(inputs.in_weight.dtype)
+    return (flat @ products.into).view(x.shape), din_weight, of_directions[0], of_directions[1], dout_weight
 
 
-def _flat(x: Tensor) -> Tensor:
-    """(b, l, c) as (b l, c)."""
-    return x.view(x.shape[0] * x.shape[1], x.shape[2])
+def _scan(
+    inner: Tensor, delta: Tensor, z: Tensor, projected: Tensor, dt_weight: Tensor, weights: Direction, reverse: bool
+) -> ScanInputs:
+    """Return the scan of `inner` for dt, B and C (b, l, r + 2 n), ready for the kernel; write its step sizes."""
+    rank = dt_weight.shape[1]
+    B, C = projected[..., rank:].chunk(2, dim=-1)
+    torch.mm(flatten(projected)[:, :rank], dt_weight.t(), out=flatten(delta))
+    return readable(ScanInputs(inner, delta, weights.A, B, C, weights.D, z, weights.dt_bias, True, reverse))
 
 
-def _rows(flat: Tensor, like: Tensor) -> Tensor:
-    """(b l, c) as (b, l, c)."""
-    return flat.view(like.shape[0], like.shape[1], flat.shape[1])
+def _shapes(sizes: MixerSizes) -> list[tuple[int, ...]]:
+    """Return the shapes of the products' weights, in their order, where they are cast; of none where they are not."""
+    if not sizes.cast:
+        return []
+    d = sizes.channels
+    direction = [(sizes.rank + 2 * sizes.states, d), (d, sizes.rank)]
+    return [(2 * d, sizes.d_model), *direction, *direction, *([] if sizes.out is None else [(sizes.out, d)])]
+
+
+class _Products(NamedTuple):
+    """Hold the weights of the matrix products in x's dtype: those cast, or the given ones."""
+
+    into: Tensor
+    x: tuple[Tensor, Tensor]
+    dt: tuple[Tensor, Tensor]
+    out: Tensor | None
+
+    @classmethod
+    def of(cls, inputs: MixerInputs, cast: Tensor) -> _Products:
+        """Find them in the memory of those cast."""
+        found = split_flat(cast, _shapes(inputs.sizes)) or list(inputs.product_weights())
+        into, x, dt, x_back, dt_back, *out = found
+        return cls(into, (x, x_back), (dt, dt_back), out[0] if out else None)

@@ -1,4 +1,4 @@
-"""The causal depthwise convolution: both directions of a mixer at once, or one.
+"""Run the causal depthwise convolution: both directions of a mixer at once, or one.
 
 A program works on a tile of steps and channels of one image, and for all directions. The backward keeps nothing of the
 forward: it works out again what entered silu, at each step as often as the kernel has taps, since that moves no memory.
@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from famba.ops.triton.launch import Configuration, activation, kernel, parameter
+from famba.ops.triton.launch import Configuration, Grid, activation, kernel, parameter
 from famba.ops.triton.sums import column_sums
 
 
 def tile_steps(width: int) -> int:
-    """Steps of a tile, which decide how many partial sums there are: fewer where many taps fill the registers."""
+    """Return the steps of a tile, on which the number of partial sums depends: fewer where taps fill the registers."""
     return 64 if width <= 4 else 16
 
 
@@ -30,7 +30,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, re
 def causal_conv1d_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of x, weight and bias, each in its input's dtype."""
+    """Return the gradients of x, weight and bias, each in its input's dtype."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     (dweight,), (dbias,) = convolve_backward(dy.unsqueeze(0), x, [weight], [bias], silu, (reverse,), dx)
     return dx, dweight, dbias
@@ -39,7 +39,7 @@ def causal_conv1d_backward(
 def convolve(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], silu: bool, reverses: tuple[bool, ...]
 ) -> Tensor:
-    """The convolutions of x (b, l, d) in one or two directions, (directions, b, l, d) in x's dtype, in one launch.
+    """Convolve x (b, l, d) in one or two directions, to (directions, b, l, d) in x's dtype, in one launch.
 
     weights: (d, width) for each direction, of one width; biases: (d,), or all None.
     """
@@ -48,11 +48,8 @@ def convolve(
     if y.numel() == 0:
         return y
     tiles = batch * triton.cdiv(length, tile_steps(weights[0].shape[1]))
-    _conv_forward.launch(
-        lambda constants: (tiles, triton.cdiv(channels, constants["BLOCK"])),
-        y=y,
-        **_arguments(x, weights, biases, silu, reverses),
-    )
+    grid = _grid(tiles, channels)
+    _conv_forward.launch(grid, y=y, **_arguments(x, weights, biases, silu, reverses))
     return y
 
 
@@ -79,87 +76,56 @@ def convolve_backward(
     tiles = batch * triton.cdiv(length, tile_steps(width))
     columns = len(weights) * (width + 1) * channels
     partials = torch.empty(tiles, columns, dtype=torch.float32, device=x.device)
+    given = _arguments(x, weights, biases, silu, reverses)
     if tiles:
-        _conv_backward.launch(
-            lambda constants: (tiles, triton.cdiv(channels, constants["BLOCK"])),
-            dy=dys.to(x.dtype).contiguous(),
-            dx=dx,
-            partials=partials,
-            DX_ROW=dx.stride(1),
-            TAPS=triton.next_power_of_2(len(weights) * (width + 1)),
-            **_arguments(x, weights, biases, silu, reverses),
-        )
-    _conv_sums.launch(
-        lambda constants: (triton.cdiv(columns, constants["BLOCK"]),),
-        partials=partials,
-        tiles=tiles,
-        dweight=dweights[0],
-        dbias=dbiases[0],
-        dweight2=dweights[-1],
-        dbias2=dbiases[-1],
-        CHANNELS=channels,
-        WIDTH=width,
-        DIRECTIONS=len(weights),
-        BIASED=biases[0] is not None,
-    )
+        taps = triton.next_power_of_2(len(weights) * (width + 1))
+        written = {"dx": dx, "DX_ROW": dx.stride(1), "partials": partials}
+        _conv_backward.launch(_grid(tiles, channels), dy=dys.to(x.dtype).contiguous(), **written, TAPS=taps, **given)
+    sums = {"dweight": dweights[0], "dbias": dbiases[0], "dweight2": dweights[-1], "dbias2": dbiases[-1]}
+    known = {name: given[name] for name in ("CHANNELS", "WIDTH", "DIRECTIONS", "BIASED")}
+    grid = lambda constants: (triton.cdiv(columns, constants["BLOCK"]),)  # noqa: E731 - as Triton writes grids
+    _conv_sums.launch(grid, partials=partials, tiles=tiles, **sums, **known)
     return dweights, dbiases
+
+
+def _grid(tiles: int, channels: int) -> Grid:
+    return lambda constants: (tiles, triton.cdiv(channels, constants["BLOCK"]))
 
 
 def _arguments(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], silu: bool, reverses: tuple[bool, ...]
 ) -> dict[str, object]:
-    """What both kernels take. Of one direction alone the second is the first again, and not looked at."""
+    """Return what both kernels take. Of one direction alone the second is the first again, and not looked at."""
     x = activation(x, x.dtype)
     readable = [parameter(weight) for weight in weights]
     shifts = [None if bias is None else parameter(bias) for bias in biases]
-    return {
-        "x": x,
-        "weight": readable[0],
-        "bias": shifts[0],
-        "weight2": readable[-1],
-        "bias2": shifts[-1],
-        "batch": x.shape[0],
-        "length": x.shape[1],
-        "CHANNELS": x.shape[2],
-        "X_ROW": x.stride(1),
-        "WIDTH": weights[0].shape[1],
-        "DIRECTIONS": len(weights),
-        "REVERSE": reverses[0],
-        "REVERSE2": reverses[-1],
-        "BIASED": biases[0] is not None,
-        "SILU": silu,
-        "STEPS": tile_steps(weights[0].shape[1]),
-    }
+    batch, length, channels = x.shape
+    width, biased = weights[0].shape[1], biases[0] is not None
+    tensors = {"x": x, "weight": readable[0], "bias": shifts[0], "weight2": readable[-1], "bias2": shifts[-1]}
+    sizes = {"batch": batch, "length": length, "CHANNELS": channels, "X_ROW": x.stride(1), "WIDTH": width}
+    how = {"DIRECTIONS": len(weights), "REVERSE": reverses[0], "REVERSE2": reverses[-1], "BIASED": biased, "SILU": silu}
+    return {**tensors, **sizes, **how, "STEPS": tile_steps(width)}
 
 
 @triton.jit
 def _tile(start, step, channel, length, CHANNELS: tl.constexpr, ROW: tl.constexpr):
-    """Steps of one image, whose rows begin at `start`, in float32; 0 outside."""
+    """Return steps of one image, whose rows begin at `start`, in float32; 0 outside."""
     inside = ((step >= 0) & (step < length))[:, None] & (channel < CHANNELS)[None, :]
     return tl.load(start + step[:, None] * ROW + channel[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _tap(weight, channel, k: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
-    """One tap of the kernel for each channel, as a row."""
+    """Return one tap of the kernel for each channel, as a row."""
     return tl.load(weight + channel * WIDTH + k, mask=channel < CHANNELS, other=0.0)[None, :]
 
 
 @triton.jit
 def _convolved(
-    start,
-    step,
-    channel,
-    length,
-    weight,
-    bias,
-    CHANNELS: tl.constexpr,
-    X_ROW: tl.constexpr,
-    WIDTH: tl.constexpr,
-    REVERSE: tl.constexpr,
-    BIASED: tl.constexpr,
-):
-    """The convolution before silu at some steps of an image, (steps, channels)."""
+    start, step, channel, length, weight, bias,
+    CHANNELS: tl.constexpr, X_ROW: tl.constexpr, WIDTH: tl.constexpr, REVERSE: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
+    """Return the convolution before silu at some steps of an image, (steps, channels)."""
     total = tl.zeros([step.shape[0], channel.shape[0]], tl.float32)
     if BIASED:
         total += tl.load(bias + channel, mask=channel < CHANNELS, other=0.0)[None, :]
@@ -171,33 +137,15 @@ def _convolved(
 
 
 @kernel(
-    [
-        Configuration({"BLOCK": 32}, warps=4),
-        Configuration({"BLOCK": 32}, warps=8),
-        Configuration({"BLOCK": 64}, warps=8),
-    ],
+    [Configuration({"BLOCK": block}, warps) for block, warps in ((32, 4), (32, 8), (64, 8))],
     key=["CHANNELS", "WIDTH", "DIRECTIONS"],
 )
 def _conv_forward(
-    x,
-    weight,
-    bias,
-    weight2,
-    bias2,
-    y,
-    batch,
-    length,
-    CHANNELS: tl.constexpr,
-    X_ROW: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DIRECTIONS: tl.constexpr,
-    REVERSE: tl.constexpr,
-    REVERSE2: tl.constexpr,
-    BIASED: tl.constexpr,
-    SILU: tl.constexpr,
-    STEPS: tl.constexpr,
+    x, weight, bias, weight2, bias2, y, batch, length,
+    CHANNELS: tl.constexpr, X_ROW: tl.constexpr, WIDTH: tl.constexpr, DIRECTIONS: tl.constexpr,
+    REVERSE: tl.constexpr, REVERSE2: tl.constexpr, BIASED: tl.constexpr, SILU: tl.constexpr, STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     tiles = tl.cdiv(length, STEPS)
     image = (tl.program_id(0) // tiles).to(tl.int64)
     step = tl.program_id(0) % tiles * STEPS + tl.arange(0, STEPS)
@@ -217,21 +165,11 @@ def _conv_forward(
 
 @triton.jit
 def _through_silu(
-    dy,
-    start,
-    step,
-    channel,
-    length,
-    weight,
-    bias,
-    CHANNELS: tl.constexpr,
-    X_ROW: tl.constexpr,
-    WIDTH: tl.constexpr,
-    REVERSE: tl.constexpr,
-    BIASED: tl.constexpr,
+    dy, start, step, channel, length, weight, bias,
+    CHANNELS: tl.constexpr, X_ROW: tl.constexpr, WIDTH: tl.constexpr, REVERSE: tl.constexpr, BIASED: tl.constexpr,
     SILU: tl.constexpr,
-):
-    """The gradient of what entered silu, at some steps of an image whose gradients begin at `dy`; 0 outside."""
+):  # fmt: skip
+    """Return the gradient of what entered silu, at some steps of an image whose gradients begin at `dy`; 0 outside."""
     grad = _tile(dy, step, channel, length, CHANNELS, CHANNELS)
     if SILU:
         before = _convolved(start, step, channel, length, weight, bias, CHANNELS, X_ROW, WIDTH, REVERSE, BIASED)
@@ -241,37 +179,15 @@ def _through_silu(
 
 
 @kernel(
-    [
-        Configuration({"BLOCK": 16}, warps=4),
-        Configuration({"BLOCK": 16}, warps=8),
-        Configuration({"BLOCK": 32}, warps=8),
-    ],
+    [Configuration({"BLOCK": block}, warps) for block, warps in ((16, 4), (16, 8), (32, 8))],
     key=["CHANNELS", "WIDTH", "DIRECTIONS"],
 )
 def _conv_backward(
-    dy,
-    x,
-    weight,
-    bias,
-    weight2,
-    bias2,
-    dx,
-    partials,
-    batch,
-    length,
-    CHANNELS: tl.constexpr,
-    X_ROW: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DIRECTIONS: tl.constexpr,
-    REVERSE: tl.constexpr,
-    REVERSE2: tl.constexpr,
-    BIASED: tl.constexpr,
-    SILU: tl.constexpr,
-    DX_ROW: tl.constexpr,
-    TAPS: tl.constexpr,
-    STEPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    dy, x, weight, bias, weight2, bias2, dx, partials, batch, length,
+    CHANNELS: tl.constexpr, X_ROW: tl.constexpr, WIDTH: tl.constexpr, DIRECTIONS: tl.constexpr,
+    REVERSE: tl.constexpr, REVERSE2: tl.constexpr, BIASED: tl.constexpr, SILU: tl.constexpr, DX_ROW: tl.constexpr,
+    TAPS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     tiles = tl.cdiv(length, STEPS)
     image = (tl.program_id(0) // tiles).to(tl.int64)
     step = tl.program_id(0) % tiles * STEPS + tl.arange(0, STEPS)
@@ -311,19 +227,10 @@ def _conv_backward(
 
 @kernel([Configuration({"BLOCK": 32, "BLOCK_ROWS": 32}, warps=4)])
 def _conv_sums(
-    partials,
-    tiles,
-    dweight,
-    dbias,
-    dweight2,
-    dbias2,
-    CHANNELS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DIRECTIONS: tl.constexpr,
-    BIASED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-):
+    partials, tiles, dweight, dbias, dweight2, dbias2,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, DIRECTIONS: tl.constexpr, BIASED: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
     COLUMNS: tl.constexpr = DIRECTIONS * (WIDTH + 1) * CHANNELS
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = column_sums(partials, tiles, column, column < COLUMNS, COLUMNS, BLOCK_ROWS, BLOCK)

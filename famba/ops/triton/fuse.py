@@ -1,4 +1,4 @@
-"""The fusing of tokens: a program gathers what belongs to a block of places, so that nothing is added by atomics."""
+"""Fuse tokens: a program gathers what belongs to a block of places, so that nothing is added by atomics."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from famba.ops.triton.launch import Configuration, activation, kernel
+from famba.ops.triton.launch import Configuration, Grid, activation, kernel
 
 
 def fuse_tokens(x: Tensor, places: Tensor, weights: Tensor, length: int) -> Tensor:
@@ -17,70 +17,48 @@ def fuse_tokens(x: Tensor, places: Tensor, weights: Tensor, length: int) -> Tens
     if y.numel() == 0:
         return y
     x = activation(x, x.dtype)
-    _fuse_forward.launch(
-        lambda constants: (batch * triton.cdiv(length, constants["ROWS"]), triton.cdiv(channels, constants["BLOCK"])),
-        x=x,
-        places=places.contiguous(),
-        weights=weights.contiguous(),
-        y=y,
-        tokens=tokens,
-        length=length,
-        CHANNELS=channels,
-        X_ROW=x.stride(1),
-    )
+    given = {"places": places.contiguous(), "weights": weights.contiguous(), "tokens": tokens, "length": length}
+    grid = _grid(batch, length, channels)
+    _fuse_forward.launch(grid, x=x, y=y, CHANNELS=channels, X_ROW=x.stride(1), **given)
     return y
 
 
 def fuse_tokens_backward(dy: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-    """Gradient of the tokens, in one launch; zero for a token whose place is outside."""
+    """Return the gradient of the tokens, in one launch; zero for a token whose place is outside."""
     batch, tokens = places.shape
     length, channels = dy.shape[1:]
     dx = torch.empty(batch, tokens, channels, dtype=dy.dtype, device=dy.device)
     if dx.numel() == 0:
         return dx
     dy = activation(dy, dy.dtype)
-    _fuse_backward.launch(
-        lambda constants: (batch * triton.cdiv(tokens, constants["ROWS"]), triton.cdiv(channels, constants["BLOCK"])),
-        dy=dy,
-        places=places.contiguous(),
-        weights=weights.contiguous(),
-        dx=dx,
-        tokens=tokens,
-        length=length,
-        CHANNELS=channels,
-        DY_ROW=dy.stride(1),
-    )
+    given = {"places": places.contiguous(), "weights": weights.contiguous(), "tokens": tokens, "length": length}
+    grid = _grid(batch, tokens, channels)
+    _fuse_backward.launch(grid, dy=dy, dx=dx, CHANNELS=channels, DY_ROW=dy.stride(1), **given)
     return dx
+
+
+def _grid(batch: int, rows: int, channels: int) -> Grid:
+    return lambda constants: (batch * triton.cdiv(rows, constants["ROWS"]), triton.cdiv(channels, constants["BLOCK"]))
 
 
 @triton.jit
 def _places(places, token, tokens, length):
-    """Places of some tokens of an image, -1 where the token or its place does not exist."""
+    """Return the places of some tokens of an image, -1 where the token or its place does not exist."""
     place = tl.load(places + token, mask=token < tokens, other=-1)
     return tl.where((place >= 0) & (place < length), place, -1).to(tl.int32)
 
 
 @kernel(
     [
-        Configuration({"ROWS": 16, "BLOCK": 64, "LOOK": 64}, warps=4),
-        Configuration({"ROWS": 32, "BLOCK": 64, "LOOK": 128}, warps=4),
-        Configuration({"ROWS": 16, "BLOCK": 256, "LOOK": 64}, warps=4),
+        Configuration({"ROWS": rows, "BLOCK": block, "LOOK": look})
+        for rows, block, look in ((16, 64, 64), (32, 64, 128), (16, 256, 64))
     ],
     key=["CHANNELS"],
 )
 def _fuse_forward(
-    x,
-    places,
-    weights,
-    y,
-    tokens,
-    length,
-    CHANNELS: tl.constexpr,
-    X_ROW: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LOOK: tl.constexpr,
-):
+    x, places, weights, y, tokens, length,
+    CHANNELS: tl.constexpr, X_ROW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOK: tl.constexpr,
+):  # fmt: skip
     blocks = tl.cdiv(length, ROWS)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
@@ -108,25 +86,13 @@ def _fuse_forward(
 
 
 @kernel(
-    [
-        Configuration({"ROWS": 16, "BLOCK": 64}, warps=4),
-        Configuration({"ROWS": 16, "BLOCK": 256}, warps=4),
-        Configuration({"ROWS": 32, "BLOCK": 128}, warps=4),
-    ],
+    [Configuration({"ROWS": rows, "BLOCK": block}) for rows, block in ((16, 64), (16, 256), (32, 128))],
     key=["CHANNELS"],
 )
 def _fuse_backward(
-    dy,
-    places,
-    weights,
-    dx,
-    tokens,
-    length,
-    CHANNELS: tl.constexpr,
-    DY_ROW: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    dy, places, weights, dx, tokens, length,
+    CHANNELS: tl.constexpr, DY_ROW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     blocks = tl.cdiv(tokens, ROWS)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     token = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)

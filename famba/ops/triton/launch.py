@@ -1,4 +1,4 @@
-"""How the Triton kernels are launched: tuned on a CUDA device, by Triton's interpreter on a CPU, or only noted down.
+"""Launch the Triton kernels: tuned on a CUDA device, by Triton's interpreter on a CPU, or only noted down.
 
 An argument of a kernel is a tensor, a `tl.constexpr`, or a number that may differ from call to call; no number is
 compiled in unless it is declared constexpr, so that neither length nor batch makes Triton compile again.
@@ -26,7 +26,7 @@ Grid = Callable[[Mapping[str, int]], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Configuration:
-    """One way to run a kernel: values of constexpr arguments, warps of a program, and stages of its pipelined loops.
+    """Hold one way to run a kernel: values of constexpr arguments, warps of a program, stages of pipelined loops.
 
     registers: the most that a thread may take. Where it is None the assembler looks for room for more programs at once,
     and may spill a few bytes for it that it would have had registers for.
@@ -38,14 +38,14 @@ class Configuration:
     registers: int | None = None
 
     def options(self) -> dict[str, int]:
-        """The same but for the constants, by Triton's names."""
+        """Return the same but for the constants, by Triton's names."""
         limit = {} if self.registers is None else {"maxnreg": self.registers}
         return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A call of a kernel that was noted down instead of made."""
+    """Hold a call of a kernel that was noted down instead of made."""
 
     kernel: Kernel
     arguments: Mapping[str, Any]
@@ -55,7 +55,7 @@ _noted: list[Launch] | None = None
 
 
 class Kernel:
-    """A Triton function with the configurations that tuning may choose from.
+    """Hold a Triton function with the configurations that tuning may choose from.
 
     On a device Triton times each configuration at the first call for the constants named in `key` and the dtypes, and
     keeps the fastest for the process: not on disk, where a first call of another size would decide for all that follow.

@@ -114,7 +114,7 @@ def _free_place(index, protected, guards, LISTED: tl.constexpr):
 
 @triton.jit
 def _tile(metric, row, channel, CHANNELS: tl.constexpr):
-    """Some channels, in float32, of tokens whose numbers begin at `row`; 0 beyond the last channel."""
+    """Return some channels, in float32, of tokens whose numbers begin at `row`; 0 beyond the last channel."""
     inside = (channel < CHANNELS)[None, :]
     return tl.load(metric + (row[:, None] + channel[None, :]), mask=inside, other=0.0).to(tl.float32)
 

@@ -1,4 +1,4 @@
-"""Addition to the residual stream and RMS norm, a block of whole rows to a program."""
+"""Add to the residual stream and RMS-normalise, a block of whole rows to a program."""
 
 from __future__ import annotations
 
@@ -29,29 +29,17 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     x = activation(x, x.dtype)
     residual = None if residual is None else activation(residual, residual.dtype)
     rows, block, count = _blocks(x)
-    _norm_forward.launch(
-        lambda constants: (count,),
-        x=x,
-        residual=residual,
-        weight=parameter(weight),
-        normed=normed,
-        total=total,
-        rows=x.shape[0] * x.shape[1],
-        eps=eps,
-        CHANNELS=x.shape[2],
-        X_ROW=x.stride(1),
-        RESIDUAL_ROW=0 if residual is None else residual.stride(1),
-        ADDS=residual is not None,
-        ROWS=rows,
-        BLOCK=block,
-    )
+    tensors = {"x": x, "residual": residual, "weight": parameter(weight), "normed": normed, "total": total}
+    sizes = {"rows": x.shape[0] * x.shape[1], "eps": eps, "CHANNELS": x.shape[2], "ROWS": rows, "BLOCK": block}
+    strides = {"X_ROW": x.stride(1), "RESIDUAL_ROW": 0 if residual is None else residual.stride(1)}
+    _norm_forward.launch(lambda constants: (count,), **tensors, **sizes, **strides, ADDS=residual is not None)
     return normed, total
 
 
 def add_rms_norm_backward(
     dnormed: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the sum, float32, and of weight; one launch, and one that adds up the programs' sums."""
+    """Return the gradients of the sum, float32, and of weight; one launch, and one that adds up the programs' sums."""
     _check_channels(total)
     grad = torch.empty(total.shape, dtype=torch.float32, device=total.device)
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
@@ -63,30 +51,19 @@ def add_rms_norm_backward(
     partials = torch.empty(programs, channels, dtype=torch.float32, device=total.device)
     if programs:
         dnormed, dtotal = activation(dnormed, dnormed.dtype), activation(dtotal, dtotal.dtype)
-        _norm_backward.launch(
-            lambda constants: (programs,),
-            dnormed=dnormed,
-            dtotal=dtotal,
-            total=parameter(total),
-            weight=parameter(weight),
-            grad=grad,
-            partials=partials,
-            rows=total.shape[0] * total.shape[1],
-            programs=programs,
-            eps=eps,
-            CHANNELS=channels,
-            DNORMED_ROW=dnormed.stride(1),
-            DTOTAL_ROW=dtotal.stride(1),
-            ROWS=rows,
-            BLOCK=block,
-        )
-    _norm_sums.launch(
-        lambda constants: (triton.cdiv(channels, constants["BLOCK"]),),
-        partials=partials,
-        programs=programs,
-        dweight=dweight,
-        CHANNELS=channels,
-    )
+        tensors = {"dnormed": dnormed, "dtotal": dtotal, "total": parameter(total), "weight": parameter(weight)}
+        sizes = {
+            "rows": total.shape[0] * total.shape[1],
+            "eps": eps,
+            "CHANNELS": channels,
+            "ROWS": rows,
+            "BLOCK": block,
+        }
+        strides = {"DNORMED_ROW": dnormed.stride(1), "DTOTAL_ROW": dtotal.stride(1)}
+        written = {"grad": grad, "partials": partials, "programs": programs}
+        _norm_backward.launch(lambda constants: (programs,), **tensors, **sizes, **strides, **written)
+    grid = lambda constants: (triton.cdiv(channels, constants["BLOCK"]),)  # noqa: E731 - as Triton writes grids
+    _norm_sums.launch(grid, partials=partials, programs=programs, dweight=dweight, CHANNELS=channels)
     return grad, dweight
 
 
@@ -99,7 +76,7 @@ def _check_channels(x: Tensor) -> None:
 
 
 def _blocks(x: Tensor) -> tuple[int, int, int]:
-    """Rows that a program has in hand, their channels rounded up, and how many such blocks there are."""
+    """Return the rows that a program has in hand, their channels rounded up, and how many such blocks there are."""
     block = triton.next_power_of_2(x.shape[2])
     rows = max(1, _TILE // max(block, _TILE // 64))
     return rows, block, triton.cdiv(x.shape[0] * x.shape[1], rows)
@@ -107,27 +84,17 @@ def _blocks(x: Tensor) -> tuple[int, int, int]:
 
 @triton.jit
 def _rows_of(x, first, row, channel, inside, ROW: tl.constexpr):
-    """Rows from `first` (int64) on, in float32; 0 outside."""
+    """Return the rows from `first` (int64) on, in float32; 0 outside."""
     start = x + first * ROW
     return tl.load(start + row[:, None] * ROW + channel[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @kernel([Configuration(warps=8)])
 def _norm_forward(
-    x,
-    residual,
-    weight,
-    normed,
-    total,
-    rows,
-    eps,
-    CHANNELS: tl.constexpr,
-    X_ROW: tl.constexpr,
-    RESIDUAL_ROW: tl.constexpr,
-    ADDS: tl.constexpr,
-    ROWS: tl.constexpr,
+    x, residual, weight, normed, total, rows, eps,
+    CHANNELS: tl.constexpr, X_ROW: tl.constexpr, RESIDUAL_ROW: tl.constexpr, ADDS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * ROWS
     row, channel = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     inside = (first + row < rows)[:, None] & (channel < CHANNELS)[None, :]
@@ -145,21 +112,10 @@ def _norm_forward(
 
 @kernel([Configuration(warps=8)])
 def _norm_backward(
-    dnormed,
-    dtotal,
-    total,
-    weight,
-    grad,
-    partials,
-    rows,
-    programs,
-    eps,
-    CHANNELS: tl.constexpr,
-    DNORMED_ROW: tl.constexpr,
-    DTOTAL_ROW: tl.constexpr,
-    ROWS: tl.constexpr,
+    dnormed, dtotal, total, weight, grad, partials, rows, programs, eps,
+    CHANNELS: tl.constexpr, DNORMED_ROW: tl.constexpr, DTOTAL_ROW: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     row, channel = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     scale = tl.load(weight + channel, mask=channel < CHANNELS, other=0.0)
     dweight = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -181,13 +137,9 @@ def _norm_backward(
 
 @kernel([Configuration({"BLOCK": 32, "BLOCK_ROWS": 32}, warps=4)])
 def _norm_sums(
-    partials,
-    programs,
-    dweight,
-    CHANNELS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-):
+    partials, programs, dweight,
+    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < CHANNELS
     total = column_sums(partials, programs, channel, inside, CHANNELS, BLOCK_ROWS, BLOCK)

@@ -1,4 +1,4 @@
-"""The selective scan: one direction, or the two of a mixer in one launch; `scan_kernels` says how it is done.
+"""Run the selective scan: one direction, or the two of a mixer in one launch; `scan_kernels` says how it is done.
 
 The forward keeps nothing. The backward walks forward once more, noting the states that enter each tile of steps, then
 goes through the tiles from the last to the first.
@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from famba.ops.inputs import ScanGradients, ScanInputs
 from famba.ops.triton import scan_kernels
 from famba.ops.triton.launch import activation
 
@@ -25,61 +26,27 @@ _BLOCK = 128
 
 
 def scan_state_shape(batch: int, length: int, channels: int, states: int) -> tuple[int, ...]:
-    """Shape of what the forward scan keeps for its backward: nothing."""
+    """Return the shape of what the forward scan keeps for its backward: nothing."""
     return (0,)
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+def selective_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """Return y, and an empty tensor."""
-    scans = _single(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
-    return scan(scans).squeeze(0), u.new_empty(0, dtype=torch.float32)
+    return scan(Scans.single(inputs)).squeeze(0), inputs.u.new_empty(0, dtype=torch.float32)
 
 
-def selective_scan_backward(
-    dy: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    state: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of the inputs, each in its input's dtype."""
-    scans = _single(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
-    dB, dC = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (B, C))
-    of_parameters = Parameters(A, D, delta_bias).empty()
-    grads = scan_backward(scans, dy, dB.unsqueeze(0), dC.unsqueeze(0), [of_parameters])
-    return (
-        grads.u.squeeze(0),
-        grads.delta.squeeze(0),
-        of_parameters.A,
-        dB,
-        dC,
-        of_parameters.D,
-        None if grads.z is None else grads.z.squeeze(0),
-        of_parameters.delta_bias,
-    )
+def selective_scan_backward(dy: Tensor, inputs: ScanInputs, state: Tensor) -> ScanGradients:
+    """Return the gradients of the inputs, each in its input's dtype."""
+    dB, dC = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (inputs.B, inputs.C))
+    dA, dD, dbias = of_parameters = Parameters(inputs.A, inputs.D, inputs.delta_bias).empty()
+    grads = scan_backward(Scans.single(inputs), dy, dB.unsqueeze(0), dC.unsqueeze(0), [of_parameters])
+    dz = None if grads.z is None else grads.z.squeeze(0)
+    return ScanGradients(grads.u.squeeze(0), grads.delta.squeeze(0), dA, dB, dC, dD, dz, dbias)
 
 
 @dataclass(frozen=True)
 class Scans:
-    """Scans over the same tokens, k of them, one or two, as the kernels read them.
+    """Hold scans over the same tokens, k of them, one or two, as the kernels read them.
 
     u, delta: (k, b, l, d), contiguous. B, C: (k, b, l, n), rows at equal distances over directions and images too.
     z: (b, l, d), the gate of all, rows at equal distances; or None. parameters: (k, n + 2, d), of `stack_parameters`.
@@ -97,32 +64,27 @@ class Scans:
     softplus: bool = True
     scale: float = 1.0
 
+    @classmethod
+    def single(cls, inputs: ScanInputs) -> Scans:
+        """Take one scan."""
+        u, delta, A, B, C, D, z, delta_bias, softplus, reverse = inputs
+        u, delta = (x.contiguous().unsqueeze(0) for x in (u, delta))
+        B, C = (activation(x, x.dtype).unsqueeze(0) for x in (B, C))
+        z = None if z is None else activation(z, z.dtype)
+        parameters = stack_parameters([A], [D], [delta_bias])
+        return cls(u, delta, B, C, z, parameters, (reverse,), skip=D is not None, softplus=softplus)
+
     def arguments(self) -> dict[str, object]:
-        """What both kernels take."""
+        """Return what both kernels take."""
         _, batch, length, channels = self.u.shape
-        return {
-            "u": self.u,
-            "delta": self.delta,
-            "B": self.B,
-            "C": self.C,
-            "z": self.z,
-            "parameters": self.parameters,
-            "batch": batch,
-            "length": length,
-            # No constants: knowing them the compiler would read several channels at once, which takes the channels of
-            # a thread from it.
-            "channels": channels,
-            "z_row": 0 if self.z is None else self.z.stride(1),
-            "scale": self.scale,
-            "STATES": self.B.shape[3],
-            "B_ROW": self.B.stride(2),
-            "C_ROW": self.C.stride(2),
-            "REVERSE": self.reverses[0],
-            "REVERSE2": self.reverses[-1],
-            "SKIP": self.skip,
-            "SOFTPLUS": self.softplus,
-            "GATE": self.z is not None,
-        }
+        tensors = {name: getattr(self, name) for name in ("u", "delta", "B", "C", "z", "parameters")}
+        # `channels` and `z_row` are no constants: knowing them the compiler would read several channels at once, which
+        # takes the channels of a thread from it.
+        z_row = 0 if self.z is None else self.z.stride(1)
+        sizes = {"batch": batch, "length": length, "channels": channels, "z_row": z_row, "scale": self.scale}
+        strides = {"STATES": self.B.shape[3], "B_ROW": self.B.stride(2), "C_ROW": self.C.stride(2)}
+        how = {"SKIP": self.skip, "SOFTPLUS": self.softplus, "GATE": self.z is not None}
+        return {**tensors, **sizes, **strides, **how, "REVERSE": self.reverses[0], "REVERSE2": self.reverses[-1]}
 
 
 class Parameters(NamedTuple):
@@ -155,7 +117,7 @@ class Gradients:
 
 
 def stack_parameters(As: Sequence[Tensor], Ds: Sequence[Tensor | None], biases: Sequence[Tensor | None]) -> Tensor:
-    """A, D and delta_bias of k scans in float32, (k, n + 2, d); zeros where there is no D or bias."""
+    """Stack A, D and delta_bias of k scans in float32, (k, n + 2, d); zeros where there is no D or bias."""
     channels, states = As[0].shape
     nothing = torch.zeros(channels, device=As[0].device) if None in (Ds[0], biases[0]) else None
     rows: list[Tensor] = []
@@ -166,7 +128,7 @@ def stack_parameters(As: Sequence[Tensor], Ds: Sequence[Tensor | None], biases: 
 
 
 def scan(scans: Scans) -> Tensor:
-    """The results (k, b, l, d) in u's dtype, in one launch."""
+    """Return the results (k, b, l, d) in u's dtype, in one launch."""
     y = torch.empty_like(scans.u)
     if y.numel():
         _walk(scans, y=y)
@@ -203,48 +165,24 @@ def scan_backward(
     carried, partials = floats(directions, batch, states, channels), floats(directions, batch, states + 2, channels)
     dBC = floats(blocks, 2, directions, batch, states, length)
     _walk(scans, y=y, dy=dy, dz=dz, entering=entering)
+    between = {"entering": entering, "carried": carried, "dBC": dBC, "partials": partials}
+    given = {"dy": dy, "dy_row": dy.stride(1), "TILE": _TILE, "BLOCK": _BLOCK, **scans.arguments()}
     scan_kernels.scan_backward.launch(
-        lambda constants: (batch * blocks, directions),
-        dy=dy,
-        dy_row=dy.stride(1),
-        entering=entering,
-        carried=carried,
-        du=du,
-        ddelta=ddelta,
-        dBC=dBC,
-        partials=partials,
-        TILE=_TILE,
-        BLOCK=_BLOCK,
-        **scans.arguments(),
+        lambda constants: (batch * blocks, directions), du=du, ddelta=ddelta, **between, **given
     )
+    sizes = {"blocks": blocks, "sequences": directions * batch, "length": length, "STATES": states}
+    rows = {"B_ROW": dB.stride(2), "C_ROW": dC.stride(2), "BLOCK_STATES": triton.next_power_of_2(max(1, states))}
     scan_kernels.state_sums.launch(
         lambda constants: (directions * batch * triton.cdiv(length, constants["BLOCK"]), 2),
-        dBC=dBC,
-        dB=dB,
-        dC=dC,
-        blocks=blocks,
-        sequences=directions * batch,
-        length=length,
-        STATES=states,
-        B_ROW=dB.stride(2),
-        C_ROW=dC.stride(2),
-        BLOCK_STATES=triton.next_power_of_2(max(1, states)),
+        **{"dBC": dBC, "dB": dB, "dC": dC, **sizes, **rows},
     )
     first, last = of_parameters[0], of_parameters[-1]
+    sums = {"dA": first.A, "dD": first.D, "dbias": first.delta_bias}
+    sums |= {"dA2": last.A, "dD2": last.D, "dbias2": last.delta_bias}
+    known = {"SKIP": first.D is not None, "BIASED": first.delta_bias is not None}
     scan_kernels.parameter_sums.launch(
         lambda constants: ((states + 2) * triton.cdiv(channels, constants["BLOCK"]), directions),
-        partials=partials,
-        dA=first.A,
-        dD=first.D,
-        dbias=first.delta_bias,
-        dA2=last.A,
-        dD2=last.D,
-        dbias2=last.delta_bias,
-        batch=batch,
-        CHANNELS=channels,
-        STATES=states,
-        SKIP=first.D is not None,
-        BIASED=first.delta_bias is not None,
+        **{"partials": partials, "batch": batch, "CHANNELS": channels, "STATES": states, **sums, **known},
     )
     return Gradients(du, ddelta, dz, y)
 
@@ -258,42 +196,10 @@ def _walk(
 ) -> None:
     """Walk over the length and write what is there to write to."""
     directions, batch, _, channels = scans.u.shape
+    given = {"y": y, "dy": dy, "dy_row": 0 if dy is None else dy.stride(1), "dz": dz, "entering": entering}
+    asked = {"OUTPUT": y is not None, "GATE_GRADIENT": dz is not None, "ENTERING": entering is not None}
+    states = triton.next_power_of_2(max(1, scans.B.shape[3]))
     scan_kernels.scan_forward.launch(
         lambda constants: (batch * triton.cdiv(channels, constants["BLOCK"]), directions),
-        y=y,
-        dy=dy,
-        dy_row=0 if dy is None else dy.stride(1),
-        dz=dz,
-        entering=entering,
-        OUTPUT=y is not None,
-        GATE_GRADIENT=dz is not None,
-        ENTERING=entering is not None,
-        BLOCK_STATES=triton.next_power_of_2(max(1, scans.B.shape[3])),
-        TILE=_TILE,
-        **scans.arguments(),
-    )
-
-
-def _single(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-) -> Scans:
-    return Scans(
-        u=u.contiguous().unsqueeze(0),
-        delta=delta.contiguous().unsqueeze(0),
-        B=activation(B, B.dtype).unsqueeze(0),
-        C=activation(C, C.dtype).unsqueeze(0),
-        z=None if z is None else activation(z, z.dtype),
-        parameters=stack_parameters([A], [D], [delta_bias]),
-        reverses=(reverse,),
-        skip=D is not None,
-        softplus=delta_softplus,
+        **{**given, **asked, "BLOCK_STATES": states, "TILE": _TILE, **scans.arguments()},
     )

@@ -1,4 +1,4 @@
-"""The kernels of the selective scan, for the directions of a mixer side by side.
+"""Run the selective scan on a GPU, for the directions of a mixer side by side.
 
 A thread owns a channel, with its states in registers, and walks over the length: the exponentials, 16 a clock and
 multiprocessor on an A100 or H100, then set the pace, where a scan in parallel over the length would compute and shuffle
@@ -21,7 +21,7 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _softplus(x):
-    """log(1 + e^x), exact to float32 where it is small too: log(1 + e) is 2 artanh(s), s = e / (2 + e), a series."""
+    """Return log(1 + e^x), exact where it is small too: log(1 + e) is 2 artanh(s), s = e / (2 + e), a series."""
     e = tl.exp(-tl.abs(x))
     s = e / (2 + e)
     q = s * s
@@ -31,7 +31,7 @@ def _softplus(x):
 
 @triton.jit
 def _softplus_slope(size):
-    """The slope of softplus where its result is `size`, 1 - e^-size, exact to float32 where it is small too."""
+    """Return the slope of softplus where its result is `size`, 1 - e^-size, exact to float32 where it is small too."""
     s = size
     series = s * (1 - s / 2 * (1 - s / 3 * (1 - s / 4 * (1 - s / 5 * (1 - s / 6)))))
     return tl.where(s < 0.25, series, 1 - tl.exp(-s))
@@ -45,7 +45,7 @@ def _step_sizes(raw, bias, SOFTPLUS: tl.constexpr):
 
 @triton.jit
 def _row(x, index):
-    """The row of x (rows, columns) where index (rows, 1) is true."""
+    """Return the row of x (rows, columns) where index (rows, 1) is true."""
     # Added as bits: a row that is known when the kernel is compiled then costs nothing, since a compiler leaves out
     # adding the integer 0, but not adding 0.0.
     bits = tl.where(index, x.to(tl.int32, bitcast=True), 0)
@@ -62,37 +62,12 @@ def _row(x, index):
     key=["channels", "STATES", "ENTERING"],
 )
 def scan_forward(
-    u,
-    delta,
-    B,
-    C,
-    z,
-    parameters,
-    y,
-    dy,
-    dz,
-    entering,
-    batch,
-    length,
-    channels,
-    z_row,
-    dy_row,
-    scale,
-    STATES: tl.constexpr,
-    B_ROW: tl.constexpr,
-    C_ROW: tl.constexpr,
-    REVERSE: tl.constexpr,
-    REVERSE2: tl.constexpr,
-    SKIP: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    GATE: tl.constexpr,
-    OUTPUT: tl.constexpr,
-    GATE_GRADIENT: tl.constexpr,
-    ENTERING: tl.constexpr,
-    BLOCK_STATES: tl.constexpr,
-    TILE: tl.constexpr,
+    u, delta, B, C, z, parameters, y, dy, dz, entering, batch, length, channels, z_row, dy_row, scale,
+    STATES: tl.constexpr, B_ROW: tl.constexpr, C_ROW: tl.constexpr, REVERSE: tl.constexpr, REVERSE2: tl.constexpr,
+    SKIP: tl.constexpr, SOFTPLUS: tl.constexpr, GATE: tl.constexpr, OUTPUT: tl.constexpr,
+    GATE_GRADIENT: tl.constexpr, ENTERING: tl.constexpr, BLOCK_STATES: tl.constexpr, TILE: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Walk over the length; write results, or what the backward needs, whichever is asked for."""
     blocks = tl.cdiv(channels, BLOCK)
     channel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -163,36 +138,11 @@ def scan_forward(
 # One configuration: the backward's block and warps belong together, see _BLOCK of `scan`.
 @kernel([Configuration({}, warps=4, stages=1)])
 def scan_backward(
-    u,
-    delta,
-    B,
-    C,
-    z,
-    parameters,
-    dy,
-    entering,
-    carried,
-    du,
-    ddelta,
-    dBC,
-    partials,
-    batch,
-    length,
-    channels,
-    z_row,
-    dy_row,
-    scale,
-    STATES: tl.constexpr,
-    B_ROW: tl.constexpr,
-    C_ROW: tl.constexpr,
-    REVERSE: tl.constexpr,
-    REVERSE2: tl.constexpr,
-    SKIP: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    GATE: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    u, delta, B, C, z, parameters, dy, entering, carried, du, ddelta, dBC, partials, batch, length, channels, z_row,
+    dy_row, scale,
+    STATES: tl.constexpr, B_ROW: tl.constexpr, C_ROW: tl.constexpr, REVERSE: tl.constexpr, REVERSE2: tl.constexpr,
+    SKIP: tl.constexpr, SOFTPLUS: tl.constexpr, GATE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Go through the tiles from the last to the first; write gradients and partial sums."""
     blocks = tl.cdiv(channels, BLOCK)
     block = tl.program_id(0) % blocks
@@ -300,18 +250,9 @@ def scan_backward(
 
 @kernel([Configuration({"BLOCK": 64}, warps=4)])
 def state_sums(
-    dBC,
-    dB,
-    dC,
-    blocks,
-    sequences,
-    length,
-    STATES: tl.constexpr,
-    B_ROW: tl.constexpr,
-    C_ROW: tl.constexpr,
-    BLOCK_STATES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    dBC, dB, dC, blocks, sequences, length,
+    STATES: tl.constexpr, B_ROW: tl.constexpr, C_ROW: tl.constexpr, BLOCK_STATES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Add up the gradients of B and C over the blocks of channels, and turn them from (n, l) to (l, n)."""
     tiles = tl.cdiv(length, BLOCK)
     sequence = (tl.program_id(0) // tiles).to(tl.int64)
@@ -332,17 +273,9 @@ def state_sums(
 
 @triton.jit
 def _store_parameters(
-    dA,
-    dD,
-    dbias,
-    total,
-    row,
-    channel,
-    CHANNELS: tl.constexpr,
-    STATES: tl.constexpr,
-    SKIP: tl.constexpr,
-    BIASED: tl.constexpr,
-):
+    dA, dD, dbias, total, row, channel,
+    CHANNELS: tl.constexpr, STATES: tl.constexpr, SKIP: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
     """Write sums of the rows of `parameters` where the gradients of A (d, n), D and delta_bias (d,) lie."""
     held = channel < CHANNELS
     tl.store(dA + channel * STATES + row, total.to(dA.dtype.element_ty), mask=held & (row < STATES))
@@ -354,21 +287,10 @@ def _store_parameters(
 
 @kernel([Configuration({"BLOCK": 32, "BLOCK_ROWS": 32}, warps=4)])
 def parameter_sums(
-    partials,
-    dA,
-    dD,
-    dbias,
-    dA2,
-    dD2,
-    dbias2,
-    batch,
-    CHANNELS: tl.constexpr,
-    STATES: tl.constexpr,
-    SKIP: tl.constexpr,
-    BIASED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    partials, dA, dD, dbias, dA2, dD2, dbias2, batch,
+    CHANNELS: tl.constexpr, STATES: tl.constexpr, SKIP: tl.constexpr, BIASED: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-):
+):  # fmt: skip
     """Add up the parameters' gradients over the images, a row of `parameters` and a block of channels to a program."""
     COLUMNS: tl.constexpr = (STATES + 2) * CHANNELS
     blocks: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK

@@ -1,6 +1,7 @@
 // The C interface: which instruction set, which threads.
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <new>
 #include <system_error>
 #include <thread>
@@ -8,20 +9,13 @@
 
 #include "interface.h"
 #include "parallel.hpp"
-#include "table.hpp"
 
 namespace famba {
 
-namespace portable {
-extern const Table table;
-}
+namespace portable { extern const Table table; }
 #if defined(FAMBA_X86)
-namespace avx2 {
-extern const Table table;
-}
-namespace avx512 {
-extern const Table table;
-}
+namespace avx2 { extern const Table table; }
+namespace avx512 { extern const Table table; }
 #endif
 
 namespace {
@@ -85,8 +79,6 @@ Scratch &call_scratch() {
 
 }  // namespace famba
 
-using famba::Table;
-
 extern "C" {
 
 int famba_isa_built(int isa) { return famba::find_table(isa) != nullptr; }
@@ -103,24 +95,17 @@ int famba_isa_best(void) {
 }
 
 int famba_isa_lanes(int isa) {
-    const Table *table = famba::find_table(isa);
+    const famba::Table *table = famba::find_table(isa);
     return table ? table->lanes : 0;
 }
 
-int famba_scan_forward(int isa, const famba_scan *p) { return famba::call(&Table::scan_forward, isa, p); }
-int famba_scan_backward(int isa, const famba_scan *p) { return famba::call(&Table::scan_backward, isa, p); }
-int famba_conv_forward(int isa, const famba_conv *p) { return famba::call(&Table::conv_forward, isa, p); }
-int famba_conv_backward(int isa, const famba_conv *p) { return famba::call(&Table::conv_backward, isa, p); }
-int famba_norm_forward(int isa, const famba_norm *p) { return famba::call(&Table::norm_forward, isa, p); }
-int famba_norm_backward(int isa, const famba_norm *p) { return famba::call(&Table::norm_backward, isa, p); }
-int famba_fuse_forward(int isa, const famba_fuse *p) { return famba::call(&Table::fuse_forward, isa, p); }
-int famba_fuse_backward(int isa, const famba_fuse *p) { return famba::call(&Table::fuse_backward, isa, p); }
+#define FAMBA_DEFINE(name, arguments) \
+    int famba_##name(int isa, const arguments *p) { return famba::call(&famba::Table::name, isa, p); }
+FAMBA_KERNELS(FAMBA_DEFINE)
 
 void famba_struct_sizes(int64_t sizes[4]) {
-    sizes[0] = sizeof(famba_scan);
-    sizes[1] = sizeof(famba_conv);
-    sizes[2] = sizeof(famba_norm);
-    sizes[3] = sizeof(famba_fuse);
+    const int64_t found[] = {sizeof(famba_scan), sizeof(famba_conv), sizeof(famba_norm), sizeof(famba_fuse)};
+    std::copy(found, found + 4, sizes);
 }
 
 }  // extern "C"

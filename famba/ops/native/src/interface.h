@@ -73,16 +73,15 @@ int famba_isa_built(int isa);
 int famba_isa_best(void);
 int famba_isa_lanes(int isa);
 
-// Each returns 0, 1 where memory ran out, or 2 for an instruction set that was not built. The caller has checked shapes
-// and strides.
-int famba_scan_forward(int isa, const famba_scan *);
-int famba_scan_backward(int isa, const famba_scan *);
-int famba_conv_forward(int isa, const famba_conv *);
-int famba_conv_backward(int isa, const famba_conv *);
-int famba_norm_forward(int isa, const famba_norm *);
-int famba_norm_backward(int isa, const famba_norm *);
-int famba_fuse_forward(int isa, const famba_fuse *);
-int famba_fuse_backward(int isa, const famba_fuse *);
+// The kernels and their arguments: famba_scan_forward(isa, &arguments) and so on. Each returns 0, 1 where memory ran
+// out, or 2 for an instruction set that was not built. The caller has checked shapes and strides.
+#define FAMBA_KERNELS(DO)                                            \
+    DO(scan_forward, famba_scan) DO(scan_backward, famba_scan)       \
+    DO(conv_forward, famba_conv) DO(conv_backward, famba_conv)       \
+    DO(norm_forward, famba_norm) DO(norm_backward, famba_norm)       \
+    DO(fuse_forward, famba_fuse) DO(fuse_backward, famba_fuse)
+#define FAMBA_DECLARE(name, arguments) int famba_##name(int isa, const arguments *);
+FAMBA_KERNELS(FAMBA_DECLARE)
 
 // Sizes of the structs above, in their order, for the loader to compare.
 void famba_struct_sizes(int64_t sizes[4]);

@@ -1,4 +1,4 @@
-// Work shared among threads, and memory that a thread keeps between calls.
+// What an instruction set provides, work shared among threads, and memory that a thread keeps between calls.
 #pragma once
 
 #include <atomic>
@@ -6,7 +6,16 @@
 #include <cstdlib>
 #include <new>
 
+#include "interface.h"
+
 namespace famba {
+
+// What each instruction set provides: its lanes, and the kernels.
+struct Table {
+    int lanes;
+#define FAMBA_MEMBER(name, arguments) void (*name)(const arguments &);
+    FAMBA_KERNELS(FAMBA_MEMBER)
+};
 
 // Runs body(context) on up to `threads` threads at once, the calling one among them.
 void run_team(int threads, void (*body)(void *), void *context);

@@ -1,0 +1,57 @@
+"""Define an op for torch: its schema, its fake, and the call of a backend outside autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import CustomOpDef
+
+from famba.ops.registry import kernels
+
+Results = Sequence[Any] | Tensor
+
+
+def define(
+    name: str, arguments: str, results: str, run: Callable[..., Results], fake: Callable[..., Results]
+) -> CustomOpDef:
+    """Define the custom op famba::name, whose last argument is the backend's name.
+
+    Args:
+        name: of the op.
+        arguments: all others, as a torch schema writes them; the first is a tensor.
+        results: as a torch schema writes them.
+        run: called with a backend's functions and the arguments, outside autocast.
+        fake: called alike, for fresh tensors of the results' shapes and dtypes.
+
+    Returns:
+        The op. Where `run` or `fake` returns None for a tensor, as for the gradient of an input that is None, the op
+        returns an empty tensor: it can return tensors only.
+    """
+
+    def on_backend(*given: Any) -> Results:
+        *inputs, backend = given
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return _without_none(run(kernels(backend), *inputs), inputs[0])
+
+    def without_values(*given: Any) -> Results:
+        *inputs, backend = given
+        return _without_none(fake(kernels(backend), *inputs), inputs[0])
+
+    schema = f"({arguments}, str backend) -> {results}"
+    op = torch.library.custom_op(f"famba::{name}", on_backend, mutates_args=(), schema=schema)
+    op.register_fake(without_values)
+    return op
+
+
+def fresh(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    """Return a new contiguous tensor of x's shape, and of its dtype unless another is given; None for None."""
+    return None if x is None else x.new_empty(x.shape, dtype=dtype)
+
+
+def _without_none(results: Results, like: Tensor) -> Results:
+    if isinstance(results, Tensor):
+        return results
+    return tuple(like.new_empty(0) if result is None else result for result in results)

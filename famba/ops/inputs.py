@@ -1,0 +1,120 @@
+"""Hold the inputs of the larger ops, as an op hands them to a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class ScanInputs(NamedTuple):
+    """Hold the inputs of a selective scan, of the shapes that `famba.ops.selective_scan` lists."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    delta_bias: Tensor | None
+    delta_softplus: bool
+    reverse: bool
+
+
+class ScanGradients(NamedTuple):
+    """Hold the gradients of a scan's inputs, each in its input's dtype; None for an input of None."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    delta_bias: Tensor | None
+
+    @classmethod
+    def cast(cls, inputs: ScanInputs, *grads: Tensor | None) -> ScanGradients:
+        """Take gradients of any dtypes, in the order of the fields; those of inputs that are None are left out."""
+        pairs: Any = zip(inputs[: len(cls._fields)], grads, strict=True)
+        found: list[Any] = [None if x is None or grad is None else grad.to(x.dtype) for x, grad in pairs]
+        return cls(*found)
+
+
+class Direction(NamedTuple):
+    """Hold the weights of one of a mixer's two scans; d channels, n states, dt_rank r.
+
+    conv_weight (d, width), conv_bias (d,), x_weight (r + 2 n, d), dt_weight (d, r), dt_bias (d,), A (d, n), D (d,).
+    """
+
+    conv_weight: Tensor
+    conv_bias: Tensor
+    x_weight: Tensor
+    dt_weight: Tensor
+    dt_bias: Tensor
+    A: Tensor
+    D: Tensor
+
+
+class MixerSizes(NamedTuple):
+    """Hold the sizes that decide what a mixer keeps for its backward.
+
+    out: width of the output projection, None without one. cast: whether the products are in another dtype than a
+    weight of theirs, so that their weights are copied.
+    """
+
+    batch: int
+    length: int
+    d_model: int
+    channels: int
+    states: int
+    rank: int
+    out: int | None
+    cast: bool
+
+
+class MixerInputs(NamedTuple):
+    """Hold the inputs of a mixer: x (b, l, d_model), in_weight (2 d, d_model), out_weight (d_out, d) or None."""
+
+    x: Tensor
+    in_weight: Tensor
+    forward: Direction
+    backward: Direction
+    out_weight: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        in_weight: Tensor,
+        forward: Sequence[Tensor],
+        backward: Sequence[Tensor],
+        out_weight: Tensor | None,
+    ) -> MixerInputs:
+        """Take the directions as lists, which is how an op has them."""
+        return cls(x, in_weight, Direction(*forward), Direction(*backward), out_weight)
+
+    @property
+    def directions(self) -> tuple[Direction, Direction]:
+        """Return the weights of the scan forward and of that backward."""
+        return self.forward, self.backward
+
+    @property
+    def sizes(self) -> MixerSizes:
+        """Read the sizes off the tensors."""
+        out = None if self.out_weight is None else self.out_weight.shape[0]
+        states, rank = self.forward.A.shape[1], self.forward.dt_weight.shape[1]
+        cast = any(weight.dtype != self.x.dtype for weight in self.product_weights())
+        batch, length, d_model = self.x.shape
+        return MixerSizes(batch, length, d_model, self.in_weight.shape[0] // 2, states, rank, out, cast)
+
+    def product_weights(self) -> Iterator[Tensor]:
+        """Give the weights of the matrix products, in the order of the fields."""
+        yield self.in_weight
+        for direction in self.directions:
+            yield direction.x_weight
+            yield direction.dt_weight
+        if self.out_weight is not None:
+            yield self.out_weight

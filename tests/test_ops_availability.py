@@ -1,0 +1,182 @@
+"""What hinders mamba-ssm and causal-conv1d, and that the plain command is told that installs them."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from extension_stand_ins import Extensions, forget_caches, pretend
+
+from famba.errors import BackendError
+from famba.ops import availability, backends, registry, use_backend
+from famba.ops.availability import CAUSAL_CONV1D, INSTALL, MAMBA_SSM, Extension, mamba_ssm_obstacle
+
+pytest.importorskip("triton", reason="mamba-ssm needs Triton, which is for Linux alone")
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine]:
+    """A machine with a GPU, torch 2.10 of CUDA 12.9, both packages installed and their extensions working."""
+    forget_caches()
+    yield Machine(monkeypatch, tmp_path)
+    forget_caches()
+
+
+class Machine:
+    """What `obstacle` looks at, as a test sets it."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, folder: Path) -> None:
+        self._patch, self._folder = patch, folder
+        self.versions: dict[str, str | None] = {"mamba-ssm": "2.3.1", "causal-conv1d": "1.4.0"}
+        made = Extensions(installed=False)
+        for module in (made.scan, made.conv):
+            patch.setitem(sys.modules, module.__name__, module)
+        pretend(patch, self.versions)
+        # Not even tried: its import takes seconds.
+        patch.setitem(sys.modules, "mamba_ssm", None)
+        patch.setattr(availability, "DEVICE", "cpu")
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.syspath_prepend(folder)
+        self.torch("2.10.0+cu129", "12.9")
+
+    def torch(self, version: str, cuda: str | None, hip: str | None = None) -> None:
+        self._patch.setattr(torch, "__version__", version)
+        self._patch.setattr(torch.version, "cuda", cuda)
+        self._patch.setattr(torch.version, "hip", hip)
+
+    def remove(self, package: Extension) -> None:
+        """Leave a package's Python without its extension."""
+        self._patch.delitem(sys.modules, package.module)
+
+    def spoil(self, package: Extension, source: str) -> None:
+        """Put a broken extension in place of a package's."""
+        self.remove(package)
+        (self._folder / f"{package.module}.py").write_text(source)
+        self._patch.delitem(sys.modules, package.module, raising=False)
+
+    def obstacle(self) -> tuple[str, str]:
+        """The reason and the remedy."""
+        text = mamba_ssm_obstacle()
+        assert text is not None
+        assert "\n" not in text
+        reason, separator, remedy = text.rpartition("; ")
+        assert separator
+        return reason, remedy
+
+
+UNDEFINED = "/env/selective_scan_cuda.so: undefined symbol: _ZN3c106detail14torchCheckFail"
+NO_CUDART = "libcudart.so.12: cannot open shared object file: No such file or directory"
+
+
+def test_no_obstacle_where_both_extensions_run(machine: Machine) -> None:
+    assert mamba_ssm_obstacle() is None
+
+
+def test_no_device(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine.obstacle() == (
+        "torch 2.10.0+cu129 is built for CUDA 12.9, but sees no CUDA device",
+        "use backend 'auto'",
+    )
+
+
+def test_rocm_is_not_promised(machine: Machine) -> None:
+    machine.torch("2.10.0+rocm7.0", None, hip="7.0")
+    assert machine.obstacle()[0] == "torch is built for ROCm, for which this backend is not made"
+
+
+def test_packages_that_are_missing(machine: Machine) -> None:
+    machine.versions.update({"mamba-ssm": None, "causal-conv1d": None})
+    assert machine.obstacle() == ("causal-conv1d is not installed, and mamba-ssm is not installed", INSTALL)
+    assert INSTALL in (Path(__file__).parent.parent / "docs" / "gpu.md").read_text(), "the command that the page gives"
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "allowed"),
+    [
+        (MAMBA_SSM, "1.2.2", "2.2 to below 3"),
+        (MAMBA_SSM, "3.0.0", "2.2 to below 3"),
+        (CAUSAL_CONV1D, "1.3.0.post1", "1.4 to below 2"),
+    ],
+    ids=["old", "new", "old convolution"],
+)
+def test_releases_that_are_not_known(machine: Machine, package: Extension, version: str, allowed: str) -> None:
+    machine.versions[package.package] = version
+    reason, remedy = machine.obstacle()
+    assert reason == f"{package.package} {version} is not supported, only {allowed}"
+    assert remedy == INSTALL
+
+
+@pytest.mark.parametrize("version", ["2.2.0", "2.2.6.post3", "2.3.2.post1", "2.9.1+cu12torch2.10"])
+def test_releases_that_are_known(machine: Machine, version: str) -> None:
+    machine.versions["mamba-ssm"] = version
+    assert mamba_ssm_obstacle() is None
+
+
+def test_extension_left_out(machine: Machine) -> None:
+    machine.remove(CAUSAL_CONV1D)
+    reason = "causal-conv1d 1.4.0 is installed without its extension causal_conv1d_cuda"
+    assert machine.obstacle() == (reason, INSTALL)
+
+
+@pytest.mark.parametrize(
+    ("source", "first_line"),
+    [
+        (f"raise ImportError({UNDEFINED!r} + chr(10) + 'more')", UNDEFINED),
+        (f"raise OSError({NO_CUDART!r})", NO_CUDART),
+        ("import a_library_that_is_not_there", "No module named 'a_library_that_is_not_there'"),
+        ("raise ImportError('one; two')", "one, two"),
+    ],
+    ids=["undefined symbol", "no libcudart", "dependency", "semicolon"],
+)
+def test_extension_built_for_another_torch_or_cuda(machine: Machine, source: str, first_line: str) -> None:
+    machine.spoil(MAMBA_SSM, source)
+    reason, remedy = machine.obstacle()
+    assert reason == (
+        "the extension selective_scan_cuda of mamba-ssm 2.3.1 is built for another torch or CUDA than "
+        f"torch 2.10.0+cu129 of CUDA 12.9: {first_line}"
+    )
+    assert remedy == INSTALL
+
+
+def test_a_file_that_is_no_library(machine: Machine, tmp_path: Path) -> None:
+    machine.remove(MAMBA_SSM)
+    (tmp_path / "selective_scan_cuda.so").write_bytes(b"\x7fELF but cut off" * 99)
+    reason, _ = machine.obstacle()
+    assert reason.startswith("the extension selective_scan_cuda of mamba-ssm 2.3.1 is built for another torch or CUDA")
+
+
+@pytest.mark.parametrize("package", [MAMBA_SSM, CAUSAL_CONV1D], ids=lambda package: package.package)
+def test_extension_without_code_for_this_gpu(machine: Machine, package: Extension, monkeypatch: Any) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore; lines")
+
+    broken = types.ModuleType(package.module)
+    for name in ("fwd", "causal_conv1d_fwd", "causal_conv1d_bwd"):
+        setattr(broken, name, fail)
+    monkeypatch.setitem(sys.modules, package.module, broken)
+    reason, remedy = machine.obstacle()
+    assert reason == (
+        f"the extension {package.module} of {package.package} {machine.versions[package.package]} does not run here: "
+        "CUDA error: no kernel image is available for execution on the device"
+    )
+    assert remedy == INSTALL
+
+
+def test_the_obstacle_is_told_where_the_backend_is_asked_for(machine: Machine, monkeypatch: Any) -> None:
+    machine.versions["mamba-ssm"] = "1.2.2"
+    serving = registry.Backend("famba.ops.mamba_ssm", ("cuda",), mamba_ssm_obstacle)
+    monkeypatch.setitem(registry._BACKENDS, "mamba_ssm", serving)
+    told = backends()["mamba_ssm"]
+    assert told is not None
+    assert told.startswith("mamba-ssm 1.2.2 is not supported")
+    with pytest.raises(
+        BackendError, match="backend 'mamba_ssm' cannot be used: mamba-ssm 1.2.2 is not supported"
+    ) as error:
+        use_backend("mamba_ssm")
+    assert str(error.value).endswith(told)
