@@ -15,7 +15,6 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import timm
 import torch
 from jaxtyping import Bool, Float, Int
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -55,10 +54,7 @@ class Reduction(NamedTuple):
     def __call__(
         self, tokens: Tokens, streams: Sequence[Tensor], metric: Tensor, **known: Any
     ) -> tuple[list[Tensor], Tokens]:
-        """Reduce the streams (b, l, c) of a layer by one map.
-
-        metric and known are the members of `famba.fusion.LayerTokens` that the layer has.
-        """
+        """Reduce the streams (b, l, c) of a layer by one map; metric and known are members of `LayerTokens`."""
         fusion, special = self.fusion, tokens.special
         weights = tokens.sizes if fusion.weighting == "size" else None
         known |= {"protected": special, "grid": self.grid, "sizes": weights, "order": fusion.order, "mode": fusion.mode}
@@ -152,19 +148,15 @@ class Backbone(nn.Module):
         needs = RULES[fusion.rule].needs
         if lacking := sorted(needs - cls.places[fusion.place]):
             able = [f"place={place}" for place, known in cls.places.items() if needs <= known]
-            raise ConfigError(
-                f"rule {fusion.rule!r} needs {', '.join(lacking)} of the tokens, which {cls.kind} does not have at "
-                f"{fusion.place}; choose another rule, or {[*able, 'another model'][0]}",
-                "rule",
-            )
+            told = f"which {cls.kind} does not have at {fusion.place}; choose another rule"
+            told = f"{', '.join(lacking)} of the tokens, {told}, or {[*able, 'another model'][0]}"
+            raise ConfigError(f"rule {fusion.rule!r} needs {told}", "rule")
 
     @classmethod
     def fusion_of(cls, schedule: Sequence[int] | str | None, settings: Mapping[str, Any]) -> Fusion:
-        """Return how a network is to reduce tokens.
+        """Return how a network is to reduce tokens, by a schedule (None for no fusion) or the name of a strategy.
 
-        Args:
-            schedule: tokens to remove in each layer, None for none; or the name of a strategy.
-            settings: fields of `Fusion`, with or without "fusion_" before them; those that are missing are as usual.
+        settings are fields of `Fusion`, with or without "fusion_" before them; those that are missing are as usual.
         """
         fusion = cls.usual.changed(**{name.removeprefix("fusion_"): value for name, value in settings.items()})
         if schedule is None or isinstance(schedule, str):
@@ -207,10 +199,7 @@ class Backbone(nn.Module):
 
     @abstractmethod
     def layer(self, index: int, stream: Any, tokens: Tokens, reduction: Reduction | None) -> tuple[Any, Tokens]:
-        """Compute one layer, which calls `reduction`, where there is one, at its place.
-
-        Returns the stream that it leaves, and the `Tokens` that `reduction` returned, or those given.
-        """
+        """Compute one layer, which calls `reduction` at its place, and return the stream and tokens that it leaves."""
 
     @abstractmethod
     def normed(self, stream: Any) -> Tensor:
@@ -231,14 +220,11 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def set_fusion(self, fusion: Sequence[int] | Fusion, **changes: Any) -> None:
-        """Reduce tokens in another way from now on.
+        """Reduce tokens in another way from now on. Raises ConfigError, and changes nothing, where it does not fit.
 
         Args:
             fusion: tokens to remove in each layer; or all settings, from which the schedule is worked out.
             changes: fields of `Fusion` to change, such as order="tome"; None leaves one as it is.
-
-        Raises:
-            ConfigError: something does not fit; nothing has changed then.
         """
         settings = fusion if isinstance(fusion, Fusion) else with_schedule(self.settings, fusion)
         settings = settings.changed(**changes)
@@ -289,8 +275,8 @@ class Backbone(nn.Module):
     def forward_features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l d"]:
         """Compute normed features of the last layer for each token of the first one, (b, num_tokens, embed_dim).
 
-        Tokens stand as in a network that does not fuse. Each patch has the features of the token that holds it after
-        the last layer; a pruned patch those of the token that it was most similar to when it was dropped.
+        Each patch has the features of the token that holds it after the last layer; a pruned patch those of the token
+        that it was most similar to when it was dropped.
         """
         run = self.run(x)
         return self._unfused(self.normed(run.stream), self._held(run.maps, x)[-1])
@@ -314,8 +300,7 @@ class Backbone(nn.Module):
         Args:
             x: images (b, in_chans, height, width).
             indices: layers from 0 (negative: from the end), a number of last layers, or None for all.
-            return_prefix_tokens: return pairs of the patches' features and those of the special tokens, if there are
-                any (b, p, embed_dim).
+            return_prefix_tokens: return pairs, with the features of special tokens, if there are any (b, p, embed_dim).
             norm: apply the final norm to each.
             stop_early: do not run the layers behind the last that is asked for.
             output_fmt: "NCHW": (b, embed_dim, rows, columns); "NLC": (b, patches, embed_dim), row by row.
@@ -323,9 +308,6 @@ class Backbone(nn.Module):
 
         Returns:
             What `forward_features` returns, of the last layer that ran; and a list of features, in order of the layers.
-
-        Raises:
-            ConfigError: there is no such layer, or no such format.
         """
         check_choice("output_fmt", output_fmt, FORMATS)
         layers = chosen_layers(self.depth, indices)
@@ -333,12 +315,11 @@ class Backbone(nn.Module):
         held = self._held(run.maps, x)
         found: list[Any] = []
         for layer, stream in run.taken.items():
-            features = self._unfused(self.normed(stream) if norm else self.features_of(stream), held[layer])
-            patches = features[:, self.patch_places(x.device)] if self.special else features
+            every = self._unfused(self.normed(stream) if norm else self.features_of(stream), held[layer])
+            patches = every[:, self.patch_places(x.device)] if self.special else every
             if output_fmt == "NCHW":
                 patches = patches.transpose(1, 2).unflatten(2, self.grid_size).contiguous()
-            is_pair = return_prefix_tokens and self.special
-            found.append((patches, features[:, list(self.special)]) if is_pair else patches)
+            found.append((patches, every[:, list(self.special)]) if return_prefix_tokens and self.special else patches)
         return found if intermediates_only else (self._unfused(self.normed(run.stream), held[-1]), found)
 
     def patch_places(self, device: torch.device) -> Int[Tensor, " n"]:
@@ -350,10 +331,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def trace(self, x: Float[Tensor, "b c h w"]) -> tuple[Int[Tensor, "b n"], ...]:
-        """Return for each layer the places (b, patches) of the tokens that hold the patches after its fusion.
-
-        A pruned patch is held by the token that it was most similar to.
-        """
+        """Return for each layer the places (b, patches) of the tokens that hold the patches after its fusion."""
         return trace(self.run(x).maps, self.patch_places(x.device).expand(x.shape[0], -1))
 
     @torch.no_grad()
@@ -385,10 +363,7 @@ class Backbone(nn.Module):
         return spend(counts_at, self.num_patches, budget)
 
     def special_rows(self, rows: int, cls_position: str | None) -> tuple[int, ...]:
-        """Return the rows of special tokens in a position embedding of `rows` rows.
-
-        cls_position is the class token's place in the network that it comes from; None as here.
-        """
+        """Return which rows of a position embedding belong to special tokens; cls_position as in its own network."""
         return self.special
 
     def timm_arguments(self) -> dict[str, Any]:
@@ -408,7 +383,6 @@ class Backbone(nn.Module):
             )
 
     def _held(self, maps: list[TokenMap | None], x: Tensor) -> tuple[Tensor, ...]:
-        """Return for each layer the places (b, num_tokens) of the tokens that hold those of the first one."""
         return trace(maps, torch.arange(self.num_tokens, device=x.device).expand(x.shape[0], -1))
 
     def _unfused(self, features: Tensor, held: Tensor) -> Tensor:
@@ -422,17 +396,8 @@ def one_number(size: tuple[int, int]) -> int | list[int]:
 
 def timm_cfg(size: int, **more: Any) -> dict[str, Any]:
     """Return what timm has to know of a model for images of a size, without weights unless `more` names them."""
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, size, size),
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        **more,
-    }
+    names = {"first_conv": "patch_embed.proj", "classifier": "head"}
+    return {"url": "", "input_size": (3, size, size), **names, **more}
 
 
 def with_schedule(settings: Fusion, schedule: Sequence[int]) -> Fusion:
@@ -458,10 +423,7 @@ def network_names() -> list[str]:
 
 
 def backbone_of(name: str) -> type[Backbone]:
-    """Return the kind of network that a timm name builds, with or without a tag of pretrained weights.
-
-    Raises ConfigError for a name that none has.
-    """
+    """Return the kind of network that a timm name builds. Raises ConfigError for a name that none has."""
     allowed = []
     for kind in BACKBONES:
         names = kind.names()
@@ -474,31 +436,21 @@ def backbone_of(name: str) -> type[Backbone]:
 
 
 def create_network(name: str, **arguments: Any) -> Backbone:
-    """Build a network by its timm name.
+    """Build a network by its timm name, with or without a tag of pretrained weights.
 
-    Args:
-        name: one of `network_names`, with or without a tag of pretrained weights.
-        arguments: those of timm.create_model. fusion is the schedule (None for no fusion) or the name of a strategy,
-            and every other field of `famba.fusion.Fusion` can be given with "fusion_" before it.
-
-    Raises:
-        ConfigError: what does not fit.
+    arguments are those of timm.create_model. fusion is the schedule (None for no fusion) or the name of a strategy, and
+    every other field of `famba.fusion.Fusion` can be given with "fusion_" before it. Raises ConfigError where one does
+    not fit.
     """
     return backbone_of(name).create(name, **arguments)
 
 
 def chosen_layers(depth: int, indices: Indices) -> list[int]:
-    """Return the layers, counted from 0, that `indices` mean in a model of `depth` layers, in their order.
-
-    Negative ones count from the end. Raises ConfigError where there is no such layer, or none is asked for.
-    """
+    """Return the layers, from 0, that `indices` name in their order. Raises ConfigError for none, or unknown ones."""
     if indices is None or (type(indices) is int and 1 <= indices <= depth):
         return list(range(depth))[-(indices or 0) :]
     listed = list(indices) if isinstance(indices, Sequence) else []
     if not listed or any(type(i) is not int or not -depth <= i < depth for i in listed):
-        raise ConfigError(
-            f"indices is {indices!r}; allowed: a list of layers from 0 to {depth - 1} (or from -{depth} to -1, counted "
-            f"from the end), how many of the last ones, 1 to {depth}, or None for all",
-            "indices",
-        )
+        allowed = f"a list of layers from 0 to {depth - 1} (or from -{depth} to -1, counted from the end), how many of"
+        raise ConfigError(f"indices is {indices!r}; allowed: {allowed} the last, 1 to {depth}, or None", "indices")
     return [i % depth for i in listed]

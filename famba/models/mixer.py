@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,10 @@ from torch.nn import functional as F
 
 from famba.ops import Direction, bidirectional_mixer, causal_conv1d, selective_scan
 
-_DELTA_RANGE = (0.001, 0.1)
-_DELTA_FLOOR = 1e-4
+_DELTA_RANGE, _DELTA_FLOOR = (0.001, 0.1), 1e-4
 _log = logging.getLogger(__name__)
 
-_Side = tuple[Any, Any, Any, Tensor, Tensor]
-"""One direction's conv1d, x_proj, dt_proj, A_log and D."""
+_Side = tuple[Any, Any, Any, Tensor, Tensor]  # one direction's conv1d, x_proj, dt_proj, A_log and D
 
 
 class VimMixer(nn.Module):
@@ -37,9 +36,8 @@ class VimMixer(nn.Module):
         self.d_state = d_state
         self.in_proj = nn.Linear(d_model, 2 * inner, bias=False)
         # Forward, and with "_b" backward.
-        self.conv1d, self.conv1d_b = (
-            nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1) for _ in range(2)
-        )
+        conv = partial(nn.Conv1d, inner, inner, d_conv, groups=inner, padding=d_conv - 1)
+        self.conv1d, self.conv1d_b = conv(), conv()
         self.x_proj, self.x_proj_b = (nn.Linear(inner, rank + 2 * d_state, bias=False) for _ in range(2))
         self.dt_proj, self.dt_proj_b = (nn.Linear(rank, inner) for _ in range(2))
         rates = torch.arange(1, d_state + 1).float().log().repeat(inner, 1)
@@ -148,9 +146,8 @@ def _is_causal(layer: Any) -> bool:
 
 
 _AS_BUILT: dict[str, Callable[[Any], bool]] = {
-    "in_proj": lambda layer: _is_linear(layer, False),
+    **dict.fromkeys(("in_proj", "x_proj", "x_proj_b"), lambda layer: _is_linear(layer, False)),
     **dict.fromkeys(("conv1d", "conv1d_b"), _is_causal),
-    **dict.fromkeys(("x_proj", "x_proj_b"), lambda layer: _is_linear(layer, False)),
     **dict.fromkeys(("dt_proj", "dt_proj_b"), lambda layer: _is_linear(layer, True)),
 }
 """Map each layer before the output projection to a check that one op computes what it does."""
@@ -168,11 +165,8 @@ def _tell_slower(name: str) -> None:
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return whether a call of a module computes what its class computes and nothing more.
-
-    A subclass is not plain: parametrizations, quantized layers and adapters are subclasses or wrappers.
-    """
-    # Written out: mixers ask this for each of their layers at every call.
+    """Return whether a call of a module computes what its very class computes, and nothing more."""
+    # Adapters and quantized layers are subclasses or wrappers. Written out, since mixers ask it at every call.
     return type(module) is kind and not (
         module._forward_hooks
         or module._forward_pre_hooks

@@ -47,17 +47,13 @@ class RMSNorm(nn.Module):
 
 
 class VimBlock(nn.Module):
-    """Add, norm, fuse, mix: one pre-norm layer.
-
-    `drop_path` drops, with chance, what the layer before adds. The model applies it, so that what a layer leaves is
-    known before the next one fuses.
-    """
+    """Add, norm, fuse, mix: one pre-norm layer. The model applies `drop_path`, to what the layer before adds."""
 
     def __init__(self, mixer: VimMixer, d_model: int, drop_path: float) -> None:
         super().__init__()
         self.norm = RMSNorm(d_model)
         self.mixer = mixer
-        self.drop_path = _drop_path(drop_path)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(
         self, hidden: Tensor, residual: Tensor | None, tokens: Tokens, reduction: Reduction | None = None
@@ -77,10 +73,6 @@ class VimBlock(nn.Module):
             return mixed
 
         return self.mixer(normed, reduce_mixed), stream, tokens
-
-
-def _drop_path(rate: float) -> nn.Module:
-    return DropPath(rate) if rate else nn.Identity()
 
 
 @backbone.register_backbone
@@ -159,7 +151,7 @@ class Vim(Backbone):
         self.layers = nn.ModuleList(
             VimBlock(VimMixer(embed_dim, d_state, d_conv, expand), embed_dim, rate) for rate in rates[:depth]
         )
-        self.drop_path = _drop_path(rates[-1])
+        self.drop_path = DropPath(rates[-1]) if rates[-1] else nn.Identity()
         self.norm_f: nn.Module = RMSNorm(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self._init_weights()
@@ -201,14 +193,9 @@ class Vim(Backbone):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return patterns of parameter names, as timm's models do: the stem, then layer by layer.
-
-        The final norm goes with the last layer. `coarse` changes nothing, since there are no stages.
-        """
-        return {
-            "stem": r"^cls_token|^pos_embed|^patch_embed",
-            "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],  # in the group before it
-        }
+        """Return patterns of parameter names, as timm's models do: the stem, then layer by layer, without stages."""
+        layers = [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))]  # the final norm goes with the last layer
+        return {"stem": r"^cls_token|^pos_embed|^patch_embed", "blocks": layers}
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a new one; 0 classes for none."""
@@ -289,13 +276,10 @@ class Vim(Backbone):
         return self.head(pooled)
 
     def forward_head(self, x: Float[Tensor, "b l d"], pre_logits: bool = False) -> Float[Tensor, "b out"]:
-        """Classify what `forward_features` returns, (b, num_tokens, embed_dim): logits (b, num_classes).
+        """Classify what `forward_features` returns: logits (b, num_classes), or with `pre_logits` what the head reads.
 
-        With `pre_logits` return what the classifier would read, (b, embed_dim).
-
-        Raises:
-            ConfigError: x has another number of tokens; or the model has no class token and fuses by equal weights or
-                prunes, so that its mean over tokens is not that over patches.
+        Raises ConfigError for another number of tokens, or where there is no class token and the model fuses by equal
+        weights or prunes: its mean over tokens is then not that over patches.
         """
         self.check_head(x, takes_mean=self.cls_index is None)
         pooled = x.mean(1) if self.cls_index is None else x[:, self.cls_index]
@@ -305,13 +289,9 @@ class Vim(Backbone):
     def prune_intermediate_layers(
         self, indices: backbone.Indices = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the features of some layers do not need, and return these layers, counted from 0.
+        """Remove the layers behind those of `indices`, as in `forward_intermediates`, and their part of the schedule.
 
-        Args:
-            indices: layers as in `forward_intermediates`; those behind the last of them go, and their part of the
-                schedule.
-            prune_norm: remove the final norm.
-            prune_head: remove the classifier.
+        Also the final norm and the classifier, where asked for. Returns the chosen layers, counted from 0.
         """
         layers = backbone.chosen_layers(self.depth, indices)
         left = max(layers) + 1
@@ -338,7 +318,7 @@ def _check_patches(image: tuple[int, int], patch: tuple[int, int]) -> tuple[tupl
 _SHIPPED = {"crop_pct": 1.0, "license": "apache-2.0", "file": str(WEIGHTS / "vim_micro_patch4_32/model.safetensors")}
 default_cfgs = generate_default_cfgs(
     {
-        "vim_micro_patch4_32.famba_cifar100": timm_cfg(32, **_SHIPPED, num_classes=100),
+        "vim_micro_patch4_32.famba_cifar100": timm_cfg(32, num_classes=100, **_SHIPPED),
         "vim_tiny_patch16_224": timm_cfg(224),
         "vim_small_patch16_224": timm_cfg(224),
         "vim_base_patch16_224": timm_cfg(224),
@@ -356,24 +336,17 @@ def create_vim(variant: str, pretrained: bool, shape: dict[str, Any], chosen: di
     ConfigError for what does not fit, such as the schedule of training on images of another size.
     """
     trained = fusion_of_training(variant, shape, chosen) if pretrained else {}
+    # With features_only=True: by forward_intermediates, of the last three layers as timm's ViTs do.
+    features = {"out_indices": 3, "feature_cls": "getter"}
+    arguments = {"pretrained_filter_fn": fitting_weights, "feature_cfg": features, **shape, **trained, **chosen}
     try:
-        return build_model_with_cfg(
-            Vim,
-            variant,
-            pretrained,
-            pretrained_filter_fn=fitting_weights,
-            # With features_only=True: by forward_intermediates, of the last three layers as timm's ViTs do.
-            feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-            **{**shape, **trained, **chosen},
-        )
+        return build_model_with_cfg(Vim, variant, pretrained, **arguments)
     except ConfigError as error:
         if error.argument != "budget" or "fusion" not in trained or "fusion" in chosen:
             raise
-        raise ConfigError(
-            f"the weights of {variant} were trained to fuse by {trained['fusion']}, which does not fit what was asked "
-            f"for: {error}; give fusion= a schedule that does, such as [0] * {len(trained['fusion'])} for no fusion",
-            "fusion",
-        ) from error
+        told = f"the weights of {variant} were trained to fuse by {trained['fusion']}, which does not fit here: {error}"
+        fitting = f"give fusion= a schedule that does, such as [0] * {len(trained['fusion'])} for no fusion"
+        raise ConfigError(f"{told}; {fitting}", "fusion") from error
 
 
 @register_model

@@ -30,9 +30,9 @@ def _of_vit(name: str) -> Any:
 
 @register_backbone
 class ToMe(Backbone):
-    """Fuse tokens of a timm vision transformer between the attention and the MLP of its blocks.
+    """Fuse tokens of a timm vision transformer between the attention and the MLP of its blocks, as `apply_tome` says.
 
-    `apply_tome` makes it. It shares the transformer's parameters, and names them in state_dict as the transformer does.
+    state_dict names the parameters, which are the transformer's own, as the transformer does.
     """
 
     kind = "a vision transformer"
@@ -43,7 +43,7 @@ class ToMe(Backbone):
     usual = Fusion(order="tome", weighting="size", place=AFTER_ATTENTION, proportional=True)
 
     # As the transformer has them now: its classifier and the size of its images can be changed.
-    patch_embed, embed_dim = _of_vit("patch_embed"), _of_vit("embed_dim")
+    patch_embed, blocks, embed_dim = _of_vit("patch_embed"), _of_vit("blocks"), _of_vit("embed_dim")
     num_classes, pretrained_cfg = _of_vit("num_classes"), _of_vit("pretrained_cfg")
 
     def __init__(self, vit: VisionTransformer, settings: Fusion) -> None:
@@ -63,16 +63,11 @@ class ToMe(Backbone):
 
     @classmethod
     def create(cls, name: str, **arguments: Any) -> ToMe:
-        """Build one by its timm name; its attention is that of ToMe without training unless told otherwise."""
+        """Build one by its timm name; it attends as ToMe does without training unless told otherwise."""
         settings = {key: arguments.pop(key) for key in list(arguments) if key.startswith("fusion_")}
         fusion = cls.fusion_of(arguments.pop("fusion", None), settings)
         vit: Any = timm.create_model(name, **arguments)
         return cls(vit, fusion).train(vit.training)
-
-    @property
-    def depth(self) -> int:
-        """Number of blocks."""
-        return len(self.vit.blocks)
 
     @property
     def num_patches(self) -> int:  # type: ignore[override]
@@ -103,14 +98,13 @@ class ToMe(Backbone):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return the transformer's patterns of parameter names, for their names here."""
 
-        def here(pattern: str) -> str:
+        def here(given: Any) -> Any:
+            if not isinstance(given, str):
+                return [(here(pattern), order) for pattern, order in given]
             # The beginning that a pattern is bound to lies behind the prefix here.
-            return rf"^{re.escape(_PREFIX)}(?:{pattern.replace('^', '')})"
+            return rf"^{re.escape(_PREFIX)}(?:{given.replace('^', '')})"
 
-        return {
-            group: here(given) if isinstance(given, str) else [(here(pattern), order) for pattern, order in given]
-            for group, given in self.vit.group_matcher(coarse).items()
-        }
+        return {group: here(given) for group, given in self.vit.group_matcher(coarse).items()}
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -128,11 +122,10 @@ class ToMe(Backbone):
         return call_as(self.vit, super().forward, x)
 
     def forward_head(self, x: Float[Tensor, "b l d"], pre_logits: bool = False) -> Any:
-        """Classify what `forward_features` returns, (b, num_tokens, embed_dim), as the transformer does.
+        """Classify what `forward_features` returns, as the transformer does.
 
-        Raises:
-            ConfigError: x has another number of tokens; or the transformer pools by the mean and fuses by equal
-                weights or prunes, so that its mean over tokens is not that over patches.
+        Raises ConfigError for another number of tokens, or where the transformer pools by the mean and fuses by equal
+        weights or prunes: its mean over tokens is then not that over patches.
         """
         self.check_head(x, takes_mean=self.vit.global_pool == "avg")
         return self.vit.forward_head(x, pre_logits=pre_logits)
@@ -182,10 +175,7 @@ class ToMe(Backbone):
 def attend(
     attention: Attention, x: Float[Tensor, "b l d"], sizes: Float[Tensor, "b l"] | None
 ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b heads l head"]]:
-    """Compute timm's self-attention, and return its keys too, on whose mean similarity is measured.
-
-    With sizes, a token is attended to in proportion to them (proportional attention, ToMe section 3).
-    """
+    """Compute timm's self-attention, and its keys; with sizes, proportional to them (ToMe, section 3)."""
     keys = x
 
     def attended(x: Tensor) -> Tensor:
@@ -196,21 +186,18 @@ def attend(
         q, k = attention.q_norm(q), attention.k_norm(k)
         keys = k
         bias = None if sizes is None else sizes.log()[:, None, None, :].to(q.dtype)
-        out = attention.norm(_weighted(attention, q, k, v, bias).transpose(1, 2).flatten(2))
+        if attention.fused_attn:
+            dropped = attention.attn_drop.p if attention.training else 0.0
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropped, scale=attention.scale)
+        else:  # where timm is told to compute all weights
+            scores = (q * attention.scale) @ k.transpose(-2, -1)
+            out = attention.attn_drop((scores if bias is None else scores + bias).softmax(dim=-1)) @ v
+        out = attention.norm(out.transpose(1, 2).flatten(2))
         if (gate := getattr(attention, "gate", None)) is not None:
             out = out * gate(x).sigmoid()
         return attention.proj_drop(attention.proj(out))
 
     return call_as(attention, attended, x), keys
-
-
-def _weighted(attention: Attention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Return attended values (b, heads, l, head), by one op unless timm is told to compute all weights."""
-    if attention.fused_attn:
-        dropped = attention.attn_drop.p if attention.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropped, scale=attention.scale)
-    scores = (q * attention.scale) @ k.transpose(-2, -1)
-    return attention.attn_drop((scores if bias is None else scores + bias).softmax(dim=-1)) @ v
 
 
 def apply_tome(vit: VisionTransformer, schedule: Sequence[int], **settings: Any) -> ToMe:
@@ -225,10 +212,9 @@ def apply_tome(vit: VisionTransformer, schedule: Sequence[int], **settings: Any)
             of queries and keys; pooled by the class token or the mean.
         schedule: tokens removed in each block, from `famba.fusion.schedule` with protected=vit.num_prefix_tokens;
             "all" with a budget of depth * r is ToMe's constant r, "decreasing" its decreasing one.
-        settings: fields of `famba.fusion.Fusion`: order ("tome" or "sequence"), weighting ("size", by the patches that
-            a token holds, as in ToMe, or "mean"), mode ("fuse", or "prune", where the same tokens are dropped), rule,
-            and proportional: add the logarithm of a token's size to what it is attended by, as ToMe does in
-            transformers that were trained without fusion. The defaults are ToMe's: "tome", "size", "fuse", True.
+        settings: the fields order, weighting, mode, rule and proportional of `famba.fusion.Fusion`; as in ToMe unless
+            given: "tome", "size", "fuse", "bipartite", and True, which adds the logarithm of a token's size to what it
+            is attended by, as ToMe does in transformers that were trained without fusion.
 
     Raises:
         ConfigError: vit is none that this can do, or the schedule does not fit it.
@@ -242,10 +228,7 @@ def apply_tome(vit: VisionTransformer, schedule: Sequence[int], **settings: Any)
 
 
 def remove_tome(model: ToMe) -> VisionTransformer:
-    """Return the transformer that `apply_tome` was given, with what training did to it.
-
-    Raises ConfigError for what `apply_tome` has not made.
-    """
+    """Return the transformer that `apply_tome` was given, as trained. Raises ConfigError for what it has not made."""
     if not isinstance(model, ToMe):
         raise ConfigError(f"a {type(model).__name__} was not made by apply_tome; there is nothing to remove")
     return model.vit

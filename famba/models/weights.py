@@ -28,17 +28,13 @@ _PATCHES = "patch_embed.proj.weight"
 _MIDDLE = "midclstok"  # in names of official models
 _log = logging.getLogger(__name__)
 _HEADS = ("head.", "head_dist.")
-_WEIGHT_KEYS = ("model", "state_dict")
 
 
 class Origin(NamedTuple):
-    """Hold what is known of the network that weights come from; None where nothing says it.
+    """Hold what is known of the network that weights come from; None where nothing says it."""
 
-    cls_position: the place of its class token, as in `Vim`. grid: its rows and columns of patches.
-    """
-
-    cls_position: str | None = None
-    grid: tuple[int, int] | None = None
+    cls_position: str | None = None  # the class token's place, as in `Vim`
+    grid: tuple[int, int] | None = None  # rows and columns of patches
 
 
 def load_vim_checkpoint(
@@ -85,10 +81,7 @@ def load_weights(
     *,
     reset_head: bool = False,
 ) -> list[str]:
-    """Load weights that were read from a path, as `load_vim_checkpoint` does, into a network of any kind.
-
-    Returns what was changed, in sentences.
-    """
+    """Load weights that were read from a path into any network, and return what was changed, in sentences."""
     fit = fit_weights(model, weights, str(path), origin, reset_head)
     for doubt in fit.doubts:
         _log.warning("%s: %s", path, doubt)
@@ -99,8 +92,7 @@ def load_weights(
 def fitting_weights(weights: dict[str, Any], model: Backbone) -> dict[str, Tensor]:
     """Return pretrained weights as a model takes them, with its own classifier where it has other classes.
 
-    timm calls it, and has put its records of the weights into model.pretrained_cfg. Raises CheckpointError with the
-    list of all that does not fit.
+    timm calls it, with its records of the weights in model.pretrained_cfg. Raises CheckpointError as `fit_weights`.
     """
     head, own = weights.get("head.weight"), model.state_dict().get("head.weight")
     other_head = own is None or not isinstance(head, Tensor) or head.shape[:1] != own.shape[:1]
@@ -112,19 +104,15 @@ def fitting_weights(weights: dict[str, Any], model: Backbone) -> dict[str, Tenso
 
 def weights_in(content: dict[str, Any]) -> dict[str, Any]:
     """Return the weights in what was read from a file: at the top, or under "model" or "state_dict"."""
-    return next((content[key] for key in _WEIGHT_KEYS if isinstance(content.get(key), dict)), content)
+    return next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), content)
 
 
 def saved_origin(content: dict[str, Any], path: str | Path) -> Origin:
-    """Return what a file, or what lies beside it, says of the network that its weights come from.
+    """Return what the content of a file, or what lies beside its path, says of the network that its weights come from.
 
-    Args:
-        content: what was read from the file, as `read_file` returns it.
-        path: the file. A run's weights have their configuration beside them, its checkpoints within; exported weights
-            have a config.json beside them; the official files of Vim hold the name of their model.
-
-    Raises:
-        CheckpointError: the configuration beside the file cannot be read.
+    A run's weights have their configuration beside them, its checkpoints within; exported weights have a config.json
+    beside them; the official files of Vim hold the name of their model. Raises CheckpointError where a configuration
+    beside the file cannot be read.
     """
     arguments = content.get("args")
     official = arguments.get("model") if isinstance(arguments, dict) else getattr(arguments, "model", None)
@@ -135,7 +123,7 @@ def saved_origin(content: dict[str, Any], path: str | Path) -> Origin:
 
 
 def _origin_by_timm(weights: Mapping[str, Any], model: Backbone) -> Origin:
-    """Return what timm knows of the network that weights come from: by the file's folder, else by its own records."""
+    """Return what timm knows of the network that weights come from, by the file's folder or by its own records."""
     cfg: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     if cfg.get("file"):
         place = Path(cfg["file"])  # timm calls a folder so, too
@@ -196,9 +184,9 @@ class Fit:
 
 
 def fit_weights(model: Backbone, weights: dict[str, Any], source: str, origin: Origin, reset_head: bool) -> Fit:
-    """Return weights for every parameter of a model, changed as `load_vim_checkpoint` says.
+    """Return weights for every parameter of a model, which may be without memory, changed as in `load_vim_checkpoint`.
 
-    The model may be without memory. Raises CheckpointError with the list of all that does not fit.
+    Raises CheckpointError with the list of all that does not fit.
     """
     own, named = model.state_dict(), {str(name): value for name, value in weights.items()}
     given = {name: value for name, value in named.items() if isinstance(value, Tensor)}
@@ -212,7 +200,7 @@ def fit_weights(model: Backbone, weights: dict[str, Any], source: str, origin: O
     if embed is not None and embed.ndim == 3 and embed.shape[0] == 1:
         try:
             given["pos_embed"] = _fit_pos_embed(fit, model, embed, origin)
-        except _MisfitError as misfit:
+        except CheckpointError as misfit:
             fit.misfits.append(f"pos_embed: {misfit}")
             given["pos_embed"] = own["pos_embed"]
     for name in own.keys() | given.keys():
@@ -233,7 +221,7 @@ def fit_weights(model: Backbone, weights: dict[str, Any], source: str, origin: O
 def _fit_patch_embed(fit: Fit, own: dict[str, Tensor]) -> None:
     """Resample the file's patch embedding where it is one for patches of another size."""
     kernel = fit.weights.get(_PATCHES)
-    if _PATCHES not in own or kernel is None or kernel.ndim != 4 or 0 in kernel.shape:
+    if kernel is None or _PATCHES not in own or kernel.ndim != 4 or 0 in kernel.shape:
         return
     wanted = own[_PATCHES].shape
     if kernel.shape[:2] == wanted[:2] and kernel.shape != wanted:
@@ -241,21 +229,16 @@ def _fit_patch_embed(fit: Fit, own: dict[str, Tensor]) -> None:
         fit.weights[_PATCHES] = resample_patch_embed(kernel, list(wanted[2:]))
 
 
-class _MisfitError(Exception):
-    """Say why a model cannot take something of a file."""
-
-
 def _fit_pos_embed(fit: Fit, model: Backbone, embed: Tensor, origin: Origin) -> Tensor:
     """Return the file's position embedding (1, rows, width) on the model's grid; other tokens keep their rows."""
     if embed.shape[2] != model.embed_dim:
-        raise _MisfitError(f"width {embed.shape[2]} in the file, {model.embed_dim} in the model")
+        raise CheckpointError(f"width {embed.shape[2]} in the file, {model.embed_dim} in the model")
     position = None if model.cls_position is None else _cls_position(fit, model.cls_position, origin)
     special = model.special_rows(embed.shape[1], position)
-    told = f", behind {len(special)} others" if special else ""
-    if position is not None:
-        told = f", with class token {position!r}"
+    others = f", behind {len(special)} others" if special else ""
+    told = others if position is None else f", with class token {position!r}"
     if len(special) >= embed.shape[1]:
-        raise _MisfitError(f"{embed.shape[1]} rows in the file hold no patches{told}")
+        raise CheckpointError(f"{embed.shape[1]} rows in the file hold no patches{told}")
     patches = _on_grid(fit, embed[:, _others(special, embed.shape[1])], model.grid_size, origin.grid, told)
     rows = patches.shape[1] + len(special)
     own, fitted = model.special_rows(rows, None), patches.new_empty(1, rows, embed.shape[2])
@@ -272,7 +255,7 @@ def _cls_position(fit: Fit, own: str, origin: Origin) -> str:
     position = origin.cls_position or own
     check_choice("cls_position", position, CLS_POSITIONS)
     if (position != "none") != (own != "none"):
-        raise _MisfitError(f"class token {position!r} in the file, {own!r} in the model")
+        raise CheckpointError(f"class token {position!r} in the file, {own!r} in the model")
     if position != "none" and origin.cls_position is None:
         fit.changes.append(f"the class token is taken to stand at {position}, since nothing says where")
     elif position != own:
@@ -286,7 +269,7 @@ def _on_grid(fit: Fit, patches: Tensor, own: tuple[int, int], given: tuple[int, 
     old = given or ((side, side) if side * side == count else own)
     if count < 1 or old[0] * old[1] != count:
         shape = "square grid" if given is None else f"grid of {_by(old)}"
-        raise _MisfitError(f"{count} patches in the file are no {shape}{told}")
+        raise CheckpointError(f"{count} patches in the file are no {shape}{told}")
     if old == own:
         return patches
     if given is None and own[0] * own[1] == count:
@@ -310,8 +293,7 @@ def weights_folder(name: str) -> Path | None:
 
 def names_with_weights() -> list[str]:
     """List the timm names, with their tags, of the models with bundled weights."""
-    folders = sorted(folder.name for folder in WEIGHTS.iterdir())
-    return [name for folder in folders for name in timm.list_models(f"{folder}*", pretrained=True)]
+    return [n for folder in sorted(WEIGHTS.iterdir()) for n in timm.list_models(f"{folder.name}*", pretrained=True)]
 
 
 def fusion_of_training(variant: str, shape: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
