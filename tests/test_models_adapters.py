@@ -79,37 +79,27 @@ class ConvAdapter(nn.Conv1d):
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("name", [*LINEAR, *CONV])
 def test_an_adapter_counts_as_if_it_were_merged(name: str, place: str) -> None:
     model, merged = make(place), make(place)
     for layer in range(3):
-        adapter = Adapter(getattr(mixer_of(model, layer), name))
+        plain, part = getattr(mixer_of(merged, layer), name), getattr(mixer_of(model, layer), name)
+        adapter: Any = ConvAdapter(part) if name in CONV else Adapter(part)
         setattr(mixer_of(model, layer), name, adapter)
         with torch.no_grad():
-            getattr(mixer_of(merged, layer), name).weight += adapter.up.weight @ adapter.down.weight
+            if name in CONV:
+                plain.weight *= adapter.factor[:, :, None]
+                plain.bias *= adapter.factor[:, 0]
+            else:
+                plain.weight += adapter.up.weight @ adapter.down.weight
     logits = model(images())
     torch.testing.assert_close(logits, merged(images()), rtol=1e-5, atol=5e-6)
     assert differ(logits, make(place)(images()))
     logits.square().sum().backward()
     adapter = getattr(mixer_of(model), name)
-    assert adapter.up.weight.grad.abs().sum() > 0
-    assert adapter.down.weight.grad.abs().sum() > 0
-    assert adapter.base.weight.grad is None
-
-
-@pytest.mark.parametrize("name", CONV)
-def test_an_adapter_of_a_convolution_counts_as_if_it_were_merged(name: str) -> None:
-    model, merged = make(), make()
-    for layer in range(3):
-        adapter = ConvAdapter(getattr(mixer_of(model, layer), name))
-        setattr(mixer_of(model, layer), name, adapter)
-        with torch.no_grad():
-            plain = getattr(mixer_of(merged, layer), name)
-            plain.weight *= adapter.factor[:, :, None]
-            plain.bias *= adapter.factor[:, 0]
-    torch.testing.assert_close(model(images()), merged(images()), rtol=1e-5, atol=5e-6)
-    model(images()).sum().backward()
-    assert adapter.factor.grad.abs().sum() > 0
+    learned = [adapter.factor] if name in CONV else [adapter.up.weight, adapter.down.weight]
+    assert all(weight.grad.abs().sum() > 0 for weight in learned)
+    assert name in CONV or adapter.base.weight.grad is None
 
 
 @pytest.mark.parametrize(
@@ -123,15 +113,7 @@ def test_an_adapter_of_a_convolution_counts_as_if_it_were_merged(name: str) -> N
         ("conv1d_b", nn.Conv1d(32, 32, 4, padding=6, groups=32, dilation=2)),
         ("conv1d", nn.Conv1d(32, 32, 4, padding=3)),
     ],
-    ids=[
-        "in_proj with bias",
-        "x_proj with bias",
-        "out_proj with bias",
-        "dt_proj without",
-        "conv without",
-        "dilated",
-        "full",
-    ],
+    ids=["in_proj bias", "x_proj bias", "out_proj bias", "dt_proj without", "conv without", "dilated", "full"],
 )
 def test_another_layer_of_the_same_class_is_computed_whole(name: str, layer: nn.Module) -> None:
     model, called = make(), make()
@@ -162,25 +144,14 @@ def test_hooks_are_called_and_change_what_they_change(name: str, place: str) -> 
     for handle in (*handles, doubled):
         handle.remove()
     assert torch.equal(model(images()), before)
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_hooks_of_the_mixer_itself_are_called(place: str) -> None:
-    model = make(place)
-    widths: list[tuple[int, ...]] = []
+    original, widths = part.forward, []
+    part.forward = lambda x: 3 * original(x)
     hook = mixer_of(model).register_forward_hook(lambda _, given, output: widths.append(tuple(output.shape)))
-    before = model(images())
+    assert differ(model(images()), before)
     assert widths == [(2, 14, 16)]
     hook.remove()
+    del part.forward
     mixer_of(model).register_forward_hook(lambda _, given, output: torch.zeros_like(output))
-    assert differ(model(images()), before)
-
-
-def test_a_forward_that_was_put_into_one_layer_is_called() -> None:
-    model = make()
-    part = mixer_of(model).in_proj
-    before, original = model(images()), part.forward
-    part.forward = lambda x: 3 * original(x)  # type: ignore[method-assign]
     assert differ(model(images()), before)
 
 
@@ -275,8 +246,12 @@ def test_dynamically_quantized_layers_compute() -> None:
 
 def test_it_is_said_once_and_with_the_layer(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixer, "_told", set())
-    model = make()
+    model, taken, one_op = make(), [], mixer.bidirectional_mixer
+    monkeypatch.setattr(mixer, "bidirectional_mixer", lambda *args: (taken.append(1), one_op(*args))[1])
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)  # of all modules: leaves the one op
     model(images())
+    handle.remove()
+    assert len(taken) == 3
     assert not caplog.records
     for layer in range(3):
         mixer_of(model, layer).x_proj_b = Adapter(mixer_of(model, layer).x_proj_b)  # type: ignore[assignment]
@@ -284,15 +259,3 @@ def test_it_is_said_once_and_with_the_layer(caplog: pytest.LogCaptureFixture, mo
     model(images())
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "x_proj_b of a Vim's mixer was replaced or has hooks" in caplog.text
-
-
-def test_what_torch_hooks_into_all_modules_leaves_the_one_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[int] = []
-    one_op = mixer.bidirectional_mixer
-    monkeypatch.setattr(mixer, "bidirectional_mixer", lambda *args: (taken.append(1), one_op(*args))[1])
-    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    try:
-        make()(images())
-    finally:
-        handle.remove()
-    assert len(taken) == 3

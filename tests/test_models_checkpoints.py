@@ -54,37 +54,21 @@ def official(model: Vim) -> dict[str, Any]:
     return {"model": model.state_dict(), "epoch": 299, "args": namespace}
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".pt"])
-@pytest.mark.parametrize("layout", ["official", "state_dict", "plain", "legacy"])
-def test_torch_files_load(layout: str, suffix: str, tmp_path: Path, source: Vim) -> None:
-    path = tmp_path / f"weights{suffix}"
+@pytest.mark.parametrize("layout", ["official", "state_dict", "plain", "legacy", "safetensors"])
+def test_files_load_into_models_that_fuse_or_not(layout: str, tmp_path: Path, source: Vim) -> None:
+    path, weights = tmp_path / ("w.safetensors" if layout == "safetensors" else "w.pth"), source.state_dict()
     if layout == "legacy":
         torch.save(official(source), path, _use_new_zipfile_serialization=False)
+    elif layout == "safetensors":
+        save_file(weights, path)
     else:
-        weights = source.state_dict()
         save(path, {"official": official(source), "state_dict": {"state_dict": weights}, "plain": weights}[layout])
-    model = make()
-    assert load_vim_checkpoint(model, path) is model
-    assert_equal_weights(model.state_dict(), source.state_dict())
-
-
-def test_safetensors_and_paths_as_text_load(tmp_path: Path, source: Vim) -> None:
-    save_file(source.state_dict(), tmp_path / "w.safetensors")
-    model = load_vim_checkpoint(make(), str(tmp_path / "w.safetensors"))
-    assert_equal_weights(model.state_dict(), source.state_dict())
-
-
-def test_loading_permits_no_further_classes_afterwards(tmp_path: Path, source: Vim) -> None:
-    path = save(tmp_path / "w.pth", official(source))
-    load_vim_checkpoint(make(), path)
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(path, weights_only=True)
-
-
-def test_fused_and_plain_models_share_files(tmp_path: Path, source: Vim) -> None:
-    path = save(tmp_path / "w.pth", official(source))
-    model = load_vim_checkpoint(make(fusion=(3, 2), fusion_weighting="size"), path)
-    assert_equal_weights(model.state_dict(), source.state_dict())
+    model = make(fusion=(3, 2), fusion_weighting="size")
+    assert load_vim_checkpoint(model, str(path)) is model
+    assert_equal_weights(model.state_dict(), weights)
+    if layout == "official":  # no further classes are allowed afterwards
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(path, weights_only=True)
 
 
 def rows(embed: Tensor, index: int) -> tuple[Tensor, Tensor]:
@@ -92,7 +76,7 @@ def rows(embed: Tensor, index: int) -> tuple[Tensor, Tensor]:
     return embed[0, index], torch.cat([embed[0, :index], embed[0, index + 1 :]])
 
 
-@pytest.mark.parametrize("size", [(12, 12), (4, 4), (6, 10)])
+@pytest.mark.parametrize("size", [(12, 12), (6, 10)])
 @pytest.mark.parametrize(("position", "old_index"), [("head", 0), ("middle", GRID * GRID // 2)])
 def test_position_embedding_is_resized(position: str, old_index: int, size: tuple[int, int], tmp_path: Path) -> None:
     source = make(seed=1, cls_position=position)
@@ -129,8 +113,7 @@ def test_class_token_moves_to_the_models_place(old: str, new: str, size: int, tm
 def test_without_a_class_token_the_grid_is_resized_too(tmp_path: Path) -> None:
     source = make(seed=1, cls_position="none")
     path = save(tmp_path / "w.pth", source.state_dict())
-    same = load_vim_checkpoint(make(cls_position="none"), path)
-    assert_equal_weights(same.state_dict(), source.state_dict())
+    assert_equal_weights(load_vim_checkpoint(make(cls_position="none"), path).state_dict(), source.state_dict())
     assert load_vim_checkpoint(make(cls_position="none", img_size=12), path).pos_embed.shape == (1, 36, 16)
 
 
@@ -197,8 +180,6 @@ def test_a_transformers_position_embedding_is_resampled_too(kind: str, tmp_path:
     assert load_weights(again, model.state_dict(), tmp_path / "w.pth", Origin(grid=(2, 8))) == []
     assert_equal_weights(again.state_dict(), model.state_dict())
 
-
-# What a file says of itself
 
 OFFICIAL = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
 
@@ -318,24 +299,26 @@ def test_a_refusal_lists_everything_and_loads_nothing(tmp_path: Path, source: Vi
         assert part in message, part
 
 
-def test_another_depth_and_width_are_refused(tmp_path: Path, source: Vim) -> None:
-    path = save(tmp_path / "w.pth", official(source))
-    assert "layers.2.norm.weight: missing in the file" in refused(make(depth=3), path)
-    assert "layers.1.norm.weight: not in the model" in refused(make(depth=1), path)
-    assert "pos_embed: width 16 in the file, 32 in the model" in refused(make(embed_dim=32), path)
-
-
-def test_class_tokens_that_do_not_fit_are_refused(tmp_path: Path, source: Vim) -> None:
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"depth": 3}, {}, "layers.2.norm.weight: missing in the file"),
+        ({"depth": 1}, {}, "layers.1.norm.weight: not in the model"),
+        ({"embed_dim": 32}, {}, "pos_embed: width 16 in the file, 32 in the model"),
+        ({"cls_position": "none"}, {}, "cls_token: not in the model"),
+        ({"cls_position": "none"}, {"cls_position": "head"}, "class token 'head' in the file, 'none' in the model"),
+    ],
+)
+def test_weights_of_another_shape_are_refused(
+    changes: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path, source: Vim
+) -> None:
     path = save(tmp_path / "w.pth", source.state_dict())
-    assert "cls_token: not in the model" in refused(make(cls_position="none"), path)
-    message = refused(make(cls_position="none"), path, cls_position="head")
-    assert "pos_embed: class token 'head' in the file, 'none' in the model" in message
-    bare = save(tmp_path / "none.pth", make(cls_position="none").state_dict())
-    message = refused(make(), bare)
-    assert "cls_token: missing in the file" in message
-    assert "pos_embed: 15 patches in the file are no square grid, with class token 'head'" in message
+    assert message in refused(make(**changes), path, **options)
     with pytest.raises(ConfigError, match="unknown cls_position 'mid', did you mean 'middle'"):
         load_vim_checkpoint(make(), path, cls_position="mid")
+    message = refused(make(), save(tmp_path / "none.pth", make(cls_position="none").state_dict()))
+    assert "cls_token: missing in the file" in message
+    assert "pos_embed: 15 patches in the file are no square grid, with class token 'head'" in message
 
 
 @pytest.mark.parametrize("shape", [(17, 16), (2, 17, 16), (1, 0, 16), (1, 1, 16), (2, 26, 16), (1, 7, 16)])
@@ -358,12 +341,6 @@ def test_reset_head_keeps_the_models_own_classifier(tmp_path: Path, source: Vim)
     assert torch.equal(same.head.weight, make().head.weight)
 
 
-def test_missing_files_are_named(tmp_path: Path) -> None:
-    assert "no checkpoint at" in refused(make(), tmp_path / "absent.pth")
-    (tmp_path / "folder.pth").mkdir()
-    assert "no checkpoint at" in refused(make(), tmp_path / "folder.pth")
-
-
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
 def test_truncated_files_are_refused(kind: str, tmp_path: Path, source: Vim) -> None:
     whole = tmp_path / ("whole.safetensors" if kind == "safetensors" else "whole.pth")
@@ -374,39 +351,34 @@ def test_truncated_files_are_refused(kind: str, tmp_path: Path, source: Vim) -> 
     data = whole.read_bytes()
     path = tmp_path / f"cut{whole.suffix}"
     model = make()
-    for length in (0, 1, 2, 3, 9, 10, 100, 1000, *(len(data) * i // 13 for i in range(1, 13)), len(data) - 1):
+    for length in (0, 1, 3, 10, 100, 1000, *(len(data) * i // 7 for i in range(1, 7)), len(data) - 1):
         path.write_bytes(data[:length])
         assert "truncated or no checkpoint" in refused(model, path), f"{length} of {len(data)} bytes"
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"hello world\n",
-        b"a: 1\nb: 2\n",
-        b"a,b\n1,2\n",
-        b"<!DOCTYPE html><html>Not found</html>",
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n",
-        b"\x89PNG\r\n\x1a\n" + bytes(100),
-        b"\x1f\x8b" + bytes(50),
-        b"J",
-        bytes(1000),
-        pickle.dumps({"a": 1}, protocol=2),
-        pickle.dumps({"a": 1}, protocol=4),
-    ],
-)
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_files_of_another_kind_are_refused(content: bytes, suffix: str, tmp_path: Path) -> None:
-    path = tmp_path / f"foreign{suffix}"
-    path.write_bytes(content)
-    assert "truncated or no checkpoint" in refused(make(), path)
+FOREIGN = [
+    b"hello world\n",
+    b"<!DOCTYPE html><html>Not found</html>",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n",
+    b"\x89PNG\r\n\x1a\n" + bytes(100),
+    b"\x1f\x8b" + bytes(50),
+    bytes(1000),
+    pickle.dumps({"a": 1}, protocol=2),
+    pickle.dumps({"a": 1}, protocol=4),
+]
 
 
-@pytest.mark.parametrize("content", [[1, 2], torch.ones(2), None, {}, {"model": None}, {0: torch.ones(1)}, {"a": 1}])
-@pytest.mark.parametrize("reset_head", [False, True])
-def test_files_that_hold_no_weights_are_refused(content: Any, reset_head: bool, tmp_path: Path) -> None:
-    refused(make(), save(tmp_path / "other.pth", content), reset_head=reset_head)
+def test_files_of_another_kind_or_without_weights_are_refused(tmp_path: Path) -> None:
+    model, path = make(), tmp_path / "other.pth"
+    assert "no checkpoint at" in refused(model, tmp_path / "absent.pth")
+    assert "no checkpoint at" in refused(model, tmp_path)
+    for content in FOREIGN:
+        for suffix in (".pth", ".safetensors"):
+            path.with_suffix(suffix).write_bytes(content)
+            assert "truncated or no checkpoint" in refused(model, path.with_suffix(suffix))
+    for other in ([1, 2], torch.ones(2), None, {}, {"model": None}, {0: torch.ones(1)}, {"a": 1}):
+        for reset_head in (False, True):
+            refused(model, save(path, other), reset_head=reset_head)
 
 
 class Touch:

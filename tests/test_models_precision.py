@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -100,7 +98,10 @@ class Dtypes(TorchDispatchMode):
 def test_steps_enter_in_half_and_rates_bias_skip_and_stream_in_float32(dtype: torch.dtype) -> None:
     model = make()
     with use_backend("reference"), torch.autocast(DEVICE, dtype=dtype), Dtypes() as noted:
-        model(extreme_images())
+        rounded = model(extreme_images())[4:].float()
+    with torch.no_grad():
+        exact = model(extreme_images())[4:]
+    assert (rounded - exact).abs().max() <= 0.05 * exact.abs().max().clamp(min=0.1)
     scans = [args for name, args in noted.seen if name == "selective_scan"]
     assert len(scans) == 6
     for u, delta, A, B, C, D, z, delta_bias, *_ in scans:
@@ -111,16 +112,3 @@ def test_steps_enter_in_half_and_rates_bias_skip_and_stream_in_float32(dtype: to
     for _, residual, weight, *_ in norms:
         assert residual is None or residual.dtype == torch.float32
         assert weight.dtype == torch.float32
-
-
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_half_precision_is_near_float32(dtype: torch.dtype) -> None:
-    model = make(drop_path_rate=0.0)
-    images = extreme_images()[4:]
-
-    def run(autocast: bool) -> Tensor:
-        with torch.autocast(DEVICE, dtype=dtype) if autocast else nullcontext(), torch.no_grad():
-            return model(images).float()
-
-    exact = run(False)
-    assert (run(True) - exact).abs().max() <= 0.05 * exact.abs().max().clamp(min=0.1)
