@@ -92,10 +92,11 @@ def test_a_model_tells_where_its_images_would_spend() -> None:
 
 def test_a_schedule_that_is_set_is_the_schedule_that_is_built() -> None:
     counts = schedule("upper", 4, 65, 40)
-    torch.manual_seed(0)
-    built = timm.create_model("vim_micro_patch4_32", depth=4, embed_dim=32, num_classes=10, fusion=counts).eval()
-    torch.manual_seed(0)
-    later = timm.create_model("vim_micro_patch4_32", depth=4, embed_dim=32, num_classes=10).eval()
+    shape, models = {"depth": 4, "embed_dim": 32, "num_classes": 10}, []
+    for options in ({"fusion": counts}, {}):
+        torch.manual_seed(0)
+        models.append(timm.create_model("vim_micro_patch4_32", **shape, **options).eval())
+    built, later = models
     later.set_fusion(counts)
     images = torch.randn(2, 3, 32, 32)
     assert later.fusion == counts

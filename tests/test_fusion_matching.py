@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from famba.errors import ConfigError
 from famba.fusion import TokenMap, match, not_pruned, trace
@@ -44,14 +43,8 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     elif kind == "several per image":
         guards = [p[:several] for p in places]
         protected = torch.tensor(guards)
-    free = length - len(guards[0])
-    return {
-        "metric": metric,
-        "r": draw(st.integers(0, free // 2)),
-        "protected": protected,
-        "order": draw(st.sampled_from(ORDERS)),
-        "guards": guards,
-    }
+    r, order = draw(st.integers(0, (length - len(guards[0])) // 2)), draw(st.sampled_from(ORDERS))
+    return {"metric": metric, "r": r, "protected": protected, "order": order, "guards": guards}
 
 
 def run(case: dict[str, Any]) -> TokenMap:
@@ -59,47 +52,24 @@ def run(case: dict[str, Any]) -> TokenMap:
 
 
 @EXAMPLES
-@given(case=cases())
-def test_places_agree_with_a_slow_search(case: dict[str, Any]) -> None:
-    token_map = run(case)
-    assert token_map.places.tolist() == naive.match(case["metric"], case["r"], case["guards"], case["order"])
-    assert token_map.places.dtype == torch.int64
-    batch, length, _ = case["metric"].shape
-    assert token_map.length == length - case["r"]
-    assert token_map.sizes().shape == (batch, token_map.length)
-    assert token_map.sizes().ge(1).all()
-    assert token_map.sizes().sum(1).eq(length).all()
-
-
-@EXAMPLES
-@given(case=cases())
-def test_protected_tokens_stay_alone_and_are_found_again(case: dict[str, Any]) -> None:
-    token_map, metric = run(case), case["metric"]
+@given(case=cases(), scale=st.integers(-9, 9))
+def test_places_agree_with_a_slow_search(case: dict[str, Any], scale: int) -> None:
+    token_map, metric, guards = run({**case, "metric": case["metric"] * 2.0**scale}), case["metric"], case["guards"]
+    batch, length, _ = metric.shape
+    assert token_map.places.tolist() == naive.match(metric, case["r"], guards, case["order"])
+    assert (token_map.places.dtype, token_map.length) == (torch.int64, length - case["r"])
+    fused, sizes = token_map.fuse(metric), token_map.sizes()
+    assert sizes.shape == (batch, token_map.length)
+    assert sizes.ge(1).all()
+    assert sizes.sum(1).eq(length).all()
     if case["protected"] is None:
         assert token_map.protected is None
         return
-    single = isinstance(case["protected"], int) or (
-        isinstance(case["protected"], Tensor) and case["protected"].ndim == 1
-    )
-    assert token_map.protected.shape == ((len(metric),) if single else (len(metric), len(case["guards"][0])))
-    fused, sizes = token_map.fuse(metric), token_map.sizes()
-    for i, guards in enumerate(case["guards"]):
-        moved = token_map.protected[i].reshape(-1).tolist()
-        for before, after in zip(guards, moved, strict=True):
-            assert torch.equal(fused[i, after], metric[i, before])
-            assert sizes[i, after] == 1
-
-
-@EXAMPLES
-@given(case=cases())
-def test_order_of_what_is_left(case: dict[str, Any]) -> None:
-    """In the scan's order no token that stands alone, or is joined, passes another one."""
-    places = run({**case, "order": "sequence"}).places
-    for image, guards in zip(places.tolist(), case["guards"], strict=True):
-        # A token of A that fuses lies in the place of its partner; all others ascend.
-        places_seen = [p for i, p in enumerate(image) if image.count(p) == 1 or i == _stands_for(image, i, guards)]
-        assert places_seen == sorted(places_seen)
-        assert set(image) == set(range(len(image) - case["r"]))
+    single = isinstance(case["protected"], int) or getattr(case["protected"], "ndim", 2) == 1
+    assert token_map.protected.shape == ((batch,) if single else (batch, len(guards[0])))
+    for i, after in enumerate(token_map.protected.reshape(batch, -1).tolist()):
+        assert torch.equal(fused[i, after], metric[i, guards[i]])
+        assert sizes[i, after].eq(1).all()
 
 
 def _stands_for(image: list[int], token: int, guards: list[int]) -> int:
@@ -139,15 +109,6 @@ def test_places_by_hand(metric: Any, r: int, protected: Any, order: str, places:
         assert sorted(set(degenerate[0].tolist())) == list(range(len(metric) - r))
     empty = match(torch.zeros(0, len(metric), 2), r, None if protected is None else torch.zeros(0, 2).long(), order)
     assert empty.fuse(torch.zeros(0, len(metric), 5)).shape == (0, len(metric) - r, 5)
-
-
-@EXAMPLES
-@given(case=cases(), exponents=st.integers(0, 2**31))
-def test_the_length_of_a_token_does_not_matter(case: dict[str, Any], exponents: int) -> None:
-    generator = torch.Generator().manual_seed(exponents)
-    scales = 2.0 ** torch.randint(-9, 10, (*case["metric"].shape[:2], 1), generator=generator)
-    scaled = run({**case, "metric": case["metric"] * scales})
-    assert torch.equal(run(case).places, scaled.places)
 
 
 @EXAMPLES
@@ -258,8 +219,11 @@ def test_pruning_drops_the_tokens_that_would_have_fused_into_another(case: dict[
     assert torch.equal(pruned.places, fused.places)
     assert pruned.length == fused.length
     batch, length, _ = case["metric"].shape
-    x = torch.arange(1.0, batch * length + 1).reshape(batch, length, 1)
+    x = torch.arange(1.0, batch * length + 1).reshape(batch, length, 1).requires_grad_()
     left = pruned.fuse(x)[..., 0]
+    left.sum().backward()
+    kept = torch.ones(batch, length) if pruned.kept is None else pruned.kept  # where nothing is removed
+    assert torch.equal(x.grad[..., 0], kept)
     for image in range(batch):
         places, guards = fused.places[image].tolist(), case["guards"][image]
         alone = {token for token in range(length) if places.count(places[token]) == 1}
@@ -268,17 +232,6 @@ def test_pruning_drops_the_tokens_that_would_have_fused_into_another(case: dict[
         assert left[image].tolist() == [wanted[place] for place in range(fused.length)]
     assert torch.equal(pruned.sizes(), torch.ones(batch, fused.length))
     assert torch.equal(pruned.sizes(x[..., 0]), left)
-
-
-def test_pruned_tokens_get_no_gradient_and_kept_ones_all_of_it() -> None:
-    metric = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0))
-    x = torch.randn(2, 9, 5, requires_grad=True)
-    pruned = match(metric, 3, protected=0, mode="prune")
-    pruned.fuse(x).sum().backward()
-    assert pruned.kept is not None
-    assert x.grad is not None
-    assert pruned.kept.sum(1).tolist() == [6, 6]
-    assert torch.equal(x.grad, pruned.kept.unsqueeze(2).expand_as(x))
 
 
 def test_a_patch_that_was_pruned_does_not_come_back_with_the_token_at_its_place() -> None:

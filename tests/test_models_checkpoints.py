@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import pickle
@@ -76,45 +77,30 @@ def rows(embed: Tensor, index: int) -> tuple[Tensor, Tensor]:
     return embed[0, index], torch.cat([embed[0, :index], embed[0, index + 1 :]])
 
 
-@pytest.mark.parametrize("size", [(12, 12), (6, 10)])
-@pytest.mark.parametrize(("position", "old_index"), [("head", 0), ("middle", GRID * GRID // 2)])
-def test_position_embedding_is_resized(position: str, old_index: int, size: tuple[int, int], tmp_path: Path) -> None:
-    source = make(seed=1, cls_position=position)
-    path = save(tmp_path / "w.pth", official(source))
-    model = load_vim_checkpoint(make(img_size=size, cls_position=position), path)
-    grid = size[0] // 2, size[1] // 2
-    old_cls, old_patches = rows(source.pos_embed.detach(), old_index)
-    cls, patches = rows(model.pos_embed.detach(), 0 if position == "head" else grid[0] * grid[1] // 2)
-    assert torch.equal(cls, old_cls)
-    picture = old_patches.reshape(1, GRID, GRID, 16).permute(0, 3, 1, 2)
-    expected = F.interpolate(picture, size=grid, mode="bicubic", antialias=True).permute(0, 2, 3, 1).reshape(-1, 16)
-    torch.testing.assert_close(patches, expected)
-    assert torch.equal(model.cls_token, source.cls_token)
+PLACES = ("head", "middle", "none")
 
 
-@pytest.mark.parametrize(("old", "new"), [("middle", "head"), ("head", "middle")])
-@pytest.mark.parametrize("size", [8, 12])
-def test_class_token_moves_to_the_models_place(old: str, new: str, size: int, tmp_path: Path) -> None:
-    source = make(seed=1, cls_position=old)
+@pytest.mark.parametrize("size", [(8, 8), (12, 12), (6, 10)])
+@pytest.mark.parametrize(("old", "new"), [*itertools.product(PLACES[:2], PLACES[:2]), ("none", "none")])
+def test_position_embedding_is_resized_and_the_class_token_moves(
+    old: str, new: str, size: tuple[int, int], tmp_path: Path
+) -> None:
+    source, grid = make(seed=1, cls_position=old), (size[0] // 2, size[1] // 2)
     path = save(tmp_path / "w.pth", official(source))
     model = load_vim_checkpoint(make(img_size=size, cls_position=new), path, cls_position=old)
-    index = {"head": 0, "middle": GRID * GRID // 2}[old]
-    new_index = {"head": 0, "middle": (size // 2) ** 2 // 2}[new]
-    cls, patches = rows(model.pos_embed.detach(), new_index)
-    old_cls, old_patches = rows(source.pos_embed.detach(), index)
-    assert torch.equal(cls, old_cls)
-    if size == 8:
-        assert torch.equal(patches, old_patches)
-    back = load_vim_checkpoint(make(cls_position=old), save(tmp_path / "b.pth", model.state_dict()), cls_position=new)
-    if size == 8:
+    own, wanted = model.pos_embed.detach(), source.pos_embed.detach()
+    if old != "none":
+        (cls, own), (old_cls, wanted) = rows(own, model.cls_index), rows(wanted, source.cls_index)
+        assert torch.equal(cls, old_cls)
+        assert torch.equal(model.cls_token, source.cls_token)
+    picture = wanted.reshape(1, GRID, GRID, 16).permute(0, 3, 1, 2)
+    expected = F.interpolate(picture, size=grid, mode="bicubic", antialias=True).permute(0, 2, 3, 1).reshape(-1, 16)
+    torch.testing.assert_close(own.reshape(-1, 16), expected)
+    if size == (8, 8):
+        assert torch.equal(own, wanted)
+        back = save(tmp_path / "b.pth", model.state_dict())
+        back = load_vim_checkpoint(make(cls_position=old), back, cls_position=new)
         assert_equal_weights(back.state_dict(), source.state_dict())
-
-
-def test_without_a_class_token_the_grid_is_resized_too(tmp_path: Path) -> None:
-    source = make(seed=1, cls_position="none")
-    path = save(tmp_path / "w.pth", source.state_dict())
-    assert_equal_weights(load_vim_checkpoint(make(cls_position="none"), path).state_dict(), source.state_dict())
-    assert load_vim_checkpoint(make(cls_position="none", img_size=12), path).pos_embed.shape == (1, 36, 16)
 
 
 def resampled(embed: Tensor, new: tuple[int, int], old: tuple[int, int], prefix: int) -> Tensor:
@@ -157,16 +143,8 @@ def test_a_grid_that_is_not_square_loads_unchanged_where_it_is_given(
 @pytest.mark.parametrize("kind", ["class token", "no_embed_class"])
 def test_a_transformers_position_embedding_is_resampled_too(kind: str, tmp_path: Path) -> None:
     def build(size: tuple[int, int]) -> ToMe:
-        vit = VisionTransformer(
-            img_size=size,  # type: ignore[arg-type]
-            patch_size=2,
-            embed_dim=16,
-            depth=1,
-            num_heads=2,
-            num_classes=3,
-            no_embed_class=kind == "no_embed_class",
-        )
-        return apply_tome(vit, (0,))
+        shape: Any = {"img_size": size, "patch_size": 2, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
+        return apply_tome(VisionTransformer(**shape, no_embed_class=kind == "no_embed_class"), (0,))
 
     torch.manual_seed(0)
     source = build((8, 8))
@@ -184,60 +162,42 @@ def test_a_transformers_position_embedding_is_resampled_too(kind: str, tmp_path:
 OFFICIAL = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
 
 
-def test_the_name_in_an_official_file_says_where_the_class_token_stands(tmp_path: Path) -> None:
-    source = make(seed=1, cls_position="middle")
-    path = save(tmp_path / "w.pth", {"model": source.state_dict(), "args": argparse.Namespace(model=OFFICIAL)})
-    model = load_vim_checkpoint(make(cls_position="head"), path)
-    middle = GRID * GRID // 2
-    assert torch.equal(model.pos_embed[:, 0], source.pos_embed[:, middle])
-    assert torch.equal(model.pos_embed[:, 1 : middle + 1], source.pos_embed[:, :middle])
-    same = load_vim_checkpoint(make(cls_position="middle"), path)
-    assert_equal_weights(same.state_dict(), source.state_dict())
-    assert "class token 'middle' in the file, 'none' in the model" in refused(make(cls_position="none"), path)
-    # Who says it himself is believed.
-    told = load_vim_checkpoint(make(cls_position="head"), path, cls_position="head")
-    assert torch.equal(told.pos_embed, source.pos_embed)
-
-
-CONFIG = {
-    "model": {"name": "vim_micro_patch4_32", "cls_position": "middle", "patch_size": 2},
-    "data": {"image_size": 8},
-}
-EXPORTED = {
-    "architecture": "vim_micro_patch4_32",
-    "model_args": {"img_size": [4, 16], "patch_size": 2, "cls_position": "middle"},
+MODEL = {"cls_position": "middle", "patch_size": 2}
+CONFIG = {"model": {"name": "vim_micro_patch4_32", **MODEL}, "data": {"image_size": 8}}
+EXPORTED = {"architecture": "vim_micro_patch4_32", "model_args": {"img_size": [4, 16], **MODEL}}
+SAYING: dict[str, dict[str, Any]] = {
+    "official": {"args": argparse.Namespace(model=OFFICIAL)},
+    "inside": {"config": CONFIG},
+    "config.yaml": {},
+    "config.json": {},
 }
 
 
-@pytest.mark.parametrize("where", ["inside", "config.yaml", "config.json"])
-def test_a_run_or_an_export_says_it(where: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", SAYING)
+def test_an_official_file_a_run_or_an_export_says_where_its_rows_belong(where: str, tmp_path: Path) -> None:
     size, grid = ((4, 16), (2, 8)) if where == "config.json" else ((8, 8), (4, 4))
     source = make(seed=1, cls_position="middle", img_size=size)
-    content: dict[str, Any] = {"model": source.state_dict()}
-    if where == "inside":
-        content["config"] = CONFIG
-    else:
+    if where.startswith("config"):
         (tmp_path / where).write_text(json.dumps(EXPORTED if where == "config.json" else CONFIG))
-    path = save(tmp_path / "w.pt", content)
+    path = save(tmp_path / "w.pt", {"model": source.state_dict(), **SAYING[where]})
     same = load_vim_checkpoint(make(cls_position="middle", img_size=size), path)
     assert_equal_weights(same.state_dict(), source.state_dict())
     model = load_vim_checkpoint(make(cls_position="head", img_size=(16, 4)), path)
-    at = GRID * GRID // 2
-    others = torch.cat([source.pos_embed[:, :at], source.pos_embed[:, at + 1 :]], dim=1)
-    assert torch.equal(model.pos_embed[:, :1], source.pos_embed[:, at : at + 1])
-    assert torch.equal(model.pos_embed[:, 1:], resampled(others, (8, 2), grid, 0))
+    cls, others = rows(source.pos_embed, GRID * GRID // 2)
+    assert torch.equal(model.pos_embed[0, 0], cls)
+    assert torch.equal(model.pos_embed[:, 1:], resampled(others[None], (8, 2), grid, 0))
+    assert "class token 'middle' in the file, 'none' in the model" in refused(make(cls_position="none"), path)
+    # Who says it himself is believed.
+    told = load_vim_checkpoint(make(cls_position="head"), path, cls_position="head", grid=(4, 4))
+    assert torch.equal(told.pos_embed, source.pos_embed)
 
 
 def test_what_timm_loads_from_a_folder_comes_back_as_it_was(tmp_path: Path) -> None:
     shape = {"img_size": [8, 32], "patch_size": 4, "embed_dim": 16, "depth": 2, "cls_position": "middle"}
     source = make(seed=1, **{**shape, "img_size": (8, 32)})
     save_file(source.state_dict(), tmp_path / "model.safetensors")
-    config = {
-        "architecture": "vim_micro_patch4_32",
-        "num_classes": 3,
-        "model_args": shape,
-        "pretrained_cfg": {"input_size": [3, 8, 32], "fixed_input_size": True, "num_classes": 3},
-    }
+    cfg = {"input_size": [3, 8, 32], "fixed_input_size": True, "num_classes": 3}
+    config = {"architecture": "vim_micro_patch4_32", "num_classes": 3, "model_args": shape, "pretrained_cfg": cfg}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with naive.as_users_run_it():  # lists for tuples
         model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
@@ -245,23 +205,19 @@ def test_what_timm_loads_from_a_folder_comes_back_as_it_was(tmp_path: Path) -> N
         moved = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, cls_position="head")
         assert torch.equal(moved.pos_embed[:, 0], source.pos_embed[:, 8])
         square = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=16)
-    others = torch.cat([source.pos_embed[:, :8], source.pos_embed[:, 9:]], dim=1)
-    expected = resampled(others, (4, 4), (2, 8), 0)
-    assert torch.equal(torch.cat([square.pos_embed[:, :8], square.pos_embed[:, 9:]], dim=1), expected)
+    others = rows(source.pos_embed, 8)[1][None]
+    assert torch.equal(rows(square.pos_embed, 8)[1][None], resampled(others, (4, 4), (2, 8), 0))
 
 
 def test_what_lies_beside_a_file_and_is_of_others_says_nothing(tmp_path: Path, source: Vim) -> None:
     path = save(tmp_path / "w.pt", source.state_dict())
-    for name, text in (
-        ("config.yaml", "- 1"),
-        ("config.yaml", "model: resnet"),
-        ("config.yaml", "model: {name: unknown, cls_position: left}"),
-        ("config.json", '{"architectures": ["Llama"]}'),
+    for name, foreign in (
+        ("config.yaml", ("- 1", "model: resnet", "model: {name: unknown, cls_position: left}")),
+        ("config.json", ('{"architectures": ["Llama"]}',)),
     ):
-        (tmp_path / name).write_text(text)
-        assert_equal_weights(load_vim_checkpoint(make(), path).state_dict(), source.state_dict())
-        (tmp_path / name).unlink()
-    for name in ("config.yaml", "config.json"):
+        for text in foreign:
+            (tmp_path / name).write_text(text)
+            assert_equal_weights(load_vim_checkpoint(make(), path).state_dict(), source.state_dict())
         (tmp_path / name).write_text("{")
         with pytest.raises(CheckpointError, match=f"{name}, which would say what network .* mend it, or move"):
             load_vim_checkpoint(make(), path)
@@ -316,15 +272,12 @@ def test_weights_of_another_shape_are_refused(
     assert message in refused(make(**changes), path, **options)
     with pytest.raises(ConfigError, match="unknown cls_position 'mid', did you mean 'middle'"):
         load_vim_checkpoint(make(), path, cls_position="mid")
+    for shape in ((17, 16), (2, 17, 16), (1, 0, 16), (1, 1, 16), (2, 26, 16), (1, 7, 16)):
+        weights = {**source.state_dict(), "pos_embed": torch.zeros(shape)}
+        assert "pos_embed" in refused(make(), save(tmp_path / "w.pth", weights))
     message = refused(make(), save(tmp_path / "none.pth", make(cls_position="none").state_dict()))
     assert "cls_token: missing in the file" in message
     assert "pos_embed: 15 patches in the file are no square grid, with class token 'head'" in message
-
-
-@pytest.mark.parametrize("shape", [(17, 16), (2, 17, 16), (1, 0, 16), (1, 1, 16), (2, 26, 16), (1, 7, 16)])
-def test_position_embeddings_of_other_shapes_are_refused(shape: tuple[int, ...], tmp_path: Path, source: Vim) -> None:
-    weights = {**source.state_dict(), "pos_embed": torch.zeros(shape)}
-    assert "pos_embed" in refused(make(), save(tmp_path / "w.pth", weights))
 
 
 def test_reset_head_keeps_the_models_own_classifier(tmp_path: Path, source: Vim) -> None:
@@ -335,8 +288,7 @@ def test_reset_head_keeps_the_models_own_classifier(tmp_path: Path, source: Vim)
     assert torch.equal(model.head.weight, own)
     assert torch.equal(model.norm_f.weight, source.norm_f.weight)
     assert torch.equal(model.layers[1].mixer.in_proj.weight, source.layers[1].mixer.in_proj.weight)
-    headless = load_vim_checkpoint(make(num_classes=0), path, reset_head=True)
-    assert torch.equal(headless.pos_embed, source.pos_embed)
+    load_vim_checkpoint(make(num_classes=0), path, reset_head=True)
     same = load_vim_checkpoint(make(), path, reset_head=True)
     assert torch.equal(same.head.weight, make().head.weight)
 
@@ -356,16 +308,9 @@ def test_truncated_files_are_refused(kind: str, tmp_path: Path, source: Vim) -> 
         assert "truncated or no checkpoint" in refused(model, path), f"{length} of {len(data)} bytes"
 
 
-FOREIGN = [
-    b"hello world\n",
-    b"<!DOCTYPE html><html>Not found</html>",
-    b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n",
-    b"\x89PNG\r\n\x1a\n" + bytes(100),
-    b"\x1f\x8b" + bytes(50),
-    bytes(1000),
-    pickle.dumps({"a": 1}, protocol=2),
-    pickle.dumps({"a": 1}, protocol=4),
-]
+TEXTS = b"hello world\n", b"<html>Not found</html>", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"
+FOREIGN = [*TEXTS, b"\x89PNG\r\n\x1a\n" + bytes(100), b"\x1f\x8b" + bytes(50), bytes(1000)]
+FOREIGN += [pickle.dumps({"a": 1}, protocol=protocol) for protocol in (2, 4)]
 
 
 def test_files_of_another_kind_or_without_weights_are_refused(tmp_path: Path) -> None:

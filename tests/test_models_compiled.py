@@ -148,15 +148,8 @@ assert len(calls) == 4, len(calls)
 run(images())
 assert len(calls) == 4
 torch.testing.assert_close(first, again)
-print("done")
-"""
-    assert run(script, tmp_path).split() == ["done"]
-
-
-@pytest.mark.slow
-def test_one_graph_with_the_kernels_for_gpus(tmp_path: Path) -> None:
-    # Compiled, but for the last step to machine code; the kernels themselves in Triton's interpreter.
-    script = """
+# Compiled, but for the last step to machine code; the kernels themselves in Triton's interpreter.
+torch._dynamo.reset()
 model = make((3,), depth=1)
 with use_backend("triton"):
     agrees(torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager"), model, images())

@@ -158,17 +158,17 @@ def test_first_weights() -> None:
     model = Vim(img_size=32, patch_size=4, embed_dim=96, depth=4)
     assert all(0.01 < p.std() < 0.03 for p in (model.pos_embed, model.cls_token, model.head.weight))
     assert model.head.bias.eq(0).all()
-    for mixer in (layer.mixer for layer in model.layers):
-        forward = (mixer.A_log, mixer.D, mixer.dt_proj)
-        for rates, skip, projection in (forward, (mixer.A_b_log, mixer.D_b, mixer.dt_proj_b)):
+    for of in (layer.mixer for layer in model.layers):
+        forward = (of.A_log, of.D, of.dt_proj)
+        for rates, skip, projection in (forward, (of.A_b_log, of.D_b, of.dt_proj_b)):
             torch.testing.assert_close(rates.exp(), torch.arange(1.0, 17).expand(192, 16))
             assert skip.eq(1).all()
             steps = nn.functional.softplus(projection.bias)
             assert steps.ge(0.00099).all()
             assert steps.le(0.101).all()
             assert 0.3 < steps.lt(0.01).float().mean() < 0.7, "half of a log-uniform draw lies below the middle"
-            assert projection.weight.abs().max() <= mixer.dt_rank**-0.5
-        largest = mixer.out_proj.weight.abs().max()
+            assert projection.weight.abs().max() <= of.dt_rank**-0.5
+        largest = of.out_proj.weight.abs().max()
         assert 0.4 * 192**-0.5 < largest <= 192**-0.5 / 2, "Kaiming-uniform over the root of depth 4"
     plain = tiny().state_dict()
     for strategy in ("all", "interleaved", "lower", "upper"):

@@ -18,15 +18,8 @@ from famba.fusion import schedule, tokens_per_layer
 from famba.models import apply_tome, remove_tome
 from famba.training.measure import macs_per_image
 
-SHAPE: dict[str, Any] = {
-    "img_size": 16,
-    "patch_size": 4,
-    "embed_dim": 24,
-    "depth": 3,
-    "num_heads": 3,
-    "num_classes": 5,
-    "mlp_ratio": 2,
-}
+SHAPE: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 3}
+SHAPE |= {"num_classes": 5, "mlp_ratio": 2}
 KINDS: dict[str, dict[str, Any]] = {
     "class token": {},
     "no class token": {"class_token": False, "global_pool": "avg"},
@@ -54,16 +47,13 @@ def images(batch: int = 3) -> Tensor:
     return torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-def merged(
-    vit: VisionTransformer, images: Tensor, fusion: tuple[int, ...], way: dict[str, Any]
-) -> tuple[Tensor, list[int], Tensor]:
-    """Logits, tokens left in each block, and sizes at the end, image by image and group by group."""
+def merged(vit: VisionTransformer, images: Tensor, fusion: tuple[int, ...], way: dict[str, Any]) -> Tensor:
+    """Logits, image by image and group by group."""
     prefix, by_size = vit.num_prefix_tokens, way["weighting"] == "size"
-    logits, lengths, all_sizes = [], [], []
+    logits = []
     for image in images:
         x = vit.norm_pre(vit._pos_embed(vit.patch_embed(image[None])))[0]
         sizes = x.new_ones(len(x))
-        lengths = []
         for block, r in zip(vit.blocks, fusion, strict=True):
             assert isinstance(block, Block)
             attention = block.attn
@@ -84,7 +74,6 @@ def merged(
             x = torch.stack([(x[g] * weights[g, None]).sum(0) / weights[g].sum() for g in groups])
             sizes = torch.stack([sizes[g].sum() for g in groups])
             x = x + block.ls2(block.mlp(block.norm2(x)))
-            lengths.append(len(x))
         x = vit.norm(x)
         if vit.global_pool == "avg":
             first = 0 if vit.pool_include_prefix else prefix
@@ -92,8 +81,7 @@ def merged(
             logits.append(vit.head(vit.fc_norm((x[first:] * weights).sum(0) / weights.sum())))
         else:
             logits.append(vit.forward_head(x[None])[0])
-        all_sizes.append(sizes)
-    return torch.stack(logits), lengths, torch.stack(all_sizes)
+    return torch.stack(logits)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,7 +99,7 @@ def test_logits_and_gradients_agree_with_the_paper(kind: str, way: dict[str, Any
     vit = build(kind).double()
     torch.testing.assert_close(apply_tome(vit, (0, 0, 0), **way)(images().double()), vit(images().double()))
     model = apply_tome(vit, FUSION, **way)
-    expected, lengths, sizes = merged(vit, images().double(), FUSION, way)
+    expected = merged(vit, images().double(), FUSION, way)
     direction = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     wanted = torch.autograd.grad((expected * direction).sum(), list(vit.parameters()), allow_unused=True)
     logits = model(images().double())
@@ -121,7 +109,6 @@ def test_logits_and_gradients_agree_with_the_paper(kind: str, way: dict[str, Any
         assert (own is None) == (other is None), name
         if own is not None:
             torch.testing.assert_close(own, other, rtol=1e-8, atol=1e-9, msg=name)
-    assert lengths == list(tokens_per_layer(FUSION, model.num_tokens))
     features = model.forward_features(images().double())
     assert features.shape == (3, model.num_tokens, 24)
     if vit.global_pool == "token" or (way["weighting"], way["mode"]) == ("size", "fuse"):
@@ -129,42 +116,28 @@ def test_logits_and_gradients_agree_with_the_paper(kind: str, way: dict[str, Any
     else:
         with pytest.raises(ConfigError, match="call the model itself for logits"):
             model.forward_head(features)
-    held = 16 + vit.num_prefix_tokens - (sum(FUSION) if way["mode"] == "prune" else 0)
-    assert sizes.sum(1).tolist() == [held] * 3
-
-
-@pytest.mark.parametrize("strategy", ["interleaved", "upper", "decreasing"])
-@pytest.mark.parametrize("kind", ["no class token", "distilled", "registers"])
-def test_every_strategy_leaves_what_its_schedule_says(strategy: str, kind: str) -> None:
-    vit = build(kind)
-    tokens = 16 + vit.num_prefix_tokens
-    counts = schedule(strategy, 3, tokens, 8, protected=vit.num_prefix_tokens)
-    held = apply_tome(vit, counts).trace(images())
-    assert [at.shape for at in held] == [(3, 16)] * 3
-    for at, left in zip(held, tokens_per_layer(counts, tokens), strict=True):
-        for image in at:
+    held = model.trace(images().double())
+    for at, left in zip(held, tokens_per_layer(FUSION, model.num_tokens), strict=True):
+        for image in at.tolist():
             # Protected tokens keep the head; each of the others holds a patch.
-            assert sorted(set(image.tolist())) == list(range(vit.num_prefix_tokens, left))
+            assert sorted(set(image)) == list(range(vit.num_prefix_tokens, left))
+    assert [one.closest.shape for one in model.similarities(images().double())][:1] == [(3, 8)]
+    adapted = model.adapted_fusion(images().double(), 9)
+    assert sum(adapted.schedule) == 9
+    model.set_fusion(adapted.schedule)
+    assert model(images().double()).shape == (3, 5)
 
 
-def test_the_original_is_left_as_it_was_and_comes_back() -> None:
-    vit = build("class token")
-    before, names = vit(images()), list(vit.state_dict())
-    model = apply_tome(vit, FUSION)
-    assert not torch.allclose(model(images()), before)
-    assert torch.equal(vit(images()), before)
-    assert type(vit) is VisionTransformer
-    assert list(vit.state_dict()) == names
-    assert remove_tome(model) is vit
-    model.train()
-    model(images()).sum().backward()
-    assert all(p.grad is not None for p in vit.parameters())
-
-
-def test_weights_bear_the_transformers_own_names(tmp_path: Any) -> None:
+def test_the_original_is_left_as_it_was_and_shares_its_weights_by_their_own_names(tmp_path: Any) -> None:
     vit, other = build("distilled"), build("distilled", weight_init="")
-    model = apply_tome(vit, FUSION)
-    assert list(model.state_dict()) == list(vit.state_dict())
+    before, names, model = vit(images()), list(vit.state_dict()), apply_tome(vit, FUSION)
+    logits = model(images())
+    assert not torch.allclose(logits, before)
+    assert torch.equal(vit(images()), before)
+    assert list(model.state_dict()) == list(vit.state_dict()) == names
+    assert remove_tome(model) is vit
+    model.train()(images()).sum().backward()
+    assert all(p.grad is not None for p in vit.parameters())
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     with torch.no_grad():
         for p in other.parameters():
@@ -172,8 +145,16 @@ def test_weights_bear_the_transformers_own_names(tmp_path: Any) -> None:
     weights = load_file(tmp_path / "model.safetensors")
     other.load_state_dict(weights)
     apply_tome(other, FUSION).load_state_dict(weights)
-    assert torch.equal(apply_tome(other, FUSION)(images()), model(images()))
+    assert torch.equal(apply_tome(other, FUSION)(images()), logits)
     assert model.no_weight_decay() <= {name for name, _ in model.named_parameters()}
+    way: dict[str, Any] = {"order": "sequence", "weighting": "mean", "mode": "prune", "proportional": False}
+    model.set_fusion((4, 4, 0), **way)
+    assert torch.equal(model.eval()(images()), apply_tome(vit, (4, 4, 0), **way)(images()))
+    with pytest.raises(ConfigError, match="unknown fusion mode"):
+        model.set_fusion((0, 0, 0), mode="drop")
+    with pytest.raises(ConfigError, match="place is 'before_mixer', where a vision transformer"):
+        model.set_fusion((0, 0, 0), place="before_mixer")
+    assert model.fusion == (4, 4, 0)
 
 
 @pytest.mark.parametrize("kind", ["distilled", "no class token"])
@@ -194,19 +175,6 @@ def test_patches_get_the_features_of_their_tokens(kind: str) -> None:
     plain = apply_tome(model.vit, (0, 0, 0)).forward_intermediates(images(), norm=True, intermediates_only=True)
     for own, wanted in zip(plain, model.vit.forward_intermediates(images(), norm=True)[1], strict=True):
         torch.testing.assert_close(own, wanted)
-
-
-def test_what_it_fuses_by_can_be_changed() -> None:
-    vit = build("class token")
-    model = apply_tome(vit, FUSION)
-    model.set_fusion((4, 4, 0), order="sequence", weighting="mean", mode="prune", proportional=False)
-    again = apply_tome(vit, (4, 4, 0), order="sequence", weighting="mean", mode="prune", proportional=False)
-    assert torch.equal(model(images()), again(images()))
-    with pytest.raises(ConfigError, match="unknown fusion mode"):
-        model.set_fusion((0, 0, 0), mode="drop")
-    with pytest.raises(ConfigError, match="place is 'before_mixer', where a vision transformer"):
-        model.set_fusion((0, 0, 0), place="before_mixer")
-    assert model.fusion == (4, 4, 0)
 
 
 def test_any_batch_and_recomputation_change_nothing() -> None:
@@ -236,17 +204,6 @@ def test_it_follows_the_transformer_to_another_image_size() -> None:
     model.vit.set_input_size((96, 96))
     x = torch.randn(2, 3, 96, 96)
     assert (model.num_tokens, model.trace(x)[-1].shape, model.forward_features(x).shape) == (38, (2, 36), (2, 38, 192))
-
-
-def test_similarities_and_adapted_schedules() -> None:
-    for kind in ("class token", "distilled", "no class token"):
-        model = apply_tome(build(kind), (0, 0, 0))
-        found = model.similarities(images())
-        assert [one.closest.shape for one in found] == [(3, 8)] * 3
-        adapted = model.adapted_fusion(images(), 9)
-        assert sum(adapted.schedule) == 9
-        model.set_fusion(adapted.schedule)
-        assert model(images()).shape == (3, 5)
 
 
 REFUSED: list[tuple[Any, Any, dict[str, Any], str]] = [
@@ -327,18 +284,18 @@ def test_hooks_act_as_without_fusion(name: str) -> None:
         torch.testing.assert_close(plain(images()), replaced(images()), rtol=1e-5, atol=1e-5)
 
 
-def test_hooks_of_a_block_see_its_tokens_and_of_the_transformer_its_logits() -> None:
-    vit = build("class token")
-    lengths: list[int] = []
+def test_hooks_see_a_blocks_tokens_its_attention_weights_and_the_transformers_logits() -> None:
+    vit, lengths, weights = build("class token"), [], []
+    before = apply_tome(vit, FUSION)(images())
     for block in vit.blocks:
         block.register_forward_hook(lambda _, given, output: lengths.append(output.shape[1]))
-    model = apply_tome(vit, FUSION)
-    held = model.trace(images())
-    assert lengths == [12, 12, 8]
-    assert held[-1].max() < 8
-    logits = model(images())
+        block.attn.fused_attn = False  # so timm is told to compute the weights
+        block.attn.attn_drop.register_forward_hook(lambda _, given, output: weights.append(output))
     vit.register_forward_hook(lambda _, given, output: -output)
-    assert torch.equal(model(images()), -logits)
+    torch.testing.assert_close(-apply_tome(vit, FUSION)(images()), before, rtol=1e-5, atol=1e-5)
+    assert lengths == [12, 12, 8]
+    assert [tuple(found.shape) for found in weights] == [(3, 3, 17, 17), (3, 3, 12, 12), (3, 3, 12, 12)]
+    assert torch.allclose(weights[1].sum(-1), torch.ones(()))
 
 
 class Doubled(nn.Module):
@@ -348,19 +305,6 @@ class Doubled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * self.base(x)
-
-
-def test_attention_weights_can_be_hooked_where_timm_is_told_not_to_fuse_them() -> None:
-    vit = build("class token")
-    model = apply_tome(vit, FUSION)
-    before = model(images())
-    weights: list[Tensor] = []
-    for block in vit.blocks:
-        block.attn.fused_attn = False
-        block.attn.attn_drop.register_forward_hook(lambda _, given, output: weights.append(output))
-    torch.testing.assert_close(model(images()), before, rtol=1e-5, atol=1e-5)
-    assert [tuple(found.shape) for found in weights] == [(3, 3, 17, 17), (3, 3, 12, 12), (3, 3, 12, 12)]
-    assert torch.allclose(weights[1].sum(-1), torch.ones(()))
 
 
 class OtherBlock(Block):
@@ -373,35 +317,26 @@ class OtherTransformer(VisionTransformer):
         return super().forward_features(x) + 1
 
 
-def test_what_fusion_would_leave_out_is_refused_whenever_it_comes() -> None:
-    def replace_by(name: str, part: nn.Module) -> Any:
-        return lambda vit: vit.set_submodule(name, part)
-
-    def replace_forward_of(name: str) -> Any:
-        def replace(vit: VisionTransformer) -> None:
-            part = vit.get_submodule(name)
-            part.forward = part.forward  # type: ignore[method-assign]
-
-        return replace
-
-    changes = [
-        (replace_by("blocks.1", OtherBlock(24, 3)), "block 1 is a OtherBlock; allowed: timm's Block"),
-        (replace_by("blocks.1.attn", Doubled(nn.Identity())), "block 1 attends by Doubled; allowed: timm's Attention"),
-        (replace_forward_of("blocks.1"), "block 1 had its forward replaced"),
-        (replace_forward_of("blocks.1.attn"), "the attention of block 1 had its forward replaced"),
-        (replace_forward_of(""), "the transformer had its forward replaced"),
-    ]
-    for change, message in changes:
-        early, late = build("class token"), build("class token")
-        change(early)
+@pytest.mark.parametrize(
+    ("name", "part", "message"),
+    [
+        ("blocks.1", OtherBlock(24, 3), "block 1 is a OtherBlock; allowed: timm's Block"),
+        ("blocks.1.attn", Doubled(nn.Identity()), "block 1 attends by Doubled; allowed: timm's Attention"),
+        ("blocks.1", None, "block 1 had its forward replaced"),
+        ("blocks.1.attn", None, "the attention of block 1 had its forward replaced"),
+        ("", None, "the transformer had its forward replaced"),
+    ],
+)
+def test_what_fusion_would_leave_out_is_refused_whenever_it_comes(name: str, part: Any, message: str) -> None:
+    early, late = build("class token"), build("class token")
+    model = apply_tome(late, FUSION)
+    for vit in (early, late):
+        if part is not None:
+            vit.set_submodule(name, part)
+        else:
+            vit.get_submodule(name).forward = vit.get_submodule(name).forward  # type: ignore[method-assign]
+    for ask in (lambda: apply_tome(early, FUSION), lambda: model(images())):
         with naive.as_users_run_it(), pytest.raises(ConfigError, match=message):
-            apply_tome(early, FUSION)
-        model = apply_tome(late, FUSION)
-        change(late)
-        with naive.as_users_run_it(), pytest.raises(ConfigError, match=message):
-            model(images())
-    with (
-        naive.as_users_run_it(),
-        pytest.raises(ConfigError, match="OtherTransformer has a forward or forward_features"),
-    ):
+            ask()
+    with naive.as_users_run_it(), pytest.raises(ConfigError, match="OtherTransformer has a forward or forward_"):
         apply_tome(OtherTransformer(**SHAPE), FUSION)
