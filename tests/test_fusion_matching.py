@@ -29,19 +29,13 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         metric = torch.eye(3, dtype=torch.float64)[torch.randint(3, (batch, length), generator=generator)]
         metric = metric * 2.0 ** torch.randint(-2, 3, (batch, length, 1), generator=generator)
     kind = draw(st.sampled_from(["none", "int", "several", "per image", "several per image"]))
-    several = draw(st.integers(1, min(3, length)))
-    places = [draw(st.permutations(range(length))) for _ in range(batch)]
-    protected: Any = None
-    guards: list[list[int]] = [[] for _ in range(batch)]
-    if kind == "int":
-        protected, guards = places[0][0], [[places[0][0]]] * batch
-    elif kind == "several":
-        protected, guards = places[0][:several], [places[0][:several]] * batch
-    elif kind == "per image":
-        guards = [p[:1] for p in places]
-        protected = torch.tensor([p[0] for p in places])
+    count = draw(st.integers(1, min(3, length))) if "several" in kind else int(kind != "none")
+    guards = [list(draw(st.permutations(range(length))))[:count] for _ in range(batch)]
+    protected: Any = None if kind == "none" else torch.tensor([guard[0] for guard in guards])
+    if kind in ("int", "several"):
+        guards = guards[:1] * batch
+        protected = guards[0] if kind == "several" else guards[0][0]
     elif kind == "several per image":
-        guards = [p[:several] for p in places]
         protected = torch.tensor(guards)
     r, order = draw(st.integers(0, (length - len(guards[0])) // 2)), draw(st.sampled_from(ORDERS))
     return {"metric": metric, "r": r, "protected": protected, "order": order, "guards": guards}
@@ -159,15 +153,14 @@ def test_gradients_flow_through_fusing_and_not_through_matching() -> None:
 def test_matching_is_in_float32_under_autocast() -> None:
     # The closest partner of token 0 differs from the second closest by less than bfloat16 resolves.
     metric = torch.tensor([[[1.0, 0.0], [1.0, 2.0**-6], [0.0, 1.0], [1.0, 2.0**-7]]])
-    unit = torch.nn.functional.normalize(metric, dim=-1).bfloat16()[0]
+    unit, x = torch.nn.functional.normalize(metric, dim=-1).bfloat16()[0], torch.randn(1, 4, 3)
     assert (unit[0] @ unit[1]).eq(unit[0] @ unit[3])
     plain = match(metric, 1)
-    assert plain.places.tolist() == [[2, 0, 1, 2]]
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(match(metric, 1).places, plain.places)
-        x = torch.randn(1, 4, 3)
-        assert torch.equal(plain.fuse(x), match(metric, 1).fuse(x))
-        assert plain.fuse(x).dtype == torch.float32
+        inside = match(metric, 1)
+        assert inside.fuse(x).dtype == torch.float32
+        assert torch.equal(plain.fuse(x), inside.fuse(x))
+    assert plain.places.tolist() == inside.places.tolist() == [[2, 0, 1, 2]]
 
 
 @pytest.mark.parametrize(
@@ -175,13 +168,11 @@ def test_matching_is_in_float32_under_autocast() -> None:
     [
         ({"r": -1}, "r is -1: of 5 tokens that may fuse, 0 to 2 can be removed"),
         ({"r": 2, "protected": [0, 1]}, "r is 2: of 3 tokens that may fuse, 0 to 1"),
-        ({"r": True}, "r is True"),
-        ({"r": 1.0}, "r is 1.0"),
+        *(({"r": r}, f"r is {r}") for r in (True, 1.0)),
         ({"order": "sequense"}, "unknown order 'sequense', did you mean 'sequence'.; allowed: sequence, tome"),
         ({"mode": "merge"}, "unknown mode 'merge'; allowed: fuse, prune"),
-        ({"protected": 5}, "are not distinct places of a sequence of 5 tokens"),
-        ({"protected": -1}, "are not distinct places"),
-        ({"protected": [1, 1]}, "are not distinct places"),
+        *(({"protected": p}, "are not distinct places of a sequence of 5 tokens") for p in (5, -1, [1, 1])),
+        ({"protected": torch.zeros(2)}, r"protected is a torch.float32 tensor of shape \(2,\); expected whole numbers"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments: dict[str, Any], message: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import naive
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from famba.errors import ConfigError
@@ -23,13 +23,8 @@ def fusing(strategy: str, depth: int, layers: int | list[int] | None) -> list[in
     if strategy == "custom":
         return sorted(layers)
     share = layers if layers is not None else max(1, int(0.75 * depth + 0.5))
-    wanted = {
-        "all": lambda i: True,
-        "interleaved": lambda i: i % 2 == 1,
-        "lower": lambda i: i < share,
-        "upper": lambda i: i >= depth - share,
-    }[strategy]
-    return [i for i in range(depth) if wanted(i)]
+    wanted = {"all": range(depth), "interleaved": range(1, depth, 2), "lower": range(share)}
+    return list(wanted.get(strategy, range(depth - share, depth)))
 
 
 def spread(budget: int, count: int, patches: int) -> list[int]:
@@ -69,8 +64,10 @@ def requests(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @EXAMPLES
-@given(request=requests(), part=st.floats(0, 1))
-def test_a_budget_is_removed_to_the_token(request: dict[str, Any], part: float) -> None:
+@given(request=requests(), part=st.floats(0, 1), nudge=st.floats(-0.49, 0.49))
+def test_a_budget_in_tokens_or_as_a_share_is_removed_to_the_token(
+    request: dict[str, Any], part: float, nudge: float
+) -> None:
     layers = fusing(request["strategy"], request["depth"], request["layers"])
     patches = request["tokens"] - request["protected"]
     budget = round(part * largest(len(layers), patches))
@@ -80,6 +77,8 @@ def test_a_budget_is_removed_to_the_token(request: dict[str, Any], part: float) 
     assert {layer for layer, count in enumerate(counts) if count} <= set(layers)
     assert [counts[i] for i in layers] == (spread(budget, len(layers), patches) if layers else [])
     check_schedule(counts, request["depth"], request["tokens"], request["protected"])
+    if 0 < budget < patches:
+        assert schedule(budget=(budget + nudge) / patches, **request) == counts
 
 
 @EXAMPLES
@@ -93,17 +92,6 @@ def test_the_largest_budget_named_in_the_error_is_the_largest(request: dict[str,
     assert sum(schedule(budget=named, **request)) == named
     with pytest.raises(ValueError, match="does not fit"):
         schedule(budget=named + 1, **request)
-
-
-@EXAMPLES
-@given(request=requests(), share=st.floats(0.001, 0.999))
-def test_a_share_is_of_the_unprotected_tokens(request: dict[str, Any], share: float) -> None:
-    layers = fusing(request["strategy"], request["depth"], request["layers"])
-    patches = request["tokens"] - request["protected"]
-    assume(abs(share * patches % 1 - 0.5) > 1e-6)
-    total = round(share * patches)
-    assume(total <= largest(len(layers), patches))
-    assert schedule(budget=share, **request) == schedule(budget=total, **request)
 
 
 UPPER = (0,) * 6 + (9, 9, 10) * 6
@@ -154,10 +142,7 @@ def test_schedules_by_hand(arguments: tuple[Any, ...], expected: tuple[int, ...]
         *(({"strategy": "upper", "layers": n}, "layers is .*; allowed: 1 to 8") for n in (0, 9, -1, True, [1, 2], 2.0)),
         *(({"strategy": "custom", "layers": n}, "'custom' needs a list of layers") for n in (None, [], 3)),
         *(({"strategy": "custom", "layers": [n]}, "layers holds .*; allowed: 0 to 7") for n in (8, -1, True, 1.0)),
-        (
-            {"strategy": "custom", "layers": [2, 3, 2]},
-            "layers holds 2; allowed: 0 to 7, counted from the input, each once",
-        ),
+        ({"strategy": "custom", "layers": [2, 3, 2]}, "layers holds 2; allowed: 0 to 7, counted from the input, each "),
         ({"strategy": "custom", "budget": [1] * 8, "layers": [1]}, "not both"),
         ({"strategy": "custom", "budget": [1] * 7}, "has 7 entries, but the model has 8 layers"),
         ({"strategy": "custom", "budget": [9] + [0] * 7}, "layer 0 removes 9 tokens of the 16 .* half of them, 8"),
@@ -165,11 +150,8 @@ def test_schedules_by_hand(arguments: tuple[Any, ...], expected: tuple[int, ...]
         *(({"strategy": "custom", "budget": [n] + [0] * 7}, "layer 0 removes ") for n in (-1, True, 1.0)),
         ({"strategy": "custom", "budget": "paper", "layers": [1]}, "'paper' is known for all, .*, not for 'custom'"),
         ({"budget": "paper", "tokens": 10}, "layer 0 removes 7 tokens of the 9 that may fuse there"),
-        *(
-            ({"budget": n}, "budget is .*; allowed: tokens in total")
-            for n in (-1, 0.0, 1.0, -0.5, True, "papers", None)
-        ),
-        *(({"budget": n}, "budget is .*; allowed: ") for n in (float("nan"), float("inf"), [2] * 8)),
+        *(({"budget": n}, "budget is .*; allowed: tokens ") for n in (-1, 0.0, 1.0, -0.5, True, "papers", None)),
+        *(({"budget": n}, "budget is .*; allowed: tokens ") for n in (float("nan"), float("inf"), [2] * 8)),
         ({"budget": 16}, "strategy 'all' fuses in 8 layers, of 16 patches.*largest that fits is 15"),
         ({"strategy": "interleaved", "depth": 1, "budget": 1}, "fuses in 0 layers.*largest that fits is 0"),
         ({"depth": 0}, "depth is 0; allowed: 1 or more"),

@@ -47,19 +47,13 @@ def mixer_of(model: Vim, layer: int = 0) -> VimMixer:
 class Adapter(nn.Module):
     """A low-rank addition to a linear layer, which has the layer's weight as an attribute as those of libraries do."""
 
+    weight, bias = property(lambda self: self.base.weight), property(lambda self: self.base.bias)
+
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         self.down = nn.Linear(base.in_features, 2, bias=False)
         self.up = nn.Linear(2, base.out_features, bias=False)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.up(self.down(x))
@@ -102,19 +96,13 @@ def test_an_adapter_counts_as_if_it_were_merged(name: str, place: str) -> None:
     assert name in CONV or adapter.base.weight.grad is None
 
 
-@pytest.mark.parametrize(
-    ("name", "layer"),
-    [
-        ("in_proj", nn.Linear(16, 64)),
-        ("x_proj", nn.Linear(32, 9)),
-        ("out_proj", nn.Linear(32, 16)),
-        ("dt_proj", nn.Linear(1, 32, bias=False)),
-        ("conv1d", nn.Conv1d(32, 32, 4, padding=3, groups=32, bias=False)),
-        ("conv1d_b", nn.Conv1d(32, 32, 4, padding=6, groups=32, dilation=2)),
-        ("conv1d", nn.Conv1d(32, 32, 4, padding=3)),
-    ],
-    ids=["in_proj bias", "x_proj bias", "out_proj bias", "dt_proj without", "conv without", "dilated", "full"],
-)
+OTHERS = [("in_proj", nn.Linear(16, 64)), ("x_proj", nn.Linear(32, 9)), ("out_proj", nn.Linear(32, 16))]
+OTHERS += [("dt_proj", nn.Linear(1, 32, bias=False)), ("conv1d", nn.Conv1d(32, 32, 4, padding=3))]
+OTHERS += [("conv1d", nn.Conv1d(32, 32, 4, padding=3, groups=32, bias=False))]
+OTHERS += [("conv1d_b", nn.Conv1d(32, 32, 4, padding=6, groups=32, dilation=2))]
+
+
+@pytest.mark.parametrize(("name", "layer"), OTHERS, ids=str)
 def test_another_layer_of_the_same_class_is_computed_whole(name: str, layer: nn.Module) -> None:
     model, called = make(), make()
     for each, replacement in ((model, layer), (called, nn.Sequential(layer))):  # which is certainly called
@@ -175,9 +163,8 @@ def test_small_steps_survive_bfloat16_where_a_layer_is_called() -> None:
     for bias in (-4, -4 + 2**-8):  # as bfloat16 the same number
         one = mixer_of(make())
         one.in_proj.register_forward_hook(lambda *_: None)
-        for layer in (one.dt_proj, one.dt_proj_b):
+        for layer, skip in ((one.dt_proj, one.D), (one.dt_proj_b, one.D_b)):
             nn.init.constant_(layer.bias, bias)
-        for skip in (one.D, one.D_b):
             nn.init.zeros_(skip)
         with torch.autocast("cpu", torch.bfloat16):
             found.append(one.scan(torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))))
@@ -209,12 +196,11 @@ def test_pruned_layers_train_and_stay_pruned(names: tuple[str, ...]) -> None:
     torch.testing.assert_close(model(images()), pruned, rtol=1e-5, atol=5e-6)
 
 
-class Halved(nn.Module):
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight / 2
-
-
 def halve(layer: nn.Module) -> None:
+    class Halved(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight / 2
+
     parametrize.register_parametrization(layer, "weight", Halved())
 
 

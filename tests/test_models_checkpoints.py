@@ -126,15 +126,13 @@ def test_a_file_of_as_many_patches_on_another_grid_is_resampled(
 def test_a_grid_that_is_not_square_loads_unchanged_where_it_is_given(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for size, grid in (((4, 16), (2, 8)), ((4, 12), None)):  # twelve patches are no square anyway
+    for size, grid in (((4, 12), None), ((4, 16), (2, 8))):  # twelve patches are no square anyway
         source = make(seed=1, img_size=size)
         path = save(tmp_path / "w.pth", source.state_dict())
         model = load_vim_checkpoint(make(img_size=size), path, grid=grid)
         assert_equal_weights(model.state_dict(), source.state_dict())
     assert not caplog.records
     # From a grid that is not square to another one.
-    source = make(seed=1, img_size=(4, 16))
-    path = save(tmp_path / "w.pth", source.state_dict())
     model = load_vim_checkpoint(make(img_size=(12, 8)), path, grid=(2, 8))
     assert torch.equal(model.pos_embed, resampled(source.pos_embed, (6, 4), (2, 8), 1))
     assert "pos_embed: 16 patches in the file are no grid of 2 x 7" in refused(make(), path, grid=(2, 7))
@@ -242,17 +240,12 @@ def test_a_refusal_lists_everything_and_loads_nothing(tmp_path: Path, source: Vi
     weights["head.weight"], weights["head.bias"] = torch.zeros(7, 16), torch.zeros(7)
     weights["note"] = "text"
     message = refused(make(), save(tmp_path / "w.pth", {"model": weights}))
-    for part in (
-        "nothing was loaded",
-        "layers.1.mixer.D_b: missing in the file",
-        "norm_f.weight: missing in the file",
-        "extra.weight: not in the model",
-        "layers.0.mixer.A_log: (5, 5) in the file, (32, 16) in the model",
-        "head.weight: (7, 16) in the file, (3, 16) in the model; reset_head=True keeps the model's own",
-        "head.bias: (7,) in the file, (3,) in the model; reset_head=True",
-        "note: not a tensor",
-    ):
-        assert part in message, part
+    head = "in the model; reset_head=True keeps the model's own"
+    parts = ["nothing was loaded", "extra.weight: not in the model", "note: not a tensor"]
+    parts += [f"{name}: missing in the file" for name in ("layers.1.mixer.D_b", "norm_f.weight")]
+    parts += ["layers.0.mixer.A_log: (5, 5) in the file, (32, 16) in the model"]
+    parts += [f"head.weight: (7, 16) in the file, (3, 16) {head}", f"head.bias: (7,) in the file, (3,) {head}"]
+    assert [part for part in parts if part not in message] == []
 
 
 @pytest.mark.parametrize(
@@ -295,14 +288,12 @@ def test_reset_head_keeps_the_models_own_classifier(tmp_path: Path, source: Vim)
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
 def test_truncated_files_are_refused(kind: str, tmp_path: Path, source: Vim) -> None:
-    whole = tmp_path / ("whole.safetensors" if kind == "safetensors" else "whole.pth")
+    path, model = tmp_path / ("cut.safetensors" if kind == "safetensors" else "cut.pth"), make()
     if kind == "safetensors":
-        save_file(source.state_dict(), whole)
+        save_file(source.state_dict(), path)
     else:
-        torch.save(official(source), whole, _use_new_zipfile_serialization=kind == "zip")
-    data = whole.read_bytes()
-    path = tmp_path / f"cut{whole.suffix}"
-    model = make()
+        torch.save(official(source), path, _use_new_zipfile_serialization=kind == "zip")
+    data = path.read_bytes()
     for length in (0, 1, 3, 10, 100, 1000, *(len(data) * i // 7 for i in range(1, 7)), len(data) - 1):
         path.write_bytes(data[:length])
         assert "truncated or no checkpoint" in refused(model, path), f"{length} of {len(data)} bytes"
@@ -324,27 +315,3 @@ def test_files_of_another_kind_or_without_weights_are_refused(tmp_path: Path) ->
     for other in ([1, 2], torch.ones(2), None, {}, {"model": None}, {0: torch.ones(1)}, {"a": 1}):
         for reset_head in (False, True):
             refused(model, save(path, other), reset_head=reset_head)
-
-
-class Touch:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_file_does_not_run(zipped: bool, tmp_path: Path, source: Vim) -> None:
-    mark = tmp_path / "ran"
-    path = tmp_path / "evil.pth"
-    torch.save({**official(source), "payload": Touch(mark)}, path, _use_new_zipfile_serialization=zipped)
-    refused(make(), path)
-    assert not mark.exists()
-    path.write_bytes(pickle.dumps(Touch(mark)))
-    refused(make(), path)
-    assert not mark.exists()
-    pickle.loads(path.read_bytes())
-    assert mark.exists(), "the payload acts where it is let"

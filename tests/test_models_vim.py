@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 import famba  # noqa: F401 - registers the models
 from famba.errors import ConfigError
-from famba.fusion import schedule, tokens_per_layer, unfuse
-from famba.models import Vim, mixer
-from famba.ops import bidirectional_mixer
+from famba.fusion import schedule, unfuse
+from famba.models import Vim
 
 ROWS, COLUMNS = 4, 3
 SHAPE = {"img_size": (8, 12), "patch_size": (2, 4), "embed_dim": 20, "num_classes": 3, "d_state": 3}
@@ -162,10 +161,8 @@ def test_first_weights() -> None:
         forward = (of.A_log, of.D, of.dt_proj)
         for rates, skip, projection in (forward, (of.A_b_log, of.D_b, of.dt_proj_b)):
             torch.testing.assert_close(rates.exp(), torch.arange(1.0, 17).expand(192, 16))
-            assert skip.eq(1).all()
             steps = nn.functional.softplus(projection.bias)
-            assert steps.ge(0.00099).all()
-            assert steps.le(0.101).all()
+            assert (skip.eq(1) & steps.ge(0.00099) & steps.le(0.101)).all()
             assert 0.3 < steps.lt(0.01).float().mean() < 0.7, "half of a log-uniform draw lies below the middle"
             assert projection.weight.abs().max() <= of.dt_rank**-0.5
         largest = of.out_proj.weight.abs().max()
@@ -186,31 +183,10 @@ def test_no_fusion_is_the_plain_model_to_the_bit(cls: str) -> None:
     assert torch.equal(plain.forward_head(final), plain(images()))
     patches = [i for i in range(plain.num_tokens) if i != plain.cls_index]
     assert all(torch.equal(found, stream[:, patches]) for found, stream in zip(maps, left, strict=False))
-    pictures = plain.forward_intermediates(images(), intermediates_only=True)
-    assert all(torch.equal(picture, grid(found)) for picture, found in zip(pictures, maps, strict=True))
-    assert all(picture.is_contiguous() for picture in pictures)
+    assert all(picture.is_contiguous() for picture in plain.forward_intermediates(images(), intermediates_only=True))
     for place, weighting, order in WAYS:
         options = {"fusion_place": place, "fusion_weighting": weighting, "fusion_order": order}
         assert torch.equal(plain(images()), tiny(cls_position=cls, fusion=NOTHING, **options)(images()))
-
-
-@pytest.mark.parametrize("strategy", ["none", "all", "interleaved", "lower", "upper"])
-@pytest.mark.parametrize("place", ["before_mixer", "after_scan"])
-@pytest.mark.parametrize("cls", CLS_POSITIONS)
-def test_each_layer_holds_the_tokens_that_the_schedule_says(
-    strategy: str, place: str, cls: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokens = 12 + (cls != "none")
-    counts = schedule(strategy, 4, tokens, 6, protected=int(cls != "none"))
-    model = tiny(depth=4, fusion=counts, fusion_place=place, cls_position=cls)
-    mixed, left, out = [], list(tokens_per_layer(counts, tokens)), []
-    noted = lambda x, *weights: (mixed.append(x.shape[1]), bidirectional_mixer(x, *weights))[1]  # noqa: E731
-    monkeypatch.setattr(mixer, "bidirectional_mixer", noted)
-    for layer in model.layers:
-        layer.register_forward_hook(lambda m, x, y: out.append((y[0].shape[1], y[1].shape[1])))
-    assert model.forward_features(images()).shape == (2, tokens, 20)
-    assert out == [(n, n) for n in left]
-    assert mixed == (left if place == "before_mixer" else [tokens, *left[:-1]])
 
 
 def test_drop_path_is_off_unless_asked_for_and_in_evaluation() -> None:

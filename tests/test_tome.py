@@ -88,14 +88,15 @@ def merged(vit: VisionTransformer, images: Tensor, fusion: tuple[int, ...], way:
 @pytest.mark.parametrize(
     "way",
     [
-        {"order": "tome", "weighting": "size", "mode": "fuse", "proportional": True},
-        {"order": "sequence", "weighting": "size", "mode": "fuse", "proportional": False},
-        {"order": "tome", "weighting": "mean", "mode": "fuse", "proportional": True},
-        {"order": "sequence", "weighting": "mean", "mode": "prune", "proportional": False},
+        ("tome", "size", "fuse", True),
+        ("sequence", "size", "fuse", False),
+        ("tome", "mean", "fuse", True),
+        ("sequence", "mean", "prune", False),
     ],
     ids=["off the shelf", "in training", "means", "prune"],
 )
-def test_logits_and_gradients_agree_with_the_paper(kind: str, way: dict[str, Any]) -> None:
+def test_logits_and_gradients_agree_with_the_paper(kind: str, way: Any) -> None:
+    way = dict(zip(("order", "weighting", "mode", "proportional"), way, strict=True))
     vit = build(kind).double()
     torch.testing.assert_close(apply_tome(vit, (0, 0, 0), **way)(images().double()), vit(images().double()))
     model = apply_tome(vit, FUSION, **way)
@@ -163,15 +164,11 @@ def test_patches_get_the_features_of_their_tokens(kind: str) -> None:
     others = model.vit.num_prefix_tokens
     final, pairs = model.forward_intermediates(images(), [0, 2], return_prefix_tokens=True, norm=True)
     last, prefix = pairs[1] if others else (pairs[1], None)
-    assert last.shape == (3, 24, 4, 4)
     torch.testing.assert_close(final[:, others:], last.flatten(2).transpose(1, 2))
-    if others:
-        assert prefix.shape == (3, others, 24)
+    assert prefix is None or prefix.shape == (3, others, 24)
     held = model.trace(images())[-1]
     for image, places in zip(last.flatten(2).transpose(1, 2), held, strict=True):
-        for a in range(16):
-            for b in range(a):
-                assert torch.equal(image[a], image[b]) == bool(places[a] == places[b])
+        assert all(torch.equal(image[a], image[b]) == bool(places[a] == places[b]) for a in range(16) for b in range(a))
     plain = apply_tome(model.vit, (0, 0, 0)).forward_intermediates(images(), norm=True, intermediates_only=True)
     for own, wanted in zip(plain, model.vit.forward_intermediates(images(), norm=True)[1], strict=True):
         torch.testing.assert_close(own, wanted)
@@ -246,19 +243,14 @@ def test_multiply_adds_are_those_of_the_tokens_that_are_left(proportional: bool)
     assert macs_per_image(model, 16) == total
 
 
-INSIDE = ["", "attn", "attn.qkv", "attn.k_norm", "attn.proj", "ls1", "norm1", "norm2", "mlp", "mlp.fc1"]
-
-
-def block_part(vit: VisionTransformer, name: str) -> nn.Module:
-    return vit.blocks[1].get_submodule(name)
-
-
-@pytest.mark.parametrize("name", INSIDE)
+@pytest.mark.parametrize(
+    "name", ["", "attn", "attn.qkv", "attn.k_norm", "attn.proj", "ls1", "norm1", "norm2", "mlp", "mlp.fc1"]
+)
 def test_hooks_act_as_without_fusion(name: str) -> None:
     vit = build("normed queries and keys", init_values=0.5)
     plain, fused = apply_tome(vit, (0, 0, 0)), apply_tome(vit, FUSION)
     before = fused(images())
-    part = block_part(vit, name)
+    part = vit.blocks[1].get_submodule(name)
     seen: list[str] = []
     part.register_forward_pre_hook(lambda *_: seen.append("before"))
     part.register_forward_hook(lambda *_: seen.append("after"))
@@ -279,7 +271,7 @@ def test_hooks_act_as_without_fusion(name: str) -> None:
     if name not in ("", "attn"):
         replaced = build("normed queries and keys", init_values=0.5)
         plain, fused = apply_tome(replaced, (0, 0, 0)), apply_tome(replaced, FUSION)
-        replaced.blocks[1].set_submodule(name, Doubled(block_part(replaced, name)))
+        replaced.blocks[1].set_submodule(name, Doubled(replaced.blocks[1].get_submodule(name)))
         assert not torch.allclose(fused(images()), before, atol=1e-4)
         torch.testing.assert_close(plain(images()), replaced(images()), rtol=1e-5, atol=1e-5)
 
@@ -307,14 +299,8 @@ class Doubled(nn.Module):
         return 2 * self.base(x)
 
 
-class OtherBlock(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + 1
-
-
-class OtherTransformer(VisionTransformer):
-    def forward_features(self, x: Tensor) -> Tensor:
-        return super().forward_features(x) + 1
+OtherBlock = type("OtherBlock", (Block,), {})
+OtherTransformer = type("OtherTransformer", (VisionTransformer,), {"forward_features": lambda self, x: x})
 
 
 @pytest.mark.parametrize(
