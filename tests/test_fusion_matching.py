@@ -1,4 +1,4 @@
-"""Which tokens fuse, and what fusing leaves."""
+"""Matching chooses the right tokens, and fusing leaves their means."""
 
 from __future__ import annotations
 

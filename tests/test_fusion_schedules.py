@@ -1,4 +1,4 @@
-"""How many tokens each layer removes."""
+"""Schedules remove the right number of tokens in each layer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def spread(budget: int, count: int, patches: int) -> list[int]:
 
 
 def largest(count: int, patches: int) -> int:
-    """What can go where each of `count` layers takes half of its patches, rounded down."""
+    """Return what can go where each of `count` layers takes half of its patches, rounded down."""
     left = patches
     for _ in range(count):
         left -= left // 2

@@ -44,7 +44,7 @@ def agrees(run, model, x):
 
 
 def run(script: str, tmp_path: Path) -> str:
-    """What a script prints; the test fails with its errors where it ends badly."""
+    """Return what a script prints; the test fails with its errors where it ends badly."""
     path = tmp_path / "script.py"
     path.write_text(SETUP + script)
     root = str(Path(__file__).parents[1])

@@ -107,17 +107,17 @@ class Fusion:
 
     @property
     def counts_patches(self) -> bool:
-        """Whether the weights of tokens are the patches that they hold."""
+        """True where the weights of tokens are the patches that they hold."""
         return self.mode == "fuse" and self.weighting == "size"
 
     @property
     def keeps_sizes(self) -> bool:
-        """Whether it matters how many patches a token holds."""
+        """True where it matters how many patches a token holds."""
         return self.counts_patches or (self.mode == "fuse" and self.proportional)
 
     @property
     def is_matched(self) -> bool:
-        """Whether the schedule removes as many tokens as those of the other strategies with this budget."""
+        """True where the schedule removes as many tokens as those of the other strategies with this budget."""
         return self.budget != PAPER and not isinstance(self.budget, tuple)
 
     def schedule(self, depth: int, tokens: int, protected: int = 1) -> tuple[int, ...]:

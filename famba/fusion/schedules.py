@@ -175,8 +175,8 @@ def _shares(budget: Budget, strategy: str, fusing: int, patches: int) -> list[in
 def removals(left: Sequence[int]) -> list[int]:
     """Return what each layer removes, so that `left` tokens, without protected ones, are left before and after each.
 
-    Where more than half of a layer's tokens would go, the excess goes in the layers before it, and what these cannot
-    take in those behind. The last of `left`, which never ascend, holds exactly if halves can reach it.
+    If more than half of a layer's tokens would go, the excess goes in the layers before it, and what these cannot take
+    in those behind. The last of `left`, which never ascend, holds exactly if halves can reach it.
     """
     # From the last layer back: what enters a layer is at most twice what leaves it.
     possible: list[int] = []

@@ -307,7 +307,7 @@ class Backbone(nn.Module):
             intermediates_only: leave out the final features.
 
         Returns:
-            What `forward_features` returns, of the last layer that ran; and a list of features, in order of the layers.
+            The features of `forward_features`, for the last layer that ran; and those of the layers, in their order.
         """
         check_choice("output_fmt", output_fmt, FORMATS)
         layers = chosen_layers(self.depth, indices)
