@@ -146,9 +146,9 @@ def _is_causal(layer: Any) -> bool:
 
 
 _AS_BUILT: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("in_proj", "x_proj", "x_proj_b"), lambda layer: _is_linear(layer, False)),
+    **dict.fromkeys(("in_proj", "x_proj", "x_proj_b"), partial(_is_linear, has_bias=False)),
     **dict.fromkeys(("conv1d", "conv1d_b"), _is_causal),
-    **dict.fromkeys(("dt_proj", "dt_proj_b"), lambda layer: _is_linear(layer, True)),
+    **dict.fromkeys(("dt_proj", "dt_proj_b"), partial(_is_linear, has_bias=True)),
 }
 """Map each layer before the output projection to a check that one op computes what it does."""
 
