@@ -47,19 +47,13 @@ def mixer_of(model: Vim, layer: int = 0) -> VimMixer:
 class Adapter(nn.Module):
     """A low-rank addition to a linear layer, which has the layer's weight as an attribute as those of libraries do."""
 
+    weight, bias = property(lambda self: self.base.weight), property(lambda self: self.base.bias)
+
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         self.down = nn.Linear(base.in_features, 2, bias=False)
         self.up = nn.Linear(2, base.out_features, bias=False)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.up(self.down(x))
@@ -79,60 +73,36 @@ class ConvAdapter(nn.Conv1d):
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("name", [*LINEAR, *CONV])
 def test_an_adapter_counts_as_if_it_were_merged(name: str, place: str) -> None:
     model, merged = make(place), make(place)
     for layer in range(3):
-        adapter = Adapter(getattr(mixer_of(model, layer), name))
+        plain, part = getattr(mixer_of(merged, layer), name), getattr(mixer_of(model, layer), name)
+        adapter: Any = ConvAdapter(part) if name in CONV else Adapter(part)
         setattr(mixer_of(model, layer), name, adapter)
         with torch.no_grad():
-            getattr(mixer_of(merged, layer), name).weight += adapter.up.weight @ adapter.down.weight
+            if name in CONV:
+                plain.weight *= adapter.factor[:, :, None]
+                plain.bias *= adapter.factor[:, 0]
+            else:
+                plain.weight += adapter.up.weight @ adapter.down.weight
     logits = model(images())
     torch.testing.assert_close(logits, merged(images()), rtol=1e-5, atol=5e-6)
     assert differ(logits, make(place)(images()))
     logits.square().sum().backward()
     adapter = getattr(mixer_of(model), name)
-    assert adapter.up.weight.grad.abs().sum() > 0
-    assert adapter.down.weight.grad.abs().sum() > 0
-    assert adapter.base.weight.grad is None
+    learned = [adapter.factor] if name in CONV else [adapter.up.weight, adapter.down.weight]
+    assert all(weight.grad.abs().sum() > 0 for weight in learned)
+    assert name in CONV or adapter.base.weight.grad is None
 
 
-@pytest.mark.parametrize("name", CONV)
-def test_an_adapter_of_a_convolution_counts_as_if_it_were_merged(name: str) -> None:
-    model, merged = make(), make()
-    for layer in range(3):
-        adapter = ConvAdapter(getattr(mixer_of(model, layer), name))
-        setattr(mixer_of(model, layer), name, adapter)
-        with torch.no_grad():
-            plain = getattr(mixer_of(merged, layer), name)
-            plain.weight *= adapter.factor[:, :, None]
-            plain.bias *= adapter.factor[:, 0]
-    torch.testing.assert_close(model(images()), merged(images()), rtol=1e-5, atol=5e-6)
-    model(images()).sum().backward()
-    assert adapter.factor.grad.abs().sum() > 0
+OTHERS = [("in_proj", nn.Linear(16, 64)), ("x_proj", nn.Linear(32, 9)), ("out_proj", nn.Linear(32, 16))]
+OTHERS += [("dt_proj", nn.Linear(1, 32, bias=False)), ("conv1d", nn.Conv1d(32, 32, 4, padding=3))]
+OTHERS += [("conv1d", nn.Conv1d(32, 32, 4, padding=3, groups=32, bias=False))]
+OTHERS += [("conv1d_b", nn.Conv1d(32, 32, 4, padding=6, groups=32, dilation=2))]
 
 
-@pytest.mark.parametrize(
-    ("name", "layer"),
-    [
-        ("in_proj", nn.Linear(16, 64)),
-        ("x_proj", nn.Linear(32, 9)),
-        ("out_proj", nn.Linear(32, 16)),
-        ("dt_proj", nn.Linear(1, 32, bias=False)),
-        ("conv1d", nn.Conv1d(32, 32, 4, padding=3, groups=32, bias=False)),
-        ("conv1d_b", nn.Conv1d(32, 32, 4, padding=6, groups=32, dilation=2)),
-        ("conv1d", nn.Conv1d(32, 32, 4, padding=3)),
-    ],
-    ids=[
-        "in_proj with bias",
-        "x_proj with bias",
-        "out_proj with bias",
-        "dt_proj without",
-        "conv without",
-        "dilated",
-        "full",
-    ],
-)
+@pytest.mark.parametrize(("name", "layer"), OTHERS, ids=str)
 def test_another_layer_of_the_same_class_is_computed_whole(name: str, layer: nn.Module) -> None:
     model, called = make(), make()
     for each, replacement in ((model, layer), (called, nn.Sequential(layer))):  # which is certainly called
@@ -148,11 +118,9 @@ def test_hooks_are_called_and_change_what_they_change(name: str, place: str) -> 
     before = model(images())
     part = getattr(mixer_of(model), name)
     seen: list[str] = []
-    handles = [
-        part.register_forward_pre_hook(lambda *_: seen.append("before")),
-        part.register_forward_hook(lambda *_: seen.append("after")),
-        part.register_full_backward_hook(lambda *_: seen.append("backward")),
-    ]
+    handles = [part.register_forward_pre_hook(lambda *_: seen.append("before"))]
+    handles.append(part.register_forward_hook(lambda *_: seen.append("after")))
+    handles.append(part.register_full_backward_hook(lambda *_: seen.append("backward")))
     logits = model(images())
     torch.testing.assert_close(logits, before, rtol=1e-5, atol=5e-6)
     logits.sum().backward()
@@ -162,25 +130,14 @@ def test_hooks_are_called_and_change_what_they_change(name: str, place: str) -> 
     for handle in (*handles, doubled):
         handle.remove()
     assert torch.equal(model(images()), before)
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_hooks_of_the_mixer_itself_are_called(place: str) -> None:
-    model = make(place)
-    widths: list[tuple[int, ...]] = []
+    original, widths = part.forward, []
+    part.forward = lambda x: 3 * original(x)
     hook = mixer_of(model).register_forward_hook(lambda _, given, output: widths.append(tuple(output.shape)))
-    before = model(images())
+    assert differ(model(images()), before)
     assert widths == [(2, 14, 16)]
     hook.remove()
+    del part.forward
     mixer_of(model).register_forward_hook(lambda _, given, output: torch.zeros_like(output))
-    assert differ(model(images()), before)
-
-
-def test_a_forward_that_was_put_into_one_layer_is_called() -> None:
-    model = make()
-    part = mixer_of(model).in_proj
-    before, original = model(images()), part.forward
-    part.forward = lambda x: 3 * original(x)  # type: ignore[method-assign]
     assert differ(model(images()), before)
 
 
@@ -206,48 +163,44 @@ def test_small_steps_survive_bfloat16_where_a_layer_is_called() -> None:
     for bias in (-4, -4 + 2**-8):  # as bfloat16 the same number
         one = mixer_of(make())
         one.in_proj.register_forward_hook(lambda *_: None)
-        for layer in (one.dt_proj, one.dt_proj_b):
+        for layer, skip in ((one.dt_proj, one.D), (one.dt_proj_b, one.D_b)):
             nn.init.constant_(layer.bias, bias)
-        for skip in (one.D, one.D_b):
             nn.init.zeros_(skip)
         with torch.autocast("cpu", torch.bfloat16):
             found.append(one.scan(torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))))
     assert not torch.equal(*found)
 
 
-def step(model: Vim, optimizer: torch.optim.Optimizer) -> float:
-    loss = model(images()).square().sum()
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.item()
+def falls(model: Vim) -> bool:
+    """Train for three steps; whether the loss falls in each."""
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=1e-3), []
+    for _ in range(3):
+        optimizer.zero_grad()
+        losses.append(model(images()).square().sum())
+        losses[-1].backward()
+        optimizer.step()
+    return bool(losses[0] > losses[1] > losses[2])
 
 
 @pytest.mark.parametrize("names", [("in_proj",), (*LINEAR, *CONV)], ids=["one", "all"])
 def test_pruned_layers_train_and_stay_pruned(names: tuple[str, ...]) -> None:
     model = make()
-    for layer in range(3):
-        for name in names:
-            prune.l1_unstructured(getattr(mixer_of(model, layer), name), "weight", amount=0.5)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    losses = [step(model, optimizer) for _ in range(3)]
-    assert losses[0] > losses[1] > losses[2]
-    part = getattr(mixer_of(model), names[0])
-    model(images())
-    assert torch.equal(part.weight == 0, part.weight_mask == 0)
+    parts = [getattr(mixer_of(model, layer), name) for layer in range(3) for name in names]
+    for part in parts:
+        prune.l1_unstructured(part, "weight", amount=0.5)
+    assert falls(model)
     pruned = model(images())
-    for layer in range(3):
-        for name in names:
-            prune.remove(getattr(mixer_of(model, layer), name), "weight")
+    assert all(torch.equal(part.weight == 0, part.weight_mask == 0) for part in parts)
+    for part in parts:
+        prune.remove(part, "weight")
     torch.testing.assert_close(model(images()), pruned, rtol=1e-5, atol=5e-6)
 
 
-class Halved(nn.Module):
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight / 2
-
-
 def halve(layer: nn.Module) -> None:
+    class Halved(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight / 2
+
     parametrize.register_parametrization(layer, "weight", Halved())
 
 
@@ -258,9 +211,7 @@ def test_parametrized_layers_train(change: Callable[[nn.Module], Any]) -> None:
     for name in (*LINEAR, *CONV):
         change(getattr(mixer_of(model), name))
     assert differ(model(images()), before) == (change is halve)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    losses = [step(model, optimizer) for _ in range(3)]
-    assert losses[0] > losses[1] > losses[2]
+    assert falls(model)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch recommends another package
@@ -275,8 +226,12 @@ def test_dynamically_quantized_layers_compute() -> None:
 
 def test_it_is_said_once_and_with_the_layer(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixer, "_told", set())
-    model = make()
+    model, taken, one_op = make(), [], mixer.bidirectional_mixer
+    monkeypatch.setattr(mixer, "bidirectional_mixer", lambda *args: (taken.append(1), one_op(*args))[1])
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)  # of all modules: leaves the one op
     model(images())
+    handle.remove()
+    assert len(taken) == 3
     assert not caplog.records
     for layer in range(3):
         mixer_of(model, layer).x_proj_b = Adapter(mixer_of(model, layer).x_proj_b)  # type: ignore[assignment]
@@ -284,15 +239,3 @@ def test_it_is_said_once_and_with_the_layer(caplog: pytest.LogCaptureFixture, mo
     model(images())
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "x_proj_b of a Vim's mixer was replaced or has hooks" in caplog.text
-
-
-def test_what_torch_hooks_into_all_modules_leaves_the_one_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[int] = []
-    one_op = mixer.bidirectional_mixer
-    monkeypatch.setattr(mixer, "bidirectional_mixer", lambda *args: (taken.append(1), one_op(*args))[1])
-    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    try:
-        make()(images())
-    finally:
-        handle.remove()
-    assert len(taken) == 3

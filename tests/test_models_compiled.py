@@ -17,7 +17,8 @@ SETUP = """
 import sys, types, warnings
 import torch
 from famba.fusion import schedule
-from famba.models import Vim
+from timm.models.vision_transformer import VisionTransformer
+from famba.models import Vim, apply_tome
 from famba.ops import reference, registry, use_backend
 warnings.simplefilter("ignore")
 
@@ -43,7 +44,7 @@ def agrees(run, model, x):
 
 
 def run(script: str, tmp_path: Path) -> str:
-    """What a script prints; the test fails with its errors where it ends badly."""
+    """Return what a script prints; the test fails with its errors where it ends badly."""
     path = tmp_path / "script.py"
     path.write_text(SETUP + script)
     root = str(Path(__file__).parents[1])
@@ -55,8 +56,7 @@ def run(script: str, tmp_path: Path) -> str:
 
 
 def test_compiled_models_agree_with_eager_ones(tmp_path: Path) -> None:
-    out = run(
-        """
+    script = """
 cases = {"none": "head", "all": "middle", "interleaved": "none", "lower": "head", "upper": "middle"}
 for strategy, position in cases.items():
     protected = int(position != "none")
@@ -65,16 +65,13 @@ for strategy, position in cases.items():
     torch._dynamo.reset()
     agrees(torch.compile(model, fullgraph=True), model, images())
     print(strategy)
-""",
-        tmp_path,
-    )
-    assert out.split() == ["none", "all", "interleaved", "lower", "upper"]
+"""
+    assert run(script, tmp_path).split() == ["none", "all", "interleaved", "lower", "upper"]
 
 
 @pytest.mark.slow
-def test_features_are_one_graph_too(tmp_path: Path) -> None:
-    out = run(
-        """
+def test_features_and_transformers_that_fuse_are_one_graph_too(tmp_path: Path) -> None:
+    script = """
 torch._dynamo.config.error_on_recompile = True
 for position, fusion in (("head", None), ("middle", (2, 3)), ("none", (0, 3))):
     torch._dynamo.reset()
@@ -85,7 +82,9 @@ for position, fusion in (("head", None), ("middle", (2, 3)), ("none", (0, 3))):
         return [model.forward_features(x), final, *pairs]
 
     compiled = torch.compile(features, fullgraph=True, dynamic=True, backend="aot_eager")
+    logits = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
     for batch in (2, 3, 5):
+        torch.testing.assert_close(logits(images(batch)), model(images(batch)))
         grads = []
         for f in (compiled, features):
             model.zero_grad()
@@ -94,18 +93,6 @@ for position, fusion in (("head", None), ("middle", (2, 3)), ("none", (0, 3))):
             grads.append((found, [p.grad.clone() for p in model.parameters() if p.grad is not None]))
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
     print(position)
-""",
-        tmp_path,
-    )
-    assert out.split() == ["head", "middle", "none"]
-
-
-@pytest.mark.slow
-def test_transformers_that_fuse_are_one_graph(tmp_path: Path) -> None:
-    out = run(
-        """
-from timm.models.vision_transformer import VisionTransformer
-from famba.models import apply_tome
 
 shape = dict(img_size=8, patch_size=2, embed_dim=16, depth=3, num_heads=2, num_classes=3)
 for way in ({}, {"mode": "prune"}, {"order": "sequence", "weighting": "mean", "proportional": False}):
@@ -113,35 +100,13 @@ for way in ({}, {"mode": "prune"}, {"order": "sequence", "weighting": "mean", "p
     torch.manual_seed(0)
     model = apply_tome(VisionTransformer(**shape), (4, 0, 3), **way)
     agrees(torch.compile(model, fullgraph=True), model, images())
-    print("agrees")
-""",
-        tmp_path,
-    )
-    assert out.split() == ["agrees"] * 3
-
-
-@pytest.mark.slow
-def test_the_batch_is_a_dimension_that_may_vary(tmp_path: Path) -> None:
-    out = run(
-        """
-torch._dynamo.config.error_on_recompile = True
-for position in ("head", "middle", "none"):
-    torch._dynamo.reset()
-    model = make((2, 3), depth=2, cls_position=position)
-    run = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
-    for batch in (2, 3, 5):
-        torch.testing.assert_close(run(images(batch)), model(images(batch)))
-    print(position)
-""",
-        tmp_path,
-    )
-    assert out.split() == ["head", "middle", "none"]
+"""
+    assert run(script, tmp_path).split() == ["head", "middle", "none"]
 
 
 @pytest.mark.slow
 def test_export_with_any_batch(tmp_path: Path) -> None:
-    out = run(
-        """
+    script = """
 for position, fusion in (("none", (2, 3)), ("head", None), ("middle", (2, 3))):
     model = make(fusion, depth=2, cls_position=position).eval()
     dynamic = ({0: torch.export.Dim("batch", min=1, max=64)},)
@@ -149,16 +114,13 @@ for position, fusion in (("none", (2, 3)), ("head", None), ("middle", (2, 3))):
     for batch in (1, 2, 5):
         torch.testing.assert_close(program(images(batch)), model(images(batch)))
     print(position)
-""",
-        tmp_path,
-    )
-    assert out.split() == ["none", "head", "middle"]
+"""
+    assert run(script, tmp_path).split() == ["none", "head", "middle"]
 
 
 @pytest.mark.slow
 def test_another_backend_is_taken_after_compiling(tmp_path: Path) -> None:
-    out = run(
-        """
+    script = """
 calls = []
 module = types.ModuleType("counted_kernels")
 for name in dir(reference):
@@ -177,32 +139,19 @@ assert len(calls) == 4, len(calls)
 run(images())
 assert len(calls) == 4
 torch.testing.assert_close(first, again)
-print("done")
-""",
-        tmp_path,
-    )
-    assert out.split() == ["done"]
-
-
-@pytest.mark.slow
-def test_one_graph_with_the_kernels_for_gpus(tmp_path: Path) -> None:
-    # Compiled, but for the last step to machine code; the kernels themselves in Triton's interpreter.
-    out = run(
-        """
+# Compiled, but for the last step to machine code; the kernels themselves in Triton's interpreter.
+torch._dynamo.reset()
 model = make((3,), depth=1)
 with use_backend("triton"):
     agrees(torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager"), model, images())
 print("done")
-""",
-        tmp_path,
-    )
-    assert out.split() == ["done"]
+"""
+    assert run(script, tmp_path).split() == ["done"]
 
 
 @pytest.mark.slow
 def test_layers_that_are_called_are_in_the_graph_too(tmp_path: Path) -> None:
-    out = run(
-        """
+    script = """
 class Doubled(torch.nn.Module):
     def __init__(self, base):
         super().__init__()
@@ -224,7 +173,5 @@ for place in ("before_mixer", "after_scan"):
         program = torch.export.export(model, (images(),)).module()
         torch.testing.assert_close(program(images()), model(images()))
     print(place)
-""",
-        tmp_path,
-    )
-    assert out.split() == ["before_mixer", "after_scan"]
+"""
+    assert run(script, tmp_path).split() == ["before_mixer", "after_scan"]

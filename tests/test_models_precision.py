@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -30,12 +28,9 @@ def make(depth: int = 3, patch_size: int = 2, **options: object) -> Vim:
 def extreme_images() -> Tensor:
     """Black, white, a single bright pixel, noise far beyond normalised pixels, and ordinary ones."""
     images = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    images[0], images[1] = 0.0, 30.0
-    images[2] = 0.0
+    images[:3] = torch.tensor([0.0, 30.0, 0.0])[:, None, None, None]
     images[2, :, 3, 3] = 1000.0
-    images[3] *= 300
-    images[4] *= 1e-6
-    return images.to(DEVICE)
+    return (images * torch.tensor([1, 1, 1, 300, 1e-6, 1])[:, None, None, None]).to(DEVICE)
 
 
 def push_to_extremes(model: Vim) -> None:
@@ -70,10 +65,8 @@ def test_training_on_extremes_stays_finite(backend: str, dtype: torch.dtype, wei
             loss = nn.functional.cross_entropy(logits.float(), labels)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            for name, parameter in model.named_parameters():
-                assert parameter.grad is not None, name
-                assert parameter.grad.dtype == torch.float32, name
-                assert parameter.grad.isfinite().all(), name
+            grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+            assert not [name for name, g in grads.items() if g.dtype != torch.float32 or not g.isfinite().all()]
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             scaler.step(optimizer)
             scaler.update()
@@ -100,7 +93,10 @@ class Dtypes(TorchDispatchMode):
 def test_steps_enter_in_half_and_rates_bias_skip_and_stream_in_float32(dtype: torch.dtype) -> None:
     model = make()
     with use_backend("reference"), torch.autocast(DEVICE, dtype=dtype), Dtypes() as noted:
-        model(extreme_images())
+        rounded = model(extreme_images())[4:].float()
+    with torch.no_grad():
+        exact = model(extreme_images())[4:]
+    assert (rounded - exact).abs().max() <= 0.05 * exact.abs().max().clamp(min=0.1)
     scans = [args for name, args in noted.seen if name == "selective_scan"]
     assert len(scans) == 6
     for u, delta, A, B, C, D, z, delta_bias, *_ in scans:
@@ -111,16 +107,3 @@ def test_steps_enter_in_half_and_rates_bias_skip_and_stream_in_float32(dtype: to
     for _, residual, weight, *_ in norms:
         assert residual is None or residual.dtype == torch.float32
         assert weight.dtype == torch.float32
-
-
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_half_precision_is_near_float32(dtype: torch.dtype) -> None:
-    model = make(drop_path_rate=0.0)
-    images = extreme_images()[4:]
-
-    def run(autocast: bool) -> Tensor:
-        with torch.autocast(DEVICE, dtype=dtype) if autocast else nullcontext(), torch.no_grad():
-            return model(images).float()
-
-    exact = run(False)
-    assert (run(True) - exact).abs().max() <= 0.05 * exact.abs().max().clamp(min=0.1)

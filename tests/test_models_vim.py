@@ -1,43 +1,35 @@
-"""Vim against an independent forward, and each of its switches."""
+"""Vim against an independent forward, logits and features; each of its switches; timm's ways of asking."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import naive
 import pytest
 import timm
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, Format
 from torch import Tensor, nn
 
 import famba  # noqa: F401 - registers the models
 from famba.errors import ConfigError
-from famba.fusion import schedule, tokens_per_layer
-from famba.models import Vim, mixer
-from famba.ops import bidirectional_mixer
+from famba.fusion import schedule, unfuse
+from famba.models import Vim
 
+ROWS, COLUMNS = 4, 3
 SHAPE = {"img_size": (8, 12), "patch_size": (2, 4), "embed_dim": 20, "num_classes": 3, "d_state": 3}
+SCHEDULE, NOTHING = (3, 0, 2), (0, 0, 0)
 CLS_POSITIONS = ("head", "middle", "none")
+WAYS = list(itertools.product(("before_mixer", "after_scan"), ("mean", "size"), ("sequence", "tome")))
 COMBINATIONS = [
-    (cls, fusion, place, weighting, order)
-    for cls in CLS_POSITIONS
-    for fusion, place, weighting, order in [
-        (None, "before_mixer", "mean", "sequence"),
-        *itertools.product([(3, 0, 2)], ("before_mixer", "after_scan"), ("mean", "size"), ("sequence", "tome")),
-    ]
+    (cls, fusion, *way) for cls in CLS_POSITIONS for fusion, way in [(NOTHING, WAYS[0]), *((SCHEDULE, w) for w in WAYS)]
 ]
 
 
 def tiny(seed: int = 0, **changes: Any) -> Vim:
     torch.manual_seed(seed)
     return Vim(**{**SHAPE, "depth": 3, **changes})
-
-
-def images(batch: int = 2, size: tuple[int, int] = (8, 12), channels: int = 3) -> Tensor:
-    return torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(1))
 
 
 def shaken(model: Vim) -> Vim:
@@ -49,78 +41,111 @@ def shaken(model: Vim) -> Vim:
     return model
 
 
+def images(batch: int = 2, size: tuple[int, int] = (8, 12), channels: int = 3) -> Tensor:
+    return torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(1))
+
+
+def grid(patches: Tensor) -> Tensor:
+    """Patches (b, n, d) as a picture (b, d, rows, columns), pixel by pixel."""
+    picture = patches.new_zeros(len(patches), patches.shape[2], ROWS, COLUMNS)
+    for row, column in itertools.product(range(ROWS), range(COLUMNS)):
+        picture[:, :, row, column] = patches[:, row * COLUMNS + column]
+    return picture
+
+
+def close(a: Any, b: Any) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(("cls", "fusion", "place", "weighting", "order"), COMBINATIONS)
-def test_logits_and_gradients_agree_with_the_equations(
-    cls: str, fusion: tuple[int, ...] | None, place: str, weighting: str, order: str
+def test_logits_features_and_gradients_agree_with_the_equations(
+    cls: str, fusion: tuple[int, ...], place: str, weighting: str, order: str
 ) -> None:
     options = {"fusion_place": place, "fusion_weighting": weighting, "fusion_order": order}
-    model = shaken(tiny(cls_position=cls, fusion=fusion, **options)).double()
-    x = images().double()
+    model, x = shaken(tiny(cls_position=cls, fusion=fusion, **options)).double(), images().double()
     weights = {k: v.detach().clone().requires_grad_() for k, v in model.state_dict().items()}
-    expected, _ = naive.vim(weights, x, fusion or (0, 0, 0), cls, order, weighting, place)
-    logits = model(x)
-    torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6)
-    direction = torch.randn(logits.shape, dtype=torch.float64)
-    (logits * direction).sum().backward()
-    (expected * direction).sum().backward()
+    expected, kept = naive.vim(weights, x, fusion, cls, order, weighting, place)
+    close(model(x), expected)
+
+    # Follow each token of the first layer through the layers, one by one.
+    patches = [i for i in range(model.num_tokens) if i != model.cls_index]
+    final, maps = model.forward_intermediates(x)
+    normed = model.forward_intermediates(x, None, True, norm=True, output_fmt="NLC", intermediates_only=True)
+    held, at, wanted = model.trace(x), [list(range(model.num_tokens))] * 2, []
+    for layer, stream in enumerate(kept["streams"]):
+        at = [[places[i] for i in image] for places, image in zip(kept["places"][layer], at, strict=True)]
+        assert held[layer].tolist() == [[image[i] for i in patches] for image in at]
+        raw = torch.stack([stream[i, image] for i, image in enumerate(at)])
+        wanted.append(raw[:, patches])
+        close(maps[layer], grid(wanted[-1]))
+        final_norm = naive.add_rms_norm(raw, None, weights["norm_f.weight"], 1e-5)[0]
+        pair = normed[layer] if cls != "none" else (normed[layer], final_norm[:, :0])
+        close(pair, (final_norm[:, patches], final_norm[:, [i for i in range(model.num_tokens) if i not in patches]]))
+    close(final, final_norm)
+    assert torch.equal(final, model.forward_features(x))
+
+    directions = [torch.randn(t.shape, dtype=torch.float64) for t in (expected, wanted[1])]
+    features = model.forward_intermediates(x, [1], output_fmt="NLC", intermediates_only=True)[0]
+    sum((t * d).sum() for t, d in zip((model(x), features), directions, strict=True)).backward()
+    sum((t * d).sum() for t, d in zip((expected, wanted[1]), directions, strict=True)).backward()
     for name, p in model.named_parameters():
-        wanted = weights[name].grad
+        gradient = weights[name].grad
         # Where the class token is the first of the last scan, that scan's decay meets no state.
-        assert wanted.abs().max() > 0 or name.startswith("layers.2.mixer.A_"), name
-        torch.testing.assert_close(p.grad, wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max().item(), msg=name)
+        assert gradient.abs().max() > 0 or name.startswith("layers.2.mixer.A_"), name
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-5, atol=1e-6 * gradient.abs().max().item(), msg=name)
+
+    if cls == "none" and weighting == "mean" and any(fusion):
+        with pytest.raises(ConfigError, match="mean over its tokens.*weighting='size'"):
+            model.forward_head(final)
+        return
+    close(model.forward_head(final), expected)
+    close(model.head(model.forward_head(final, pre_logits=True)), expected)
+    with pytest.raises(ConfigError, match=f"given {model.num_tokens - 1} tokens per image; allowed: .*"):
+        model.forward_head(final[:, 1:])
 
 
-def parameters(width: int, depth: int, patch: int, tokens: int, classes: int) -> int:
-    """Counted by hand from the official list of shapes."""
-    inner, rank, states, taps = 2 * width, math.ceil(width / 16), 16, 4
-    direction = inner * states + inner + inner * taps + inner + inner * (rank + 2 * states) + inner * rank + inner
-    layer = width + 2 * inner * width + 2 * direction + inner * width
-    stem = 3 * patch * patch * width + width + width + tokens * width
-    return stem + depth * layer + width + classes * width + classes
+def test_each_patch_gets_its_tokens_features_and_gives_back_its_gradient() -> None:
+    tokens = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    places = torch.tensor([[0, 3, 3, 1, 2, 0], [2, 2, 2, 2, 0, 1]])
+    found = unfuse(tokens, places)
+    for image, patch in itertools.product(range(2), range(6)):
+        assert torch.equal(found[image, patch], tokens[image, int(places[image, patch])])
+    assert unfuse(tokens.bfloat16(), places).dtype == torch.bfloat16
+    assert unfuse(tokens[:0], places[:0]).shape == (0, 6, 3)
+    assert torch.autograd.gradcheck(lambda t: unfuse(t, places), (tokens,))
+    with naive.as_users_run_it(), pytest.raises(ConfigError, match="tokens of 4 images and places of 2"):
+        unfuse(torch.randn(4, 3, 2), torch.zeros(2, 5, dtype=torch.int64))
 
 
-@pytest.mark.parametrize(
-    ("name", "width", "depth", "patch", "tokens"),
-    [
-        ("vim_micro_patch4_32", 64, 8, 4, 65),
-        ("vim_tiny_patch16_224", 192, 24, 16, 197),
-        ("vim_small_patch16_224", 384, 24, 16, 197),
-        ("vim_base_patch16_224", 768, 24, 16, 197),
-    ],
-)
-def test_parameter_counts(name: str, width: int, depth: int, patch: int, tokens: int) -> None:
+COUNTS = {"micro_patch4_32": 340_068, "tiny_patch16_224": 6_974_308, "small_patch16_224": 25_450_084}
+
+
+@pytest.mark.parametrize(("name", "count"), [*COUNTS.items(), ("base_patch16_224", 96_906_340)])
+def test_timm_makes_the_models(name: str, count: int) -> None:
+    shape = {"img_size": 32, "patch_size": 8, "cls_position": "middle"}
+    counts = schedule("upper", 8 if "micro" in name else 24, 17, 8)
     with torch.device("meta"):
-        model = timm.create_model(name, num_classes=100)
-    count = sum(p.numel() for p in model.parameters())
-    assert count == parameters(width, depth, patch, tokens, 100)
-    if name == "vim_tiny_patch16_224":
-        assert count == 6_974_308
+        assert sum(p.numel() for p in timm.create_model(f"vim_{name}", num_classes=100).parameters()) == count
+        model = timm.create_model(f"vim_{name}", fusion=counts, fusion_place="after_scan", fusion_order="tome", **shape)
+    assert (model.fusion, model.settings.place, model.settings.order) == (counts, "after_scan", "tome")
+    assert model.pretrained_cfg["classifier"] == "head"
+    with pytest.raises(RuntimeError, match="No pretrained weights exist"):
+        timm.create_model("vim_tiny_patch16_224", pretrained=True)
 
 
 def test_names_and_shapes_are_those_of_the_official_checkpoints() -> None:
     d, inner, rank = 192, 384, 12
-    expected = {
-        "patch_embed.proj.weight": (d, 3, 16, 16),
-        "patch_embed.proj.bias": (d,),
-        "cls_token": (1, 1, d),
-        "pos_embed": (1, 197, d),
-        "norm_f.weight": (d,),
-        "head.weight": (1000, d),
-        "head.bias": (1000,),
-    }
+    expected = {"patch_embed.proj.weight": (d, 3, 16, 16), "patch_embed.proj.bias": (d,), "cls_token": (1, 1, d)}
+    expected |= {"pos_embed": (1, 197, d), "norm_f.weight": (d,), "head.weight": (1000, d), "head.bias": (1000,)}
     for i in range(24):
-        expected[f"layers.{i}.norm.weight"] = (d,)
         mixer = f"layers.{i}.mixer."
-        expected[mixer + "in_proj.weight"] = (4 * d, d)
-        expected[mixer + "out_proj.weight"] = (d, inner)
+        expected |= {f"layers.{i}.norm.weight": (d,), mixer + "in_proj.weight": (4 * d, d)}
+        expected |= {mixer + "out_proj.weight": (d, inner)}
         for tail, rates in (("", "A_log"), ("_b", "A_b_log")):
-            expected[mixer + rates] = (inner, 16)
-            expected[mixer + f"D{tail}"] = (inner,)
-            expected[mixer + f"conv1d{tail}.weight"] = (inner, 1, 4)
-            expected[mixer + f"conv1d{tail}.bias"] = (inner,)
+            expected |= {mixer + rates: (inner, 16), mixer + f"D{tail}": (inner,)}
+            expected |= {mixer + f"conv1d{tail}.weight": (inner, 1, 4), mixer + f"conv1d{tail}.bias": (inner,)}
             expected[mixer + f"x_proj{tail}.weight"] = (rank + 32, inner)
-            expected[mixer + f"dt_proj{tail}.weight"] = (inner, rank)
-            expected[mixer + f"dt_proj{tail}.bias"] = (inner,)
+            expected |= {mixer + f"dt_proj{tail}.weight": (inner, rank), mixer + f"dt_proj{tail}.bias": (inner,)}
     with torch.device("meta"):
         model = timm.create_model("vim_tiny_patch16_224")
     assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == expected
@@ -130,39 +155,18 @@ def test_names_and_shapes_are_those_of_the_official_checkpoints() -> None:
 def test_first_weights() -> None:
     torch.manual_seed(0)
     model = Vim(img_size=32, patch_size=4, embed_dim=96, depth=4)
-    for p in (model.pos_embed, model.cls_token, model.head.weight):
-        assert 0.01 < p.std() < 0.03
+    assert all(0.01 < p.std() < 0.03 for p in (model.pos_embed, model.cls_token, model.head.weight))
     assert model.head.bias.eq(0).all()
-    for layer in model.layers:
-        mixer = layer.mixer
-        for rates, skip, projection in (
-            (mixer.A_log, mixer.D, mixer.dt_proj),
-            (mixer.A_b_log, mixer.D_b, mixer.dt_proj_b),
-        ):
+    for of in (layer.mixer for layer in model.layers):
+        forward = (of.A_log, of.D, of.dt_proj)
+        for rates, skip, projection in (forward, (of.A_b_log, of.D_b, of.dt_proj_b)):
             torch.testing.assert_close(rates.exp(), torch.arange(1.0, 17).expand(192, 16))
-            assert skip.eq(1).all()
             steps = nn.functional.softplus(projection.bias)
-            assert steps.ge(0.00099).all()
-            assert steps.le(0.101).all()
+            assert (skip.eq(1) & steps.ge(0.00099) & steps.le(0.101)).all()
             assert 0.3 < steps.lt(0.01).float().mean() < 0.7, "half of a log-uniform draw lies below the middle"
-            assert projection.weight.abs().max() <= mixer.dt_rank**-0.5
-        assert mixer.out_proj.weight.abs().max() <= 192**-0.5 / 2, "Kaiming-uniform over the root of depth 4"
-        assert mixer.out_proj.weight.abs().max() > 0.4 * 192**-0.5
-
-
-@pytest.mark.parametrize("cls", CLS_POSITIONS)
-def test_no_fusion_is_the_plain_model_to_the_bit(cls: str) -> None:
-    plain = tiny(cls_position=cls)
-    assert plain.fusion == (0, 0, 0)
-    for place, weighting, order in itertools.product(
-        ("before_mixer", "after_scan"), ("mean", "size"), ("sequence", "tome")
-    ):
-        options = {"fusion_place": place, "fusion_weighting": weighting, "fusion_order": order}
-        other = tiny(cls_position=cls, fusion=(0, 0, 0), **options)
-        assert torch.equal(plain(images()), other(images()))
-
-
-def test_equal_seeds_give_equal_weights_whatever_the_strategy() -> None:
+            assert projection.weight.abs().max() <= of.dt_rank**-0.5
+        largest = of.out_proj.weight.abs().max()
+        assert 0.4 * 192**-0.5 < largest <= 192**-0.5 / 2, "Kaiming-uniform over the root of depth 4"
     plain = tiny().state_dict()
     for strategy in ("all", "interleaved", "lower", "upper"):
         other = tiny(fusion=schedule(strategy, 3, 13, 3), fusion_weighting="size", drop_path_rate=0.2).state_dict()
@@ -170,115 +174,53 @@ def test_equal_seeds_give_equal_weights_whatever_the_strategy() -> None:
     assert not torch.equal(plain["head.weight"], tiny(seed=1).state_dict()["head.weight"])
 
 
-@pytest.mark.parametrize("strategy", ["none", "all", "interleaved", "lower", "upper"])
-@pytest.mark.parametrize("place", ["before_mixer", "after_scan"])
 @pytest.mark.parametrize("cls", CLS_POSITIONS)
-def test_each_layer_holds_the_tokens_that_the_schedule_says(
-    strategy: str, place: str, cls: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokens = 12 + (cls != "none")
-    counts = schedule(strategy, 4, tokens, 6, protected=int(cls != "none"))
-    model = tiny(depth=4, fusion=counts, fusion_place=place, cls_position=cls)
-    into_mixer: list[int] = []
-    out_of_layer: list[tuple[int, int]] = []
-
-    def mixing(x: Tensor, *weights: Any) -> Tensor:
-        into_mixer.append(x.shape[1])
-        return bidirectional_mixer(x, *weights)
-
-    monkeypatch.setattr(mixer, "bidirectional_mixer", mixing)
-    for layer in model.layers:
-        layer.register_forward_hook(lambda m, x, y: out_of_layer.append((y[0].shape[1], y[1].shape[1])))
-    features = model.forward_features(images())
-    left = list(tokens_per_layer(counts, tokens))
-    assert out_of_layer == [(n, n) for n in left]
-    assert into_mixer == (left if place == "before_mixer" else [tokens, *left[:-1]])
-    assert features.shape == (2, tokens, 20)
-
-
-@pytest.mark.parametrize(("cls", "index"), [("head", 0), ("middle", 6), ("none", None)])
-def test_place_of_the_class_token(cls: str, index: int | None) -> None:
-    model = shaken(tiny(cls_position=cls, depth=1))
-    assert model.cls_index == index
-    assert model.num_tokens == 12 + (cls != "none")
-    seen = []
-    model.layers[0].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-    features = model.forward_features(images())
-    if index is None:
-        torch.testing.assert_close(model(images()), model.head(features.mean(1)))
-        return
-    expected = model.cls_token[0, 0] + model.pos_embed[0, index]
-    torch.testing.assert_close(seen[0][:, index], expected.expand(2, -1))
-    assert torch.equal(model(images()), model.head(features[:, index]))
-
-
-@pytest.mark.parametrize("weighting", ["mean", "size"])
-@pytest.mark.parametrize("order", ["sequence", "tome"])
-@pytest.mark.parametrize("cls", ["head", "middle"])
-def test_the_class_token_is_read_after_it_moved(cls: str, order: str, weighting: str) -> None:
-    model = shaken(tiny(cls_position=cls, fusion=(5, 3, 1), fusion_order=order, fusion_weighting=weighting)).double()
-    x = images(4).double()
-    logits, _ = naive.vim(dict(model.state_dict()), x, (5, 3, 1), cls, order, weighting, "before_mixer")
-    torch.testing.assert_close(model(x), logits, rtol=1e-6, atol=1e-6)
-    alone = torch.cat([model(image[None]) for image in x])
-    torch.testing.assert_close(model(x), alone, rtol=1e-9, atol=1e-9)
+def test_no_fusion_is_the_plain_model_to_the_bit(cls: str) -> None:
+    plain, left = tiny(cls_position=cls), []
+    for layer in plain.layers:
+        layer.register_forward_hook(lambda m, args, out: left.append(out[0] + out[1]))
+    final, maps = plain.forward_intermediates(images(), output_fmt="NLC")
+    assert torch.equal(plain.forward_head(final), plain(images()))
+    patches = [i for i in range(plain.num_tokens) if i != plain.cls_index]
+    assert all(torch.equal(found, stream[:, patches]) for found, stream in zip(maps, left, strict=False))
+    assert all(picture.is_contiguous() for picture in plain.forward_intermediates(images(), intermediates_only=True))
+    for place, weighting, order in WAYS:
+        options = {"fusion_place": place, "fusion_weighting": weighting, "fusion_order": order}
+        assert torch.equal(plain(images()), tiny(cls_position=cls, fusion=NOTHING, **options)(images()))
 
 
 def test_drop_path_is_off_unless_asked_for_and_in_evaluation() -> None:
-    model = tiny()
+    model, dropping = tiny(), tiny(drop_path_rate=0.5)
     assert not [m for m in model.modules() if isinstance(m, DropPath)]
     assert torch.equal(model.train()(images()), model.eval()(images()))
-    dropping = tiny(drop_path_rate=0.5)
     assert torch.equal(dropping.eval()(images()), model(images()))
-    dropping.train()
-    torch.manual_seed(0)
-    outs = [dropping(images()) for _ in range(6)]
-    assert any(not torch.equal(outs[0], out) for out in outs)
-
-
-def test_drop_path_rises_linearly_to_its_rate_at_the_last_layer() -> None:
-    model = tiny(depth=5, drop_path_rate=0.4)
-    rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
-    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4])
-    assert isinstance(model.layers[0].drop_path, nn.Identity)
+    deep = tiny(depth=5, drop_path_rate=0.4)
     # What layer 1 adds is dropped on the way into layer 2; what the last one adds, on the way to the final norm.
-    assert model.layers[2].drop_path.drop_prob == pytest.approx(0.1)
-    assert model.drop_path.drop_prob == pytest.approx(0.4)
-
-
-def test_what_is_dropped_is_one_layers_whole_share_of_an_image() -> None:
-    model = tiny(depth=2, drop_path_rate=0.999)
-    short = tiny(depth=2)
-    short.load_state_dict(model.state_dict())
-    short.layers[1].mixer.out_proj.weight.data.zero_()
+    assert [layer.drop_path.drop_prob for layer in deep.layers[2:]] == pytest.approx([0.1, 0.2, 0.3])
+    assert deep.drop_path.drop_prob == pytest.approx(0.4)
+    model = tiny(drop_path_rate=0.999).train()
     torch.manual_seed(0)
-    assert torch.equal(model.train()(images()), short(images()))
+    _, maps = model.forward_intermediates(images())
+    # Of layers 1 and 2 all images drop what they add: half of it is let through with chance 0.5, 0.001.
+    assert torch.equal(maps[2], maps[1])
+    _, whole = model.eval().forward_intermediates(images())
+    assert not torch.equal(whole[2], whole[1])
 
 
-@pytest.mark.parametrize("options", [{}, {"fusion": (3, 0, 2), "cls_position": "middle"}, {"drop_path_rate": 0.5}])
-def test_checkpointing_changes_no_gradient(options: dict[str, Any]) -> None:
-    grads = []
+@pytest.mark.parametrize("options", [{}, {"fusion": SCHEDULE, "cls_position": "middle"}, {"drop_path_rate": 0.5}])
+def test_checkpointing_keeps_less_and_changes_nothing(options: dict[str, Any]) -> None:
+    kept, found = [], []
     for enable in (False, True):
-        model = tiny(**options).train()
+        model, sizes = tiny(**options).train(), []
         model.set_grad_checkpointing(enable)
         torch.manual_seed(3)
-        model(images()).square().sum().backward()
-        grads.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-
-
-def test_checkpointing_keeps_less() -> None:
-    kept = []
-    for enable in (False, True):
-        model = tiny(depth=4).train()
-        model.set_grad_checkpointing(enable)
-        sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: (s.append(x.nbytes), x)[1], lambda x: x):
-            model(images())
+            final, maps = model.forward_intermediates(images(), [0, 1])
+        (final.square().sum() + sum(m.square().sum() for m in maps)).backward()
         kept.append(sum(sizes))
-    assert kept[1] < kept[0] / 2
-    model.set_grad_checkpointing(False)
-    assert not model.grad_checkpointing
+        found.append([final, *maps, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert kept[1] < 0.6 * kept[0]
 
 
 @pytest.mark.parametrize(
@@ -286,90 +228,47 @@ def test_checkpointing_keeps_less() -> None:
     [(8, 4, 4), ((8, 4), 4, 2), (9, 3, 9), ((6, 10), (3, 2), 10), (4, 4, 1), ((16, 4), (1, 4), 16)],
 )
 @pytest.mark.parametrize("cls", CLS_POSITIONS)
-def test_images_and_patches_of_any_size(image: Any, patch: Any, patches: int, cls: str) -> None:
+def test_images_and_patches_of_any_size_and_number(image: Any, patch: Any, patches: int, cls: str) -> None:
     model = tiny(img_size=image, patch_size=patch, depth=2, cls_position=cls, fusion=(patches // 2, 0))
     size = (image, image) if isinstance(image, int) else image
     assert model.num_patches == patches
-    assert model(images(3, size)).shape == (3, 3)
     assert model.trace(images(1, size))[-1].max() < patches - patches // 2 + (cls != "none")
-    assert model.forward_features(images(1, size)).shape[1] == patches + (cls != "none")
+    for batch in (0, 1, 3):
+        assert model(images(batch, size)).shape == (batch, 3)
+        assert model.forward_features(images(batch, size)).shape == (batch, patches + (cls != "none"), 20)
+    alone = torch.cat([model(one[None]) for one in images(3, size)])
+    torch.testing.assert_close(alone, model(images(3, size)), rtol=1e-4, atol=1e-5)
+    other = tiny(in_chans=1, d_conv=2, expand=3, embed_dim=17, cls_position=cls)
+    assert other(images(2, channels=1)).shape == (2, 3)
+    assert (other.layers[0].mixer.d_inner, other.layers[0].mixer.dt_rank) == (51, 2)
 
 
-def test_other_channels_and_widths() -> None:
-    model = tiny(in_chans=1, d_conv=2, expand=3, embed_dim=17)
-    assert model(images(2, channels=1)).shape == (2, 3)
-    assert model.layers[0].mixer.d_inner == 51
-    assert model.layers[0].mixer.dt_rank == 2
-
-
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("cls", CLS_POSITIONS)
-def test_a_batch_of_no_images(cls: str) -> None:
-    model = tiny(cls_position=cls, fusion=(3, 0, 2))
-    assert model(images(0)).shape == (0, 3)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("cls", CLS_POSITIONS)
-def test_weights_in_low_precision_train(cls: str, dtype: torch.dtype) -> None:
-    model = tiny(cls_position=cls, fusion=(3, 0, 2), fusion_weighting="size").to(dtype)
+def test_weights_of_any_dtype_train(cls: str, dtype: torch.dtype) -> None:
+    model = tiny(cls_position=cls, fusion=SCHEDULE, fusion_weighting="size").to(dtype)
     logits = model(images().to(dtype))
-    assert logits.dtype == dtype
+    final, maps = model.forward_intermediates(images().to(dtype))
+    assert {logits.dtype, final.dtype, *(m.dtype for m in maps)} == {dtype}
     logits.sum().backward()
     assert all(p.grad.isfinite().all() and p.grad.dtype == dtype for p in model.parameters())
-
-
-def test_residual_stays_in_float32_under_autocast() -> None:
-    model = tiny(fusion=(3, 0, 2))
-    seen: list[Tensor] = []
-    for layer in model.layers:
-        layer.register_forward_hook(lambda m, x, y: seen.append(y))
     with torch.autocast("cpu", torch.bfloat16):
-        logits = model(images())
-    assert logits.dtype == torch.bfloat16
-    assert all(y[1].dtype == torch.float32 for y in seen)
-    assert all(y[0].dtype == torch.bfloat16 for y in seen)
-    torch.testing.assert_close(logits.float(), tiny()(images()), rtol=0.1, atol=0.05)
-
-
-@pytest.mark.parametrize("place", ["before_mixer", "after_scan"])
-@pytest.mark.parametrize("order", ["sequence", "tome"])
-@pytest.mark.parametrize("cls", CLS_POSITIONS)
-def test_trace_agrees_with_the_sizes(cls: str, order: str, place: str) -> None:
-    options = {"fusion_order": order, "fusion_place": place, "fusion_weighting": "size", "cls_position": cls}
-    model = shaken(tiny(fusion=(3, 0, 2), **options)).double()
-    held = model.trace(images().double())
-    _, kept = naive.vim(dict(model.state_dict()), images().double(), (3, 0, 2), cls, order, "size", place)
-    assert len(held) == 3
-    start = [i for i in range(model.num_tokens) if i != model.cls_index]
-    for image in range(2):
-        at = start
-        for layer in range(3):
-            at = [kept["places"][layer][image][i] for i in at]
-            assert held[layer][image].tolist() == at
-            sizes = torch.bincount(held[layer][image], minlength=kept["sizes"][layer].shape[1])
-            cls_alone = int(cls != "none")
-            assert (kept["sizes"][layer][image] - sizes).sum() == cls_alone
-            assert (kept["sizes"][layer][image] - sizes).count_nonzero() == cls_alone
-
-
-def test_trace_without_fusion_and_without_gradients() -> None:
-    model = tiny(cls_position="middle")
-    held = model.trace(images())
-    assert [h.tolist() for h in held] == [[[0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12]] * 2] * 3
-    assert [h.shape for h in tiny(cls_position="none").trace(images(1))] == [(1, 12)] * 3
+        final, raw = model.float().forward_intermediates(images())
+        _, normed = model.forward_intermediates(images(), norm=True)
+        assert model.forward_head(final).dtype == torch.bfloat16
+    assert {m.dtype for m in raw} == {torch.float32}
+    assert {m.dtype for m in normed} == {final.dtype} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"cls_position": "center"}, "unknown cls_position 'center'.*; allowed: head, middle, none"),
-        ({"cls_position": "heads"}, "did you mean 'head'"),
+        ({"cls_position": "heads"}, "unknown cls_position 'heads', did you mean 'head'.*; allowed: head, middle, none"),
         ({"fusion_weighting": "sizes"}, "unknown fusion weighting 'sizes', did you mean 'size'.; allowed: mean, size"),
         ({"fusion_place": "after_scans"}, "place is .* did you mean 'after_scan'"),
         ({"fusion_order": "tomes"}, "unknown fusion order 'tomes', did you mean 'tome'"),
         ({"fusion": (1, 1)}, "the schedule has 2 entries, but the model has 3 layers"),
         ({"fusion": (7, 0, 0)}, "layer 0 removes 7 tokens of the 12 "),
-        ({"fusion": (0, -1, 0)}, "layer 1 removes -1 tokens"),
         ({"img_size": 30, "patch_size": 16}, "image height 30 is not divisible by patch size 16; use 16 or 32"),
         ({"img_size": (32, 40), "patch_size": 16}, "image width 40 .* use 32 or 48"),
         ({"img_size": 8, "patch_size": 16}, "use 16 or 32"),
@@ -381,66 +280,94 @@ def test_what_does_not_fit_is_refused(arguments: dict[str, Any], message: str) -
         tiny(**arguments)
 
 
-def test_a_schedule_may_use_the_class_tokens_share_only_where_there_is_none() -> None:
-    tiny(img_size=(2, 4), patch_size=(1, 4), cls_position="none", fusion=(1, 0, 0))
-    with pytest.raises(ConfigError, match="layer 0 removes 1 tokens of the 1 that may fuse"):
-        tiny(img_size=(1, 4), patch_size=(1, 4), cls_position="head", fusion=(1, 0, 0))
+def test_layers_are_chosen_as_timm_has_it() -> None:
+    model, reference = tiny(depth=4, fusion=(2, 0, 2, 0)), timm.create_model("test_vit", depth=4)
+    _, everything = model.forward_intermediates(images())
+    for indices in (None, 1, 3, 4, [0], [1, 3], (-1, 0), [-4, -2], [3, 1], [2, 2]):
+        _, found = model.forward_intermediates(images(), indices, output_fmt=Format.NCHW)
+        _, of_timm = reference.forward_intermediates(torch.zeros(1, 3, 160, 160), indices)
+        assert len(found) == len(of_timm)
+        taken = range(4)[-indices:] if isinstance(indices, int) else [i % 4 for i in indices or range(4)]
+        wanted = [everything[i] for i in sorted(set(taken))]
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize(
-    "name", ["vim_micro_patch4_32", "vim_tiny_patch16_224", "vim_small_patch16_224", "vim_base_patch16_224"]
-)
-def test_timm_makes_the_models(name: str) -> None:
-    assert timm.is_model(name)
-    counts = schedule("upper", 24 if "micro" not in name else 8, 17, 8)
+@pytest.mark.parametrize("indices", [0, 4, -1, True, [3], [0, -4], [], [1.0], "12", 2.0])
+def test_layers_and_formats_that_do_not_exist_are_refused(indices: Any) -> None:
+    message = r"indices is .*; allowed: a list of layers from 0 to 2 \(or from -3 to -1.*how many of the last, 1 to 3"
+    with naive.as_users_run_it():
+        for ask in (tiny().prune_intermediate_layers, lambda at: tiny().forward_intermediates(images(), at)):
+            with pytest.raises(ConfigError, match=message):
+                ask(indices)
+        with pytest.raises(ConfigError, match="unknown output_fmt 'NHWC', did you mean 'NCHW'.*allowed: NCHW, NLC"):
+            tiny().forward_intermediates(images(), output_fmt="NHWC")
+
+
+def test_stopping_early_leaves_out_the_layers_behind() -> None:
+    model, ran = tiny(depth=4, fusion=(2, 0, 2, 0)), []
+    for i, layer in enumerate(model.layers):
+        layer.register_forward_hook(lambda m, args, out, i=i: ran.append(i))
+    whole, found = model.forward_intermediates(images(), [0, 2])
+    final, early = model.forward_intermediates(images(), [0, 2], stop_early=True)
+    assert ran == [0, 1, 2, 3, 0, 1, 2]
+    assert all(torch.equal(a, b) for a, b in zip(found, early, strict=True))
+    _, normed = model.forward_intermediates(images(), [2], norm=True, output_fmt="NLC")
+    assert torch.equal(final[:, 1:], normed[0])
+    assert not torch.equal(final, whole)
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_timm_extracts_features(pretrained: bool) -> None:
+    name, x, options = "vim_micro_patch4_32", torch.randn(2, 3, 32, 32), {"fusion": (0, 8, 8, 8, 8, 8, 8, 7)}
+    torch.manual_seed(0)
+    net = timm.create_model(name, pretrained, features_only=True, out_indices=(1, -4, 5), **options).eval()
+    torch.manual_seed(0)
+    model = timm.create_model(name, pretrained, **options).eval()
+    assert (net.feature_info.channels(), net.feature_info.reduction()) == ([64, 64, 64], [4, 4, 4])
+    assert net.feature_info.module_name() == ["layers.1", "layers.4", "layers.5"]
+    found, wanted = net(x), model.forward_intermediates(x, [1, 4, 5], intermediates_only=True)
+    assert [f.shape for f in found] == [(2, 64, 8, 8)] * 3
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    names = dict(net.model.named_parameters())
+    assert not [n for n in names if n.startswith(("layers.6", "layers.7", "norm_f", "head"))]
+    found[-1].sum().backward()
+    assert all(p.grad is not None for p in names.values())
     with torch.device("meta"):
-        model = timm.create_model(
-            name,
-            num_classes=5,
-            img_size=32,
-            patch_size=8,
-            fusion=counts,
-            fusion_order="tome",
-            fusion_weighting="size",
-            fusion_place="after_scan",
-            cls_position="middle",
-        )
-    assert isinstance(model, Vim)
-    assert model.fusion == counts
-    assert model.pretrained_cfg["classifier"] == "head"
-    if "micro" in name:
-        assert model.to_empty(device="cpu")(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
-    data = timm.data.resolve_model_data_config(timm.create_model("vim_micro_patch4_32"))
-    assert data["input_size"] == (3, 32, 32)
-    assert data["interpolation"] == "bicubic"
+        net = timm.create_model("vim_tiny_patch16_224", features_only=True, out_indices=(5, 11, 17, 23), img_size=64)
+        assert [f.shape for f in net(torch.zeros(2, 3, 64, 64))] == [(2, 192, 4, 4)] * 4
+        wide = timm.create_model(name, features_only=True, patch_size=(2, 8))
+    assert wide.feature_info.module_name() == [f"layers.{i}" for i in (5, 6, 7)]
+    assert set(wide.feature_info.reduction()) == {8}
+
+
+def test_pruning_takes_what_it_is_told() -> None:
+    model, rest = (tiny(depth=4, fusion=(2, 0, 2, 1), drop_path_rate=0.3) for _ in range(2))
+    assert rest.prune_intermediate_layers([-3, 0], prune_head=False) == [1, 0]
+    assert (len(rest.layers), rest.fusion) == (2, (2, 0))
+    assert rest.drop_path.drop_prob == pytest.approx(model.layers[2].drop_path.drop_prob)
+    final, _ = model.eval().forward_intermediates(images(), [1], stop_early=True)
+    assert torch.equal(rest.eval().forward_features(images()), final)
+    assert rest(images()).shape == (2, 3)
+    assert rest.prune_intermediate_layers(2, prune_norm=True) == [0, 1]
+    assert isinstance(rest.head, nn.Identity)
+    _, maps = model.forward_intermediates(images(), [1], output_fmt="NLC")
+    assert torch.equal(rest.forward_features(images())[:, 1:], maps[0])
+    rest.set_fusion((1, 1))
+    assert rest(images()).shape == (2, 20)
 
 
 def test_timm_conventions() -> None:
-    model = timm.create_model("vim_micro_patch4_32", num_classes=7)
-    assert model.num_classes == 7
+    model, x = timm.create_model("vim_micro_patch4_32", num_classes=7), torch.zeros(2, 3, 32, 32)
     assert model.num_features == model.head_hidden_size == model.embed_dim == 64
-    assert model.get_classifier() is model.head
+    assert (model.num_classes, model.get_classifier()) == (7, model.head)
     assert model.no_weight_decay() == {"pos_embed", "cls_token"}
     model.reset_classifier(3)
-    assert model.num_classes == 3
-    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
+    assert (model.num_classes, model(x).shape) == (3, (2, 3))
     model.double().reset_classifier(4)
     assert model.head.weight.dtype == torch.float64
     model.float().reset_classifier(0)
     assert isinstance(model.get_classifier(), nn.Identity)
-    features = model.forward_features(torch.zeros(2, 3, 32, 32))
-    assert features.shape == (2, 65, 64)
-    assert torch.equal(model(torch.zeros(2, 3, 32, 32)), features[:, 0])
+    assert not [name for name in timm.create_model("vim_micro_patch4_32", num_classes=0).state_dict() if "head" in name]
+    assert torch.equal(model(x), model.forward_features(x)[:, 0])
     with pytest.raises(ConfigError, match="cls_position"):
         model.reset_classifier(3, "avg")
-
-
-def test_no_classes_gives_features() -> None:
-    model = timm.create_model("vim_micro_patch4_32", num_classes=0)
-    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 64)
-    assert not [k for k in model.state_dict() if k.startswith("head")]
-
-
-def test_weights_that_are_not_published_are_not_made_up() -> None:
-    with pytest.raises(RuntimeError, match="No pretrained weights exist"):
-        timm.create_model("vim_tiny_patch16_224", pretrained=True)

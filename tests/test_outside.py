@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from runs import run
 
 from famba.cli import main
 from famba.errors import ConfigError
-from famba.fusion import RULES, Fusion, LayerTokens, TokenMap, register_rule
+from famba.fusion import RULES, LayerTokens, TokenMap, register_rule
 from famba.fusion.rules import bipartite
 from famba.models import Vim, create_network
 from famba.training.app import train
@@ -56,13 +57,6 @@ def test_a_rule_of_ones_own_is_trained_evaluated_and_shown(
     assert (tmp_path / "pictures" / "tokens_one.png").is_file()
 
 
-def test_neighbours_fuse_and_nothing_else() -> None:
-    model = Vim(img_size=32, patch_size=8, num_classes=3, embed_dim=16, depth=2, cls_position="middle",
-                fusion=(2, 0), fusion_rule="neighbours").eval()  # fmt: skip
-    first = model.trace(torch.randn(1, 3, 32, 32))[0][0].tolist()
-    assert first == [0, 0, 1, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12, 13, 14], "place 6 is the class token's"
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -88,11 +82,16 @@ def test_a_rule_is_told_what_a_layer_knows(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.delitem(RULES, "watch", raising=False)
     register_rule("watch", needs=["step_sizes", "mixed"])(watch)
-    model = Vim(img_size=32, patch_size=8, num_classes=3, embed_dim=16, depth=2, d_state=2, fusion=(2, 2),
-                fusion_rule="watch", fusion_place="after_scan", fusion_weighting="size").eval()  # fmt: skip
+    shape: Any = {"img_size": 32, "patch_size": 8, "num_classes": 3, "embed_dim": 16, "depth": 2, "d_state": 2}
+    way: Any = {"fusion_rule": "watch", "fusion_place": "after_scan", "fusion_weighting": "size"}
+    model = Vim(**shape, fusion=(2, 2), **way).eval()
     with torch.no_grad():
         model(torch.randn(2, 3, 32, 32))
     first, second = seen
+    with torch.no_grad():
+        own = Vim(**shape, cls_position="middle", fusion=(2, 0), fusion_rule="neighbours").eval()
+        places = own.trace(torch.randn(1, 3, 32, 32))[0][0].tolist()
+    assert places == [0, 0, 1, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12, 13, 14], "place 6 is the class token's"
     assert (first.grid, tuple(first.protected or ())) == ((4, 4), (0,))  # type: ignore[arg-type]
     assert first.metric is first.mixed
     assert first.sizes is None
@@ -108,17 +107,13 @@ def test_a_rule_is_told_what_a_layer_knows(monkeypatch: pytest.MonkeyPatch) -> N
         dt = getattr(mixer, f"x_proj{end}")(inner)[..., : mixer.dt_rank]
         expected += torch.nn.functional.softplus(getattr(mixer, f"dt_proj{end}")(dt))
     torch.testing.assert_close(steps, expected)
+    with pytest.raises(ConfigError, match="a rule named 'watch' is registered already"):
+        register_rule("watch")
+    with pytest.raises(ConfigError, match="unknown requirement of a rule 'key', did you mean 'keys'"):
+        register_rule("another", needs=["key"])
     with pytest.raises(ConfigError, match="needs mixed of the tokens.* a Vim does not have at before_mixer"):
         model.set_fusion((2, 2), place="before_mixer")
     monkeypatch.delitem(RULES, "watch")
-
-
-def test_a_name_is_registered_once_and_needs_exist() -> None:
-    with pytest.raises(ConfigError, match="a rule named 'neighbours' is registered already"):
-        register_rule("neighbours")
-    with pytest.raises(ConfigError, match="unknown requirement of a rule 'key', did you mean 'keys'"):
-        register_rule("another", needs=["key"])
-    assert Fusion(rule="neighbours").settings()["rule"] == "neighbours"
 
 
 def test_a_backbone_of_ones_own_works_with_every_command(
@@ -137,16 +132,13 @@ def test_a_backbone_of_ones_own_works_with_every_command(
     capsys.readouterr()
     small = ["--fusion", "all,lower", "--budget", "4", "--subset", "20", "--batch-size", "10", "--json"]
     assert main(["evaluate", run_dir, *small]) == 0
-    assert [one["strategy"] for one in json.loads(capsys.readouterr().out)["results"]] == [
-        "all", "none", "all", "lower"
-    ]  # fmt: skip
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [one["strategy"] for one in results] == ["all", "none", "all", "lower"]
     assert main(["visualize", run_dir, picture, "--fusion", "all,upper", "--out", str(tmp_path / "pictures")]) == 0
     plans = ["plan", "--config-dir", str(OUTSIDE / "configs"), "model=tiny_mixer", "fusion=all", "fusion.budget=6"]
     assert main([*plans, "data=digits", "--out", str(tmp_path / "plan")]) == 0
     _, fused = json.loads((tmp_path / "plan" / "plan.json").read_text())
-    assert (fused["macs_per_image"], fused["saved_bytes_per_image"]) == (
-        summary["macs_per_image"], summary["saved_bytes_per_image"]
-    )  # fmt: skip
+    assert all(fused[name] == summary[name] for name in ("macs_per_image", "saved_bytes_per_image"))
     assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "report")]) == 0
     assert "tiny_mixer_patch8_32" in (tmp_path / "report" / "report.md").read_text().replace("\\", "")
     assert main(["export", run_dir, "--format", "safetensors", "--out", str(tmp_path / "exported")]) == 0

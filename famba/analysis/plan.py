@@ -299,8 +299,8 @@ def _notes(plans: Sequence[Planned]) -> list[str]:
         "Multiply-adds are those of one image's forward pass, what papers on vision backbones call FLOPs: matrix "
         "products, convolutions, attention, scans and similarities between tokens. A step does three times as many.",
         "Step time, of none, is predicted from them: nearly all of the work is linear in multiply-adds.",
-        f"Kept is what autograd holds of one image for the backward, computed in {computed}; memory adds weights, "
-        f"gradients and AdamW's moments, for {batches} images.",
+        f"Kept is what autograd holds of one image for the backward, computed in {computed}; memory adds weights, cast "
+        f"weights, gradients and AdamW's moments, for {batches} images.",
     ]
     obstacles = dict.fromkeys(one.obstacle for one in plans if one.obstacle)
     notes += [f"Planned for another machine; here it could not run: {reason}." for reason in obstacles]

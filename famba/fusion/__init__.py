@@ -1,4 +1,4 @@
-"""Which tokens are reduced, how many, in which layer, and where each patch went."""
+"""Reduce tokens: choose which, how many in each layer, and follow each patch."""
 
 from famba.fusion.config import SETTINGS, Fusion, labels
 from famba.fusion.rules import RULES, LayerTokens, match, register_rule

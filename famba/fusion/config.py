@@ -1,14 +1,14 @@
-"""`Fusion`: how a network reduces its tokens, as one object.
+"""`Fusion`: one object that says how a network reduces its tokens.
 
 The configuration's group `fusion`, the arguments of networks, the options of `famba evaluate` and the labels in tables
-follow from the fields of this class. A setting is added here and in `configs/fusion/_base.yaml`.
+follow from its fields. A new field is added here and in `configs/fusion/_base.yaml`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 from famba.errors import ConfigError, check_choice, near_miss
 from famba.fusion.rules import BIPARTITE, MODES, ORDERS, RULES
@@ -21,36 +21,35 @@ _MOST_MEASURED = 6
 _MOST_IMAGES = 10**5
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How a field of `Fusion` is chosen from a few values.
+class Setting(NamedTuple):
+    """Describe a field of `Fusion` for command lines and labels: allowed values as text, its name there, and a help.
 
-    names: what the values are called; looked up when it is asked, since rules are registered at any time. Empty where
-    each backbone has its own. option: of a command line, without dashes. help: what the option chooses between.
+    names are empty where each backbone has its own.
     """
 
     names: Collection[str]
     option: str
     help: str
-    is_flag: bool = False
 
     def value(self, name: str) -> str | bool:
-        """Return the value that is called so."""
-        return name == _ATTENTIONS[1] if self.is_flag else name
-
-    def name(self, value: str | bool) -> str:
-        """Return what a value is called."""
-        return _ATTENTIONS[bool(value)] if self.is_flag else str(value)
+        """Return the field's value for a text."""
+        return name == _ATTENTIONS[1] if self.names is _ATTENTIONS else name
 
 
-def _setting(default: str | bool, names: Collection[str], option: str, text: str) -> Any:
-    setting = Setting(names, option, text, isinstance(default, bool))
-    return field(default=default, metadata={"setting": setting})
+SETTINGS = {
+    "rule": Setting(RULES, "rule", "which tokens are reduced"),
+    "order": Setting(ORDERS, "order", "in which order tokens stand afterwards"),
+    "weighting": Setting(WEIGHTINGS, "weighting", "how tokens are weighed"),
+    "place": Setting((), "place", "where a layer reduces tokens, one of the network's places"),
+    "mode": Setting(MODES, "mode", "whether tokens fuse or are pruned"),
+    "proportional": Setting(_ATTENTIONS, "attention", "how a transformer attends, plain or in proportion to sizes"),
+}
+"""Fields of `Fusion` that say how tokens are reduced, whatever the schedule, in the order of labels."""
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """How many tokens a network reduces where, and how; it checks itself.
+    """Say how many tokens a network reduces, in which layers, and how. It checks itself.
 
     Attributes:
         strategy: which layers fuse, as in `famba.fusion.schedule`.
@@ -63,8 +62,8 @@ class Fusion:
         place: where a layer reduces tokens; each backbone has its own places.
         mode: "fuse", or "prune": the tokens that would fuse into another are dropped, as a baseline.
         proportional: whether tokens are attended to in proportion to their sizes; for backbones with attention.
-        adapt_at: for "adaptive" when training measures where tokens are similar, as shares of all steps.
-        adapt_images: for "adaptive" on how many training images.
+        adapt_at: for "adaptive", when training measures the schedule, as shares of all steps.
+        adapt_images: for "adaptive", on how many training images.
 
     Raises:
         ConfigError: with the name of the field at fault.
@@ -76,22 +75,19 @@ class Fusion:
     strategy: str = NONE
     budget: int | float | str | tuple[int, ...] = 6 / 7
     layers: int | tuple[int, ...] | None = None
-    rule: str = _setting(BIPARTITE, RULES, "rule", "which tokens are reduced")
-    order: str = _setting("sequence", ORDERS, "order", "in which order tokens stand afterwards")
-    weighting: str = _setting("mean", WEIGHTINGS, "weighting", "how tokens are weighed")
-    place: str = _setting("before_mixer", (), "place", "where a layer reduces tokens, one of the network's places")
-    mode: str = _setting("fuse", MODES, "mode", "whether tokens fuse or are pruned")
-    proportional: bool = _setting(
-        False, _ATTENTIONS, "attention", "how a transformer attends, plain or in proportion to the sizes of tokens"
-    )
+    rule: str = BIPARTITE
+    order: str = "sequence"
+    weighting: str = "mean"
+    place: str = "before_mixer"
+    mode: str = "fuse"
+    proportional: bool = False
     adapt_at: tuple[float, ...] | None = None
     adapt_images: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("fusion strategy", self.strategy, strategy_names(), "strategy")
-        for name, setting in SETTINGS.items():
-            if setting.names and not setting.is_flag:
-                check_choice(f"fusion {name}", getattr(self, name), setting.names, name)
+        for name in ("rule", "order", "weighting", "mode"):
+            check_choice(f"fusion {name}", getattr(self, name), SETTINGS[name].names, name)
         if isinstance(self.budget, str) and self.budget != PAPER:
             raise ConfigError(f"budget is {self.budget!r}; allowed as text: {PAPER!r}", "budget")
         rule = RULES[self.rule]
@@ -99,52 +95,37 @@ class Fusion:
             if value not in known:
                 raise ConfigError(f"{name} is {value!r}; rule {self.rule!r} knows {', '.join(known)} alone", name)
         if self.strategy == ADAPTIVE and self.rule != BIPARTITE:
-            raise ConfigError(
-                f"strategy {ADAPTIVE!r} measures the pairs that rule {BIPARTITE!r} makes, and the rule is "
-                f"{self.rule!r}; choose another strategy, or rule={BIPARTITE}",
-                "strategy",
-            )
+            told = f"measures the pairs that rule {BIPARTITE!r} makes, and the rule is {self.rule!r}"
+            told = f"strategy {ADAPTIVE!r} {told}; choose another strategy, or rule={BIPARTITE}"
+            raise ConfigError(told, "strategy")
         shares, images = self.adapt_at, self.adapt_images
         if shares is not None and not (1 <= len(shares) <= _MOST_MEASURED and all(0 <= share < 1 for share in shares)):
-            raise ConfigError(
-                f"adapt_at is {list(shares)}; allowed: 1 to {_MOST_MEASURED} shares of the run, each at least 0 and "
-                "less than 1",
-                "adapt_at",
-            )
+            allowed = f"1 to {_MOST_MEASURED} shares of the run, each at least 0 and less than 1"
+            raise ConfigError(f"adapt_at is {list(shares)}; allowed: {allowed}", "adapt_at")
         if images is not None and not 1 <= images <= _MOST_IMAGES:
             raise ConfigError(f"adapt_images is {images}; allowed: 1 to {_MOST_IMAGES:,}", "adapt_images")
 
     @property
-    def needs(self) -> frozenset[str]:
-        """What the rule has to know of tokens that not every backbone can tell it."""
-        return RULES[self.rule].needs
-
-    @property
     def counts_patches(self) -> bool:
-        """Whether the weights of tokens are the patches that they hold."""
+        """True where the weights of tokens are the patches that they hold."""
         return self.mode == "fuse" and self.weighting == "size"
 
     @property
     def keeps_sizes(self) -> bool:
-        """Whether it matters how many patches a token holds."""
-        return self.mode == "fuse" and (self.weighting == "size" or self.proportional)
-
-    @property
-    def removed(self) -> int:
-        """Tokens that are removed in all; only of a `resolved` one."""
-        return sum(self.budget) if isinstance(self.budget, tuple) else int(self.budget)
+        """True where it matters how many patches a token holds."""
+        return self.counts_patches or (self.mode == "fuse" and self.proportional)
 
     @property
     def is_matched(self) -> bool:
-        """Whether the schedule removes as many tokens as those of the other strategies with this budget."""
+        """True where the schedule removes as many tokens as those of the other strategies with this budget."""
         return self.budget != PAPER and not isinstance(self.budget, tuple)
 
     def schedule(self, depth: int, tokens: int, protected: int = 1) -> tuple[int, ...]:
-        """Work out what each layer removes, as `famba.fusion.schedule` does. Raises ConfigError where it cannot be."""
+        """Return the tokens to remove in each layer, as `famba.fusion.schedule` works them out, or raise as it does."""
         return schedule(self.strategy, depth, tokens, self.budget, self.layers, protected)
 
     def changed(self, **changes: Any) -> Fusion:
-        """Return it with other values in some fields; None leaves a field as it is.
+        """Return a copy with other values in some fields; None leaves a field as it is.
 
         Raises ConfigError for an unknown field, or a value that does not fit.
         """
@@ -155,10 +136,9 @@ class Fusion:
         return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
     def resolved(self, counts: Sequence[int]) -> Fusion:
-        """Return it as it turned out in a network whose layers remove `counts` tokens, so that it can be compared.
+        """Return a form to compare with others, for a network whose layers remove `counts` tokens.
 
-        The budget is in tokens and the layers are named in full. Counts that a list of layers does not give stand as
-        the budget. Without fusion no other setting counts.
+        Its budget is in tokens and its layers are listed; counts that layers do not give stand as the budget.
         """
         total = sum(counts)
         if self.strategy == NONE:
@@ -173,51 +153,38 @@ class Fusion:
         return replace(self, budget=total if even else tuple(counts), layers=layers if even else None)
 
     def settings(self) -> dict[str, Any]:
-        """Return how tokens are reduced, whatever the schedule: the values of the fields in `SETTINGS`."""
+        """Return the values of the fields in `SETTINGS`."""
         return {name: getattr(self, name) for name in SETTINGS}
 
     def texts(self) -> dict[str, str]:
-        """Return each field but the strategy as a label tells it, by its name there; "" where it is left open."""
-        found = {}
-        for one in fields(self):
-            value = getattr(self, one.name)
-            setting = SETTINGS.get(one.name)
-            if setting is not None:
-                found[setting.option] = setting.name(value)
-            elif one.name != "strategy":
-                found[one.name] = (
-                    "" if value is None else " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-                )
-        return found
+        """Return the fields but the strategy as labels show them, by their names there; "" where a field is None."""
+        shown = {**vars(self), "proportional": _ATTENTIONS[self.proportional]}
+        del shown["strategy"]
+        texts = {}
+        for name, value in shown.items():
+            listed = value if isinstance(value, tuple) else () if value is None else (value,)
+            texts[SETTINGS[name].option if name in SETTINGS else name] = " ".join(map(str, listed))
+        return texts
 
-
-SETTINGS: dict[str, Setting] = {one.name: one.metadata["setting"] for one in fields(Fusion) if one.metadata}
-"""Fields of `Fusion` that say how tokens are reduced, in the order in which labels name them."""
 
 _OF_A_STRATEGY = ("layers", "adapt_at", "adapt_images")
 
 
 def labels(fusions: Sequence[Fusion], usual: Mapping[str, str] | None = None, ignore: Iterable[str] = ()) -> list[str]:
-    """Name each of several by its strategy, and by what tells it from the others that fuse.
+    """Name each of several by its strategy and by the fields in which those that fuse differ.
 
-    Args:
-        fusions: those that are compared.
-        usual: names and texts, as `Fusion.texts` has them, that need not be told; without, all that differs is told.
-        ignore: names that are told elsewhere.
+    usual has names and texts, as in `Fusion.texts`, and ignore names that are left out.
     """
     fusing = [one for one in fusions if one.strategy != NONE]
-    return [_label(one, fusing, usual, frozenset(ignore)) for one in fusions]
+    ignored = frozenset(ignore)
 
+    def is_told(one: Fusion, name: str, text: str) -> bool:
+        of_a_strategy = name in _OF_A_STRATEGY
+        if not text or name in ignored or (usual is not None and not of_a_strategy and text == usual.get(name)):
+            return False
+        return len({other.texts()[name] for other in fusing if not of_a_strategy or other.strategy == one.strategy}) > 1
 
-def _label(one: Fusion, fusing: Sequence[Fusion], usual: Mapping[str, str] | None, ignore: frozenset[str]) -> str:
-    if one.strategy == NONE:
-        return NONE
-    siblings = [other for other in fusing if other.strategy == one.strategy]
-    told = [one.strategy]
-    for name, text in one.texts().items():
-        compared = siblings if name in _OF_A_STRATEGY else fusing
-        differs = len({other.texts()[name] for other in compared}) > 1
-        is_unusual = usual is None or name in _OF_A_STRATEGY or text != usual.get(name)
-        if name not in ignore and text and differs and is_unusual:
-            told.append(f"{name} {text}")
-    return ", ".join(told)
+    return [
+        ", ".join([one.strategy, *(f"{n} {t}" for n, t in one.texts().items() if one in fusing and is_told(one, n, t))])
+        for one in fusions
+    ]

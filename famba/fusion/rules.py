@@ -1,15 +1,14 @@
-"""Rules: which tokens of a layer are reduced, and what becomes of them.
+"""Rules: functions that choose which tokens of a layer are reduced.
 
-A rule is a function from what a layer knows of its tokens, and a number r, to a `TokenMap`. `register_rule` adds it to
-`RULES`, from this package or from another one, and fusion.rule=NAME chooses it. The one that stands here, "bipartite",
-is ToMe's bipartite soft matching (Bolya et al. 2023, arXiv 2210.09461, section 3), with a choice of what order the
-fused sequence keeps.
+`register_rule` adds one to `RULES`, from this package or another; fusion.rule=NAME chooses it. "bipartite" is ToMe's
+bipartite soft matching (Bolya et al. 2023, arXiv 2210.09461, section 3), with a choice of the order of tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from famba.errors import ConfigError, check_choice
-from famba.fusion.token_map import Protected, Shares, TokenMap
+from famba.fusion.token_map import Protected, Shares, TokenMap, protected_count
 from famba.ops import match_tokens
 from famba.ops.reference import split_alternately
 
@@ -28,17 +27,16 @@ BIPARTITE = "bipartite"
 
 @dataclass(frozen=True)
 class LayerTokens:
-    """What a layer knows of its tokens at the place where it reduces them.
+    """Hold what a layer knows of its tokens at the place where it reduces them.
 
     metric: what similarity is measured on (b, l, c), as each backbone says. features: the normed tokens before the
-    mixer or the attention (b, l, d). mixed: what the mixer or the attention made of them (b, l, d_out). keys: of the
-    attention (b, heads, l, c). step_sizes: a function, since they take time to compute, to those of a selective scan,
-    the sum of both directions (b, l, d_inner), without gradient. The last three are None where the backbone has none
-    at this place; a rule that needs one says so when it is registered.
+    mixer or the attention (b, l, d). protected: places of the special tokens, which are never reduced. grid: rows and
+    columns of the patches that enter the first layer. sizes: the weights that `TokenMap.fuse` will be given (b, l),
+    None for equal ones. order, mode: as in `match`.
 
-    protected: places of the special tokens, which are never reduced. grid: rows and columns of the patches that enter
-    the first layer. sizes: the weights that `TokenMap.fuse` will be given (b, l), None for equal ones. order and mode:
-    as in `match`.
+    The others are None where the backbone has none at this place; a rule that needs one says so when it is registered.
+    mixed: output of the mixer or the attention (b, l, d_out). keys: of the attention (b, heads, l, c). step_sizes:
+    computes those of a selective scan, the sum of both directions (b, l, d_inner), without gradient.
     """
 
     metric: Float[Tensor, "b l c"]
@@ -56,12 +54,13 @@ class LayerTokens:
 NEEDS = ("mixed", "keys", "step_sizes")
 """Members of `LayerTokens` that not every backbone has at every place."""
 
+RuleFunction = Callable[[LayerTokens, int], TokenMap]
 
-@dataclass(frozen=True)
-class Rule:
-    """A registered rule: its function, members of `LayerTokens` that it needs, and the orders and modes it knows."""
 
-    choose: Callable[[LayerTokens, int], TokenMap]
+class Rule(NamedTuple):
+    """Hold a rule's function, the `NEEDS` that it has, and the orders and modes that it knows."""
+
+    choose: RuleFunction
     needs: frozenset[str]
     orders: tuple[str, ...]
     modes: tuple[str, ...]
@@ -73,17 +72,17 @@ RULES: dict[str, Rule] = {}
 
 def register_rule(
     name: str, *, needs: Collection[str] = (), orders: Sequence[str] = ORDERS, modes: Sequence[str] = MODES
-) -> Callable[[Callable[[LayerTokens, int], TokenMap]], Callable[[LayerTokens, int], TokenMap]]:
-    """Add a function to `RULES`: (tokens, r) to a map from the l tokens to l - r places.
+) -> Callable[[RuleFunction], RuleFunction]:
+    """Add a function to `RULES`: (tokens, r) -> map from the l tokens to l - r places.
 
     The function never reduces tokens at `protected`, leaves those at the head of the sequence where they are, and draws
     no gradient. r is at most half of the tokens that are not protected.
 
     Args:
-        name: what fusion.rule calls it.
-        needs: which of `NEEDS` it reads; a backbone that has none is refused before anything starts.
-        orders: which of `ORDERS` it can keep.
-        modes: which of `MODES` it can do.
+        name: the value of fusion.rule that chooses it.
+        needs: those of `NEEDS` that it cannot do without.
+        orders: those of `ORDERS` that it can keep.
+        modes: those of `MODES` that it can do.
 
     Raises:
         ConfigError: the name is taken, or a need, order or mode does not exist.
@@ -94,7 +93,7 @@ def register_rule(
         for one in given:
             check_choice("requirement of a rule", one, allowed)
 
-    def register(choose: Callable[[LayerTokens, int], TokenMap]) -> Callable[[LayerTokens, int], TokenMap]:
+    def register(choose: RuleFunction) -> RuleFunction:
         RULES[name] = Rule(choose, frozenset(needs), tuple(orders), tuple(modes))
         return choose
 
@@ -115,27 +114,24 @@ def match(
     sizes: Float[Tensor, "b l"] | None = None,
     mode: str = "fuse",
 ) -> TokenMap:
-    """Choose the r tokens that are most similar to another, and whom each joins.
+    """RuleFunction the r tokens that are most similar to another, and the token that each joins.
 
     The tokens that may fuse are split alternately into two sets, A and B, beginning as if the protected tokens stood
-    first (so that a class token at the head gives ToMe's even and odd places). Each of A is drawn to its most similar
-    of B by cosine; the r most similar pairs fuse. Of equal similarities the first in the sequence wins.
-    Works in float32 (float64 for float64 input) even under autocast, draws no gradient, never waits for a device, as
-    long as `protected` is no tensor on another one.
+    first (so that a class token at the head gives ToMe's even and odd places). Each of A is paired with its most
+    similar of B by cosine; the r most similar pairs fuse. Of equal similarities the first in the sequence wins.
+    Computes in float32 (float64 for float64 input) even under autocast, draws no gradient, and never waits for a
+    device unless `protected` is a tensor on another one.
 
     Args:
         metric: what similarity is measured on (b, l, c).
         r: tokens to remove, at most half of those that may fuse.
-        protected: the place of a token that never fuses (an int, or a tensor (b,) where it differs between images),
-            or several (ints, or a tensor (b, p)); None where all may fuse.
+        protected: place of a token that never fuses (an int, or a tensor (b,) where it differs between images), or of
+            several (ints, or a tensor (b, p)); None where all may fuse.
         order: "sequence", where a fused token stands at the place of its member of B and the order is kept; or "tome",
             where what is left of A, protected tokens with it, stands before B.
-        sizes: what `TokenMap.fuse` will weigh the tokens by (b, l), if known by now: their sums are then worked out
-            along with the matching, which they do not change.
+        sizes: weights that `TokenMap.fuse` will be given (b, l), if known: their sums are then worked out here. They
+            do not change the matching.
         mode: "fuse", or "prune", where the same tokens are dropped instead: those of A among the r pairs.
-
-    Returns:
-        The map from the l tokens to l - r places.
 
     Raises:
         ConfigError: r, protected, order or mode does not fit.
@@ -145,10 +141,9 @@ def match(
     batch, length, _ = metric.shape
     leading, others = _split_protected(protected, batch, length, metric.device)
     free = length - (leading if others is None else others.shape[1])
-    if isinstance(r, bool) or not isinstance(r, int) or not 0 <= r <= free // 2:
-        raise ConfigError(
-            f"r is {r!r}: of {free} tokens that may fuse, 0 to {free // 2} can be removed in one layer", "r"
-        )
+    if type(r) is not int or not 0 <= r <= free // 2:
+        allowed = f"of {free} tokens that may fuse, 0 to {free // 2} can be removed in one layer"
+        raise ConfigError(f"r is {r!r}: {allowed}", "r")
     if r == 0:
         places = torch.arange(length, device=metric.device).expand(batch, length)
         return TokenMap(places, length, protected)
@@ -171,33 +166,20 @@ def cosines(metric: Float[Tensor, "b l c"]) -> Float[Tensor, "b l l"]:
 
 
 def closest_cosines(metric: Float[Tensor, "b l c"], protected: Protected) -> Float[Tensor, "b a"]:
-    """Return the cosine of each token of set A with its closest of set B, the sets split as in `match`.
+    """Return the cosine of each token of set A with its closest of set B, descending in each row.
 
-    Args:
-        metric: what similarity is measured on (b, l, c).
-        protected: as in `match`.
-
-    Returns:
-        (b, a), descending in each row: the similarity of the pairs in the order in which they would fuse. a is half of
-        the tokens that may fuse.
+    Arguments and sets are those of `match`; a is half of the tokens that may fuse.
     """
     batch, length, _ = metric.shape
-    in_a, in_b = (
-        places.expand(batch, -1)
-        for places in split_alternately(
-            *_split_protected(protected, batch, length, metric.device), length, metric.device
-        )
-    )
+    split = _split_protected(protected, batch, length, metric.device)
+    in_a, in_b = (places.expand(batch, -1) for places in split_alternately(*split, length, metric.device))
     between = cosines(metric).gather(1, in_a.unsqueeze(2).expand(-1, -1, length))
     between = between.gather(2, in_b.unsqueeze(1).expand(-1, in_a.shape[1], -1))
     return between.amax(2).sort(dim=1, descending=True).values
 
 
 def mean_cosine(metric: Float[Tensor, "b l c"], protected: Protected) -> Float[Tensor, " b"]:
-    """Return the mean cosine of all pairs of different tokens that may fuse, (b,); NaN where there is but one.
-
-    Arguments as of `closest_cosines`.
-    """
+    """Return the mean cosine of all pairs of different tokens that may fuse, (b,); NaN where only one may."""
     batch, length, channels = metric.shape
     leading, others = _split_protected(protected, batch, length, metric.device)
     unit = _unit(metric)[:, leading:]
@@ -215,17 +197,13 @@ def _unit(metric: Tensor) -> Tensor:
 
 def _split_protected(protected: Protected, batch: int, length: int, device: torch.device) -> tuple[int, Tensor | None]:
     """Return how many protected tokens stand at the head, or else their places, (1, p) if equal for all or (b, p)."""
-    if protected is None:
-        return 0, None
     if isinstance(protected, Tensor):
         # Whether the places lie in the sequence is not looked at: that would make a device wait.
         if protected.ndim not in (1, 2) or protected.shape[0] != batch or protected.is_floating_point():
-            raise ConfigError(
-                f"protected is a {protected.dtype} tensor of shape {tuple(protected.shape)}; "
-                f"expected whole numbers of shape ({batch},) or ({batch}, p)"
-            )
-        return 0, protected.to(device).reshape(batch, protected.shape[1] if protected.ndim == 2 else 1)
-    places = [protected] if isinstance(protected, int) else list(protected)
+            given, wanted = f"{protected.dtype} tensor of shape {tuple(protected.shape)}", f"({batch},) or ({batch}, p)"
+            raise ConfigError(f"protected is a {given}; expected whole numbers of shape {wanted}")
+        return 0, protected.to(device).reshape(batch, protected_count(protected))
+    places = [protected] if isinstance(protected, int) else list(protected or ())
     wrong = any(isinstance(p, bool) or not 0 <= p < length for p in places)
     if wrong or len(set(places)) != len(places):
         raise ConfigError(f"protected places {places} are not distinct places of a sequence of {length} tokens")

@@ -1,4 +1,4 @@
-"""Where each token of a sequence goes when some are reduced, and where each patch is behind several layers."""
+"""Maps from the tokens of a sequence to those that are left, and from patches to the tokens that hold them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,7 @@ def protected_count(places: Protected) -> int:
 
 
 class Shares(NamedTuple):
-    """Weights of tokens at their places, for sizes (b, l), or None for all 1.
-
-    weights: each token's share of its place (b, l). totals: the places' sums of sizes (b, fused).
-    """
+    """Hold sizes (b, l), each token's share of its place (b, l), and the places' sums of sizes (b, fused)."""
 
     sizes: Tensor | None
     weights: Tensor
@@ -38,13 +35,12 @@ class Shares(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenMap:
-    """For each token of a sequence, its place in the fused sequence.
+    """Map each token of a sequence to its place in the fused sequence.
 
     places: (b, l), int64, in [0, length); tokens of equal place are fused. length: tokens left, l - r.
-    before: places of the protected tokens in the sequence before.
-    shares: for the sizes that the tokens were matched with, where they are worked out already.
-    kept: where tokens are pruned, 1 for each that stays and 0 for each that is dropped (b, l): it adds nothing to the
-    token at its place, the one that it is most similar to. None where all fuse.
+    before: places of the protected tokens in the sequence before. shares: of the sizes that the tokens were matched
+    with, where they are known already. kept: where tokens are pruned, 1 for each that stays and 0 for each that is
+    dropped (b, l), which adds nothing to the token at its place, its most similar one. None where all fuse.
     """
 
     places: Int[Tensor, "b l"]
@@ -82,10 +78,10 @@ class TokenMap:
         if self.kept is not None:
             return fuse_tokens(x, self.places, self.kept.to(_sum_dtype(x)), self.length)
         weights = self._shares(sizes, _sum_dtype(x)).weights.to(_sum_dtype(x))
-        if not weights.requires_grad:
-            return fuse_tokens(x, self.places, weights, self.length)
-        weighted = x * weights.unsqueeze(2)
-        return fuse_tokens(weighted, self.places, torch.ones_like(weights), self.length).to(x.dtype)
+        if weights.requires_grad:
+            ones = torch.ones_like(weights)
+            return fuse_tokens(x * weights.unsqueeze(2), self.places, ones, self.length).to(x.dtype)
+        return fuse_tokens(x, self.places, weights, self.length)
 
     def sizes(self, sizes: Float[Tensor, "b l"] | None = None) -> Float[Tensor, "b fused"]:
         """Sum the sizes (b, l) of the tokens of each place, pruned ones left out; each counts one where None."""
@@ -107,51 +103,37 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
 
 
 def trace(maps: Sequence[TokenMap | None], patches: Int[Tensor, "b n"]) -> tuple[Int[Tensor, "b n"], ...]:
-    """Follow patches through the maps of a model's layers.
+    """Follow patches through the maps of a model's layers, which are None where a layer fused nothing.
 
-    Args:
-        maps: what each layer fused, in order; None where it fused nothing.
-        patches: places (b, n) of the patches in the sequence that enters the first layer.
-
-    Returns:
-        For each layer the places (b, n) of the tokens that hold the patches after its fusion. A pruned patch is held
-        by the token that it was most similar to.
+    patches are places (b, n) in the sequence that enters the first layer. Returns for each layer the places (b, n) of
+    the tokens that hold them after its fusion. A pruned patch is held by the token that it was most similar to.
     """
     held = []
     for token_map in maps:
-        if token_map is not None:
-            patches = token_map.places.gather(1, patches)
+        patches = patches if token_map is None else token_map.places.gather(1, patches)
         held.append(patches)
     return tuple(held)
 
 
 def not_pruned(maps: Sequence[TokenMap | None], patches: Int[Tensor, "b n"]) -> tuple[Bool[Tensor, "b n"], ...]:
-    """Return whether patches are still in the sequence after each layer: all where tokens fuse, some where pruned.
-
-    Arguments as of `trace`.
-    """
-    left = torch.ones_like(patches, dtype=torch.bool)
-    found = []
-    for token_map in maps:
-        if token_map is not None:
-            if token_map.kept is not None:
-                # A dropped patch lies at the place of a token that may stay: it does not come back with it.
-                left = left & token_map.kept.gather(1, patches).bool()
-            patches = token_map.places.gather(1, patches)
-        found.append(left)
+    """Return whether patches are still in the sequence after each layer: all where tokens fuse, some where pruned."""
+    is_left, found = torch.ones_like(patches, dtype=torch.bool), []
+    for token_map, before in zip(maps, (patches, *trace(maps, patches)), strict=False):
+        if token_map is not None and token_map.kept is not None:
+            # A dropped patch lies at the place of a token that may stay: it does not come back with it.
+            is_left = is_left & token_map.kept.gather(1, before).bool()
+        found.append(is_left)
     return tuple(found)
 
 
 def unfuse(tokens: Float[Tensor, "b l c"], places: Int[Tensor, "b n"]) -> Float[Tensor, "b n c"]:
-    """Give each patch the features of the token that holds it.
+    """Give each patch the features of the token that holds it, (b, n, c) in the tokens' dtype, bit for bit.
+
+    The gradient of a token is the sum of those of its patches.
 
     Args:
         tokens: features (b, l, c) of the tokens that a layer leaves, of any dtype.
-        places: for each patch the place of its token, (b, n), in [0, l), as `trace` has it for that layer.
-
-    Returns:
-        (b, n, c) in the tokens' dtype, bit for bit. Gradients flow to the tokens: that of a token is the sum of those
-        of its patches. A pruned patch gets the features of the token that it was most similar to.
+        places: the place of each patch's token (b, n), in [0, l), as `trace` returns it for that layer.
 
     Raises:
         ConfigError: tokens and places are not of the same images.

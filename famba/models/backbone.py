@@ -1,9 +1,8 @@
 """Backbones: what a network offers so that it can be trained, fused, planned, evaluated and shown.
 
-A backbone is one class and one YAML file. The class derives from `Backbone`, says in `names` by which timm names it is
-built, and is registered by `@register_backbone`; that may stand in another package, which is imported with famba where
-it has an entry point in the group "famba.plugins". `create_network` then builds it by name, and the YAML file in a
-folder `model/` (of configs/, or of a folder given by --config-dir) makes it a choice of model=NAME.
+A backbone is a class that derives from `Backbone` and is registered by `@register_backbone`; `create_network` then
+builds it by its timm names. A YAML file in a folder `model/`, of configs/ or --config-dir, makes it a choice of
+model=NAME. Both may stand in another package, imported with famba by an entry point in the group "famba.plugins".
 """
 
 from __future__ import annotations
@@ -27,140 +26,98 @@ from famba.fusion.token_map import TokenMap, not_pruned, trace, unfuse
 
 FORMATS = ("NCHW", "NLC")
 CLS_POSITIONS = ("head", "middle", "none")
-_FUSION = "fusion_"
+_MOST_LISTED = 8  # names of a kind of network in an error
 
-Choose = Callable[[LayerTokens], int]
-"""Callback (what a layer knows of its tokens) -> number of tokens to remove."""
+Choose = Callable[[LayerTokens, int], int]
+"""Callback (what a layer knows of its tokens, r of the schedule) -> number of tokens to remove."""
 
 Indices = int | Sequence[int] | None
 """Layers as timm counts them: the last n for a number, those listed for several, all for None."""
 
-Intermediates = list[Tensor] | list[tuple[Tensor, Tensor]]
-"""Of several layers each one's features, or pairs of the patches' and the other tokens'."""
-
 
 class Tokens(NamedTuple):
-    """What is known of a sequence besides its values.
+    """Hold what is known of a sequence besides its values."""
 
-    special: places of the special tokens, or per image a tensor (b, p). sizes: patches that each token holds (b, l),
-    None while they are all 1 or do not matter.
-    """
-
-    special: Sequence[int] | Tensor
-    sizes: Tensor | None
+    special: Sequence[int] | Tensor  # places of the special tokens; (b, p) where they differ between images
+    sizes: Tensor | None = None  # patches that each token holds (b, l); None while they are all 1 or do not matter
+    map: TokenMap | None = None  # what the last layer fused
 
 
 class Reduction(NamedTuple):
-    """How one layer reduces its tokens: by r, or by as many as `choose` says. grid: rows and columns of patches."""
+    """Reduce the tokens of one layer, by r or by as many as `choose` says."""
 
     fusion: Fusion
     r: int
-    grid: tuple[int, int]
-    choose: Choose | None
+    grid: tuple[int, int]  # rows and columns of patches
+    choose: Choose | None = None
 
     def __call__(
         self, tokens: Tokens, streams: Sequence[Tensor], metric: Tensor, **known: Any
-    ) -> tuple[list[Tensor], Tokens, TokenMap | None]:
-        """Reduce the streams (b, l, c) of a layer by one map; return them, what is known of the tokens, and the map.
-
-        metric and known: members of `famba.fusion.LayerTokens`, as far as the layer has them.
-        """
-        fusion = self.fusion
+    ) -> tuple[list[Tensor], Tokens]:
+        """Reduce the streams (b, l, c) of a layer by one map; metric and known are members of `LayerTokens`."""
+        fusion, special = self.fusion, tokens.special
         weights = tokens.sizes if fusion.weighting == "size" else None
-        seen = LayerTokens(
-            metric,
-            protected=tokens.special,
-            grid=self.grid,
-            sizes=weights,
-            order=fusion.order,
-            mode=fusion.mode,
-            **known,
-        )
-        r = self.r if self.choose is None else self.choose(seen)
+        known |= {"protected": special, "grid": self.grid, "sizes": weights, "order": fusion.order, "mode": fusion.mode}
+        seen = LayerTokens(metric, **known)
+        r = self.r if self.choose is None else self.choose(seen, self.r)
         if not r:
-            return list(streams), tokens, None
+            return list(streams), tokens
         found = RULES[fusion.rule].choose(seen, r)
-        special = tokens.special
         # At the head they stay where they are: places known beforehand are cheaper.
         if isinstance(special, Tensor) or tuple(special) != tuple(range(len(special))):
-            moved = found.moved(special)
-            assert moved is not None
-            special = moved
+            special = found.moved(special)  # type: ignore[assignment]
         sizes = found.sizes(tokens.sizes) if fusion.keeps_sizes else None
-        return [found.fuse(x, weights) for x in streams], Tokens(special, sizes), found
+        return [found.fuse(x, weights) for x in streams], Tokens(special, sizes, found)
 
 
 class Run(NamedTuple):
-    """Images behind some layers.
+    """Hold images behind some layers."""
 
-    stream: what the last layer leaves, as the backbone passes it on. tokens: what is known of its tokens.
-    maps: for each layer what it fused, None where nothing. taken: what those layers leave that were asked for.
-    """
-
-    stream: Any
+    stream: Any  # what the last layer leaves, as the backbone passes it on
     tokens: Tokens
-    maps: list[TokenMap | None]
-    taken: dict[int, Any]
+    maps: list[TokenMap | None]  # what each layer fused
+    taken: dict[int, Any]  # the streams that layers leave, of those that were asked for
 
 
 class Similarity(NamedTuple):
-    """Of one layer's tokens: cosine of each with its closest partner (b, a), as `closest_cosines` has it; mean of all.
-
-    mean: (b,), over all pairs of different tokens that may fuse.
-    """
+    """Hold `closest_cosines` (b, a) and `mean_cosine` (b,) of one layer's tokens."""
 
     closest: Tensor
     mean: Tensor
 
 
 class Backbone(nn.Module):
-    """Images to logits by layers that each remove a number of tokens.
+    """Classify images by layers that each remove a number of tokens.
 
-    Attributes:
-        fusion: tokens that each layer removes.
-        settings: how they are removed.
-        num_tokens: length of the sequence that enters the first layer.
-        num_patches: how many of them may fuse.
-        num_classes: width of the classifier.
-        embed_dim: channels of a token.
-        grad_checkpointing: whether layers are recomputed in the backward.
-        cls_position: where the class token stands, one of `CLS_POSITIONS`, where that can be chosen; else None.
-
-    For the class as a whole:
-        kind: its name in sentences, with an article.
-        layers_name: the beginning of its layers' parameter names.
-        places: where a layer can reduce tokens, and for each place which `famba.fusion.rules.NEEDS` it can tell a rule.
-        has_attention: whether tokens can be attended to in proportion to their sizes.
-        keys: keys of the configuration's group `model` that it takes besides those that all take.
-        usual: how it reduces tokens unless told otherwise.
-        wraps_timm: whether its timm names build a network without fusion, which the class then wraps.
-        papers: keys of the BibTeX entries in `famba.export.card` that introduce it.
-        printed_rate: multiply-adds forward that a GPU-hour of training came to in print; None where none is known.
+    `image_size`, `grid_size` and `in_chans` are read from timm's PatchEmbed, `depth` from the layers; a backbone that
+    is built otherwise overrides them.
     """
 
-    fusion: tuple[int, ...]
-    settings: Fusion
-    num_tokens: int
-    num_patches: int
-    num_classes: int
-    embed_dim: int
-    grad_checkpointing: bool = False
-    cls_position: str | None = None
+    fusion: tuple[int, ...]  # tokens that each layer removes
+    settings: Fusion  # how they are removed
+    num_tokens: int  # length of the sequence that enters the first layer
+    num_patches: int  # how many of them may fuse
+    num_classes: int  # width of the classifier
+    embed_dim: int  # channels of a token
+    patch_embed: Any
+    head: Any  # the classifier
+    grad_checkpointing: bool = False  # whether layers are recomputed in the backward
+    cls_position: str | None = None  # one of CLS_POSITIONS; None where the class token's place cannot be chosen
 
-    kind: ClassVar[str]
-    layers_name: ClassVar[str]
-    places: ClassVar[Mapping[str, frozenset[str]]]
-    has_attention: ClassVar[bool] = False
-    keys: ClassVar[frozenset[str]] = frozenset()
-    usual: ClassVar[Fusion] = Fusion()
-    wraps_timm: ClassVar[bool] = False
-    papers: ClassVar[tuple[str, ...]] = ()
-    printed_rate: ClassVar[float | None] = None
+    kind: ClassVar[str]  # its name in sentences, with an article
+    layers_name: ClassVar[str]  # the beginning of its layers' parameter names
+    places: ClassVar[Mapping[str, frozenset[str]]]  # where a layer can reduce tokens, and the rules' NEEDS met there
+    has_attention: ClassVar[bool] = False  # whether tokens can be attended to in proportion to their sizes
+    keys: ClassVar[frozenset[str]] = frozenset()  # of the group `model`, besides those that all backbones take
+    usual: ClassVar[Fusion] = Fusion()  # how it reduces tokens unless told otherwise
+    wraps_timm: ClassVar[bool] = False  # whether its timm names build a network without fusion, which it wraps
+    papers: ClassVar[tuple[str, ...]] = ()  # keys of the BibTeX entries in famba.export.card that introduce it
+    printed_rate: ClassVar[float | None] = None  # forward multiply-adds in a GPU-hour of training, as in print
 
     @classmethod
     @abstractmethod
     def names(cls) -> list[str]:
-        """List the timm names that it is built by."""
+        """List its timm names."""
 
     @classmethod
     def create(cls, name: str, **arguments: Any) -> Backbone:
@@ -176,90 +133,77 @@ class Backbone(nn.Module):
 
     @classmethod
     def keys_of(cls, weights: Mapping[str, Any]) -> dict[str, object]:
-        """Return what weights say of its own `keys`, by these; None where they do not say it."""
+        """Return the values of its own `keys` that weights show; None where they do not."""
         return {}
 
     @classmethod
     def check_fusion(cls, fusion: Fusion) -> None:
         """Raise ConfigError, with the name of the field at fault, for what networks of this kind cannot do."""
         if fusion.place not in cls.places:
-            raise ConfigError(
-                f"place is {fusion.place!r}{near_miss(fusion.place, cls.places)}, where {cls.kind} reduces no tokens; "
-                f"allowed: {', '.join(cls.places)}",
-                "place",
-            )
+            told = f"where {cls.kind} reduces no tokens; allowed: {', '.join(cls.places)}"
+            raise ConfigError(f"place is {fusion.place!r}{near_miss(fusion.place, cls.places)}, {told}", "place")
         if fusion.proportional and not cls.has_attention:
-            raise ConfigError(
-                f"proportional is about attention, and {cls.kind} has none; leave it out, or choose a transformer",
-                "proportional",
-            )
-        if lacking := sorted(fusion.needs - cls.places[fusion.place]):
-            able = [place for place, known in cls.places.items() if fusion.needs <= known]
-            raise ConfigError(
-                f"rule {fusion.rule!r} needs {', '.join(lacking)} of the tokens, which {cls.kind} does not have at "
-                f"{fusion.place}; choose another rule{f', or place={able[0]}' if able else ', or another model'}",
-                "rule",
-            )
+            told = f"proportional is about attention, and {cls.kind} has none; leave it out, or choose a transformer"
+            raise ConfigError(told, "proportional")
+        needs = RULES[fusion.rule].needs
+        if lacking := sorted(needs - cls.places[fusion.place]):
+            able = [f"place={place}" for place, known in cls.places.items() if needs <= known]
+            told = f"which {cls.kind} does not have at {fusion.place}; choose another rule"
+            told = f"{', '.join(lacking)} of the tokens, {told}, or {[*able, 'another model'][0]}"
+            raise ConfigError(f"rule {fusion.rule!r} needs {told}", "rule")
 
     @classmethod
     def fusion_of(cls, schedule: Sequence[int] | str | None, settings: Mapping[str, Any]) -> Fusion:
-        """Return how a network is to reduce tokens.
+        """Return how a network is to reduce tokens, by a schedule (None for no fusion) or the name of a strategy.
 
-        Args:
-            schedule: tokens to remove in each layer, None for none; or the name of a strategy.
-            settings: fields of `Fusion`, with or without "fusion_" before them; those that are missing are as usual.
+        settings are fields of `Fusion`, with or without "fusion_" before them; those that are missing are as usual.
         """
-        fields = {name.removeprefix(_FUSION): value for name, value in settings.items()}
-        if isinstance(schedule, str):
-            fields["strategy"] = schedule
-        fusion = cls.usual.changed(**fields)
-        return fusion if schedule is None or isinstance(schedule, str) else with_schedule(fusion, schedule)
+        fusion = cls.usual.changed(**{name.removeprefix("fusion_"): value for name, value in settings.items()})
+        if schedule is None or isinstance(schedule, str):
+            return fusion.changed(strategy=schedule)
+        return with_schedule(fusion, schedule)
 
     @property
-    @abstractmethod
     def depth(self) -> int:
         """Number of layers."""
+        return len(getattr(self, self.layers_name))
 
     @property
-    @abstractmethod
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images, in pixels."""
+        return tuple(self.patch_embed.img_size)
 
     @property
-    @abstractmethod
     def grid_size(self) -> tuple[int, int]:
         """Rows and columns of patches."""
+        return tuple(self.patch_embed.grid_size)
 
     @property
-    @abstractmethod
     def in_chans(self) -> int:
         """Channels of the images."""
+        return self.patch_embed.proj.in_channels
 
     @property
     @abstractmethod
     def special(self) -> tuple[int, ...]:
         """Places of the special tokens, which never fuse, in the sequence that enters the first layer."""
 
-    @abstractmethod
+    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """Return the classifier."""
+        return self.head
 
     @abstractmethod
     def embed(self, x: Tensor) -> Any:
         """Turn images into the stream that enters the first layer."""
 
     @abstractmethod
-    def layer(
-        self, index: int, stream: Any, tokens: Tokens, reduction: Reduction | None
-    ) -> tuple[Any, Tokens, TokenMap | None]:
-        """Compute one layer, which calls `reduction`, where there is one, at its place.
-
-        Returns the stream that it leaves, and what `Reduction` returned of tokens and map.
-        """
+    def layer(self, index: int, stream: Any, tokens: Tokens, reduction: Reduction | None) -> tuple[Any, Tokens]:
+        """Compute one layer, which calls `reduction` at its place, and return the stream and tokens that it leaves."""
 
     @abstractmethod
     def normed(self, stream: Any) -> Tensor:
-        """Return what a layer leaves, behind the final norm (b, l, d)."""
+        """Apply the final norm to what a layer leaves (b, l, d)."""
 
     @abstractmethod
     def features_of(self, stream: Any) -> Tensor:
@@ -276,14 +220,11 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def set_fusion(self, fusion: Sequence[int] | Fusion, **changes: Any) -> None:
-        """Reduce tokens in another way from now on.
+        """Reduce tokens in another way from now on. Raises ConfigError, and changes nothing, where it does not fit.
 
         Args:
-            fusion: tokens to remove in each layer; or all settings, with the schedule that they come to here.
+            fusion: tokens to remove in each layer; or all settings, from which the schedule is worked out.
             changes: fields of `Fusion` to change, such as order="tome"; None leaves one as it is.
-
-        Raises:
-            ConfigError: something does not fit; nothing has changed then.
         """
         settings = fusion if isinstance(fusion, Fusion) else with_schedule(self.settings, fusion)
         settings = settings.changed(**changes)
@@ -308,31 +249,23 @@ class Backbone(nn.Module):
         choose: Choose | None = None,
         taken: Sequence[int] = (),
         depth: int | None = None,
-        mark: Callable[[], None] | None = None,
+        mark: Callable[[], None] = lambda: None,
     ) -> Run:
-        """Pass images (b, in_chans, height, width) through the layers.
+        """Pass images (b, in_chans, height, width) through the first `depth` layers, or all.
 
-        Args:
-            x: images.
-            choose: says what each layer removes this once, instead of the schedule.
-            taken: layers that keep what they leave.
-            depth: layers to run; None for all.
-            mark: called before the first layer and after each.
+        choose says how many tokens each layer removes this once. taken lists layers whose streams are kept. mark is
+        called before the first layer and after each.
         """
-        stream, tokens = self.embed(x), Tokens(self.special, None)
+        stream, tokens = self.embed(x), Tokens(self.special)
         maps, kept = [], {}
-        if mark is not None:
-            mark()
+        mark()
         for index, r in enumerate(self.fusion[:depth]):
-            reduction = None
-            if r or choose is not None:
-                reduction = Reduction(self.settings, r, self.grid_size, choose)
-            stream, tokens, token_map = self.layer(index, stream, tokens, reduction)
-            maps.append(token_map)
+            reduction = Reduction(self.settings, r, self.grid_size, choose) if r or choose is not None else None
+            stream, tokens = self.layer(index, stream, Tokens(tokens.special, tokens.sizes), reduction)
+            maps.append(tokens.map)
             if index in taken:
                 kept[index] = stream
-            if mark is not None:
-                mark()
+            mark()
         return Run(stream, tokens, maps, kept)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Any:
@@ -342,12 +275,11 @@ class Backbone(nn.Module):
     def forward_features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l d"]:
         """Compute normed features of the last layer for each token of the first one, (b, num_tokens, embed_dim).
 
-        They lie as in a network that does not fuse: patches row by row, class token and the like where they are put.
-        Each patch has the features of the token that holds it in the end (where tokens are pruned: of the one that it
-        was most similar to when it was dropped).
+        Each patch has the features of the token that holds it after the last layer; a pruned patch those of the token
+        that it was most similar to when it was dropped.
         """
         run = self.run(x)
-        return self._final(run, self._held(run.maps, x))
+        return self._unfused(self.normed(run.stream), self._held(run.maps, x)[-1])
 
     def forward_intermediates(
         self,
@@ -358,43 +290,37 @@ class Backbone(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> Intermediates | tuple[Tensor, Intermediates]:
-        """Compute features of several layers as maps over the image, as timm's models give them.
+    ) -> list[Any] | tuple[Tensor, list[Any]]:
+        """Compute features of several layers as maps over the image, as timm's models do.
 
-        Those of a layer are what the next one reads before it norms and fuses (a Vim's output with the residual stream
-        that it is added to; in training without what drop_path drops of it). Each patch has the features of the token
-        that holds it after that layer. They are of the dtype of the weights, normed ones as in `forward_features`.
+        They are what the next layer reads, before it norms and fuses (of a Vim the output plus the residual stream; in
+        training without what drop_path drops), in the dtype of the weights; with `norm` in that of `forward_features`.
+        Each patch has the features of the token that holds it after the layer.
 
         Args:
             x: images (b, in_chans, height, width).
             indices: layers from 0 (negative: from the end), a number of last layers, or None for all.
-            return_prefix_tokens: give pairs, of the patches' features and of the other tokens', such as a class
-                token's (b, 1, embed_dim); where there are no others as if this were False.
+            return_prefix_tokens: return pairs, with the features of special tokens, if there are any (b, p, embed_dim).
             norm: apply the final norm to each.
             stop_early: do not run the layers behind the last that is asked for.
             output_fmt: "NCHW": (b, embed_dim, rows, columns); "NLC": (b, patches, embed_dim), row by row.
             intermediates_only: leave out the final features.
 
         Returns:
-            The final features, as `forward_features` has them (with `stop_early` of the layer that was run last), and
-            the features of the layers, in the order of the layers.
-
-        Raises:
-            ConfigError: there is no such layer, or no such format.
+            The features of `forward_features`, for the last layer that ran; and those of the layers, in their order.
         """
         check_choice("output_fmt", output_fmt, FORMATS)
         layers = chosen_layers(self.depth, indices)
         run = self.run(x, taken=layers, depth=max(layers) + 1 if stop_early else None)
         held = self._held(run.maps, x)
-        found: list = []
+        found: list[Any] = []
         for layer, stream in run.taken.items():
-            features = _unfused(self.normed(stream) if norm else self.features_of(stream), held[layer])
-            patches = features[:, self.patch_places(x.device)] if self.special else features
-            spread = as_map(patches, self.grid_size) if output_fmt == "NCHW" else patches
-            found.append((spread, features[:, list(self.special)]) if return_prefix_tokens and self.special else spread)
-        if intermediates_only:
-            return found
-        return self._final(run, held), found
+            every = self._unfused(self.normed(stream) if norm else self.features_of(stream), held[layer])
+            patches = every[:, self.patch_places(x.device)] if self.special else every
+            if output_fmt == "NCHW":
+                patches = patches.transpose(1, 2).unflatten(2, self.grid_size).contiguous()
+            found.append((patches, every[:, list(self.special)]) if return_prefix_tokens and self.special else patches)
+        return found if intermediates_only else (self._unfused(self.normed(run.stream), held[-1]), found)
 
     def patch_places(self, device: torch.device) -> Int[Tensor, " n"]:
         """Return the places of the patches in the sequence that enters the first layer."""
@@ -405,101 +331,73 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def trace(self, x: Float[Tensor, "b c h w"]) -> tuple[Int[Tensor, "b n"], ...]:
-        """Return which token holds each patch: for each layer, places (b, patches) in the sequence after its fusion.
-
-        A pruned patch is held by the token that it was most similar to.
-        """
+        """Return for each layer the places (b, patches) of the tokens that hold the patches after its fusion."""
         return trace(self.run(x).maps, self.patch_places(x.device).expand(x.shape[0], -1))
 
     @torch.no_grad()
     def not_pruned(self, x: Float[Tensor, "b c h w"]) -> tuple[Bool[Tensor, "b n"], ...]:
-        """Return whether each patch has not been pruned: for each layer (b, patches), after its fusion."""
+        """Return for each layer whether each patch is still there after its fusion, (b, patches)."""
         return not_pruned(self.run(x).maps, self.patch_places(x.device).expand(x.shape[0], -1))
 
     @torch.no_grad()
     def similarities(self, x: Float[Tensor, "b c h w"]) -> list[Similarity]:
-        """Measure how similar the tokens are that enter each layer's fusion, on what the layer measures it on."""
+        """Measure how similar the tokens are that enter each layer's fusion, by the layer's metric."""
         found: list[Similarity] = []
 
-        def choose(seen: LayerTokens) -> int:
-            found.append(
-                Similarity(closest_cosines(seen.metric, seen.protected), mean_cosine(seen.metric, seen.protected))
-            )
-            return self.fusion[len(found) - 1]
+        def choose(seen: LayerTokens, r: int) -> int:
+            given = seen.metric, seen.protected
+            found.append(Similarity(closest_cosines(*given), mean_cosine(*given)))
+            return r
 
         self.run(x, choose)
         return found
 
     @torch.no_grad()
     def adapted_fusion(self, x: Float[Tensor, "b c h w"], budget: int) -> Adapted:
-        """Work out where these images would spend a budget of tokens, as `famba.fusion.schedules` says; change nothing.
-
-        In the mode that the model is in, which should be eval.
-        """
+        """Return the "adaptive" schedule of these images for a budget of tokens. The model should be in eval mode."""
 
         def counts_at(threshold: float) -> list[int]:
-            counts = []
-
-            def choose(seen: LayerTokens) -> int:
-                counts.append(similar_pairs(seen.metric, seen.protected, threshold))
-                return counts[-1]
-
-            self.run(x, choose)
-            return counts
+            maps = self.run(x, lambda seen, _: similar_pairs(seen.metric, seen.protected, threshold)).maps
+            return [0 if found is None else found.places.shape[1] - found.length for found in maps]
 
         return spend(counts_at, self.num_patches, budget)
 
     def special_rows(self, rows: int, cls_position: str | None) -> tuple[int, ...]:
-        """Return which of the rows of a position embedding are of special tokens; the others are of patches.
-
-        Args:
-            rows: of a file, whose network may have had more patches or fewer.
-            cls_position: where its class token stood; None as here.
-        """
+        """Return which rows of a position embedding belong to special tokens; cls_position as in its own network."""
         return self.special
 
     def timm_arguments(self) -> dict[str, Any]:
-        """Return the arguments of timm.create_model that make its shape, as far as its configuration does not."""
+        """Return the arguments of timm.create_model that its name does not determine."""
         return {"img_size": one_number(self.image_size)}
 
-    def check_num_tokens(self, x: Tensor) -> None:
-        """Raise ConfigError where x (b, l, d) is not shaped as `forward_features` returns it."""
+    def check_head(self, x: Tensor, takes_mean: bool) -> None:
+        """Raise ConfigError where `forward_head` cannot classify features x (b, l, d), by a token or by the mean."""
         if x.shape[1] != self.num_tokens:
-            raise ConfigError(
-                f"forward_head was given {x.shape[1]} tokens per image; allowed: what forward_features returns, "
-                f"{self.num_tokens} tokens per image"
-            )
-
-    def check_mean(self) -> None:
-        """Raise ConfigError where the mean over tokens counts them, which features of patches do not tell."""
-        if any(self.fusion) and not self.settings.counts_patches:
+            told = f"allowed: what forward_features returns, {self.num_tokens} tokens per image"
+            raise ConfigError(f"forward_head was given {x.shape[1]} tokens per image; {told}")
+        if takes_mean and any(self.fusion) and not self.settings.counts_patches:
             raise ConfigError(
                 "this model takes the mean over its tokens, however many patches each holds, which the features of "
                 "patches do not tell; call the model itself for logits, or fuse with weighting='size', or choose a "
                 "model that reads a class token"
             )
 
-    def _held(self, maps: list[TokenMap | None], x: Tensor) -> list[Tensor | None]:
-        """Return which token holds each of the first layer's, (b, num_tokens) a layer; None while none has fused."""
-        first = torch.arange(self.num_tokens, device=x.device).expand(x.shape[0], -1)
-        held: list[Tensor | None] = []
-        has_fused = False
-        for token_map, places in zip(maps, trace(maps, first), strict=True):
-            has_fused = has_fused or token_map is not None
-            held.append(places if has_fused else None)
-        return held
+    def _held(self, maps: list[TokenMap | None], x: Tensor) -> tuple[Tensor, ...]:
+        return trace(maps, torch.arange(self.num_tokens, device=x.device).expand(x.shape[0], -1))
 
-    def _final(self, run: Run, held: list[Tensor | None]) -> Tensor:
-        return _unfused(self.normed(run.stream), held[-1] if held else None)
-
-
-def _unfused(features: Tensor, held: Tensor | None) -> Tensor:
-    return features if held is None else unfuse(features, held)
+    def _unfused(self, features: Tensor, held: Tensor) -> Tensor:
+        return features if features.shape[1] == self.num_tokens else unfuse(features, held)
 
 
 def one_number(size: tuple[int, int]) -> int | list[int]:
     """Return one number for a square, else height and width."""
     return size[0] if size[0] == size[1] else list(size)
+
+
+def timm_cfg(size: int, **more: Any) -> dict[str, Any]:
+    """Return what timm has to know of a model for images of a size, without weights unless `more` names them."""
+    names = {"first_conv": "patch_embed.proj", "classifier": "head"}
+    return {"url": "", "input_size": (3, size, size), **names, **more}
 
 
 def with_schedule(settings: Fusion, schedule: Sequence[int]) -> Fusion:
@@ -525,64 +423,34 @@ def network_names() -> list[str]:
 
 
 def backbone_of(name: str) -> type[Backbone]:
-    """Return the kind of network that a timm name is of, with or without a tag of pretrained weights.
-
-    Raises ConfigError for a name that none has.
-    """
+    """Return the kind of network that a timm name builds. Raises ConfigError for a name that none has."""
+    allowed = []
     for kind in BACKBONES:
-        if name.split(".")[0] in kind.names():
+        names = kind.names()
+        if name.split(".")[0] in names:
             return kind
-    raise ConfigError(
-        f"unknown model.name {name!r}{near_miss(name, network_names())}; allowed: "
-        + "; ".join(f"{kind.kind}: {_listed(kind.names())}" for kind in BACKBONES),
-        "name",
-    )
-
-
-def _listed(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+        more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
+        allowed.append(f"{kind.kind}: {', '.join(names[:_MOST_LISTED])}{more}")
+    close = near_miss(name, network_names())
+    raise ConfigError(f"unknown model.name {name!r}{close}; allowed: {'; '.join(allowed)}", "name")
 
 
 def create_network(name: str, **arguments: Any) -> Backbone:
-    """Build a network by its timm name.
+    """Build a network by its timm name, with or without a tag of pretrained weights.
 
-    Args:
-        name: one of `network_names`, with or without a tag of pretrained weights. A kind of network is found here once
-            its class is registered by `register_backbone`.
-        arguments: as timm.create_model takes them. fusion is the schedule (None for no fusion) or the name of a
-            strategy, and every other field of `famba.fusion.Fusion` can be given with "fusion_" before it.
-
-    Raises:
-        ConfigError: what does not fit.
+    arguments are those of timm.create_model. fusion is the schedule (None for no fusion) or the name of a strategy, and
+    every other field of `famba.fusion.Fusion` can be given with "fusion_" before it. Raises ConfigError where one does
+    not fit.
     """
     return backbone_of(name).create(name, **arguments)
 
 
 def chosen_layers(depth: int, indices: Indices) -> list[int]:
-    """Return the layers, counted from 0, that `indices` mean in a model of `depth` layers.
-
-    Negative ones count from the end; the order is that of `indices`.
-
-    Raises:
-        ConfigError: there is no such layer, or none is asked for.
-    """
-    if indices is None:
-        return list(range(depth))
-    if isinstance(indices, int) and not isinstance(indices, bool):
-        if not 1 <= indices <= depth:
-            raise ConfigError(f"indices is {indices}, a number of last layers; allowed: 1 to {depth}", "indices")
-        return list(range(depth - indices, depth))
-    listed = list(indices) if isinstance(indices, Sequence) else [indices]
-    known = [i for i in listed if isinstance(i, int) and not isinstance(i, bool) and -depth <= i < depth]
-    if not listed or known != listed:
-        raise ConfigError(
-            f"indices is {indices!r}; allowed: a list of layers from 0 to {depth - 1} (or from -{depth} to -1, counted "
-            f"from the end), how many of the last ones, 1 to {depth}, or None for all",
-            "indices",
-        )
-    return [i % depth for i in known]
-
-
-def as_map(patches: Float[Tensor, "b n d"], grid: tuple[int, int]) -> Float[Tensor, "b d h w"]:
-    """Lay patches out over the image: (b, h * w, d), row by row, to (b, d, h, w), contiguous."""
-    return patches.transpose(1, 2).reshape(patches.shape[0], patches.shape[2], *grid).contiguous()
+    """Return the layers, from 0, that `indices` name in their order. Raises ConfigError for none, or unknown ones."""
+    if indices is None or (type(indices) is int and 1 <= indices <= depth):
+        return list(range(depth))[-(indices or 0) :]
+    listed = list(indices) if isinstance(indices, Sequence) else []
+    if not listed or any(type(i) is not int or not -depth <= i < depth for i in listed):
+        allowed = f"a list of layers from 0 to {depth - 1} (or from -{depth} to -1, counted from the end), how many of"
+        raise ConfigError(f"indices is {indices!r}; allowed: {allowed} the last, 1 to {depth}, or None", "indices")
+    return [i % depth for i in listed]

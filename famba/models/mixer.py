@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,50 +15,41 @@ from torch.nn import functional as F
 
 from famba.ops import Direction, bidirectional_mixer, causal_conv1d, selective_scan
 
-_DELTA_RANGE = (0.001, 0.1)
-_DELTA_FLOOR = 1e-4
+_DELTA_RANGE, _DELTA_FLOOR = (0.001, 0.1), 1e-4
 _log = logging.getLogger(__name__)
 
-_Side = tuple[Any, Any, Any, Tensor, Tensor]
-"""Hold one direction's conv1d, x_proj, dt_proj, A_log and D."""
+_Side = tuple[Any, Any, Any, Tensor, Tensor]  # one direction's conv1d, x_proj, dt_proj, A_log and D
 
 
 class VimMixer(nn.Module):
-    """Mixes tokens by two selective scans, one in each direction, each with its own parameters.
+    """Mix tokens by two selective scans, one in each direction, each with its own parameters.
 
     Parameter names are those of the official checkpoints; d_inner = expand * d_model, dt_rank = ceil(d_model / 16).
-    Its layers are computed together, as one op. Where one has hooks or was replaced, by an adapter or a quantized layer
-    for one, the layers are called one by one, which is slower and logged once.
+    Its layers are computed together, as one op. Where one has hooks or was replaced, such as by an adapter or a
+    quantized layer, the layers are called one by one, which is slower and logged once.
     """
 
     def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2) -> None:
         super().__init__()
-        self.d_inner = expand * d_model
+        inner = self.d_inner = expand * d_model
+        rank = self.dt_rank = math.ceil(d_model / 16)
         self.d_state = d_state
-        self.dt_rank = math.ceil(d_model / 16)
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
+        self.in_proj = nn.Linear(d_model, 2 * inner, bias=False)
         # Forward, and with "_b" backward.
-        self.conv1d, self.conv1d_b = (self._conv(d_conv) for _ in range(2))
-        self.x_proj, self.x_proj_b = (self._projection() for _ in range(2))
-        self.dt_proj, self.dt_proj_b = (nn.Linear(self.dt_rank, self.d_inner) for _ in range(2))
-        self.A_log, self.A_b_log = (self._log_rates() for _ in range(2))
-        self.D, self.D_b = (nn.Parameter(torch.ones(self.d_inner)) for _ in range(2))
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
-
-    def _conv(self, width: int) -> nn.Conv1d:
-        return nn.Conv1d(self.d_inner, self.d_inner, width, groups=self.d_inner, padding=width - 1)
-
-    def _projection(self) -> nn.Linear:
-        return nn.Linear(self.d_inner, self.dt_rank + 2 * self.d_state, bias=False)
-
-    def _log_rates(self) -> nn.Parameter:
-        return nn.Parameter(torch.arange(1, self.d_state + 1).float().log().repeat(self.d_inner, 1))
+        conv = partial(nn.Conv1d, inner, inner, d_conv, groups=inner, padding=d_conv - 1)
+        self.conv1d, self.conv1d_b = conv(), conv()
+        self.x_proj, self.x_proj_b = (nn.Linear(inner, rank + 2 * d_state, bias=False) for _ in range(2))
+        self.dt_proj, self.dt_proj_b = (nn.Linear(rank, inner) for _ in range(2))
+        rates = torch.arange(1, d_state + 1).float().log().repeat(inner, 1)
+        self.A_log, self.A_b_log = (nn.Parameter(rates.clone()) for _ in range(2))
+        self.D, self.D_b = (nn.Parameter(torch.ones(inner)) for _ in range(2))
+        self.out_proj = nn.Linear(inner, d_model, bias=False)
 
     def init_weights(self, depth: int) -> None:
         """Initialise as Vim does: step sizes log-uniform in [0.001, 0.1], the output scaled by 1 / sqrt(depth)."""
+        low, high = (math.log(x) for x in _DELTA_RANGE)
         for projection in (self.dt_proj, self.dt_proj_b):
             nn.init.uniform_(projection.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-            low, high = (math.log(x) for x in _DELTA_RANGE)
             delta = torch.empty(self.d_inner).uniform_(low, high).exp().clamp(min=_DELTA_FLOOR)
             with torch.no_grad():
                 projection.bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # the inverse of softplus
@@ -69,13 +61,13 @@ class VimMixer(nn.Module):
         self, x: Float[Tensor, "b l d_model"], between: Callable[[Tensor], Tensor] | None = None
     ) -> Float[Tensor, "b left d_model"]:
         """Mix normed tokens (b, l, d_model); `between` changes what `scan` returns before the output projection."""
-        if between is None and _is_projection(self.out_proj) and self._changed() is None:
+        if between is None and _is_linear(self.out_proj, False) and self._changed() is None:
             return bidirectional_mixer(x, self.in_proj.weight, *self._directions(), self.out_proj.weight)
         scanned = self.scan(x)
         return self.out_proj(scanned if between is None else between(scanned))
 
     def scan(self, x: Float[Tensor, "b l d_model"]) -> Float[Tensor, "b l d_inner"]:
-        """Everything but the output projection: the mean of the two gated scans (b, l, d_inner)."""
+        """Compute all but the output projection: the mean of the two gated scans (b, l, d_inner)."""
         changed = self._changed()
         if changed is None:
             return bidirectional_mixer(x, self.in_proj.weight, *self._directions())
@@ -90,8 +82,7 @@ class VimMixer(nn.Module):
         u = self.in_proj(x).chunk(2, dim=-1)[0]
         steps = []
         for reverse, (conv, x_proj, dt_proj, _, _) in enumerate(self._sides()):
-            dt = x_proj(_convolved(u, conv, bool(reverse)))[..., : self.dt_rank]
-            steps.append(F.softplus(dt_proj(dt)))
+            steps.append(F.softplus(dt_proj(x_proj(_convolved(u, conv, bool(reverse)))[..., : self.dt_rank])))
         return steps[0] + steps[1]
 
     def _changed(self) -> str | None:
@@ -104,30 +95,25 @@ class VimMixer(nn.Module):
 
     def _sides(self) -> tuple[_Side, _Side]:
         forward = (self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
-        backward = (self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
-        return forward, backward
+        return forward, (self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
 
     def _directions(self) -> tuple[Direction, Direction]:
-        forward, backward = self._sides()
-        return _direction(*forward), _direction(*backward)
+        forward, backward = [
+            Direction(conv.weight.squeeze(1), conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, _rates(A_log), D)
+            for conv, x_proj, dt_proj, A_log, D in self._sides()
+        ]
+        return forward, backward
 
     def _scan_by_calls(self, u: Tensor, z: Tensor, side: _Side, reverse: bool) -> Tensor:
         """Scan in one direction, as the op does, by calls of the layers."""
         conv, x_proj, dt_proj, A_log, D = side
         u = _convolved(u, conv, reverse)
         dt, B, C = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        if is_plain(dt_proj, nn.Linear):
-            # The bias enters inside the scan, in float32, so that small steps survive bf16.
-            delta, bias = F.linear(dt, dt_proj.weight), dt_proj.bias
-        else:
-            delta, bias = dt_proj(dt), None
+        # The bias enters inside the scan, in float32, so that small steps survive bf16.
+        plain = is_plain(dt_proj, nn.Linear)
+        delta, bias = (F.linear(dt, dt_proj.weight), dt_proj.bias) if plain else (dt_proj(dt), None)
         A = _rates(A_log)
         return selective_scan(u, delta, A, B, C, D, z=z, delta_bias=bias, delta_softplus=True, reverse=reverse)
-
-
-def _direction(conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor) -> Direction:
-    assert conv.bias is not None
-    return Direction(conv.weight.squeeze(1), conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, _rates(A_log), D)
 
 
 def _rates(A_log: Tensor) -> Tensor:
@@ -143,12 +129,8 @@ def _convolved(u: Tensor, conv: Any, reverse: bool) -> Tensor:
     return F.silu(y.flip(1) if reverse else y)
 
 
-def _is_projection(layer: nn.Module) -> bool:
-    return is_plain(layer, nn.Linear) and layer.bias is None
-
-
-def _is_step(layer: nn.Module) -> bool:
-    return is_plain(layer, nn.Linear) and layer.bias is not None
+def _is_linear(layer: Any, has_bias: bool) -> bool:
+    return is_plain(layer, nn.Linear) and (layer.bias is not None) == has_bias
 
 
 def _is_causal(layer: Any) -> bool:
@@ -164,13 +146,9 @@ def _is_causal(layer: Any) -> bool:
 
 
 _AS_BUILT: dict[str, Callable[[Any], bool]] = {
-    "in_proj": _is_projection,
-    "conv1d": _is_causal,
-    "conv1d_b": _is_causal,
-    "x_proj": _is_projection,
-    "x_proj_b": _is_projection,
-    "dt_proj": _is_step,
-    "dt_proj_b": _is_step,
+    **dict.fromkeys(("in_proj", "x_proj", "x_proj_b"), partial(_is_linear, has_bias=False)),
+    **dict.fromkeys(("conv1d", "conv1d_b"), _is_causal),
+    **dict.fromkeys(("dt_proj", "dt_proj_b"), partial(_is_linear, has_bias=True)),
 }
 """Map each layer before the output projection to a check that one op computes what it does."""
 
@@ -179,22 +157,16 @@ _told: set[str] = set()
 
 @torch.compiler.assume_constant_result
 def _tell_slower(name: str) -> None:
-    """Log once in a process that a mixer takes longer, and why; not traced by torch.compile, which cannot log."""
+    """Log once in a process that a mixer takes longer, and why; torch.compile, which cannot log, does not trace it."""
     if not _told:
         _told.add(name)
-        _log.warning(
-            "%s of a Vim's mixer was replaced or has hooks: the mixer calls its layers one by one, which is right but "
-            "slower than its one op",
-            name,
-        )
+        told = "the mixer calls its layers one by one, which is right but slower than its one op"
+        _log.warning("%s of a Vim's mixer was replaced or has hooks: %s", name, told)
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return whether a call of a module is what its class computes and nothing more.
-
-    A subclass is not plain: parametrizations, quantized layers and adapters are subclasses or wrappers.
-    """
-    # Written out: mixers ask this for each of their layers at every call.
+    """Return whether a call of a module computes what its very class computes, and nothing more."""
+    # Adapters and quantized layers are subclasses or wrappers. Written out, since mixers ask it at every call.
     return type(module) is kind and not (
         module._forward_hooks
         or module._forward_pre_hooks

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import timm
 import torch
 from jaxtyping import Float
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, PatchEmbed, lecun_normal_, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from famba.errors import ConfigError, check_choice
-from famba.fusion import Fusion, TokenMap
-from famba.models.backbone import (
-    CLS_POSITIONS,
-    Backbone,
-    Indices,
-    Reduction,
-    Run,
-    Tokens,
-    chosen_layers,
-    one_number,
-    register_backbone,
-)
+from famba.models import backbone
+from famba.models.backbone import CLS_POSITIONS, Backbone, Reduction, Run, Tokens, one_number, timm_cfg
 from famba.models.mixer import VimMixer
 from famba.models.weights import WEIGHTS, fitting_weights, fusion_of_training
 from famba.ops import add_rms_norm
@@ -37,14 +27,14 @@ _PRINTED_RATE = 300 * 50_000 * 0.903e9 / 4
 
 
 class Stream(NamedTuple):
-    """What a layer leaves (b, l, d): what it adds, as far as drop_path lets it, and the residual stream before that."""
+    """Hold what a layer adds (b, l, d), as far as drop_path lets it, and the residual stream before that."""
 
     hidden: Tensor
     residual: Tensor | None
 
 
 class RMSNorm(nn.Module):
-    """RMS norm over the channels of the residual stream, with the addition to it."""
+    """Add to the residual stream, and apply an RMS norm over its channels."""
 
     def __init__(self, d_model: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -56,21 +46,8 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, residual, self.weight, self.eps)
 
 
-class NoNorm(nn.Module):
-    """Stands where the final norm was pruned: the addition alone."""
-
-    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the sum in x's dtype and in float32, each (b, l, d_model)."""
-        total = x + residual
-        return total.to(x.dtype), total
-
-
 class VimBlock(nn.Module):
-    """Add, norm, fuse, mix: one pre-norm layer.
-
-    `drop_path` drops, with chance, what the layer before contributes; the model applies it on the way here, so that
-    what a layer leaves is known before the next one fuses.
-    """
+    """Add, norm, fuse, mix: one pre-norm layer. The model applies `drop_path`, to what the layer before adds."""
 
     def __init__(self, mixer: VimMixer, d_model: int, drop_path: float) -> None:
         super().__init__()
@@ -80,27 +57,27 @@ class VimBlock(nn.Module):
 
     def forward(
         self, hidden: Tensor, residual: Tensor | None, tokens: Tokens, reduction: Reduction | None = None
-    ) -> tuple[Tensor, Tensor, Tokens, TokenMap | None]:
+    ) -> tuple[Tensor, Tensor, Tokens]:
         """Take the last layer's output (b, l, d) and the residual stream; return those of this layer, (b, l - r, d)."""
         normed, stream = self.norm(hidden, residual)
         if reduction is None:
-            return self.mixer(normed), stream, tokens, None
-        token_map, known = None, {"features": normed, "step_sizes": lambda: self.mixer.step_sizes(normed)}
+            return self.mixer(normed), stream, tokens
+        known = {"features": normed, "step_sizes": partial(self.mixer.step_sizes, normed)}
+        if reduction.fusion.place == BEFORE_MIXER:
+            (normed, stream), tokens = reduction(tokens, [normed, stream], normed, **known)
+            return self.mixer(normed), stream, tokens
 
         def reduce_mixed(mixed: Tensor) -> Tensor:
-            nonlocal stream, tokens, token_map
-            (mixed, stream), tokens, token_map = reduction(tokens, [mixed, stream], mixed, mixed=mixed, **known)
+            nonlocal stream, tokens
+            (mixed, stream), tokens = reduction(tokens, [mixed, stream], mixed, mixed=mixed, **known)
             return mixed
 
-        if reduction.fusion.place == AFTER_SCAN:
-            return self.mixer(normed, reduce_mixed), stream, tokens, token_map
-        (reduced, stream), tokens, token_map = reduction(tokens, [normed, stream], normed, **known)
-        return self.mixer(reduced), stream, tokens, token_map
+        return self.mixer(normed, reduce_mixed), stream, tokens
 
 
-@register_backbone
+@backbone.register_backbone
 class Vim(Backbone):
-    """Vision Mamba: patches, a class token, `depth` pre-norm layers of bidirectional scans.
+    """Classify images by patches, a class token, and `depth` pre-norm layers of bidirectional scans.
 
     Args:
         img_size: height and width in pixels, or one number for both; divisible by patch_size.
@@ -116,8 +93,8 @@ class Vim(Backbone):
         cls_position: "head" (Famba-V), "middle" (official Vim, at patches // 2), or "none" (mean of the tokens).
         fusion: tokens removed in each layer, from `famba.fusion.schedule`; None for no fusion; or a strategy's name.
         settings: the fields of `famba.fusion.Fusion` with "fusion_" before them, such as fusion_order="tome". Its place
-            is "before_mixer" (similarity of the normed tokens, as the released code has it) or "after_scan"
-            (similarity of the gated scans' mean, before the output projection, as the paper's figure draws it).
+            is "before_mixer" (similarity of the normed tokens, as in the released code) or "after_scan" (of the gated
+            scans' mean, before the output projection, as in the paper's figure).
 
     Raises:
         ConfigError: a value or the schedule does not fit.
@@ -125,12 +102,8 @@ class Vim(Backbone):
 
     kind = "a Vim"
     layers_name = "layers"
-    places: ClassVar = {
-        BEFORE_MIXER: frozenset({"step_sizes"}),
-        AFTER_SCAN: frozenset({"step_sizes", "mixed"}),
-    }
+    places: ClassVar = {BEFORE_MIXER: frozenset({"step_sizes"}), AFTER_SCAN: frozenset({"step_sizes", "mixed"})}
     keys = frozenset({"d_state", "cls_position"})
-    usual = Fusion()
     papers = ("zhu2024vision", "shen2024famba")
     printed_rate = _PRINTED_RATE
 
@@ -156,20 +129,18 @@ class Vim(Backbone):
             raise TypeError(f"Vim takes no argument {unknown[0]!r}")
         self.settings = self.fusion_of(fusion, settings)
         self.check_fusion(self.settings)
-        _check_patches(_pair(img_size), _pair(patch_size))
+        image, patch = _check_patches(*((s, s) if isinstance(s, int) else (s[0], s[1]) for s in (img_size, patch_size)))
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.cls_position: str = cls_position
         self.grad_checkpointing = False
 
         # timm's annotation says int, its code takes both.
-        self.patch_embed = PatchEmbed(_pair(img_size), _pair(patch_size), in_chans, embed_dim)  # type: ignore[arg-type]
+        self.patch_embed = PatchEmbed(image, patch, in_chans, embed_dim)  # type: ignore[arg-type]
         self.num_patches = self.patch_embed.num_patches
         self.num_tokens = self.num_patches + (cls_position != "none")
-        reduction = self.patch_embed.feat_ratio()
-        self.feature_info = [
-            {"module": f"layers.{i}", "num_chs": embed_dim, "reduction": reduction} for i in range(depth)
-        ]
+        info = {"num_chs": embed_dim, "reduction": self.patch_embed.feat_ratio()}
+        self.feature_info = [{"module": f"layers.{i}", **info} for i in range(depth)]
         if cls_position != "none":
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_tokens, embed_dim))
@@ -192,9 +163,8 @@ class Vim(Backbone):
         trunc_normal_(self.pos_embed, std=0.02)
         if self.cls_position != "none":
             trunc_normal_(self.cls_token, std=0.02)
-        for module in self.modules():
-            if isinstance(module, VimMixer):
-                module.init_weights(len(self.layers))
+        for layer in self.layers:
+            layer.mixer.init_weights(self.depth)  # type: ignore[operator, union-attr]
         self._init_head()
 
     def _init_head(self) -> None:
@@ -218,65 +188,33 @@ class Vim(Backbone):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Parameters that the released recipe does not decay, besides the one-dimensional ones."""
+        """Name the parameters that the released recipe does not decay, besides the one-dimensional ones."""
         return {"pos_embed", "cls_token"}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return patterns of parameter names, as timm's models have them: the stem, then layer by layer.
-
-        The final norm goes with the last layer. `coarse` changes nothing, since there are no stages.
-        """
-        return {
-            "stem": r"^cls_token|^pos_embed|^patch_embed",
-            "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],  # in the group before it
-        }
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The classifier."""
-        return self.head
+        """Return patterns of parameter names, as timm's models do: the stem, then layer by layer, without stages."""
+        layers = [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))]  # the final norm goes with the last layer
+        return {"stem": r"^cls_token|^pos_embed|^patch_embed", "blocks": layers}
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a new one; 0 classes for none."""
         if global_pool is not None:
             raise ConfigError("a Vim pools by cls_position, chosen when it is built; global_pool is not taken")
-        weight = self.pos_embed
         self.num_classes = num_classes
         self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
-        self.head.to(device=weight.device, dtype=weight.dtype)
+        self.head.to(device=self.pos_embed.device, dtype=self.pos_embed.dtype)
         self._init_head()
-
-    @property
-    def depth(self) -> int:
-        """Number of layers."""
-        return len(self.layers)
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of the images, in pixels."""
-        assert self.patch_embed.img_size is not None
-        return self.patch_embed.img_size
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return self.patch_embed.grid_size
-
-    @property
-    def in_chans(self) -> int:
-        """Channels of the images."""
-        return self.patch_embed.proj.in_channels
-
-    @property
-    def cls_index(self) -> int | None:
-        """The class token's place in the sequence that enters the first layer."""
-        return {"head": 0, "middle": self.num_patches // 2, "none": None}[self.cls_position]
 
     @property
     def special(self) -> tuple[int, ...]:
         """Place of the class token, if there is one."""
-        return () if self.cls_index is None else (self.cls_index,)
+        return self.special_rows(self.num_tokens, None)
+
+    @property
+    def cls_index(self) -> int | None:
+        """The class token's place in the sequence that enters the first layer."""
+        return self.special[0] if self.special else None
 
     def special_rows(self, rows: int, cls_position: str | None) -> tuple[int, ...]:
         """Return the class token's row, by its place in a file's network."""
@@ -306,17 +244,17 @@ class Vim(Backbone):
             x = torch.cat([x[:, : self.cls_index], cls, x[:, self.cls_index :]], dim=1)
         return Stream(x + self.pos_embed, None)
 
-    def layer(
-        self, index: int, stream: Stream, tokens: Tokens, reduction: Reduction | None
-    ) -> tuple[Stream, Tokens, TokenMap | None]:
+    def layer(self, index: int, stream: Stream, tokens: Tokens, reduction: Reduction | None) -> tuple[Stream, Tokens]:
         """Compute one layer."""
-        hidden, residual, tokens, token_map = self.recomputed(self.layers[index], *stream, tokens, reduction)
+        hidden, residual, tokens = self.recomputed(self.layers[index], *stream, tokens, reduction)
         # Now, not in the next layer: what a layer leaves is known before the next one fuses.
         drop = self.layers[index + 1].drop_path if index + 1 < len(self.layers) else self.drop_path
-        return Stream(drop(hidden), residual), tokens, token_map  # type: ignore[operator]
+        return Stream(drop(hidden), residual), tokens  # type: ignore[operator]
 
     def normed(self, stream: Stream) -> Tensor:
         """Add, and apply the final norm (b, l, d)."""
+        if isinstance(self.norm_f, nn.Identity):  # pruned
+            return self.features_of(stream).to(stream.hidden.dtype)
         return self.norm_f(stream.hidden, stream.residual)[0]
 
     def features_of(self, stream: Stream) -> Tensor:
@@ -338,146 +276,99 @@ class Vim(Backbone):
         return self.head(pooled)
 
     def forward_head(self, x: Float[Tensor, "b l d"], pre_logits: bool = False) -> Float[Tensor, "b out"]:
-        """Classify what `forward_features` returns, (b, num_tokens, embed_dim): logits (b, num_classes).
+        """Classify what `forward_features` returns: logits (b, num_classes), or with `pre_logits` what the head reads.
 
-        With `pre_logits`, what the classifier would read, (b, embed_dim).
-
-        Raises:
-            ConfigError: x has another number of tokens; or the model pools over tokens whatever they hold (no class
-                token, tokens that fuse by equal weights or are pruned), which features of patches do not tell.
+        Raises ConfigError for another number of tokens, or where there is no class token and the model fuses by equal
+        weights or prunes: its mean over tokens is then not that over patches.
         """
-        self.check_num_tokens(x)
-        if self.cls_index is not None:
-            pooled = x[:, self.cls_index]
-        else:
-            self.check_mean()
-            pooled = x.mean(1)
+        self.check_head(x, takes_mean=self.cls_index is None)
+        pooled = x.mean(1) if self.cls_index is None else x[:, self.cls_index]
         return pooled if pre_logits else self.head(pooled)
 
     @torch.jit.ignore
     def prune_intermediate_layers(
-        self, indices: Indices = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: backbone.Indices = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the features of some layers do not need.
+        """Remove the layers behind those of `indices`, as in `forward_intermediates`, and their part of the schedule.
 
-        Args:
-            indices: layers as in `forward_intermediates`; those behind the last of them go, and their part of the
-                schedule.
-            prune_norm: remove the final norm.
-            prune_head: remove the classifier.
-
-        Returns:
-            The layers that were asked for, counted from 0.
+        Also the final norm and the classifier, where asked for. Returns the chosen layers, counted from 0.
         """
-        layers = chosen_layers(len(self.layers), indices)
+        layers = backbone.chosen_layers(self.depth, indices)
         left = max(layers) + 1
-        if left < len(self.layers):
+        if left < self.depth:
             # It drops what the last layer that is left adds.
             self.drop_path = self.layers[left].drop_path  # type: ignore[assignment]
         self.layers, self.fusion = self.layers[:left], self.fusion[:left]
         if prune_norm:
-            self.norm_f = NoNorm()
+            self.norm_f = nn.Identity()
         if prune_head:
             self.reset_classifier(0)
         return layers
 
 
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def _check_patches(image: tuple[int, int], patch: tuple[int, int]) -> None:
+def _check_patches(image: tuple[int, int], patch: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
     for side, size, step in zip(("height", "width"), image, patch, strict=True):
         if step < 1 or size < step or size % step:
             low = max(step, size - size % step) if step >= 1 else 0
-            raise ConfigError(
-                f"image {side} {size} is not divisible by patch size {step}; "
-                f"use {low} or {low + step}, or another patch size",
-                "img_size",
-            )
+            told = f"divisible by patch size {step}; use {low} or {low + step}, or another patch size"
+            raise ConfigError(f"image {side} {size} is not {told}", "img_size")
+    return image, patch
 
 
-def _cfg(size: int, **more: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, size, size),
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        **more,
-    }
-
-
-def _shipped(name: str, size: int, num_classes: int) -> dict[str, Any]:
-    """The configuration of a model whose weights come with the package."""
-    file = WEIGHTS / name / "model.safetensors"
-    return _cfg(size, num_classes=num_classes, crop_pct=1.0, license="apache-2.0", file=str(file))
-
-
+_SHIPPED = {"crop_pct": 1.0, "license": "apache-2.0", "file": str(WEIGHTS / "vim_micro_patch4_32/model.safetensors")}
 default_cfgs = generate_default_cfgs(
     {
-        "vim_micro_patch4_32.famba_cifar100": _shipped("vim_micro_patch4_32", 32, num_classes=100),
-        "vim_tiny_patch16_224": _cfg(224),
-        "vim_small_patch16_224": _cfg(224),
-        "vim_base_patch16_224": _cfg(224),
+        "vim_micro_patch4_32.famba_cifar100": timm_cfg(32, num_classes=100, **_SHIPPED),
+        "vim_tiny_patch16_224": timm_cfg(224),
+        "vim_small_patch16_224": timm_cfg(224),
+        "vim_base_patch16_224": timm_cfg(224),
     }
 )
 
 
 def create_vim(variant: str, pretrained: bool, shape: dict[str, Any], chosen: dict[str, Any]) -> nn.Module:
-    """Build a registered variant: `shape` is what makes it, `chosen` what the caller of timm.create_model asked for.
+    """Build a registered variant: `shape` makes it, `chosen` has the arguments of timm.create_model.
 
-    With pretrained weights that lie in their run's folder, such as those that come with the package, it fuses as it did
-    in training, in the arguments of `Vim` on fusion that are not chosen. timm passes no None on: fusion=[0] * depth is
-    no fusion.
+    Pretrained weights that lie in their run's folder, such as the bundled ones, are fused as in training unless
+    `chosen` says otherwise; fusion=[0] * depth is no fusion, since timm drops arguments that are None.
 
-    Returns a Vim; with features_only=True timm's FeatureGetterNet of one, which gives maps of features. Raises
-    ConfigError where the schedule of training does not fit the size of image or patch that is chosen.
+    Returns a Vim; with features_only=True timm's FeatureGetterNet of one, which returns maps of features. Raises
+    ConfigError for what does not fit, such as the schedule of training on images of another size.
     """
     trained = fusion_of_training(variant, shape, chosen) if pretrained else {}
+    # With features_only=True: by forward_intermediates, of the last three layers as timm's ViTs do.
+    features = {"out_indices": 3, "feature_cls": "getter"}
+    arguments = {"pretrained_filter_fn": fitting_weights, "feature_cfg": features, **shape, **trained, **chosen}
     try:
-        return build_model_with_cfg(
-            Vim,
-            variant,
-            pretrained,
-            pretrained_filter_fn=fitting_weights,
-            # With features_only=True: by forward_intermediates, of the last three layers as timm's ViTs have it.
-            feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-            **{**shape, **trained, **chosen},
-        )
+        return build_model_with_cfg(Vim, variant, pretrained, **arguments)
     except ConfigError as error:
         if error.argument != "budget" or "fusion" not in trained or "fusion" in chosen:
             raise
-        raise ConfigError(
-            f"the weights of {variant} were trained to fuse by {trained['fusion']}, which does not fit what was asked "
-            f"for: {error}; give fusion= a schedule that does, such as [0] * {len(trained['fusion'])} for no fusion",
-            "fusion",
-        ) from error
+        told = f"the weights of {variant} were trained to fuse by {trained['fusion']}, which does not fit here: {error}"
+        fitting = f"give fusion= a schedule that does, such as [0] * {len(trained['fusion'])} for no fusion"
+        raise ConfigError(f"{told}; {fitting}", "fusion") from error
 
 
 @register_model
 def vim_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """A Vim for CPUs and tests, 0.3 M parameters, for 32 x 32 images; with weights of CIFAR-100."""
+    """Build a Vim for CPUs and tests, 0.3 M parameters, for 32 x 32 images; with weights of CIFAR-100."""
     shape = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 8}
     return create_vim("vim_micro_patch4_32", pretrained, shape, kwargs)
 
 
 @register_model
 def vim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Vim-Ti, 7 M parameters (arXiv 2401.09417)."""
+    """Build Vim-Ti, 7 M parameters (arXiv 2401.09417)."""
     return create_vim("vim_tiny_patch16_224", pretrained, {"embed_dim": 192, "depth": 24}, kwargs)
 
 
 @register_model
 def vim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Vim-S, 26 M parameters (arXiv 2401.09417)."""
+    """Build Vim-S, 26 M parameters (arXiv 2401.09417)."""
     return create_vim("vim_small_patch16_224", pretrained, {"embed_dim": 384, "depth": 24}, kwargs)
 
 
 @register_model
 def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Vim-B, 98 M parameters (arXiv 2401.09417)."""
+    """Build Vim-B, 98 M parameters (arXiv 2401.09417)."""
     return create_vim("vim_base_patch16_224", pretrained, {"embed_dim": 768, "depth": 24}, kwargs)

@@ -1,4 +1,4 @@
-"""Token merging in timm's vision transformers (Bolya et al. 2023, arXiv 2210.09461), without touching them."""
+"""Fuse tokens in timm's vision transformers (ToMe, Bolya et al. 2023, arXiv 2210.09461), without changing them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import Any, ClassVar
 import timm
 import torch
 from jaxtyping import Float
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from famba.errors import ConfigError, check_choice
-from famba.fusion import Fusion, TokenMap
-from famba.models.backbone import Backbone, Reduction, Run, Tokens, register_backbone
+from famba.fusion import Fusion
+from famba.models.backbone import Backbone, Reduction, Run, Tokens, register_backbone, timm_cfg
 
 AFTER_ATTENTION = "after_attention"
 _POOLS = ("token", "avg")
@@ -25,11 +24,15 @@ _PREFIX = "vit."
 _MODULES = ("vision_transformer", "deit")
 
 
+def _of_vit(name: str) -> Any:
+    return property(lambda self: getattr(self.vit, name))
+
+
 @register_backbone
 class ToMe(Backbone):
-    """Fuse tokens of a vision transformer of timm's between the attention and the MLP of its blocks.
+    """Fuse tokens of a timm vision transformer between the attention and the MLP of its blocks, as `apply_tome` says.
 
-    `apply_tome` makes it. It shares the transformer's parameters, and names them in state_dict as the transformer does.
+    state_dict names the parameters, which are the transformer's own, as the transformer does.
     """
 
     kind = "a vision transformer"
@@ -39,15 +42,17 @@ class ToMe(Backbone):
     wraps_timm = True
     usual = Fusion(order="tome", weighting="size", place=AFTER_ATTENTION, proportional=True)
 
+    # As the transformer has them now: its classifier and the size of its images can be changed.
+    patch_embed, blocks, embed_dim = _of_vit("patch_embed"), _of_vit("blocks"), _of_vit("embed_dim")
+    num_classes, pretrained_cfg = _of_vit("num_classes"), _of_vit("pretrained_cfg")
+
     def __init__(self, vit: VisionTransformer, settings: Fusion) -> None:
         super().__init__()
         _check_vit(vit)
         _check_parts(vit)
-        self.check_fusion(settings)
         self.vit = vit
-        self.settings = settings
         self.grad_checkpointing = vit.grad_checkpointing
-        self.fusion = settings.schedule(self.depth, self.num_tokens, self.protected)
+        self.set_fusion(settings)
         self.register_state_dict_post_hook(_without_prefix)
         self.register_load_state_dict_pre_hook(_with_prefix)
 
@@ -58,59 +63,21 @@ class ToMe(Backbone):
 
     @classmethod
     def create(cls, name: str, **arguments: Any) -> ToMe:
-        """Build one by its timm name; its attention is as ToMe has it without training unless told otherwise."""
-        fusion = arguments.pop("fusion", None)
+        """Build one by its timm name; it attends as ToMe does without training unless told otherwise."""
         settings = {key: arguments.pop(key) for key in list(arguments) if key.startswith("fusion_")}
-        vit = timm.create_model(name, **arguments)
-        _check_vit(vit)
-        return cls(vit, cls.fusion_of(fusion, settings)).train(vit.training)  # type: ignore[arg-type]
+        fusion = cls.fusion_of(arguments.pop("fusion", None), settings)
+        vit: Any = timm.create_model(name, **arguments)
+        return cls(vit, fusion).train(vit.training)
 
     @property
     def num_patches(self) -> int:  # type: ignore[override]
-        """Tokens that may fuse, of images of the size that the transformer now takes."""
+        """Number of tokens that may fuse."""
         return self.vit.patch_embed.num_patches
 
     @property
     def num_tokens(self) -> int:  # type: ignore[override]
         """Length of the sequence that enters the first block."""
         return self.num_patches + self.vit.num_prefix_tokens
-
-    @property
-    def depth(self) -> int:
-        """Number of blocks."""
-        return len(self.vit.blocks)
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of the images, in pixels."""
-        height, width = self.vit.patch_embed.img_size
-        return height, width
-
-    @property
-    def num_classes(self) -> int:  # type: ignore[override]
-        """Width of the classifier; 0 for none."""
-        return self.vit.num_classes
-
-    @property
-    def pretrained_cfg(self) -> Any:
-        """What timm knows of the transformer's weights, and of the images that they take."""
-        return self.vit.pretrained_cfg
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        rows, columns = self.vit.patch_embed.grid_size
-        return rows, columns
-
-    @property
-    def embed_dim(self) -> int:  # type: ignore[override]
-        """d_model."""
-        return self.vit.embed_dim
-
-    @property
-    def in_chans(self) -> int:
-        """Channels of the images."""
-        return self.vit.patch_embed.proj.in_channels
 
     @property
     def special(self) -> tuple[int, ...]:
@@ -123,7 +90,7 @@ class ToMe(Backbone):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Parameters that the transformer does not decay, by their names here."""
+        """Name the parameters that the transformer does not decay."""
         own = {f"{_PREFIX}{name}" for name in self.vit.no_weight_decay()}
         return own & {name for name, _ in self.named_parameters()}
 
@@ -131,18 +98,17 @@ class ToMe(Backbone):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return the transformer's patterns of parameter names, for their names here."""
 
-        def here(pattern: str) -> str:
+        def here(given: Any) -> Any:
+            if not isinstance(given, str):
+                return [(here(pattern), order) for pattern, order in given]
             # The beginning that a pattern is bound to lies behind the prefix here.
-            return rf"^{re.escape(_PREFIX)}(?:{pattern.replace('^', '')})"
+            return rf"^{re.escape(_PREFIX)}(?:{given.replace('^', '')})"
 
-        return {
-            group: here(given) if isinstance(given, str) else [(here(pattern), order) for pattern, order in given]
-            for group, given in self.vit.group_matcher(coarse).items()
-        }
+        return {group: here(given) for group, given in self.vit.group_matcher(coarse).items()}
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The classifier, or classifiers."""
+        """Return the classifier, or classifiers."""
         return self.vit.get_classifier()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -151,20 +117,17 @@ class ToMe(Backbone):
         self.vit.reset_classifier(num_classes, global_pool)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Any:
-        """Classify images (b, in_chans, height, width): logits (b, num_classes), as the transformer gives them."""
+        """Classify images (b, in_chans, height, width): logits (b, num_classes), as the transformer returns them."""
         _check_vit(self.vit)
         return call_as(self.vit, super().forward, x)
 
     def forward_head(self, x: Float[Tensor, "b l d"], pre_logits: bool = False) -> Any:
-        """Classify what `forward_features` returns, (b, num_tokens, embed_dim), as the transformer does.
+        """Classify what `forward_features` returns, as the transformer does.
 
-        Raises:
-            ConfigError: x has another number of tokens; or the mean is taken over tokens whatever they hold (fused by
-                equal weights, or pruned), which features of patches do not tell.
+        Raises ConfigError for another number of tokens, or where the transformer pools by the mean and fuses by equal
+        weights or prunes: its mean over tokens is then not that over patches.
         """
-        self.check_num_tokens(x)
-        if self.vit.global_pool == "avg":
-            self.check_mean()
+        self.check_head(x, takes_mean=self.vit.global_pool == "avg")
         return self.vit.forward_head(x, pre_logits=pre_logits)
 
     def embed(self, x: Float[Tensor, "b c h w"]) -> Tensor:
@@ -173,9 +136,7 @@ class ToMe(Backbone):
         _check_parts(vit)  # again, since they may have been replaced
         return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))
 
-    def layer(
-        self, index: int, stream: Tensor, tokens: Tokens, reduction: Reduction | None
-    ) -> tuple[Tensor, Tokens, TokenMap | None]:
+    def layer(self, index: int, stream: Tensor, tokens: Tokens, reduction: Reduction | None) -> tuple[Tensor, Tokens]:
         """Compute one block, which fuses between its halves."""
         return self.recomputed(self._block, self.vit.blocks[index], stream, tokens, reduction)
 
@@ -197,32 +158,24 @@ class ToMe(Backbone):
         pooled = ((x[:, first:] * weights).sum(1) / weights.sum(1)).to(x.dtype)
         return vit.head(vit.head_drop(vit.fc_norm(pooled)))
 
-    def _block(
-        self, block: Block, x: Tensor, tokens: Tokens, reduction: Reduction | None
-    ) -> tuple[Tensor, Tokens, TokenMap | None]:
-        token_map = None
-
+    def _block(self, block: Block, x: Tensor, tokens: Tokens, reduction: Reduction | None) -> tuple[Tensor, Tokens]:
         def halves(x: Tensor) -> Tensor:
-            nonlocal tokens, token_map
+            nonlocal tokens
             assert isinstance(block.attn, Attention)
             normed = block.norm1(x)
             attended, keys = attend(block.attn, normed, tokens.sizes if self.settings.proportional else None)
             x = x + block.drop_path1(block.ls1(attended))
             if reduction is not None:
-                known = {"features": normed, "mixed": attended, "keys": keys}
-                (x,), tokens, token_map = reduction(tokens, [x], keys.mean(1), **known)
+                (x,), tokens = reduction(tokens, [x], keys.mean(1), features=normed, mixed=attended, keys=keys)
             return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
-        return call_as(block, halves, x), tokens, token_map
+        return call_as(block, halves, x), tokens
 
 
 def attend(
     attention: Attention, x: Float[Tensor, "b l d"], sizes: Float[Tensor, "b l"] | None
 ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b heads l head"]]:
-    """Compute the self-attention of timm's, and return its keys too, on whose mean similarity is measured.
-
-    With sizes, a token is attended to in proportion to them (proportional attention, ToMe section 3).
-    """
+    """Compute timm's self-attention, and its keys; with sizes, proportional to them (ToMe, section 3)."""
     keys = x
 
     def attended(x: Tensor) -> Tensor:
@@ -233,7 +186,13 @@ def attend(
         q, k = attention.q_norm(q), attention.k_norm(k)
         keys = k
         bias = None if sizes is None else sizes.log()[:, None, None, :].to(q.dtype)
-        out = attention.norm(_weighted(attention, q, k, v, bias).transpose(1, 2).flatten(2))
+        if attention.fused_attn:
+            dropped = attention.attn_drop.p if attention.training else 0.0
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropped, scale=attention.scale)
+        else:  # where timm is told to compute all weights
+            scores = (q * attention.scale) @ k.transpose(-2, -1)
+            out = attention.attn_drop((scores if bias is None else scores + bias).softmax(dim=-1)) @ v
+        out = attention.norm(out.transpose(1, 2).flatten(2))
         if (gate := getattr(attention, "gate", None)) is not None:
             out = out * gate(x).sigmoid()
         return attention.proj_drop(attention.proj(out))
@@ -241,59 +200,38 @@ def attend(
     return call_as(attention, attended, x), keys
 
 
-def _weighted(attention: Attention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Return attended values (b, heads, l, head): by one op or, where timm is told so, with all weights at hand."""
-    if attention.fused_attn:
-        dropped = attention.attn_drop.p if attention.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropped, scale=attention.scale)
-    scores = (q * attention.scale) @ k.transpose(-2, -1)
-    return attention.attn_drop((scores if bias is None else scores + bias).softmax(dim=-1)) @ v
-
-
 def apply_tome(vit: VisionTransformer, schedule: Sequence[int], **settings: Any) -> ToMe:
-    """Let a timm vision transformer fuse tokens between attention and MLP, trained with fusion or not.
+    """Let a timm vision transformer fuse tokens between attention and MLP, whether it was trained with fusion or not.
 
-    The transformer is left as it was: the result holds it (`.vit`, and `remove_tome` gives it back) and shares its
-    parameters, device and mode. Similarity is that of the keys, averaged over the heads. Hooks act as without
-    fusion, and so do layers that replace others: all but the blocks and their attentions, which are computed here.
+    The transformer is left as it was: the result holds it (`.vit`; `remove_tome` returns it) and shares its parameters,
+    device and mode. Similarity is that of the keys, averaged over the heads. Hooks act as without fusion, and so do
+    layers that replace others, but for the blocks and their attentions, which are computed here.
 
     Args:
         vit: ViT, DeiT and their kin, with a class token or without, a distillation token, registers, layer scale, norms
             of queries and keys; pooled by the class token or the mean.
         schedule: tokens removed in each block, from `famba.fusion.schedule` with protected=vit.num_prefix_tokens;
             "all" with a budget of depth * r is ToMe's constant r, "decreasing" its decreasing one.
-        settings: fields of `famba.fusion.Fusion`: order ("tome" or "sequence"), weighting ("size", by the patches that
-            a token holds, as in ToMe, or "mean"), mode ("fuse", or "prune", where the same tokens are dropped), rule,
-            and proportional: add the logarithm of a token's size to what it is attended by. ToMe has this for a
-            transformer that was trained without fusion, and not in training. By default they are as in ToMe: "tome",
-            "size", "fuse", True.
+        settings: the fields order, weighting, mode, rule and proportional of `famba.fusion.Fusion`; as in ToMe unless
+            given: "tome", "size", "fuse", "bipartite", and True, which adds the logarithm of a token's size to what it
+            is attended by, as ToMe does in transformers that were trained without fusion.
 
     Raises:
         ConfigError: vit is none that this can do, or the schedule does not fit it.
     """
-    _check_kind(schedule, vit)
-    model = ToMe(vit, ToMe.fusion_of(schedule, settings))
-    return model.train(vit.training)
+    given: Any = schedule
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        depth = len(vit.blocks) if isinstance(vit, VisionTransformer) else "depth"
+        allowed = f"tokens to remove in each block, such as [8] * {depth}, or as famba.fusion.schedule works them out"
+        raise ConfigError(f"the schedule is {schedule!r}; allowed: {allowed}")
+    return ToMe(vit, ToMe.fusion_of(schedule, settings)).train(vit.training)
 
 
 def remove_tome(model: ToMe) -> VisionTransformer:
-    """Give back the transformer that fuses: the very one that `apply_tome` was given, with what training did to it.
-
-    Raises ConfigError for what `apply_tome` has not made.
-    """
+    """Return the transformer that `apply_tome` was given, as trained. Raises ConfigError for what it has not made."""
     if not isinstance(model, ToMe):
         raise ConfigError(f"a {type(model).__name__} was not made by apply_tome; there is nothing to remove")
     return model.vit
-
-
-def _check_kind(schedule: Any, vit: Any) -> None:
-    """Raise ConfigError for ToMe's own r, or a strategy's name, in place of a schedule."""
-    if isinstance(schedule, str) or not isinstance(schedule, Sequence):
-        depth = len(vit.blocks) if isinstance(vit, VisionTransformer) else "depth"
-        raise ConfigError(
-            f"the schedule is {schedule!r}; allowed: tokens to remove in each block, such as [8] * {depth}, or as "
-            "famba.fusion.schedule works them out"
-        )
 
 
 def _check_vit(vit: Any) -> None:
@@ -303,25 +241,19 @@ def _check_vit(vit: Any) -> None:
             f"{type(vit).__name__} is no timm VisionTransformer; allowed: the ViT and DeiT models that "
             "timm.list_models(module='vision_transformer') and timm.list_models(module='deit') name"
         )
-    kind = type(vit)
-    if kind.forward is not VisionTransformer.forward or kind.forward_features is not VisionTransformer.forward_features:
-        raise ConfigError(
-            f"{kind.__name__} has a forward or forward_features of its own, which fusion would leave out; allowed: "
-            "those of timm's VisionTransformer"
-        )
+    kind, usual = type(vit), VisionTransformer
+    if kind.forward is not usual.forward or kind.forward_features is not usual.forward_features:
+        told = "which fusion would leave out; allowed: those of timm's VisionTransformer"
+        raise ConfigError(f"{kind.__name__} has a forward or forward_features of its own, {told}")
     _check_forward("the transformer", vit)
     if vit.global_pool not in _POOLS:
-        raise ConfigError(
-            f"the transformer pools by global_pool={vit.global_pool!r}, which counts tokens and not patches; "
-            f"allowed: {', '.join(_POOLS)}"
-        )
+        told = f"which counts tokens and not patches; allowed: {', '.join(_POOLS)}"
+        raise ConfigError(f"the transformer pools by global_pool={vit.global_pool!r}, {told}")
     if not isinstance(vit.patch_drop, nn.Identity):
         raise ConfigError("the transformer drops patches (patch_drop_rate), which fusion does by its own schedule")
     if vit.dynamic_img_size:
-        raise ConfigError(
-            "the transformer takes images of any size (dynamic_img_size), a schedule is for one; "
-            "create it with img_size instead"
-        )
+        told = "a schedule is for one; create it with img_size instead"
+        raise ConfigError(f"the transformer takes images of any size (dynamic_img_size), {told}")
 
 
 def _check_parts(vit: VisionTransformer) -> None:
@@ -337,11 +269,10 @@ def _check_parts(vit: VisionTransformer) -> None:
 
 
 def _check_forward(name: str, module: nn.Module) -> None:
-    if has_own_forward(module):
-        raise ConfigError(
-            f"{name} had its forward replaced, which fusion would leave out; allowed: hooks, and other layers in the "
-            "places of its layers. Undo it by: del module.forward"
-        )
+    """Raise ConfigError where someone put another forward into this one module, in place of its class's."""
+    if "forward" in module.__dict__:
+        allowed = "hooks, and other layers in the places of its layers. Undo it by: del module.forward"
+        raise ConfigError(f"{name} had its forward replaced, which fusion would leave out; allowed: {allowed}")
 
 
 def _without_prefix(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
@@ -357,11 +288,6 @@ def _with_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
         state[prefix + _PREFIX + name[len(prefix) :]] = state.pop(name)
 
 
-def has_own_forward(module: nn.Module) -> bool:
-    """Return whether someone put another forward into this one module, in place of its class's."""
-    return "forward" in module.__dict__
-
-
 def call_as(module: nn.Module, forward: Callable[..., Any], *args: Any) -> Any:
     """Call `forward` in place of a module's own, so that torch runs the module's hooks around it."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
@@ -374,24 +300,11 @@ def call_as(module: nn.Module, forward: Callable[..., Any], *args: Any) -> Any:
         del module.forward
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        "vit_micro_patch4_32": {
-            "url": "",
-            "num_classes": 1000,
-            "input_size": (3, 32, 32),
-            "interpolation": "bicubic",
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        }
-    }
-)
+default_cfgs = generate_default_cfgs({"vit_micro_patch4_32": timm_cfg(32)})
 
 
 @register_model
 def vit_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """A vision transformer of vim_micro's depth, width and number of parameters, for 32 x 32 images."""
+    """Build a vision transformer of vim_micro's depth, width and number of parameters, for 32 x 32 images."""
     shape = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 8, "num_heads": 4, "mlp_ratio": 3}
     return build_model_with_cfg(VisionTransformer, "vit_micro_patch4_32", pretrained, **{**shape, **kwargs})

@@ -1,11 +1,11 @@
-"""Weights from files into a network, refused as a whole where they do not fit."""
+"""Load weights from files into a network, or refuse them as a whole where they do not fit."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,23 +23,18 @@ from famba.fusion.config import SETTINGS
 from famba.models.backbone import CLS_POSITIONS, Backbone, create_network, network_names
 
 WEIGHTS = Path(__file__).parent / "weights"
-"""Run folders of the weights that come with the package, by the names of their models."""
+"""Run folders of the bundled weights, by the names of their models."""
 _PATCHES = "patch_embed.proj.weight"
 _MIDDLE = "midclstok"  # in names of official models
 _log = logging.getLogger(__name__)
-_HEAD_HINT = "; reset_head=True keeps the model's own"
 _HEADS = ("head.", "head_dist.")
-_WEIGHT_KEYS = ("model", "state_dict")
 
 
 class Origin(NamedTuple):
-    """Hold what is known of the network that weights come from; None where nothing says it.
+    """Hold what is known of the network that weights come from; None where nothing says it."""
 
-    cls_position: where its class token stands, as in `Vim`. grid: its rows and columns of patches.
-    """
-
-    cls_position: str | None = None
-    grid: tuple[int, int] | None = None
+    cls_position: str | None = None  # the class token's place, as in `Vim`
+    grid: tuple[int, int] | None = None  # rows and columns of patches
 
 
 def load_vim_checkpoint(
@@ -53,13 +48,13 @@ def load_vim_checkpoint(
     """Load weights into a Vim: the official files with unchanged names, or those of a run.
 
     The position embedding is resampled to the model's grid, and the class token's own row goes to the model's place;
-    the patch embedding is resampled to the model's patches. What was changed is logged.
+    the patch embedding is resampled to the model's patches. Changes are logged.
 
     Args:
         model: changed in place, and only where everything fits.
         path: .pth, .pt (weights at the top, or under "model" or "state_dict") or .safetensors.
-        cls_position: where the file's class token stands. None: where its run or export says, or the name in an
-            official file ("middle"); as in the model where nothing says it.
+        cls_position: place of the file's class token. None: as its run or export says, or the name in an official file
+            ("middle"); as in the model where nothing says it.
         grid: rows and columns of the file's patches. None: as its run or export says; a square where nothing says it
             and their number is one, as in the official files; else as in the model.
         reset_head: keep the model's own classifier, for another set of classes.
@@ -73,8 +68,7 @@ def load_vim_checkpoint(
     content = read_file(path)
     said = saved_origin(content, path)
     origin = Origin(cls_position or said.cls_position, grid or said.grid)
-    changes = load_weights(model, weights_in(content), path, origin, reset_head=reset_head)
-    if changes:
+    if changes := load_weights(model, weights_in(content), path, origin, reset_head=reset_head):
         _log.info("%s: %s", path, "; ".join(changes))
     return model
 
@@ -87,10 +81,7 @@ def load_weights(
     *,
     reset_head: bool = False,
 ) -> list[str]:
-    """Load weights that were read from a path, as `load_vim_checkpoint` does, into a network of any kind.
-
-    Returns what is not as the file has it, for a reader.
-    """
+    """Load weights that were read from a path into any network, and return what was changed, in sentences."""
     fit = fit_weights(model, weights, str(path), origin, reset_head)
     for doubt in fit.doubts:
         _log.warning("%s: %s", path, doubt)
@@ -99,10 +90,9 @@ def load_weights(
 
 
 def fitting_weights(weights: dict[str, Any], model: Backbone) -> dict[str, Tensor]:
-    """Return weights that come with a model as this one takes them, its own classifier where it has other classes.
+    """Return pretrained weights as a model takes them, with its own classifier where it has other classes.
 
-    timm calls it, and has put what it knows of the weights into model.pretrained_cfg. Raises CheckpointError with the
-    list of all that does not fit.
+    timm calls it, with its records of the weights in model.pretrained_cfg. Raises CheckpointError as `fit_weights`.
     """
     head, own = weights.get("head.weight"), model.state_dict().get("head.weight")
     other_head = own is None or not isinstance(head, Tensor) or head.shape[:1] != own.shape[:1]
@@ -112,8 +102,28 @@ def fitting_weights(weights: dict[str, Any], model: Backbone) -> dict[str, Tenso
     return fit.weights
 
 
+def weights_in(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the weights in what was read from a file: at the top, or under "model" or "state_dict"."""
+    return next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), content)
+
+
+def saved_origin(content: dict[str, Any], path: str | Path) -> Origin:
+    """Return what the content of a file, or what lies beside its path, says of the network that its weights come from.
+
+    A run's weights have their configuration beside them, its checkpoints within; exported weights have a config.json
+    beside them; the official files of Vim hold the name of their model. Raises CheckpointError where a configuration
+    beside the file cannot be read.
+    """
+    arguments = content.get("args")
+    official = arguments.get("model") if isinstance(arguments, dict) else getattr(arguments, "model", None)
+    if isinstance(official, str):
+        return Origin("middle" if _MIDDLE in official else None)
+    said = _origin(content["config"]) if content.get("config") is not None else _beside(Path(path).parent)
+    return Origin("middle") if said == Origin() and _MIDDLE in Path(path).name else said
+
+
 def _origin_by_timm(weights: Mapping[str, Any], model: Backbone) -> Origin:
-    """Return what timm knows of the network that weights come from: by the file's folder, else by its own records."""
+    """Return what timm knows of the network that weights come from, by the file's folder or by its own records."""
     cfg: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     if cfg.get("file"):
         place = Path(cfg["file"])  # timm calls a folder so, too
@@ -121,25 +131,51 @@ def _origin_by_timm(weights: Mapping[str, Any], model: Backbone) -> Origin:
         if said != Origin():
             return said
     arguments: Mapping[str, Any] = getattr(model, "pretrained_model_args", {})
-    return Origin(arguments.get("cls_position"), _grid_by_size(weights, cfg["input_size"][1:]))
+    grid, kernel, embed = None, weights.get(_PATCHES), weights.get("pos_embed")
+    if isinstance(kernel, Tensor) and isinstance(embed, Tensor) and kernel.ndim == 4 and embed.ndim == 3:
+        rows, columns = (
+            size // max(1, side) for size, side in zip(cfg["input_size"][1:], kernel.shape[2:], strict=True)
+        )
+        # Otherwise the weights are of images of another size.
+        grid = (rows, columns) if rows * columns == embed.shape[1] - ("cls_token" in weights) else None
+    return Origin(arguments.get("cls_position"), grid)
 
 
-def _grid_by_size(weights: Mapping[str, Any], image: Sequence[int]) -> tuple[int, int] | None:
-    """Return the grid of the weights' patches on images of a size, None where they are of images of another one."""
-    kernel, embed = weights.get(_PATCHES), weights.get("pos_embed")
-    if not isinstance(kernel, Tensor) or not isinstance(embed, Tensor) or kernel.ndim != 4 or embed.ndim != 3:
-        return None
-    height, width = (max(1, side) for side in kernel.shape[2:])
-    grid = image[0] // height, image[1] // width
-    return grid if grid[0] * grid[1] == embed.shape[1] - ("cls_token" in weights) else None
+def _beside(folder: Path) -> Origin:
+    """Return what the configuration in a folder, of a run or an export, says of the network of its weights."""
+    file = next((folder / name for name in ("config.yaml", "config.json") if (folder / name).is_file()), None)
+    if file is None:
+        return Origin()
+    try:
+        config = (json.loads if file.suffix == ".json" else yaml.safe_load)(file.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(
+            f"{file}, which would say what network the weights beside it are of, cannot be read "
+            f"({type(error).__name__}); mend it, or move the weights to another folder"
+        ) from error
+    return _origin(config)
+
+
+def _origin(config: Any) -> Origin:
+    """Return what the configuration of a run, or the config.json of an export, says; nothing for that of others."""
+    groups = config if isinstance(config, dict) else {}
+    model, data, export = (g if isinstance(g := groups.get(k), dict) else {} for k in ("model", "data", "model_args"))
+    known = {"img_size": data.get("image_size"), **model}
+    if export:
+        known = {**export, "name": groups.get("architecture")}
+    position = known.get("cls_position") if known.get("cls_position") in CLS_POSITIONS else None
+    if known.get("name") not in network_names():
+        return Origin(position)
+    sizes = {key: known.get(key) for key in ("img_size", "patch_size")}
+    # JSON has no tuples.
+    given: dict[str, Any] = {key: tuple(size) if isinstance(size, list) else size for key, size in sizes.items()}
+    with torch.device("meta"):
+        return Origin(position, create_network(known["name"], depth=1, **given).grid_size)
 
 
 @dataclass
 class Fit:
-    """Hold weights as a model takes them.
-
-    misfits: why it cannot. changes: what is not as the file has it. doubts: what was assumed and may be wrong.
-    """
+    """Hold weights as a model takes them, and sentences: why it cannot, what was changed, what may be wrong."""
 
     weights: dict[str, Tensor]
     misfits: list[str] = field(default_factory=list)
@@ -148,98 +184,13 @@ class Fit:
 
 
 def fit_weights(model: Backbone, weights: dict[str, Any], source: str, origin: Origin, reset_head: bool) -> Fit:
-    """Return weights as a model takes them, which may be without memory; `load_vim_checkpoint` says what is changed.
+    """Return weights for every parameter of a model, which may be without memory, changed as in `load_vim_checkpoint`.
 
     Raises CheckpointError with the list of all that does not fit.
     """
-    fit = _fit(model, weights, origin, reset_head)
-    if fit.misfits:
-        listed = "\n  ".join(sorted(fit.misfits))
-        raise CheckpointError(f"{source} does not fit this model; nothing was loaded:\n  {listed}")
-    return fit
-
-
-def saved_origin(content: dict[str, Any], path: str | Path) -> Origin:
-    """Return what a file, or what lies beside it, says of the network that its weights come from.
-
-    Args:
-        content: what was read from the file, as `read_file` has it.
-        path: the file. A run's weights have their configuration beside them, its checkpoints within; exported weights
-            have a config.json beside them; the official files of Vim hold the name of their model.
-
-    Raises:
-        CheckpointError: the configuration beside the file cannot be read.
-    """
-    arguments = content.get("args")
-    official = arguments.get("model") if isinstance(arguments, dict) else getattr(arguments, "model", None)
-    if isinstance(official, str):
-        return Origin("middle" if _MIDDLE in official else None)
-    config = content.get("config")
-    said = _beside(Path(path).parent) if config is None else _of_run(config)
-    return Origin("middle") if said == Origin() and _MIDDLE in Path(path).name else said
-
-
-def _beside(folder: Path) -> Origin:
-    """Return what a folder's files say of the network that its weights come from."""
-    run, exported = folder / "config.yaml", folder / "config.json"
-    if run.is_file():
-        return _of_run(_read_config(run))
-    if exported.is_file():
-        return _of_export(_read_config(exported))
-    return Origin()
-
-
-def _of_export(config: Any) -> Origin:
-    arguments = _part(config, "model_args")
-    sizes = {key: arguments.get(key) for key in ("img_size", "patch_size")}
-    return _origin(config.get("architecture") if arguments else None, sizes, arguments.get("cls_position"))
-
-
-def _of_run(config: Any) -> Origin:
-    model = _part(config, "model")
-    sizes = {"img_size": _part(config, "data").get("image_size"), "patch_size": model.get("patch_size")}
-    return _origin(model.get("name"), sizes, model.get("cls_position"))
-
-
-def _part(config: Any, name: str) -> dict[str, Any]:
-    """Return a group of a configuration; an empty one where it is none, as in files of other programs."""
-    group = config.get(name) if isinstance(config, dict) else None
-    return group if isinstance(group, dict) else {}
-
-
-def _origin(name: Any, sizes: Mapping[str, Any], cls_position: Any) -> Origin:
-    """Return what a model's timm name and the arguments img_size and patch_size say, those that are not None."""
-    position = cls_position if cls_position in CLS_POSITIONS else None
-    if name not in network_names():
-        return Origin(position)
-    # JSON has no tuples.
-    given: dict[str, Any] = {key: tuple(size) if isinstance(size, list) else size for key, size in sizes.items()}
-    with torch.device("meta"):
-        network = create_network(name, depth=1, **given)
-    return Origin(position, network.grid_size)
-
-
-def _read_config(path: Path) -> Any:
-    try:
-        return (json.loads if path.suffix == ".json" else yaml.safe_load)(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CheckpointError(
-            f"{path}, which would say what network the weights beside it are of, cannot be read "
-            f"({type(error).__name__}); mend it, or move the weights to another folder"
-        ) from error
-
-
-def weights_in(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the weights in what was read from a file: at the top, or under "model" or "state_dict"."""
-    return next((content[key] for key in _WEIGHT_KEYS if isinstance(content.get(key), dict)), content)
-
-
-def _fit(model: Backbone, weights: dict[str, Any], origin: Origin, reset_head: bool) -> Fit:
-    """Return weights for every parameter of the model, with what does not fit."""
-    own = model.state_dict()
-    weights = {str(name): value for name, value in weights.items()}
-    given = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
-    fit = Fit(given, [f"{name}: not a tensor" for name, value in weights.items() if not isinstance(value, Tensor)])
+    own, named = model.state_dict(), {str(name): value for name, value in weights.items()}
+    given = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    fit = Fit(given, [f"{name}: not a tensor" for name in named.keys() - given.keys()])
     if reset_head:
         for name in [name for name in given if name.startswith(_HEADS)]:
             del given[name]
@@ -249,82 +200,76 @@ def _fit(model: Backbone, weights: dict[str, Any], origin: Origin, reset_head: b
     if embed is not None and embed.ndim == 3 and embed.shape[0] == 1:
         try:
             given["pos_embed"] = _fit_pos_embed(fit, model, embed, origin)
-        except _MisfitError as misfit:
+        except CheckpointError as misfit:
             fit.misfits.append(f"pos_embed: {misfit}")
             given["pos_embed"] = own["pos_embed"]
-    fit.misfits += [f"{name}: missing in the file" for name in own if name not in given]
-    unknown = [name for name in given if name not in own]
-    fit.misfits += [f"{name}: not in the model{_HEAD_HINT if name.startswith('head.') else ''}" for name in unknown]
-    for name in own.keys() & given.keys():
-        if own[name].shape != given[name].shape:
-            hint = _HEAD_HINT if name.startswith(_HEADS) else ""
+    for name in own.keys() | given.keys():
+        hint = "; reset_head=True keeps the model's own" if name.startswith(_HEADS) else ""
+        if name not in given:
+            fit.misfits.append(f"{name}: missing in the file")
+        elif name not in own:
+            fit.misfits.append(f"{name}: not in the model{hint}")
+        elif own[name].shape != given[name].shape:
             shapes = f"{tuple(given[name].shape)} in the file, {tuple(own[name].shape)} in the model"
             fit.misfits.append(f"{name}: {shapes}{hint}")
+    if fit.misfits:
+        listed = "\n  ".join(sorted(fit.misfits))
+        raise CheckpointError(f"{source} does not fit this model; nothing was loaded:\n  {listed}")
     return fit
 
 
 def _fit_patch_embed(fit: Fit, own: dict[str, Tensor]) -> None:
     """Resample the file's patch embedding where it is one for patches of another size."""
-    if _PATCHES not in own:
+    kernel = fit.weights.get(_PATCHES)
+    if kernel is None or _PATCHES not in own or kernel.ndim != 4 or 0 in kernel.shape:
         return
-    kernel, wanted = fit.weights.get(_PATCHES), own[_PATCHES].shape
-    if kernel is None or kernel.ndim != 4 or kernel.shape[:2] != wanted[:2] or 0 in kernel.shape:
-        return
-    if kernel.shape != wanted:
+    wanted = own[_PATCHES].shape
+    if kernel.shape[:2] == wanted[:2] and kernel.shape != wanted:
         fit.changes.append(f"the patch embedding is resampled from {_by(kernel.shape[2:])} to {_by(wanted[2:])} pixels")
-    fit.weights[_PATCHES] = resample_patch_embed(kernel, list(wanted[2:]))
-
-
-class _MisfitError(Exception):
-    """Says why a model cannot take something of a file."""
+        fit.weights[_PATCHES] = resample_patch_embed(kernel, list(wanted[2:]))
 
 
 def _fit_pos_embed(fit: Fit, model: Backbone, embed: Tensor, origin: Origin) -> Tensor:
     """Return the file's position embedding (1, rows, width) on the model's grid; other tokens keep their rows."""
     if embed.shape[2] != model.embed_dim:
-        raise _MisfitError(f"width {embed.shape[2]} in the file, {model.embed_dim} in the model")
-    position, told = _cls_position(fit, model, origin), ""
-    rows = model.special_rows(embed.shape[1], position)
-    if position is not None:
-        told = f", with class token {position!r}"
-    elif rows:
-        told = f", behind {len(rows)} others"
-    if len(rows) >= embed.shape[1]:
-        raise _MisfitError(f"{embed.shape[1]} rows in the file hold no patches{told}")
-    is_special = torch.zeros(embed.shape[1], dtype=torch.bool)
-    is_special[list(rows)] = True
-    patches = _on_grid(fit, embed[:, ~is_special], model.grid_size, origin.grid, told)
-    own = model.special_rows(patches.shape[1] + len(rows), None)
-    fitted = patches.new_empty(1, patches.shape[1] + len(rows), embed.shape[2])
-    is_special = torch.zeros(fitted.shape[1], dtype=torch.bool)
-    is_special[list(own)] = True
-    fitted[:, is_special], fitted[:, ~is_special] = embed[:, list(rows)], patches
+        raise CheckpointError(f"width {embed.shape[2]} in the file, {model.embed_dim} in the model")
+    position = None if model.cls_position is None else _cls_position(fit, model.cls_position, origin)
+    special = model.special_rows(embed.shape[1], position)
+    others = f", behind {len(special)} others" if special else ""
+    told = others if position is None else f", with class token {position!r}"
+    if len(special) >= embed.shape[1]:
+        raise CheckpointError(f"{embed.shape[1]} rows in the file hold no patches{told}")
+    patches = _on_grid(fit, embed[:, _others(special, embed.shape[1])], model.grid_size, origin.grid, told)
+    rows = patches.shape[1] + len(special)
+    own, fitted = model.special_rows(rows, None), patches.new_empty(1, rows, embed.shape[2])
+    fitted[:, list(own)], fitted[:, _others(own, rows)] = embed[:, list(special)], patches
     return fitted
 
 
-def _cls_position(fit: Fit, model: Backbone, origin: Origin) -> str | None:
-    """Return where the file's class token stands; None for a model in which it has but one place."""
-    if model.cls_position is None:
-        return None
-    position = origin.cls_position or model.cls_position
+def _others(special: Collection[int], rows: int) -> list[int]:
+    return [row for row in range(rows) if row not in special]
+
+
+def _cls_position(fit: Fit, own: str, origin: Origin) -> str:
+    """Return the place of the file's class token, for a model that has its own there."""
+    position = origin.cls_position or own
     check_choice("cls_position", position, CLS_POSITIONS)
-    if (position != "none") != (model.cls_position != "none"):
-        raise _MisfitError(f"class token {position!r} in the file, {model.cls_position!r} in the model")
+    if (position != "none") != (own != "none"):
+        raise CheckpointError(f"class token {position!r} in the file, {own!r} in the model")
     if position != "none" and origin.cls_position is None:
         fit.changes.append(f"the class token is taken to stand at {position}, since nothing says where")
-    elif position != model.cls_position:
-        fit.changes.append(f"the class token moves from {position} to {model.cls_position}")
+    elif position != own:
+        fit.changes.append(f"the class token moves from {position} to {own}")
     return position
 
 
 def _on_grid(fit: Fit, patches: Tensor, own: tuple[int, int], given: tuple[int, int] | None, told: str) -> Tensor:
-    """Return rows of patches (1, n, width) for a model's own grid. given: that of the file, where it is known."""
-    count = patches.shape[1]
-    side = math.isqrt(count)
+    """Return rows of patches (1, n, width) on a model's own grid. given: that of the file, where it is known."""
+    count, side = patches.shape[1], math.isqrt(patches.shape[1])
     old = given or ((side, side) if side * side == count else own)
     if count < 1 or old[0] * old[1] != count:
         shape = "square grid" if given is None else f"grid of {_by(old)}"
-        raise _MisfitError(f"{count} patches in the file are no {shape}{told}")
+        raise CheckpointError(f"{count} patches in the file are no {shape}{told}")
     if old == own:
         return patches
     if given is None and own[0] * own[1] == count:
@@ -341,15 +286,14 @@ def _by(size: Sequence[int]) -> str:
 
 
 def weights_folder(name: str) -> Path | None:
-    """Return the run folder that a model's weights come from: weights, configuration and summary; None without any."""
+    """Return the run folder that a model's bundled weights come from, with configuration and summary; None without."""
     folder = WEIGHTS / name.split(".")[0]
     return folder if folder.is_dir() else None
 
 
 def names_with_weights() -> list[str]:
-    """List the timm names, with their tags, of the models whose weights come with the package."""
-    folders = sorted(folder.name for folder in WEIGHTS.iterdir())
-    return [name for folder in folders for name in timm.list_models(f"{folder}*", pretrained=True)]
+    """List the timm names, with their tags, of the models with bundled weights."""
+    return [n for folder in sorted(WEIGHTS.iterdir()) for n in timm.list_models(f"{folder.name}*", pretrained=True)]
 
 
 def fusion_of_training(variant: str, shape: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:

@@ -5,9 +5,8 @@ what else a backend finds too dear to work out again; the rest is worked out aga
 weights go in as they are: a backend casts them for its products, all at once, and keeps what it has cast.
 """
 
-import math
 from collections.abc import Sequence
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -202,18 +201,6 @@ def _gradients(ctx, dout, *_):  # type: ignore[no-untyped-def]
 
 
 _mixer.register_autograd(_gradients, setup_context=_keep)
-
-
-def kept_bytes(backend: str, sizes: MixerSizes, itemsize: int) -> int | None:
-    """Count the bytes that a mixer keeps besides its inputs, for products in numbers of `itemsize` bytes.
-
-    None for a backend that has no mixer as one op. Copied weights count too.
-    """
-    found = kernels(backend)
-    if not isinstance(found, MixerKernels):
-        return None
-    shapes, float_shapes = cast("MixerKernels", found).mixer_kept_shapes(sizes)
-    return itemsize * sum(map(math.prod, shapes)) + 4 * sum(map(math.prod, float_shapes))
 
 
 def mixer_macs(

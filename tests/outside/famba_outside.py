@@ -46,13 +46,13 @@ class MixerBlock(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.mean, self.own = nn.Linear(width, width), nn.Linear(width, width)
 
-    def forward(self, x: Tensor, tokens: Tokens, reduction: Reduction | None) -> tuple[Tensor, Tokens, TokenMap | None]:
+    def forward(self, x: Tensor, tokens: Tokens, reduction: Reduction | None) -> tuple[Tensor, Tokens]:
         """Reduce the tokens (b, l, d), and mix those that are left."""
-        normed, token_map = self.norm(x), None
+        normed = self.norm(x)
         if reduction is not None:
-            (normed, x), tokens, token_map = reduction(tokens, [normed, x], normed, features=normed)
+            (normed, x), tokens = reduction(tokens, [normed, x], normed, features=normed)
         mixed = self.own(normed).relu() * self.mean(normed.mean(1, keepdim=True)).sigmoid()
-        return x + mixed, tokens, token_map
+        return x + mixed, tokens
 
 
 @register_backbone
@@ -116,19 +116,13 @@ class TinyMixer(Backbone):
         """No token is special."""
         return ()
 
-    def get_classifier(self) -> nn.Module:
-        """Return the classifier."""
-        return self.head
-
     def embed(self, x: Tensor) -> Tensor:
         """Cut images into patches, and project them (b, l, d)."""
         p = self.patch
         patches = x.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
         return self.project(patches) + self.pos_embed
 
-    def layer(
-        self, index: int, stream: Tensor, tokens: Tokens, reduction: Reduction | None
-    ) -> tuple[Tensor, Tokens, TokenMap | None]:
+    def layer(self, index: int, stream: Tensor, tokens: Tokens, reduction: Reduction | None) -> tuple[Tensor, Tokens]:
         """Compute one block."""
         return self.recomputed(self.mixers[index], stream, tokens, reduction)
 
