@@ -67,11 +67,11 @@ class BuildKernels(build_ext):
         _finish([_start([*compiler, *extra, "-shared", "-o", str(target), *objects, "-pthread", "-ldl"])])
 
     def get_source_files(self) -> list[str]:
-        """What the source distribution has to hold."""
+        """List the files of the source distribution."""
         return [str(path) for path in sorted(Path(FOLDER, "src").iterdir())]
 
     def get_outputs(self) -> list[str]:
-        """What the wheel has to hold."""
+        """List the files of the wheel."""
         built = [Path(self.build_lib, name) for name in (LIBRARY, FAILURE)]
         return [str(path) for path in built if path.exists()]
 
@@ -98,7 +98,7 @@ def _finish(processes: list[subprocess.Popen[str]]) -> None:
 
 
 def _reason(error: OSError | subprocess.CalledProcessError) -> str:
-    """What went wrong in one line: the compiler's first error, or the first line that there is."""
+    """Say in one line what went wrong: the first error of the compiler, or its first line."""
     said = getattr(error, "stderr", None) or getattr(error, "stdout", None) or str(error)
     lines = [line.strip() for line in said.splitlines() if line.strip()] or [str(error)]
     return next((line for line in lines if "error" in line.lower()), lines[0])

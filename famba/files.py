@@ -104,7 +104,7 @@ def _sync(path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong in one line; the disk's own word where torch hides it behind its own."""
+    """Say in one line what went wrong; a full disk by its own error, which torch hides behind another."""
     cause = error.__cause__ or error.__context__
     if isinstance(cause, OSError):
         error = cause
