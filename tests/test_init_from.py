@@ -25,14 +25,11 @@ from famba.errors import CheckpointError, ConfigError
 from famba.models import Vim, create_vim, load_vim_checkpoint
 from famba.models.weights import weights_folder
 from famba.training.app import main
-from famba.training.build import new_state
-from famba.training.checkpoint import load
+from famba.training.checkpoint import TrainedOn, TrainingState, load
 from famba.training.compose import compose
-from famba.training.initial import weights_sha256
 from famba.training.setup import prepare
-from famba.training.state import TrainingState
-from famba.training.trained import load_trained
-from famba.training.trained_on import TrainedOn
+from famba.training.trained import load_trained, weights_sha256
+from famba.training.trainer import new_state
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +116,11 @@ def test_averages_that_nobody_kept_are_refused(source: Path, tmp_path: Path) -> 
 
 def test_what_is_not_there_is_refused(source: Path, tmp_path: Path) -> None:
     message = refused(tmp_path / "absent.pt")
-    assert "absent.pt is no file, no run folder and no timm model whose weights come with the package" in message
+    assert "absent.pt is no file, no run folder and no timm model with bundled weights" in message
     assert "one of: vim_micro_patch4_32.famba_cifar100" in message
     assert "did you mean 'vim_micro_patch4_32'" in refused("vim_micro_patch4_3")
     for name in ("vim_tiny_patch16_224", "vim_micro_patch4_32.other", "../absent", "."):
-        assert "whose weights come with" in refused(name) or "holds no trained network" in refused(name)
+        assert "with bundled weights" in refused(name) or "holds no trained network" in refused(name)
     assert "holds no trained network" in refused(tmp_path)
     broken = shutil.copytree(source, tmp_path / "broken")
     (broken / "model.safetensors").unlink()
@@ -163,8 +160,8 @@ def test_another_number_of_classes_gets_a_new_classifier(source: Path, caplog: p
     assert same(kept, weights)
     assert new.model.num_classes == 20
     assert all(torch.equal(v, weights[k]) for k, v in new.model.state_dict().items() if not k.startswith("head."))
-    assert "with the classifier that comes with them, of 10 classes" in caplog.text
-    assert "with a new classifier of 20 classes, theirs is of 10" in caplog.text
+    assert "with their classifier of 10 classes" in caplog.text
+    assert "with a new classifier of 20 classes, since theirs is of 10" in caplog.text
     fresh = compose([*TINY, "model.num_classes=20", "run_dir=unused"])
     untrained = new_state(fresh, prepare(fresh), TrainedOn(10, None, {}), torch.device("cpu")).model
     assert torch.equal(new.model.state_dict()["head.weight"], untrained.state_dict()["head.weight"])
@@ -176,7 +173,7 @@ def test_weights_without_a_classifier_get_one(source: Path, tmp_path: Path, capl
     with caplog.at_level(logging.INFO):
         state = begun(tmp_path / "backbone.safetensors")
     assert state.totals.started_from["new_classifier"]
-    assert "theirs is of none" in caplog.text
+    assert "since theirs is missing" in caplog.text
 
 
 def test_other_images_of_other_classes_and_another_size(source: Path, tmp_path: Path) -> None:
@@ -195,7 +192,7 @@ def test_other_images_of_other_classes_and_another_size(source: Path, tmp_path: 
     log = (tmp_path / "tuned" / "train.log").read_text()
     assert f"weights start from {source} (SHA-256 " in log
     assert "the position embedding is resampled from 4 x 4 to 8 x 8 patches" in log
-    assert "a new classifier of 3 classes, theirs is of 10" in log
+    assert "a new classifier of 3 classes, since theirs is of 10" in log
     # The first step's rate is 0, so these are the weights that it began with.
     start, tuned = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "tuned"))
     changed = {name for name in start if not torch.equal(start[name], tuned[name])}

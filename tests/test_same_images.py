@@ -92,7 +92,7 @@ def scaled(root: Path) -> Tensor:
 def test_evaluation_sees_upright_images_on_the_background(trained: Path) -> None:
     config = load_trained(trained / "run").config
     assert config is not None
-    found = load_images(config, prepare(config), load_splits(config).test)  # type: ignore[arg-type]
+    found = load_images(config, prepare(config).image_size, load_splits(config).test)  # type: ignore[arg-type]
     torch.testing.assert_close(found, scaled(trained))
 
 

@@ -81,7 +81,7 @@ def test_without_its_summary_a_run_that_adapts_is_refused(
     for folder, name in ((adaptive[0], "adaptive"), (upper, "upper")):
         shutil.copytree(folder, tmp_path / name)
         (tmp_path / name / "summary.json").unlink()
-    with pytest.raises(CheckpointError, match="the schedule that training ended with"):
+    with pytest.raises(CheckpointError, match="no summary.json with the last schedule of its run"):
         load_trained(tmp_path / "adaptive")
     assert load_trained(tmp_path / "upper").schedule == (4, 4)
 

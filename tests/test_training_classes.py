@@ -19,7 +19,7 @@ from famba.training.app import train
 from famba.training.checkpoint import load
 from famba.training.compose import compose
 from famba.training.interrupts import Interrupted
-from famba.training.reporting import Progress
+from famba.training.logging import Progress
 from famba.training.trained import load_trained
 
 COLOURS = {"ant": (255, 0, 0), "bee": (0, 255, 0), "cat": (0, 0, 255), "dog": (255, 255, 0)}
@@ -117,12 +117,12 @@ def test_the_same_data_elsewhere_is_gone_on_with(stopped: Path) -> None:
 
 
 def test_an_earlier_checkpoint_is_compared_by_its_number_of_classes(stopped: Path) -> None:
-    from famba.training.checkpoint import _write
+    from famba.training.checkpoint import write
 
     last = sorted((stopped / "checkpoints").glob("step_*.pt"))[-1]
     content = load(last)
     del content["data"], content["format"]
-    _write(last, content)
+    write(last, content)
     write_images(stopped.parent / "images", {**COLOURS, "emu": (0, 255, 255)})
     with pytest.raises(CheckpointError, match="4 classes before, 5 now"):
         run(stopped, stopped.parent / "images")
@@ -164,7 +164,10 @@ def test_a_run_on_other_classes_begins_with_a_new_classifier(finished: Path, tmp
     summary = run(tmp_path / "run", tmp_path / "images", f"init_from={finished}", "trainer.max_steps=1")
     assert summary["started_from"]["new_classifier"]
     log = (tmp_path / "run" / "train.log").read_text()
-    assert "theirs are others (classes that are gone: ant, bee, cat, dog; classes that are new: fox, gnu, hen" in log
+    assert (
+        "since their 4 classes differ (classes that are gone: ant, bee, cat, dog; classes that are new: fox, gnu, hen"
+        in log
+    )
     again = run(tmp_path / "again", finished.parent / "images", f"init_from={finished}", "trainer.max_steps=1")
     assert not again["started_from"]["new_classifier"]
 

@@ -17,7 +17,7 @@ from runs import TINY, metrics, run
 from torch import nn
 
 from famba.errors import TrainingError
-from famba.training import loop, step
+from famba.training import step, trainer
 from famba.training.checkpoint import load
 
 ROOT = Path(__file__).parents[1]
@@ -81,14 +81,14 @@ def test_no_checkpoint_holds_what_is_not_finite(tmp_path: Path, monkeypatch: pyt
         loss = nn.functional.cross_entropy(logits, targets)
         return loss * float("nan") if len(calls) >= 2 else loss
 
-    start = loop.Training.__init__
+    start = trainer.Training.__init__
 
-    def rarely(self: loop.Training, *arguments: Any) -> None:
+    def rarely(self: trainer.Training, *arguments: Any) -> None:
         start(self, *arguments)
         self._look_every = 10
 
     monkeypatch.setattr(step, "create_loss", lambda recipe: broken)
-    monkeypatch.setattr(loop.Training, "__init__", rarely)
+    monkeypatch.setattr(trainer.Training, "__init__", rarely)
     with pytest.raises(TrainingError, match="the loss is nan at step 2"):
         run(tmp_path, "trainer.save_every_min=1e-9", "trainer.log_every=10")
     kept = [load(path) for path in (tmp_path / "checkpoints").glob("step_*.pt")]

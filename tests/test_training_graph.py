@@ -20,7 +20,7 @@ from famba.training.checkpoint import load
 from famba.training.compose import compose
 from famba.training.graph import obstacle
 from famba.training.interrupts import Interrupted
-from famba.training.reporting import Progress
+from famba.training.logging import Progress
 
 EVERYTHING = (
     "recipe.mixup=0.8",

@@ -14,12 +14,11 @@ from runs import TINY, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from famba.errors import CheckpointError
-from famba.training import loggers
+from famba.training import logging as training_logging
 from famba.training.compose import compose
 from famba.training.config import plain
 from famba.training.interrupts import Interrupted
-from famba.training.loggers import JsonLines, Metrics
-from famba.training.reporting import Progress
+from famba.training.logging import JsonLines, Metrics, Progress
 from famba.training.run_folder import RunFolder
 
 
@@ -140,7 +139,7 @@ def test_a_logger_that_does_not_come_to_its_end_is_left_behind(
 ) -> None:
     release = threading.Event()
     monkeypatch.setattr(wandb, "finish", lambda: release.wait(60))
-    monkeypatch.setattr(loggers, "_FINISH_IN_HASTE_S", 0.2)
+    monkeypatch.setattr(training_logging, "_FINISH_IN_HASTE_S", 0.2)
     config = compose([*TINY, f"run_dir={tmp_path}", "logger=wandb"])
     written = Metrics(RunFolder(tmp_path, writes=True), config.logger, plain(config), 0)
     written.log("train", 1, 0, {"loss": 1.0})

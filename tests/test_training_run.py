@@ -19,16 +19,16 @@ from famba import data
 from famba.errors import TrainingError
 from famba.models import Vim
 from famba.ops.registry import resolve
-from famba.training import devices, loop, provenance, step
+from famba.training import devices, provenance, step, trainer
 from famba.training.app import train
-from famba.training.build import load_splits, make_loaders, new_state
-from famba.training.checkpoint import load
+from famba.training.build import load_splits, make_loaders
+from famba.training.checkpoint import TrainedOn, load
 from famba.training.compose import compose
 from famba.training.distributed import Process
 from famba.training.evaluation import evaluate
 from famba.training.measure import macs_per_image, saved_bytes_per_image
 from famba.training.setup import build_model, prepare
-from famba.training.trained_on import TrainedOn
+from famba.training.trainer import new_state
 
 ROOT = Path(__file__).parents[1]
 ONE = Process(0, 1, torch.device("cpu"))
@@ -91,7 +91,7 @@ def test_selection_is_by_validation_and_never_by_the_test_set(tmp_path: Path, mo
         top1 = next(scores)
         return {"top1": top1, "top5": 100.0, "loss": 1.0}
 
-    monkeypatch.setattr(loop, "evaluate", scripted)
+    monkeypatch.setattr(trainer, "evaluate", scripted)
     summary = run(tmp_path, "data.val_fraction=0.25", "data.subset=96")
     # Two epochs on validation, then the last and the selected weights on the test set.
     assert summary["selected"] == {"epoch": 0, "validation_top1": 60.0, "top1": 30.0, "top5": 100.0}
@@ -174,7 +174,7 @@ def test_strategies_share_weights_and_images_at_one_seed() -> None:
         setup = prepare(config)
         splits = load_splits(config)
         state = new_state(config, setup, TrainedOn(10, None, {}), torch.device("cpu"))
-        batches = make_loaders(config, setup, splits, ONE).train.epoch(0)
+        batches = make_loaders(config, setup.image_size, splits, ONE).train.epoch(0)
         images, labels = next(batches)
         batches.close()
         found = [*state.model.state_dict().values(), images, labels]
@@ -337,7 +337,7 @@ def test_logging_is_as_before_after_a_run(tmp_path: Path) -> None:
 
 def test_the_log_has_what_was_not_worth_a_line_before(tmp_path: Path) -> None:
     # Loggers remember that nobody listened.
-    for name in ("famba.training.app", "famba.training.loop"):
+    for name in ("famba.training.app", "famba.training.trainer"):
         assert not logging.getLogger(name).isEnabledFor(logging.INFO)
     run(tmp_path, "trainer.max_steps=1")
     log = (tmp_path / "train.log").read_text()

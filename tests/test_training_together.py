@@ -13,7 +13,7 @@ import torch
 from runs import TINY, metrics
 
 from famba.errors import CheckpointError, ConfigError, TrainingError
-from famba.training import slurm
+from famba.training import interrupts
 from famba.training.checkpoint import check_same_run
 from famba.training.distributed import adopt_slurm, start_process, world_size
 
@@ -22,7 +22,7 @@ PROGRAM = """
 import os, signal, sys
 from famba.errors import DataError
 from famba.training.app import main
-from famba.training.reporting import Progress
+from famba.training.logging import Progress
 
 original = Progress.step
 
@@ -137,7 +137,7 @@ def test_a_job_that_slurm_does_not_requeue_says_what_to_do(monkeypatch: pytest.M
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     with pytest.raises(TrainingError, match="does not requeue job 5: Requested operation is .* disabled. Submit"):
-        slurm.requeue()
+        interrupts.requeue()
 
 
 @pytest.mark.usefixtures("no_ranks")

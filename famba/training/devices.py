@@ -1,14 +1,17 @@
-"""Devices, precision and memory."""
+"""Devices: their precision, their memory, and the generators of random numbers."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import platform
+import random
 import resource
 
+import numpy as np
 import torch
 
+from famba.data.draws import Stream, derived_integer
 from famba.errors import ConfigError, TrainingError
 
 _MIB = 2**20
@@ -135,3 +138,13 @@ def memory_error(error: BaseException, batch: int, accumulation: int) -> Trainin
         "trainer.batch_size, trainer.grad_checkpointing=true, trainer.precision=bf16, data.image_size, "
         "a larger fusion.budget, or a smaller model"
     )
+
+
+def seed_generators(stream: Stream, *place: int) -> None:
+    """Seed every global generator that timm or torch draws from, for one use at one place in the run.
+
+    Draws then never depend on what ran before, and no generator's state has to be saved.
+    """
+    torch.manual_seed(derived_integer(stream, *place))
+    np.random.seed(derived_integer(stream, *place, bits=32))
+    random.seed(derived_integer(stream, *place))
