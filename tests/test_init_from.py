@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from report_runs import left_out, table_of, write_run
-from runs import TINY, run
+from runs import TINY, last_checkpoint, run
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models import register_model
@@ -38,10 +38,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source")
     run(folder, "recipe.ema_decay=0.9")
     return folder
-
-
-def last_checkpoint(folder: Path) -> Path:
-    return sorted((folder / "checkpoints").glob("step_*.pt"))[-1]
 
 
 def begun(given: object, *overrides: str, classes: int = 10) -> TrainingState:

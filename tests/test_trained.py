@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from runs import run
+from runs import last_checkpoint, run
 from timm.models import get_pretrained_cfg
 from torch import Tensor
 
 from famba.errors import CheckpointError, ConfigError
-from famba.files import seal
 from famba.models import Vim
 from famba.training import trained
 from famba.training.trained import load_trained
@@ -38,10 +37,6 @@ def adaptive(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 @pytest.fixture
 def copied(upper: Path, tmp_path: Path) -> Path:
     return shutil.copytree(upper, tmp_path / "run")
-
-
-def last_checkpoint(folder: Path) -> Path:
-    return sorted((folder / "checkpoints").glob("step_*.pt"))[-1]
 
 
 def logits(model: Vim) -> Tensor:
@@ -142,14 +137,6 @@ def test_a_changed_checkpoint_is_damaged(copied: Path) -> None:
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match="damaged"):
-        load_trained(file)
-
-
-def test_a_checkpoint_of_another_format_is_refused(copied: Path) -> None:
-    file = last_checkpoint(copied)
-    torch.save(torch.load(file, weights_only=True) | {"format": 1}, file)
-    seal(file)
-    with pytest.raises(CheckpointError, match="has format 1"):
         load_trained(file)
 
 

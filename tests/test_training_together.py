@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import TINY, metrics
+from runs import TINY, assert_same_run
 
 from famba.errors import CheckpointError, ConfigError, TrainingError
 from famba.training import interrupts
@@ -80,9 +80,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step_and_the_run_goes_on(
     assert summary(stopped)["status"] == "interrupted"
     for folder in (stopped, whole):
         assert torchrun(folder).returncode == 0
-    weights = [(folder / "run" / "model.safetensors").read_bytes() for folder in (stopped, whole)]
-    assert weights[0] == weights[1]
-    assert metrics(stopped / "run") == metrics(whole / "run")
+    assert_same_run(stopped / "run", whole / "run")
 
 
 def test_another_number_of_processes_is_refused_and_why() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from runs import metrics, run
+from runs import metrics, run, weights
 from safetensors.torch import load_file
 
 from famba.errors import ConfigError
@@ -53,8 +53,7 @@ def test_a_transformers_run_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -
     parts = run(tmp_path / "parts", *asked)
     assert whole["adapted"] == parts["adapted"] is not None
     assert sum(whole["schedule"]) == 8
-    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
-    assert files[0] == files[1]
+    assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
     assert metrics(tmp_path / "whole")[-1]["test_loss"] == metrics(tmp_path / "parts")[-1]["test_loss"]
 
 

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -32,16 +32,6 @@ _WARM_STEPS, _TIMED_STEPS = 2, 8
 T = TypeVar("T")
 
 
-class Logger(Protocol):
-    """Takes the metrics of a run."""
-
-    def log(self, kind: str, step: int, epoch: int, values: dict[str, Any]) -> None:
-        """Log values after `step` steps, in epoch `epoch`; kind is "train", "epoch" or "schedule"."""
-
-    def finish(self, summary: dict[str, Any]) -> None:
-        """Log the summary and close."""
-
-
 class JsonLines:
     """One object per line in metrics.jsonl. Lines that the disk refuses wait for the next one, and for `sync`."""
 
@@ -52,7 +42,7 @@ class JsonLines:
         self._lock = threading.Lock()  # a checkpoint is written, and this synced, beside training
 
     def log(self, kind: str, step: int, epoch: int, values: dict[str, Any]) -> None:
-        """Add a line."""
+        """Add a line of values after `step` steps, in epoch `epoch`; kind is "train", "epoch" or "schedule"."""
         line = json.dumps({"kind": kind, "step": step, "epoch": epoch, **values})
         try:
             self._write(line.encode() + b"\n")
@@ -67,8 +57,8 @@ class JsonLines:
         except OSError as error:
             raise CheckpointError(f"cannot write {self._path}: {error}") from error
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        """Close the file; the summary has one of its own."""
+    def close(self) -> None:
+        """Write what waits, and close the file. Raises as `sync` does."""
         self.sync()
         os.close(self._handle)
 
@@ -126,7 +116,7 @@ class TensorBoardLogger:
             self._writer.add_scalar(f"{kind}/{name}", value, step)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Close the file; the summary has one of its own."""
+        """Close the file; the summary is not logged here."""
         self._writer.close()
 
 
@@ -140,7 +130,7 @@ class Metrics:
     def __init__(self, folder: RunFolder, logger: LoggerConfig, config: dict[str, Any], step: int) -> None:
         self._lines = JsonLines(folder.path) if folder.writes else None
         self._name = logger.name
-        self._more: Logger | None = None
+        self._more: WandbLogger | TensorBoardLogger | None = None
         if folder.writes and logger.name == "wandb":
             self._more = self._attempt("start", lambda: WandbLogger(folder, logger, config))
         elif folder.writes and logger.name == "tensorboard":
@@ -169,7 +159,7 @@ class Metrics:
                 _log.warning("%s does not finish; its last metrics may be missing there", self._name)
             self._more = None
         if self._lines is not None:
-            self._lines.finish(summary)
+            self._lines.close()
             self._lines = None
 
     def _attempt(self, verb: str, call: Callable[[], T]) -> T | None:
