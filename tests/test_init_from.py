@@ -28,8 +28,8 @@ from famba.training.app import main
 from famba.training.checkpoint import TrainedOn, TrainingState, load
 from famba.training.compose import compose
 from famba.training.setup import prepare
-from famba.training.trained import load_trained, weights_sha256
 from famba.training.trainer import new_state
+from famba.training.weights import load_trained, weights_sha256
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from famba.export import export
 from famba.export.check import Check
 from famba.training.build import load_images, load_splits
 from famba.training.setup import prepare
-from famba.training.trained import load_trained
+from famba.training.weights import load_trained
 
 BACKGROUND = "#336699"
 CLASSES = ("A", "a", "b")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from famba.errors import CheckpointError, ConfigError
 from famba.models import Vim
-from famba.training import trained
-from famba.training.trained import load_trained
+from famba.training import weights
+from famba.training.weights import load_trained
 
 
 @pytest.fixture(scope="module")
@@ -165,9 +165,9 @@ def test_a_timm_name_brings_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> 
         plain.pretrained_cfg = cfg
         return plain
 
-    monkeypatch.setattr(trained, "weights_folder", lambda name: None)
-    monkeypatch.setattr(trained, "get_pretrained_cfg", lambda *args, **kwargs: Found())
-    monkeypatch.setattr(trained, "build_model", build)
+    monkeypatch.setattr(weights, "weights_folder", lambda name: None)
+    monkeypatch.setattr(weights, "get_pretrained_cfg", lambda *args, **kwargs: Found())
+    monkeypatch.setattr(weights, "build_model", build)
     found = load_trained(name)
     assert (found.config, found.strategy, found.classes, found.image_size) == (None, "none", 7, 32)
     assert (found.mean, found.std, found.scaling.eval_crop) == ((0.5,) * 3, (0.25,) * 3, 1.0)

@@ -18,7 +18,7 @@ from famba.training.app import train
 from famba.training.checkpoint import load, write
 from famba.training.compose import compose
 from famba.training.interrupts import Interrupted
-from famba.training.trained import load_trained
+from famba.training.weights import load_trained
 
 COLOURS = {"ant": (255, 0, 0), "bee": (0, 255, 0), "cat": (0, 0, 255), "dog": (255, 255, 0)}
 

@@ -16,7 +16,7 @@ from famba.fusion import schedule
 from famba.models import apply_tome
 from famba.training.compose import compose
 from famba.training.setup import prepare
-from famba.training.trained import load_trained
+from famba.training.weights import load_trained
 
 VIT = ("model=vit_micro", "model.d_state=null", "fusion.budget=8")
 SHAPE: dict[str, Any] = {"patch_size": 8, "depth": 2, "embed_dim": 16, "num_classes": 10}

@@ -28,7 +28,7 @@ from famba.training.devices import choose_device, choose_precision, make_current
 from famba.training.distributed import world_size
 from famba.training.graph import obstacle
 from famba.training.optimizer import check_optimizer_name, try_optimizer
-from famba.training.trained import check_initial
+from famba.training.weights import check_initial
 
 __all__ = ["Setup", "build_model", "prepare"]
 

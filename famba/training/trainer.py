@@ -47,7 +47,7 @@ from famba.training.run_folder import WEIGHTS, RunFolder
 from famba.training.setup import Setup
 from famba.training.step import Step
 from famba.training.summary import FORMAT, Summary
-from famba.training.trained import start_from
+from famba.training.weights import start_from
 
 _log = logging.getLogger(__name__)
 
