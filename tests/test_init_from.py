@@ -149,7 +149,9 @@ def test_any_schedule(source: Path) -> None:
         assert same(state, weights)
 
 
-def test_another_number_of_classes_gets_a_new_classifier(source: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_number_of_classes_or_none_gets_a_new_classifier(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     weights = load_file(source / "model.safetensors")
     with caplog.at_level(logging.INFO):
         kept, new = begun(source), begun(source, "model.num_classes=20")
@@ -158,18 +160,14 @@ def test_another_number_of_classes_gets_a_new_classifier(source: Path, caplog: p
     assert all(torch.equal(v, weights[k]) for k, v in new.model.state_dict().items() if not k.startswith("head."))
     assert "with their classifier of 10 classes" in caplog.text
     assert "with a new classifier of 20 classes, since theirs is of 10" in caplog.text
+    backbone = {k: v for k, v in weights.items() if not k.startswith("head.")}
+    save_file(backbone, tmp_path / "backbone.safetensors")
+    with caplog.at_level(logging.INFO):
+        assert begun(tmp_path / "backbone.safetensors").totals.started_from["new_classifier"]
+    assert "since theirs is missing" in caplog.text
     fresh = compose([*TINY, "model.num_classes=20", "run_dir=unused"])
     untrained = new_state(fresh, prepare(fresh), TrainedOn(10, None, {}), torch.device("cpu")).model
     assert torch.equal(new.model.state_dict()["head.weight"], untrained.state_dict()["head.weight"])
-
-
-def test_weights_without_a_classifier_get_one(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    weights = {k: v for k, v in load_file(source / "model.safetensors").items() if not k.startswith("head.")}
-    save_file(weights, tmp_path / "backbone.safetensors")
-    with caplog.at_level(logging.INFO):
-        state = begun(tmp_path / "backbone.safetensors")
-    assert state.totals.started_from["new_classifier"]
-    assert "since theirs is missing" in caplog.text
 
 
 def test_other_images_of_other_classes_and_another_size(source: Path, tmp_path: Path) -> None:
@@ -250,22 +248,6 @@ def test_without_a_class_token_there_is_none_to_take(tmp_path: Path) -> None:
     run(tmp_path, "model.cls_position=none", "trainer.max_steps=1")
     assert "model.cls_position is a class token here, none in the file" in refused(tmp_path)
     assert same(begun(tmp_path, "model.cls_position=none"), load_file(tmp_path / "model.safetensors"))
-
-
-def test_official_files_say_where_their_class_token_stands(
-    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    weights = load_file(source / "model.safetensors")
-    name = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
-    torch.save({"model": weights, "args": argparse.Namespace(model=name)}, tmp_path / "official.pth")
-    torch.save({"model": weights}, tmp_path / "silent.pth")
-    with caplog.at_level(logging.INFO):
-        official, silent = begun(tmp_path / "official.pth"), begun(tmp_path / "silent.pth")
-    assert torch.equal(official.model.state_dict()["pos_embed"][:, 0], weights["pos_embed"][:, 8])
-    assert "the class token moves from middle to head" in caplog.text
-    assert same(silent, weights)
-    assert caplog.text.count("the class token") == 2
-    assert "is taken to stand at head, since nothing says where" in caplog.text
 
 
 @register_model

@@ -135,6 +135,7 @@ class Backbone(nn.Module):
         usual: how it reduces tokens unless told otherwise.
         wraps_timm: whether its timm names build a network without fusion, which the class then wraps.
         papers: keys of the BibTeX entries in `famba.export.card` that introduce it.
+        printed_rate: multiply-adds forward that a GPU-hour of training came to in print; None where none is known.
     """
 
     fusion: tuple[int, ...]
@@ -154,6 +155,7 @@ class Backbone(nn.Module):
     usual: ClassVar[Fusion] = Fusion()
     wraps_timm: ClassVar[bool] = False
     papers: ClassVar[tuple[str, ...]] = ()
+    printed_rate: ClassVar[float | None] = None
 
     @classmethod
     @abstractmethod

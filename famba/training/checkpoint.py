@@ -181,7 +181,7 @@ class Checkpoints:
         """Return all checkpoints of steps, whole or not."""
         return sorted(self.folder.glob("step_*[0-9].pt"), reverse=True)
 
-    def save(self, step: int, content: dict[str, Any], selected: bool = False) -> Path:
+    def save(self, step: int, content: dict[str, Any], selected: bool = False) -> None:
         """Write the checkpoint of a step, also as the selected one where it is; remove all but the last two."""
         path = self.path(step)
         if selected:
@@ -192,7 +192,6 @@ class Checkpoints:
             write(path, content)
         for old in self.newest_first()[_KEPT:]:
             old.unlink(missing_ok=True)
-        return path
 
     def find_last(self) -> Path | None:
         """Return the newest checkpoint that is whole, None where there is none; rename damaged later ones.
@@ -293,13 +292,18 @@ def find_checkpoint(config: RunConfig, folder: Checkpoints, process: Process) ->
     return found
 
 
+def changes_weights(key: str) -> bool:
+    """Return whether a key, or a group of this name, changes the weights that come out."""
+    return not f"{key}.".startswith(_FREE)
+
+
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """List the settings in which two configurations differ and that change the weights that come out."""
     old, new = flatten(before), flatten(now)
     return [
         f"{key}: {old.get(key)!r} before, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(_FREE)
+        if old.get(key) != new.get(key) and changes_weights(key)
     ]
 
 

@@ -38,16 +38,9 @@ class RunFolder:
         self._lock = FileLock(path / ".lock")
 
     def __enter__(self) -> RunFolder:
-        self.claim()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.release()
-
-    def claim(self) -> None:
         """Make the folder and keep other runs out of it. Raises ConfigError where it is taken or cannot be written."""
         if not self.writes:
-            return
+            return self
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             # A job that Slurm requeued may start while a file system still holds the lock of its last start, and
@@ -63,6 +56,10 @@ class RunFolder:
             raise ConfigError(f"run_dir={self.path} cannot be written: {error}") from error
         remove_unfinished(self.path)
         remove_unfinished(self.checkpoints.folder)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
     def release(self) -> None:
         """Let other runs into the folder."""

@@ -34,7 +34,7 @@ from pydantic.dataclasses import dataclass
 from famba.errors import ConfigError, FambaError, TrainingError
 from famba.files import write_whole
 from famba.training import interrupts
-from famba.training.checkpoint import differences
+from famba.training.checkpoint import changes_weights
 from famba.training.compose import Command, parse_overrides, quoted, run_config, swept_by_config
 from famba.training.config import STRICT, Count, Positive, RunConfig, Text, explain, parse, plain
 from famba.training.interrupts import Interrupted, StopRequest
@@ -71,7 +71,7 @@ def sweep_name(experiment: str | None, fixed: Iterable[str], swept: Iterable[str
     The values of these keys are left out, so that a sweep can grow in its folder; so are settings that change no
     weights, such as data.root.
     """
-    shared = sorted(line for line in fixed if _changes_weights(_key(line)))
+    shared = sorted(line for line in fixed if changes_weights(_key(line)))
     return f"{experiment or 'sweep'}-{_short_hash(json.dumps([shared, sorted(swept)]))}"
 
 
@@ -117,11 +117,6 @@ def _of_run(overrides: Iterable[str]) -> frozenset[str]:
 def _key(override: str) -> str:
     """Return the key or group of an override: x of x=1, +x=1, ~x and x@package=1."""
     return override.split("=", 1)[0].lstrip("+~").split("@", 1)[0]
-
-
-def _changes_weights(key: str) -> bool:
-    """Return whether a key, or a group of this name, changes the weights that come out."""
-    return bool(differences({key: 0}, {key: 1}) and differences({key: {"": 0}}, {key: {"": 1}}))
 
 
 # Runs
