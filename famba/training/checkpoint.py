@@ -135,13 +135,14 @@ class Saver:
     """Write checkpoints in the background, one at a time; training waits for the copy, not for the write."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "saving")
         self._write: Future[object] | None = None
 
     def save(self, content: Mapping[str, Any], write: Callable[[dict[str, Any]], object]) -> None:
         """Copy `content` and pass the copy to `write` in the background. Raises what the write before it raised."""
         self.wait()
-        self._write = self._thread.submit(write, on_host(content))
+        thread = ThreadPoolExecutor(1, "saving")
+        self._write = thread.submit(write, on_host(content))
+        thread.shutdown(wait=False)  # it ends with the write: loaders fork best without threads
 
     def wait(self) -> None:
         """Wait until all is written. Raises what the write raised."""
