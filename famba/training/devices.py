@@ -51,7 +51,7 @@ def make_current(device: torch.device) -> None:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16 natively."""
+    """Return whether the device computes in bfloat16 natively."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -122,7 +122,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or a CPU."""
+    """Return whether an error says that memory ran out, on a GPU or a CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and (

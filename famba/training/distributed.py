@@ -37,7 +37,7 @@ class Process:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files."""
+        """Return whether this process writes files."""
         return self.rank == 0
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def goes_on(self) -> bool:
-        """Whether Slurm gave notice and is to start the run again."""
+        """Return whether Slurm gave notice and is to start the run again."""
         return self.signal in _NOTICES and "SLURM_JOB_ID" in os.environ
 
 

@@ -33,7 +33,7 @@ class Step:
     """
 
     masks = False
-    """Whether a step whose loss or gradient is not finite leaves the state of the step before it."""
+    """True where a step whose loss or gradient is not finite leaves the state of the step before it."""
 
     def __init__(
         self,

@@ -476,7 +476,7 @@ class Training:
 
     @property
     def has_progressed(self) -> bool:
-        """Whether a step or an evaluation was done since the start."""
+        """Return whether a step or an evaluation was done since the start."""
         return self._place() != self._at_start
 
     def _save(self, selected: bool = False) -> Path:
