@@ -7,7 +7,7 @@ without a traceback and ends with status 2.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 
@@ -47,6 +47,7 @@ class TrainingError(FambaError, RuntimeError):
 
 
 _AS_CLOSE = 0.03
+_SHOWN = 5
 
 
 def near_miss(given: str, allowed: Iterable[str]) -> str:
@@ -55,6 +56,12 @@ def near_miss(given: str, allowed: Iterable[str]) -> str:
     ratios = [difflib.SequenceMatcher(None, name, given).ratio() for name in close]
     as_close = [repr(name) for name, ratio in zip(close, ratios, strict=True) if ratio > ratios[0] - _AS_CLOSE]
     return f", did you mean {' or '.join(as_close)}?" if close else ""
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first few names for a message, and the number of the others."""
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def check_choice(name: str, value: object, allowed: Collection[str], argument: str | None = None) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from jaxtyping import install_import_hook
 
@@ -20,3 +23,21 @@ install_import_hook(
     [*CHECKED, "famba.fusion", "famba.models"],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that has this process sent a signal once a number of steps is done; -1 for never."""
+    from famba.training.logging import Progress
+
+    original = Progress.step
+
+    def arrange(stop: int, number: signal.Signals = signal.SIGINT) -> None:
+        def step(self: Progress, done: int, epoch: int, loss: float | None) -> None:
+            original(self, done, epoch, loss)
+            if done == stop:
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(Progress, "step", step)
+
+    return arrange

@@ -9,7 +9,7 @@ from typing import Any
 
 from famba.training.app import plan, train
 from famba.training.compose import Command, compose
-from famba.training.estimate import Alike
+from famba.training.config import RunConfig
 from famba.training.setup import prepare
 
 TINY = (
@@ -34,13 +34,29 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
     return train(compose([*TINY, f"run_dir={folder}", *overrides]), folder)
 
 
-def check_command(arguments: Sequence[str]) -> list[Alike]:
-    """Check every run that a command line asks for; return those of a sweep, but for their seeds."""
+def check_command(arguments: Sequence[str]) -> list[RunConfig]:
+    """Check every run that a command line asks for; return their configurations."""
     command = Command.parse(arguments)
     if command.multirun:
-        return plan(command)[1]
-    prepare(command.config())
-    return []
+        return [run.config for run in plan(command).runs.values()]
+    prepare(config := command.config())
+    return [config]
+
+
+def weights(folder: Path) -> bytes:
+    """Return the bytes of a run's last weights."""
+    return (folder / "model.safetensors").read_bytes()
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """Return the path of a run's newest checkpoint."""
+    return sorted((folder / "checkpoints").glob("step_*.pt"))[-1]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Two runs have the same weights, bit by bit, and the same metrics."""
+    assert weights(one) == weights(other)
+    assert metrics(one) == metrics(other)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from famba.analysis.benchmark.timing import Race
 from famba.cli import main as famba
 from famba.ops import use_backend
 from famba.training import graph
-from famba.training.loop import Training
+from famba.training.trainer import Training
 
 Patch, Printed = pytest.MonkeyPatch, pytest.CaptureFixture[str]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -34,7 +34,7 @@ from famba.data.loader import EvalBatches
 from famba.errors import ConfigError
 from famba.models import Vim
 from famba.training.config import ADDED_KEYS
-from famba.training.trained import load_trained
+from famba.training.weights import load_trained
 
 Trained = tuple[Path, dict[str, Any]]
 

@@ -21,7 +21,7 @@ from famba.errors import CheckpointError
 from famba.export import check, export, folder
 from famba.export.description import find_summary
 from famba.export.errors import ExportError
-from famba.training.trained import load_trained
+from famba.training.weights import load_trained
 
 Trained = tuple[Path, dict[str, Any]]
 

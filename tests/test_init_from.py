@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from report_runs import left_out, table_of, write_run
-from runs import TINY, run
+from runs import TINY, last_checkpoint, run
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models import register_model
@@ -25,14 +25,11 @@ from famba.errors import CheckpointError, ConfigError
 from famba.models import Vim, create_vim, load_vim_checkpoint
 from famba.models.weights import weights_folder
 from famba.training.app import main
-from famba.training.build import new_state
-from famba.training.checkpoint import load
+from famba.training.checkpoint import TrainedOn, TrainingState, load
 from famba.training.compose import compose
-from famba.training.initial import weights_sha256
 from famba.training.setup import prepare
-from famba.training.state import TrainingState
-from famba.training.trained import load_trained
-from famba.training.trained_on import TrainedOn
+from famba.training.trainer import new_state
+from famba.training.weights import load_trained, weights_sha256
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +38,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source")
     run(folder, "recipe.ema_decay=0.9")
     return folder
-
-
-def last_checkpoint(folder: Path) -> Path:
-    return sorted((folder / "checkpoints").glob("step_*.pt"))[-1]
 
 
 def begun(given: object, *overrides: str, classes: int = 10) -> TrainingState:
@@ -119,11 +112,11 @@ def test_averages_that_nobody_kept_are_refused(source: Path, tmp_path: Path) -> 
 
 def test_what_is_not_there_is_refused(source: Path, tmp_path: Path) -> None:
     message = refused(tmp_path / "absent.pt")
-    assert "absent.pt is no file, no run folder and no timm model whose weights come with the package" in message
+    assert "absent.pt is no file, no run folder and no timm model with bundled weights" in message
     assert "one of: vim_micro_patch4_32.famba_cifar100" in message
     assert "did you mean 'vim_micro_patch4_32'" in refused("vim_micro_patch4_3")
     for name in ("vim_tiny_patch16_224", "vim_micro_patch4_32.other", "../absent", "."):
-        assert "whose weights come with" in refused(name) or "holds no trained network" in refused(name)
+        assert "with bundled weights" in refused(name) or "holds no trained network" in refused(name)
     assert "holds no trained network" in refused(tmp_path)
     broken = shutil.copytree(source, tmp_path / "broken")
     (broken / "model.safetensors").unlink()
@@ -156,27 +149,25 @@ def test_any_schedule(source: Path) -> None:
         assert same(state, weights)
 
 
-def test_another_number_of_classes_gets_a_new_classifier(source: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_number_of_classes_or_none_gets_a_new_classifier(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     weights = load_file(source / "model.safetensors")
     with caplog.at_level(logging.INFO):
         kept, new = begun(source), begun(source, "model.num_classes=20")
     assert same(kept, weights)
     assert new.model.num_classes == 20
     assert all(torch.equal(v, weights[k]) for k, v in new.model.state_dict().items() if not k.startswith("head."))
-    assert "with the classifier that comes with them, of 10 classes" in caplog.text
-    assert "with a new classifier of 20 classes, theirs is of 10" in caplog.text
+    assert "with their classifier of 10 classes" in caplog.text
+    assert "with a new classifier of 20 classes, since theirs is of 10" in caplog.text
+    backbone = {k: v for k, v in weights.items() if not k.startswith("head.")}
+    save_file(backbone, tmp_path / "backbone.safetensors")
+    with caplog.at_level(logging.INFO):
+        assert begun(tmp_path / "backbone.safetensors").totals.started_from["new_classifier"]
+    assert "since theirs is missing" in caplog.text
     fresh = compose([*TINY, "model.num_classes=20", "run_dir=unused"])
     untrained = new_state(fresh, prepare(fresh), TrainedOn(10, None, {}), torch.device("cpu")).model
     assert torch.equal(new.model.state_dict()["head.weight"], untrained.state_dict()["head.weight"])
-
-
-def test_weights_without_a_classifier_get_one(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    weights = {k: v for k, v in load_file(source / "model.safetensors").items() if not k.startswith("head.")}
-    save_file(weights, tmp_path / "backbone.safetensors")
-    with caplog.at_level(logging.INFO):
-        state = begun(tmp_path / "backbone.safetensors")
-    assert state.totals.started_from["new_classifier"]
-    assert "theirs is of none" in caplog.text
 
 
 def test_other_images_of_other_classes_and_another_size(source: Path, tmp_path: Path) -> None:
@@ -195,7 +186,7 @@ def test_other_images_of_other_classes_and_another_size(source: Path, tmp_path: 
     log = (tmp_path / "tuned" / "train.log").read_text()
     assert f"weights start from {source} (SHA-256 " in log
     assert "the position embedding is resampled from 4 x 4 to 8 x 8 patches" in log
-    assert "a new classifier of 3 classes, theirs is of 10" in log
+    assert "a new classifier of 3 classes, since theirs is of 10" in log
     # The first step's rate is 0, so these are the weights that it began with.
     start, tuned = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "tuned"))
     changed = {name for name in start if not torch.equal(start[name], tuned[name])}
@@ -257,22 +248,6 @@ def test_without_a_class_token_there_is_none_to_take(tmp_path: Path) -> None:
     run(tmp_path, "model.cls_position=none", "trainer.max_steps=1")
     assert "model.cls_position is a class token here, none in the file" in refused(tmp_path)
     assert same(begun(tmp_path, "model.cls_position=none"), load_file(tmp_path / "model.safetensors"))
-
-
-def test_official_files_say_where_their_class_token_stands(
-    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    weights = load_file(source / "model.safetensors")
-    name = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
-    torch.save({"model": weights, "args": argparse.Namespace(model=name)}, tmp_path / "official.pth")
-    torch.save({"model": weights}, tmp_path / "silent.pth")
-    with caplog.at_level(logging.INFO):
-        official, silent = begun(tmp_path / "official.pth"), begun(tmp_path / "silent.pth")
-    assert torch.equal(official.model.state_dict()["pos_embed"][:, 0], weights["pos_embed"][:, 8])
-    assert "the class token moves from middle to head" in caplog.text
-    assert same(silent, weights)
-    assert caplog.text.count("the class token") == 2
-    assert "is taken to stand at head, since nothing says where" in caplog.text
 
 
 @register_model

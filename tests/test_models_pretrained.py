@@ -21,7 +21,7 @@ from famba.models.weights import weights_folder
 from famba.training.checkpoint import differences
 from famba.training.compose import compose
 from famba.training.config import plain
-from famba.training.trained import load_trained
+from famba.training.weights import load_trained
 
 NAME = "vim_micro_patch4_32"
 FOLDER = Path(famba.__file__).parent / "models" / "weights" / NAME

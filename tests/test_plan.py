@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,8 @@ from famba.analysis.plan import plan, tokens_plot
 from famba.cli import main
 from famba.errors import ConfigError
 from famba.ops import backends, use_backend
-from famba.training.estimate import estimate
 from famba.training.measure import cost, macs_per_image, saved_bytes_per_image
-from famba.training.setup import build_model
+from famba.training.setup import build_model, prepare
 
 USABLE = [name for name in ("native", "reference") if backends()[name] is None]
 MODELS = [
@@ -154,21 +154,10 @@ def test_an_out_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.Capture
     assert "is a file; name a folder to write to" in capsys.readouterr().err
 
 
-def test_the_paper_table_says_its_gpu_hours() -> None:
-    whole = estimate(check_command(["-m", "experiment=paper_table"]))
-    assert "GPU-hours on A100s" in whole
-    low = float(whole.split()[1].replace(",", ""))
-    # Three times as many seeds, three times the hours.
-    third = estimate(check_command(["-m", "experiment=paper_table", "seed=0"]))
-    assert float(third.split()[1].replace(",", "")) == pytest.approx(low / 3, rel=0.01)
-    assert estimate(check_command(["-m", "experiment=demo", "fusion=none,upper"])) == ""
-
-
 def test_cpu_table_is_thirty_runs_of_equal_budgets() -> None:
     asked = check_command(["-m", "experiment=cpu_table"])
-    assert [(one.config.fusion.strategy, one.runs) for one in asked] == [
-        (name, 5) for name in ("none", "all", "interleaved", "lower", "upper", "adaptive")
-    ]
-    assert {sum(one.setup.schedule) for one in asked[1:]} == {55}
+    counts = Counter(config.fusion.strategy for config in asked)
+    assert counts == dict.fromkeys(("none", "all", "interleaved", "lower", "upper", "adaptive"), 5)
+    assert {sum(prepare(one).schedule) for one in asked if one.fusion.strategy != "none" and one.seed == 0} == {55}
     with pytest.raises(ConfigError, match="add -m"):
         check_command(["experiment=cpu_table"])

@@ -26,7 +26,7 @@ from famba.export import export
 from famba.export.check import Check
 from famba.training.build import load_images, load_splits
 from famba.training.setup import prepare
-from famba.training.trained import load_trained
+from famba.training.weights import load_trained
 
 BACKGROUND = "#336699"
 CLASSES = ("A", "a", "b")
@@ -92,7 +92,7 @@ def scaled(root: Path) -> Tensor:
 def test_evaluation_sees_upright_images_on_the_background(trained: Path) -> None:
     config = load_trained(trained / "run").config
     assert config is not None
-    found = load_images(config, prepare(config), load_splits(config).test)  # type: ignore[arg-type]
+    found = load_images(config, prepare(config).image_size, load_splits(config).test)  # type: ignore[arg-type]
     torch.testing.assert_close(found, scaled(trained))
 
 

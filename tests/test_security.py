@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import io
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -194,61 +194,12 @@ def test_provenance_keeps_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept == ["seed=1", "hydra.x=https://***@example.org/data", "data.root=https://***@example.org"]
 
 
-def _calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), node
-
-
-def _given(call: ast.Call, name: str) -> Any:
-    return next((ast.unparse(item.value) for item in call.keywords if item.arg == name), None)
-
-
-UNSAFE = (
-    "pickle.load",
-    "pickle.loads",
-    "pickle.Unpickler",
-    "marshal.loads",
-    "shelve.open",
-    "joblib.load",
-    "eval",
-    "exec",
-)
-UNSAFE += (
-    "yaml.load",
-    "yaml.unsafe_load",
-    "yaml.full_load",
-    "os.system",
-    "os.popen",
-    "tarfile.extract",
-    "shutil.unpack_archive",
-)
-UNSAFE += ("torch.hub.load", "torchvision_utils.extract_archive", "torchvision_utils.download_and_extract_archive")
-
-
-def _is_safe_loader(path: Path, call: ast.Call) -> bool:
-    """Whether the loader is one of yaml's safe ones, or a name that the module gives to one."""
-    loader = _given(call, "Loader") or ast.unparse(call.args[1])
-    values = [loader]
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == loader:
-            values.append(ast.unparse(node.value))
-    return values[-1] in ("yaml.SafeLoader", "yaml.CSafeLoader", "getattr(yaml, 'CSafeLoader', yaml.SafeLoader)")
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_the_sources_call_nothing_that_runs_what_it_reads(path: Path) -> None:
-    for name, call in _calls(path):
-        if name == "yaml.load":
-            assert _is_safe_loader(path, call), f"line {call.lineno}: {name}"
-        else:
-            assert name not in UNSAFE, f"line {call.lineno}: {name}"
-        if name == "torch.load":
-            assert _given(call, "weights_only") == "True", f"line {call.lineno}"
-        if name.endswith((".extractall", ".extract")) and not name.endswith(".str.extract"):  # that one is of pandas
-            assert _given(call, "filter") == "'data'", f"line {call.lineno}"
-        for keyword in ("allow_pickle", "trust_remote_code", "shell"):
-            assert _given(call, keyword) in (None, "False"), f"line {call.lineno}: {keyword}"
-        assert not name.endswith("Unpickler"), f"line {call.lineno}: {name}"
-    for node in ast.walk(ast.parse(path.read_text())):
-        assert not (isinstance(node, ast.ClassDef) and any("Unpickler" in ast.unparse(base) for base in node.bases))
+def test_nothing_is_read_in_a_way_that_can_run_code() -> None:
+    """Beyond ruff's rules on pickle, eval, shells, archives and YAML, which `ruff check` holds everywhere."""
+    for path in SOURCES:
+        text = path.read_text()
+        for call in re.findall(r"\b(?:torch\.load|\w+\.extractall)\(.*", text):
+            assert "weights_only=True" in call or 'filter="data"' in call, f"{path}: {call}"
+        assert not re.search(r"(allow_pickle|trust_remote_code)=True|Unpickler|torch\.hub\.load", text), path
+        for loader in re.findall(r"yaml\.load\(.*, (\w+)\)", text):
+            assert re.search(rf'^{loader} = getattr\(yaml, "CSafeLoader", yaml.SafeLoader\)', text, re.MULTILINE), path

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from runs import TINY, metrics
+from runs import TINY, assert_same_run
 
 pytestmark = pytest.mark.slurm
 
@@ -198,10 +198,7 @@ def test_two_time_limits_give_the_weights_of_a_run_without(slurm: None, tmp_path
         restarts = log.read_text().count("back in Slurm's queue") if log.exists() else 0
     assert "pending again" in sweep.finish(started)
     assert log.read_text().count("continuing after step") == 2
-    assert (sweep.folder / "run" / "model.safetensors").read_bytes() == (
-        tmp_path / "whole/model.safetensors"
-    ).read_bytes()
-    assert metrics(sweep.folder / "run") == metrics(tmp_path / "whole")
+    assert_same_run(sweep.folder / "run", tmp_path / "whole")
 
 
 def send(number: signal.Signals, processes: list[int]) -> None:
@@ -227,5 +224,4 @@ def test_two_processes_that_are_preempted_train_to_the_same_weights(slurm: None,
     one, other = (sweep.folder / f"logger.group={group}" for group in "ab")
     assert "continuing after step" in (one / "train.log").read_text()
     assert sweep.summary("logger.group=a")["provenance"]["processes"] == 2
-    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
-    assert metrics(one) == metrics(other)
+    assert_same_run(one, other)

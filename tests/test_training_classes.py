@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +10,15 @@ import numpy as np
 import pytest
 import timm
 from PIL import Image
+from runs import last_checkpoint
 
 from famba.cli import main as famba
 from famba.errors import CheckpointError
 from famba.training.app import train
-from famba.training.checkpoint import load
+from famba.training.checkpoint import load, write
 from famba.training.compose import compose
 from famba.training.interrupts import Interrupted
-from famba.training.reporting import Progress
-from famba.training.trained import load_trained
+from famba.training.weights import load_trained
 
 COLOURS = {"ant": (255, 0, 0), "bee": (0, 255, 0), "cat": (0, 0, 255), "dog": (255, 255, 0)}
 
@@ -47,20 +45,13 @@ def run(folder: Path, root: Path, *overrides: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def stopped(tmp_path: Path, stop_after: Any) -> Path:
     """Folder of a run that was stopped after two steps, on the images in `tmp_path / "images"`."""
-    original = Progress.step
-
-    def step(self: Progress, done: int, epoch: int, loss: float | None) -> None:
-        original(self, done, epoch, loss)
-        if done == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
     write_images(tmp_path / "images", COLOURS)
-    with monkeypatch.context() as patched:
-        patched.setattr(Progress, "step", step)
-        with pytest.raises(Interrupted):
-            run(tmp_path / "run", tmp_path / "images")
+    stop_after(2)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "run", tmp_path / "images")
+    stop_after(-1)
     return tmp_path / "run"
 
 
@@ -77,7 +68,7 @@ def test_a_run_keeps_its_classes_and_the_sizes_of_its_sets(finished: Path) -> No
     expected = {"num_classes": 4, "classes": list(COLOURS), "images": {"train": 24, "test": 24}}
     summary = json.loads((finished / "summary.json").read_text())
     assert {key: summary[key] for key in ("classes", "images")} == {key: expected[key] for key in ("classes", "images")}
-    last = sorted((finished / "checkpoints").glob("step_*.pt"))[-1]
+    last = last_checkpoint(finished)
     assert load(last)["data"] == expected
     assert load_trained(finished).class_names == load_trained(last).class_names == tuple(COLOURS)
 
@@ -117,12 +108,10 @@ def test_the_same_data_elsewhere_is_gone_on_with(stopped: Path) -> None:
 
 
 def test_an_earlier_checkpoint_is_compared_by_its_number_of_classes(stopped: Path) -> None:
-    from famba.training.checkpoint import _write
-
-    last = sorted((stopped / "checkpoints").glob("step_*.pt"))[-1]
+    last = last_checkpoint(stopped)
     content = load(last)
     del content["data"], content["format"]
-    _write(last, content)
+    write(last, content)
     write_images(stopped.parent / "images", {**COLOURS, "emu": (0, 255, 255)})
     with pytest.raises(CheckpointError, match="4 classes before, 5 now"):
         run(stopped, stopped.parent / "images")
@@ -164,7 +153,10 @@ def test_a_run_on_other_classes_begins_with_a_new_classifier(finished: Path, tmp
     summary = run(tmp_path / "run", tmp_path / "images", f"init_from={finished}", "trainer.max_steps=1")
     assert summary["started_from"]["new_classifier"]
     log = (tmp_path / "run" / "train.log").read_text()
-    assert "theirs are others (classes that are gone: ant, bee, cat, dog; classes that are new: fox, gnu, hen" in log
+    assert (
+        "since their 4 classes differ (classes that are gone: ant, bee, cat, dog; classes that are new: fox, gnu, hen"
+        in log
+    )
     again = run(tmp_path / "again", finished.parent / "images", f"init_from={finished}", "trainer.max_steps=1")
     assert not again["started_from"]["new_classifier"]
 

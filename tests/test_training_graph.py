@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import metrics, run
+from runs import last_checkpoint, metrics, run
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -20,7 +18,6 @@ from famba.training.checkpoint import load
 from famba.training.compose import compose
 from famba.training.graph import obstacle
 from famba.training.interrupts import Interrupted
-from famba.training.reporting import Progress
 
 EVERYTHING = (
     "recipe.mixup=0.8",
@@ -64,7 +61,7 @@ def eager(folder: Path, *overrides: str) -> dict[str, Any]:
 
 
 def last(folder: Path) -> dict[str, Any]:
-    return load(sorted((folder / "checkpoints").glob("step_*.pt"))[-1])
+    return load(last_checkpoint(folder))
 
 
 def assert_same_state(found: Path, expected: Path) -> None:
@@ -115,21 +112,12 @@ def test_every_strategy_and_one_that_adapts(device: str, tmp_path: Path, strateg
 
 
 @pytest.mark.parametrize("stop", [1, 9])
-def test_stopped_and_resumed_is_bit_equal(
-    device: str, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = Progress.step
-
-    def stopping(self: Progress, done: int, epoch: int, loss: float | None) -> None:
-        original(self, done, epoch, loss)
-        if done == stop:
-            os.kill(os.getpid(), signal.SIGINT)
-
+def test_stopped_and_resumed_is_bit_equal(device: str, tmp_path: Path, stop: int, stop_after: Any) -> None:
     run(tmp_path / "whole", *everything(device))
-    with monkeypatch.context() as patched:
-        patched.setattr(Progress, "step", stopping)
-        with pytest.raises(Interrupted):
-            run(tmp_path / "parts", *everything(device))
+    stop_after(stop)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts", *everything(device))
+    stop_after(-1)
     run(tmp_path / "parts", *everything(device))
     whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(parts[name], value) for name, value in whole.items())

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import timm
-import torch
 from runs import TINY, metrics, run
 from safetensors.torch import load_file
 from timm.optim import param_groups_layer_decay
@@ -107,13 +106,3 @@ def test_a_run_moves_early_layers_less(tmp_path: Path) -> None:
         assert moved.item() == pytest.approx(share, rel=1e-2), name
     rates = [[line["lr"] for line in metrics(tmp_path / n) if line["kind"] == "train"] for n in ("plain", "decayed")]
     assert rates[0] == rates[1]
-
-
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    settings = (f"recipe.layer_decay={DECAY}", "fusion=upper", "fusion.budget=4")
-    run(tmp_path / "whole", *settings)
-    run(tmp_path / "parts", *settings, "trainer.max_steps=3")
-    run(tmp_path / "parts", *settings, "trainer.max_steps=null")
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts")]
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-    assert metrics(tmp_path / "whole")[-1] == metrics(tmp_path / "parts")[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,11 @@ from runs import TINY, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from famba.errors import CheckpointError
-from famba.training import loggers
+from famba.training import logging as training_logging
 from famba.training.compose import compose
 from famba.training.config import plain
 from famba.training.interrupts import Interrupted
-from famba.training.loggers import JsonLines, Metrics
-from famba.training.reporting import Progress
+from famba.training.logging import JsonLines, Metrics
 from famba.training.run_folder import RunFolder
 
 
@@ -42,7 +42,7 @@ def test_what_the_disk_refuses_is_written_with_the_next_line(tmp_path: Path, mon
         with pytest.raises(CheckpointError, match=r"metrics.jsonl: .*No space left"):
             lines.sync()
     lines.log("train", 3, 0, {"loss": 3.0})
-    lines.finish({})
+    lines.close()
     written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in written] == [1, 2, 3]
 
@@ -54,25 +54,16 @@ def test_lines_from_two_threads_stay_whole(tmp_path: Path) -> None:
     for step in range(500):
         lines.log("train", step, 0, {"loss": 0.5})
     syncing.join()
-    lines.finish({})
+    lines.close()
     written = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert written == list(range(500))
 
 
-def test_tensorboard_has_the_metrics_and_an_interruption_leaves_no_gap(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = Progress.step
-
-    def stop(self: Progress, done: int, epoch: int, loss: float | None) -> None:
-        original(self, done, epoch, loss)
-        if done == 4:
-            os.kill(os.getpid(), 15)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Progress, "step", stop)
-        with pytest.raises(Interrupted):
-            run(tmp_path, "logger=tensorboard")
+def test_tensorboard_has_the_metrics_and_an_interruption_leaves_no_gap(tmp_path: Path, stop_after: Any) -> None:
+    stop_after(4, signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        run(tmp_path, "logger=tensorboard")
+    stop_after(-1)
     run(tmp_path, "logger=tensorboard")
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -87,12 +78,20 @@ def test_a_logger_that_is_not_installed_does_not_end_a_run(tmp_path: Path, monke
     assert "tensorboard failed to start" in (tmp_path / "train.log").read_text()
 
 
+def test_wandb_runs_offline_without_key_or_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    run(tmp_path, "logger=wandb", "trainer.max_steps=1")
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert "WARNING" not in (tmp_path / "train.log").read_text(), "nothing went wrong"
+
+
 class FakeWandb:
-    """What wandb is asked for; every run's arguments, values and summary."""
+    """What wandb is asked for; every run's arguments, values, of which it takes `room` lines, and summary."""
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
-        self.steps: list[int] = []
+        self.logged: list[dict[str, Any]] = []
+        self.room = 1000
         self.finished = 0
         self.summary: dict[str, Any] = {}
 
@@ -101,7 +100,9 @@ class FakeWandb:
         return self
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        self.steps.append(step)
+        self.logged.append({"step": step, **values})
+        if len(self.logged) >= self.room:
+            raise OSError("no space left")
 
     def finish(self) -> None:
         self.finished += 1
@@ -112,6 +113,16 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
     fake = FakeWandb()
     monkeypatch.setattr("wandb.init", fake.init)
     return fake
+
+
+def test_a_failing_logger_never_ends_a_run(tmp_path: Path, wandb: FakeWandb) -> None:
+    wandb.room = 3
+    assert run(tmp_path, "logger=wandb")["status"] == "finished"
+    assert wandb.asked[0]["mode"] == "offline"
+    assert wandb.asked[0]["config"]["recipe"]["lr"] == 0.004
+    assert wandb.logged[0].keys() > {"step", "train/loss"}
+    assert len(wandb.logged) == 3
+    assert "wandb failed to log (no space left)" in (tmp_path / "train.log").read_text()
 
 
 def test_wandb_goes_on_under_the_same_id(tmp_path: Path, wandb: FakeWandb) -> None:
@@ -140,7 +151,7 @@ def test_a_logger_that_does_not_come_to_its_end_is_left_behind(
 ) -> None:
     release = threading.Event()
     monkeypatch.setattr(wandb, "finish", lambda: release.wait(60))
-    monkeypatch.setattr(loggers, "_FINISH_IN_HASTE_S", 0.2)
+    monkeypatch.setattr(training_logging, "_FINISH_IN_HASTE_S", 0.2)
     config = compose([*TINY, f"run_dir={tmp_path}", "logger=wandb"])
     written = Metrics(RunFolder(tmp_path, writes=True), config.logger, plain(config), 0)
     written.log("train", 1, 0, {"loss": 1.0})

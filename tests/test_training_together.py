@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import TINY, metrics
+from runs import TINY, assert_same_run
 
 from famba.errors import CheckpointError, ConfigError, TrainingError
-from famba.training import slurm
+from famba.training import interrupts
 from famba.training.checkpoint import check_same_run
 from famba.training.distributed import adopt_slurm, start_process, world_size
 
@@ -22,7 +22,7 @@ PROGRAM = """
 import os, signal, sys
 from famba.errors import DataError
 from famba.training.app import main
-from famba.training.reporting import Progress
+from famba.training.logging import Progress
 
 original = Progress.step
 
@@ -80,9 +80,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step_and_the_run_goes_on(
     assert summary(stopped)["status"] == "interrupted"
     for folder in (stopped, whole):
         assert torchrun(folder).returncode == 0
-    weights = [(folder / "run" / "model.safetensors").read_bytes() for folder in (stopped, whole)]
-    assert weights[0] == weights[1]
-    assert metrics(stopped / "run") == metrics(whole / "run")
+    assert_same_run(stopped / "run", whole / "run")
 
 
 def test_another_number_of_processes_is_refused_and_why() -> None:
@@ -137,7 +135,7 @@ def test_a_job_that_slurm_does_not_requeue_says_what_to_do(monkeypatch: pytest.M
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     with pytest.raises(TrainingError, match="does not requeue job 5: Requested operation is .* disabled. Submit"):
-        slurm.requeue()
+        interrupts.requeue()
 
 
 @pytest.mark.usefixtures("no_ranks")

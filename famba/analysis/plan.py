@@ -26,12 +26,11 @@ from famba.files import write_whole
 from famba.fusion import Fusion, labels
 from famba.fusion.schedules import ADAPTIVE, NONE
 from famba.ops.registry import AUTO, backends, counting_as, resolve
-from famba.training.checks import check_backend, check_batch, check_cuda_graphs
 from famba.training.compose import compose_all
 from famba.training.config import RunConfig, flatten, plain
 from famba.training.devices import choose_device, choose_precision
 from famba.training.measure import Cost, LayerCost, cost
-from famba.training.setup import Setup, build_model, prepare
+from famba.training.setup import Setup, build_model, check_backend, check_batch, check_cuda_graphs, prepare
 
 # Weights, gradients and AdamW's two moments, in float32.
 _BYTES_PER_PARAMETER = 16

@@ -27,7 +27,7 @@ from famba.fusion import SETTINGS, Fusion
 from famba.fusion.schedules import PAPER, schedule, strategy_names
 from famba.training.compose import compose
 from famba.training.config import plain
-from famba.training.reporting import signed
+from famba.training.logging import signed
 from famba.training.summary import Summary, from_cell, to_row
 
 NONE = "none"

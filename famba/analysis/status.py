@@ -20,7 +20,7 @@ from tabulate import tabulate
 
 from famba.analysis.folders import check_folder
 from famba.errors import DataError, FambaError
-from famba.training.reporting import duration
+from famba.training.logging import duration
 from famba.training.run_folder import METRICS
 from famba.training.summary import SUMMARY, Summary
 from famba.training.sweeps import queue, recorded, remembered

@@ -12,7 +12,7 @@ from famba.errors import ConfigError, named
 from famba.fusion import SETTINGS, Fusion, labels
 from famba.fusion.schedules import ADAPTIVE, COUNTED, CUSTOM, NONE
 from famba.models import Backbone
-from famba.training.trained import Trained
+from famba.training.weights import Trained
 
 Asked = Mapping[str, Sequence[Any]]
 """What was asked for: for fields of `Fusion` the values to compare, but for layers those of each that take some."""

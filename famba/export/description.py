@@ -16,7 +16,7 @@ from famba.fusion import tokens_per_layer
 from famba.models import Backbone
 from famba.models.weights import weights_folder
 from famba.training.summary import SUMMARY, Summary
-from famba.training.trained import Trained
+from famba.training.weights import Trained
 
 _WEIGHTS = "model.safetensors"
 # Of the run's summary and its provenance what says something to others; arguments and folders do not.

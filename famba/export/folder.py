@@ -10,7 +10,7 @@ from safetensors.torch import save
 
 from famba.export.card import model_card
 from famba.export.description import Description
-from famba.training.setup import model_arguments
+from famba.training.build import model_arguments
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FILES = (CONFIG, WEIGHTS, CARD)

@@ -12,7 +12,7 @@ from famba.analysis.variants import Asked, label_variants, variants
 from famba.errors import ConfigError, near_miss
 from famba.export.description import Description, find_summary
 from famba.export.formats import FORMATS
-from famba.training.trained import Trained, load_trained
+from famba.training.weights import Trained, load_trained
 
 
 @dataclass(frozen=True)

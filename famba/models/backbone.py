@@ -112,7 +112,6 @@ class Backbone(nn.Module):
     usual: ClassVar[Fusion] = Fusion()  # how it reduces tokens unless told otherwise
     wraps_timm: ClassVar[bool] = False  # whether its timm names build a network without fusion, which it wraps
     papers: ClassVar[tuple[str, ...]] = ()  # keys of the BibTeX entries in famba.export.card that introduce it
-    printed_rate: ClassVar[float | None] = None  # forward multiply-adds in a GPU-hour of training, as in print
 
     @classmethod
     @abstractmethod

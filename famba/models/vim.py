@@ -21,9 +21,6 @@ from famba.models.weights import WEIGHTS, fitting_weights, fusion_of_training
 from famba.ops import add_rms_norm
 
 BEFORE_MIXER, AFTER_SCAN = "before_mixer", "after_scan"
-# The one time in print (arXiv 2409.09808): Vim-Ti with interleaved fusion in under 4 hours on A100s, 300 epochs of
-# 50,000 images of 0.903 G multiply-adds each. The released scripts start four processes; the text does not say.
-_PRINTED_RATE = 300 * 50_000 * 0.903e9 / 4
 
 
 class Stream(NamedTuple):
@@ -105,7 +102,6 @@ class Vim(Backbone):
     places: ClassVar = {BEFORE_MIXER: frozenset({"step_sizes"}), AFTER_SCAN: frozenset({"step_sizes", "mixed"})}
     keys = frozenset({"d_state", "cls_position"})
     papers = ("zhu2024vision", "shen2024famba")
-    printed_rate = _PRINTED_RATE
 
     def __init__(
         self,

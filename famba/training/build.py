@@ -1,60 +1,105 @@
-"""Build the parts of a run that need data or memory: loaders, network, optimizer."""
+"""Build the network and the data that a configuration describes."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from famba import data
-from famba.data.draws import Stream
-from famba.errors import named
+from famba.errors import ConfigError, named
+from famba.models import Backbone, create_network
+from famba.models.backbone import backbone_of
 from famba.training.config import RunConfig
 from famba.training.distributed import Process
-from famba.training.initial import start_from
-from famba.training.optimizer import create_optimizer
-from famba.training.seeds import seed_generators
-from famba.training.setup import Setup, augmentation, build_model, model_classes
-from famba.training.state import Totals, TrainingState
-from famba.training.trained_on import TrainedOn
 
+Batches = Iterable[tuple[Tensor, Tensor]]
+"""Images (b, 3, h, w) and labels (b,)."""
 _log = logging.getLogger(__name__)
 
-Evaluated = Iterable[tuple[Tensor, Tensor]]
+
+def check_model(config: RunConfig) -> None:
+    """Raise ConfigError for a name under which no network is known, and for what networks of its kind cannot do."""
+    model, fusion = config.model, config.fusion
+    with named("model.{}"):
+        kind = backbone_of(model.name)
+    with named("fusion.{}"):
+        kind.check_fusion(fusion)
+    if fusion.proportional and fusion.mode == "prune":
+        raise ConfigError(
+            "fusion.proportional=true weighs tokens by their patches, and with fusion.mode=prune each holds one "
+            "patch; leave one of them out"
+        )
+    for key, given, usual in (("d_state", model.d_state, None), ("cls_position", model.cls_position, "head")):
+        if given != usual and key not in kind.keys:
+            raise ConfigError(f"model.{key}={given} cannot be chosen for {model.name}, {kind.kind}; leave it out")
 
 
-@dataclass(frozen=True)
-class Loaders:
-    """Holds the batches of this process. Every epoch is evaluated on selection: "validation", or the "test" set itself.
+def build_model(name: str, arguments: dict[str, Any]) -> Backbone:
+    """Create the network with fresh weights. Raises ConfigError for what does not fit it."""
+    try:
+        return create_network(name, **arguments)
+    except (AssertionError, TypeError) as error:
+        # timm's transformers report wrong arguments so.
+        raise ConfigError(f"{name} cannot be built with these model keys: {error}; leave them out") from error
 
-    Only a validation set selects a checkpoint.
-    """
 
-    train: data.TrainBatches
-    selection_name: str
-    selection: Evaluated
-    test: Evaluated
+def model_arguments(config: RunConfig, classes: int | None) -> dict[str, Any]:
+    """Return the arguments of `create_network` but for the schedule; classes None: those of the registered model."""
+    model = config.model
+    own = {"d_state": model.d_state, "cls_position": model.cls_position}
+    arguments: dict[str, Any] = {
+        "img_size": config.data.image_size,
+        "num_classes": classes,
+        "patch_size": model.patch_size,
+        "depth": model.depth,
+        "embed_dim": model.embed_dim,
+        "drop_path_rate": model.drop_path,
+        **{key: value for key, value in own.items() if key in backbone_of(model.name).keys},
+        **{f"fusion_{name}": value for name, value in config.fusion.settings().items()},
+    }
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def model_classes(config: RunConfig, found: int) -> int:
+    """Return the classes of the model, given those found in the data. Raises ConfigError where the data has more."""
+    classes = config.model.num_classes or found
+    if found > classes:
+        raise ConfigError(
+            f"the data has {found} classes, but model.num_classes is {classes}; leave it out, "
+            f"or set it to {found} or more"
+        )
+    return classes
+
+
+def augmentation(config: RunConfig) -> data.Augmentation:
+    """Return the augmentation of the recipe."""
+    keys = {field.name: field.name for field in fields(data.Augmentation)} | {"kind": "augmentation"}
+    with named({name: f"recipe.{key}" for name, key in keys.items()}):
+        return data.Augmentation(**{argument: getattr(config.recipe, key) for argument, key in keys.items()})
+
+
+def reading(config: RunConfig) -> data.Reading:
+    """Return how folders and images are read."""
+    with named("data.{}"):
+        return data.Reading(config.data.version, config.data.background)
+
+
+def requested_data(config: RunConfig) -> dict[str, Any]:
+    """Return the arguments that name a part of a data set."""
+    keys = ("subset", "val_fraction", "num_classes", "background", "version")
+    return {key: getattr(config.data, key) for key in keys}
 
 
 def load_splits(config: RunConfig) -> data.Splits:
-    """Open the data that the configuration names, and log how much there is."""
-    wanted = config.data
+    """Open the data that the configuration names, and log its sizes."""
     with named("data.{}"):
-        splits = data.load_splits(
-            wanted.name,
-            wanted.root,
-            subset=wanted.subset,
-            val_fraction=wanted.val_fraction,
-            num_classes=wanted.num_classes,
-            background=wanted.background,
-            version=wanted.version,
-        )
+        splits = data.load_splits(config.data.name, config.data.root, **requested_data(config))
     parts = {"training": splits.train, "validation": splits.validation, "test": splits.test}
     _log.info("images: %s", "; ".join(f"{name} {_size(part)}" for name, part in parts.items() if part is not None))
     return splits
@@ -68,32 +113,30 @@ def _size(part: data.Source | data.StreamSource) -> str:
     return f"{len(part):,} in {there:,}{of_all} class{'' if there == 1 else 'es'}"
 
 
-def load_images(config: RunConfig, setup: Setup, source: data.Source) -> Tensor:
-    """Return all images of a source as evaluation sees them, (n, 3, s, s)."""
-    shared = _transform(config, setup)
-    batches = data.eval_batches(source, batch_size=len(source), rank=0, world_size=1, workers=0, **shared)
-    return torch.cat([images for images, _ in batches])
+@dataclass(frozen=True)
+class Loaders:
+    """Hold the batches of this process.
+
+    Every epoch is evaluated on selection: the "validation" images, or the "test" images where none are held out. Only
+    validation images select a checkpoint.
+    """
+
+    train: data.TrainBatches
+    selection_name: str
+    selection: Batches
+    test: Batches
 
 
-def _transform(config: RunConfig, setup: Setup) -> dict[str, Any]:
-    return {
-        "augmentation": augmentation(config),
-        "image_size": setup.image_size,
-        "mean": tuple(config.data.mean),
-        "std": tuple(config.data.std),
-    }
-
-
-def make_loaders(config: RunConfig, setup: Setup, splits: data.Splits, process: Process) -> Loaders:
-    """Build the loaders of one process."""
+def make_loaders(config: RunConfig, image_size: int, splits: data.Splits, process: Process) -> Loaders:
+    """Build the loaders of one process; image_size in pixels."""
+    trainer = config.trainer
     shared: dict[str, Any] = {
-        **_transform(config, setup),
+        **_transform(config, image_size),
         "rank": process.rank,
         "world_size": process.world_size,
         "workers": config.data.workers,
         "pin_memory": process.device.type == "cuda",
     }
-    trainer = config.trainer
     with named({"batch_size": "trainer.batch_size", "repeats": "recipe.repeats"}):
         train = data.train_batches(
             splits.train,
@@ -110,32 +153,13 @@ def make_loaders(config: RunConfig, setup: Setup, splits: data.Splits, process: 
     return Loaders(train, "validation", data.eval_batches(splits.validation, batch_size=size, **shared), test)
 
 
-def new_state(
-    config: RunConfig,
-    setup: Setup,
-    trained_on: TrainedOn,
-    device: torch.device,
-    fresh: bool = True,
-    fused: bool = False,
-) -> TrainingState:
-    """Build network and optimizer as they are before the first step; the same for every strategy at one seed.
+def load_images(config: RunConfig, image_size: int, source: data.Source) -> Tensor:
+    """Return all images of a source as evaluation sees them, (n, 3, s, s)."""
+    shared = _transform(config, image_size)
+    batches = data.eval_batches(source, batch_size=len(source), rank=0, world_size=1, workers=0, **shared)
+    return torch.cat([images for images, _ in batches])
 
-    Where not `fresh`, a checkpoint follows, and init_from is not read. `fused` is the form of the optimizer, see
-    `create_optimizer`.
-    """
-    seed_generators(Stream.WEIGHTS, config.seed)
-    classes = model_classes(config, trained_on.num_classes)
-    model = build_model(config.model.name, {**setup.model_arguments, "num_classes": classes})
-    totals = Totals()
-    if fresh and config.init_from is not None:
-        totals.started_from = start_from(model, config.init_from, trained_on.classes)
-    model.set_grad_checkpointing(config.trainer.grad_checkpointing)
-    model.to(device)
-    decay = config.recipe.ema_decay
-    return TrainingState(
-        model=model,
-        optimizer=create_optimizer(model, config, fused),
-        scaler=torch.amp.GradScaler(device.type, enabled=setup.autocast == torch.float16),
-        ema=None if decay is None else ModelEmaV3(model, decay=decay),
-        totals=totals,
-    )
+
+def _transform(config: RunConfig, image_size: int) -> dict[str, Any]:
+    mean, std = tuple(config.data.mean), tuple(config.data.std)
+    return {"augmentation": augmentation(config), "image_size": image_size, "mean": mean, "std": std}

@@ -1,4 +1,4 @@
-"""Command lines, taken apart and composed into configurations by Hydra."""
+"""Command lines, composed into configurations by Hydra, and their help."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -24,14 +25,14 @@ from famba.training.config import RunConfig, keys, parse
 
 LAUNCHER = "hydra/launcher"
 _SHOWN = 200  # characters of an override that an error repeats
-# They would start what was not checked, the last one from a pickle, which can run any code.
+# Options of Hydra that would start unchecked runs, the last one from a pickle, which can run any code.
 _UNCHECKED = ("config-name", "config-path", "experimental-rerun")
 _OF_HYDRA = ("hydra.launcher", "hydra.sweeper.params")
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command line, taken apart. config_dir is the user's own folder of configuration files, None without one."""
+    """The parts of a command line. config_dir: the user's own folder of configuration files, None without one."""
 
     overrides: tuple[str, ...]
     multirun: bool = False
@@ -39,7 +40,7 @@ class Command:
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> Command:
-        """Take a command line apart. Raises ConfigError for a --config-dir that is no folder, and for _UNCHECKED."""
+        """Parse a command line. Raises ConfigError for a --config-dir that is no folder, and for _UNCHECKED."""
         parsed = get_args_parser().parse_args(list(arguments))
         for option in _UNCHECKED:
             if getattr(parsed, option.replace("-", "_"), None) is not None:
@@ -50,17 +51,16 @@ class Command:
         return cls(tuple(parsed.overrides), parsed.multirun, folder)
 
     def config(self) -> RunConfig:
-        """Compose one run's configuration. Raises ConfigError for what cannot be, and for what is for sweeps alone."""
-        several = [item.input_line for item in parse_overrides(self.overrides) if item.is_sweep_override()]
-        if several:
-            raise ConfigError(f"{several[0]!r} names several values; add -m for a run with each of them")
-        launcher = [line for line in self.overrides if re.match(r"[+~]*hydra[/.]launcher", line)]
-        if launcher:
-            raise ConfigError(f"{launcher[0]!r} is for sweeps; add -m, also for a sweep of one run")
-        values = self.compose(self.overrides)
-        given = {item.key_or_group for item in parse_overrides(self.overrides)}
-        if swept := {key: values for key, values in swept_by_config(values).items() if key not in given}:
-            example = " ".join(f"{key}={str(values).split(',')[0]}" for key, values in swept.items())
+        """Compose the configuration of one run. Raises ConfigError for what cannot be, or needs -m."""
+        parsed = parse_overrides(self.overrides)
+        for item in parsed:
+            if item.is_sweep_override():
+                raise ConfigError(f"{item.input_line!r} names several values; add -m for a run with each of them")
+            if re.match("hydra[/.]launcher", item.key_or_group):
+                raise ConfigError(f"{item.input_line!r} is for sweeps; add -m, also for a sweep of one run")
+        values, given = self.compose(self.overrides), {item.key_or_group for item in parsed}
+        if swept := {key: value for key, value in swept_by_config(values).items() if key not in given}:
+            example = " ".join(f"{key}={str(value).split(',')[0]}" for key, value in swept.items())
             raise ConfigError(
                 f"the experiment has several values of {', '.join(swept)}; add -m for a run with each combination, "
                 f"or give one value of each: {example}"
@@ -68,24 +68,22 @@ class Command:
         return run_config(values)
 
     def shared(self) -> DictConfig:
-        """Compose what all runs of a sweep have in common, Hydra's part too."""
+        """Compose what all runs of a sweep have in common, with Hydra's own part."""
         parsed = parse_overrides(self.overrides)
         return self.compose([str(item.input_line) for item in parsed if not item.is_sweep_override()])
 
     def jobs(self) -> list[list[str]]:
-        """Return the overrides of each run of a sweep: all combinations of what has several values."""
+        """Return the overrides of each run of a sweep: all combinations of the keys with several values."""
         parsed = parse_overrides(self.overrides)
         for item in parsed:
             if item.is_sweep_override() and item.key_or_group.startswith(("run_dir", "hydra")):
-                raise ConfigError(
-                    f"{item.input_line!r} is the same for all runs of a sweep, so it cannot be swept; give one value"
-                )
+                raise ConfigError(f"{item.input_line!r} is the same for all runs of a sweep; give one value")
         by_config = [f"{key}={value}" for key, value in swept_by_config(self.shared()).items()]
         with _explained():
             return BasicSweeper.split_arguments([*parse_overrides(by_config), *parsed], None)[0]
 
     def compose(self, overrides: Sequence[str]) -> DictConfig:
-        """Compose the whole configuration, Hydra's own part too."""
+        """Compose the whole configuration, with Hydra's own part."""
         _check_names(parse_overrides(overrides), self.config_dir)
         search = [] if self.config_dir is None else [f"hydra.searchpath=[{quoted(f'file://{self.config_dir}')}]"]
         with _explained(), hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -111,7 +109,7 @@ def run_config(values: DictConfig) -> RunConfig:
 
 
 def swept_by_config(values: DictConfig) -> dict[str, Any]:
-    """Return what has several values by hydra.sweeper.params, where an experiment or the command line sets them."""
+    """Return the keys with several values in hydra.sweeper.params, which experiments and command lines set."""
     params = OmegaConf.select(values.hydra.sweeper, "params")
     return {} if params is None else OmegaConf.to_container(params, resolve=True)  # type: ignore[return-value]
 
@@ -134,13 +132,13 @@ def groups(own: Path | None = None) -> dict[str, list[str]]:
 
 
 def quoted(value: str) -> str:
-    """Write a value so that Hydra takes it as it stands."""
+    """Quote a value so that Hydra takes it literally."""
     escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
     return f"'{escaped}'"
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
-    """Read overrides. Raises ConfigError for one that is none."""
+    """Parse overrides. Raises ConfigError for one that is none."""
     return [_parse(item) for item in overrides]
 
 
@@ -165,7 +163,7 @@ def _explained() -> Iterator[None]:
 
 
 def _check_names(overrides: Sequence[Override], own: Path | None) -> None:
-    """Raise ConfigError for a key or a choice that there is not, with the nearest name."""
+    """Raise ConfigError for an unknown key or choice, with the nearest name."""
     choices, known = groups(own), keys()
     sections = {key.rsplit(".", 1)[0] for key in known if "." in key}
     for item in overrides:
@@ -180,3 +178,74 @@ def _check_names(overrides: Sequence[Override], own: Path | None) -> None:
         elif key not in known and key not in sections:
             names = [*known, *choices]
             raise ConfigError(f"unknown key {key!r}{near_miss(key, names)}; `python train.py --help` lists all")
+
+
+_HELP = """\
+Train a Vision Mamba with cross-layer token fusion.
+
+Usage
+  python train.py [GROUP=CHOICE ...] [KEY=VALUE ...]     one run
+  python train.py -m fusion=none,upper seed=0,1,2        a run for each combination; again: the runs that are left
+  python train.py --cfg job [...]                        print the configuration and end
+
+Examples
+  python train.py model=vim_s fusion=upper
+  python train.py model=vim_micro recipe=light fusion=all fusion.budget=0.5 data.root=/data/cifar100
+  python train.py experiment=demo
+  python train.py -m experiment=paper_table hydra/launcher=slurm
+  python train.py run_dir=runs/mine                      again: continues where it stopped
+  famba status runs                                      the progress of runs
+
+Data ahead of time, for machines without network: famba download cifar100
+"""
+
+# The meaning of each group, and the files that explain its keys, with the prefix of these.
+_GROUPS = {
+    "model": ("the network; model.KEY=null keeps the value of the model", {"_base": "model."}),
+    "fusion": ("the layers that fuse tokens; any strategy removes fusion.budget in total", {"_base": "fusion."}),
+    "data": ("the images; data.root is the folder that holds them", {"_base": "data."}),
+    "recipe": ("augmentation, optimizer and schedule; keys with the paper's values", {"paper": "", "_base": "recipe."}),
+    "logger": ("a place for metrics besides the run folder", {"none": "logger."}),
+    "experiment": ("several choices under one name; those with several values need -m", {}),
+    LAUNCHER: (
+        f"with -m, where the runs go; your own: a file in DIR/{LAUNCHER}/ with --config-dir DIR",
+        {"local": "hydra.launcher.", "slurm": "hydra.launcher."},
+    ),
+}
+
+
+def help_text() -> str:
+    """Return the text of `python train.py --help`: every group, choice and key with the comments of their files."""
+    entries = yaml.safe_load((config_dir() / "config.yaml").read_text())["defaults"]
+    chosen = {
+        key.removeprefix("override "): name for entry in entries if entry != "_self_" for key, name in entry.items()
+    }
+    sections = [_HELP.rstrip()]
+    for group, (meaning, files) in _GROUPS.items():
+        folder = config_dir() / group
+        lines = [f"{group}: {meaning}" + (f" (default: {chosen[group]})" if chosen[group] else "")]
+        lines += [f"  {group}={choice:12} {_comment(folder / f'{choice}.yaml')}" for choice in groups()[group]]
+        for file, prefix in files.items():
+            lines.append(f"  keys of {group}={file}" if group == LAUNCHER else "  keys")
+            lines += _keys(folder / f"{file}.yaml", prefix)
+        sections.append("\n".join(lines))
+    sections.append("\n".join(["Other keys", *_keys(config_dir() / "config.yaml", "")]))
+    return "\n\n".join(sections) + "\n"
+
+
+def _comment(path: Path) -> str:
+    """Return the first comment of a file that is no package directive of Hydra's."""
+    comments = [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")]
+    return next((line for line in comments if not line.startswith("@")), "")
+
+
+def _keys(path: Path, prefix: str) -> list[str]:
+    """Return the lines of a file that set a key, with their comments, by the key's whole name."""
+    lines, section = [], ""
+    for line in path.read_text().splitlines():
+        key, _, value = line.partition(":")
+        if not key.startswith(" "):
+            section = f"{key}." if not value.strip() else ""
+        if value.strip() and not key.lstrip().startswith(("#", "-", "_")):
+            lines.append(f"    {prefix}{section}{line.strip()}")
+    return lines

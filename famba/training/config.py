@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -18,20 +19,17 @@ from famba.data.augment import AugmentationOptions, Probability
 from famba.errors import ConfigError, near_miss
 from famba.fusion import Fusion
 
-_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _SHOWN = 100  # characters of a value that an error repeats
-
-
 _CREDENTIALS = re.compile(r"(?<=://)[^/?#@\s]*(?=@)")
 
 
 def without_credentials(text: str) -> str:
-    """Return a text with *** for what stands before the @ in addresses."""
+    """Replace user names, passwords and tokens in addresses by ***."""
     return _CREDENTIALS.sub("***", text)
 
 
-def _writable(text: str) -> str:
-    """Refuse text that is no name and no path, or that nobody should find in a run folder."""
+def _check_text(text: str) -> str:
     if "\0" in text:
         raise ValueError("a NUL character is in no name and no path")
     if _CREDENTIALS.search(text):
@@ -46,12 +44,12 @@ NotNegative = Annotated[float, Field(ge=0, le=1e9)]
 Positive = Annotated[float, Field(gt=0, le=1e9)]
 Rate = Annotated[float, Field(ge=0, le=1000)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_writable)]
+Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_check_text)]
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class ModelConfig:
-    """Which network; None leaves a value as the registered model has it."""
+    """The network; None keeps the value of the registered model."""
 
     name: Text
     num_classes: Annotated[int, Field(ge=1, le=10**7)] | None
@@ -63,9 +61,9 @@ class ModelConfig:
     cls_position: Literal["head", "middle", "none"]
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class DataConfig:
-    """Which images, as in `famba.data.load_splits`; sizes in pixels, mean and std of RGB in [0, 1]."""
+    """The images, as in `famba.data.load_splits`; sizes in pixels, mean and std of RGB in [0, 1]."""
 
     name: Text
     root: Text | None
@@ -80,9 +78,9 @@ class DataConfig:
     version: Literal[1, 2]
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class RecipeConfig(AugmentationOptions):
-    """Optimizer, schedule, augmentation and regularisation; lr holds for lr_batch images per step."""
+    """Optimizer, learning-rate schedule, augmentation and regularisation; lr is for lr_batch images per step."""
 
     optimizer: Text
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)]
@@ -105,9 +103,9 @@ class RecipeConfig(AugmentationOptions):
     repeats: Annotated[int, Field(ge=1, le=1000)]
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class TrainerConfig:
-    """How long, on what, in which precision; batch_size is that of a step over all processes."""
+    """Length, device and precision of training; batch_size is that of a step over all processes."""
 
     epochs: Count
     max_steps: Count | None
@@ -123,16 +121,16 @@ class TrainerConfig:
     save_every_min: Positive
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class OpsConfig:
-    """Which backend computes, as in `famba.ops.use_backend`."""
+    """The backend of the ops, as in `famba.ops.use_backend`."""
 
     backend: Text
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class LoggerConfig:
-    """Where metrics go besides the run folder."""
+    """A place for metrics besides the run folder."""
 
     name: Literal["none", "wandb", "tensorboard"]
     project: Text
@@ -141,9 +139,9 @@ class LoggerConfig:
     mode: Literal["disabled", "offline", "online"]
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class RunConfig:
-    """Everything that a run is told."""
+    """The whole configuration of a run."""
 
     model: ModelConfig
     fusion: Fusion
@@ -178,18 +176,21 @@ def parse(values: Mapping[str, Any]) -> RunConfig:
 
     Raises ConfigError with every key that is unknown, missing or of a wrong value.
     """
-    _refuse_broken_text(values)
     given = flatten(values)
-    # `Fusion` has defaults of its own, for those who build networks without a configuration.
-    if missing := [
-        key for key in keys(Fusion, "fusion.") if key not in given and isinstance(values.get("fusion"), dict)
-    ]:
+    for key, value in given.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # file names and command lines may hold such text
+            raise ConfigError(f"{key} is {_shown(value)}: it has to be valid UTF-8") from None
+    # `Fusion` has defaults of its own, for networks that are built without a configuration.
+    wanted = keys(Fusion, "fusion.") if isinstance(values.get("fusion"), dict) else []
+    if missing := [key for key in wanted if key not in given]:
         raise ConfigError("\n".join(f"{key} is missing" for key in missing))
     try:
-        # By way of JSON, in which strict validation builds dataclasses from objects.
+        # Strict validation builds dataclasses from JSON alone.
         return _ADAPTER.validate_json(json.dumps(values))
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(error.errors()))) from None
+        raise ConfigError("\n".join(explain(error, keys()))) from None
 
 
 def plain(config: RunConfig) -> dict[str, Any]:
@@ -211,15 +212,12 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Map dotted keys to values: {"trainer": {"epochs": 1}} to {"trainer.epochs": 1}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 
 def keys(cls: type = RunConfig, prefix: str = "") -> list[str]:
-    """Dotted keys of a configuration."""
+    """List the dotted keys of a configuration."""
     names = []
     for field in fields(cls):
         kind = get_type_hints(cls)[field.name]
@@ -227,41 +225,41 @@ def keys(cls: type = RunConfig, prefix: str = "") -> list[str]:
     return names
 
 
-def _refuse_broken_text(values: Mapping[str, Any]) -> None:
-    """Raise ConfigError for text that is no Unicode, as file names and command lines may hold."""
-    for key, value in flatten(values).items():
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ConfigError(f"{key} is {_shown(value)}: it has to be valid UTF-8") from None
+def look_up(question: Callable[[Path], bool], key: str, path: str) -> bool:
+    """Ask the file system about a path. Raises ConfigError for one that it cannot look up, such as a long name."""
+    try:
+        return question(Path(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}={path} cannot be looked up ({error}); give another path") from error
 
 
-def _explain(problems: list[Any]) -> list[str]:
-    """One line for each key at fault; what each member of a union would take is joined."""
+def explain(error: ValidationError, known: list[str], prefix: str = "") -> list[str]:
+    """Return one line for each key at fault, with all that the members of a union allow.
+
+    known: the whole names of the keys. prefix: what stands before the names that `error` has.
+    """
     found: dict[str, list[str]] = {}
-    for problem in problems:
-        start, reason = _start(problem)
+    for problem in error.errors():
+        start, reason = _explain_one(problem, known, prefix)
         found.setdefault(start, []).append(reason)
-    return sorted(start + _either(reasons) for start, reasons in found.items())
+    lines = []
+    for start, reasons in found.items():
+        first, *others = dict.fromkeys(reasons)
+        lines.append(start + " or ".join([first, *(other.removeprefix("input should be ") for other in others)]))
+    return sorted(lines)
 
 
-def _either(reasons: list[str]) -> str:
-    first, *others = dict.fromkeys(reasons)
-    return " or ".join([first, *(other.removeprefix("input should be ") for other in others)])
-
-
-def _start(problem: Any) -> tuple[str, str]:
-    """Which key has which value, and what is wrong with it."""
-    # Members of a union come with their type's name behind the key.
-    key = ".".join(str(part) for part in problem["loc"])
+def _explain_one(problem: Any, known: list[str], prefix: str) -> tuple[str, str]:
+    """Return the key with its value, and the reason why it is refused."""
+    key = prefix + ".".join(map(str, problem["loc"]))
     error = problem.get("ctx", {}).get("error")
     if isinstance(error, ConfigError):
-        # The object that stands at this key checked itself.
+        # `Fusion` checks itself.
         message = str(error).removeprefix(f"{error.argument} ")
         return f"{key}.{error.argument}", f"{' ' if message != str(error) else ': '}{message}"
-    known = keys()
     if problem["type"] == "unexpected_keyword_argument":
         return f"unknown key {key!r}{near_miss(key, known)}", ""
+    # Behind the key stands the member of a union, or the place in a list.
     key = next((k for k in sorted(known, key=len, reverse=True) if key == k or key.startswith(f"{k}.")), key)
     if problem["type"] == "missing":
         return f"{key} is missing", ""

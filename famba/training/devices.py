@@ -1,14 +1,17 @@
-"""Devices, precision and memory."""
+"""Devices: their precision, their memory, and the generators of random numbers."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import platform
+import random
 import resource
 
+import numpy as np
 import torch
 
+from famba.data.draws import Stream, derived_integer
 from famba.errors import ConfigError, TrainingError
 
 _MIB = 2**20
@@ -48,7 +51,7 @@ def make_current(device: torch.device) -> None:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16 natively."""
+    """Return whether the device computes in bfloat16 natively."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -119,7 +122,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or a CPU."""
+    """Return whether an error says that memory ran out, on a GPU or a CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and (
@@ -135,3 +138,13 @@ def memory_error(error: BaseException, batch: int, accumulation: int) -> Trainin
         "trainer.batch_size, trainer.grad_checkpointing=true, trainer.precision=bf16, data.image_size, "
         "a larger fusion.budget, or a smaller model"
     )
+
+
+def seed_generators(stream: Stream, *place: int) -> None:
+    """Seed every global generator that timm or torch draws from, for one use at one place in the run.
+
+    Draws then never depend on what ran before, and no generator's state has to be saved.
+    """
+    torch.manual_seed(derived_integer(stream, *place))
+    np.random.seed(derived_integer(stream, *place, bits=32))
+    random.seed(derived_integer(stream, *place))

@@ -24,7 +24,10 @@ _BROKEN = re.compile("Connection (closed|reset)|Broken pipe|remote process exite
 
 @dataclass(frozen=True)
 class Process:
-    """This process among those that train together; host_group agrees without its device, store keeps why one fails."""
+    """This process among those that train together.
+
+    host_group: for agreements that do not wait for the device. store: keeps the first failure.
+    """
 
     rank: int
     world_size: int
@@ -34,7 +37,7 @@ class Process:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files."""
+        """Return whether this process writes files."""
         return self.rank == 0
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
@@ -48,7 +51,7 @@ class Process:
         return values
 
     def largest(self, *numbers: int) -> list[int]:
-        """Return the largest of each number over processes; a device that still computes is not waited for."""
+        """Return the largest of each number over processes, without waiting for the device."""
         if self.world_size == 1:
             return list(numbers)
         values = torch.tensor(numbers)
@@ -68,14 +71,14 @@ class Process:
         self.largest(0)
 
     def part(self) -> None:
-        """Leave the others; they do the same."""
+        """Leave the process group."""
         if self.world_size > 1:
             dist.destroy_process_group()
 
     def first_failure(self, error: Exception) -> Exception:
-        """Tell the others why this process fails; return the failure that was told first, with its process's number.
+        """Publish why this process fails; return the failure that was published first, with its process's number.
 
-        A process that ends breaks the connections of the others, so it tells before they fail in turn.
+        A process that ends breaks the connections of the others, so it publishes before they fail in turn.
         """
         if self.store is None:
             return error
@@ -89,7 +92,7 @@ class Process:
 
 
 def world_size() -> int:
-    """Return how many processes torchrun or srun started together; 1 without them. Raises ConfigError for no number."""
+    """Return the number of processes of torchrun or srun, 1 without them. Raises ConfigError where it is no number."""
     adopt_slurm()
     given = os.environ.get("WORLD_SIZE", "1")
     if not given.isdecimal() or int(given) < 1:
@@ -98,12 +101,9 @@ def world_size() -> int:
 
 
 def adopt_slurm() -> None:
-    """Set what torchrun would set in the environment, where srun started several tasks together.
-
-    SLURM_STEP_NUM_TASKS is set by srun alone: in a batch script that starts one process by itself SLURM_NTASKS may be
-    larger than 1.
-    """
+    """Set the environment variables of torchrun where srun started several tasks together."""
     given = os.environ
+    # Set by srun alone; SLURM_NTASKS may be larger than 1 for a single process in a batch script.
     tasks = int(given.get("SLURM_STEP_NUM_TASKS", "1"))
     if tasks == 1 or "WORLD_SIZE" in given or "SLURM_PROCID" not in given:
         return

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from famba.training.build import Batches
 from famba.training.distributed import Process
 from famba.training.interrupts import StopAsked
 
-Batches = Iterable[tuple[Tensor, Tensor]]
-
 
 class Tally:
-    """Sums over labelled images: hits at 1 and at 5, cross-entropy, count; in float32 on a device.
-
-    Where there are fewer than five classes, Top-5 is over all of them.
-    """
+    """Sums over labelled images: hits at 1 and at 5 (or all classes), cross-entropy, count; float32 on a device."""
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(4, device=device)
@@ -43,12 +39,10 @@ def evaluate(
     infer: Callable[[Tensor], Tensor],
     asked_to_stop: Callable[[], int] = lambda: 0,
 ) -> dict[str, float]:
-    """Evaluate in eval mode, over all processes.
+    """Evaluate in eval mode over all processes; return `Tally.results`.
 
-    `infer` calls the model: images (b, 3, h, w) to logits (b, classes). `asked_to_stop` returns the number of the
-    signal that asked this process to stop, 0 for none.
-
-    Returns what `Tally.results` does. Raises StopAsked, in every process, where any was asked to stop on the way.
+    infer: images (b, 3, h, w) to logits (b, classes). asked_to_stop: returns the number of the signal that asked this
+    process to stop, 0 for none. Raises StopAsked, in every process, where any was asked to stop on the way.
     """
     was_training = model.training
     model.eval()

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from famba.errors import TrainingError
+from famba.training.checkpoint import TrainingState
 from famba.training.config import RunConfig
 from famba.training.devices import out_of_memory
 from famba.training.distributed import Process
 from famba.training.optimizer import has_fused_form
-from famba.training.state import TrainingState
 from famba.training.step import Infer, Step
 
 _WARM_UPS = 3

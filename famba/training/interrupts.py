@@ -1,16 +1,22 @@
-"""Ctrl-C, termination and a scheduler's notice as a request that the loop answers at its next step."""
+"""Requests to stop: signals that the loop answers at its next step, and Slurm's queue, where a run goes back to."""
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import subprocess
 import threading
 import time
 from types import FrameType
+from typing import NoReturn
+
+from famba.errors import TrainingError
 
 _log = logging.getLogger(__name__)
 
 _SAME_REQUEST_S = 1.0  # torchrun passes a Ctrl-C on to processes that the terminal has sent it already
+_ENDED_BY_SLURM_S = 300.0
 _NOTICES = (signal.SIGUSR1, signal.SIGUSR2)  # of a time limit or a pre-emption; the run is to go on later
 _ANSWERED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *_NOTICES)
 
@@ -23,9 +29,9 @@ class Interrupted(KeyboardInterrupt):
         self.signal = number
 
     @property
-    def on_notice(self) -> bool:
-        """Whether the run is meant to go on by itself."""
-        return self.signal in _NOTICES
+    def goes_on(self) -> bool:
+        """Return whether Slurm gave notice and is to start the run again."""
+        return self.signal in _NOTICES and "SLURM_JOB_ID" in os.environ
 
 
 class StopAsked(Exception):  # noqa: N818 - no error
@@ -36,16 +42,15 @@ class StopAsked(Exception):  # noqa: N818 - no error
 
 
 class StopRequest:
-    """In a `with` block, keeps the number of the first signal that asks to stop; a second Ctrl-C interrupts at once.
+    """In a `with` block, keep the number of the first signal that asks to stop; a second Ctrl-C interrupts at once.
 
-    Any other signal that follows is left unanswered: Slurm repeats itself while a run is saving. SIGHUP, the end of the
-    terminal, asks to stop too, except under nohup.
+    Other signals that follow change nothing: Slurm repeats itself while a run is saving. SIGHUP, the end of the
+    terminal, asks to stop too, except under nohup. `ended` tells whether SIGTERM came after the request: time is up.
     """
 
     def __init__(self) -> None:
         self.number, self._at = 0, 0.0
         self.ended = False
-        """Whether SIGTERM came after the request: time is up."""
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -68,3 +73,31 @@ class StopRequest:
             self.ended = True
         elif number == signal.SIGINT and time.monotonic() - self._at > _SAME_REQUEST_S:
             raise KeyboardInterrupt
+
+
+def is_restarted() -> bool:
+    """Return whether Slurm has started this job before."""
+    return "SLURM_RESTART_COUNT" in os.environ
+
+
+def requeue() -> None:
+    """Put this job back into Slurm's queue, which ends it here. Raises TrainingError where Slurm refuses."""
+    job, array = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_ARRAY_JOB_ID")
+    if array is not None:
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=True)  # noqa: S603, S607
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip()
+        raise TrainingError(
+            f"the run is saved, but Slurm does not requeue job {job}: {reason}. "
+            "Submit the same command again, with sbatch --requeue where jobs are not requeued by default"
+        ) from error
+
+
+def wait_for_the_end(stop: StopRequest) -> NoReturn:
+    """Wait until Slurm ends this process, so that the job does not count as finished, and end it."""
+    deadline = time.monotonic() + _ENDED_BY_SLURM_S
+    while not stop.ended and time.monotonic() < deadline:
+        time.sleep(0.1)
+    raise SystemExit(128 + stop.number)

@@ -1,4 +1,4 @@
-"""Optimizer, learning rate, mixing and loss of a recipe, all timm's."""
+"""Optimizer, learning rate, mixing and loss of a recipe, from timm."""
 
 from __future__ import annotations
 
@@ -17,13 +17,8 @@ from torch import Tensor, nn
 from famba.errors import ConfigError, near_miss
 from famba.training.config import RecipeConfig, RunConfig
 
-# What an optimizer is like here, and not what it has gathered.
+# Settings of an optimizer that depend on the device, or on the step.
 _FORM = ("lr", "fused", "foreach", "capturable")
-
-
-def peak_lr(config: RunConfig) -> float:
-    """Learning rate after warm-up: the recipe's, in proportion to the images per step."""
-    return config.recipe.lr * config.trainer.batch_size / config.recipe.lr_batch
 
 
 def check_optimizer_name(name: str) -> None:
@@ -56,7 +51,7 @@ def try_optimizer(config: RunConfig, device: torch.device) -> None:
 
 
 def has_fused_form(name: str) -> bool:
-    """Return whether a step of an optimizer can be one kernel, which may also be told on the device to do nothing."""
+    """Return whether a step of an optimizer can be one kernel, which can skip it by a flag on the device."""
     return get_optimizer_class(name, bind_defaults=False) in (torch.optim.Adam, torch.optim.AdamW)
 
 
@@ -73,7 +68,7 @@ def create_optimizer(model: nn.Module, config: RunConfig, fused: bool = False) -
     optimizer = create_optimizer_v2(
         model,
         opt=recipe.optimizer,
-        lr=peak_lr(config),
+        lr=recipe.lr * config.trainer.batch_size / recipe.lr_batch,
         weight_decay=recipe.weight_decay,
         layer_decay=recipe.layer_decay,
         betas=tuple(recipe.betas),
@@ -88,7 +83,7 @@ def create_optimizer(model: nn.Module, config: RunConfig, fused: bool = False) -
 
 
 def portable_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return the optimizer's state for a checkpoint, whatever device and form goes on from it."""
+    """Return the optimizer's state for a checkpoint, independent of its device and form."""
     state = optimizer.state_dict()
     plain = {"fused": None, "foreach": None, "capturable": False}
     groups = [
@@ -99,7 +94,7 @@ def portable_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Take over a state that `portable_state` gave; the optimizer keeps its own form and its own learning rates."""
+    """Load a state of `portable_state`; the optimizer keeps its own form and learning rates."""
     own = [{key: group[key] for key in _FORM if key in group} for group in optimizer.param_groups]
     groups = [{**group, **form} for group, form in zip(saved["param_groups"], own, strict=True)]
     optimizer.load_state_dict({**saved, "param_groups": groups})
@@ -146,10 +141,7 @@ class LearningRate:
 
 
 def create_mixing(recipe: RecipeConfig, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    """Return what turns images and labels into mixed images and soft targets; None where nothing mixes.
-
-    It draws from numpy's global generator.
-    """
+    """Return a function of images and labels that mixes them, drawing from numpy's generator; None for no mixing."""
     if recipe.mixup == 0 and recipe.cutmix == 0:
         return None
     return Mixup(

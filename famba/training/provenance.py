@@ -1,4 +1,4 @@
-"""Where a run's numbers come from."""
+"""Provenance of a run's numbers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "hydra-core", "t
 
 
 def provenance(device: torch.device, seed: int, world_size: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Versions, machine, commit, seed and backend of this run; no names of users or hosts."""
+    """Return versions, machine, commit, seed and backend of this run; no names of users or hosts."""
     return {
         "started": now(),
         "famba": famba.__version__,
@@ -42,16 +42,16 @@ def provenance(device: torch.device, seed: int, world_size: int, dtype: torch.dt
 
 
 def _versions() -> Iterator[tuple[str, str]]:
-    """Packages that are installed, and their versions."""
+    """Yield installed packages and their versions."""
     for name in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             yield name, metadata.version(name)
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that famba is imported from, with "-dirty" where it is changed.
+    """Return the commit of the checkout that famba is imported from, with "-dirty" where it is changed.
 
-    Outside a checkout what the environment variable FAMBA_COMMIT says, as in a container; None where that is not set.
+    Outside a checkout, as in a container: the environment variable FAMBA_COMMIT, None where that is not set.
     """
     folder = Path(famba.__file__).resolve().parent
     commit = _git(folder, "rev-parse", "HEAD")

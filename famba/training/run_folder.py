@@ -11,12 +11,13 @@ import yaml
 from filelock import FileLock, Timeout
 
 from famba.errors import CheckpointError, ConfigError
-from famba.files import remove_unfinished, write_whole
-from famba.training import slurm
+from famba.files import read_file, remove_unfinished, write_whole
+from famba.training import interrupts
 from famba.training.checkpoint import Checkpoints, differences
-from famba.training.config import RunConfig, plain, with_added_keys
+from famba.training.config import ADDED_KEYS, RunConfig, flatten, parse, plain, with_added_keys
 from famba.training.summary import FORMAT, SUMMARY, Summary
 
+CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 SWEEP = "sweep.json"
 WEIGHTS = "model.safetensors"
@@ -25,7 +26,10 @@ _log = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """Files of a run. Only the main process writes; `writes` is False in the others, whose calls do nothing."""
+    """Files of a run; in a `with` block no other run may write there.
+
+    Only the main process writes; `writes` is False in the others, whose calls do nothing.
+    """
 
     def __init__(self, path: Path, writes: bool) -> None:
         self.path = path
@@ -34,31 +38,28 @@ class RunFolder:
         self._lock = FileLock(path / ".lock")
 
     def __enter__(self) -> RunFolder:
-        self.claim()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.release()
-
-    def claim(self) -> None:
         """Make the folder and keep other runs out of it. Raises ConfigError where it is taken or cannot be written."""
         if not self.writes:
-            return
+            return self
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             # A job that Slurm requeued may start while a file system still holds the lock of its last start, and
             # `famba status` holds it for an instant.
-            self._lock.acquire(timeout=_REQUEUED_S if slurm.is_restarted() else _LOOKED_AT_S)
+            self._lock.acquire(timeout=_REQUEUED_S if interrupts.is_restarted() else _LOOKED_AT_S)
         except Timeout:
             raise ConfigError(
                 f"another run is writing to {self.path}; wait for it, or choose another run_dir"
             ) from None
         except NotImplementedError:
-            _log.warning("the file system of %s has no locks: see to it that no other run writes there", self.path)
+            _log.warning("the file system of %s has no locks: make sure that no other run writes there", self.path)
         except OSError as error:
             raise ConfigError(f"run_dir={self.path} cannot be written: {error}") from error
         remove_unfinished(self.path)
-        self.checkpoints.remove_unfinished()
+        remove_unfinished(self.checkpoints.folder)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
     def release(self) -> None:
         """Let other runs into the folder."""
@@ -74,51 +75,60 @@ class RunFolder:
     @property
     def summary(self) -> dict[str, Any] | None:
         """The summary so far, as plain values by the fields of Summary; None where there is none."""
-        path = self.path / SUMMARY
-        if not path.is_file():
-            return None
-        try:
-            return Summary.parse(path.read_bytes()).values()
-        except ValueError as error:
-            raise ConfigError(f"{path} is damaged ({error}); remove it, or choose another run_dir") from error
+        return self._read(SUMMARY, lambda content: Summary.parse(content).values())
 
     @property
     def config(self) -> dict[str, Any] | None:
         """The configuration of the run in this folder; None where there is none."""
-        path = self.path / "config.yaml"
+        return self._read(CONFIG, _parse_config)
+
+    def _read(self, name: str, parse: Any) -> dict[str, Any] | None:
+        path = self.path / name
         if not path.is_file():
             return None
         try:
-            config = yaml.safe_load(path.read_bytes())
-            if not isinstance(config, dict) or not config.keys() >= {"trainer", "model"}:
-                raise ValueError("it holds no configuration")
-        except (yaml.YAMLError, ValueError) as error:
-            raise ConfigError(f"{path} is damaged ({error}); remove it, or choose another run_dir") from error
-        return config
+            return parse(path.read_bytes())
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{path} cannot be read ({reason}); restore it or remove it") from error
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Write the resolved configuration."""
-        if self.writes:
-            text = yaml.safe_dump(config, sort_keys=False)
-            write_whole(self.path / "config.yaml", lambda file: Path(file).write_text(text))
+        self._write(CONFIG, yaml.safe_dump(config, sort_keys=False))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write the summary, from plain values by the fields of Summary."""
+        values = Summary.parse(json.dumps({**summary, "format": FORMAT})).values()
+        self._write(SUMMARY, json.dumps(values, indent=2) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
         if self.writes:
-            text = json.dumps(Summary.parse(json.dumps({**summary, "format": FORMAT})).values(), indent=2) + "\n"
-            write_whole(self.path / SUMMARY, lambda file: Path(file).write_text(text))
+            write_whole(self.path / name, lambda file: Path(file).write_text(text))
 
     def rewind_metrics(self, step: int, epoch_ended: bool) -> None:
-        """Drop what metrics.jsonl says of later than `step`, and a line that was cut off.
+        """Remove the lines of metrics.jsonl after `step`, and a line that was cut off.
 
-        epoch_ended: whether the line of an epoch that ends with `step` is to stay.
+        epoch_ended: whether to keep the line of an epoch that ends with `step`.
         """
         path = self.path / METRICS
-        if not self.writes or not path.is_file():
-            return
-        kept = [line for line in path.read_text(errors="replace").splitlines() if _is_before(line, step, epoch_ended)]
-        text = "".join(f"{line}\n" for line in kept)
-        write_whole(path, lambda file: Path(file).write_text(text))
+        if self.writes and path.is_file():
+            lines = path.read_text(errors="replace").splitlines()
+            self._write(METRICS, "".join(f"{line}\n" for line in lines if _is_before(line, step, epoch_ended)))
+
+
+def _parse_config(content: bytes) -> dict[str, Any]:
+    config = yaml.safe_load(content)
+    if not isinstance(config, dict) or not config.keys() >= {"trainer", "model"}:
+        raise ValueError("it holds no configuration")
+    return config
+
+
+def _is_before(line: str, step: int, epoch_ended: bool) -> bool:
+    try:
+        logged = json.loads(line)
+        return logged["step"] < step or (logged["step"] == step and (epoch_ended or logged["kind"] != "epoch"))
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return False
 
 
 def finished_weights(folder: Path) -> Path:
@@ -126,9 +136,10 @@ def finished_weights(folder: Path) -> Path:
     weights = folder / WEIGHTS
     if weights.is_file():
         return weights
-    latest = RunFolder(folder, writes=False).checkpoints.latest
-    if latest is not None:
-        raise CheckpointError(f"the run in {folder} is not finished; to take it as it is, give its checkpoint {latest}")
+    if kept := Checkpoints(folder / "checkpoints").newest_first():
+        raise CheckpointError(
+            f"the run in {folder} is not finished; to take it as it is, give its checkpoint {kept[0]}"
+        )
     raise CheckpointError(f"{folder} holds no trained network ({WEIGHTS}); give the run_dir of a finished run")
 
 
@@ -139,30 +150,38 @@ def finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
     """
     summary, before = folder.summary, folder.config
     # A job that Slurm starts again goes on with what it began itself.
-    if config.resume == "never" and not slurm.is_restarted():
-        if summary is not None or folder.checkpoints.latest is not None:
+    if config.resume == "never" and not interrupts.is_restarted():
+        if summary is not None or folder.checkpoints.newest_first():
             raise ConfigError(
                 f"{folder.path} holds a run, which resume=never would overwrite; choose another run_dir, or resume=auto"
             )
         return None
-    if folder.checkpoints.contain(config.resume) or summary is None or before is None:
+    own_checkpoint = Path(config.resume).resolve().parent == folder.checkpoints.folder.resolve()
+    if own_checkpoint or summary is None or before is None or summary["status"] != "finished":
         return None
-    if summary["status"] != "finished":
-        return None
-    changed = differences(with_added_keys(before), plain(config))
-    if changed:
-        listed = "\n  ".join(changed)
-        raise CheckpointError(
-            f"{folder.path} holds a finished run with other settings:\n  {listed}\nChoose another run_dir"
-        )
+    if changed := differences(with_added_keys(before), plain(config)):
+        listed = "\n  ".join([f"{folder.path} holds a finished run with other settings:", *changed])
+        raise CheckpointError(f"{listed}\nChoose another run_dir")
     goal = config.trainer.max_steps
     longer = before["trainer"]["max_steps"] is not None and (goal is None or goal > summary["step"])
     return None if longer else summary
 
 
-def _is_before(line: str, step: int, epoch_ended: bool) -> bool:
-    try:
-        logged = json.loads(line)
-        return logged["step"] < step or (logged["step"] == step and (epoch_ended or logged["kind"] != "epoch"))
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return False
+def as_begun(config: RunConfig, run_dir: Path) -> RunConfig:
+    """Return the configuration with which the run in a folder continues.
+
+    Keys that were added since the run began take the values that reproduce its version; a new run's stay as they are.
+    Raises FambaError where the run's own configuration cannot be read.
+    """
+    if config.resume == "never" and not interrupts.is_restarted():
+        return config
+    before = RunFolder(run_dir, writes=False).config
+    if before is None and config.resume not in ("auto", "never"):
+        before = read_file(config.resume).get("config")
+    if not isinstance(before, dict):
+        return config
+    values = plain(config)
+    for key in ADDED_KEYS.keys() - flatten(before).keys():
+        group, name = key.split(".")
+        values[group][name] = ADDED_KEYS[key]
+    return parse(values)

@@ -1,31 +1,47 @@
-"""From a configuration to the parts of a run, with every check that needs no data."""
+"""Check a configuration as a whole, before any data is read and any folder made."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from famba import data
-from famba.errors import ConfigError, named
-from famba.models import Backbone, create_network
-from famba.models.backbone import backbone_of
-from famba.training import checks
-from famba.training.config import RunConfig
+from famba import data, ops
+from famba.errors import BackendError, CheckpointError, ConfigError, named, near_miss
+from famba.fusion.schedules import ADAPTIVE
+from famba.models import Backbone
+from famba.ops.registry import AUTO, ENVIRONMENT_VARIABLE, resolve
+from famba.training.build import (
+    augmentation,
+    build_model,
+    check_model,
+    model_arguments,
+    model_classes,
+    requested_data,
+)
+from famba.training.config import RunConfig, look_up
 from famba.training.devices import choose_device, choose_precision, make_current
 from famba.training.distributed import world_size
-from famba.training.initial import check_initial
+from famba.training.graph import obstacle
 from famba.training.optimizer import check_optimizer_name, try_optimizer
+from famba.training.weights import check_initial
+
+__all__ = ["Setup", "build_model", "prepare"]
+
+_GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a configuration comes to on this machine.
+    """Hold what a configuration comes to on this machine.
 
     image_size: pixels. schedule: tokens that each layer removes, at first where it adapts. tokens: length of the
-    unfused sequence.
-    matched: whether the schedule removes the same total as the other strategies of its budget.
+    unfused sequence. matched: whether the schedule removes the same total as the other strategies of its budget.
+    autocast: dtype of matrix products, None for float32. model_arguments: of `create_network`.
     """
 
     image_size: int
@@ -38,74 +54,39 @@ class Setup:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What matrix products are computed in."""
+        """Dtype of matrix products."""
         return self.autocast or torch.float32
 
 
 def prepare(config: RunConfig, processes: int | None = None) -> Setup:
-    """Check a configuration as a whole and work out what it comes to, for `processes` on other machines, None for here.
+    """Check a configuration and work out what it comes to, for `processes` on other machines, None for this one.
 
-    Raises FambaError for whatever cannot work, before any data is read and any folder made.
+    Raises FambaError for whatever cannot work.
     """
-    checks.check_model(config)
+    check_model(config)
     device = choose_device(config.trainer.device)
     make_current(device)
     autocast = choose_precision(config.trainer.precision, device)
-    backend = checks.check_backend(config.ops.backend, device, autocast or torch.float32)
-    checks.check_cuda_graphs(config, device, processes or world_size(), backend)
-    checks.check_data(config)
-    checks.check_batch(config, processes or world_size())
-    checks.check_schedules(config)
-    checks.check_adapting(config)
+    backend = check_backend(config.ops.backend, device, autocast or torch.float32)
+    check_cuda_graphs(config, device, processes or world_size(), backend)
+    _check_data(config)
+    check_batch(config, processes or world_size())
+    _check_schedules(config)
     check_optimizer_name(config.recipe.optimizer)
     augmentation(config)
     outline, arguments = _outline(config)
     with named("fusion.{}"):
-        counts = config.fusion.schedule(outline.depth, outline.num_tokens, outline.protected)
+        schedule = config.fusion.schedule(outline.depth, outline.num_tokens, outline.protected)
     size = outline.image_size
     if size[0] != size[1]:
         raise ConfigError(f"{config.model.name} takes {size[0]} x {size[1]} images; loaders make square ones")
     check_initial(config, outline)
     if processes is None:
-        checks.check_memory(outline, device)
-        checks.check_files(config)
+        _check_memory(outline, device)
+        check_files(config)
         try_optimizer(config, device)
-    matched = config.fusion.is_matched
-    return Setup(size[0], counts, outline.num_tokens, matched, device, autocast, {**arguments, "fusion": counts})
-
-
-def build_model(name: str, arguments: dict[str, Any]) -> Backbone:
-    """Create the network with fresh weights. Raises ConfigError for what does not fit it."""
-    try:
-        return create_network(name, **arguments)
-    except (AssertionError, TypeError) as error:
-        # timm's transformers check what they are given so, if at all.
-        raise ConfigError(f"{name} cannot be built with these model keys: {error}; leave them out") from error
-
-
-def augmentation(config: RunConfig) -> data.Augmentation:
-    """Return what the recipe does to training images."""
-    recipe = config.recipe
-    keys = {field.name: field.name for field in fields(data.Augmentation)} | {"kind": "augmentation"}
-    with named({name: f"recipe.{key}" for name, key in keys.items()}):
-        return data.Augmentation(**{argument: getattr(recipe, key) for argument, key in keys.items()})
-
-
-def reading(config: RunConfig) -> data.Reading:
-    """Return how folders and images are read."""
-    with named("data.{}"):
-        return data.Reading(config.data.version, config.data.background)
-
-
-def model_classes(config: RunConfig, found: int) -> int:
-    """Classes of the model, given those found in the data. Raises ConfigError where the data has more."""
-    classes = config.model.num_classes or found
-    if found > classes:
-        raise ConfigError(
-            f"the data has {found} classes, but model.num_classes is {classes}; leave it out, "
-            f"or set it to {found} or more"
-        )
-    return classes
+    matched, arguments = config.fusion.is_matched, {**arguments, "fusion": schedule}
+    return Setup(size[0], schedule, outline.num_tokens, matched, device, autocast, arguments)
 
 
 def _outline(config: RunConfig) -> tuple[Backbone, dict[str, Any]]:
@@ -117,18 +98,94 @@ def _outline(config: RunConfig) -> tuple[Backbone, dict[str, Any]]:
         return build_model(config.model.name, arguments), arguments
 
 
-def model_arguments(config: RunConfig, classes: int | None) -> dict[str, Any]:
-    """Return what `create_network` takes, but for the schedule; classes None leaves those of the registered model."""
-    model = config.model
-    own = {"d_state": model.d_state, "cls_position": model.cls_position}
-    arguments: dict[str, Any] = {
-        "img_size": config.data.image_size,
-        "num_classes": classes,
-        "patch_size": model.patch_size,
-        "depth": model.depth,
-        "embed_dim": model.embed_dim,
-        "drop_path_rate": model.drop_path,
-        **{key: value for key, value in own.items() if key in backbone_of(model.name).keys},
-        **{f"fusion_{name}": value for name, value in config.fusion.settings().items()},
-    }
-    return {name: value for name, value in arguments.items() if value is not None}
+def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Return the backend that serves a device and precision where `backend` is configured.
+
+    Raises BackendError where it is unknown, or does not serve them.
+    """
+    try:
+        with nullcontext() if backend == AUTO else ops.use_backend(backend):
+            return resolve(device.type, dtype)
+    except BackendError as error:
+        raise BackendError(f"{ENVIRONMENT_VARIABLE if backend == AUTO else 'ops.backend'}: {error}") from error
+
+
+def check_cuda_graphs(config: RunConfig, device: torch.device, processes: int, backend: str) -> None:
+    """Raise ConfigError where the steps have to be CUDA graphs, and cannot be."""
+    reason = obstacle(config, device, processes, backend)
+    if config.trainer.cuda_graphs is True and reason is not None:
+        raise ConfigError(f"trainer.cuda_graphs=true cannot be: {reason}; leave it at auto")
+
+
+def _check_data(config: RunConfig) -> None:
+    """Raise ConfigError for what no data under this name can give."""
+    wanted = config.data
+    with named("data.{}"):
+        data.check_request(wanted.name, wanted.root, **requested_data(config))
+    images = wanted.subset or data.training_images_of(wanted.name)
+    left = None if images is None else images - data.held_out(images, wanted.val_fraction)
+    if left is not None and config.trainer.batch_size > left:
+        raise ConfigError(
+            f"trainer.batch_size={config.trainer.batch_size} does not fit into the {left} training images that "
+            f"{wanted.name}, data.subset and data.val_fraction leave; choose {left} or fewer"
+        )
+
+
+def check_batch(config: RunConfig, processes: int) -> None:
+    """Raise ConfigError where a step cannot be dealt out to `processes` and micro-batches."""
+    trainer = config.trainer
+    parts = processes * trainer.accumulation
+    if trainer.batch_size % parts:
+        near = max(parts, round(trainer.batch_size / parts) * parts)
+        raise ConfigError(
+            f"trainer.batch_size={trainer.batch_size} is not divisible by {processes} processes x "
+            f"trainer.accumulation={trainer.accumulation}; {near} is"
+        )
+    if (config.recipe.mixup > 0 or config.recipe.cutmix > 0) and trainer.batch_size // parts % 2:
+        raise ConfigError(
+            f"mixup and cutmix pair the images of a micro-batch, but {trainer.batch_size // parts} is odd; "
+            "choose an even trainer.batch_size, or recipe.mixup=0 recipe.cutmix=0"
+        )
+
+
+def _check_schedules(config: RunConfig) -> None:
+    """Raise ConfigError where warm-up never ends, or keys of adaptive schedules do not fit the strategy."""
+    warmup, epochs, fusion = config.recipe.warmup_epochs, config.trainer.epochs, config.fusion
+    if warmup >= epochs:
+        raise ConfigError(f"recipe.warmup_epochs={warmup} leaves nothing of trainer.epochs={epochs}; choose fewer")
+    for key, value in (("adapt_at", fusion.adapt_at), ("adapt_images", fusion.adapt_images)):
+        if (value is not None) != (fusion.strategy == ADAPTIVE):
+            shown = list(value) if isinstance(value, tuple) else value
+            allowed = "a value" if value is None else f"null, or fusion={ADAPTIVE}"
+            raise ConfigError(f"fusion.{key} is {shown} with strategy {fusion.strategy!r}; allowed: {allowed}")
+
+
+def _check_memory(outline: Backbone, device: torch.device) -> None:
+    """Raise ConfigError where the weights and their gradients alone are more than all the memory of the device."""
+    parameters = sum(weight.numel() for weight in outline.parameters())
+    # torch does not tell the memory of other devices: that of the machine bounds it.
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    if 8 * parameters > there:
+        raise ConfigError(
+            f"a model of {parameters:,} parameters needs {8 * parameters / _GIB:,.0f} GiB for its weights and "
+            f"gradients, {device} has {there / _GIB:,.0f} GiB; choose less of model.depth, model.embed_dim, "
+            "model.d_state, model.num_classes or data.image_size, or a larger model.patch_size"
+        )
+
+
+def check_files(config: RunConfig) -> None:
+    """Raise FambaError where a file that is named is missing, or the run folder cannot be written."""
+    with named("data.{}"):
+        data.check_folder(config.data.name, config.data.root, config.data.version)
+    if config.resume not in ("auto", "never") and not look_up(Path.is_file, "resume", config.resume):
+        raise CheckpointError(
+            f"resume={config.resume} is no file{near_miss(config.resume, ('auto', 'never'))}; "
+            "allowed: auto, never, or a checkpoint of a run"
+        )
+    folder = Path(config.run_dir).absolute()
+    while not look_up(Path.exists, "run_dir", str(folder)):
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"run_dir={config.run_dir} cannot be written: {folder} is not a writable folder")

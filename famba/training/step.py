@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from famba.data.draws import Stream
+from famba.training.checkpoint import TrainingState
 from famba.training.config import RunConfig
+from famba.training.devices import seed_generators
 from famba.training.distributed import Process
 from famba.training.optimizer import create_loss, create_mixing
-from famba.training.seeds import seed_generators
-from famba.training.state import TrainingState
 
 Infer = Callable[[Tensor], Tensor]
 """Images (b, 3, h, w) to logits (b, classes)."""
 
 
 class Step:
-    """Does the steps of one process, kernel by kernel as the host calls them.
+    """Do the steps of one process, kernel by kernel as the host calls them.
 
     Args:
         config: of the run.
@@ -53,13 +53,10 @@ class Step:
         self.data_s = 0.0
 
     def gradients(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
-        """Work out the gradients of the next step.
+        """Compute the gradients of the next step from micro-batches of images (b, 3, h, w) and labels (b,).
 
-        Args:
-            batches: micro-batches, images (b, 3, h, w) and labels (b,); `data_s` is the time that was waited for them.
-
-        Returns:
-            The loss and the norm of the gradients, float32 (2,) on the device.
+        Returns the loss and the norm of the gradients, float32 (2,) on the device. `data_s` is then the time that was
+        waited for the batches.
         """
         self.data_s = 0.0
         loss = torch.zeros((), device=self.device)
@@ -74,7 +71,7 @@ class Step:
         return torch.stack([loss, self.clipped_norm()])
 
     def update(self) -> None:
-        """Let the optimizer take the step, and average the weights."""
+        """Take the optimizer's step, and average the weights."""
         state = self.state
         state.scaler.step(state.optimizer)
         state.scaler.update()
@@ -83,7 +80,7 @@ class Step:
             state.ema.update(state.model, state.step)
 
     def infer(self, model: nn.Module) -> Infer:
-        """Return what evaluates a model that is in eval mode."""
+        """Return a function that evaluates a model in eval mode."""
 
         def call(images: Tensor) -> Tensor:
             with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
@@ -92,17 +89,17 @@ class Step:
         return call
 
     def schedule_changes(self) -> None:
-        """Take note that the layers will remove other numbers of tokens."""
+        """Prepare for another schedule."""
 
     def next_batch(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Return the next micro-batch, and count the time that it took."""
+        """Return the next micro-batch, and add the time that it took to `data_s`."""
         began = time.perf_counter()
         batch = next(batches)
         self.data_s += time.perf_counter() - began
         return batch
 
     def seed_draws(self, part: int) -> None:
-        """Let everything that is drawn in a micro-batch depend on its place in the run alone."""
+        """Seed the draws in a micro-batch by its place in the run."""
         seed_generators(Stream.STEP, self.seed, self.state.step, part, self.process.rank)
 
     def backward(self, images: Tensor, targets: Tensor) -> Tensor:
@@ -114,7 +111,7 @@ class Step:
         return loss.detach()
 
     def clipped_norm(self) -> Tensor:
-        """Unscale the gradients and clip them where the recipe does; return the norm before that, float32."""
+        """Unscale the gradients and clip them where the recipe does; return the norm before clipping, float32."""
         self.state.scaler.unscale_(self.state.optimizer)
         parameters = [p for p in self.state.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -123,7 +120,7 @@ class Step:
         return norm.float()
 
     def _gather_gradients(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Processes exchange gradients once per step, with the last micro-batch."""
+        """Let processes exchange gradients once per step, with the last micro-batch."""
         if isinstance(self.forward, DistributedDataParallel) and not last:
             return self.forward.no_sync()
         return contextlib.nullcontext()

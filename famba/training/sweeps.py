@@ -1,4 +1,4 @@
-"""Sweeps: the runs of a command line with -m, the folders that they lie in, and the launchers that do them.
+"""Sweeps: the runs of a command line with -m, their folders, and the launchers that do them.
 
 The fields of a launcher are its settings; configs/hydra/launcher holds their defaults and explains them.
 """
@@ -28,34 +28,36 @@ import torch
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from famba.errors import ConfigError, FambaError, TrainingError, near_miss
+from famba.errors import ConfigError, FambaError, TrainingError
 from famba.files import write_whole
-from famba.training import slurm
-from famba.training.checkpoint import differences
+from famba.training import interrupts
+from famba.training.checkpoint import changes_weights
 from famba.training.compose import Command, parse_overrides, quoted, run_config, swept_by_config
-from famba.training.config import Count, Positive, RunConfig, Text, parse, plain
+from famba.training.config import STRICT, Count, Positive, RunConfig, Text, explain, parse, plain
 from famba.training.interrupts import Interrupted, StopRequest
 from famba.training.run_folder import SWEEP, RunFolder, finished
 
 Summary = dict[str, Any]
 Train = Callable[[RunConfig], Summary]
 NotNegative = Annotated[int, Field(ge=0, le=10**9)]
-_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _OTHER = re.compile(r"[^A-Za-z0-9_.,=+@:\[\]-]+")
 _LONGEST = 200  # bytes of a name; file systems allow 255
 _SUBMITITS = ("name", "timeout_min", "nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "mem_gb")
 _READ = 1 << 16  # bytes at the end of a log
+_OUTPUT = "output.log"
 _LOOK_S = 0.1
-_GRACE_S = 20.0  # a file system shows what a job has written last after a while
+_GRACE_S = 20.0  # until a file system shows what a job has written last
+
+# Names
 
 
 def folder_name(overrides: Iterable[str], excluded: Iterable[str] = ()) -> str:
-    """Return the name of a run's folder: its overrides but those of the `excluded` keys, as one plain file name.
+    """Return the name of a run's folder: its overrides except the `excluded` keys, as one plain file name.
 
-    What a file name should not hold becomes "_"; a name that was changed or shortened ends with a hash of the whole.
+    Other characters become "_"; a name that was changed or shortened ends with a hash of the whole.
     """
     without = set(excluded)
     whole = ",".join(sorted(line for line in overrides if _key(line) not in without))
@@ -64,22 +66,22 @@ def folder_name(overrides: Iterable[str], excluded: Iterable[str] = ()) -> str:
 
 
 def sweep_name(experiment: str | None, fixed: Iterable[str], swept: Iterable[str]) -> str:
-    """Return the name of a sweep's folder, from what its runs share and from the keys in which they differ.
+    """Return the name of a sweep's folder, from the overrides that its runs share and the keys in which they differ.
 
-    The values that they differ in are left out, so that a sweep can grow in its folder; so are settings that change no
+    The values of these keys are left out, so that a sweep can grow in its folder; so are settings that change no
     weights, such as data.root.
     """
-    shared = sorted(line for line in fixed if _counts(_key(line)))
+    shared = sorted(line for line in fixed if changes_weights(_key(line)))
     return f"{experiment or 'sweep'}-{_short_hash(json.dumps([shared, sorted(swept)]))}"
 
 
 def run_name(overrides: Iterable[str], excluded: Iterable[str], sweep: Path) -> str:
-    """Return the name of a run's folder in a sweep's: the one that a run of equal overrides has there, if any.
+    """Return the name of a run's folder in a sweep's: that of the run with equal overrides there, if any.
 
-    Where there is none, its folder_name, with the keys too in which the runs that are there differ.
+    Otherwise its folder_name, with the keys too in which the runs that are there differ.
     """
-    there = [(run["folder"], _what_counts(run["overrides"])) for run in recorded(sweep)]
-    own = _what_counts(overrides)
+    there = [(run["folder"], _of_run(run["overrides"])) for run in recorded(sweep)]
+    own = _of_run(overrides)
     if same := [folder for folder, others in there if others == own]:
         return same[0]
     differing = {_key(line) for _, others in there for line in others ^ there[0][1]}
@@ -87,7 +89,7 @@ def run_name(overrides: Iterable[str], excluded: Iterable[str], sweep: Path) -> 
 
 
 def recorded(folder: Path) -> list[dict[str, Any]]:
-    """Return the runs that a sweep's folder knows of, each with its folder's name and its overrides.
+    """Return the runs that a sweep's folder lists, each with its folder's name and its overrides.
 
     A damaged entry is left out, and so is a folder that is not inside the sweep's.
     """
@@ -96,20 +98,19 @@ def recorded(folder: Path) -> list[dict[str, Any]]:
         found = [(PurePosixPath(run["folder"]), [str(line) for line in run["overrides"]]) for run in runs]
     except (OSError, ValueError, KeyError, TypeError):
         return []
-    inside = [
-        (path, lines)
+    return [
+        {"folder": str(path), "overrides": lines}
         for path, lines in found
-        if not path.is_absolute() and not {"..", "\0"} & {*path.parts, *str(path)}
+        if path.parts and not path.is_absolute() and not {"..", "\0"} & {*path.parts, *str(path)}
     ]
-    return [{"folder": str(path), "overrides": lines} for path, lines in inside if path.parts]
 
 
 def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _what_counts(overrides: Iterable[str]) -> frozenset[str]:
-    """Return overrides without their order, and without the folder that they stand in."""
+def _of_run(overrides: Iterable[str]) -> frozenset[str]:
+    """Return overrides without their order, run_dir and Hydra's own."""
     return frozenset(line for line in overrides if _key(line) != "run_dir" and not _key(line).startswith("hydra"))
 
 
@@ -118,9 +119,7 @@ def _key(override: str) -> str:
     return override.split("=", 1)[0].lstrip("+~").split("@", 1)[0]
 
 
-def _counts(key: str) -> bool:
-    """Return whether a key, or a group of this name, changes the weights that come out."""
-    return bool(differences({key: 0}, {key: 1}) and differences({key: {"": 0}}, {key: {"": 1}}))
+# Runs
 
 
 class Run(NamedTuple):
@@ -131,7 +130,7 @@ class Run(NamedTuple):
     overrides: list[str]
     config: RunConfig
 
-    def said(self) -> Summary:
+    def summary(self) -> Summary:
         """Return the summary so far, {} where there is none that can be read."""
         with suppress(FambaError):
             return RunFolder(self.folder, writes=False).summary or {}
@@ -139,7 +138,7 @@ class Run(NamedTuple):
 
 
 class Sweep:
-    """The runs that a command line asks for, composed and not yet checked; `left` are those to be done."""
+    """The runs that a command line asks for, composed and not yet checked; `left` are those that are not finished."""
 
     def __init__(self, command: Command) -> None:
         shared, given = command.shared(), parse_overrides(command.overrides)
@@ -166,7 +165,7 @@ class Sweep:
 
         Raises FambaError where a folder holds a run with other settings, before anything is written, or a run failed.
         """
-        self._before = {run.name: run.said() for run in self.runs.values()}
+        self._before = {run.name: run.summary() for run in self.runs.values()}
         done = {name for name, run in self.runs.items() if finished(RunFolder(run.folder, writes=False), run.config)}
         self.left, self._ended = [run for run in self.runs.values() if run.name not in done], len(done)
         known = {run["folder"]: run for run in recorded(self.folder)}
@@ -182,16 +181,16 @@ class Sweep:
             raise TrainingError(f"{len(self._errors)} of {len(self.runs)} runs failed:{listed}\n{again}")
 
     def news(self, run: Run) -> Summary:
-        """Return the summary so far where the run has written one since the sweep began, else {}."""
-        said = run.said()
-        return said if said != self._before[run.name] else {}
+        """Return the summary where the run has written one since the sweep began, else {}."""
+        summary = run.summary()
+        return summary if summary != self._before[run.name] else {}
 
     def has_progressed(self) -> bool:
-        """Return whether a run has come further since the sweep began."""
+        """Return whether a run has done steps since the sweep began."""
         return any((self.news(run).get("step") or 0) > (self._before[run.name].get("step") or 0) for run in self.left)
 
     def conclude(self, run: Run, log: Path, otherwise: str) -> None:
-        """Take down, and say, what came of a run: by its folder, else by its log, else `otherwise`."""
+        """Print and keep the result of a run; the error is that in its folder, else in its log, else `otherwise`."""
         self._ended += 1
         count, news = f" ({self._ended} of {len(self.runs)})" if len(self.runs) > 1 else "", self.news(run)
         if news.get("status") == "finished":
@@ -203,14 +202,17 @@ class Sweep:
         say(f"{run.name}: failed{count}, {self._errors[run.name]}")
 
 
-@dataclass(frozen=True, config=_STRICT)
+# Launchers
+
+
+@dataclass(frozen=True, config=STRICT)
 class Sequential:
     """One run after the other in this process."""
 
     def check(self, config: RunConfig) -> tuple[RunConfig, int | None]:
-        """Return a configuration without what this machine cannot judge, and the processes of a run, None for its own.
+        """Return a configuration without what this machine cannot check, and the processes of a run, None for its own.
 
-        Raises ConfigError where the launcher cannot work here, or the run asks for what it decides.
+        Raises ConfigError where the launcher cannot work here, or the run asks for what the launcher decides.
         """
         return config, None
 
@@ -228,9 +230,18 @@ class Sequential:
             sweep.conclude(run, run.folder / "train.log", str(error))
 
 
-@dataclass(frozen=True, config=_STRICT)
+class _Started(NamedTuple):
+    run: Run
+    gpus: tuple[str, ...]
+    process: subprocess.Popen[bytes]
+
+    def stop(self, number: int) -> None:
+        self.process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+
+@dataclass(frozen=True, config=STRICT)
 class Local(Sequential):
-    """Several runs at once on this machine, each a process of its own that a user could have started."""
+    """Several runs at once on this machine, each a process that a user could have started."""
 
     jobs: Count | None
     threads: Count | None
@@ -246,8 +257,8 @@ class Local(Sequential):
 
     def places(self, runs: int = 10**9) -> tuple[list[tuple[str, ...]], int]:
         """Return the GPUs of each run that goes on at once, as CUDA_VISIBLE_DEVICES names them, and its threads."""
-        count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = tuple(map(str, range(count)) if named is None else map(str.strip, named.split(",")))[:count]
+        count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = tuple(map(str, range(count)) if visible is None else map(str.strip, visible.split(",")))[:count]
         each = min(1, len(gpus)) if self.gpus_per_run is None else self.gpus_per_run
         threads = self.threads or int(os.environ.get("OMP_NUM_THREADS", "0"))
         jobs = self.jobs or max(1, len(gpus) // each if each else cores() // (threads or 1))
@@ -261,51 +272,56 @@ class Local(Sequential):
         return places, threads or max(1, cores() // at_once // max(1, each))
 
     def launch(self, sweep: Sweep, train: Train) -> None:
-        waiting, going, told = list(sweep.left), list[_Going](), False
-        places, threads = self.places(len(waiting))
-        say(f"{len(places)} at once, each with {threads} thread{'s' if threads != 1 else ''}")
+        started: list[_Started] = []
         with StopRequest() as stop:
             try:
-                while going or (waiting and not stop.number):
-                    while places and waiting and not stop.number:
-                        _start(sweep, waiting.pop(0), places, threads, going)
-                    if stop.number and not told:
-                        told = True
-                        say(f"stopping {len(going)} runs, which save themselves first")
-                        _send(stop, going)
-                    for one in [one for one in going if one.process.poll() is not None]:
-                        going.remove(one)
-                        places.append(one.gpus)
-                        _conclude(sweep, one, stop)
-                    time.sleep(_LOOK_S)
+                self._do(sweep, started, stop)
             finally:
                 # Whatever ended the sweep, no run stays behind.
-                _send(stop, going)
-                for one in going:
+                for one in started:
+                    one.stop(stop.number)
+                for one in started:
                     one.process.wait()
             if not stop.number:
                 return
-            stopped = Interrupted("stopped; the same command goes on where the runs have saved themselves", stop.number)
-            if not stopped.on_notice or not slurm.in_job():
+            stopped = Interrupted("stopped and saved; the same command continues the runs", stop.number)
+            if not stopped.goes_on:
                 raise stopped
             if not sweep.has_progressed():
-                raise TrainingError("not requeued: Slurm gave notice before any run came further; raise the time limit")
-            slurm.requeue()
+                raise TrainingError("not requeued: Slurm gave notice before any run did a step; raise the time limit")
+            interrupts.requeue()
             say("back in Slurm's queue")
-            slurm.wait_for_the_end(stop)
+            interrupts.wait_for_the_end(stop)
+
+    def _do(self, sweep: Sweep, started: list[_Started], stop: StopRequest) -> None:
+        """Do the runs that are left until all have ended; `started` always holds those that have not."""
+        waiting, told = list(sweep.left), False
+        places, threads = self.places(len(waiting))
+        say(f"{len(places)} at once, each with {threads} thread{'s' if threads != 1 else ''}")
+        while started or (waiting and not stop.number):
+            while places and waiting and not stop.number:
+                if (one := _start(sweep, waiting.pop(0), places[0], threads)) is not None:
+                    started.append(one)
+                    on = f" on GPU {','.join(one.gpus)}" if one.gpus else ""
+                    say(f"{one.run.name}: started{on}, output in {one.run.folder / _OUTPUT}")
+                    del places[0]
+            if stop.number and not told:
+                told = True
+                say(f"stopping {len(started)} runs, which save themselves first")
+                for one in started:
+                    one.stop(stop.number)
+            for one in [one for one in started if one.process.poll() is not None]:
+                started.remove(one)
+                places.append(one.gpus)
+                _end(sweep, one, stop)
+            time.sleep(_LOOK_S)
 
 
-class _Going(NamedTuple):
-    run: Run
-    gpus: tuple[str, ...]
-    process: subprocess.Popen[bytes]
-
-
-def _start(sweep: Sweep, run: Run, places: list[tuple[str, ...]], threads: int, going: list[_Going]) -> None:
-    """Start a run in the first of the places, and move it to those under way."""
-    gpus, log = places[0], run.folder / "output.log"
+def _start(sweep: Sweep, run: Run, gpus: tuple[str, ...], threads: int) -> _Started | None:
+    """Start a run on GPUs; None where that fails."""
+    log = run.folder / _OUTPUT
     given = {"OMP_NUM_THREADS": str(threads)} | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
-    # The job is the launcher's: it is this process that puts it back into Slurm's queue, once for all runs.
+    # The launcher alone puts its job back into Slurm's queue, once for all runs.
     inherited = {key: value for key, value in os.environ.items() if key != "SLURM_JOB_ID"}
     command = command_of(run, len(gpus), sweep.config_dir)
     try:
@@ -314,13 +330,12 @@ def _start(sweep: Sweep, run: Run, places: list[tuple[str, ...]], threads: int, 
             output.write(f"$ {' '.join(f'{key}={value}' for key, value in given.items())} {shlex.join(command)}\n")
             output.flush()
             streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
-            # In a session of its own the terminal's Ctrl-C does not reach it beside the one that is passed on.
+            # In its own session it does not get the terminal's Ctrl-C beside the one that is passed on.
             process = subprocess.Popen(command, env={**inherited, **given}, start_new_session=True, **streams)  # noqa: S603
     except OSError as error:
         sweep.conclude(run, log, f"it cannot be started: {error}")
-        return
-    going.append(_Going(run, places.pop(0), process))
-    say(f"{run.name}: started{' on GPU ' if gpus else ''}{','.join(gpus)}, output in {log}")
+        return None
+    return _Started(run, gpus, process)
 
 
 def command_of(run: Run, processes: int, config_dir: Path | None) -> list[str]:
@@ -331,30 +346,23 @@ def command_of(run: Run, processes: int, config_dir: Path | None) -> list[str]:
     return [sys.executable, "-m", *many, "famba", "train", *own, *overrides, f"run_dir={quoted(run.config.run_dir)}"]
 
 
-def _conclude(sweep: Sweep, one: _Going, stop: StopRequest) -> None:
-    status, said = one.process.returncode, sweep.news(one.run)
-    # Of a run that was stopped the exit status says little: torchrun has its own.
-    if stop.number and said.get("status", "running") in ("running", "interrupted"):
-        saved = (
-            f"after step {said.get('step')}, saved" if said.get("status") == "interrupted" else "before it could save"
-        )
-        say(f"{one.run.name}: stopped {saved}")
+def _end(sweep: Sweep, one: _Started, stop: StopRequest) -> None:
+    status, news = one.process.returncode, sweep.news(one.run)
+    # A run that was stopped may end with torchrun's own exit status.
+    if stop.number and news.get("status", "running") in ("running", "interrupted"):
+        saved = f"after step {news.get('step')}, saved"
+        say(f"{one.run.name}: stopped {saved if news.get('status') == 'interrupted' else 'before it could save'}")
     else:
         ended = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        sweep.conclude(one.run, one.run.folder / "output.log", ended)
+        sweep.conclude(one.run, one.run.folder / _OUTPUT, ended)
 
 
-def _send(stop: StopRequest, going: list[_Going]) -> None:
-    for one in going:
-        one.process.send_signal(signal.SIGINT if stop.number == signal.SIGINT else signal.SIGTERM)
-
-
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Slurm(Sequential):
     """Each run a job of a Slurm cluster, all in one array.
 
-    submitit writes the batch script and starts the processes. A run's own folder says whether it is finished, squeue
-    whether its job still has to do: without accounting submitit does not know.
+    submitit writes the batch script and starts the processes. The end of a job shows in squeue and in its run's folder:
+    submitit itself would need Slurm's accounting.
     """
 
     name: Text
@@ -428,7 +436,7 @@ class Slurm(Sequential):
             fixed: dict[str, Any] = {"slurm_max_num_timeout": timeouts, "slurm_python": python}
             executor = submitit.AutoExecutor(folder, cluster="slurm", **fixed)
             executor.update_parameters(**named, stderr_to_stdout=True)
-            # submitit prints what Slurm says too.
+            # submitit also prints Slurm's words.
             with redirect_stderr(io.StringIO()), executor.batch():
                 jobs = [executor.submit(Job(), plain(run.config)) for run in runs]
         except failures as error:
@@ -460,21 +468,23 @@ def remembered(folder: Path) -> dict[str, str]:
 
 
 def _wait(sweep: Sweep, jobs: dict[str, str], folder: Path, poll_s: float) -> None:
-    """Wait for jobs, and say what becomes of them."""
+    """Wait for jobs, and print their states and results."""
     waiting, told, gone = list(sweep.left), dict.fromkeys(jobs, ""), dict[str, float]()
     while waiting:
-        states = dict.fromkeys(jobs.values(), "COMPLETING")  # whatever comes of them, where Slurm does not answer
+        states = dict.fromkeys(jobs.values(), "COMPLETING")  # where Slurm does not answer, look again later
         with suppress(TrainingError):
             states = queue()
         for run in list(waiting):
             job, state = jobs[run.name], states.get(jobs[run.name])
             if state is None:
                 since = gone.setdefault(run.name, time.monotonic())
-                # The process that failed first has said why.
-                logs = sorted(folder.glob(f"{job}_*_log.out"), key=lambda path: "famba.errors." not in path.read_text())
-                said = sweep.news(run).get("status") in ("finished", "failed", "interrupted")
-                if said or time.monotonic() - since > _GRACE_S:
+                ended = sweep.news(run).get("status") in ("finished", "failed", "interrupted")
+                if ended or time.monotonic() - since > _GRACE_S:
                     waiting.remove(run)
+                    # The log with an error of famba's is that of the process that failed first.
+                    logs = sorted(
+                        folder.glob(f"{job}_*_log.out"), key=lambda log: "famba.errors." not in log.read_text()
+                    )
                     sweep.conclude(run, (logs or [folder])[0], f"job {job} ended without a word")
             elif state not in (told[run.name], "COMPLETING"):
                 held = f"; `scontrol release {job}` lets it go on" if state == "HELD" else ""
@@ -495,24 +505,15 @@ def choose(settings: DictConfig | None) -> Sequential:
     kind = {f"famba.training.sweeps.{kind.__name__}": kind for kind in (Sequential, Local, Slurm)}.get(target)
     if kind is None:
         raise ConfigError(
-            f"hydra/launcher has hydra.launcher._target_={target!r}, which knows nothing of run folders; allowed: "
+            f"hydra/launcher has hydra.launcher._target_={target!r}, which does not use run folders; allowed: "
             "sequential, local, slurm, and files of your own that begin with one of them (defaults: [slurm, _self_])"
         )
     try:
-        # By way of JSON, as configurations of runs are.
+        # Strict validation builds dataclasses from JSON alone.
         return TypeAdapter(kind).validate_json(json.dumps(given))
     except ValidationError as error:
-        raise ConfigError("\n".join(sorted({_explain(problem, kind) for problem in error.errors()}))) from None
-
-
-def _explain(problem: Any, kind: type[Sequential]) -> str:
-    key = problem["loc"][0]
-    if problem["type"] == "unexpected_keyword_argument":
-        more = "; other options of sbatch go into additional_parameters" if kind is Slurm else ""
-        return f"unknown key hydra.launcher.{key}{near_miss(key, [field.name for field in fields(kind)])}{more}"
-    if problem["type"] == "missing":
-        return f"hydra.launcher.{key} is missing; begin the file with `defaults: [slurm, _self_]`"
-    return f"hydra.launcher.{key} is {problem['input']!r:.100}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
+        known = [f"hydra.launcher.{field.name}" for field in fields(kind)]
+        raise ConfigError("\n".join(explain(error, known, "hydra.launcher."))) from None
 
 
 def last_error(log: Path) -> str:
@@ -533,7 +534,7 @@ def cores() -> int:
 
 
 def say(line: str) -> None:
-    """Print a line at once, whoever reads it."""
+    """Print a line at once."""
     print(line, flush=True)
 
 

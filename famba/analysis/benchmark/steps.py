@@ -25,18 +25,18 @@ from famba.models import Vim
 from famba.models.backbone import backbone_of
 from famba.ops import use_backend
 from famba.ops.registry import AUTO, resolve
-from famba.training.build import Loaders, new_state
+from famba.training.build import Loaders
+from famba.training.checkpoint import TrainedOn
 from famba.training.compose import compose
 from famba.training.config import RunConfig
 from famba.training.distributed import Process
 from famba.training.graph import GraphStep, obstacle
 from famba.training.interrupts import StopRequest
-from famba.training.loop import Training
 from famba.training.measure import saved_bytes_per_image
 from famba.training.run_folder import RunFolder
 from famba.training.setup import Setup, prepare
 from famba.training.step import Step
-from famba.training.trained_on import TrainedOn
+from famba.training.trainer import Training, new_state
 
 NOTE = "a step is that of `train.py recipe=light` on random images that lie on the device"
 # Each Vim's counterpart, by their timm names.

@@ -18,12 +18,11 @@ from famba.analysis.evaluation.intervals import Interval, of_accuracy, of_differ
 from famba.analysis.evaluation.memory import inference_memory
 from famba.analysis.evaluation.request import Request, check_classes
 from famba.analysis.variants import Variant
-from famba.errors import ConfigError, TrainingError
+from famba.errors import ConfigError, TrainingError, some
 from famba.fusion import tokens_per_layer
 from famba.training.devices import out_of_memory, synchronize
 from famba.training.evaluation import Tally
 from famba.training.measure import macs_per_image
-from famba.training.trained_on import some
 
 
 @dataclass(frozen=True)

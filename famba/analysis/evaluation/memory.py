@@ -20,7 +20,7 @@ from famba.analysis.variants import Variant
 from famba.ops import use_backend
 from famba.ops.registry import AUTO
 from famba.training.devices import peak_memory_mib, reset_peak_memory
-from famba.training.trained import Trained, load_trained
+from famba.training.weights import Trained, load_trained
 
 _MIB = 2**20
 

@@ -21,8 +21,8 @@ from famba.analysis.palette import looks
 from famba.analysis.variants import label_variants
 from famba.files import write_whole
 from famba.fusion import Fusion, labels
+from famba.training.logging import signed
 from famba.training.provenance import provenance
-from famba.training.reporting import signed
 
 _STEM = "evaluate"
 

@@ -15,7 +15,7 @@ from famba.errors import BackendError, ConfigError, FambaError, named
 from famba.ops.registry import AUTO, resolve
 from famba.training.compose import compose, groups
 from famba.training.devices import choose_device, choose_precision, make_current
-from famba.training.trained import Trained, load_trained
+from famba.training.weights import Trained, load_trained
 
 _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 _USUAL_BATCH, _USUAL_WORKERS = 100, 2

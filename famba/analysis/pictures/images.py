@@ -14,7 +14,7 @@ from torch import Tensor
 from famba.data.augment import Normalize, evaluation_scaling
 from famba.data.images import Colour, decode_rgb, naming
 from famba.errors import DataError
-from famba.training.trained import Trained
+from famba.training.weights import Trained
 
 SAMPLES_NOTE = (
     "Photos: china.jpg by flickr.com/photos/danielbuechele, flower.jpg by flickr.com/photos/vultilion, both CC BY 2.0 "

@@ -22,7 +22,7 @@ from famba.analysis.variants import Variant, label_variants, own, variants
 from famba.errors import ConfigError
 from famba.fusion import tokens_per_layer
 from famba.training.devices import choose_device, make_current
-from famba.training.trained import Trained, load_trained
+from famba.training.weights import Trained, load_trained
 
 _MOST_LAYERS = 8
 _AT_ONCE = 16
