@@ -6,6 +6,7 @@ where they share the machine too: a run from another machine counts for accuracy
 
 from __future__ import annotations
 
+import argparse
 import base64
 import re
 from collections.abc import Iterable
@@ -17,12 +18,11 @@ import jinja2
 import pandas as pd
 from scipy.stats import t
 
-from famba.analysis.folders import prepared
+from famba.analysis.options import prepared, write_files
 from famba.analysis.plots import Plot, draw, time_unit
-from famba.analysis.runs import read_metrics, read_runs
+from famba.analysis.runs import read_metrics, read_runs, run_table
 from famba.data import PUBLISHED
 from famba.errors import DataError
-from famba.files import write_whole
 from famba.fusion import SETTINGS, Fusion
 from famba.fusion.schedules import PAPER, schedule, strategy_names
 from famba.training.compose import compose
@@ -69,6 +69,25 @@ _PRINTED = {
     ("vim_tiny_patch16_224", "interleaved"): (67.0, "under 4 h"),
 }
 _TOP1, _TIME = "top1_difference_to_none_points", "train_time_difference_to_none_s"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `famba report`."""
+    parser.description = (
+        "Compare runs, from run folders and from CSV files of runs: in a table on the terminal, or with --out in a "
+        "report with means over seeds, intervals and plots, as Markdown, CSV, LaTeX and one HTML page."
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="FOLDER", help="run folders, folders that hold some, or CSV files with a run per row"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write a report to this folder instead")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the table of runs, or write the report."""
+    out = options.out
+    print(run_table(read_runs(options.runs)) if out is None else terminal(write_report(options.runs, out), out))
+    return 0
 
 
 @dataclass(frozen=True)
@@ -118,14 +137,13 @@ def write_report(paths: Iterable[str | Path], out: Path) -> Report:
     """
     with prepared(out, out / "plots"):
         report = gather(paths)
-        texts = {"report.md": markdown(report), "report.csv": table_csv(report), "report.tex": latex(report)}
-        files = {name: text.encode() for name, text in texts.items()}
+        files: dict[str, str | bytes] = {
+            "report.md": markdown(report), "report.csv": table_csv(report), "report.tex": latex(report)
+        }  # fmt: skip
         for plot in (plot for table in report.tables for plot in table.plots if plot.svg):
             files |= {f"plots/{plot.name}.svg": plot.svg, f"plots/{plot.name}.png": plot.png}
         # Last, so that a page is there only with all that belongs to it.
-        files["report.html"] = page(report).encode()
-        for name, content in files.items():
-            write_whole(out / name, lambda file, content=content: Path(file).write_bytes(content))  # type: ignore[misc]
+        write_files(out, files | {"report.html": page(report)})
     return report
 
 

@@ -1,4 +1,4 @@
-"""What an exported file says of itself: what it takes, how it fuses, what it came to, and where it comes from."""
+"""Describe an exported network: what it takes, how it fuses, what it came to, and where it comes from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from famba.models.weights import weights_folder
 from famba.training.summary import SUMMARY, Summary
 from famba.training.trained import Trained
 
-_WEIGHTS = "model.safetensors"
 # Of the run's summary and its provenance what says something to others; arguments and folders do not.
 _RESULTS = ("data", "top1", "top5", "epochs", "steps", "train_time_s", "parameters", "macs_per_image", "precision")
 _PROVENANCE = ("started", "famba", "git_commit", "python", "packages", "platform", "device", "cuda", "seed")
@@ -26,11 +25,11 @@ _PROVENANCE = ("started", "famba", "git_commit", "python", "packages", "platform
 
 @dataclass(frozen=True)
 class Description:
-    """A trained network as it is exported.
+    """Describe a trained network as it is exported.
 
     architecture: its timm name. strategy: that made the schedule. own: whether it is exported with the fusion of its
-    training. trained: the network and what it takes. summary: of the run that made these very weights, None where that
-    is not known.
+    training. trained: the network, which fuses as it is exported, and what it takes. summary: of the run that made
+    these very weights, None where that is not known.
     """
 
     architecture: str
@@ -41,7 +40,7 @@ class Description:
 
     @property
     def model(self) -> Backbone:
-        """The network, which fuses as it is exported."""
+        """The network."""
         return self.trained.model
 
     @property
@@ -50,25 +49,21 @@ class Description:
         return self.model.in_chans, *self.model.image_size
 
     def preprocessing(self) -> dict[str, Any]:
-        """How an image becomes input, in timm's words."""
+        """Say how an image becomes input, in timm's words."""
+        size, scaling = self.trained.image_size, self.trained.scaling
+        side, crop = evaluation_scaling(scaling, size).side, scaling.eval_crop
         return {
             "input_size": list(self.shape),
-            "interpolation": self.trained.scaling.interpolation,
-            "crop_pct": self._crop(),
+            "interpolation": scaling.interpolation,
+            # timm rounds down, and scales images as evaluation does by this share.
+            "crop_pct": crop if math.floor(size / crop) == side else size / (side + 0.5),
             "crop_mode": "center",
             "mean": list(self.trained.mean),
             "std": list(self.trained.std),
         }
 
-    def _crop(self) -> float:
-        """Return the share that timm has to be given, which rounds down, to scale images as evaluation does."""
-        size = self.trained.image_size
-        side = evaluation_scaling(self.trained.scaling, size).side
-        crop = self.trained.scaling.eval_crop
-        return crop if math.floor(size / crop) == side else size / (side + 0.5)
-
     def fusion(self) -> dict[str, Any]:
-        """How the network fuses."""
+        """Say how the network fuses."""
         schedule = list(self.model.fusion)
         return {
             "strategy": self.strategy,
@@ -80,18 +75,16 @@ class Description:
         }
 
     def results(self) -> dict[str, Any] | None:
-        """What training came to, on test images: percent, seconds, counts; None where it is not known."""
+        """Return what training came to, on test images: percent, seconds, counts; None where it is not known."""
         return None if self.summary is None else {name: self.summary.get(name) for name in _RESULTS}
 
     def provenance(self) -> dict[str, Any] | None:
-        """Versions, commit, machine and seed of the training; None where they are not known."""
-        if self.summary is None:
-            return None
-        known = self.summary.get("provenance") or {}
-        return {name: known.get(name) for name in _PROVENANCE}
+        """Return versions, commit, machine and seed of the training; None where they are not known."""
+        known = None if self.summary is None else self.summary.get("provenance") or {}
+        return None if known is None else {name: known.get(name) for name in _PROVENANCE}
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as plain values."""
+        """Return everything as plain values."""
         return {
             "exported_by": f"famba {famba.__version__}",
             "architecture": self.architecture,
@@ -105,7 +98,7 @@ class Description:
         }
 
     def as_json(self) -> str:
-        """Everything as JSON."""
+        """Return everything as JSON."""
         return json.dumps(self.as_dict(), indent=2)
 
 
@@ -126,6 +119,6 @@ def find_summary(checkpoint: str) -> dict[str, Any] | None:
         summary = Summary.parse((folder / SUMMARY).read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / SUMMARY} cannot be read ({error}); mend it or move it away") from error
-    weights = place if place.is_file() else folder / _WEIGHTS
+    weights = place if place.is_file() else folder / "model.safetensors"
     digest = summary.weights_sha256
     return summary.values() if digest is not None and digest == sha256(weights) else None

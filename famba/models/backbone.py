@@ -134,7 +134,7 @@ class Backbone(nn.Module):
         keys: keys of the configuration's group `model` that it takes besides those that all take.
         usual: how it reduces tokens unless told otherwise.
         wraps_timm: whether its timm names build a network without fusion, which the class then wraps.
-        papers: keys of the BibTeX entries in `famba.export.card` that introduce it.
+        papers: keys of the BibTeX entries in `famba.export.folder` that introduce it.
         printed_rate: multiply-adds forward that a GPU-hour of training came to in print; None where none is known.
     """
 
