@@ -407,12 +407,6 @@ def test_quick_is_less_but_takes_what_is_asked_for(tmp_path: Path) -> None:
     assert [told["settings"][name] for name in ("batch", "length", "rounds")] == [[8], [7], 3]
 
 
-def test_threads_hold_for_the_benchmark_alone(tmp_path: Path) -> None:
-    before = torch.get_num_threads()
-    assert found(tmp_path, *OPS, "--op", "add_rms_norm", "--threads", "3")["settings"]["threads"] == 3
-    assert torch.get_num_threads() == before
-
-
 @pytest.mark.parametrize(
     ("command", "message"),
     [

@@ -12,6 +12,7 @@ import torch
 from ops_helpers import needs_kernels
 
 import famba as package
+from famba.analysis.benchmark.ops import OPS
 from famba.cli import main as famba
 from famba.ops import reference, registry
 from famba.ops.native import library
@@ -59,7 +60,7 @@ def test_a_machine_on_which_all_works(capsys: pytest.CaptureFixture[str]) -> Non
         assert name in text
         assert obstacle is None or obstacle.rpartition("; ")[2] in " ".join(text.split()), "the remedy is shown"
         assert bool(results(text, name)) == (obstacle is None)
-    for op in ("scan", "conv", "norm", "mixer", "fuse"):
+    for op in OPS:
         for dtype in ("float32", "bfloat16"):
             assert results(text, "reference", op, dtype, "ok")
 
@@ -83,7 +84,7 @@ def test_every_instruction_set_is_checked(capsys: pytest.CaptureFixture[str], mo
     _, text = doctor(capsys)
     assert "portable, chosen by FAMBA_ISA" in text
     for isa in library.isas():
-        assert len(results(text, "native", isa, "ok")) == 10
+        assert len(results(text, "native", isa, "ok")) == 2 * len(OPS)
     assert library.isa() == "portable", "the choice is as it was before"
     library.use_isa(None)
 
@@ -98,10 +99,10 @@ def test_a_backend_that_raises_is_reported_and_the_rest_goes_on(
     status, text = doctor(capsys)
     assert status == 1
     assert "Not all works" in text
-    assert len(results(text, "other", "conv", "FAILED")) == 2
-    assert "other cpu - float32 conv: RuntimeError: no such instruction" in text
+    assert len(results(text, "other", "causal_conv1d", "FAILED")) == 2
+    assert "other cpu - float32 causal_conv1d: RuntimeError: no such instruction" in text
     assert "many more lines" not in text
-    assert len(results(text, "other", "scan", "ok")) == 2
+    assert len(results(text, "other", "selective_scan", "ok")) == 2
     assert len(results(text, "reference", "ok")) >= 10
 
 
@@ -116,8 +117,8 @@ def test_a_backend_that_computes_something_else_fails(
     add_backend(monkeypatch, causal_conv1d_backward=off)
     status, text = doctor(capsys)
     assert status == 1
-    assert results(text, "other", "conv", "float32", "FAILED")
-    assert results(text, "other", "norm", "float32", "ok")
+    assert results(text, "other", "causal_conv1d", "float32", "FAILED")
+    assert results(text, "other", "add_rms_norm", "float32", "ok")
 
 
 def test_without_kernels_reason_and_remedy_are_shown(
@@ -158,4 +159,4 @@ def test_kernels_in_the_interpreter_are_checked_too(
     monkeypatch.setattr(registry, "_BACKENDS", chosen)
     status, text = doctor(capsys)
     assert status == 0
-    assert len(results(text, "triton", "cpu", "float32", "ok")) == 5
+    assert len(results(text, "triton", "cpu", "float32", "ok")) == len(OPS)

@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 from report_runs import NONE, UPPER, left_out, table_of, write_pair, write_run, write_seeds
 from scipy.stats import ttest_rel
 
-from famba.analysis.palette import looks
+from famba.analysis.figures import looks
 from famba.analysis.report import gather, interval
 from famba.fusion import schedule
 from famba.fusion.schedules import strategy_names

@@ -16,7 +16,7 @@ from tabulate import tabulate
 
 from famba.analysis.evaluation import Evaluation, check, evaluate
 from famba.analysis.figures import FAINT, INK, drawing, looks, rendered
-from famba.analysis.options import CHECKPOINT, add_fusion_options, prepare_folder, write_files
+from famba.analysis.options import CHECKPOINT, add_fusion_options, chosen_backend, prepare_folder, write_files
 from famba.fusion import Fusion, labels
 from famba.fusion.schedules import NONE
 from famba.training.provenance import provenance
@@ -124,7 +124,7 @@ def as_json(evaluation: Evaluation) -> str:
     """Return everything as JSON: Top-1 and Top-5 in percent, differences in points, removed in tokens."""
     request, trained = evaluation.request, evaluation.request.trained
     config, dtypes = trained.config, [] if request.autocast is None else [request.autocast]
-    with request.chosen_backend():
+    with chosen_backend(request.backend):
         origin = provenance(request.device, -1 if config is None else config.seed, 1, *dtypes)
     values = {
         "checkpoint": request.path,

@@ -10,7 +10,6 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -20,7 +19,7 @@ from scipy.stats import binomtest, norm
 from torch import Tensor
 from tqdm import tqdm
 
-from famba import data, ops
+from famba import data
 from famba.analysis import options as shared
 from famba.analysis.benchmark.timing import return_freed_memory
 from famba.analysis.variants import Variant, label_variants, own, unfused, variants
@@ -66,10 +65,6 @@ class Request:
     device: torch.device
     autocast: torch.dtype | None
     backend: str
-
-    def chosen_backend(self) -> AbstractContextManager[None]:
-        """Let ops inside the block be computed by the backend that was asked for."""
-        return nullcontext() if self.backend == AUTO else ops.use_backend(self.backend)
 
     @torch.no_grad()
     def infer(self, variant: Variant, images: Tensor) -> Tensor:
@@ -125,7 +120,7 @@ def check(options: argparse.Namespace) -> Request:
         options.backend or backend,
     )
     try:
-        with request.chosen_backend():
+        with shared.chosen_backend(request.backend):
             resolve(device.type, autocast or torch.float32)
     except BackendError as error:
         raise BackendError(f"--backend: {error}") from error
@@ -177,7 +172,7 @@ def evaluate(request: Request) -> Evaluation:
     contestants = [_Contestant(variant, Tally(request.device)) for variant in request.variants]
     macs = []
     try:
-        with request.chosen_backend():
+        with shared.chosen_backend(request.backend):
             interrupted = _race(request, contestants, source)
             for variant in request.variants:
                 variant.put_into(model)
@@ -380,7 +375,7 @@ def _added(request: Request) -> list[float | None]:
     size, found = request.trained.image_size, list[float | None]()
     images = torch.randn(request.batch_size, 3, size, size, generator=torch.Generator().manual_seed(0))
     images = images.to(request.device)
-    with request.chosen_backend():
+    with shared.chosen_backend(request.backend):
         for variant in request.variants:
             request.infer(variant, images)  # what the kernels allocate once
             reset_peak_memory(request.device)

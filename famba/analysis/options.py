@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from famba import ops
 from famba.errors import ConfigError, check_choice
 from famba.files import write_whole
 from famba.fusion import SETTINGS
 from famba.fusion.schedules import PAPER, strategy_names
+from famba.ops.registry import AUTO
 from famba.training.devices import choose_device, make_current
 
 CHECKPOINT = "a run folder, weights in one, a checkpoint (.pt), or a timm model"
@@ -74,6 +76,11 @@ def device(name: str) -> torch.device:
         raise ConfigError(str(error).replace("trainer.device", "--device")) from error
     make_current(found)
     return found
+
+
+def chosen_backend(name: str) -> AbstractContextManager[None]:
+    """Let the named backend compute the ops inside the block; "auto" leaves the environment's choice."""
+    return nullcontext() if name == AUTO else ops.use_backend(name)
 
 
 def at_least_one(options: argparse.Namespace, *names: str) -> None:

@@ -268,7 +268,8 @@ def tables(plans: Sequence[Planned]) -> str:
     for title, (part, unit, form) in _BY_LAYER.items():
         columns = {one.name: pd.Series([getattr(layer, part) / unit for layer in one.cost.layers]) for one in plans}
         table = pd.DataFrame(columns).rename_axis("layer").map(lambda cell, form=form: format(cell, form))
-        parts.append(f"{title}\n{table.replace('nan', '').to_markdown(tablefmt='simple', stralign='right')}\n")
+        text = table.replace("nan", "").to_markdown(tablefmt="simple", disable_numparse=True, stralign="right")
+        parts.append(f"{title}\n{text}\n")
     values = rows(plans)
     values["left"] = values["tokens_left"].astype(str) + " of " + values["tokens"].astype(str)
     shown = {

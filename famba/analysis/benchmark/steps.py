@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -20,10 +19,10 @@ from famba.analysis.benchmark import floors
 from famba.analysis.benchmark.ops import DTYPES
 from famba.analysis.benchmark.report import Row
 from famba.analysis.benchmark.timing import Race
+from famba.analysis.options import chosen_backend
 from famba.fusion import tokens_per_layer
 from famba.models import Vim
-from famba.ops import use_backend
-from famba.ops.registry import AUTO, resolve
+from famba.ops.registry import resolve
 from famba.training.build import Loaders, new_state
 from famba.training.compose import compose
 from famba.training.config import RunConfig
@@ -39,10 +38,7 @@ from famba.training.trained_on import TrainedOn
 
 NOTE = "a step is that of `train.py recipe=light` on random images that lie on the device"
 # Each Vim's counterpart, by their timm names.
-DEITS = {
-    "vim_tiny_patch16_224": "deit_tiny_patch16_224",
-    "vim_small_patch16_224": "deit_small_patch16_224",
-}
+DEITS = {"vim_tiny_patch16_224": "deit_tiny_patch16_224", "vim_small_patch16_224": "deit_small_patch16_224"}
 _CLASSES, _EPOCH_STEPS = 100, 20
 _Batch = tuple[Tensor, Tensor]
 
@@ -74,7 +70,7 @@ class TimedStep:
         self.config, self.setup = config, setup or prepare(config)
         device = self.setup.device
         self.batch = _random_batch(config, self.setup)
-        with _chosen(config):
+        with chosen_backend(config.ops.backend):
             fused = obstacle(config, device, 1, resolve(device.type, self.setup.dtype)) is None
         classes = config.data.num_classes or data.num_classes_of(config.data.name) or _CLASSES
         state = new_state(config, self.setup, TrainedOn(classes, None, {}), device, fresh=False, fused=fused)
@@ -97,14 +93,14 @@ class TimedStep:
 
     def train(self) -> None:
         """Do a training step; the model has to be in training mode."""
-        with _chosen(self.config):
+        with chosen_backend(self.config.ops.backend):
             self.step.gradients(itertools.repeat(self.batch))
             self.step.update()
 
     @torch.no_grad()
     def infer(self) -> None:
         """Do an inference; the model has to be in evaluation mode."""
-        with _chosen(self.config):
+        with chosen_backend(self.config.ops.backend):
             self._infer(self.batch[0])
 
 
@@ -150,7 +146,7 @@ def measure(
 
 def loop_ms(config: RunConfig) -> float:
     """Return the milliseconds of a step in the loop of `train.py`: of the second epoch of 20 steps."""
-    with TemporaryDirectory() as folder, StopRequest() as stop, _chosen(config):
+    with TemporaryDirectory() as folder, StopRequest() as stop, chosen_backend(config.ops.backend):
         config = replace(config, run_dir=folder, trainer=replace(config.trainer, eval_every=2))
         setup = prepare(config)
         run = Training(config, setup, RunFolder(Path(folder), writes=True), Process(0, 1, setup.device), stop)
@@ -169,7 +165,3 @@ def _random_batch(config: RunConfig, setup: Setup) -> _Batch:
     size, generator = config.trainer.batch_size, torch.Generator().manual_seed(0)
     images = torch.randn(size, 3, setup.image_size, setup.image_size, generator=generator)
     return images.to(setup.device), torch.randint(2, (size,), generator=generator).to(setup.device)
-
-
-def _chosen(config: RunConfig) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if config.ops.backend == AUTO else use_backend(config.ops.backend)
