@@ -209,16 +209,13 @@ def fused_by(folder: Path, counts: list[int], **chosen: Any) -> Any:
 def test_what_differs_in_its_layers_alone_has_a_name_of_its_own(upper: Trained) -> None:
     few = fused_by(upper[0], [0, 0, 4, 4], layers=2)
     assert variants(few, {"strategy": ["upper"]}) == [own(few)]
-    (usual,) = variants(few, {"strategy": ["upper"], "layers": [3]})
-    assert label_variants([own(few), usual]) == ["upper, layers 2", "upper, layers 3"]
     # Another budget over its own layers, and a strategy of which there is but one, need no more words.
-    (own_layers,) = variants(few, {"strategy": ["upper"], "budget": [4]})
-    assert label_variants([own(few), own_layers]) == ["upper", "upper"]
-    (lower,) = variants(few, {"strategy": ["lower"], "layers": [1]})
-    assert label_variants([own(few), lower]) == ["upper", "lower"]
-
-
-def test_counts_of_its_own_are_told_from_custom_layers(upper: Trained) -> None:
+    for asked, names in (
+        ({"strategy": ["upper"], "layers": [3]}, ["upper, layers 2", "upper, layers 3"]),
+        ({"strategy": ["upper"], "budget": [4]}, ["upper", "upper"]),
+        ({"strategy": ["lower"], "layers": [1]}, ["upper", "lower"]),
+    ):
+        assert label_variants([own(few), *variants(few, asked)]) == names
     counted = fused_by(upper[0], [0, 1, 0, 7], strategy="custom", budget=(0, 1, 0, 7))
     (even,) = variants(counted, {"strategy": ["custom"], "layers": [3, 1]})
     assert even.schedule == (0, 4, 0, 4)
@@ -360,7 +357,5 @@ def test_ways_of_one_strategy_have_colours_of_their_own_and_the_legend_fits(
     lines = [line for line in figure.axes[0].lines if line.get_linestyle() != "None"]
     assert len({line.get_color() for line in lines if line.get_label() != "none"}) == 4
     figure.draw_without_rendering()
-    (legend,) = figure.legends
-    box = legend.get_window_extent()
-    assert box.x0 >= 0
-    assert box.x1 <= figure.bbox.width
+    box = figure.legends[0].get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
