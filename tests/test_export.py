@@ -21,7 +21,7 @@ from famba.cli import main as famba
 from famba.errors import CheckpointError
 from famba.export import check, export, folder
 from famba.export.check import NEAR_TIE, ExportError, judged, matching_margins
-from famba.export.description import find_summary
+from famba.export.folder import find_summary
 from famba.fusion import match
 from famba.training.trained import load_trained
 
@@ -152,7 +152,9 @@ def test_a_missing_package_is_named_with_what_installs_it(
 ) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
-    monkeypatch.setattr(export, "_write", lambda target, described, place: str(place.write_bytes(b"graph")))
+    monkeypatch.setattr(
+        export, "_write", lambda target: lambda model, shape, place, notes: f"{place.write_bytes(b'g')}"
+    )
     is_needed = package == "onnxscript"
     assert exported(upper[0], "onnx", tmp_path / "m.onnx") == (2 if is_needed else 0)
     out, err = capsys.readouterr()

@@ -14,16 +14,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from famba.analysis import options as shared
 from famba.analysis.figures import drawing, rendered
-from famba.analysis.options import (
-    CHECKPOINT,
-    add_fusion_options,
-    at_least_one,
-    device,
-    prepare_folder,
-    read_fusion,
-    write_files,
-)
 from famba.analysis.pictures import PRUNED, Column, Grid, Row, draw_patches, draw_similarity
 from famba.analysis.variants import Variant, label_variants, own, variants
 from famba.data.augment import Normalize, evaluation_scaling
@@ -48,9 +40,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = "example: famba visualize runs/mine cat.jpg dog.jpg --fusion lower,upper --out pictures"
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
+    add("checkpoint", metavar="CHECKPOINT", help=shared.CHECKPOINT)
     add("images", nargs="*", metavar="IMAGE", help="image files of any size (default: two photos of scikit-learn's)")
-    add_fusion_options(parser, "without these, the schedule that the model was trained with; a row for each")
+    shared.add_fusion_options(parser, "without these, the schedule that the model was trained with; a row for each")
     add("--layers-shown", type=int, metavar="N", help="layers in a picture of patches (default: all, 8 at most)")
     add("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or mps")
     add("--out", default="pictures", metavar="FOLDER", help="where to write (default: %(default)s)")
@@ -59,8 +51,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Draw the pictures, and name the files."""
     request = check(options)
-    folder = prepare_folder(options.out)
-    for file in write_files(folder, draw(request)):
+    folder = shared.prepare_folder(options.out)
+    for file in shared.write_files(folder, draw(request)):
         print(file)
     if not options.images:
         print(_SAMPLES_NOTE)
@@ -83,14 +75,14 @@ class Request:
 
 def check(options: argparse.Namespace) -> Request:
     """Load network and images, and check everything that is asked. Raises FambaError for what cannot work."""
-    asked = read_fusion(options)
-    at_least_one(options, "layers-shown")
-    chosen = device(options.device)
+    asked = shared.read_fusion(options)
+    shared.at_least_one(options, "layers-shown")
+    device = shared.device(options.device)
     trained = load_trained(options.checkpoint)
     compared = variants(trained, asked) or [own(trained)]
     count = options.layers_shown or _MOST_LAYERS
     layers = shown_layers(len(trained.schedule), [one.schedule for one in compared], count)
-    return Request(trained, compared, read_images(trained, options.images), layers, chosen)
+    return Request(trained, compared, read_images(trained, options.images), layers, device)
 
 
 def shown_layers(depth: int, schedules: Sequence[Sequence[int]], count: int) -> list[int]:

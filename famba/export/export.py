@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from torch import nn
+
 from famba.analysis.options import CHECKPOINT, add_fusion_options, prepare_folder, read_fusion
-from famba.analysis.variants import label_variants, own, variants
+from famba.analysis.variants import Variant, label_variants, own, variants
 from famba.errors import ConfigError, check_choice
 from famba.export.check import check_file
-from famba.export.description import Description, find_summary
-from famba.export.folder import FILES, write_folder
-from famba.training.trained import load_trained
+from famba.export.folder import FILES, describe, find_summary, write_folder
+from famba.training.trained import Trained, load_trained
 
 FORMATS = {"safetensors": None, "torch_export": ".pt2", "onnx": ".onnx"}
 """Each format's name, and how its files' names end; None where it is a folder."""
@@ -56,10 +59,7 @@ def run(options: argparse.Namespace) -> int:
             "one: name one strategy, one budget, and one of each other option"
         )
     found[0].put_into(trained.model)
-    name = options.checkpoint if trained.config is None else trained.config.model.name
-    summary = find_summary(options.checkpoint)
-    described = Description(name.split(".")[0], found[0].fusion.strategy, found[0].own, trained, summary)
-    print(export(options.format, out, described))
+    print(export(options.format, out, trained, found[0], options.checkpoint))
     return 0
 
 
@@ -82,11 +82,17 @@ def _place(target: str, out: Path) -> Path:
     return out
 
 
-def export(target: str, out: Path, described: Description) -> str:
+def export(target: str, out: Path, trained: Trained, fused: Variant, checkpoint: str) -> str:
     """Write a network beside its place, try it in a fresh process, move it there, and say what came of it.
+
+    fused: how the network fuses. checkpoint: what it was loaded from.
 
     Raises FambaError where it cannot be written, or computes something else; what was there before is untouched then.
     """
+    summary, config = find_summary(checkpoint), trained.config
+    architecture = (checkpoint if config is None else config.model.name).split(".")[0]
+    said = describe(trained, architecture, fused, summary)
+    model, shape = trained.model, said["input_size"]
     is_folder = FORMATS[target] is None
     folder = out if is_folder else out.parent
     checked = "NOT CHECKED: onnxruntime is not installed; pip install 'famba[onnx]', and export again"
@@ -94,20 +100,23 @@ def export(target: str, out: Path, described: Description) -> str:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".famba-export-") as scratch:
             written = Path(scratch) if is_folder else Path(scratch, out.name)
             _tell(f"writing {target}{'' if is_folder else '; tracing a network takes a minute or more'}")
-            said = _write(target, described, written)
+            if is_folder:
+                content = write_folder(trained, said, summary, written)
+            else:
+                content = _write(target)(model, shape, written, json.dumps(said, indent=2))
             if target != "onnx" or _is_here("onnxruntime"):
                 _tell("checking in a fresh process")
-                checked = check_file(target, written, described.model, described.shape)
+                checked = check_file(target, written, model, shape)
             files = [written / name for name in FILES] if is_folder else [written]
             size = sum(file.stat().st_size for file in files)
             for file in files:
                 os.replace(file, folder / file.name)
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror or error}") from error
-    removed, tokens = sum(described.model.fusion), described.model.num_tokens
+    tokens, left = model.num_tokens, model.num_tokens - fused.removed
     sized = f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
-    fusion = f"fusion {described.strategy}: {tokens} tokens, {removed} removed, {tokens - removed} left"
-    return f"{out}: {sized}, {said}\n{fusion}\n{checked}"
+    fusion = f"fusion {fused.fusion.strategy}: {tokens} tokens, {fused.removed} removed, {left} left"
+    return f"{out}: {sized}, {content}\n{fusion}\n{checked}"
 
 
 def _tell(text: str) -> None:
@@ -116,11 +125,12 @@ def _tell(text: str) -> None:
         sys.stderr.write(f"{text} ...\n")
 
 
-def _write(target: str, described: Description, place: Path) -> str:
-    if target == "safetensors":
-        return write_folder(described, place)
+def _write(target: str) -> Callable[[nn.Module, Sequence[int], Path, str], str]:
+    """Return what writes a program or a graph; imported here, since ONNX needs packages that may be missing."""
     if target == "onnx":
-        from famba.export.onnx_graph import write_onnx as write
-    else:
-        from famba.export.program import write_program as write
-    return write(described.model, described.shape, place, described.as_json())
+        from famba.export.onnx_graph import write_onnx
+
+        return write_onnx
+    from famba.export.program import write_program
+
+    return write_program

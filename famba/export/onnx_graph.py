@@ -27,15 +27,10 @@ _MESSAGE_LIMIT = 2**31 - 2**20  # a protobuf message, with room for the graph ar
 
 
 def write_onnx(model: nn.Module, shape: Sequence[int], file: Path, notes: str) -> str:
-    """Write a model as an ONNX file; return what there is to say of it.
+    """Write a model as an ONNX file, over what is there; return what there is to say of it.
 
-    Its input is `images` (batch, *shape), its output `logits` (batch, classes), float32, for any batch from 1.
-
-    Args:
-        model: in eval mode, float32, on the CPU; maps (b, *shape) to logits.
-        shape: of one input, without the batch.
-        file: to write, over what is there.
-        notes: JSON for whoever loads it, kept as the metadata property "famba".
+    Its input is `images` (batch, *shape), its output `logits` (batch, classes), float32, for any batch from 1. model,
+    shape: as of `trace_program`. notes: JSON for whoever loads it, kept as the metadata property "famba".
 
     Raises:
         ConfigError: the weights are too many for one file.

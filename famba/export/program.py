@@ -27,16 +27,10 @@ _NOTES = ("stack_trace", "source_fn_stack", "torch_fn", "nn_module_stack", "from
 
 
 def write_program(model: nn.Module, shape: Sequence[int], file: Path, notes: str) -> str:
-    """Write a model as a .pt2 file; return what there is to say of it.
+    """Write a model as a .pt2 file, over what is there; return what there is to say of it.
 
-    Args:
-        model: in eval mode, float32, on the CPU; maps (b, *shape) to logits.
-        shape: of one input, without the batch.
-        file: to write, over what is there.
-        notes: JSON for whoever loads it, kept in the file as `extra_files["famba.json"]`.
-
-    Raises:
-        ConfigError, ExportError: as `trace_program`.
+    model, shape and errors: as of `trace_program`. notes: JSON for whoever loads it, kept in the file as
+    `extra_files["famba.json"]`.
     """
     program = trace_program(model, shape)
     torch.export.save(program, file, extra_files={NOTES_FILE: notes})
