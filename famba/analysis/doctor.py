@@ -7,9 +7,10 @@ import os
 import platform
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tabulate import tabulate
@@ -32,6 +33,7 @@ _ROUNDINGS = {"bidirectional_mixer": 4}
 # one way to have Triton on a CPU, a token takes a second; and it cuts bfloat16 off where a GPU rounds.
 _TOKENS, _TOKENS_INTERPRETED = (401, 33), (9, 9)
 _SHORT = ("bidirectional_mixer", "match_tokens", "fuse_tokens")
+_DIRECTED = ("selective_scan", "causal_conv1d")
 _CHANNELS, _STATES = 19, 5  # which fill no vector
 _Rows = list[tuple[str, str]]
 
@@ -159,8 +161,10 @@ def _checks() -> Iterator[_Check]:
             continue
         long, short = _TOKENS_INTERPRETED if interpreted else _TOKENS
         for isa, op in product(library.isas() if backend == "native" else [None], OPS):
-            case = Case(op, 2, short if op in _SHORT else long, _CHANNELS, _STATES, "fp32")
-            error = _error(case.built(), backend, device, isa, dtype)
+            built = Case(op, 2, short if op in _SHORT else long, _CHANNELS, _STATES, "fp32").built()
+            runs: list[Callable[..., Any]] = [built.run]
+            runs += [partial(built.run, reverse=True)] if op in _DIRECTED else []
+            error = _error(built, runs, backend, device, isa, dtype)
             yield _Check(backend, device, isa or "-", str(dtype).removeprefix("torch."), op, error)
 
 
@@ -173,16 +177,18 @@ def _serves(backend: str, device: str, dtype: torch.dtype) -> bool:
     return True
 
 
-def _error(built: Built, backend: str, device: str, isa: str | None, dtype: torch.dtype) -> float | str:
-    """Return the worst error of an op's outputs and gradients, or else what it raised."""
+def _error(
+    built: Built, runs: Sequence[Callable[..., Any]], backend: str, device: str, isa: str | None, dtype: torch.dtype
+) -> float | str:
+    """Return the worst error of an op's outputs and gradients, run in several ways, or else what it raised."""
     given = [x.to(dtype) for x in built.learned or built.fixed]
     others = built.fixed if built.learned else []
 
     def results(name: str, x: list[Tensor], where: str) -> list[Tensor]:
         leaves = [leaf.detach().requires_grad_(bool(built.learned)) for leaf in x]
         with use_backend(name):
-            found = built.run(*leaves, *(one.to(where) for one in others))
-            outputs = (found,) if isinstance(found, Tensor) else found
+            found = [run(*leaves, *(one.to(where) for one in others)) for run in runs]
+            outputs = [y for one in found for y in ([one] if isinstance(one, Tensor) else one)]
             grads = torch.autograd.grad(outputs, leaves, [y.detach() for y in outputs]) if built.learned else ()
         return [y.detach().cpu().double() for y in (*outputs, *grads)]
 
