@@ -138,12 +138,12 @@ def write_report(paths: Iterable[str | Path], out: Path) -> Report:
     with prepared(out, out / "plots"):
         report = gather(paths)
         files: dict[str, str | bytes] = {
-            "report.md": markdown(report), "report.csv": table_csv(report), "report.tex": latex(report)
+            "report.md": rendered(report, "md"), "report.csv": table_csv(report), "report.tex": latex(report)
         }  # fmt: skip
         for plot in (plot for table in report.tables for plot in table.plots if plot.svg):
             files |= {f"plots/{plot.name}.svg": plot.svg, f"plots/{plot.name}.png": plot.png}
         # Last, so that a page is there only with all that belongs to it.
-        write_files(out, files | {"report.html": page(report)})
+        write_files(out, files | {"report.html": rendered(report, "html")})
     return report
 
 
@@ -479,23 +479,14 @@ def _notes(rows: pd.DataFrame, runs: pd.DataFrame, known: pd.Series) -> list[str
 # Formats
 
 
-def markdown(report: Report) -> str:
-    """Return the report as Markdown; pictures by their path from the report's folder."""
-    lines = ["# Token fusion in Vision Mamba", "", report.headline, ""]
-    for table in report.tables:
-        lines += [f"## {_md(table.model)}", "", _md(table.conclusion), ""]
-        for title, sheet in table.sheets.items():
-            lines += [f"### {title}", "", tabulated(sheet.map(_md), "github"), ""]
-        lines += [*(f"- {_md(note)}" for note in table.notes), ""]
-        for plot in table.plots:
-            lines += [f"![{plot.title}](plots/{plot.name}.svg)", ""] if plot.svg else []
-            lines += [f"{plot.title}. {plot.caption}", ""]
-        shared = (f"- {_md(name)}: {_md(value)}" for name, value in table.shared.items())
-        lines += ["### What all of these runs share", "", *shared, ""]
-    lines += ["## Runs left out, and what differs", ""]
-    for title, runs in report.left_out.items():
-        lines += [f"{title}:", "", *(f"- {_md(names)}\n  - {_md(reason)}" for names, reason in runs), ""]
-    return "\n".join([*lines, "## How to read this", "", *(f"- {line}" for line in READING)]) + "\n"
+def rendered(report: Report, kind: str) -> str:
+    """Return the report as "html", one page that needs nothing but itself, or "md" with pictures by their paths."""
+    escaped = jinja2.select_autoescape(default_for_string=kind == "html")
+    environment = jinja2.Environment(autoescape=escaped, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment.filters["base64"] = lambda svg: base64.b64encode(svg).decode()
+    environment.filters |= {"md": _md, "table": lambda sheet: tabulated(sheet.map(_md), "github")}
+    template = Path(__file__).with_suffix(f".{kind}").read_text(encoding="utf-8")
+    return environment.from_string(template).render(report=report, reading=READING)
 
 
 def table_csv(report: Report) -> str:
@@ -512,14 +503,6 @@ def latex(report: Report) -> str:
             caption = f"{table.model}: {title.lower()}".replace("_", r"\_")
             lines += ["\\begin{table}", f"\\centering\n\\caption{{{caption}}}", text, "\\end{table}"]
     return "\n".join(lines) + "\n"
-
-
-def page(report: Report) -> str:
-    """Return one HTML page that needs nothing but itself: no script, no other file, no network."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    environment.filters["base64"] = lambda svg: base64.b64encode(svg).decode()
-    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    return environment.from_string(template).render(report=report, reading=READING)
 
 
 def terminal(report: Report, out: Path) -> str:
