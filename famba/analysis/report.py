@@ -481,8 +481,11 @@ def _notes(rows: pd.DataFrame, runs: pd.DataFrame, known: pd.Series) -> list[str
 
 def rendered(report: Report, kind: str) -> str:
     """Return the report as "html", one page that needs nothing but itself, or "md" with pictures by their paths."""
-    escaped = jinja2.select_autoescape(default_for_string=kind == "html")
-    environment = jinja2.Environment(autoescape=escaped, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment = jinja2.Environment(
+        autoescape=jinja2.select_autoescape(default_for_string=kind == "html"),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
     environment.filters["base64"] = lambda svg: base64.b64encode(svg).decode()
     environment.filters |= {"md": _md, "table": lambda sheet: tabulated(sheet.map(_md), "github")}
     template = Path(__file__).with_suffix(f".{kind}").read_text(encoding="utf-8")
