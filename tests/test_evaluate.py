@@ -315,7 +315,7 @@ def test_several_ways_are_compared_in_one_command(upper: Trained) -> None:
     ways = [f"order {order}, mode {mode}" for order in ("sequence", "tome") for mode in ("fuse", "prune")]
     assert label_variants(found)[0::2] == [f"upper, {way}" for way in ways]
     assert len({replace(one.fusion, budget=0) for one in found}) == 4
-    with pytest.raises(ConfigError, match="--attention: proportional is about attention, and a Vim has none; leave it"):
+    with pytest.raises(ConfigError, match="--attention is about attention, and a Vim has none; leave it out"):
         variants(trained, {"proportional": [True]})
     both = variants(trained, {"budget": [4], "mode": ["prune"], "weighting": ["mean", "size"]})
     assert [one.fusion.mode for one in both] == ["prune"], "what is pruned is not weighed"
