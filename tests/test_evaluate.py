@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from earlier import KEPT, write_images
 from PIL import Image
 from runs import run
 
@@ -29,6 +30,7 @@ from famba.analysis.variants import label_variants, own, variants
 from famba.cli import main as famba
 from famba.data.loader import EvalBatches
 from famba.errors import ConfigError
+from famba.export import export
 from famba.models import Vim
 from famba.training.config import ADDED_KEYS
 from famba.training.trained import load_trained
@@ -276,14 +278,31 @@ def test_intervals_of_a_difference_hold_it_as_often_as_they_say(images: int, gai
     assert 0.94 <= held <= 0.975
 
 
-@pytest.mark.parametrize("key", sorted(ADDED_KEYS))
-def test_runs_from_before_a_key_was_added_are_evaluated(
-    upper: Trained, key: str, tmp_path: Path, without_memory: None, capsys: Printed
+def test_runs_of_an_earlier_version_are_evaluated_drawn_and_exported(
+    tmp_path: Path, without_memory: None, monkeypatch: pytest.MonkeyPatch, capsys: Printed
+) -> None:
+    monkeypatch.setattr(export, "check_file", lambda *arguments: "not checked")
+    write_images(tmp_path / "images")
+    (checkpoint,) = (KEPT / "checkpoints").glob("*.pt")
+    assert famba(["evaluate", str(checkpoint), "--data-root", str(tmp_path / "images"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (mine,) = found["results"]
+    summary = json.loads((KEPT / "summary.json").read_text())
+    assert (found["images"], mine["top1"], mine["schedule"]) == (16, summary["top1"], summary["schedule"])
+    image = str(tmp_path / "images" / "test" / "cat" / "0.png")
+    assert famba(["visualize", str(checkpoint), image, "--out", str(tmp_path / "pictures")]) == 0
+    assert (tmp_path / "pictures" / "tokens_0.png").is_file()
+    assert famba(["export", str(checkpoint), "--format", "safetensors", "--out", str(tmp_path / "model")]) == 0
+
+
+def test_a_run_from_before_keys_were_added_is_evaluated(
+    upper: Trained, tmp_path: Path, without_memory: None, capsys: Printed
 ) -> None:
     old = shutil.copytree(upper[0], tmp_path / "old")
     config = yaml.safe_load((old / "config.yaml").read_text())
-    group, name = key.split(".")
-    del config[group][name]
+    for key in ADDED_KEYS:
+        group, name = key.split(".")
+        del config[group][name]
     (old / "config.yaml").write_text(yaml.safe_dump(config))
     assert famba(["evaluate", str(old), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["results"][0]["top1"] == upper[1]["top1"]

@@ -56,7 +56,7 @@ class Contestant(NamedTuple):
 
     def config(self, device: torch.device) -> RunConfig:
         """Compose its run of `recipe=light`; raises ConfigError as `train.py` does."""
-        group = "vim_ti" if self.model in DEITS else "vit_tiny"
+        group = "vit_tiny" if self.model in DEITS.values() else "vim_ti"
         asked = [f"model={group}", f"model.name={self.model}", f"fusion={self.strategy}", "data=digits", "recipe=light"]
         asked += [f"model.num_classes={_CLASSES}", f"data.image_size={self.image_size}", "recipe.warmup_epochs=0"]
         asked += [f"trainer.batch_size={self.batch}", f"trainer.precision={self.precision}", "trainer.epochs=2"]
