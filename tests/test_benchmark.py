@@ -34,7 +34,7 @@ aten = torch.ops.aten
 
 
 def found(tmp_path: Path, *arguments: str) -> dict[str, Any]:
-    """What a command wrote as JSON."""
+    """Return what a command wrote as JSON."""
     file = tmp_path / "found.json"
     assert famba(["benchmark", *arguments, "--json", str(file)]) == 0
     return json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""What `famba doctor` shows, and what it finds wrong."""
+"""Test what `famba doctor` shows, and what it finds wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan says beforehand is what is counted and measured afterwards."""
+"""`famba plan` counts beforehand what a run counts and measures afterwards."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: Printed) -> None:
     assert main(["plan", *overrides, "--out", str(tmp_path / "plan"), *small]) == 0
     printed = capsys.readouterr().out
     assert "Tokens after each layer" in printed
-    assert "step time, of none, measured" in printed
+    assert "step time, relative to none, measured" in printed
     written = json.loads((tmp_path / "plan" / "plan.json").read_text())
     assert [row["name"] for row in written] == ["none", "all", "lower"]
     assert written[1]["step_time_of_none_predicted"] == written[1]["macs_per_image"] / written[0]["macs_per_image"]

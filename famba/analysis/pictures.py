@@ -22,9 +22,9 @@ from scipy import ndimage
 from famba.analysis.figures import FAINT, INK
 
 Grid = npt.NDArray[np.int64]
-"""Which token holds each patch (rows, columns)."""
+"""Array (rows, columns) of the tokens that hold the patches."""
 PRUNED = -1
-"""In a grid, stands where no token holds a patch any more."""
+"""Stands in a grid where no token holds a patch any more."""
 _KEY = (
     "Outlined: patches that share a token, in their mean colour. Equal marks or letters in a panel: parts of one token "
     "that do not touch."

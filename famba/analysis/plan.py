@@ -41,13 +41,13 @@ _TOTALS = {
     "left": ("left", 1, "{}"),
     "token-layers": ("token_layers_of_none", 1, "{:.3f}"),
     "G multiply-adds": ("macs_per_image", 1e9, "{:.3f}"),
-    "step time, of none": ("step_time_of_none_predicted", 1, "{:.3f}"),
+    "step time, relative to none": ("step_time_of_none_predicted", 1, "{:.3f}"),
     "kept, MB": ("saved_bytes_per_image", 1e6, "{:.2f}"),
-    "kept, of none": ("saved_bytes_of_none", 1, "{:.3f}"),
+    "kept, relative to none": ("saved_bytes_of_none", 1, "{:.3f}"),
     "memory, MiB": ("memory_bytes_predicted", 2**20, "{:,.0f}"),
-    "memory, of none": ("memory_of_none_predicted", 1, "{:.3f}"),
+    "memory, relative to none": ("memory_of_none_predicted", 1, "{:.3f}"),
     "step, ms, measured": ("step_ms_measured", 1, "{:.1f}"),
-    "step time, of none, measured": ("step_time_of_none_measured", 1, "{:.3f}"),
+    "step time, relative to none, measured": ("step_time_of_none_measured", 1, "{:.3f}"),
 }
 # Parts of a layer's cost that the tables by layer show, their unit and how they are written.
 _BY_LAYER = {
@@ -289,7 +289,7 @@ def _notes(plans: Sequence[Planned]) -> list[str]:
         "Layers are counted from 0 at the input, as fusion.layers takes them.",
         "Multiply-adds are those of one image's forward pass, what papers on vision backbones call FLOPs: matrix "
         "products, convolutions, attention, scans and similarities between tokens. A step does three times as many.",
-        "Step time, of none, is predicted from them: nearly all of the work is linear in multiply-adds.",
+        "Step time, relative to none, is predicted from them: nearly all of the work is linear in multiply-adds.",
         f"Kept is what autograd holds of one image for the backward, computed in {computed}; memory adds weights, "
         f"gradients and AdamW's moments, for {batches} images.",
     ]

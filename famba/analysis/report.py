@@ -425,9 +425,9 @@ def _sheets(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
         ("difference to none, points (95 % interval)", rows.apply(difference, axis=1, name=_TOP1)),
         ("Top-5, %", cells("top5_percent", 2)),
         (f"training time, {unit}", cells("train_time_s", 1, 1 / factor) + star),
-        ("of none", cells("train_time_share_of_none", 3)),
+        ("relative to none", cells("train_time_share_of_none", 3)),
         ("peak memory, MiB", cells("peak_memory_mib", 0) + star),
-        ("of none", cells("peak_memory_share_of_none", 3)),
+        ("relative to none", cells("peak_memory_share_of_none", 3)),
     ]
     if rows["model"].str.split(",").str[0].isin([model for model, _ in _PRINTED]).any():
         results += [("paper: Top-1, %", cells("paper_top1_percent", 1)), ("paper: time", rows["paper_train_time"])]
@@ -435,7 +435,7 @@ def _sheets(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
         ("fusion", rows["fusion"]),
         ("images/s", cells("images_per_s", 1) + star),
         ("saved for the backward, kB/image", cells("saved_bytes_per_image_mean", 0, 1e-3) + star),
-        ("of none", cells("saved_bytes_share_of_none", 3)),
+        ("relative to none", cells("saved_bytes_share_of_none", 3)),
         ("FLOPs (multiply-adds), M/image", cells("macs_per_image", 1, 1e-6)),
         ("parameters, M", cells("parameters", 2, 1e-6)),
         ("tokens left", rows["tokens_left_mean"].map("{:.4g}".format) + " of " + rows["tokens"].astype(str)),

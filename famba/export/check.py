@@ -23,7 +23,7 @@ from famba.ops.reference import split_alternately
 BATCHES = (1, 3, 8)
 """Batch sizes that are tried. None is the one that a model is traced with."""
 TOLERANCE = 1e-4
-"""Of the largest logit, or of 1 where that is smaller: how far outputs may lie apart."""
+"""Outputs may lie so far apart, as a share of the largest logit, or of 1 where that is smaller."""
 NEAR_TIE = 1e-5
 """Cosines that lie closer may come out in another order in another runtime, which rounds differently."""
 _RUNTIMES = {"safetensors": "timm", "torch_export": "torch", "onnx": "onnxruntime"}

@@ -20,7 +20,7 @@ from famba.ops import reference
 
 NOTES_FILE = "famba.json"
 Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, bool], Tensor]
-"""From delta (b, l, d), delta u (b, l, d), A (d, n), B, C (b, l, n) and whether it runs backward to y (b, l, d)."""
+"""Callback (delta (b, l, d), delta u (b, l, d), A (d, n), B, C (b, l, n), runs backward) -> y (b, l, d)."""
 _BATCH = 2  # a batch of 1 would be taken for a constant
 # What the tracer notes of each operation besides its meaning. It names files of this machine, and is most of a program.
 _NOTES = ("stack_trace", "source_fn_stack", "torch_fn", "nn_module_stack", "from_node")
