@@ -1,4 +1,4 @@
-"""`famba doctor`: versions, devices and backends of this machine, and whether each backend computes what it should."""
+"""Show versions, devices and backends of this machine, and check that each backend computes what it should."""
 
 from __future__ import annotations
 

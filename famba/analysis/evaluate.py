@@ -1,4 +1,4 @@
-"""`famba evaluate`: its options, and what it shows: a table, files, and curves over the budget."""
+"""Define the options of `famba evaluate`, and show what was measured: a table, files, and curves over the budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`famba plan`: what strategies cost, counted before anything runs."""
+"""Count what strategies cost before anything runs: `famba plan`."""
 
 from __future__ import annotations
 
@@ -112,17 +112,17 @@ class Planned:
 
     @property
     def batch(self) -> int:
-        """Images whose tensors are kept at once in one process."""
+        """Count the images whose tensors are kept at once in one process."""
         return self.config.trainer.batch_size // self.config.trainer.accumulation
 
     @property
     def memory(self) -> int:
-        """Bytes of weights, gradients, optimizer, and what a step keeps for the backward."""
+        """Sum up the bytes of weights, gradients, optimizer, and what a step keeps for the backward."""
         return _BYTES_PER_PARAMETER * self.parameters + self.batch * self.cost.saved_bytes
 
     @property
     def tokens(self) -> list[int]:
-        """Tokens before the first layer, and those left after each."""
+        """List the tokens before the first layer, and those left after each."""
         return [self.setup.tokens, *(layer.leaving for layer in self.cost.layers)]
 
 

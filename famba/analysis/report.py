@@ -1,4 +1,4 @@
-"""`famba report`: the paper's table from one's own runs, over seeds, with intervals and plots.
+"""Make the paper's table from one's own runs, over seeds, with intervals and plots: `famba report`.
 
 Runs of a model are compared where they share data, recipe, precision and code. Time, throughput and memory are compared
 where they share the machine too: a run from another machine counts for accuracy alone.

@@ -1,4 +1,4 @@
-"""`famba status`: how far the runs in some folders are. Only reads, also while the runs go on."""
+"""Tell how far the runs in some folders are: `famba status`. Only reads, also while the runs go on."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Variant:
 
     @property
     def removed(self) -> int:
-        """Tokens removed by all layers together."""
+        """Count the tokens removed by all layers together."""
         return sum(self.schedule)
 
     def put_into(self, model: Backbone) -> None:

@@ -1,4 +1,4 @@
-"""`famba visualize`: pictures of how a trained network fuses the tokens of images."""
+"""Draw how a trained network fuses the tokens of images: `famba visualize`."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ _SAID = 2000  # characters of what a process said that an error repeats
 
 
 class ExportError(FambaError, RuntimeError):
-    """A model that cannot be written in a format, or a file that does not compute what the model does."""
+    """Say that a model cannot be written in a format, or that a file does not compute what the model does."""
 
 
 def check_file(target: str, file: Path, model: nn.Module, shape: Sequence[int]) -> str:

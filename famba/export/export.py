@@ -1,4 +1,4 @@
-"""`famba export`: write a trained network for timm, torch.export or ONNX, and try the file before it is kept."""
+"""Write a trained network for timm, torch.export or ONNX, and try the file before it is kept: `famba export`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`famba benchmark`: its options, and what becomes of what was measured."""
+"""Define the options of `famba benchmark`, measure, and show what was measured."""
 
 from __future__ import annotations
 

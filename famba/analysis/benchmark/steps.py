@@ -1,4 +1,4 @@
-"""The training step that `train.py` does, on random images: by itself, and in the loop of a run."""
+"""Time the training step that `train.py` does, on random images: by itself, and in the loop of a run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _Batch = tuple[Tensor, Tensor]
 
 
 class Contestant(NamedTuple):
-    """A model by its timm name in a table of steps, at a batch and size; more: overrides of its configuration."""
+    """Name a model of a table of steps by its timm name, at a batch and size; more: overrides of its configuration."""
 
     name: str
     model: str
