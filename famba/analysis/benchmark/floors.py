@@ -107,7 +107,7 @@ def fusing(b: int, l: int, d: int, r: int, item: int) -> list[Work]:  # noqa: E7
 
 
 class Linear(NamedTuple):
-    """Hold the sizes of a product y = x W^T and its backward: x (rows, inputs), W (outputs, inputs); needs_dx: of the backward."""
+    """Hold the sizes of y = x W^T: x (rows, inputs), W (outputs, inputs); needs_dx: whether its backward needs dx."""
 
     rows: int
     inputs: int

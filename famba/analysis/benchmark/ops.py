@@ -39,7 +39,7 @@ class Built(NamedTuple):
 
 
 class Case(NamedTuple):
-    """Name an op and the size of its input; states: of each channel of the scan. The mixer has half the channels outside."""
+    """Name an op and the size of its input; states: of each channel of the scan. The mixer has half the channels."""
 
     op: str
     batch: int
