@@ -183,7 +183,8 @@ def evaluate(request: Request) -> Evaluation:
         raise TrainingError(f"out of memory with {request.batch_size} images at once; less: --batch-size") from error
     if not contestants[-1].right:
         raise KeyboardInterrupt
-    first = torch.cat(contestants[0].right)
+    # The last may lack a batch that others have, where the interruption came between them.
+    first = torch.cat(contestants[0].right)[: len(torch.cat(contestants[-1].right))]
     memory = [None] * len(macs) if interrupted else inference_memory(request)
     rows = [
         {
@@ -193,7 +194,7 @@ def evaluate(request: Request) -> Evaluation:
             "own": one.variant.own,
             "removed": one.variant.removed,
             "tokens_per_layer": tokens_per_layer(one.variant.schedule, model.num_tokens),
-            **one.accuracy(None if one is contestants[0] else first),
+            **one.accuracy(first),
             "images_per_s": one.images_per_s(),
             "memory_mib": mib,
             "macs_per_image": count,
@@ -212,13 +213,13 @@ class _Contestant:
     times: list[tuple[int, float]] = field(default_factory=list)
     right: list[Tensor] = field(default_factory=list)
 
-    def accuracy(self, first: Tensor | None) -> dict[str, Any]:
-        """Return the columns of accuracy; first: what the first variant gets right (n,), None for that itself."""
-        right, known = torch.cat(self.right), self.tally.results()
+    def accuracy(self, first: Tensor) -> dict[str, Any]:
+        """Return the columns of accuracy; first: what the variant that was trained gets right (n,)."""
+        right, known = torch.cat(self.right)[: len(first)], self.tally.results()
         low, high = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
         found: dict[str, Any] = {"top1": known["top1"], "top1_low95": 100 * low, "top1_high95": 100 * high}
         difference: tuple[float | None, ...] = (None,) * 3
-        if first is not None:
+        if not self.variant.own:
             gained, lost = int((right & ~first).sum()), int((first & ~right).sum())
             difference = 100 * (gained - lost) / len(right), *of_difference(gained, lost, len(right))
         names = ("difference", "difference_low95", "difference_high95")
