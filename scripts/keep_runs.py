@@ -79,8 +79,8 @@ def texts(report: Report) -> dict[tuple[Path, str], str]:
     none = table.rows["macs_per_image"]["none"]
     shares = pd.DataFrame({
         "fusion": plain,
-        "multiply-adds, of none": [f"{macs / none:.3f}" for macs in table.rows.loc[plain, "macs_per_image"]],
-        "training time, of none": [f"{share:.3f}" for share in table.rows.loc[plain, "train_time_share_of_none"]],
+        "multiply-adds, relative to none": [f"{macs / none:.3f}" for macs in table.rows.loc[plain, "macs_per_image"]],
+        "training time, relative to none": table.rows.loc[plain, "train_time_share_of_none"].map("{:.3f}".format),
     })  # fmt: skip
     top1 = table.runs.pivot(index="seed", columns="label", values="top1")
     ways = []

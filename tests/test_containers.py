@@ -130,4 +130,4 @@ def test_commands_exist(where: str) -> None:
         if command == "train":
             compose([x for x in arguments if "=" in x])
         else:
-            _parser().parse_args([command, *arguments])
+            _parser([command]).parse_args([command, *arguments])

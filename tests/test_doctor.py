@@ -1,4 +1,4 @@
-"""What `famba doctor` shows, and what it finds wrong."""
+"""Test what `famba doctor` shows, and what it finds wrong."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ import torch
 from ops_helpers import needs_kernels
 
 import famba as package
+from famba.analysis.benchmark.ops import OPS
 from famba.cli import main as famba
 from famba.ops import reference, registry
 from famba.ops.native import library
 
+Printed, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
+
 
 @pytest.fixture(autouse=True)
-def no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_choice(monkeypatch: Patch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(registry, "_chosen", None)
     for variable in ("FAMBA_BACKEND", "FAMBA_ISA"):
@@ -26,14 +29,14 @@ def no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     library.use_isa(None) if library.obstacle() is None else None
 
 
-def doctor(capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+def doctor(capsys: Printed) -> tuple[int, str]:
     status = famba(["doctor"])
     text = capsys.readouterr().out
     assert all(len(line) <= 100 for line in text.splitlines()), text
     return status, text
 
 
-def add_backend(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+def add_backend(monkeypatch: Patch, **changes: Any) -> None:
     """A backend "other" for CPUs: the reference with some functions changed."""
     module = types.ModuleType("other_kernels")
     for name in (name for name in dir(reference) if not name.startswith("__")):
@@ -48,7 +51,7 @@ def results(text: str, *words: str) -> list[str]:
     return [line for line in table if all(word in line for word in words)]
 
 
-def test_a_machine_on_which_all_works(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_machine_on_which_all_works(capsys: Printed) -> None:
     status, text = doctor(capsys)
     assert status == 0
     assert "All that can be used works." in text
@@ -59,14 +62,12 @@ def test_a_machine_on_which_all_works(capsys: pytest.CaptureFixture[str]) -> Non
         assert name in text
         assert obstacle is None or obstacle.rpartition("; ")[2] in " ".join(text.split()), "the remedy is shown"
         assert bool(results(text, name)) == (obstacle is None)
-    for op in ("scan", "conv", "norm", "mixer", "fuse"):
+    for op in OPS:
         for dtype in ("float32", "bfloat16"):
             assert results(text, "reference", op, dtype, "ok")
 
 
-def test_the_reference_on_a_gpu_is_warned_of(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_reference_on_a_gpu_is_warned_of(capsys: Printed, monkeypatch: Patch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("triton", "mamba_ssm"):
         missing = registry.Backend("", ("cuda",), lambda: "it is not installed; pip install it")
@@ -78,19 +79,17 @@ def test_the_reference_on_a_gpu_is_warned_of(
 
 
 @needs_kernels
-def test_every_instruction_set_is_checked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_instruction_set_is_checked(capsys: Printed, monkeypatch: Patch) -> None:
     monkeypatch.setenv("FAMBA_ISA", "portable")
     _, text = doctor(capsys)
     assert "portable, chosen by FAMBA_ISA" in text
     for isa in library.isas():
-        assert len(results(text, "native", isa, "ok")) == 10
+        assert len(results(text, "native", isa, "ok")) == 2 * len(OPS)
     assert library.isa() == "portable", "the choice is as it was before"
     library.use_isa(None)
 
 
-def test_a_backend_that_raises_is_reported_and_the_rest_goes_on(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_backend_that_raises_is_reported_and_the_rest_goes_on(capsys: Printed, monkeypatch: Patch) -> None:
     def broken(*args: Any) -> Any:
         raise RuntimeError("no such instruction\nand many more lines")
 
@@ -98,17 +97,15 @@ def test_a_backend_that_raises_is_reported_and_the_rest_goes_on(
     status, text = doctor(capsys)
     assert status == 1
     assert "Not all works" in text
-    assert len(results(text, "other", "conv", "FAILED")) == 2
-    assert "other cpu - float32 conv: RuntimeError: no such instruction" in text
+    assert len(results(text, "other", "causal_conv1d", "FAILED")) == 2
+    assert "other cpu - float32 causal_conv1d: RuntimeError: no such instruction" in text
     assert "many more lines" not in text
-    assert len(results(text, "other", "scan", "ok")) == 2
+    assert len(results(text, "other", "selective_scan", "ok")) == 2
     assert len(results(text, "reference", "ok")) >= 10
 
 
 @pytest.mark.parametrize("fault", [lambda x: x * (1 + 1e-3), lambda x: x * torch.nan])
-def test_a_backend_that_computes_something_else_fails(
-    fault: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_backend_that_computes_something_else_fails(fault: Any, capsys: Printed, monkeypatch: Patch) -> None:
     def off(*args: Any) -> Any:
         grad, *others = reference.causal_conv1d_backward(*args)
         return fault(grad), *others
@@ -116,13 +113,11 @@ def test_a_backend_that_computes_something_else_fails(
     add_backend(monkeypatch, causal_conv1d_backward=off)
     status, text = doctor(capsys)
     assert status == 1
-    assert results(text, "other", "conv", "float32", "FAILED")
-    assert results(text, "other", "norm", "float32", "ok")
+    assert results(text, "other", "causal_conv1d", "float32", "FAILED")
+    assert results(text, "other", "add_rms_norm", "float32", "ok")
 
 
-def test_without_kernels_reason_and_remedy_are_shown(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_kernels_reason_and_remedy_are_shown(capsys: Printed, monkeypatch: Patch, tmp_path: Path) -> None:
     monkeypatch.setattr(library, "_loaded", None)
     monkeypatch.setattr(library, "PATH", tmp_path / "libfamba_kernels.so")
     monkeypatch.setattr(library, "FAILURE", tmp_path / "build_failure.txt")
@@ -139,7 +134,7 @@ def test_without_kernels_reason_and_remedy_are_shown(
     ("variable", "value"), [("FAMBA_BACKEND", "nativ"), pytest.param("FAMBA_ISA", "avx3", marks=needs_kernels)]
 )
 def test_a_choice_that_cannot_be_followed_is_shown(
-    variable: str, value: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    variable: str, value: str, capsys: Printed, monkeypatch: Patch
 ) -> None:
     monkeypatch.setenv(variable, value)
     status, text = doctor(capsys)
@@ -150,12 +145,10 @@ def test_a_choice_that_cannot_be_followed_is_shown(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is chosen when Triton is imported")
-def test_kernels_in_the_interpreter_are_checked_too(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_in_the_interpreter_are_checked_too(capsys: Printed, monkeypatch: Patch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     chosen = {name: registry._BACKENDS[name] for name in ("triton", "reference")}
     monkeypatch.setattr(registry, "_BACKENDS", chosen)
     status, text = doctor(capsys)
     assert status == 0
-    assert len(results(text, "triton", "cpu", "float32", "ok")) == 5
+    assert len(results(text, "triton", "cpu", "float32", "ok")) == len(OPS)

@@ -15,15 +15,19 @@ import torch
 from naive import as_users_run_it
 from runs import run
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from famba.cli import main as famba
 from famba.errors import CheckpointError
 from famba.export import check, export, folder
-from famba.export.description import find_summary
-from famba.export.errors import ExportError
+from famba.export.check import NEAR_TIE, ExportError, judged, matching_margins
+from famba.export.folder import find_summary
+from famba.fusion import match
 from famba.training.weights import load_trained
 
 Trained = tuple[Path, dict[str, Any]]
+Printed = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 
 
 @pytest.fixture(scope="module")
@@ -33,28 +37,26 @@ def upper(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 @pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+def unchecked(monkeypatch: Patch) -> None:
     """No other process is started."""
-    passed = check.Check("nothing", 12, 0.0, 1e-4, 0, 0.0)
-    monkeypatch.setattr(export, "check_file", lambda *arguments: passed)
+    monkeypatch.setattr(export, "check_file", lambda *arguments: "not checked")
 
 
-def exported(*arguments: str) -> int:
+def exported(checkpoint: Path, target: str, out: Path, *options: str) -> int:
     with as_users_run_it():
-        return famba(["export", *arguments])
+        return famba(["export", str(checkpoint), "--format", target, "--out", str(out), *options])
 
 
 @pytest.mark.slow
 def test_a_folder_is_loaded_by_timm_in_a_fresh_process_to_the_bit(
-    upper: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    upper: Trained, tmp_path: Path, capsys: Printed
 ) -> None:
     path, summary = upper
     out = tmp_path / "model"
-    assert exported(str(path), "--format", "safetensors", "--out", str(out)) == 0
+    assert exported(path, "safetensors", out) == 0
     said = capsys.readouterr().out
-    assert "fusion upper: 17 tokens, 3 removed, 14 left" in said
-    assert "checked in a fresh process by timm" in said
-    assert "differ by at most 0.0e+00" in said
+    for part in ("fusion upper: 17 tokens, 3 removed, 14 left", "fresh process by timm", "differ by at most 0.0e+00"):
+        assert part in said
     assert sorted(file.name for file in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     weights = load_file(path / "model.safetensors")
     assert all(torch.equal(value, weights[name]) for name, value in load_file(out / "model.safetensors").items())
@@ -65,25 +67,24 @@ def test_a_folder_is_loaded_by_timm_in_a_fresh_process_to_the_bit(
     assert config["famba"]["provenance_of_training"]["git_commit"] == summary["provenance"]["git_commit"]
     card = (out / "README.md").read_text()
     assert f"| Top-1 on the test images of digits | {summary['top1']:.2f} %" in card
+    for part in ("| steps ", "## Training", "## Provenance", "@article{shen2024famba,", "library_name: timm"):
+        assert part in card
     assert "not the schedule" not in card
-    for text in (card, json.dumps(config)):
-        assert str(path) not in text, "a folder of this machine"
+    assert str(path) not in card + json.dumps(config), "a folder of this machine"
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_another_schedule_is_told_from_that_of_training(upper: Trained, tmp_path: Path) -> None:
     options = ["--fusion", "all", "--budget", "6", "--order", "tome", "--weighting", "size"]
-    assert exported(str(upper[0]), "--format", "safetensors", "--out", str(tmp_path), *options) == 0
+    assert exported(upper[0], "safetensors", tmp_path, *options) == 0
     arguments = json.loads((tmp_path / "config.json").read_text())["model_args"]
     assert (arguments["fusion"], arguments["fusion_order"], arguments["fusion_weighting"]) == ([3, 3], "tome", "size")
     card = (tmp_path / "README.md").read_text()
     assert "This is not the schedule that the network was trained with." in card
     assert "tested with the schedule of training (" in card
-    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
-    assert model.fusion == (3, 3)
+    model, trained = timm.create_model(f"local-dir:{tmp_path}", pretrained=True), load_trained(upper[0])
     cfg = timm.data.resolve_model_data_config(model)
-    trained = load_trained(upper[0])
-    assert cfg["input_size"] == (3, 32, 32)
+    assert (model.fusion, cfg["input_size"]) == ((3, 3), (3, 32, 32))
     assert (tuple(cfg["mean"]), tuple(cfg["std"])) == (trained.mean, trained.std)
     assert cfg["interpolation"] == trained.scaling.interpolation
     other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=4, fusion=(0, 0))
@@ -91,11 +92,9 @@ def test_another_schedule_is_told_from_that_of_training(upper: Trained, tmp_path
 
 
 @pytest.mark.slow
-def test_a_program_and_a_graph_hold_what_one_needs_to_use_them(
-    upper: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_program_and_a_graph_hold_what_one_needs_to_use_them(upper: Trained, tmp_path: Path, capsys: Printed) -> None:
     for name, out in (("torch_export", tmp_path / "m.pt2"), ("onnx", tmp_path / "m.onnx")):
-        assert exported(str(upper[0]), "--format", name, "--out", str(out)) == 0
+        assert exported(upper[0], name, out) == 0
         assert "12 random inputs in batches of 1, 3 and 8, logits differ by at most" in capsys.readouterr().out
     notes: dict[str, str] = {"famba.json": ""}
     torch.export.load(tmp_path / "m.pt2", extra_files=notes)
@@ -107,11 +106,11 @@ def test_a_program_and_a_graph_hold_what_one_needs_to_use_them(
 
 
 @pytest.mark.slow
-def test_a_transformer_goes_into_a_folder_and_fuses_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_transformer_goes_into_a_folder_and_fuses_again(tmp_path: Path, capsys: Printed) -> None:
     path = tmp_path / "run"
     shape = ("model=vit_micro", "model.depth=2", "model.embed_dim=16", "model.d_state=null", "model.patch_size=8")
     run(path, *shape, "fusion=all", "fusion.budget=4", "trainer.epochs=1")
-    assert exported(str(path), "--format", "safetensors", "--out", str(tmp_path / "out")) == 0
+    assert exported(path, "safetensors", tmp_path / "out") == 0
     assert "differ by at most 0.0e+00" in capsys.readouterr().out
     card = (tmp_path / "out" / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0].replace("FOLDER", str(tmp_path / "out"))
@@ -123,69 +122,62 @@ def test_a_transformer_goes_into_a_folder_and_fuses_again(tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--format", "onyx", "--out", "m.onnx"], "--format is 'onyx', did you mean 'onnx'"),
-        (["--format", "onnx", "--out", "m.pt2"], "--format onnx writes a file whose name ends in .onnx"),
-        (["--format", "torch_export", "--out", "m"], "whose name ends in .pt2"),
-        (["--format", "safetensors", "--out", "m.onnx"], "--format safetensors writes a folder"),
-        (["--format", "torch_export", "--out", "folder.pt2"], "is a folder; name a file in it"),
-        (["--format", "torch_export", "--out", "file/m.pt2"], "is a file; name a folder to write to"),
-        (["--format", "onnx", "--out", "m.onnx", "--fusion", "all,lower", "--budget", "4"], "ask for 2 ways of fusing"),
-        (["--format", "onnx", "--out", "m.onnx", "--fusion", "al"], "unknown --fusion 'al', did you mean 'all'"),
-        (["--format", "onnx", "--out", "m.onnx", "--fusion", "all", "--budget", "99"], "--budget"),
+        ("onyx m.onnx", "unknown --format 'onyx', did you mean 'onnx'"),
+        ("onnx m.pt2", "--format onnx writes a file whose name ends in .onnx"),
+        ("torch_export m", "whose name ends in .pt2"),
+        ("safetensors m.onnx", "--format safetensors writes a folder"),
+        ("torch_export folder.pt2", "is a folder; name a file in it"),
+        ("torch_export file/m.pt2", "is a file; name a folder to write to"),
+        ("onnx m.onnx --fusion all,lower --budget 4", "ask for 2 ways of fusing"),
+        ("onnx m.onnx --fusion al", "unknown --fusion 'al', did you mean 'all'"),
+        ("onnx m.onnx --fusion all --budget 99", "--budget"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work(
-    upper: Trained,
-    options: list[str],
-    said: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    upper: Trained, options: str, said: str, tmp_path: Path, capsys: Printed, monkeypatch: Patch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(export, "_write", None)
-    (tmp_path / "folder.pt2").mkdir()
-    (tmp_path / "file").touch()
-    assert famba(["export", str(upper[0]), *options]) == 2
+    Path("folder.pt2").mkdir()
+    Path("file").touch()
+    target, out, *more = options.split()
+    assert exported(upper[0], target, Path(out), *more) == 2
     assert said in capsys.readouterr().err
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "folder.pt2"]
 
 
+@pytest.mark.parametrize("package", ["onnxscript", "onnxruntime"])
 def test_a_missing_package_is_named_with_what_installs_it(
-    upper: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    package: str, upper: Trained, tmp_path: Path, capsys: Printed, monkeypatch: Patch
 ) -> None:
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else found(name))
-    assert famba(["export", str(upper[0]), "--format", "onnx", "--out", str(tmp_path / "m.onnx")]) == 2
-    assert "--format onnx needs onnxscript; install: pip install 'famba[onnx]'" in capsys.readouterr().err
-
-
-def test_without_a_runtime_it_says_that_nothing_was_checked(
-    upper: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else found(name))
-    monkeypatch.setattr(export, "_write", lambda request, place: str(place.write_bytes(b"graph")))
-    assert famba(["export", str(upper[0]), "--format", "onnx", "--out", str(tmp_path / "m.onnx")]) == 0
-    said = capsys.readouterr().out
-    assert "NOT CHECKED: onnxruntime is not installed; pip install 'famba[onnx]'" in said
-    assert "checked in" not in said
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
+    monkeypatch.setattr(
+        export, "_write", lambda target: lambda model, shape, place, notes: f"{place.write_bytes(b'g')}"
+    )
+    is_needed = package == "onnxscript"
+    assert exported(upper[0], "onnx", tmp_path / "m.onnx") == (2 if is_needed else 0)
+    out, err = capsys.readouterr()
+    if is_needed:
+        assert "--format onnx needs onnxscript; install: pip install 'famba[onnx]'" in err
+    else:
+        assert "NOT CHECKED: onnxruntime is not installed; pip install 'famba[onnx]'" in out
+        assert "checked in" not in out
 
 
 @pytest.mark.slow
 def test_a_file_that_computes_something_else_is_not_kept(
-    upper: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    upper: Trained, tmp_path: Path, capsys: Printed, monkeypatch: Patch
 ) -> None:
     written = folder.save
 
-    def spoiled(weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+    def spoiled(weights: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
         return written({**weights, "head.bias": weights["head.bias"] + 1}, metadata)
 
     monkeypatch.setattr(folder, "save", spoiled)
     (tmp_path / "config.json").write_text("before")
-    assert exported(str(upper[0]), "--format", "safetensors", "--out", str(tmp_path)) == 2
-    error = capsys.readouterr().err
-    assert "differs from the model by 1.00e+00 on 12 of 12 random inputs" in error
+    assert exported(upper[0], "safetensors", tmp_path) == 2
+    assert "differs from the model by 1.00e+00 on 12 of 12 random inputs" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
     assert (tmp_path / "config.json").read_text() == "before"
 
@@ -195,9 +187,10 @@ def test_a_file_that_does_not_run_is_told_with_what_was_said(tmp_path: Path) -> 
     file = tmp_path / "m.onnx"
     file.write_bytes(b"no graph")
     with pytest.raises(ExportError, match=r"(?s)does not run in a fresh process \(status 1\):\n.*m.onnx"):
-        check.check_file("onnx", file, torch.nn.Linear(2, 2).eval(), (2,))
+        check.check_file("onnx", file, nn.Linear(2, 2).eval(), (2,))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_results_are_those_of_the_very_weights(upper: Trained, tmp_path: Path) -> None:
     path, summary = upper
     known = find_summary(str(path))
@@ -207,6 +200,8 @@ def test_results_are_those_of_the_very_weights(upper: Trained, tmp_path: Path) -
     assert find_summary("vim_micro_patch4_32")["data"] == "cifar100"  # type: ignore[index]
     (checkpoint, *_) = sorted((path / "checkpoints").glob("*.pt"))
     assert find_summary(str(checkpoint)) is None
+    assert exported(checkpoint, "safetensors", tmp_path) == 0
+    assert "None are known of these very weights" in (tmp_path / "README.md").read_text()
     copy = shutil.copytree(path, tmp_path / "copy")
     with (copy / "model.safetensors").open("ab") as file:
         file.write(b"more")
@@ -216,8 +211,42 @@ def test_results_are_those_of_the_very_weights(upper: Trained, tmp_path: Path) -
         find_summary(str(copy))
 
 
-@pytest.mark.usefixtures("unchecked")
-def test_weights_without_results_say_so(upper: Trained, tmp_path: Path) -> None:
-    (checkpoint, *_) = sorted((upper[0] / "checkpoints").glob("*.pt"))
-    assert exported(str(checkpoint), "--format", "safetensors", "--out", str(tmp_path)) == 0
-    assert "None are known of these very weights" in (tmp_path / "README.md").read_text()
+class Fusing(nn.Module):
+    """Tokens (b, l, c) to the tokens that are left."""
+
+    def __init__(self, r: int, protected: int | None = None) -> None:
+        super().__init__()
+        self.r, self.protected = r, protected
+
+    def forward(self, x: Tensor) -> Tensor:
+        return match(x, self.r, self.protected).fuse(x)
+
+
+def test_margins_are_what_a_matching_turned_on() -> None:
+    # A: tokens 0 and 2; B: 1 and 3. Cosines of 0: 0.8 and 0; of 2: 0.6 and 0.
+    x = torch.tensor([[[1.0, 0, 0], [0.8, 0.6, 0], [0, 1.0, 0], [0, 0, 1.0]]])
+    assert matching_margins(Fusing(1).eval(), x).tolist() == pytest.approx([0.2])
+    assert matching_margins(Fusing(2).eval(), x).tolist() == pytest.approx([0.6])
+    assert matching_margins(Fusing(0).eval(), x).tolist() == [float("inf")]
+    # Behind a class token A and B change places: 1 and 3 are matched with 2 alone.
+    assert matching_margins(Fusing(1, protected=0).eval(), x).tolist() == pytest.approx([0.6])
+    both = torch.cat([x, torch.eye(4)[:, :3].unsqueeze(0)])
+    assert matching_margins(Fusing(1).eval(), both).tolist() == pytest.approx([0.2, 0.0])
+
+
+def test_a_check_reports_near_ties_and_fails_on_anything_else() -> None:
+    inf = float("inf")
+
+    def said(found: list[float], margins: list[float]) -> str:
+        expected = torch.ones(len(found), 2)
+        outputs = expected + torch.tensor(found)[:, None]
+        return judged(Path("m.onnx"), "onnxruntime 1", outputs, expected, torch.tensor(margins))
+
+    assert "3 random inputs in batches of 1, 3 and 8, logits differ by at most 1.0e-05" in said([0, 1e-5, 0], [inf] * 3)
+    assert "two cosines" not in said([0, 1e-5, 0], [0.0] * 3)
+    tied = said([0, 1e-5, 0.5], [inf, inf, NEAR_TIE / 2])
+    assert "differ by at most 1.0e-05" in tied
+    assert "1 of them differ by up to 5.0e-01: there, two cosines lie closer" in tied
+    for found, margins in (([0, 0, 0.5], [0, 0, 1.0]), ([0, 0.5, 0.5], [0, 0, 0]), ([0, 0, float("nan")], [inf] * 3)):
+        with pytest.raises(ExportError, match="differs from the model"):
+            said(found, margins)

@@ -1,4 +1,4 @@
-"""Exported programs run where famba is not, at batch sizes that they were not traced with, and compute the same."""
+"""Exported programs run where famba is not, at other batch sizes than they were traced with, and compute the same."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from naive import as_users_run_it
 from torch import Tensor, nn
 
 from famba import ops
+from famba.errors import ConfigError
+from famba.export.check import ExportError
 from famba.export.onnx_graph import OPSET, write_onnx
-from famba.export.program import write_program
+from famba.export.program import PlainOps, chunked, trace_program, write_program
 from famba.fusion import match
 from famba.models import Vim, apply_tome
 
@@ -44,19 +46,11 @@ def vit() -> nn.Module:
     return apply_tome(timm.create_model("vit_tiny_patch16_224", reg_tokens=2, **arguments), (4, 2))
 
 
+MIDDLE = {"cls_position": "middle", "fusion_order": "tome", "fusion_weighting": "size", "fusion_place": "after_scan"}
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "none": (vim, (3, 16, 24)),
     "head": (lambda: vim(fusion=(7, 4)), (3, 16, 24)),
-    "middle": (
-        lambda: vim(
-            fusion=(7, 4),
-            cls_position="middle",
-            fusion_order="tome",
-            fusion_weighting="size",
-            fusion_place="after_scan",
-        ),
-        (3, 16, 24),
-    ),
+    "middle": (lambda: vim(fusion=(7, 4), **MIDDLE), (3, 16, 24)),
     "no class token": (lambda: vim(fusion=(7, 4), cls_position="none", fusion_weighting="size"), (3, 16, 24)),
     "prune": (lambda: vim(fusion=(7, 4), cls_position="middle", fusion_mode="prune"), (3, 16, 24)),
     "transformer": (vit, (3, 12, 16)),
@@ -171,3 +165,72 @@ def test_graphs_are_of_standard_operators(graphs: Path) -> None:
         (given,), (made,) = message.graph.input, message.graph.output
         assert (given.name, made.name) == ("images", "logits")
         assert given.type.tensor_type.shape.dim[0].dim_param == made.type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 3, 16, 17, 65])
+def test_chunks_are_the_recurrence(length: int, reverse: bool) -> None:
+    torch.manual_seed(length)
+    delta, gain = torch.rand(2, length, 3, dtype=torch.float64), torch.randn(2, length, 3, dtype=torch.float64)
+    A = -torch.rand(3, 4, dtype=torch.float64)
+    B, C = torch.randn(2, length, 4, dtype=torch.float64), torch.randn(2, length, 4, dtype=torch.float64)
+    h, expected = torch.zeros(2, 3, 4, dtype=torch.float64), torch.zeros_like(gain)
+    for t in reversed(range(length)) if reverse else range(length):
+        h = torch.exp(delta[:, t, :, None] * A) * h + gain[:, t, :, None] * B[:, t, None, :]
+        expected[:, t] = (h * C[:, t, None, :]).sum(2)
+    torch.testing.assert_close(chunked(delta, gain, A, B, C, reverse), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_decays_that_vanish_leave_what_is_new() -> None:
+    ones = torch.ones(1, 9, 1)
+    y = chunked(1e4 * ones, ones, -torch.ones(1, 1), ones, ones, reverse=False)
+    torch.testing.assert_close(y, ones, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_scans_and_convolutions_have_their_meaning(reverse: bool, gated: bool) -> None:
+    torch.manual_seed(0)
+    u, delta, z = (torch.randn(2, 7, 3) for _ in range(3))
+    B, C = torch.randn(2, 7, 4), torch.randn(2, 7, 4)
+    A, weight = -torch.rand(3, 4), torch.randn(3, 4)
+    D, bias = torch.randn(3), torch.randn(3)
+
+    def outputs() -> list[Tensor]:
+        gate = {"D": D, "z": z, "delta_bias": bias, "delta_softplus": True} if gated else {}
+        step = delta if gated else delta.abs()
+        return [
+            ops.selective_scan(u, step, A, B, C, **gate, reverse=reverse),  # type: ignore[arg-type]
+            ops.causal_conv1d(u, weight, bias if gated else None, "silu" if gated else None, reverse),
+        ]
+
+    with ops.use_backend("reference"):
+        expected = outputs()
+        with PlainOps(chunked):
+            found = outputs()
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_that_is_not_ready_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match="training mode"):
+        trace_program(model, (2,))
+    with pytest.raises(ConfigError, match="weight weight is bfloat16 on cpu"):
+        trace_program(model.eval().bfloat16(), (2,))
+
+
+def test_what_cannot_be_traced_is_said_in_one_line() -> None:
+    class Branching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ExportError, match=r"cannot trace the model: [^\n]+$"):
+        trace_program(Branching().eval(), (2,))
+
+
+def test_ops_without_a_plain_form_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("famba.export.program._forms", lambda recurrence: {})
+    model = Vim(img_size=8, patch_size=4, num_classes=2, embed_dim=4, depth=1, d_state=1).eval()
+    with as_users_run_it(), pytest.raises(ExportError, match=r"famba\.selective_scan.*no form"):
+        trace_program(model, (3, 8, 8))

@@ -1,4 +1,4 @@
-"""What a plan says beforehand is what is counted and measured afterwards."""
+"""`famba plan` counts beforehand what a run counts and measures afterwards."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from famba.ops import backends, use_backend
 from famba.training.measure import cost, macs_per_image, saved_bytes_per_image
 from famba.training.setup import build_model, prepare
 
+Printed = pytest.CaptureFixture[str]
 USABLE = [name for name in ("native", "reference") if backends()[name] is None]
 MODELS = [
     ["model=vim_micro", f"model.cls_position={position}", f"fusion.place={place}", f"fusion.weighting={weighting}"]
@@ -53,9 +54,9 @@ def test_layers_add_up_and_none_is_the_base() -> None:
     none, upper = plan(["model=vim_micro", "fusion=upper"], "reference")
     assert (none.name, upper.name) == ("none", "upper")
     assert none.cost.layers[0] == none.cost.layers[-1]
-    for one in (none, upper):
-        ends = one.cost.embedding[0] + one.cost.head[0]
-        assert one.cost.macs == sum(layer.macs for layer in one.cost.layers) + ends
+    for cost_of in (none.cost, upper.cost):
+        ends = cost_of.embedding[0] + cost_of.head[0]
+        assert cost_of.macs == sum(layer.macs for layer in cost_of.layers) + ends
     assert upper.cost.layers[-1].macs < none.cost.layers[-1].macs
     assert upper.setup.tokens - upper.cost.layers[-1].leaving == sum(upper.setup.schedule) == 55
 
@@ -66,13 +67,13 @@ def test_what_differs_is_in_the_name() -> None:
     assert len(names) == 6
 
 
-def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_and_writes(tmp_path: Path, capsys: Printed) -> None:
     overrides = ["model=vim_micro", "fusion=all,lower"]
     small = ["--measure", "--batch", "2", "--rounds", "1"]
     assert main(["plan", *overrides, "--out", str(tmp_path / "plan"), *small]) == 0
     printed = capsys.readouterr().out
     assert "Tokens after each layer" in printed
-    assert "step time, of none, measured" in printed
+    assert "step time, relative to none, measured" in printed
     written = json.loads((tmp_path / "plan" / "plan.json").read_text())
     assert [row["name"] for row in written] == ["none", "all", "lower"]
     assert written[1]["step_time_of_none_predicted"] == written[1]["macs_per_image"] / written[0]["macs_per_image"]
@@ -89,9 +90,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "auto"])
-def test_a_run_for_a_gpu_is_planned_where_there_is_none(
-    precision: str, without_gpu: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_for_a_gpu_is_planned_where_there_is_none(precision: str, without_gpu: None, capsys: Printed) -> None:
     overrides = ["model=vim_ti", "fusion=upper", "trainer.device=cuda", f"trainer.precision={precision}"]
     none, upper = plan(overrides)
     assert (upper.setup.device.type, upper.setup.dtype) == ("cuda", torch.bfloat16)
@@ -105,9 +104,7 @@ def test_a_run_for_a_gpu_is_planned_where_there_is_none(
     assert "Planned for another machine; here it could not run: trainer.device 'cuda' is not on this machine" in printed
 
 
-def test_bf16_is_planned_on_a_processor_without_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bf16_is_planned_on_a_processor_without_it(monkeypatch: pytest.MonkeyPatch, capsys: Printed) -> None:
     monkeypatch.setattr("famba.training.devices._cpu_has_bf16", lambda: False)
     overrides = ["model=vim_micro", "fusion=upper", "trainer.device=cpu", "trainer.precision=bf16"]
     assert {one.setup.dtype for one in plan(overrides)} == {torch.bfloat16}
@@ -115,7 +112,7 @@ def test_bf16_is_planned_on_a_processor_without_it(
     assert "--measure times steps here, where none cannot run: trainer.precision=bf16, but" in capsys.readouterr().err
 
 
-def test_m_is_taken_as_train_py_takes_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_m_is_taken_as_train_py_takes_it(capsys: Printed) -> None:
     assert main(["plan", "-m", "model=vim_micro", "fusion=all,upper"]) == 0
     with_m = capsys.readouterr().out
     assert main(["plan", "model=vim_micro", "fusion=all,upper"]) == 0
@@ -130,21 +127,24 @@ def test_equal_curves_are_drawn_once_under_both_names() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fusion=uper"], "unknown fusion 'uper', did you mean 'upper'"),
-        (["--backend", "nativ"], "unknown --backend 'nativ', did you mean 'native'?; allowed: triton, mamba_ssm"),
-        (["ops.backend=nativ"], "unknown ops.backend 'nativ', did you mean 'native'?"),
-        (["trainer.device=cudo"], "unknown trainer.device 'cudo'"),
-        (["trainer.device=mps", "trainer.precision=fp16"], "fp16 is not supported on mps"),
-        (["trainer.cuda_graphs=true"], "cannot be: the device is cpu"),
-        (["fusion=all", "fusion.budget=5000"], "a budget of 5000 tokens does not fit"),
-        (["--measure", "--batch", "0"], "--batch is 0; allowed: 1 or more"),
-        (["--measure", "--batch", "3"], "mixup and cutmix pair the images of a micro-batch, but 3 is odd"),
+        ("fusion=uper", "unknown fusion 'uper', did you mean 'upper'"),
+        ("--backend nativ", "unknown --backend 'nativ', did you mean 'native'?; allowed: triton, mamba_ssm"),
+        ("ops.backend=nativ", "unknown ops.backend 'nativ', did you mean 'native'?"),
+        ("trainer.device=cudo", "unknown trainer.device 'cudo'"),
+        ("trainer.device=mps trainer.precision=fp16", "fp16 is not supported on mps"),
+        ("trainer.cuda_graphs=true", "cannot be: the device is cpu"),
+        ("fusion=all fusion.budget=5000", "a budget of 5000 tokens does not fit"),
+        ("--measure --batch 0", "--batch is 0; allowed: 1 or more"),
+        ("--measure --batch 3", "mixup and cutmix pair the images of a micro-batch, but 3 is odd"),
+        ("model=vim_micro --out file", "is a file; name a folder to write to"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    arguments: str, message: str, tmp_path: Path, capsys: Printed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main(["plan", *arguments]) == 2
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    assert main(["plan", *arguments.split()]) == 2
     assert message in capsys.readouterr().err
 
 

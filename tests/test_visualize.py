@@ -14,14 +14,15 @@ from matplotlib.figure import Figure
 from PIL import Image
 from runs import run
 
-from famba.analysis.pictures.images import _distinct
-from famba.analysis.pictures.patches import PRUNED, Row, draw_patches
-from famba.analysis.pictures.regions import Grid, borders, mean_colours, scattered, shown_layers
-from famba.analysis.pictures.similarity import Column, edges, shares
-from famba.analysis.pictures.tags import draw_tags, tagged
+from famba.analysis import pictures
+from famba.analysis.pictures import PRUNED, Column, Grid, Row, borders, draw_patches, edges, mean_colours, tagged
+from famba.analysis.visualize import distinct, shown_layers
 from famba.cli import main as famba
 from famba.fusion.rules import cosines, mean_cosine
 from famba.models import Vim
+
+Printed = pytest.CaptureFixture[str]
+VIM: dict[str, Any] = {"img_size": 32, "patch_size": 8, "num_classes": 3, "embed_dim": 16, "depth": 3}
 
 
 @pytest.fixture(scope="module")
@@ -36,45 +37,26 @@ def grid(text: str) -> Grid:
     return np.array([[ord(letter) for letter in line] for line in text.split()], dtype=np.int64)
 
 
-def unit_lines(lines: list[Any]) -> set[Any]:
-    """Lines in pieces of one patch."""
-    found = set()
-    for (x0, y0), (x1, y1) in lines:
-        assert x0 == x1 or y0 == y1
-        for step in range(max(x1 - x0, y1 - y0)):
-            start = (x0 + step * (x1 > x0), y0 + step * (y1 > y0))
-            piece = (start, (start[0] + (x1 > x0), start[1] + (y1 > y0)))
-            assert piece not in found
-            found.add(piece)
-    return found
+def lines_of(held: Grid) -> set[Any]:
+    found = [tuple(map(tuple, line)) for line in borders(held).tolist()]
+    assert len(set(found)) == len(found)
+    return set(found)
 
 
 def test_borders_lie_around_tokens_that_hold_several_patches() -> None:
     # A holds three patches in an angle, the others stand alone.
-    lines = borders(grid("AAb Acd"))
-    assert unit_lines(lines) == {
-        ((0, 0), (1, 0)),
-        ((1, 0), (2, 0)),
-        ((2, 0), (2, 1)),
-        ((1, 1), (2, 1)),
-        ((1, 1), (1, 2)),
-        ((0, 2), (1, 2)),
-        ((0, 0), (0, 1)),
-        ((0, 1), (0, 2)),
-    }
-    assert ((0, 0), (2, 0)) in lines  # a straight line is one
-    assert borders(grid("abc def")) == []
-    assert unit_lines(borders(grid("AA AA"))) == unit_lines(
-        [((0, 0), (2, 0)), ((0, 2), (2, 2)), ((0, 0), (0, 2)), ((2, 0), (2, 2))]
-    )
+    across = [((0, 0), (1, 0)), ((1, 0), (2, 0)), ((1, 1), (2, 1)), ((0, 2), (1, 2))]
+    down = [((2, 0), (2, 1)), ((1, 1), (1, 2)), ((0, 0), (0, 1)), ((0, 1), (0, 2))]
+    assert lines_of(grid("AAb Acd")) == {*across, *down}
+    assert lines_of(grid("abc def")) == set()
+    assert len(lines_of(grid("AA AA"))) == 8, "a token has no border inside"
 
 
 def test_borders_are_where_the_trace_changes() -> None:
     torch.manual_seed(0)
-    model = Vim(img_size=32, patch_size=4, num_classes=3, embed_dim=16, depth=3, fusion=(20, 10, 10)).eval()
+    model = Vim(**VIM | {"patch_size": 4}, fusion=(20, 10, 10)).eval()
     held = model.trace(torch.randn(1, 3, 32, 32))[-1].reshape(8, 8).numpy()
-    found = unit_lines(borders(held))
-    several = {token for token in held.flatten() if (held == token).sum() > 1}
+    found, several = lines_of(held), {token for token in held.flatten() if (held == token).sum() > 1}
     for row in range(8):
         for column in range(7):
             left, right = held[row, column], held[row, column + 1]
@@ -86,63 +68,46 @@ def test_borders_are_where_the_trace_changes() -> None:
 
 
 def test_patches_of_a_token_have_their_mean_colour_and_lone_ones_their_pixels() -> None:
-    generator = np.random.default_rng(0)
-    image = generator.integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     filled = mean_colours(image, grid("AbA cAd"))
     of_a = np.concatenate([image[:2, :2].reshape(-1, 3), image[:2, 4:].reshape(-1, 3), image[2:, 2:4].reshape(-1, 3)])
-    expected = np.floor(of_a.mean(axis=0) + 0.5)
     for rows, columns in ((slice(0, 2), slice(0, 2)), (slice(0, 2), slice(4, 6)), (slice(2, 4), slice(2, 4))):
-        assert (filled[rows, columns] == expected).all()
-    assert (filled[:2, 2:4] == image[:2, 2:4]).all()
-    assert (filled[2:, :2] == image[2:, :2]).all()
-    assert (filled[2:, 4:] == image[2:, 4:]).all()
+        assert (filled[rows, columns] == np.floor(of_a.mean(axis=0) + 0.5)).all()
+    for rows, columns in ((slice(0, 2), slice(2, 4)), (slice(2, 4), slice(0, 2)), (slice(2, 4), slice(4, 6))):
+        assert (filled[rows, columns] == image[rows, columns]).all()
     assert filled.dtype == np.uint8
 
 
 def test_tokens_whose_patches_lie_apart_are_marked_in_each_part() -> None:
     held = grid("BBAcA BBAdA AcBBB")
-    found = scattered(held)
+    found = [places for _, places in tagged(held)]
     # B first, which holds the most; then A, then c, in the order of their first patches.
     assert [[chr(held[place]) for place in token] for token in found] == [["B", "B"], ["A", "A", "A"], ["c", "c"]]
-    assert found[0][1] == (2, 3)  # the middle of a row of three
+    assert found[0][1] == (2, 3), "the middle of a row of three"
     assert found[2] == [(0, 3), (2, 1)]
-    assert scattered(grid("aabb ccbb")) == []
+    assert tagged(grid("aabb ccbb")) == []
 
 
-def many_scattered() -> Grid:
-    """14 x 14 patches of 72 tokens, most in parts that do not touch."""
-    return (np.random.default_rng(0).permutation(196) % 72).reshape(14, 14)
-
-
-def test_every_token_in_several_parts_has_a_tag_of_its_own() -> None:
-    found = tagged(many_scattered())
-    assert len(found) == len(scattered(many_scattered())) > 60
-    assert len({tag for tag, _ in found}) == len({(tag.sign, tag.is_letter) for tag, _ in found}) == len(found)
-    held = many_scattered()
-    for _, places in found:
-        assert len({held[place] for place in places}) == 1
+def test_every_token_in_several_parts_has_a_tag_of_its_own_in_the_picture() -> None:
+    held = (np.random.default_rng(0).permutation(196) % 72).reshape(14, 14)  # most in parts that do not touch
+    found = tagged(held)
+    assert len({tag for tag, _ in found}) == len({(tag.sign, tag.is_letter) for tag, _ in found}) == len(found) > 60
+    assert all(len({held[place] for place in places}) == 1 for _, places in found)
     # Marks for the largest, then letters, then numbers.
     assert [tag.is_letter for tag, _ in found[:9]] == [*[False] * 8, True]
     assert [found[8][0].sign, found[60][0].sign] == ["a", "1"]
-
-
-def test_each_part_is_marked_in_the_picture() -> None:
     axes = Figure().add_subplot()
-    draw_tags(axes, many_scattered(), pixels=16, points=10.0)
-    found = tagged(many_scattered())
+    pictures.draw_tags(axes, held, pixels=16, points=10.0)
     marked = sum(len(points.get_offsets()) for points in axes.collections)  # type: ignore[arg-type]
-    lettered = [text.get_text() for text in axes.texts]
     assert marked == sum(len(places) for tag, places in found if not tag.is_letter)
-    assert lettered == [tag.sign for tag, places in found if tag.is_letter for _ in places]
-    # A mark lies on a patch's middle.
-    (row, column), x = found[8][1][0], axes.texts[0].get_position()
-    assert x == (16 * (column + 0.5) - 0.5, 16 * (row + 0.5) - 0.5)
+    assert [text.get_text() for text in axes.texts] == [t.sign for t, places in found if t.is_letter for _ in places]
+    (row, column), at = found[8][1][0], axes.texts[0].get_position()
+    assert at == (16 * (column + 0.5) - 0.5, 16 * (row + 0.5) - 0.5), "on a patch's middle"
 
 
 def test_finer_grids_get_larger_panels() -> None:
     def width(side: int) -> float:
-        held = np.arange(side * side).reshape(side, side)
-        row = Row("none", [side * side], [held])
+        row = Row("none", [side * side], [np.arange(side * side).reshape(side, side)])
         return float(draw_patches(np.zeros((side * 4, side * 4, 3), dtype=np.uint8), [0], [row]).get_figwidth())
 
     assert width(8) < width(14) < width(28)
@@ -181,13 +146,11 @@ def test_the_mean_cosine_is_that_of_all_pairs_that_may_fuse() -> None:
 @pytest.mark.parametrize("place", ["before_mixer", "after_scan"])
 def test_similarities_are_those_of_each_layer_as_it_fuses(position: str, place: str) -> None:
     torch.manual_seed(0)
-    chosen: dict[str, Any] = {"cls_position": position, "fusion_place": place, "fusion": (4, 0, 6)}
-    model = Vim(img_size=32, patch_size=8, num_classes=3, embed_dim=16, depth=3, **chosen).eval()
+    model = Vim(**VIM, cls_position=position, fusion_place=place, fusion=(4, 0, 6)).eval()
     images = torch.randn(2, 3, 32, 32)
-    found = model.similarities(images)
+    found, before = model.similarities(images), model(images)
     assert [one.closest.shape for one in found] == [(2, 8), (2, 6), (2, 6)]
     assert all((one.closest <= 1 + 1e-5).all() and (one.mean.abs() <= 1).all() for one in found)
-    before = model(images)
     model.similarities(images)
     torch.testing.assert_close(model(images), before, rtol=0, atol=0)
     # Patches that are alike stay alike through a norm: without positions their cosines are 1 in the first layer.
@@ -203,93 +166,74 @@ def test_shares_add_up_whatever_lies_outside() -> None:
     values = np.array([1.0000001, 0.99, 0.5, 0.31, -0.9])
     columns = [Column("a", [values, values[:2]], [0.4, 0.35], [1, 0])]
     bins = edges(columns)
-    assert bins[-1] == 1
     assert bins[0] <= 0.3
-    np.testing.assert_allclose(shares(columns[0], bins).sum(axis=0), 100)
-    few = edges([Column("a", [values[:2]], [0.95], [0])])
-    np.testing.assert_allclose(few, [0.9, 0.95, 1.0])
+    assert bins[-1] == 1
+    np.testing.assert_allclose(pictures.shares(columns[0], bins).sum(axis=0), 100)
+    np.testing.assert_allclose(edges([Column("a", [values[:2]], [0.95], [0])]), [0.9, 0.95, 1.0])
 
 
 def test_names_of_files_are_distinct_and_plain() -> None:
-    assert _distinct(["cat", "cat", "cat", "a b/c", "", "x" * 300]) == [
-        "cat",
-        "cat_2",
-        "cat_3",
-        "a_b_c",
-        "image",
-        "x" * 80,
-    ]
-    assert _distinct(["cat_2", "cat", "cat"]) == ["cat_2", "cat", "cat_3"]
+    given = ["cat", "cat", "cat", "a b/c", "", "x" * 300]
+    assert distinct(given) == ["cat", "cat_2", "cat_3", "a_b_c", "image", "x" * 80]
+    assert distinct(["cat_2", "cat", "cat"]) == ["cat_2", "cat", "cat_3"]
 
 
-def test_images_of_any_kind_and_size_become_pictures(
-    upper: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    generator = np.random.default_rng(0)
+def test_images_of_any_kind_and_size_become_pictures(upper: Path, tmp_path: Path, capsys: Printed) -> None:
     files = []
     for name, mode, size in (("tall.png", "RGBA", (20, 70)), ("grey.jpg", "L", (50, 40)), ("one.png", "P", (1, 1))):
-        pixels = generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
         Image.fromarray(pixels).convert(mode).save(tmp_path / name)
         files.append(str(tmp_path / name))
-    out = tmp_path / "out"
-    options = ["--fusion", "none,upper,all", "--budget", "0.5", "--layers-shown", "2"]
-    assert famba(["visualize", str(upper), *files, *options, "--out", str(out)]) == 0
+    options = ["--fusion", "none,upper,all", "--budget", "0.5", "--layers-shown", "2", "--out", str(tmp_path / "out")]
+    assert famba(["visualize", str(upper), *files, *options]) == 0
     printed = [Path(line) for line in capsys.readouterr().out.splitlines()]
     names = ["tokens_tall.png", "tokens_grey.png", "tokens_one.png", "similarity.png", "similarity.svg"]
     assert [file.name for file in printed] == names
-    with Image.open(out / "tokens_tall.png") as picture:
+    with Image.open(printed[0]) as picture:
         assert picture.width > 500
-    first = {file.name: file.read_bytes() for file in printed}
-    assert famba(["visualize", str(upper), *files, *options, "--out", str(out)]) == 0
-    assert {file.name: file.read_bytes() for file in printed} == first
+    first = [file.read_bytes() for file in printed]
+    assert famba(["visualize", str(upper), *files, *options]) == 0
+    assert [file.read_bytes() for file in printed] == first, "equal pictures are equal bytes"
 
 
 def test_without_images_the_samples_are_drawn_and_their_authors_named(
-    upper: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    upper: Path, tmp_path: Path, capsys: Printed
 ) -> None:
     assert famba(["visualize", str(upper), "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "tokens_china.png" in printed
-    assert "danielbuechele" in printed
-    assert "CC BY 2.0" in printed
+    assert all(word in printed for word in ("tokens_china.png", "danielbuechele", "CC BY 2.0"))
 
 
 @pytest.mark.parametrize(
-    ("files", "options", "said"),
+    ("arguments", "said"),
     [
-        (["absent.png"], [], "absent.png is not there"),
-        (["."], [], "is a folder; give the image files in it"),
-        (["broken.png"], [], "broken.png: not a readable image"),
-        (["text.png"], [], "text.png is no image of a kind that Pillow knows"),
-        ([], ["--fusion", "uper"], "did you mean 'upper'"),
-        ([], ["--fusion", "all", "--budget", "17"], "--budget"),
-        ([], ["--fusion", "adaptive"], "no fixed schedule"),
-        ([], ["--layers-shown", "0"], "--layers-shown is 0"),
-        ([], ["--device", "tpu"], "unknown --device"),
+        ("absent.png", "absent.png is not there"),
+        (".", "is a folder; give the image files in it"),
+        ("broken.png", "broken.png: not a readable image"),
+        ("text.png", "text.png is no image of a kind that Pillow knows"),
+        ("--fusion uper", "did you mean 'upper'"),
+        ("--fusion all --budget 17", "--budget"),
+        ("--fusion adaptive", "no fixed schedule"),
+        ("--layers-shown 0", "--layers-shown is 0"),
+        ("--device tpu", "unknown --device"),
     ],
 )
 def test_what_cannot_be_drawn_is_said_before_any_folder_is_made(
-    upper: Path,
-    files: list[str],
-    options: list[str],
-    said: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    upper: Path, arguments: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("text.png").write_text("no image")
     whole = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(whole, "png")
     Path("broken.png").write_bytes(whole.getvalue()[:3000])
-    assert famba(["visualize", str(upper), *files, *options, "--out", "out"]) == 2
+    assert famba(["visualize", str(upper), *arguments.split(), "--out", "out"]) == 2
     assert said in capsys.readouterr().err
     assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("text", ["{", "model: [1,\n\n\nfusion: 3\n"])
 def test_a_broken_configuration_beside_weights_is_said_on_one_line(
-    upper: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+    upper: Path, tmp_path: Path, text: str, capsys: Printed
 ) -> None:
     copied = shutil.copytree(upper, tmp_path / "run")
     (copied / "config.yaml").write_text(text)

@@ -1,17 +1,19 @@
-"""How figures are drawn and saved: the same whatever the user's matplotlib is set to; equal figures are equal bytes."""
+"""Draw figures in one style, whatever the user's matplotlib is set to; equal figures are equal bytes.
+
+A strategy looks the same in every plot, and colour-blind readers tell strategies apart, in grey too: colours are those
+of Okabe and Ito (2008) and a few more, markers all differ, and of two lines of a similar style one is dark.
+"""
 
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-
-from famba.files import write_whole
 
 INK, FAINT = "#222222", "#777777"
 _STYLE: dict[str, Any] = {
@@ -28,29 +30,72 @@ _STYLE: dict[str, Any] = {
     "text.parse_math": False,
 }
 _METADATA = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None, "Format": None, "Type": None}}
+Line = str | tuple[float, tuple[float, ...]]
 
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Inside the block, figures are made in the project's style; saving belongs inside too."""
+    """Use the project's style inside the block; rendering belongs inside too."""
     with mpl.rc_context():
         mpl.rcdefaults()
         cast(Any, mpl.rcParams).update(_STYLE)  # some releases' stubs know each name, others none
         yield
 
 
-def rendered(figure: Figure, kind: str, dpi: int = 200) -> bytes:
+def rendered(figure: Figure, kind: str) -> bytes:
     """Return a figure as the content of a PNG or SVG file."""
     content = io.BytesIO()
-    figure.savefig(content, format=kind, dpi=dpi, metadata=_METADATA[kind])
+    figure.savefig(content, format=kind, dpi=200, metadata=_METADATA[kind])
     return content.getvalue()
 
 
-def save(figure: Figure, folder: Path, name: str, kinds: Sequence[str] = ("png", "svg"), dpi: int = 200) -> list[Path]:
-    """Write a figure as name.png, name.svg or both; return the files. Raises CheckpointError where the disk refuses."""
-    files = []
-    for kind in kinds:
-        file = folder / f"{name}.{kind}"
-        write_whole(file, lambda path, kind=kind: Path(path).write_bytes(rendered(figure, kind, dpi)))  # type: ignore[misc]
-        files.append(file)
-    return files
+class Look(NamedTuple):
+    """Hold colour, marker, the marker's filling, and line style, as matplotlib takes them."""
+
+    color: str
+    marker: str
+    face: str
+    line: Line
+
+    def marked(self, size: float) -> dict[str, Any]:
+        """Return the marker as arguments of `Axes.plot`, its size in points."""
+        size *= 1.4 if self.marker == "*" else 1.0
+        return {"color": self.color, "marker": self.marker, "markersize": size, "markerfacecolor": self.face}
+
+
+_DASHED: Line = (0, (3.5, 1.8))
+_LONG: Line = (0, (9, 2.5))
+_LOOKS: dict[str, tuple[str, str, Line]] = {
+    "none": ("#000000", "o", "-"),
+    "all": ("#E69F00", "s", _DASHED),
+    "interleaved": ("#009E73", "D", "-."),
+    "lower": ("#56B4E9", "v", ":"),
+    "upper": ("#0072B2", "^", _LONG),
+    "decreasing": ("#8C6D00", "*", _DASHED),
+    "adaptive": ("#CC79A7", "P", "-"),
+    "custom": ("#D55E00", "X", (0, (5, 1.5, 1, 1.5, 1, 1.5))),
+}
+_OTHERS: tuple[tuple[str, str, Line], ...] = (
+    ("#7F7F7F", "h", "-"), ("#7A3FB0", "p", ":"), ("#882255", ">", _LONG)
+)  # fmt: skip
+_FACES = ("white", "#BDBDBD")
+_LINES: tuple[Line, ...] = ("-", _DASHED, ":", "-.")
+
+
+def looks(strategies: Sequence[str]) -> list[Look]:
+    """Return how each of several curves or points looks, by the names of their strategies.
+
+    A strategy has one colour and marker everywhere; its second curve and those after it have other lines and fillings.
+    Strategies that are not the project's own take three more looks in turn.
+    """
+    own = [name for name in dict.fromkeys(strategies) if name not in _LOOKS]
+    turns: Counter[str] = Counter()
+    found = []
+    for name in strategies:
+        color, marker, first = _LOOKS.get(name) or _OTHERS[own.index(name) % len(_OTHERS)]
+        lines = [first, *(line for line in _LINES if line != first)]
+        turn = turns[name]
+        turns[name] += 1
+        face = _FACES[(turn - 1) % len(_FACES)] if turn else color
+        found.append(Look(color, marker, face, lines[turn % len(lines)]))
+    return found

@@ -1,47 +1,100 @@
-"""`famba plan`: what strategies cost, counted before anything runs."""
+"""Count what strategies cost before anything runs: `famba plan`."""
 
 from __future__ import annotations
 
-import csv
-import io
+import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from tabulate import tabulate
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from famba.analysis.benchmark.steps import TimedStep
 from famba.analysis.benchmark.timing import Race
-from famba.analysis.figures import drawing, save
-from famba.analysis.palette import looks
+from famba.analysis.figures import drawing, looks, rendered
+from famba.analysis.options import at_least_one, prepare_folder, write_files
 from famba.errors import ConfigError, FambaError, check_choice
-from famba.files import write_whole
 from famba.fusion import Fusion, labels
 from famba.fusion.schedules import ADAPTIVE, NONE
 from famba.ops.registry import AUTO, backends, counting_as, resolve
 from famba.training.compose import compose_all
 from famba.training.config import RunConfig, flatten, plain
 from famba.training.devices import choose_device, choose_precision
-from famba.training.measure import Cost, LayerCost, cost
+from famba.training.measure import Cost, cost
 from famba.training.setup import Setup, build_model, check_backend, check_batch, check_cuda_graphs, prepare
 
 # Weights, gradients and AdamW's two moments, in float32.
 _BYTES_PER_PARAMETER = 16
-_MIB = 2**20
 _DEVICES = ("cuda", "mps")
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Columns of the totals: of plan.json, its unit, and how a cell is written.
+_TOTALS = {
+    "fusion": ("name", 1, "{}"),
+    "removed": ("tokens_removed", 1, "{}"),
+    "left": ("left", 1, "{}"),
+    "token-layers": ("token_layers_of_none", 1, "{:.3f}"),
+    "G multiply-adds": ("macs_per_image", 1e9, "{:.3f}"),
+    "step time, relative to none": ("step_time_of_none_predicted", 1, "{:.3f}"),
+    "kept, MB": ("saved_bytes_per_image", 1e6, "{:.2f}"),
+    "kept, relative to none": ("saved_bytes_of_none", 1, "{:.3f}"),
+    "memory, MiB": ("memory_bytes_predicted", 2**20, "{:,.0f}"),
+    "memory, relative to none": ("memory_of_none_predicted", 1, "{:.3f}"),
+    "step, ms, measured": ("step_ms_measured", 1, "{:.1f}"),
+    "step time, relative to none, measured": ("step_time_of_none_measured", 1, "{:.3f}"),
+}
+# Parts of a layer's cost that the tables by layer show, their unit and how they are written.
+_BY_LAYER = {
+    "Tokens after each layer's fusion": ("leaving", 1, ".0f"),
+    "Multiply-adds per image, millions": ("macs", 1e6, ".2f"),
+    "Kept for the backward per image, kB": ("saved_bytes", 1e3, ".2f"),
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `famba plan`."""
+    parser.description = (
+        "Count what strategies cost, layer by layer and in total, before anything runs: tokens, multiply-adds, bytes "
+        "kept for the backward, and the share of an unfused model's step that is left."
+    )
+    parser.epilog = (
+        "examples: famba plan model=vim_s fusion=all,interleaved,lower,upper fusion.budget=150; "
+        "famba plan model=vim_s fusion=upper trainer.device=cuda trainer.precision=bf16"
+    )
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="as train.py takes them, several values by commas; "
+        "trainer.device and trainer.precision may be those of another machine")  # fmt: skip
+    add("-m", "--multirun", action="store_true", help="as for train.py; here several values need no -m")
+    add("--config-dir", type=Path, metavar="FOLDER", help="a folder of your own configuration files, as for train.py")
+    add("--backend", metavar="NAME", help="whose bytes to count (default: ops.backend, or the one that would serve)")
+    add("--measure", action="store_true", help="time training steps here, beside what is predicted")
+    add("--batch", type=int, default=32, metavar="N", help="images in a measured step (default: 32)")
+    add("--rounds", type=int, default=5, metavar="N", help="measured steps each, in turn (default: 5)")
+    add("--out", metavar="FOLDER", help="write plan.csv, plan.json and tokens.svg and .png there")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the plan, and write its files where a folder is given."""
+    at_least_one(options, "batch", "rounds")
+    plans = plan(options.overrides, options.backend, options.config_dir)
+    folder = None if options.out is None else prepare_folder(options.out)
+    if options.measure:
+        plans = measure(plans, options.batch, options.rounds)
+    print(tables(plans))
+    if folder is not None:
+        write_files(folder, files(plans))
+        print(f"\nplan.csv, plan.json, tokens.svg and tokens.png are in {folder}")
+    return 0
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One configuration, where it would run, and what it costs.
+    """Hold one configuration, where it would run, and what it costs.
 
     backend: what computes the ops. obstacle: why it cannot run here, None where it can. step_ms: measured, None where
     that was not asked for.
@@ -58,14 +111,19 @@ class Planned:
 
     @property
     def batch(self) -> int:
-        """Images whose tensors are kept at once in one process."""
+        """Count the images whose tensors are kept at once in one process."""
         return self.config.trainer.batch_size // self.config.trainer.accumulation
 
     @property
     def memory(self) -> int:
-        """Bytes of weights, gradients, optimizer, and what a step keeps for the backward, cast weights among it."""
+        """Sum up the bytes of weights, gradients, optimizer, and what a step keeps for the backward."""
         cast = 0 if self.setup.autocast is None else self.setup.autocast.itemsize
         return (_BYTES_PER_PARAMETER + cast) * self.parameters + self.batch * self.cost.saved_bytes
+
+    @property
+    def tokens(self) -> list[int]:
+        """List the tokens before the first layer, and those left after each."""
+        return [self.setup.tokens, *(layer.leaving for layer in self.cost.layers)]
 
 
 def plan(overrides: Sequence[str], backend: str | None = None, config_dir: Path | None = None) -> list[Planned]:
@@ -87,15 +145,14 @@ def _unfused(config: RunConfig) -> RunConfig:
 
 
 def _names(configs: Sequence[RunConfig]) -> list[str]:
-    """Name each by its fusion, and by what else differs among those that are planned."""
+    """Name each by its model and fusion, and by what else differs among those that are planned."""
     flat = [flatten(plain(config)) for config in configs]
     differ = [key for key in flat[0] if not key.startswith("fusion.") and len({json.dumps(f[key]) for f in flat}) > 1]
-    model = ["model.name"] if "model.name" in differ else []
-    others = [key for key in differ if key != "model.name"]
-    return [
-        " ".join([*(values[key] for key in model), label, *(f"{key.split('.')[-1]}={values[key]}" for key in others)])
-        for values, label in zip(flat, labels([one.fusion for one in configs]), strict=True)
-    ]
+    names = []
+    for values, label in zip(flat, labels([one.fusion for one in configs]), strict=True):
+        parts = [f"{key.split('.')[-1]}={values[key]}" for key in differ if key != "model.name"]
+        names.append(" ".join([*([values["model.name"]] if "model.name" in differ else []), label, *parts]))
+    return names
 
 
 def _planned(name: str, config: RunConfig, asked: str | None) -> Planned:
@@ -109,10 +166,9 @@ def _planned(name: str, config: RunConfig, asked: str | None) -> Planned:
     obstacle = _obstacle(config, backend, option)
     device, is_here = _device(config.trainer.device)
     autocast = _autocast(config.trainer.precision, device, is_here)
-    if backend == AUTO and not is_here and device.type == "cuda" and find_spec("triton"):
-        backend = "triton"
     if backend == AUTO:
-        backend = resolve(device.type, autocast or torch.float32)
+        is_cuda = not is_here and device.type == "cuda" and find_spec("triton")
+        backend = "triton" if is_cuda else resolve(device.type, autocast or torch.float32)
     check_cuda_graphs(config, device, 1, backend)
     # Checked as a run is, but for what depends on this machine.
     trainer = replace(config.trainer, device="cpu", precision="fp32", cuda_graphs="auto")
@@ -177,35 +233,85 @@ def measure(plans: Sequence[Planned], batch: int, rounds: int) -> list[Planned]:
     return [replace(one, step_ms=race.entries(one.name)["ms"]) for one in plans]
 
 
+def rows(plans: Sequence[Planned]) -> pd.DataFrame:
+    """Return each configuration in numbers, with units in the names of the columns."""
+    found = []
+    for one in plans:
+        base = next(other for other in plans if other.config == _unfused(one.config))
+        step = None if one.step_ms is None or base.step_ms is None else one.step_ms / base.step_ms
+        row = {
+            "model": one.config.model.name,
+            "name": one.name,
+            "strategy": one.config.fusion.strategy,
+            "tokens": one.setup.tokens,
+            "tokens_removed": sum(one.setup.schedule),
+            "tokens_left": one.tokens[-1],
+            "token_layers_of_none": one.cost.token_layers / base.cost.token_layers,
+            "parameters": one.parameters,
+            "macs_per_image": one.cost.macs,
+            "step_time_of_none_predicted": one.cost.macs / base.cost.macs,
+            "step_ms_measured": one.step_ms,
+            "step_time_of_none_measured": step,
+            "saved_bytes_per_image": one.cost.saved_bytes,
+            "saved_bytes_of_none": one.cost.saved_bytes / base.cost.saved_bytes,
+            "memory_bytes_predicted": one.memory,
+            "memory_of_none_predicted": one.memory / base.memory,
+            "schedule": " ".join(map(str, one.setup.schedule)),
+        }
+        found.append(row)
+    return pd.DataFrame(found)
+
+
 def tables(plans: Sequence[Planned]) -> str:
     """Return tokens, multiply-adds and bytes layer by layer, and the totals, as text."""
-    totals = [_row(one, values) for one, values in zip(plans, _values(plans), strict=True)]
-    sides = ["left", *["right"] * (len(totals[0]) - 1)]
-    parts = [
-        _by_layer(plans, "Tokens after each layer's fusion", lambda layer: layer.leaving),
-        _by_layer(plans, "Multiply-adds per image, millions", lambda layer: layer.macs / 1e6),
-        _by_layer(plans, "Kept for the backward per image, kB", lambda layer: layer.saved_bytes / 1e3),
-        "In total",
-        tabulate(totals, headers="keys", disable_numparse=True, colalign=sides),
-        "",
-        *_notes(plans),
+    parts = []
+    for title, (part, unit, form) in _BY_LAYER.items():
+        columns = {one.name: pd.Series([getattr(layer, part) / unit for layer in one.cost.layers]) for one in plans}
+        table = pd.DataFrame(columns).rename_axis("layer").map(lambda cell, form=form: format(cell, form))
+        text = table.replace("nan", "").to_markdown(tablefmt="simple", disable_numparse=True, stralign="right")
+        parts.append(f"{title}\n{text}\n")
+    values = rows(plans)
+    values["left"] = values["tokens_left"].astype(str) + " of " + values["tokens"].astype(str)
+    shown = {
+        title: [form.format(cell if unit == 1 else cell / unit) for cell in values[name]]
+        for title, (name, unit, form) in _TOTALS.items()
+        if values[name].notna().all()
+    }
+    sides = ["left", *["right"] * (len(shown) - 1)]
+    totals = pd.DataFrame(shown).to_markdown(index=False, tablefmt="simple", disable_numparse=True, colalign=sides)
+    return "\n".join([*parts, "In total", totals, "", *_notes(plans)])
+
+
+def _notes(plans: Sequence[Planned]) -> list[str]:
+    computed = " and ".join(dict.fromkeys(f"{str(one.setup.dtype)[6:]} by {one.backend}" for one in plans))
+    batches = " and ".join(dict.fromkeys(str(one.batch) for one in plans))
+    notes = [
+        "Layers are counted from 0 at the input, as fusion.layers takes them.",
+        "Multiply-adds are those of one image's forward pass, what papers on vision backbones call FLOPs: matrix "
+        "products, convolutions, attention, scans and similarities between tokens. A step does three times as many.",
+        "Step time, relative to none, is predicted from them: nearly all of the work is linear in multiply-adds.",
+        f"Kept is what autograd holds of one image for the backward, computed in {computed}; memory adds weights, "
+        f"gradients and AdamW's moments, for {batches} images.",
     ]
-    return "\n".join(parts)
+    obstacles = dict.fromkeys(one.obstacle for one in plans if one.obstacle)
+    notes += [f"Planned for another machine; here it could not run: {reason}." for reason in obstacles]
+    if any(one.config.fusion.strategy == ADAPTIVE for one in plans):
+        notes.append("What adaptive removes where is measured in training; until then it is spread as that of all.")
+    if not all(one.setup.matched for one in plans):
+        notes.append("Counts per layer are as given: their totals are not matched between strategies.")
+    return notes
 
 
-def write(plans: Sequence[Planned], folder: Path) -> None:
-    """Write plan.csv, plan.json, tokens.svg and tokens.png."""
-    rows, text = _values(plans), io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(folder / "plan.csv", lambda file: Path(file).write_text(text.getvalue()))
+def files(plans: Sequence[Planned]) -> dict[str, str | bytes]:
+    """Return plan.csv, plan.json, tokens.svg and tokens.png."""
+    found = rows(plans)
     layers = [[asdict(layer) for layer in one.cost.layers] for one in plans]
-    content = json.dumps([row | {"layers": of} for row, of in zip(rows, layers, strict=True)], indent=2) + "\n"
-    write_whole(folder / "plan.json", lambda file: Path(file).write_text(content))
-    curves = {one.name: [one.setup.tokens, *(layer.leaving for layer in one.cost.layers)] for one in plans}
+    nested = found.astype(object).where(found.notna(), None).assign(layers=layers).to_dict("records")
+    content = json.dumps(nested, indent=2) + "\n"
     with drawing():
-        save(tokens_plot({one.name: (one.config.fusion.strategy, curves[one.name]) for one in plans}), folder, "tokens")
+        figure = tokens_plot({one.name: (one.config.fusion.strategy, one.tokens) for one in plans})
+        pictures = {f"tokens.{kind}": rendered(figure, kind) for kind in ("svg", "png")}
+    return {"plan.csv": found.to_csv(index=False, lineterminator="\n"), "plan.json": content, **pictures}
 
 
 def tokens_plot(sequences: Mapping[str, tuple[str, Sequence[int]]]) -> Figure:
@@ -220,91 +326,10 @@ def tokens_plot(sequences: Mapping[str, tuple[str, Sequence[int]]]) -> Figure:
         equal.setdefault(tuple(tokens), []).append(name)
     styles = looks([sequences[names[0]][0] for names in equal.values()])
     for (tokens, names), style in zip(equal.items(), styles, strict=True):
-        look: dict[str, Any] = {"linestyle": style.line, "color": style.color, "marker": style.marker}
-        look |= {"markersize": 4.5, "markerfacecolor": style.face}
-        axes.plot(range(len(tokens)), tokens, label=" = ".join(names), **look)
+        axes.plot(range(len(tokens)), tokens, **style.marked(4.5), linestyle=style.line, label=" = ".join(names))
     axes.set(xlabel="layers done", ylabel="tokens")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(visible=True)
     figure.legend(loc="outside right upper", handlelength=3.5)
     return figure
-
-
-def _by_layer(plans: Sequence[Planned], title: str, value: Callable[[LayerCost], float]) -> str:
-    depth = max(len(one.cost.layers) for one in plans)
-    columns = [[value(layer) for layer in one.cost.layers] for one in plans]
-    rows = [[index, *(column[index] if index < len(column) else None for column in columns)] for index in range(depth)]
-    whole = all(isinstance(cell, int) for column in columns for cell in column)
-    table = tabulate(rows, headers=["layer", *(one.name for one in plans)], floatfmt=".0f" if whole else ".2f")
-    return f"{title}\n{table}\n"
-
-
-def _values(plans: Sequence[Planned]) -> list[dict[str, Any]]:
-    """Return each configuration in numbers, with units in their names."""
-    found = []
-    for one in plans:
-        base = next(other for other in plans if other.config == _unfused(one.config))
-        is_timed = one.step_ms is not None and base.step_ms is not None
-        removed = sum(one.setup.schedule)
-        found.append(
-            {
-                "model": one.config.model.name,
-                "name": one.name,
-                "strategy": one.config.fusion.strategy,
-                "tokens": one.setup.tokens,
-                "tokens_removed": removed,
-                "tokens_left": one.setup.tokens - removed,
-                "token_layers_of_none": one.cost.token_layers / base.cost.token_layers,
-                "parameters": one.parameters,
-                "macs_per_image": one.cost.macs,
-                "step_time_of_none_predicted": one.cost.macs / base.cost.macs,
-                "step_ms_measured": one.step_ms,
-                "step_time_of_none_measured": one.step_ms / base.step_ms if is_timed else None,  # type: ignore[operator]
-                "saved_bytes_per_image": one.cost.saved_bytes,
-                "saved_bytes_of_none": one.cost.saved_bytes / base.cost.saved_bytes,
-                "memory_bytes_predicted": one.memory,
-                "memory_of_none_predicted": one.memory / base.memory,
-                "schedule": " ".join(map(str, one.setup.schedule)),
-            }
-        )
-    return found
-
-
-def _row(one: Planned, values: Mapping[str, Any]) -> dict[str, str]:
-    row = {
-        "fusion": one.name,
-        "removed": str(values["tokens_removed"]),
-        "left": f"{values['tokens_left']} of {one.setup.tokens}",
-        "token-layers": f"{values['token_layers_of_none']:.3f}",
-        "G multiply-adds": f"{one.cost.macs / 1e9:.3f}",
-        "step time, of none": f"{values['step_time_of_none_predicted']:.3f}",
-        "kept, MB": f"{one.cost.saved_bytes / 1e6:.2f}",
-        "kept, of none": f"{values['saved_bytes_of_none']:.3f}",
-        "memory, MiB": f"{one.memory / _MIB:,.0f}",
-        "memory, of none": f"{values['memory_of_none_predicted']:.3f}",
-    }
-    if one.step_ms is not None:
-        row["step, ms, measured"] = f"{one.step_ms:.1f}"
-        row["step time, of none, measured"] = f"{values['step_time_of_none_measured']:.3f}"
-    return row
-
-
-def _notes(plans: Sequence[Planned]) -> list[str]:
-    computed = " and ".join(dict.fromkeys(f"{str(one.setup.dtype)[6:]} by {one.backend}" for one in plans))
-    batches = " and ".join(dict.fromkeys(str(one.batch) for one in plans))
-    notes = [
-        "Layers are counted from 0 at the input, as fusion.layers takes them.",
-        "Multiply-adds are those of one image's forward pass, what papers on vision backbones call FLOPs: matrix "
-        "products, convolutions, attention, scans and similarities between tokens. A step does three times as many.",
-        "Step time, of none, is predicted from them: nearly all of the work is linear in multiply-adds.",
-        f"Kept is what autograd holds of one image for the backward, computed in {computed}; memory adds weights, cast "
-        f"weights, gradients and AdamW's moments, for {batches} images.",
-    ]
-    obstacles = dict.fromkeys(one.obstacle for one in plans if one.obstacle)
-    notes += [f"Planned for another machine; here it could not run: {reason}." for reason in obstacles]
-    if any(one.config.fusion.strategy == ADAPTIVE for one in plans):
-        notes.append("What adaptive removes where is measured in training; until then it is spread as that of all.")
-    if not all(one.setup.matched for one in plans):
-        notes.append("Counts per layer are as given: their totals are not matched between strategies.")
-    return notes

@@ -10,8 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from famba.analysis.figures import drawing, rendered
-from famba.analysis.palette import Look, looks
+from famba.analysis.figures import Look, drawing, looks, rendered
 
 _UNITS = ((5400.0, 3600.0, "h"), (90.0, 60.0, "min"), (0.0, 1.0, "s"))
 _FRONT = "#8a8a8a"
@@ -105,7 +104,7 @@ def _cost(
             if label in placed.index:
                 x, y, x_sd, y_sd = placed.loc[label]
                 axes.errorbar(x, y, y_sd, x_sd, "none", ecolor=own.color, elinewidth=1.0, capsize=2.0, zorder=3)
-                axes.plot(x, y, **_marker(own, 6.5), color=own.color, linestyle="none", zorder=4, label=label)
+                axes.plot(x, y, **own.marked(6.5), linestyle="none", zorder=4, label=label)
         if front:
             x, y = placed.loc[front, columns[0]], placed.loc[front, columns[1]]
             best = y > y.cummax().shift(fill_value=float("-inf"))
@@ -136,9 +135,11 @@ def _lines(
                 continue
             drawn, every, at = True, max(1, len(values) // 8), values.index
             # A line without markers through a single point would not be seen.
-            marker = {**_marker(own, 5.0), "markevery": (place % every, every)} if is_marked or len(at) == 1 else {}
+            look: dict[str, Any] = {"color": own.color}
+            if is_marked or len(at) == 1:
+                look = {**own.marked(5.0), "markevery": (place % every, every)}
             axes.fill_between(at, values.min(axis=1), values.max(axis=1), color=own.color, alpha=0.14, linewidth=0)
-            axes.plot(at, values.mean(axis=1), **marker, color=own.color, linestyle=own.line, label=label)
+            axes.plot(at, values.mean(axis=1), **look, linestyle=own.line, label=label)
         if y == "tokens":
             axes.set_ylim(bottom=0)
         return drawn
@@ -148,7 +149,3 @@ def _lines(
 
 def _looks(rows: pd.DataFrame) -> Iterator[tuple[str, Look]]:
     return zip(rows.index, looks(list(rows["strategy"])), strict=True)
-
-
-def _marker(own: Look, size: float) -> dict[str, Any]:
-    return {"marker": own.marker, "markersize": size * (1.4 if own.marker == "*" else 1.0), "markerfacecolor": own.face}

@@ -1,4 +1,4 @@
-"""`famba report`: the paper's table from one's own runs, over seeds, with intervals and plots.
+"""Make the paper's table from one's own runs, over seeds, with intervals and plots: `famba report`.
 
 Runs of a model are compared where they share data, recipe, precision and code. Time, throughput and memory are compared
 where they share the machine too: a run from another machine counts for accuracy alone.
@@ -6,6 +6,7 @@ where they share the machine too: a run from another machine counts for accuracy
 
 from __future__ import annotations
 
+import argparse
 import base64
 import re
 from collections.abc import Iterable
@@ -17,12 +18,11 @@ import jinja2
 import pandas as pd
 from scipy.stats import t
 
-from famba.analysis.folders import prepared
+from famba.analysis.options import prepared, write_files
 from famba.analysis.plots import Plot, draw, time_unit
-from famba.analysis.runs import read_metrics, read_runs
+from famba.analysis.runs import read_metrics, read_runs, run_table
 from famba.data import PUBLISHED
 from famba.errors import DataError
-from famba.files import write_whole
 from famba.fusion import SETTINGS, Fusion
 from famba.fusion.schedules import PAPER, schedule, strategy_names
 from famba.training.compose import compose
@@ -69,6 +69,25 @@ _PRINTED = {
     ("vim_tiny_patch16_224", "interleaved"): (67.0, "under 4 h"),
 }
 _TOP1, _TIME = "top1_difference_to_none_points", "train_time_difference_to_none_s"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `famba report`."""
+    parser.description = (
+        "Compare runs, from run folders and from CSV files of runs: in a table on the terminal, or with --out in a "
+        "report with means over seeds, intervals and plots, as Markdown, CSV, LaTeX and one HTML page."
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="FOLDER", help="run folders, folders that hold some, or CSV files with a run per row"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write a report to this folder instead")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the table of runs, or write the report."""
+    out = options.out
+    print(run_table(read_runs(options.runs)) if out is None else terminal(write_report(options.runs, out), out))
+    return 0
 
 
 @dataclass(frozen=True)
@@ -118,14 +137,13 @@ def write_report(paths: Iterable[str | Path], out: Path) -> Report:
     """
     with prepared(out, out / "plots"):
         report = gather(paths)
-        texts = {"report.md": markdown(report), "report.csv": table_csv(report), "report.tex": latex(report)}
-        files = {name: text.encode() for name, text in texts.items()}
+        files: dict[str, str | bytes] = {
+            "report.md": rendered(report, "md"), "report.csv": table_csv(report), "report.tex": latex(report)
+        }  # fmt: skip
         for plot in (plot for table in report.tables for plot in table.plots if plot.svg):
             files |= {f"plots/{plot.name}.svg": plot.svg, f"plots/{plot.name}.png": plot.png}
         # Last, so that a page is there only with all that belongs to it.
-        files["report.html"] = page(report).encode()
-        for name, content in files.items():
-            write_whole(out / name, lambda file, content=content: Path(file).write_bytes(content))  # type: ignore[misc]
+        write_files(out, files | {"report.html": rendered(report, "html")})
     return report
 
 
@@ -407,9 +425,9 @@ def _sheets(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
         ("difference to none, points (95 % interval)", rows.apply(difference, axis=1, name=_TOP1)),
         ("Top-5, %", cells("top5_percent", 2)),
         (f"training time, {unit}", cells("train_time_s", 1, 1 / factor) + star),
-        ("of none", cells("train_time_share_of_none", 3)),
+        ("relative to none", cells("train_time_share_of_none", 3)),
         ("peak memory, MiB", cells("peak_memory_mib", 0) + star),
-        ("of none", cells("peak_memory_share_of_none", 3)),
+        ("relative to none", cells("peak_memory_share_of_none", 3)),
     ]
     if rows["model"].str.split(",").str[0].isin([model for model, _ in _PRINTED]).any():
         results += [("paper: Top-1, %", cells("paper_top1_percent", 1)), ("paper: time", rows["paper_train_time"])]
@@ -417,7 +435,7 @@ def _sheets(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
         ("fusion", rows["fusion"]),
         ("images/s", cells("images_per_s", 1) + star),
         ("saved for the backward, kB/image", cells("saved_bytes_per_image_mean", 0, 1e-3) + star),
-        ("of none", cells("saved_bytes_share_of_none", 3)),
+        ("relative to none", cells("saved_bytes_share_of_none", 3)),
         ("FLOPs (multiply-adds), M/image", cells("macs_per_image", 1, 1e-6)),
         ("parameters, M", cells("parameters", 2, 1e-6)),
         ("tokens left", rows["tokens_left_mean"].map("{:.4g}".format) + " of " + rows["tokens"].astype(str)),
@@ -461,23 +479,17 @@ def _notes(rows: pd.DataFrame, runs: pd.DataFrame, known: pd.Series) -> list[str
 # Formats
 
 
-def markdown(report: Report) -> str:
-    """Return the report as Markdown; pictures by their path from the report's folder."""
-    lines = ["# Token fusion in Vision Mamba", "", report.headline, ""]
-    for table in report.tables:
-        lines += [f"## {_md(table.model)}", "", _md(table.conclusion), ""]
-        for title, sheet in table.sheets.items():
-            lines += [f"### {title}", "", tabulated(sheet.map(_md), "github"), ""]
-        lines += [*(f"- {_md(note)}" for note in table.notes), ""]
-        for plot in table.plots:
-            lines += [f"![{plot.title}](plots/{plot.name}.svg)", ""] if plot.svg else []
-            lines += [f"{plot.title}. {plot.caption}", ""]
-        shared = (f"- {_md(name)}: {_md(value)}" for name, value in table.shared.items())
-        lines += ["### What all of these runs share", "", *shared, ""]
-    lines += ["## Runs left out, and what differs", ""]
-    for title, runs in report.left_out.items():
-        lines += [f"{title}:", "", *(f"- {_md(names)}\n  - {_md(reason)}" for names, reason in runs), ""]
-    return "\n".join([*lines, "## How to read this", "", *(f"- {line}" for line in READING)]) + "\n"
+def rendered(report: Report, kind: str) -> str:
+    """Return the report as "html", one page that needs nothing but itself, or "md" with pictures by their paths."""
+    environment = jinja2.Environment(
+        autoescape=jinja2.select_autoescape(default_for_string=kind == "html"),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    environment.filters["base64"] = lambda svg: base64.b64encode(svg).decode()
+    environment.filters |= {"md": _md, "table": lambda sheet: tabulated(sheet.map(_md), "github")}
+    template = Path(__file__).with_suffix(f".{kind}").read_text(encoding="utf-8")
+    return environment.from_string(template).render(report=report, reading=READING)
 
 
 def table_csv(report: Report) -> str:
@@ -494,14 +506,6 @@ def latex(report: Report) -> str:
             caption = f"{table.model}: {title.lower()}".replace("_", r"\_")
             lines += ["\\begin{table}", f"\\centering\n\\caption{{{caption}}}", text, "\\end{table}"]
     return "\n".join(lines) + "\n"
-
-
-def page(report: Report) -> str:
-    """Return one HTML page that needs nothing but itself: no script, no other file, no network."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    environment.filters["base64"] = lambda svg: base64.b64encode(svg).decode()
-    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    return environment.from_string(template).render(report=report, reading=READING)
 
 
 def terminal(report: Report, out: Path) -> str:

@@ -9,12 +9,10 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from famba.analysis.status import Status, parse_line, status
+from famba.analysis.status import LOADER, Status, parse_line, status
 from famba.errors import DataError
 from famba.training.run_folder import METRICS
 from famba.training.summary import SUMMARY, Summary, from_row, to_row
-
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 # What a report adds to the columns of a row; folder is empty for a row of a CSV file, problem for a run that is usable.
 _OWN = ("run", "folder", "state", "kind", "problem")
@@ -145,7 +143,7 @@ def _check(summary: Summary) -> None:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        config = yaml.load((folder / "config.yaml").read_bytes(), _LOADER)  # noqa: S506 - a safe one
+        config = yaml.load((folder / "config.yaml").read_bytes(), LOADER)  # noqa: S506 - a safe one
     except FileNotFoundError:
         raise ValueError("config.yaml is missing, so its recipe is not known") from None
     except (OSError, yaml.YAMLError, ValueError) as error:

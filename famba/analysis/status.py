@@ -1,7 +1,8 @@
-"""Tell how far the runs in some folders are. Only reads, also while the runs go on."""
+"""Tell how far the runs in some folders are: `famba status`. Only reads, also while the runs go on."""
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import json
 import math
@@ -18,20 +19,35 @@ from typing import Any
 import yaml
 from tabulate import tabulate
 
-from famba.analysis.folders import check_folder
 from famba.errors import DataError, FambaError
 from famba.training.logging import duration
 from famba.training.run_folder import METRICS
 from famba.training.summary import SUMMARY, Summary
 from famba.training.sweeps import queue, recorded, remembered
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _COLUMNS = ("run", "state", "epoch", "done", "Top-1 %", "time left", "updated")
 # Files that a run leaves behind even if it has no summary yet, or has lost it.
 _TRACES = (METRICS, "train.log")
 _FILES = (SUMMARY, "config.yaml", *_TRACES, "output.log")
 _TAIL = 1 << 16  # bytes at the end of metrics.jsonl that are read
 _ORDER = ("finished", "running", "waiting", "interrupted", "stopped", "failed", "damaged", "not started")
+_TOLD = 8  # folders that an error lists
+_GIVE = "give the run_dir of a run or of a sweep, or a folder that holds some"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `famba status`."""
+    parser.description = "Show how far runs are, in a table of all in some folders, and the count of each state."
+    parser.add_argument("runs", nargs="+", metavar="FOLDER", help="runs, sweeps, or folders that hold some")
+    parser.add_argument("--json", action="store_true", help="print a list of JSON objects instead")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the status of all runs."""
+    found = status(options.runs)
+    print(json.dumps([asdict(run) for run in found], indent=2) if options.json else status_table(found))
+    return 0
 
 
 @dataclass(frozen=True)
@@ -61,28 +77,26 @@ def status(paths: Iterable[str | Path]) -> list[Status]:
     """Look at all runs in or below some folders. Raises DataError for a path that holds none."""
     found: dict[Path, str] = {}
     for path in map(Path, paths):
-        check_folder(path)
         folders = list(_runs_in(path))
         if not folders:
-            raise DataError(f"no run in {path}; give the run_dir of a run or of a sweep, or a folder that holds some")
+            raise DataError(f"no run in {path}{_why_none(path)}")
         found |= {folder: str(folder) if folder == path else str(folder.relative_to(path)) for folder in folders}
     queued = _queued({folder.parent for folder in found})
     return [_look(folder, name, queued.get(folder)) for folder, name in found.items()]
 
 
-def status_table(runs: Sequence[Status]) -> str:
-    """Return a table of runs, the errors of failed and damaged ones, and the count of each state."""
-    table = tabulate([_row(run) for run in runs], headers=_COLUMNS, missingval="-", disable_numparse=True)
-    notes = [f"{run.run}: {run.note}" for run in runs if run.note]
-    counts = Counter(run.state for run in runs)
-    listed = ", ".join(f"{counts[state]} {state}" for state in _ORDER if counts[state])
-    total = f"{len(runs)} run{'s' if len(runs) != 1 else ''}: {listed}"
-    return "\n".join([table, "", *notes, *([""] if notes else []), total])
-
-
-def status_json(runs: Sequence[Status]) -> str:
-    """Return the status of runs as a list of JSON objects."""
-    return json.dumps([asdict(run) for run in runs], indent=2)
+def _why_none(path: Path) -> str:
+    """Say why a path holds no run, and what to give instead."""
+    if path.is_dir():
+        return f"; {_GIVE}"
+    if path.exists():
+        return f": it is a file; give the folder of a run, or one that holds some: {path.parent}, perhaps"
+    there = next((parent for parent in path.absolute().parents if parent.is_dir()), path)
+    names: list[str] = []
+    with suppress(OSError):
+        names = sorted(entry.name for entry in there.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    listed = f"the folders {', '.join(names[:_TOLD])}{', ...' * (len(names) > _TOLD)}" if names else "no folder"
+    return f": it is not there; {there} holds {listed}; {_GIVE}"
 
 
 def _runs_in(path: Path) -> Iterator[Path]:
@@ -126,10 +140,12 @@ def _look(folder: Path, name: str, queued: str | None) -> Status:
     last, ended = _last_lines(folder / METRICS)
     state = "damaged" if damage else _state(folder, said.status, queued)
     step, epoch = _number(last, "step"), _number(last, "epoch")
+    known = {"test": said.top1}
+    if said.status != "finished":
+        logged = {of: _number(ended, f"{of}_top1") for of in ("test", "validation")}
+        known = {of: top1 for of, top1 in [*logged.items(), *known.items()] if top1 is not None}
+    top1_of, top1 = next(iter(known.items()), (None, None))
     step = said.step if step is None else int(step)
-    test, validation = _number(ended, "test_top1"), _number(ended, "validation_top1")
-    top1 = said.top1 if said.status == "finished" or test is None else test
-    on_validation = said.status != "finished" and test is None and validation is not None
     return Status(
         run=name,
         folder=str(folder),
@@ -138,8 +154,8 @@ def _look(folder: Path, name: str, queued: str | None) -> Status:
         epochs=said.epochs,
         step=step,
         steps=said.steps,
-        top1=validation if on_validation else top1,
-        top1_of="validation" if on_validation else None if top1 is None else "test",
+        top1=top1,
+        top1_of=top1_of if top1 is not None else None,
         seconds_left=_seconds_left(folder, last, ended, step, said.steps) if state == "running" else None,
         updated=max((path.stat().st_mtime for name in _FILES if (path := folder / name).exists()), default=None),
         note=damage or (said.error if state == "failed" else None),
@@ -196,16 +212,13 @@ def _seconds_left(
     if not speed or not step or steps is None:
         return None
     try:
-        trainer = yaml.load((folder / "config.yaml").read_text(), _LOADER)["trainer"]  # noqa: S506 - a safe one
+        trainer = yaml.load((folder / "config.yaml").read_text(), LOADER)["trainer"]  # noqa: S506 - a safe one
         batch, every = int(trainer["batch_size"]), int(trainer["eval_every"])
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
         return None
-    seconds = max(0, steps - step) * batch / speed
-    epoch, ended_at = _number(ended, "epoch"), _number(ended, "step")
-    if epoch is not None and ended_at:
-        evaluations = max(0, steps - step) / (ended_at / (epoch + 1)) / every
-        seconds += evaluations * (_number(ended, "time_eval_s") or 0.0)
-    return seconds
+    left, epoch, ended_at = max(0, steps - step), _number(ended, "epoch"), _number(ended, "step")
+    evaluations = left / (ended_at / (epoch + 1)) / every if epoch is not None and ended_at else 0.0
+    return left * batch / speed + evaluations * (_number(ended, "time_eval_s") or 0.0)
 
 
 def _number(values: Mapping[str, Any], key: str) -> float | None:
@@ -217,13 +230,23 @@ def _number(values: Mapping[str, Any], key: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _row(run: Status) -> list[Any]:
-    return [
-        run.run,
-        run.state,
-        None if run.epoch is None else f"{run.epoch} of {'?' if run.epochs is None else run.epochs}",
-        None if not run.steps or run.step is None else f"{100 * run.step / run.steps:.0f} %",
-        None if run.top1 is None else f"{run.top1:.2f}{' val' if run.top1_of == 'validation' else ''}",
-        None if run.seconds_left is None else duration(run.seconds_left),
-        None if run.updated is None else f"{duration(max(0.0, time.time() - run.updated))} ago",
+def status_table(runs: Sequence[Status]) -> str:
+    """Return a table of runs, the errors of failed and damaged ones, and the count of each state."""
+    rows = [
+        [
+            run.run,
+            run.state,
+            None if run.epoch is None else f"{run.epoch} of {'?' if run.epochs is None else run.epochs}",
+            None if not run.steps or run.step is None else f"{100 * run.step / run.steps:.0f} %",
+            None if run.top1 is None else f"{run.top1:.2f}{' val' if run.top1_of == 'validation' else ''}",
+            None if run.seconds_left is None else duration(run.seconds_left),
+            None if run.updated is None else f"{duration(max(0.0, time.time() - run.updated))} ago",
+        ]
+        for run in runs
     ]
+    notes = [f"{run.run}: {run.note}" for run in runs if run.note]
+    counts = Counter(run.state for run in runs)
+    listed = ", ".join(f"{counts[state]} {state}" for state in _ORDER if counts[state])
+    table = tabulate(rows, headers=_COLUMNS, missingval="-", disable_numparse=True)
+    total = f"{len(runs)} run{'s' if len(runs) != 1 else ''}: {listed}"
+    return "\n".join([table, "", *notes, *([""] if notes else []), total])

@@ -1,4 +1,4 @@
-"""Variants: the ways of fusing that a command compares on one trained network."""
+"""Work out the ways of fusing that a command compares on one trained network."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from famba.analysis.fusion_options import OPTIONS
+from famba.analysis.options import FUSION
 from famba.errors import ConfigError, named
 from famba.fusion import SETTINGS, Fusion, labels
 from famba.fusion.schedules import ADAPTIVE, COUNTED, CUSTOM, NONE
@@ -15,15 +15,14 @@ from famba.models import Backbone
 from famba.training.weights import Trained
 
 Asked = Mapping[str, Sequence[Any]]
-"""What was asked for: for fields of `Fusion` the values to compare, but for layers those of each that take some."""
+"""Values to compare by fields of `Fusion`; for layers, one list that every strategy that takes layers gets."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of fusing.
+    """Hold one way of fusing, as it turned out in the network, so that two that come to the same are equal.
 
-    fusion: as it turned out in the network, so that two that come to the same are equal. schedule: tokens to remove in
-    each layer. own: whether it is the one that the network was trained with.
+    schedule: tokens to remove in each layer. own: whether the network was trained with it.
     """
 
     fusion: Fusion
@@ -32,7 +31,7 @@ class Variant:
 
     @property
     def removed(self) -> int:
-        """Tokens removed by all layers together."""
+        """Count the tokens removed by all layers together."""
         return sum(self.schedule)
 
     def put_into(self, model: Backbone) -> None:
@@ -48,8 +47,8 @@ def own(trained: Trained) -> Variant:
 
 def unfused(trained: Trained) -> Variant:
     """Return the network with all of its tokens."""
-    mine, schedule = own(trained), (0,) * len(trained.schedule)
-    return mine if mine.fusion.strategy == NONE else Variant(Fusion().resolved(schedule), schedule, own=False)
+    schedule = (0,) * len(trained.schedule)
+    return own(trained) if trained.strategy == NONE else Variant(Fusion().resolved(schedule), schedule, own=False)
 
 
 def label_variants(compared: Sequence[Variant]) -> list[str]:
@@ -58,14 +57,13 @@ def label_variants(compared: Sequence[Variant]) -> list[str]:
 
 
 def variants(trained: Trained, asked: Asked) -> list[Variant]:
-    """Work out what was asked for, in its order and each once; nothing asked for is nothing.
+    """Return what was asked for, in its order and each once: every combination of the settings.
 
-    Of the settings every combination; where tokens are pruned, weighting and attention have no effect and are not told
-    apart. A network with attention that was trained without fusion attends in proportion unless asked otherwise, as
-    ToMe does off the shelf. The network's own strategy without a budget is its own schedule, whatever it came from.
+    Where tokens are pruned, weighting and attention have no effect and are not told apart. A network with attention
+    that was trained without fusion attends in proportion unless asked otherwise, as ToMe does off the shelf. The
+    network's own strategy without a budget is its own schedule, whatever it came from.
 
-    Raises:
-        ConfigError: with the option at fault, where something does not fit the network.
+    Raises ConfigError, with the option at fault, where something does not fit the network.
     """
     if not asked:
         return []
@@ -76,7 +74,7 @@ def variants(trained: Trained, asked: Asked) -> list[Variant]:
     usual = _usual(trained)
     values = {name: asked.get(name, [getattr(usual, name)]) for name in (*SETTINGS, "budget")}
     found = []
-    with named({name: f"--{option}" for name, option in OPTIONS.items()}):
+    with named({name: f"--{option}" for name, option in FUSION.items()}):
         for strategy in strategies:
             for chosen in itertools.product(*values.values()) if strategy != NONE else ():
                 changes = dict(zip(values, chosen, strict=True))
@@ -90,28 +88,25 @@ def variants(trained: Trained, asked: Asked) -> list[Variant]:
 
 def _variant(trained: Trained, fusion: Fusion, asked: Asked) -> Variant:
     """Return one way of fusing, whose layers are still to be chosen."""
-    model, mine, layers = trained.model, own(trained), asked.get("layers")
-    if fusion.strategy == trained.strategy and not {"budget", "layers"} & set(asked):
-        counts = trained.schedule
-        fusion = replace(mine.fusion, **fusion.settings())
+    model, mine, strategy, layers = trained.model, own(trained), fusion.strategy, asked.get("layers")
+    if strategy == trained.strategy and not {"budget", "layers"} & set(asked):
+        counts, fusion = trained.schedule, replace(mine.fusion, **fusion.settings())
     else:
-        if fusion.strategy == ADAPTIVE:
+        if strategy == ADAPTIVE:
             raise ConfigError(
                 "--fusion adaptive is no fixed schedule: training measures it, with train.py fusion=adaptive. This "
                 f"network was trained with {trained.strategy}; name another strategy, or leave out --budget and "
                 "--layers where it was trained so"
             )
-        same = trained.fusion.layers if fusion.strategy == trained.strategy else None
-        if layers is not None and fusion.strategy in COUNTED:
-            same = layers[0]
-        elif layers is not None and fusion.strategy == CUSTOM:
-            same = tuple(layers)
-        if fusion.strategy == CUSTOM and same is None:
+        chosen = trained.fusion.layers if strategy == trained.strategy else None
+        if layers is not None and strategy in (*COUNTED, CUSTOM):
+            chosen = tuple(layers) if strategy == CUSTOM else layers[0]
+        if strategy == CUSTOM and chosen is None:
             raise ConfigError(
                 "--fusion custom needs --layers: which layers fuse, counted from 0 at the input, such as --layers 2,5 "
                 f"(this network has layers 0 to {model.depth - 1})"
             )
-        fusion = replace(fusion, layers=same)
+        fusion = replace(fusion, layers=chosen)
         counts = fusion.schedule(model.depth, model.num_tokens, model.protected)
     model.check_fusion(fusion)
     one = Variant(fusion.resolved(counts), counts, own=True)
@@ -129,12 +124,12 @@ def _usual(trained: Trained) -> Fusion:
 
 
 def _check_layers(strategies: Sequence[str], layers: Sequence[int] | None) -> None:
-    counted, listed = set(COUNTED) & set(strategies), CUSTOM in strategies
     if layers is None:
         return
+    counted, listed = set(COUNTED) & set(strategies), CUSTOM in strategies
     if not counted and not listed:
         raise ConfigError(f"--layers: {', '.join(strategies)} take none; lower and upper take how many, custom which")
-    if len(layers) > 1 and not listed:
-        raise ConfigError(f"--layers names {len(layers)} layers; lower and upper take one number, how many fuse")
     if listed and counted:
         raise ConfigError("--layers cannot list layers for custom and count them for lower and upper at once")
+    if len(layers) > 1 and not listed:
+        raise ConfigError(f"--layers names {len(layers)} layers; lower and upper take one number, how many fuse")

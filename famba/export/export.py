@@ -1,65 +1,122 @@
-"""A trained network goes into a file, which is tried before it is kept."""
+"""Write a trained network for timm, torch.export or ONNX, and try the file before it is kept: `famba export`."""
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
+import json
 import os
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from famba.errors import ConfigError
-from famba.export.check import Check, check_file, missing_runtime
-from famba.export.folder import FILES, write_folder
-from famba.export.formats import FORMATS
-from famba.export.request import Request
+from torch import nn
+
+from famba.analysis.options import CHECKPOINT, add_fusion_options, prepare_folder, read_fusion
+from famba.analysis.variants import Variant, label_variants, own, variants
+from famba.errors import ConfigError, check_choice
+from famba.export.check import check_file
+from famba.export.folder import FILES, describe, find_summary, write_folder
+from famba.training.weights import Trained, load_trained
+
+FORMATS = {"safetensors": None, "torch_export": ".pt2", "onnx": ".onnx"}
+"""Each format's name, and how its files' names end; None where it is a folder."""
 
 
-@dataclass(frozen=True)
-class Exported:
-    """What was written. size: bytes, weights and all. said: of its content. check: None where nothing could run it."""
-
-    request: Request
-    size: int
-    said: str
-    check: Check | None
-
-    def __str__(self) -> str:
-        fusion = self.request.description.fusion()
-        removed, tokens = sum(fusion["schedule"]), fusion["tokens"]
-        lines = [
-            f"{self.request.out}: {_size(self.size)}, {self.said}",
-            f"fusion {fusion['strategy']}: {tokens} tokens, {removed} removed, {tokens - removed} left",
-        ]
-        missing = missing_runtime(self.request.target)
-        if missing is not None:
-            lines.append(f"NOT CHECKED: {missing} is not installed; pip install 'famba[onnx]', and export again")
-        return "\n".join([*lines, *([] if self.check is None else [str(self.check)])])
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `famba export`."""
+    parser.description = (
+        "Write a trained model as a folder that timm loads (safetensors), as a program of torch.export or as an ONNX "
+        "graph, both for any batch size, with its fusion, and of standard operations alone. What was written is run in "
+        "a fresh process on random inputs and compared with the model; it is kept only where they agree."
+    )
+    parser.epilog = "example: famba export runs/mine --format onnx --out mine.onnx"
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
+    parser.add_argument("--format", required=True, metavar="NAME", help=", ".join(FORMATS))
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="PATH",
+        help="where to write: a folder for safetensors, a .pt2 file for torch_export, an .onnx file for onnx",
+    )
+    add_fusion_options(parser, "without these, the schedule that the model was trained with")
 
 
-def export(request: Request) -> Exported:
-    """Write a network beside its place, try it in a fresh process, and move it there.
+def run(options: argparse.Namespace) -> int:
+    """Export, and print what came of it."""
+    check_choice("--format", options.format, FORMATS)
+    if options.format == "onnx" and (missing := [name for name in ("onnx", "onnxscript") if not _is_here(name)]):
+        raise ConfigError(f"--format onnx needs {' and '.join(missing)}; install: pip install 'famba[onnx]'")
+    asked = read_fusion(options)
+    out = _place(options.format, options.out)
+    trained = load_trained(options.checkpoint)
+    found = variants(trained, asked) or [own(trained)]
+    if len(found) != 1:
+        raise ConfigError(
+            f"the options ask for {len(found)} ways of fusing ({'; '.join(label_variants(found)[:4])}); a file holds "
+            "one: name one strategy, one budget, and one of each other option"
+        )
+    found[0].put_into(trained.model)
+    print(export(options.format, out, trained, found[0], options.checkpoint))
+    return 0
+
+
+def _is_here(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _place(target: str, out: Path) -> Path:
+    """Return where to write, in a folder that can be written to."""
+    suffix = FORMATS[target]
+    if suffix is None:
+        if out.suffix in (*FORMATS.values(), ".safetensors"):
+            raise ConfigError(f"--out {out} ends like a file; --format {target} writes a folder")
+        return prepare_folder(out)
+    if out.suffix != suffix:
+        raise ConfigError(f"--out is {out}; --format {target} writes a file whose name ends in {suffix}")
+    if out.is_dir():
+        raise ConfigError(f"--out {out} is a folder; name a file in it, such as {out / ('model' + suffix)}")
+    prepare_folder(out.parent)
+    return out
+
+
+def export(target: str, out: Path, trained: Trained, fused: Variant, checkpoint: str) -> str:
+    """Write a network beside its place, try it in a fresh process, move it there, and say what came of it.
+
+    fused: how the network fuses. checkpoint: what it was loaded from.
 
     Raises FambaError where it cannot be written, or computes something else; what was there before is untouched then.
     """
-    out, description = request.out, request.description
-    folder = out if FORMATS[request.target] is None else out.parent
+    summary, config = find_summary(checkpoint), trained.config
+    architecture = (checkpoint if config is None else config.model.name).split(".")[0]
+    said = describe(trained, architecture, fused, summary)
+    model, shape = trained.model, said["input_size"]
+    is_folder = FORMATS[target] is None
+    folder = out if is_folder else out.parent
+    checked = "NOT CHECKED: onnxruntime is not installed; pip install 'famba[onnx]', and export again"
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".famba-export-") as scratch:
-            written = Path(scratch) if folder == out else Path(scratch, out.name)
-            _tell(f"writing {request.target}" + ("" if folder == out else "; tracing a network takes a minute or more"))
-            said = _write(request, written)
-            check = None
-            if missing_runtime(request.target) is None:
+            written = Path(scratch) if is_folder else Path(scratch, out.name)
+            _tell(f"writing {target}{'' if is_folder else '; tracing a network takes a minute or more'}")
+            if is_folder:
+                content = write_folder(trained, said, summary, written)
+            else:
+                content = _write(target)(model, shape, written, json.dumps(said, indent=2))
+            if target != "onnx" or _is_here("onnxruntime"):
                 _tell("checking in a fresh process")
-                check = check_file(request.target, written, description.model, description.shape)
-            files = [written / name for name in FILES] if folder == out else [written]
+                checked = check_file(target, written, model, shape)
+            files = [written / name for name in FILES] if is_folder else [written]
             size = sum(file.stat().st_size for file in files)
             for file in files:
                 os.replace(file, folder / file.name)
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror or error}") from error
-    return Exported(request, size, said, check)
+    tokens, left = model.num_tokens, model.num_tokens - fused.removed
+    sized = f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
+    fusion = f"fusion {fused.fusion.strategy}: {tokens} tokens, {fused.removed} removed, {left} left"
+    return f"{out}: {sized}, {content}\n{fusion}\n{checked}"
 
 
 def _tell(text: str) -> None:
@@ -68,18 +125,12 @@ def _tell(text: str) -> None:
         sys.stderr.write(f"{text} ...\n")
 
 
-def _write(request: Request, place: Path) -> str:
-    description = request.description
-    if request.target == "safetensors":
-        return write_folder(description, place)
-    if request.target == "torch_export":
-        from famba.export.program import write_program
+def _write(target: str) -> Callable[[nn.Module, Sequence[int], Path, str], str]:
+    """Return what writes a program or a graph; imported here, since ONNX needs packages that may be missing."""
+    if target == "onnx":
+        from famba.export.onnx_graph import write_onnx
 
-        return write_program(description.model, description.shape, place, description.as_json())
-    from famba.export.onnx_graph import write_onnx
+        return write_onnx
+    from famba.export.program import write_program
 
-    return write_onnx(description.model, description.shape, place, description.as_json())
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+    return write_program

@@ -1,21 +1,20 @@
-"""A model as an ONNX graph of standard operators."""
+"""Write a model as an ONNX graph of standard operators. Imported only then, since it needs the package onnxscript."""
 
-from __future__ import annotations
-
-import importlib.util
+# Annotations are evaluated here, not postponed: onnxscript and torch read types from them.
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from onnxscript import FLOAT, graph, script
+from onnxscript import opset18 as op
+from torch import Tensor, nn
 
 from famba.errors import ConfigError
-from famba.export.errors import ExportError
-from famba.export.tracing import trace_program
+from famba.export.check import ExportError
+from famba.export.program import chunked, trace_program
 
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 NOTES_KEY = "famba"
@@ -24,53 +23,54 @@ OPSET = 18
 
 So most runtimes read it. It is also what torch's translations are written for, so that nothing is converted.
 """
-
-_NEEDED = ("onnx", "onnxscript")
 _MESSAGE_LIMIT = 2**31 - 2**20  # a protobuf message, with room for the graph around the weights
 
 
-def check_packages() -> None:
-    """Raise ConfigError where a package that writes ONNX is not installed."""
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"--format onnx needs {' and '.join(missing)}; install: pip install 'famba[onnx]'")
-
-
 def write_onnx(model: nn.Module, shape: Sequence[int], file: Path, notes: str) -> str:
-    """Write a model as an ONNX file; return what there is to say of it.
+    """Write a model as an ONNX file, over what is there; return what there is to say of it.
 
-    Its input is `images` (batch, *shape), its output `logits` (batch, classes), float32, for any batch from 1.
-
-    Args:
-        model: in eval mode, float32, on the CPU; maps (b, *shape) to logits.
-        shape: of one input, without the batch.
-        file: to write, over what is there.
-        notes: JSON for whoever loads it, kept as the metadata property "famba".
+    Its input is `images` (batch, *shape), its output `logits` (batch, classes), float32, for any batch from 1. model,
+    shape: as of `trace_program`. notes: JSON for whoever loads it, kept as the metadata property "famba".
 
     Raises:
-        ConfigError: a package is missing, or the weights are too many for one file.
+        ConfigError: the weights are too many for one file.
         ExportError: as `trace_program`, or an operation of the model has no translation.
     """
-    check_packages()
     size = sum(weight.numel() * weight.element_size() for weight in model.state_dict().values())
     if size > _MESSAGE_LIMIT:
         raise ConfigError(f"the weights take {size / 2**30:.1f} GiB; an ONNX file holds less than 2; use torch_export")
     message = _translate(model, shape)
-    _tidy(message)
-    _check_operators(message)
+    given, made = (ends[0].type.tensor_type.shape.dim[0] for ends in (message.graph.input, message.graph.output))
+    if not given.dim_param:
+        raise ExportError("the batch size has become fixed; please report the model")
+    given.dim_param = made.dim_param = BATCH
+    parts = list(_graphs(message.graph))
+    nodes = [node for part in parts for node in part.node]
+    for part in parts:  # remove what names files of this machine or can be worked out again
+        del part.value_info[:]
+        for piece in (part, *part.node, *part.input, *part.output, *part.initializer):
+            del piece.metadata_props[:]
+            piece.doc_string = ""
+    del message.metadata_props[:]
+    foreign = sorted({f"{node.domain}::{node.op_type}" for node in nodes if node.domain})
+    if foreign or message.functions:
+        raise ExportError(f"not all operators are ONNX's own: {', '.join(foreign) or 'functions are left'}")
     message.metadata_props.add(key=NOTES_KEY, value=notes)
     file.write_bytes(message.SerializeToString())
-    return f"opset {OPSET}, {sum(1 for _ in _nodes(message.graph)):,} operators"
+    return f"opset {OPSET}, {len(nodes):,} operators"
 
 
 def _translate(model: nn.Module, shape: Sequence[int]) -> Any:
-    """The model as an onnx.ModelProto."""
-    # Here, not above: these need packages that may be missing.
-    from famba.export.onnx_scan import TRANSLATIONS, recurrence
-
+    """Return the model as an onnx.ModelProto, and keep from the user what the exporter says of itself."""
     program = trace_program(model, shape, recurrence)
-    with _quietly():
-        try:
+    log = logging.getLogger("onnxscript")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of constants that it does not work out beforehand
+    try:
+        with warnings.catch_warnings():
+            # torch's and onnxscript's own code uses what they themselves have deprecated.
+            for kind in (DeprecationWarning, FutureWarning):
+                warnings.filterwarnings("ignore", category=kind, module=r"(torch|onnxscript|onnx_ir)\b")
             translated = torch.onnx.export(
                 program,
                 (),
@@ -81,57 +81,85 @@ def _translate(model: nn.Module, shape: Sequence[int]) -> Any:
                 output_names=[OUTPUT],
                 custom_translation_table=TRANSLATIONS,
             )
-        except Exception as error:  # torch.onnx raises what it comes across
-            raise ExportError(f"torch {torch.__version__} cannot write the model as ONNX: {error}") from error
+    except Exception as error:  # torch.onnx raises what it comes across
+        raise ExportError(f"torch {torch.__version__} cannot write the model as ONNX: {error}") from error
+    finally:
+        log.setLevel(level)
     assert translated is not None
     return translated.model_proto
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep from the user what the exporter says of itself."""
-    log = logging.getLogger("onnxscript")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it warns of constants that it does not work out beforehand
-    try:
-        with warnings.catch_warnings():
-            # torch's and onnxscript's own code uses what they themselves have deprecated.
-            warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(torch|onnxscript|onnx_ir)\b")
-            warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|onnxscript|onnx_ir)\b")
-            yield
-    finally:
-        log.setLevel(level)
-
-
-def _tidy(message: Any) -> None:
-    """Call the batch by its name, and remove what names files of this machine or can be worked out again."""
-    given = message.graph.input[0].type.tensor_type.shape.dim[0]
-    if not given.dim_param:
-        raise ExportError("the batch size has become fixed; please report the model")
-    given.dim_param = message.graph.output[0].type.tensor_type.shape.dim[0].dim_param = BATCH
-    for graph in _graphs(message.graph):
-        del graph.value_info[:]
-        for part in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
-            del part.metadata_props[:]
-            part.doc_string = ""
-    del message.metadata_props[:]
-
-
-def _check_operators(message: Any) -> None:
-    foreign = sorted({f"{node.domain}::{node.op_type}" for node in _nodes(message.graph) if node.domain})
-    if foreign or message.functions:
-        raise ExportError(f"not all operators are ONNX's own: {', '.join(foreign) or 'functions are left'}")
-
-
-def _nodes(graph: Any) -> Iterator[Any]:
-    for part in _graphs(graph):
-        yield from part.node
-
-
-def _graphs(graph: Any) -> Iterator[Any]:
-    """A graph and those inside its operators, such as the body of a Scan."""
-    yield graph
-    for node in graph.node:
+def _graphs(whole: Any) -> Iterator[Any]:
+    """Yield a graph and those inside its operators, such as the body of a Scan."""
+    yield whole
+    for node in whole.node:
         for attribute in node.attribute:
             if attribute.HasField("g"):
                 yield from _graphs(attribute.g)
+
+
+@torch.library.custom_op("famba_export::recurrence", mutates_args=())
+def recurrence(delta: Tensor, gain: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: bool) -> Tensor:
+    """Compute what `famba.export.program.chunked` does, in one op that stays one while a model is traced."""
+    return chunked(delta, gain, A, B, C, reverse)
+
+
+@recurrence.register_fake
+def _shape(delta: Tensor, gain: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: bool) -> Tensor:
+    return delta.new_empty(delta.shape)
+
+
+@script(default_opset=op)
+def _scan(
+    delta: FLOAT, gain: FLOAT, rates: FLOAT, B: FLOAT, C: FLOAT, inward: Sequence[int], outward: Sequence[int]
+) -> FLOAT:
+    @graph()
+    def step(h: FLOAT[...], delta_t: FLOAT[...], gain_t: FLOAT[...], B_t: FLOAT[...], C_t: FLOAT[...]):  # type: ignore[no-untyped-def]
+        # States are (b, n, d), rates (n, d): with the channels innermost.
+        decay = op.Exp(op.Mul(op.Unsqueeze(delta_t, op.Constant(value_ints=[1])), rates))
+        gain_row = op.Unsqueeze(gain_t, op.Constant(value_ints=[1]))
+        B_column = op.Unsqueeze(B_t, op.Constant(value_ints=[2]))
+        after = op.Add(op.Mul(decay, h), op.Mul(gain_row, B_column))
+        read = op.MatMul(op.Unsqueeze(C_t, op.Constant(value_ints=[1])), after)
+        return after, op.Squeeze(read, op.Constant(value_ints=[1]))
+
+    batch = op.Shape(delta, start=0, end=1)
+    start = op.Expand(op.Constant(value_float=0.0), op.Concat(batch, op.Shape(rates), axis=0))
+    _, y = op.Scan(
+        start,
+        delta,
+        gain,
+        B,
+        C,
+        body=step,
+        num_scan_inputs=4,
+        scan_input_axes=[1, 1, 1, 1],
+        scan_output_axes=[1],
+        scan_input_directions=inward,
+        scan_output_directions=outward,
+    )
+    return y
+
+
+def _recurrence(delta: FLOAT, gain: FLOAT, A: FLOAT, B: FLOAT, C: FLOAT, reverse: bool) -> FLOAT:
+    way = int(reverse)  # as ONNX numbers a Scan's directions
+    return _scan(delta, gain, op.Transpose(A, perm=[1, 0]), B, C, inward=[way] * 4, outward=[way])
+
+
+def _sort(values: FLOAT, *, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
+    # Of equal values, TopK has the one of lower index first: it sorts stably, in both directions.
+    sizes = op.Shape(values)
+    count = op.Gather(sizes, op.Constant(value_ints=[dim]), axis=0)
+    return op.TopK(values, count, axis=dim, largest=int(descending), sorted=1)
+
+
+def _argsort(values: FLOAT, *, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
+    return _sort(values, stable=stable, dim=dim, descending=descending)[1]
+
+
+TRANSLATIONS: dict[Any, Callable[..., Any]] = {
+    torch.ops.famba_export.recurrence.default: _recurrence,
+    torch.ops.aten.sort.stable: _sort,
+    torch.ops.aten.argsort.stable: _argsort,
+}
+"""Map operations of a traced program to what writes them in ONNX, as torch.onnx's custom_translation_table."""

@@ -111,7 +111,7 @@ class Backbone(nn.Module):
     keys: ClassVar[frozenset[str]] = frozenset()  # of the group `model`, besides those that all backbones take
     usual: ClassVar[Fusion] = Fusion()  # how it reduces tokens unless told otherwise
     wraps_timm: ClassVar[bool] = False  # whether its timm names build a network without fusion, which it wraps
-    papers: ClassVar[tuple[str, ...]] = ()  # keys of the BibTeX entries in famba.export.card that introduce it
+    papers: ClassVar[tuple[str, ...]] = ()  # keys of the BibTeX entries in famba.export.folder that introduce it
 
     @classmethod
     @abstractmethod

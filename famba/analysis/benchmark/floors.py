@@ -1,4 +1,4 @@
-"""The least that ops and steps have to do, and the floor that a GPU's published rates set under their time.
+"""Count the least that ops and steps have to do, and the floor that a GPU's published rates set under their time.
 
 Counted are the bytes through device memory: each input read once, each output written once, the rest kept on the chip
 or worked out again. A kernel that reads twice is above its floor; an input in the cache may bring it below.
@@ -107,7 +107,7 @@ def fusing(b: int, l: int, d: int, r: int, item: int) -> list[Work]:  # noqa: E7
 
 
 class Linear(NamedTuple):
-    """A product y = x W^T with its backward: x (rows, inputs), W (outputs, inputs); needs_dx: of the backward."""
+    """Hold the sizes of y = x W^T: x (rows, inputs), W (outputs, inputs); needs_dx: whether its backward needs dx."""
 
     rows: int
     inputs: int

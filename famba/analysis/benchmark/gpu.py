@@ -1,4 +1,4 @@
-"""`famba benchmark gpu`: what docs/performance.md says of a GPU, in order of value, for as long as there is time."""
+"""Measure what docs/performance.md says of a GPU, the most valuable first, for as long as there is time."""
 
 from __future__ import annotations
 

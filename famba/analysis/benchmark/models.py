@@ -1,4 +1,4 @@
-"""`famba benchmark model`, `length` and `fusion`: steps by strategy, by an image's tokens, and fusing in a layer."""
+"""Time steps by strategy and by an image's tokens, and fusing in a layer: the benchmarks model, length and fusion."""
 
 from __future__ import annotations
 

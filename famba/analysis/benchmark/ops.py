@@ -1,4 +1,4 @@
-"""`famba benchmark ops`: each op by every backend; who differs from the reference is not timed."""
+"""Time each op by every backend; a backend that differs from the reference is not timed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _Run = Callable[..., Any]
 
 
 class Built(NamedTuple):
-    """An op on its inputs: those that have gradients, then others; and the least that there is to do."""
+    """Hold an op and its inputs, those that have gradients and the others, and the least work that it has to do."""
 
     run: _Run
     learned: list[Tensor]
@@ -39,7 +39,7 @@ class Built(NamedTuple):
 
 
 class Case(NamedTuple):
-    """An op and the size of its input; states: of each channel of the scan. The mixer has half the channels outside."""
+    """Name an op and the size of its input; states: of each channel of the scan. The mixer has half the channels."""
 
     op: str
     batch: int

@@ -1,8 +1,7 @@
-"""The training step that `train.py` does, on random images: by itself, and in the loop of a run."""
+"""Time the training step that `train.py` does, on random images: by itself, and in the loop of a run."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -20,11 +19,10 @@ from famba.analysis.benchmark import floors
 from famba.analysis.benchmark.ops import DTYPES
 from famba.analysis.benchmark.report import Row
 from famba.analysis.benchmark.timing import Race
+from famba.analysis.options import chosen_backend
 from famba.fusion import tokens_per_layer
 from famba.models import Vim
-from famba.models.backbone import backbone_of
-from famba.ops import use_backend
-from famba.ops.registry import AUTO, resolve
+from famba.ops.registry import resolve
 from famba.training.build import Loaders
 from famba.training.checkpoint import TrainedOn
 from famba.training.compose import compose
@@ -40,16 +38,13 @@ from famba.training.trainer import Training, new_state
 
 NOTE = "a step is that of `train.py recipe=light` on random images that lie on the device"
 # Each Vim's counterpart, by their timm names.
-DEITS = {
-    "vim_tiny_patch16_224": "deit_tiny_patch16_224",
-    "vim_small_patch16_224": "deit_small_patch16_224",
-}
+DEITS = {"vim_tiny_patch16_224": "deit_tiny_patch16_224", "vim_small_patch16_224": "deit_small_patch16_224"}
 _CLASSES, _EPOCH_STEPS = 100, 20
 _Batch = tuple[Tensor, Tensor]
 
 
 class Contestant(NamedTuple):
-    """A model by its timm name in a table of steps, at a batch and size; more: overrides of its configuration."""
+    """Name a model of a table of steps by its timm name, at a batch and size; more: overrides of its configuration."""
 
     name: str
     model: str
@@ -61,7 +56,7 @@ class Contestant(NamedTuple):
 
     def config(self, device: torch.device) -> RunConfig:
         """Compose its run of `recipe=light`; raises ConfigError as `train.py` does."""
-        group = "vim_ti" if backbone_of(self.model) is Vim else "vit_tiny"
+        group = "vit_tiny" if self.model in DEITS.values() else "vim_ti"
         asked = [f"model={group}", f"model.name={self.model}", f"fusion={self.strategy}", "data=digits", "recipe=light"]
         asked += [f"model.num_classes={_CLASSES}", f"data.image_size={self.image_size}", "recipe.warmup_epochs=0"]
         asked += [f"trainer.batch_size={self.batch}", f"trainer.precision={self.precision}", "trainer.epochs=2"]
@@ -75,7 +70,7 @@ class TimedStep:
         self.config, self.setup = config, setup or prepare(config)
         device = self.setup.device
         self.batch = _random_batch(config, self.setup)
-        with _chosen(config):
+        with chosen_backend(config.ops.backend):
             fused = obstacle(config, device, 1, resolve(device.type, self.setup.dtype)) is None
         classes = config.data.num_classes or data.num_classes_of(config.data.name) or _CLASSES
         state = new_state(config, self.setup, TrainedOn(classes, None, {}), device, fresh=False, fused=fused)
@@ -98,14 +93,14 @@ class TimedStep:
 
     def train(self) -> None:
         """Do a training step; the model has to be in training mode."""
-        with _chosen(self.config):
+        with chosen_backend(self.config.ops.backend):
             self.step.gradients(itertools.repeat(self.batch))
             self.step.update()
 
     @torch.no_grad()
     def infer(self) -> None:
         """Do an inference; the model has to be in evaluation mode."""
-        with _chosen(self.config):
+        with chosen_backend(self.config.ops.backend):
             self._infer(self.batch[0])
 
 
@@ -129,7 +124,7 @@ def measure(
         step.enter(race, one.name)
         left = sum(tokens_per_layer(model.fusion, model.num_tokens)) / (model.depth * model.num_tokens)
         row: Row = {"contestant": one.name, "precision": one.precision, "tokens": model.num_tokens, "batch": one.batch}
-        if backbone_of(one.model) is Vim:
+        if one.model not in DEITS.values():
             passes, _ = floors.step(cast(Vim, model), one.batch, DTYPES[one.precision].itemsize)
             floor = floors.floor_here(passes, race.device, one.precision)
         row |= {"token_layers": left, **race.entries(one.name), "images_per_s": None, "floor_ms": floor}
@@ -151,7 +146,7 @@ def measure(
 
 def loop_ms(config: RunConfig) -> float:
     """Return the milliseconds of a step in the loop of `train.py`: of the second epoch of 20 steps."""
-    with TemporaryDirectory() as folder, StopRequest() as stop, _chosen(config):
+    with TemporaryDirectory() as folder, StopRequest() as stop, chosen_backend(config.ops.backend):
         config = replace(config, run_dir=folder, trainer=replace(config.trainer, eval_every=2))
         setup = prepare(config)
         run = Training(config, setup, RunFolder(Path(folder), writes=True), Process(0, 1, setup.device), stop)
@@ -170,7 +165,3 @@ def _random_batch(config: RunConfig, setup: Setup) -> _Batch:
     size, generator = config.trainer.batch_size, torch.Generator().manual_seed(0)
     images = torch.randn(size, 3, setup.image_size, setup.image_size, generator=generator)
     return images.to(setup.device), torch.randint(2, (size,), generator=generator).to(setup.device)
-
-
-def _chosen(config: RunConfig) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if config.ops.backend == AUTO else use_backend(config.ops.backend)

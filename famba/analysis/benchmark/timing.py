@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import platform
 import statistics
 import sys
 import time
@@ -20,6 +22,9 @@ Call = Callable[[], object]
 # A sample of a graph takes about so long, and holds no more replays than that. Launches of a few calls fit into a GPU's
 # queue, and do not make the host wait.
 _SAMPLE_MS, _MOST_REPLAYS, _QUEUED_CALLS = 5.0, 100, 8
+# Of glibc's malloc.h, which takes no larger threshold; other systems have none of it.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_KEPT_BYTES, _SMALLEST_RETURNED_BYTES = 2**25, 2**17
 NOTE = (
     "on CUDA, ms is a replay of a CUDA graph, which is the time of the kernels; eager ms lies between events around "
     "the calls as they come; host ms is what the host needs to launch a call, without waiting for it; kernels ms and "
@@ -122,3 +127,22 @@ def compared(rows: list[Row], column: str, key: str, base: str) -> None:
     of = next((row.get(key) for row in rows if row["contestant"] == base), None)
     for row in rows:
         row[column] = row[key] / of if of and row.get(key) is not None else None
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep freed memory for the next use, for tensors of up to 32 MiB, as the middle of a step has it.
+
+    Otherwise an op that is alone in a loop gets its memory page by page at every call, which takes most of its time.
+    """
+    _set(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
+    _set(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def return_freed_memory() -> None:
+    """Let this process return freed memory at once, so that resident memory is what is in use."""
+    _set(_M_MMAP_THRESHOLD, _SMALLEST_RETURNED_BYTES)
+
+
+def _set(parameter: int, value: int) -> None:
+    if platform.system() == "Linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(parameter, value)

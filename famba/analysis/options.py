@@ -1,0 +1,126 @@
+"""Options that several commands share, and folders that they write to."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from famba import ops
+from famba.errors import ConfigError, check_choice
+from famba.files import write_whole
+from famba.fusion import SETTINGS
+from famba.fusion.schedules import PAPER, strategy_names
+from famba.ops.registry import AUTO
+from famba.training.devices import choose_device, make_current
+
+CHECKPOINT = "a run folder, weights in one, a checkpoint (.pt), or a timm model"
+FUSION = {"strategy": "fusion", "budget": "budget", "layers": "layers"} | {k: s.option for k, s in SETTINGS.items()}
+"""Map fields of `Fusion` to the options that choose them."""
+
+
+def add_fusion_options(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add the options that `read_fusion` reads; `default` says what holds without them."""
+    group = parser.add_argument_group("fusion", f"{default}; fusion needs no training to be applied")
+    helps = {
+        "fusion": f"strategies: {', '.join(strategy_names())} (default: that of the training, if it had one); adaptive "
+        "where the network was trained so",
+        "budget": "each with these: tokens to remove, or a share of the patches, as fusion.budget (default: the run's)",
+        "layers": "how many layers fuse in lower and upper (default: as the run, else three quarters); which ones, "
+        "counted from 0, in custom",
+    }
+    for setting in SETTINGS.values():
+        listed = f": {', '.join(setting.names)}" if setting.names else ""
+        helps[setting.option] = f"each with these: {setting.help}{listed} (default: as trained)"
+    for option, text in helps.items():
+        group.add_argument(f"--{option}", metavar="VALUE[,VALUE...]", help=text)
+
+
+def read_fusion(options: argparse.Namespace) -> dict[str, list[Any]]:
+    """Return the values that were asked for, by fields of `Fusion`. Raises ConfigError for what cannot be read."""
+    asked: dict[str, list[Any]] = {}
+    for name, option in FUSION.items():
+        if (text := getattr(options, option)) is not None:
+            items = [item.strip() for item in text.split(",")]
+            if not all(items):
+                raise ConfigError(f"--{option} is {text!r}; allowed: one value, or several with commas between them")
+            asked[name] = [_value(name, item) for item in items]
+    return asked
+
+
+def _value(name: str, text: str) -> Any:
+    """Return the value of a field that a text means."""
+    option, setting = f"--{FUSION[name]}", SETTINGS.get(name)
+    if name == "strategy" or (setting is not None and setting.names):
+        check_choice(option, text, strategy_names() if setting is None else setting.names)
+    if setting is not None or name == "strategy" or (name, text) == ("budget", PAPER):
+        return text if setting is None else setting.value(text)
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        budgets = "tokens in total, a share of the patches (between 0 and 1), or paper"
+        allowed = budgets if name == "budget" else "whole numbers from 0, such as 3, or 2,5,8 for custom"
+        raise ConfigError(f"{option} holds {text!r}; allowed: {allowed}") from None
+
+
+def device(name: str) -> torch.device:
+    """Return the device that --device names, and make it the current one. Raises ConfigError where it is not there."""
+    try:
+        found = choose_device(name)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("trainer.device", "--device")) from error
+    make_current(found)
+    return found
+
+
+def chosen_backend(name: str) -> AbstractContextManager[None]:
+    """Let the named backend compute the ops inside the block; "auto" leaves the environment's choice."""
+    return nullcontext() if name == AUTO else ops.use_backend(name)
+
+
+def at_least_one(options: argparse.Namespace, *names: str) -> None:
+    """Raise ConfigError where one of these options is given and below 1."""
+    for name in names:
+        value = getattr(options, name.replace("-", "_"))
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} is {value}; allowed: 1 or more")
+
+
+def prepare_folder(path: str | Path) -> Path:
+    """Make a folder, or take the one that is there. Raises ConfigError where nothing could be written to it."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        kind = "is a file" if folder.is_file() else f"cannot be written ({error.strerror})"
+        raise ConfigError(f"--out {folder} {kind}; name a folder to write to") from error
+    return folder
+
+
+@contextmanager
+def prepared(*folders: Path) -> Iterator[None]:
+    """Prepare folders, the innermost last; remove those that were made where the block raises."""
+    made = [folder for folder in (*reversed(folders), *folders[0].parents) if not folder.exists()]
+    try:
+        for folder in folders:
+            prepare_folder(folder)
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+        raise
+
+
+def write_files(folder: Path, files: Mapping[str, str | bytes]) -> list[Path]:
+    """Write files, each whole, and return them. Raises CheckpointError where the disk refuses."""
+    for name, content in files.items():
+        data = content.encode() if isinstance(content, str) else content
+        write_whole(folder / name, lambda path, data=data: Path(path).write_bytes(data))  # type: ignore[misc]
+    return [folder / name for name in files]
