@@ -68,7 +68,7 @@ def seal(path: str | Path) -> None:
 
 
 def read_seal(path: str | Path) -> bool | None:
-    """Whether a file is as it was sealed; None where it bears no seal. Raises OSError where it cannot be read."""
+    """Return whether a file is as it was sealed, None if it has no seal. Raises OSError if it cannot be read."""
     size = os.path.getsize(path)
     if size < _SEAL_BYTES:
         return None

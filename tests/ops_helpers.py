@@ -1,4 +1,4 @@
-"""What the tests of the ops share: inputs, the comparison with an oracle, and the instruction sets of the kernels."""
+"""Help the tests of the ops: inputs, backends, and comparisons with a reference."""
 
 from __future__ import annotations
 

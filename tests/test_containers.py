@@ -1,4 +1,4 @@
-"""What docker/ holds agrees with the rest of the project; no engine is needed to know that."""
+"""Test that docker/ agrees with the rest of the project, without a container engine."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def bases(path: str) -> list[str]:
 
 
 def sources(path: str) -> list[str]:
-    """What a Dockerfile takes from the checkout."""
+    """List the paths that a Dockerfile copies from the checkout."""
     copied = [rest.split()[:-1] for word, rest in instructions(path) if word == "COPY" and "--from" not in rest]
     mounts = [x for word, rest in instructions(path) if word == "RUN" for x in re.findall(r"--mount=(\S+)", rest)]
     bound = [dict(re.findall(r"(\w+)=([^,]+)", x)) for x in mounts if "type=bind" in x and "from=" not in x]

@@ -312,7 +312,7 @@ def full_precision() -> Iterator[None]:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Of torch's own kernels those that give the same bits twice."""
+    """Let torch use only kernels that give the same bits twice."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -53,7 +53,7 @@ def same(state: TrainingState, weights: dict[str, Tensor], but: tuple[str, ...] 
 
 
 def refused(given: object, *overrides: str, run_dir: str = "unused") -> str:
-    """What a run is refused with before it begins."""
+    """Return the error that a run stops with before it starts."""
     with pytest.raises(CheckpointError) as caught:
         prepare(compose([*TINY, f"init_from={given}", f"run_dir={run_dir}", *overrides]))
     return str(caught.value)

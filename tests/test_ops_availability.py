@@ -1,4 +1,4 @@
-"""What hinders mamba-ssm and causal-conv1d, and that the plain command is told that installs them."""
+"""Test the reasons why mamba-ssm and causal-conv1d cannot be used, and the command that installs them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine
 
 
 class Machine:
-    """What `obstacle` looks at, as a test sets it."""
+    """Set what `obstacle` looks at."""
 
     def __init__(self, patch: pytest.MonkeyPatch, folder: Path) -> None:
         self._patch, self._folder = patch, folder

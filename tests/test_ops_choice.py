@@ -1,4 +1,4 @@
-"""Which backend an op runs on, and what an op refuses."""
+"""Test the choice of a backend, and the errors of ops."""
 
 from __future__ import annotations
 

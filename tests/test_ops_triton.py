@@ -1,4 +1,4 @@
-"""What the Triton kernels share: two directions in one launch, fixed orders of sums, and what is compiled in."""
+"""Test what the Triton kernels share: two directions in one launch, fixed orders of sums, compiled constants."""
 
 from __future__ import annotations
 

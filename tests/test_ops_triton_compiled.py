@@ -40,7 +40,7 @@ KERNELS = {
 
 
 def compiled(folder: Path, *options: str) -> list[dict[str, Any]]:
-    """What the script writes, run where nothing is interpreted."""
+    """Return the output of the script, run without the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     file = folder / "kernels.json"
     command = [sys.executable, str(SCRIPT), "--json", str(file), *options]

@@ -33,7 +33,7 @@ def on_triton(case: dict[str, Any]) -> TokenMap:
 
 
 def is_clear(metric: Tensor) -> bool:
-    """Whether no two pairs of tokens are nearly, but not exactly, as close: so that float32 must choose alike."""
+    """Return whether no two pairs of tokens are nearly equally similar, so that float32 must choose the same pairs."""
     unit = torch.nn.functional.normalize(metric, dim=2)
     gaps = (unit @ unit.transpose(1, 2)).flatten(1).sort(1).values.diff(dim=1)
     return not ((gaps > 1e-12) & (gaps < 2e-6)).any()

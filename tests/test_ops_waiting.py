@@ -31,7 +31,7 @@ def valueless() -> Iterator[None]:
 
 @contextmanager
 def autocast() -> Iterator[None]:
-    """What torch.autocast switches on, which refuses to where no GPU is."""
+    """Turn on what torch.autocast turns on; torch.autocast itself refuses without a GPU."""
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     torch.set_autocast_enabled("cuda", True)
     try:

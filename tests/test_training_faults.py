@@ -72,7 +72,7 @@ def test_a_signal_to_the_whole_group_reaches_training_before_its_loaders_end(tmp
 
 
 def test_no_checkpoint_holds_what_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where losses are looked at now and then, as on a GPU, a checkpoint that falls due looks first."""
+    """Test that a checkpoint looks at the losses first, where they are looked at now and then, as on a GPU."""
     calls = []
 
     def broken(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

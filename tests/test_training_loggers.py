@@ -86,7 +86,7 @@ def test_wandb_runs_offline_without_key_or_network(tmp_path: Path, monkeypatch: 
 
 
 class FakeWandb:
-    """What wandb is asked for; every run's arguments, values, of which it takes `room` lines, and summary."""
+    """Record the calls to wandb: arguments, values (at most `room` lines) and summary of each run."""
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""What a run computes, writes and says."""
+"""Test what a run computes, writes and prints."""
 
 from __future__ import annotations
 

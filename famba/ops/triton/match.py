@@ -77,7 +77,7 @@ def match_tokens(
 
 @triton.jit
 def _free_before(place, protected, guards, LISTED: tl.constexpr):
-    """How many tokens before a place may fuse."""
+    """Count the tokens before a place that may fuse."""
     before = tl.maximum(place - guards, 0)
     if LISTED:
         before = place
@@ -88,7 +88,7 @@ def _free_before(place, protected, guards, LISTED: tl.constexpr):
 
 @triton.jit
 def _is_free(place, protected, guards, LISTED: tl.constexpr):
-    """Whether the token at a place may fuse."""
+    """Return whether the token at a place may fuse."""
     free = place >= guards
     if LISTED:
         free = place >= 0
@@ -99,7 +99,7 @@ def _is_free(place, protected, guards, LISTED: tl.constexpr):
 
 @triton.jit
 def _free_place(index, protected, guards, LISTED: tl.constexpr):
-    """Where the tokens stand that are, of those that may fuse, at an index."""
+    """Return the places of the tokens that have an index among those that may fuse."""
     place = index + guards
     if LISTED:
         # The guards that a place passes move it on, past others: as many times as there are guards at most.
