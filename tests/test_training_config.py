@@ -138,7 +138,7 @@ REFUSED = [
     ("model.cls_position=tail", "model.cls_position is 'tail': input should be 'head', 'middle' or"),
     ("model.name=vim_huge", "unknown model.name 'vim_huge'"),
     ("fusion.strategy=uper", "unknown fusion strategy 'uper', did you mean 'upper'?"),
-    ("fusion=upper fusion.budget=500", "fusion.budget", "the largest that fits is 47"),
+    ("fusion=upper fusion.budget=500", "fusion.budget", "the largest that fits is 48"),
     ("fusion=upper fusion.budget=3.5", "fusion.budget", "between 0 and 1"),
     ("fusion=upper fusion.budget=lots", "fusion.budget is 'lots'; allowed"),
     ("fusion=upper fusion.budget=-7", "fusion.budget is -7; allowed"),

@@ -240,7 +240,7 @@ def test_a_broken_configuration_beside_weights_is_said_on_one_line(
     assert famba(["visualize", str(copied), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {copied / 'config.yaml'} cannot be read (")
-    assert "give a checkpoint (.pt) of the run" in error
+    assert "restore it or remove it" in error
     assert error.count("\n") == 1
 
 
