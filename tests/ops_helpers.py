@@ -251,9 +251,13 @@ MAMBA_SSM = [
 BACKENDS = [REFERENCE, *NATIVE, TRITON, *MAMBA_SSM]
 
 
-def all_backends(*names: str) -> Any:
-    """Run a test for each backend, or for those of these names."""
-    chosen = [backend for backend in BACKENDS if not names or backend.name in names]
+def all_backends(*names: str, slow: str | None = None) -> Any:
+    """Run a test for each backend, or for those of these names; for the one named `slow` it is a slow test."""
+    chosen = [
+        pytest.param(backend, marks=pytest.mark.slow) if backend.name == slow else backend
+        for backend in BACKENDS
+        if not names or backend.name in names
+    ]
 
     def decorate(test: Any) -> Any:
         @functools.wraps(test)
@@ -264,7 +268,8 @@ def all_backends(*names: str) -> Any:
 
         # numpy says so where Triton's interpreter meets infinity.
         quiet = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-        return pytest.mark.parametrize("backend", chosen, ids=str)(quiet(run))
+        ids = [str(backend) for backend in BACKENDS if not names or backend.name in names]
+        return pytest.mark.parametrize("backend", chosen, ids=ids)(quiet(run))
 
     return decorate
 

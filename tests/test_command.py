@@ -100,6 +100,7 @@ def test_help_explains_every_group() -> None:
     assert "=_" not in done.stdout, "what choices are made of is no choice"
 
 
+@pytest.mark.slow
 def test_famba_and_python_m_famba_are_the_same() -> None:
     by_module = command("-m", "famba", "--help")
     script = subprocess.run([Path(sys.executable).parent / "famba", "--help"], capture_output=True, text=True)
@@ -108,6 +109,7 @@ def test_famba_and_python_m_famba_are_the_same() -> None:
     assert "download" in by_module.stdout
 
 
+@pytest.mark.slow
 def test_famba_train_is_train_py(tmp_path: Path) -> None:
     assert command("-m", "famba", "train", "fusion=uper").stderr == command("train.py", "fusion=uper").stderr
 

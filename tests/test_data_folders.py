@@ -72,10 +72,10 @@ def test_classes_and_images_have_one_order_in_every_process(tmp_path: Path) -> N
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONHASHSEED": seed},
         )
-        for seed in ("0", "1", "3", "4")
+        for seed in ("0", "1", "3")
     ]
     said = [process.communicate(timeout=120)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * 4
+    assert [process.returncode for process in started] == [0] * 3
     assert len(set(said)) == 1
     for line in said[0].splitlines():
         classes, names, labels, *_, test_names, test_labels = json.loads(line)

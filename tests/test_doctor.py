@@ -145,6 +145,7 @@ def test_a_choice_that_cannot_be_followed_is_shown(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is chosen when Triton is imported")
+@pytest.mark.slow
 def test_kernels_in_the_interpreter_are_checked_too(capsys: Printed, monkeypatch: Patch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     chosen = {name: registry._BACKENDS[name] for name in ("triton", "reference")}

@@ -13,7 +13,11 @@ from famba.ops import use_backend
 from famba.ops.availability import triton_obstacle
 
 HALF = [torch.bfloat16, torch.float16]
-BACKENDS = ["auto", "reference", *(["triton"] if triton_obstacle() is None else [])]
+BACKENDS = [
+    "auto",
+    "reference",
+    *([pytest.param("triton", marks=pytest.mark.slow)] if triton_obstacle() is None else []),
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

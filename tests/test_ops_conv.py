@@ -47,7 +47,7 @@ def test_each_dtype_and_layout(backend: Backend, layout: str) -> None:
         backend.check(*loop_conv(reverse=number % 2 == 0), [x, weight, draw(33, dtype=dtype)])
 
 
-@all_backends("reference", "native", "triton")
+@all_backends("reference", "native", "triton", slow="triton")
 @pytest.mark.parametrize("reverse", [False, True])
 def test_more_steps_than_a_tile_and_more_taps_than_usual(backend: Backend, reverse: bool) -> None:
     for shape, width in (((2, 130, 3), 4), ((2, 40, 3), 7), ((17, 5, 9), 3)):

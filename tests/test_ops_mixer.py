@@ -130,7 +130,7 @@ def test_vims_columns_and_others_that_need_no_padding(backend: Backend, out: boo
         check(backend, *mixer_inputs(1, 2049, 3, 2, 1, 1, out=out))
 
 
-@one_op
+@all_backends("native", "triton", "mamba_ssm", slow="triton")
 def test_half_precision_is_as_near_as_the_parts_in_it(backend: Backend) -> None:
     sizes = (2, 13, 24, 48, 4, 3) if backend.name == "triton" else (3, 37, 24, 48, 16, 3)
     drawn, dy = mixer_inputs(*sizes)

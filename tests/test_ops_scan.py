@@ -73,7 +73,7 @@ def test_every_option_in_each_dtype_and_layout(backend: Backend, layout: str) ->
         backend.check(*loop_scan(every, reverse=not every), inputs if every else positive_steps(inputs))
 
 
-@all_backends()
+@all_backends(slow="triton")
 @pytest.mark.parametrize("reverse", [False, True])
 def test_sizes_beside_those_at_which_work_is_cut(backend: Backend, reverse: bool) -> None:
     shapes = SHAPES[backend.name][reverse::2] if backend is TRITON else SHAPES[backend.name]

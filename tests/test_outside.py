@@ -41,7 +41,9 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(file)
 
 
-@pytest.mark.parametrize("cls_position", ["head", "middle", "none"])
+@pytest.mark.parametrize(
+    "cls_position", ["head", *(pytest.param(x, marks=pytest.mark.slow) for x in ("middle", "none"))]
+)
 def test_a_rule_of_ones_own_is_trained_evaluated_and_shown(
     cls_position: str, tmp_path: Path, picture: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

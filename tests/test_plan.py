@@ -89,7 +89,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "auto"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.slow), "auto"])
 def test_a_run_for_a_gpu_is_planned_where_there_is_none(precision: str, without_gpu: None, capsys: Printed) -> None:
     overrides = ["model=vim_ti", "fusion=upper", "trainer.device=cuda", f"trainer.precision={precision}"]
     none, upper = plan(overrides)

@@ -86,7 +86,12 @@ def assert_same_run(found: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [(), ("trainer.accumulation=2",), ("trainer.precision=fp16",), ("recipe.mixup=0", "recipe.cutmix=0")],
+    [
+        (),
+        ("trainer.accumulation=2",),
+        ("trainer.precision=fp16",),
+        pytest.param(("recipe.mixup=0", "recipe.cutmix=0"), marks=pytest.mark.slow),
+    ],
     ids=["one graph", "accumulation", "fp16", "hard labels"],
 )
 def test_twenty_steps_are_those_of_the_usual_way(device: str, tmp_path: Path, options: tuple[str, ...]) -> None:
@@ -97,7 +102,10 @@ def test_twenty_steps_are_those_of_the_usual_way(device: str, tmp_path: Path, op
     assert_same_run(tmp_path / "graphed", tmp_path / "eager")
 
 
-@pytest.mark.parametrize("strategy", ["none", "all", "interleaved", "lower", "upper", "adaptive"])
+@pytest.mark.parametrize(
+    "strategy",
+    ["upper", "adaptive", *(pytest.param(x, marks=pytest.mark.slow) for x in ("none", "all", "interleaved", "lower"))],
+)
 def test_every_strategy_and_one_that_adapts(device: str, tmp_path: Path, strategy: str) -> None:
     options = everything(device, "trainer.epochs=2", f"fusion={strategy}")
     summary = run(tmp_path / "graphed", *options)
@@ -152,7 +160,11 @@ def broken_at(monkeypatch: pytest.MonkeyPatch, bad: int) -> None:
     monkeypatch.setattr(step.Step, "next_batch", next_batch)
 
 
-@pytest.mark.parametrize("options", [(), ("trainer.accumulation=2",)], ids=["one graph", "accumulation"])
+@pytest.mark.parametrize(
+    "options",
+    [(), pytest.param(("trainer.accumulation=2",), marks=pytest.mark.slow)],
+    ids=["one graph", "accumulation"],
+)
 def test_a_loss_that_is_not_finite_leaves_the_weights_of_the_step_before(
     device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
 ) -> None:

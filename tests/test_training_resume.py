@@ -70,7 +70,7 @@ def test_stopped_and_resumed_is_bit_equal(tmp_path: Path, everything: Path, stop
     assert all(torch.equal(averaged[name], value) for name, value in straight.items())
 
 
-@pytest.mark.parametrize("stop", [4, 5])
+@pytest.mark.parametrize("stop", [4, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_schedule_that_adapts_resumes_bit_equal(tmp_path: Path, stop_after: Any, stop: int) -> None:
     """Stopped right before the schedule is measured anew, and right after."""
     adaptive = [*EVERYTHING, "fusion=adaptive", "fusion.adapt_at=[0.25,0.5]", "fusion.adapt_images=12"]
