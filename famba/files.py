@@ -37,7 +37,9 @@ def write_whole(path: Path, write: Callable[[str], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
         write(str(temporary))
+        temporary.chmod(mode)  # by the umask, as all files of a run; safetensors lets its user alone read
         _sync(temporary)
         os.replace(temporary, path)
         with contextlib.suppress(OSError):  # not every file system syncs folders

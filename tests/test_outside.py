@@ -22,7 +22,7 @@ from famba.fusion import RULES, LayerTokens, TokenMap, register_rule
 from famba.fusion.rules import bipartite
 from famba.models import Vim, create_network
 from famba.training.app import train
-from famba.training.compose import compose
+from famba.training.compose import compose, help_text
 from famba.training.setup import prepare
 
 OUTSIDE = Path(__file__).parent / "outside"
@@ -137,6 +137,7 @@ def test_a_backbone_of_ones_own_works_with_every_command(
     results = json.loads(capsys.readouterr().out)["results"]
     assert [one["strategy"] for one in results] == ["all", "none", "all", "lower"]
     assert main(["visualize", run_dir, picture, "--fusion", "all,upper", "--out", str(tmp_path / "pictures")]) == 0
+    assert "a network without convolutions" in help_text(OUTSIDE / "configs")
     plans = ["plan", "--config-dir", str(OUTSIDE / "configs"), "model=tiny_mixer", "fusion=all", "fusion.budget=6"]
     assert main([*plans, "data=digits", "--out", str(tmp_path / "plan")]) == 0
     _, fused = json.loads((tmp_path / "plan" / "plan.json").read_text())

@@ -45,6 +45,11 @@ def test_a_running_run_says_how_far_it_is_and_how_long_it_takes(tmp_path: Path) 
     assert found.updated == pytest.approx(time.time(), abs=60)
 
 
+def test_a_stopped_run_is_as_far_as_what_it_saved(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", EPOCH, train_line(40), status="interrupted", step=46)
+    assert [one.step for one in looking.status([run])] == [46]
+
+
 def test_every_state_is_told(tmp_path: Path, capsys: Printed) -> None:
     for said in ("finished", "interrupted"):
         write_run(tmp_path / said, EPOCH, status=said, top1=30.0)

@@ -16,6 +16,7 @@ from runs import check_command
 from famba.errors import CheckpointError, ConfigError
 from famba.files import write_whole
 from famba.training import app, devices
+from famba.training.checkpoint import save_weights
 from famba.training.compose import compose, groups
 from famba.training.config import RunConfig, flatten, keys, parse, plain
 from famba.training.devices import choose_device, choose_precision
@@ -328,6 +329,10 @@ def test_torchrun_and_sweeps_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_whole(path, lambda file: Path(file).write_text("old"))
+    plain = path.with_name("plain")
+    plain.touch()
+    save_weights(path.with_name("weights"), {"x": torch.zeros(1)})
+    assert path.with_name("weights").stat().st_mode == path.stat().st_mode == plain.stat().st_mode
 
     def fail(file: str) -> None:
         Path(file).write_text("half")
@@ -336,7 +341,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No space left on device; the file before it is unharmed"):
         write_whole(path, fail)
     assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "plain", "weights"}
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_a_transformer_that_fuses_has_the_rates_that_timm_gives_it() -> None:
     assert scales[0] == scales[1]
 
 
-def test_a_run_moves_early_layers_less(tmp_path: Path) -> None:
+def test_a_run_moves_early_layers_less(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     sgd = ("recipe.optimizer=sgd", "recipe.clip_grad=null", "recipe.weight_decay=0", "recipe.warmup_epochs=0")
     one = ("trainer.max_steps=1", *sgd)
     run(tmp_path / "start", "trainer.max_steps=1", "recipe.lr=1e-30", "recipe.min_lr=0", *sgd)
@@ -106,3 +106,4 @@ def test_a_run_moves_early_layers_less(tmp_path: Path) -> None:
         assert moved.item() == pytest.approx(share, rel=1e-2), name
     rates = [[line["lr"] for line in metrics(tmp_path / n) if line["kind"] == "train"] for n in ("plain", "decayed")]
     assert rates[0] == rates[1]
+    assert "no effect" not in caplog.text

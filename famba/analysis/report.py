@@ -161,7 +161,8 @@ def gather(paths: Iterable[str | Path]) -> Report:
     for (kind, reason), names in found.groupby(["kind", "reason"])["run"]:
         listed[kind].append(("; ".join(sorted(names)), reason))
     counted, moved = sum(len(table.runs) for table in tables), int((found["kind"] == "elsewhere").sum())
-    headline = f"{counted} runs in the tables, {moved} of them for accuracy alone; {len(found) - moved} left out."
+    runs = f"{counted} run{'' if counted == 1 else 's'}"
+    headline = f"{runs} in the tables, {moved} of them for accuracy alone; {len(found) - moved} left out."
     groups = {_KINDS[kind]: names for kind, names in listed.items() if names}
     return Report(tables, groups, headline)
 

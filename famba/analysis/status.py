@@ -145,7 +145,8 @@ def _look(folder: Path, name: str, queued: str | None) -> Status:
         logged = {of: _number(ended, f"{of}_top1") for of in ("test", "validation")}
         known = {of: top1 for of, top1 in [*logged.items(), *known.items()] if top1 is not None}
     top1_of, top1 = next(iter(known.items()), (None, None))
-    step = said.step if step is None else int(step)
+    # A run that was stopped has saved steps that it has not logged.
+    step = max((int(known) for known in (said.step, step) if known is not None), default=None)
     return Status(
         run=name,
         folder=str(folder),

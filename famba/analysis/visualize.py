@@ -35,8 +35,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `famba visualize`."""
     parser.description = (
         "Draw, for each image, which patches each token holds, layer by layer; and over all images how similar the "
-        "tokens of each layer are. Patches that share a token are outlined, in their mean colour; where they do not "
-        "touch, an equal mark or letter in each part says that they are of one."
+        "tokens of each layer are. Patches that share a token are outlined, in their mean colour; parts of "
+        "one token that do not touch carry the same mark or letter."
     )
     parser.epilog = "example: famba visualize runs/mine cat.jpg dog.jpg --fusion lower,upper --out pictures"
     add = parser.add_argument

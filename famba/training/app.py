@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if {"--help", "-h"} & set(arguments):
-            print(help_text(), end="")
+            print(help_text(Command.parse(arguments).config_dir), end="")
         elif any(getattr(get_args_parser().parse_args(arguments), name) for name in _QUESTIONS):
             _answer(arguments)
         elif (command := Command.parse(arguments)).multirun:

@@ -214,8 +214,11 @@ _GROUPS = {
 }
 
 
-def help_text() -> str:
-    """Return the text of `python train.py --help`: every group, choice and key with the comments of their files."""
+def help_text(own: Path | None = None) -> str:
+    """Return the text of `python train.py --help`: every group, choice and key with the comments of their files.
+
+    own: a folder with more choices.
+    """
     entries = yaml.safe_load((config_dir() / "config.yaml").read_text())["defaults"]
     chosen = {
         key.removeprefix("override "): name for entry in entries if entry != "_self_" for key, name in entry.items()
@@ -224,9 +227,11 @@ def help_text() -> str:
     for group, (meaning, files) in _GROUPS.items():
         folder = config_dir() / group
         lines = [f"{group}: {meaning}" + (f" (default: {chosen[group]})" if chosen[group] else "")]
-        lines += [f"  {group}={choice:12} {_comment(folder / f'{choice}.yaml')}" for choice in groups()[group]]
+        for choice in groups(own)[group]:
+            files_of = [place / group / f"{choice}.yaml" for place in (config_dir(), own) if place is not None]
+            lines.append(f"  {group}={choice:15} {_comment(next(file for file in files_of if file.is_file()))}")
         for file, prefix in files.items():
-            lines.append(f"  keys of {group}={file}" if group == LAUNCHER else "  keys")
+            lines.append("  keys" if file in ("_base", "none") else f"  keys of {group}={file}")
             lines += _keys(folder / f"{file}.yaml", prefix)
         sections.append("\n".join(lines))
     sections.append("\n".join(["Other keys", *_keys(config_dir() / "config.yaml", "")]))

@@ -137,9 +137,9 @@ def finished_weights(folder: Path) -> Path:
     if weights.is_file():
         return weights
     if kept := Checkpoints(folder / "checkpoints").newest_first():
-        raise CheckpointError(
-            f"the run in {folder} is not finished; to take it as it is, give its checkpoint {kept[0]}"
-        )
+        summary = RunFolder(folder, writes=False).summary or {}
+        reason = f"has lost its {WEIGHTS}" if summary.get("status") == "finished" else "is not finished"
+        raise CheckpointError(f"the run in {folder} {reason}; to take it as it is, give its checkpoint {kept[0]}")
     raise CheckpointError(f"{folder} holds no trained network ({WEIGHTS}); give the run_dir of a finished run")
 
 

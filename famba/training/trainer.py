@@ -242,7 +242,12 @@ class Training:
         # Logged for the step that it first acts in: a run that continues from here measures and logs again.
         self.metrics.log("schedule", state.step + 1, epoch, values)
         removed = " ".join(map(str, schedule))
-        _log.info("after step %d the layers remove %s tokens (similar by %.3f)", state.step, removed, threshold)
+        _log.info(
+            "after step %d the layers remove %s tokens (threshold of cosine similarity: %.3f)",
+            state.step,
+            removed,
+            threshold,
+        )
 
     def _adapted(self) -> Adapted:
         model, autocast = self.state.model, self.setup.autocast

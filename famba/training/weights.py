@@ -307,7 +307,10 @@ def _from_run(
     try:
         config = parse(with_added_keys(values))
     except (FambaError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file}: its run has no configuration of this release: {error}") from error
+        raise CheckpointError(
+            f"{file}: its run cannot be set up by this installation: {error}. Install the package that adds what is "
+            "missing, or the release of famba that trained it"
+        ) from error
     try:
         check_model(config)
         model = build_model(config.model.name, model_arguments(config, len(head)))

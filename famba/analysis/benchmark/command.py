@@ -42,7 +42,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     of_gpu = _add(kinds, "gpu", gpu.measure_gpu, 5, "a CUDA device: the tables of docs/performance.md")
     of_gpu.add_argument("--minutes", type=_count, default=8, metavar="N", help="stop in time (default: 8)")
     of_gpu.add_argument("--fill", type=Path, metavar="FILE", help="put the tables between the markers in FILE")
-    of_gpu.add_argument("--floors", action="store_true", help="what A100 and H100 need at their best; needs no GPU")
+    of_gpu.add_argument(
+        "--floors", action="store_true", help="the least time that an A100, an H100 and an H200 need; needs no GPU"
+    )
     of_gpu.add_argument("--from", dest="found", type=Path, metavar="FILE", help="show or --fill what --json wrote")
 
 
