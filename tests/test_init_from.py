@@ -120,7 +120,7 @@ def test_what_is_not_there_is_refused(source: Path, tmp_path: Path) -> None:
     assert "holds no trained network" in refused(tmp_path)
     broken = shutil.copytree(source, tmp_path / "broken")
     (broken / "model.safetensors").unlink()
-    assert "is not finished; to take it as it is, give its checkpoint" in refused(broken)
+    assert "has lost its model.safetensors; to take it as it is, give its checkpoint" in refused(broken)
     (broken / "model.safetensors").write_bytes(b"no weights")
     assert "truncated or no checkpoint" in refused(broken)
     with pytest.raises(ConfigError, match=r"init_from=x+ cannot be looked up"):
