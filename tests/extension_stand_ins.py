@@ -218,6 +218,10 @@ def use_stand_ins(patch: pytest.MonkeyPatch, installed: bool) -> Extensions:
     for module in (made.scan, made.conv):
         patch.setitem(sys.modules, module.__name__, module)
     forget_caches()
+    if installed:
+        # It keeps the extension that it found when it was first imported.
+        functions = importlib.import_module("causal_conv1d.cpp_functions")
+        patch.setattr(functions, made.conv.__name__, made.conv)
     if not installed:
         pretend(patch, {"mamba-ssm": "2.2.2", "causal-conv1d": "1.4.0"})
         patch.setitem(sys.modules, "mamba_ssm", None)
