@@ -172,11 +172,12 @@ def test_what_cannot_work_is_refused_before_any_image(
     assert re.search(said, error.replace("\n", " ")), error
 
 
-def test_folders_of_other_classes_are_refused(upper: Trained, tmp_path: Path) -> None:
+def test_folders_of_other_classes_are_refused(upper: Trained, tmp_path: Path, capsys: Printed) -> None:
     for place in ("train/a", "train/b", "val/a", "val/b"):
         (tmp_path / place).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / place / "0.png")
     assert famba(["evaluate", str(upper[0]), "--data", "folder", "--data-root", str(tmp_path)]) == 2
+    assert "classes that the network was not trained on: a, b;" in capsys.readouterr().err
 
 
 def test_a_timm_model_needs_data_to_be_named(upper: Trained) -> None:
@@ -284,6 +285,10 @@ def test_runs_of_an_earlier_version_are_evaluated_drawn_and_exported(
     monkeypatch.setattr(export, "check_file", lambda *arguments: "not checked")
     write_images(tmp_path / "images")
     (checkpoint,) = (KEPT / "checkpoints").glob("*.pt")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # the images of the run are not there
+    assert famba(["evaluate", str(checkpoint)]) == 2
+    assert "the run's data.root (--data-root names another)" in capsys.readouterr().err
     assert famba(["evaluate", str(checkpoint), "--data-root", str(tmp_path / "images"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     (mine,) = found["results"]

@@ -128,7 +128,7 @@ def check(options: argparse.Namespace) -> Request:
 
 def _images(name: str | None, root: str | None, trained: Trained) -> Images:
     """Return the test images to take: those of the training, unless --data names others."""
-    config, classes, is_own, given = trained.config, None, name is None, root is not None
+    config, classes, is_own, from_run = trained.config, None, name is None, root is None
     if name is None:
         if config is None:
             raise ConfigError(f"{trained.source} says no data set to evaluate it on; name one by --data")
@@ -141,7 +141,8 @@ def _images(name: str | None, root: str | None, trained: Trained) -> Images:
         if is_own:
             root, classes = root or config.data.root, config.data.num_classes
     images = Images(name, root, classes, is_own)
-    with named(_OPTIONS if given else {**_OPTIONS, "root": "the run's data.root (--data-root names another place)"}):
+    root_name = "the run's data.root (--data-root names another)" if from_run and is_own else "--data-root"
+    with named({**_OPTIONS, "root": root_name}):
         data.check_request(name, root, subset=None, val_fraction=0.0, num_classes=classes)
         if (known := classes or data.num_classes_of(name)) is not None:
             _check_classes(trained, images, known)

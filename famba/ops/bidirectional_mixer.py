@@ -203,14 +203,6 @@ def _gradients(ctx, dout, *_):  # type: ignore[no-untyped-def]
 _mixer.register_autograd(_gradients, setup_context=_keep)
 
 
-def mixer_macs(
-    tokens: int, d_model: int, d_inner: int, d_state: int, dt_rank: int, d_conv: int, output: bool = True
-) -> int:
-    """Count the multiply-adds of a forward pass of `tokens` tokens, with or without the output projection."""
-    projections = d_inner * d_model * (3 if output else 2)
-    return tokens * (projections + 2 * _direction_macs(d_inner, d_conv, dt_rank + 2 * d_state, dt_rank, d_state))
-
-
 def _direction_macs(d_inner: int, d_conv: int, projected: int, dt_rank: int, d_state: int) -> int:
     """Count the multiply-adds of one direction, per token."""
     return d_inner * (d_conv + projected + dt_rank) + scan_macs(1, 1, d_inner, d_state, skip=True, gate=True)
