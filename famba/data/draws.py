@@ -23,7 +23,6 @@ class Stream(enum.IntEnum):
     AUGMENTATION = 3
     SPLIT = 4
     STREAMED_ORDER = 5
-    STREAMED_AUGMENTATION = 6
     WEIGHTS = 7
     STEP = 8
     SUBSET = 9

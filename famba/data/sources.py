@@ -16,7 +16,7 @@ from famba.data.draws import Stream, permutation
 from famba.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from famba.data.named import StreamSource
+    from famba.data.streams import StreamSource
 
 Labels = npt.NDArray[np.int64]
 
@@ -111,17 +111,9 @@ def labels_of(source: Source) -> Labels:
 
 def check_labels(labels: Labels, num_classes: int, where: Callable[[int], str]) -> Labels:
     """Return the labels, or raise DataError saying `where` the first wrong one was found, by its place."""
-    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
-    if len(wrong):
-        check_label(int(labels[wrong[0]]), num_classes, lambda: where(int(wrong[0])))
+    for place in np.flatnonzero((labels < 0) | (labels >= num_classes))[:1].tolist():
+        raise DataError(f"{where(place)}: label {labels[place]} is not in 0..{num_classes - 1}.")
     return labels
-
-
-def check_label(label: object, num_classes: int, where: Callable[[], str]) -> int:
-    """Return the label, or raise DataError saying `where` it was found."""
-    if not isinstance(label, int) or not 0 <= label < num_classes:
-        raise DataError(f"{where()}: label {label} is not in 0..{num_classes - 1} ({num_classes} classes).")
-    return label
 
 
 def check_num_classes(given: int | None, found: int | None, name: str) -> None:
