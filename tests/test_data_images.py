@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from famba.data import open_image
-from famba.data.images import decode_rgb, to_rgb
+from famba.data.images import to_rgb
 from famba.errors import ConfigError, DataError
 
 # A red corner shows how an image is turned.
@@ -31,18 +28,6 @@ def exif(orientation: int) -> Image.Exif:
 
 def pixels(path: Path, background: str = "white") -> list[Any]:
     return np.asarray(open_image(path, background)).tolist()
-
-
-def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def png(width: int, bits: int, colour: int, rows: list[bytes], transparent: bytes) -> bytes:
-    """A PNG of any depth, with a transparent colour; Pillow writes few of them."""
-    header = struct.pack(">IIBBBBB", width, len(rows), bits, colour, 0, 0, 0)
-    data = zlib.compress(b"".join(b"\0" + row for row in rows))
-    parts = [chunk(b"IHDR", header), chunk(b"tRNS", transparent), chunk(b"IDAT", data), chunk(b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 BITS_16 = [0, 128, 129, 257, 32_896, 65_535 - 129, 65_535]
@@ -118,25 +103,6 @@ def test_palettes_may_be_transparent(tmp_path: Path, name: str, given: Any, last
     assert third == pytest.approx([(value * last + 255 * (255 - last)) / 255 for value in (200, 100, 50)], abs=1)
 
 
-@pytest.mark.parametrize(
-    ("bits", "colour", "row", "clear", "opaque"),
-    [
-        (1, 0, b"\x40", struct.pack(">H", 0), [255] * 3),
-        (2, 0, b"\x40", struct.pack(">H", 1), [0] * 3),
-        (4, 0, b"\xf0", struct.pack(">H", 15), [0] * 3),
-        (8, 0, b"\x07\x09", struct.pack(">H", 7), [9] * 3),
-        (16, 0, b"\x01\x02\x80\x80", struct.pack(">H", 0x0102), [128] * 3),
-        (8, 2, b"\1\2\3\4\5\6", struct.pack(">HHH", 1, 2, 3), [4, 5, 6]),
-        (16, 2, b"\x80\1\x20\2\x30\3\4\0\5\0\6\0", struct.pack(">HHH", 0x8001, 0x2002, 0x3003), [4, 5, 6]),
-    ],
-)
-def test_the_transparent_colour_of_a_png_is_found_at_every_depth(
-    bits: int, colour: int, row: bytes, clear: bytes, opaque: list[int]
-) -> None:
-    image = decode_rgb(io.BytesIO(png(2, bits, colour, [row], clear)), COLOUR)
-    assert np.asarray(image).tolist() == [[list(COLOUR), opaque]]
-
-
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
 def test_images_stand_upright(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"turned.{suffix}"
@@ -156,12 +122,6 @@ def test_an_image_that_was_turned_is_not_turned_again(tmp_path: Path) -> None:
     once = open_image(path)
     once.save(again, exif=once.getexif())
     assert open_image(again).size == once.size == (4, 6)
-
-
-def test_transparency_16_bits_and_orientation_come_together(tmp_path: Path) -> None:
-    path = tmp_path / "all.png"
-    Image.fromarray(np.array([[0, 65_535], [0, 257]], np.uint16)).save(path, exif=exif(6), transparency=0)
-    assert pixels(path, BEHIND) == [[list(COLOUR), list(COLOUR)], [[1] * 3, [255] * 3]]
 
 
 def test_damaged_exif_turns_nothing(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_more_workers_than_files_are_named(root: Path) -> None:
 
 @WORKERS
 def test_a_label_out_of_range_is_named(root: Path, workers: int) -> None:
-    with pytest.raises(DataError, match=r"split validation: label \d+ is not in 0\.\.2"):
+    with pytest.raises(DataError, match=r"split validation: an image: label \d+ is not in 0\.\.2"):
         list(evaluation(streamed(root, num_classes=3).test, workers=workers))
 
 
@@ -151,7 +151,7 @@ def test_streamed_images_are_read_as_those_in_folders(tmp_path: Path, caplog: py
     splits = streamed(tmp_path, num_classes=4, background="#ff0000")
     assert isinstance(splits.train, StreamSource)
     assert isinstance(splits.test, StreamSource)
-    for given in (splits.test.open_evaluation(), splits.train.open_training(0, 0, 4, 0, 1)):
+    for given in (splits.test.images(), splits.train.images(is_training=True, batch_size=4)):
         found = {number: (image.size, image.getpixel((1, 1))) for image, number in given}
         assert found[0] == found[3] == ((8, 8), (255, 0, 0))
         assert found[1] == ((8, 8), (128, 128, 128))

@@ -206,7 +206,6 @@ REFUSED = [
     ("data=folder", "data 'folder' needs data.root, the folder that holds"),
     ("data=folder data.root=/absent/3", "data.root"),
     ("data=digits data.root=/absent/3", "data.root"),
-    ("data.name=torch/cifar10", "data.root"),
     ("data.name=wds/", "data.root"),
     ("data.name=hf/x", "data.name: data 'hf/x': unknown prefix, known are "),
     ("data=cifar100 data.num_classes=80", "data.num_classes is 80, but cifar100 has 100 classes"),
