@@ -85,17 +85,12 @@ def write(root: Path, names: Iterable[str], content: bytes | None = None) -> Non
         path.write_bytes(encoded(number) if content is None else content)
 
 
-def tar_of(files: Mapping[str, bytes] | Iterable[str], links: Mapping[str, tuple[bytes, str]] | None = None) -> bytes:
-    """Return a tar file of files, or of images whose red is their number, and of links."""
-    held = files if isinstance(files, Mapping) else {name: encoded(number) for number, name in enumerate(files)}
+def tar_of(files: Mapping[str, bytes]) -> bytes:
+    """Return a tar file of files."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, content in held.items():
+        for name, content in files.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-        for name, (kind, target) in (links or {}).items():
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, target
-            tar.addfile(info)
     return buffer.getvalue()

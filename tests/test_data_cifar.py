@@ -20,7 +20,6 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets import utils as torchvision_utils
 
 from famba.data import ArraySource, download, num_classes_of
-from famba.data.published import default_root
 from famba.errors import ConfigError, DataError
 
 NAMES = [f"class {number}" for number in range(100)]
@@ -97,16 +96,6 @@ def test_official_files_load_from_the_folder_or_the_one_above(official: Path) ->
         load("cifar100", official.parent)
 
 
-def test_cifar10_is_read_from_several_batches_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "cifar-10-batches-py"
-    train = [write_pickle(folder / f"data_batch_{i}", batch(pixels(2, i), [i, i + 1], "labels")) for i in range(1, 4)]
-    test = write_pickle(folder / "test_batch", batch(pixels(1, 9), [9], "labels"))
-    publish(monkeypatch, CIFAR10, train, [test], write_pickle(folder / "batches.meta", {"label_names": NAMES[:10]}))
-    found: Any = load("cifar10", tmp_path).train
-    assert found.labels.tolist() == [1, 2, 2, 3, 3, 4]
-    assert np.array_equal(shown(found), np.concatenate([pixels(2, i) for i in range(1, 4)]))
-
-
 class _Dangerous:
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -128,7 +117,8 @@ def test_a_file_that_was_not_published_is_named_and_its_code_does_not_run(
 @pytest.mark.parametrize(
     ("name", "below", "columns"),
     [
-        *(("cifar100", below, COLUMNS) for below in ("", "data", "cifar100")),
+        ("cifar100", "", COLUMNS),
+        ("cifar100", "cifar100", COLUMNS),
         ("cifar10", "plain_text", ("image", "label")),
     ],
 )
@@ -170,7 +160,7 @@ def test_a_bad_row_of_parquet_is_named(tmp_path: Path, image: Any, label: Any, m
         load("cifar100", tmp_path)
 
 
-@pytest.mark.parametrize("damage", [slice(0), slice(50), slice(-1000), None])
+@pytest.mark.parametrize("damage", [slice(0), slice(-1000), None])
 def test_a_damaged_parquet_file_is_named(tmp_path: Path, damage: slice | None) -> None:
     write_splits(tmp_path)
     path = tmp_path / SHARD
@@ -264,26 +254,8 @@ def test_download_skips_what_is_there_and_mends_damage(counted_download: Path, t
     download("cifar100", root)
     assert counted_download.read_text().count("\n") == 2
     assert len(load("cifar100", root).test) == 3
-
-
-def test_the_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("FAMBA_DATA", str(tmp_path))
-    assert default_root() == tmp_path
-    monkeypatch.delenv("FAMBA_DATA")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_root() == tmp_path / ".cache" / "famba" / "data"
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("folder", "digits come with scikit-learn, and other images are yours to provide"),
-        ("cifar1000", "only cifar10 and cifar100, did you mean 'cifar100'"),
-    ],
-)
-def test_what_has_no_download_says_why(tmp_path: Path, name: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        download(name, tmp_path)
+    with pytest.raises(ConfigError, match="only cifar10 and cifar100, did you mean 'cifar100'.* yours to provide"):
+        download("cifar1000", tmp_path)
 
 
 def test_classes_known_by_name() -> None:
