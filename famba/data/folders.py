@@ -61,8 +61,7 @@ def load_folder(root: Path, num_classes: int | None, reading: Reading) -> Splits
             said = [f"{how} {listed(names)}" for how, names in (("without", missing), ("with", extra)) if names]
             raise DataError(f"{places[part]}: its classes are not those of {places['train']}: {', '.join(said)}.")
     check_num_classes(num_classes, len(classes), str(root))
-    numbers = {name: number for number, name in enumerate(classes)}
-    found = {}
+    found, numbers = {}, {name: number for number, name in enumerate(classes)}
     for part, images in parts.items():
         labels = np.array([numbers[label] for label in images.values()], dtype=np.int64)
         found[part] = FileSource(places[part], [*images], labels, len(classes), reading.colour)

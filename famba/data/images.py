@@ -24,8 +24,8 @@ class Reading:
     """Says how folders and images are read.
 
     version: 2; or 1 for what Famba 0.1 did: innermost folders are classes, `.png`, `.jpg` and `.jpeg` alone are images,
-    transparency and EXIF orientation are dropped, 16 bits are cut off. background: the colour behind transparent
-    images, a name as in CSS or "#rrggbb"; version 1 has none. Raises ConfigError for anything else.
+    transparency and orientation are dropped, 16 bits are cut off. background: the colour behind transparent images, a
+    name as in CSS or "#rrggbb"; version 1 has none. Raises ConfigError for anything else.
     """
 
     version: int = 2
@@ -58,10 +58,7 @@ def _colour(name: str) -> Colour:
 
 @contextmanager
 def naming(where: Callable[[], str]) -> Iterator[None]:
-    """Turn every error of reading an image into a DataError that says which image it was.
-
-    `where` is called only then: some data sets must read an image to tell its name.
-    """
+    """Turn every error of reading an image into a DataError that says which image it was; `where` is called then."""
     try:
         yield
     except DataError:

@@ -69,13 +69,11 @@ def find_cifar(name: str, root: Path) -> Callable[[Colour | None], Splits]:
     for folder in hub:
         train, test = _shards(folder, "train"), _shards(folder, "test")
         if train and test:
-            return partial(_load_parquet, name, train, test)
-    raise DataError(
-        f"no {name} under {root}. Looked for the official files in {', '.join(map(str, official))} (not in the first: "
-        f"{', '.join(_missing(name, official[0]))}); for train-*.parquet and test-*.parquet in "
-        f"{', '.join(map(str, hub))}. To fetch it: famba download {name} --root {root}",
-        "root",
-    )
+            read = partial(_read_parquet, name)
+            return lambda background: Splits(read(train, background), None, read(test, background))
+    places, lacking = (", ".join(map(str, folders)) for folders in ((*official, *hub[1:]), _missing(name, official[0])))
+    said = f"no official files (not in the first: {lacking}) nor train-*.parquet and test-*.parquet in {places}"
+    raise DataError(f"{said}. To fetch {name}: famba download {name} --root {root}", "root")
 
 
 def _missing(name: str, folder: Path, *, or_damaged: bool = False) -> list[str]:
@@ -116,10 +114,8 @@ def download(name: str, root: str | Path | None) -> Path:
     download or writing the folder fails.
     """
     if name not in CIFAR:
-        others = "digits come with scikit-learn, and other images are yours to provide"
-        raise ConfigError(
-            f"data {name!r} has no download, only {' and '.join(CIFAR)}{near_miss(name, CIFAR)}; {others}."
-        )
+        known = f"only {' and '.join(CIFAR)}{near_miss(name, CIFAR)}; other images are yours to provide"
+        raise ConfigError(f"data {name!r} has no download, {known}.")
     folder, kind = default_root() if root is None else Path(root).expanduser(), CIFAR[name]
     unpacked = folder / kind.base_folder
     try:
@@ -159,10 +155,6 @@ def _shards(folder: Path, split: str) -> list[Path]:
     if found and (count := found[-1].stem.rpartition("-of-")[2]).isdecimal() and int(count) != len(found):
         raise DataError(f"{folder}: {found[-1].name} is one of {int(count)} files, but {len(found)} lie there.")
     return found
-
-
-def _load_parquet(name: str, train: list[Path], test: list[Path], background: Colour | None) -> Splits:
-    return Splits(_read_parquet(name, train, background), None, _read_parquet(name, test, background))
 
 
 def _read_parquet(name: str, paths: list[Path], background: Colour | None) -> ArraySource:
