@@ -14,7 +14,7 @@ import pytest
 from images_and_loaders import encoded, load, red, write
 from timm.data.readers import create_reader
 
-from famba.data import Splits, check_folder
+from famba.data import Splits, check_folder, load_splits
 from famba.data.folders import FileSource, in_order
 from famba.errors import ConfigError, DataError
 
@@ -38,27 +38,31 @@ def root(tmp_path: Path) -> Path:
 
 
 NAMES = ["b/1.png", "B/1.png", "a/1.png", "A/1.png", "01/x.png", "1/x.png", "10/x.png", "2/a.png", "2/A.png"]
-_SAY = """
-import json, sys
-from famba.data import load_splits
-splits = load_splits("folder", sys.argv[1], subset=6, val_fraction=0.3, num_classes=None)
-train = splits.train.source
-print(json.dumps([splits.classes, train.source.names, train.source.labels.tolist(), train.indices.tolist(),
-                  splits.train.indices.tolist(), splits.test.names, splits.test.labels.tolist()]))
-"""
+
+
+def said(root: str) -> list[Any]:
+    splits: Any = load_splits("folder", root, subset=6, val_fraction=0.3, num_classes=None)
+    whole, test = splits.train.source.source, splits.test
+    held = [splits.train.indices.tolist(), splits.validation.indices.tolist()]
+    return [list(splits.classes), whole.names, whole.labels.tolist(), test.names, test.labels.tolist(), held]
 
 
 def test_classes_and_images_have_one_order_in_every_process(tmp_path: Path) -> None:
     write(tmp_path / "train", NAMES)
     write(tmp_path / "test", NAMES[::-1])
-    command = [sys.executable, "-c", _SAY, str(tmp_path)]
-    started = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONHASHSEED": seed})
-        for seed in ("0", "1")
-    ]
-    first, second = (process.communicate(timeout=120)[0] for process in started)
-    assert first == second
-    classes, names, labels, *_, test_names, test_labels = json.loads(first)
+    code = "import json, sys; from test_data_folders import said; print(json.dumps(said(sys.argv[1])))"
+    # The order of sets differs between these two processes.
+    environment = {**os.environ, "PYTHONHASHSEED": "0" if os.environ.get("PYTHONHASHSEED") != "0" else "1"}
+    other = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        env=environment,
+        cwd=Path(__file__).parent,
+        check=True,
+    )
+    mine = said(str(tmp_path))
+    assert json.loads(other.stdout) == mine
+    classes, names, labels, test_names, test_labels, _ = mine
     assert classes == ["01", "1", "2", "10", "A", "a", "B", "b"]
     expected = ["01/x.png", "1/x.png", "2/A.png", "2/a.png", "10/x.png", "A/1.png", "a/1.png", "B/1.png", "b/1.png"]
     assert names == test_names == expected

@@ -78,17 +78,6 @@ def test_subset_and_held_out_images_of_version_1_are_those_that_they_were() -> N
     assert torch.equal(splits.validation.images, whole.images[torch.from_numpy(held)])  # type: ignore[union-attr]
 
 
-def test_val_fraction_holds_out_the_same_images_of_the_subset_in_every_run() -> None:
-    whole: Any = load("digits", subset=200).train
-    first, again = ((splits.train, splits.validation) for splits in [load("digits", subset=200, val_fraction=0.25)] * 2)
-    train, validation = (part.images for part in first)  # type: ignore[union-attr]
-    assert (len(train), len(validation)) == (150, 50)
-    both = sorted(image.numpy().tobytes() for image in torch.cat([train, validation]))
-    assert both == sorted(image.numpy().tobytes() for image in whole.images)
-    assert all(torch.equal(one.images, other.images) for one, other in zip(first, again, strict=True))  # type: ignore[union-attr]
-    assert not torch.equal(validation, whole.images[-50:])  # drawn, not cut off
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
