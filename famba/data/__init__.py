@@ -17,7 +17,6 @@ from famba.data.splits import (
     num_classes_of,
     training_images_of,
 )
-from famba.data.streams import StreamSource
 
 __all__ = [
     "LOADERS",
@@ -28,7 +27,6 @@ __all__ = [
     "Reading",
     "Source",
     "Splits",
-    "StreamSource",
     "TrainBatches",
     "check_folder",
     "check_request",

@@ -15,23 +15,21 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from famba.data.augment import Augmentation, Images, Normalize, Transform, evaluation_transform, training_transform
-from famba.data.draws import Stream, derived_integer
 from famba.data.sampler import EpochSampler, MicroBatch, check_numbers, check_rank
 from famba.data.sources import ArraySource, Source, labels_of
-from famba.data.streams import StreamSource, evaluation_share, training_share
-from famba.errors import ConfigError, FambaError
+from famba.errors import FambaError
 
 Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 """Images as the transform gives them, float32 (b, 3, s, s), and labels, int64 (b,)."""
 
-Share: TypeAlias = Callable[[int, int], Iterator[Batch | None]]
-"""(worker, workers) to every `workers`-th batch from `worker` on, None for one that is skipped."""
+Share: TypeAlias = Callable[[int, int], Iterator[Batch]]
+"""(worker, workers) to every `workers`-th batch from `worker` on."""
 
 _TIME_TO_SAVE_S = 60
 
 
 def train_batches(
-    source: Source | StreamSource,
+    source: Source,
     augmentation: Augmentation,
     *,
     image_size: int,
@@ -49,7 +47,7 @@ def train_batches(
     """Return the training batches of one process.
 
     A step depends on (seed, epoch, step) and the numbers below, never on what ran before, nor on `workers`; with
-    `repeats` 1, and no stream, the processes together see the same images and augmentation however many they are.
+    `repeats` 1 the processes together see the same images and augmentation however many they are.
 
     image_size: side in pixels that the model takes. mean, std: of the colours, in 0..1. seed: of order and
     augmentation. seed to world_size and repeats: as in `EpochSampler`. workers: loading processes beside this one;
@@ -60,16 +58,12 @@ def train_batches(
     check_numbers(image_size=image_size)
     sampler = EpochSampler(len(source), seed, batch_size, accumulation, rank, world_size, repeats)
     transform = training_transform(augmentation, image_size, Normalize(tuple(mean), tuple(std)), seed)
-    if isinstance(source, StreamSource):
-        if repeats > 1:
-            raise ConfigError(f"repeats must be 1 with {source.name!r}: a stream cannot repeat images.", "repeats")
-        return TrainBatches(sampler, partial(training_share, source, transform, sampler), workers, pin_memory)
     needed = 0 if augmentation.kind == "batch" and isinstance(source, ArraySource) else workers
     return TrainBatches(sampler, partial(_read, source, transform, sampler.micro_batches), needed, pin_memory)
 
 
 def eval_batches(
-    source: Source | StreamSource,
+    source: Source,
     augmentation: Augmentation,
     *,
     image_size: int,
@@ -90,9 +84,6 @@ def eval_batches(
     check_numbers(image_size=image_size, batch_size=batch_size)
     check_rank(rank, world_size)
     transform = evaluation_transform(augmentation, image_size, Normalize(tuple(mean), tuple(std)))
-    if isinstance(source, StreamSource):
-        share = partial(evaluation_share, source, transform, batch_size, rank, world_size)
-        return EvalBatches(share, workers, pin_memory)
     images = range(len(source) * rank // world_size, len(source) * (rank + 1) // world_size)
     share = partial(_read, source, transform, partial(_in_order, images, batch_size), 0, 0)
     return EvalBatches(share, 0 if isinstance(source, ArraySource) else workers, pin_memory)
@@ -104,7 +95,7 @@ class _Worker(IterableDataset[Any]):
     def __init__(self, share: Share) -> None:
         self.share = share
 
-    def __iter__(self) -> Iterator[Batch | FambaError | None]:
+    def __iter__(self) -> Iterator[Batch | FambaError]:
         info = get_worker_info()
         try:
             yield from self.share(*((info.id, info.num_workers) if info else (0, 1)))
@@ -128,13 +119,12 @@ def _leave_signals_to_parent(_: int) -> None:
 class EvalBatches:
     """Gives one process's share of the images, as often as it is iterated; raises DataError on the way.
 
-    Workers, each with a seed of its own that is worked out from `seed`, end when the iterator does or is closed.
+    Workers end when the iterator does or is closed.
     """
 
     share: Share
     workers: int
     pin_memory: bool
-    seed: int = 0
 
     def __iter__(self) -> Generator[Batch, None, None]:
         loader = DataLoader(
@@ -145,7 +135,7 @@ class EvalBatches:
             pin_memory=self.pin_memory and torch.cuda.is_available(),
             worker_init_fn=_leave_signals_to_parent,
             # Its own generator: the global one belongs to the training loop.
-            generator=torch.Generator().manual_seed(self.seed),
+            generator=torch.Generator().manual_seed(0),
         )
         with warnings.catch_warnings():
             # Python 3.12 warns of forking beside threads; torch's workers use none of the parent's.
@@ -155,8 +145,7 @@ class EvalBatches:
             for batch in batches:
                 if isinstance(batch, FambaError):
                     raise batch
-                if batch is not None:
-                    yield batch
+                yield batch
         finally:
             # The last reference: workers end now, not when someone lets go of an error's traceback.
             del batches
@@ -167,7 +156,7 @@ class TrainBatches:
     """Gives the training batches of one process."""
 
     sampler: EpochSampler
-    share: Callable[[int, int, int, int], Iterator[Batch | None]]  # (epoch, start_step) and the arguments of `Share`
+    share: Callable[[int, int, int, int], Iterator[Batch]]  # (epoch, start_step) and the arguments of `Share`
     workers: int
     pin_memory: bool
 
@@ -183,8 +172,7 @@ class TrainBatches:
         DataError on the way, where an image cannot be read.
         """
         self.sampler.check_place(epoch, start_step)
-        seed = derived_integer(Stream.STREAMED_ORDER, self.sampler.seed, epoch, self.sampler.rank)
-        return iter(EvalBatches(partial(self.share, epoch, start_step), self.workers, self.pin_memory, seed))
+        return iter(EvalBatches(partial(self.share, epoch, start_step), self.workers, self.pin_memory))
 
 
 def _read(

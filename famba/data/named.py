@@ -1,4 +1,4 @@
-"""Open the data sets that timm reads by a name with a prefix: hfds/NAME of the Hugging Face hub, and wds/."""
+"""Open data sets of the Hugging Face hub, by timm's reader: hfds/NAME."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from timm.data import create_dataset
 
 from famba.data.images import Colour, Reading, decode_rgb, naming
 from famba.data.sources import Labels, Source, Splits, check_labels, check_num_classes
-from famba.data.streams import StreamSource
-from famba.errors import ConfigError, DataError, near_miss, some
+from famba.errors import ConfigError, DataError, some
 
-PREFIXES = ("hfds", "wds")
 # Public data sets often have a "test" whose labels are secret.
 _TEST_SPLITS = ("validation", "val", "valid", "test")
 _log = logging.getLogger(__name__)
@@ -41,13 +39,11 @@ class HubSource:
 
 
 def load_named(name: str, root: Path | None, num_classes: int | None, reading: Reading) -> Splits:
-    """Open a data set by timm's name, such as "hfds/NAME" or "wds/".
+    """Open a data set of the hub by its name after "hfds/".
 
-    root is where the data lies; hfds uses its own cache where it is None. num_classes is None where the data set tells
-    it. The test set is the first of `_TEST_SPLITS` that exists.
-
-    Raises ConfigError for a number of classes that is missing or wrong; DataError where timm cannot open the data, or
-    training and test images have other classes.
+    root: the cache; None for that of the hub's own. num_classes is None where the data set tells it. The test set is
+    the first of `_TEST_SPLITS` that exists. Raises ConfigError for a number of classes that is missing or wrong;
+    DataError where timm cannot open the data, or training and test images have other classes.
     """
     train, classes = _open(name, root, ("train",), num_classes, reading)
     test, others = _open(name, root, _TEST_SPLITS, num_classes, reading)
@@ -57,27 +53,16 @@ def load_named(name: str, root: Path | None, num_classes: int | None, reading: R
     return Splits(train=train, validation=None, test=test, classes=classes or None)
 
 
-def check_named(name: str, root: Path | str | None) -> None:
-    """Raise ConfigError for an unknown prefix or a missing root."""
-    prefix = name.partition("/")[0]
-    if prefix not in PREFIXES:
-        known = ", ".join(f"{known}/" for known in PREFIXES)
-        raise ConfigError(f"data {name!r}: unknown prefix, known are {known}{near_miss(prefix, PREFIXES)}.", "name")
-    if root is None and prefix == "wds":
-        raise ConfigError(f"data {name!r} needs data.root, the folder that holds it.", "root")
-
-
 def _open(
     name: str, root: Path | None, splits: tuple[str, ...], num_classes: int | None, reading: Reading
-) -> tuple[Source | StreamSource, tuple[str, ...]]:
+) -> tuple[Source, tuple[str, ...]]:
     """Return the images of the first split that exists, and the names of their classes, none where it has none."""
-    streamed, reasons, folder = name.startswith("wds/"), [], None if root is None else str(root)
+    reasons: list[str] = []
     for split in splits:
         try:
-            # Only the training stream must know its length.
-            reader = create_dataset(name, folder, split=split, is_training=streamed and split == "train").reader
+            reader = create_dataset(name, None if root is None else str(root), split=split).reader
             break
-        except Exception as error:  # the readers and the packages behind them raise all kinds
+        except Exception as error:  # the reader and the packages behind it raise all kinds
             reasons.append(f"{split}: {str(error) or type(error).__name__}")
     else:
         raise DataError(f"data {name!r} in {root} cannot be opened ({'; '.join(reasons)}).")
@@ -88,8 +73,6 @@ def _open(
     count = len(classes) or num_classes
     if not count:
         raise ConfigError(f"data {name!r} does not say how many classes it has: set num_classes.", "num_classes")
-    if streamed:
-        return StreamSource(name, str(root), split, count, int(reader.num_samples or 0), reading.colour), classes
     labels = np.asarray(reader.dataset[reader.label_key][:])
     labels = check_labels(labels, count, lambda index: reader.filename(index, absolute=True))
     return HubSource(reader, labels, count, reading.colour), classes

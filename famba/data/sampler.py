@@ -70,11 +70,8 @@ class EpochSampler:
         """Yield this process's micro-batches of an epoch from a step on."""
         indices, size = self._indices(epoch), self.micro_batch
         for number in range(start_step * self.accumulation, self.steps_per_epoch * self.accumulation):
-            yield MicroBatch(epoch, self.start(number), indices[number * size : (number + 1) * size])
-
-    def start(self, number: int) -> int:
-        """Return the first position of this process's micro-batch of that number in the epoch."""
-        return (number * self.world_size + self.rank) * self.micro_batch
+            start = (number * self.world_size + self.rank) * size
+            yield MicroBatch(epoch, start, indices[number * size : (number + 1) * size])
 
     def check_place(self, epoch: int, start_step: int) -> None:
         """Raise ConfigError where there is no such place in the training."""

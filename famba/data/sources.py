@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +14,6 @@ from torchvision.transforms import functional as vision
 
 from famba.data.draws import Stream, permutation
 from famba.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from famba.data.streams import StreamSource
 
 Labels = npt.NDArray[np.int64]
 
@@ -42,9 +39,9 @@ class Source(Protocol):
 class Splits:
     """Holds the parts of a data set, all with the same class numbers."""
 
-    train: Source | StreamSource
-    validation: Source | StreamSource | None  # None unless it was held out or comes with the data
-    test: Source | StreamSource
+    train: Source
+    validation: Source | None  # None unless it was held out or comes with the data
+    test: Source
     classes: tuple[str, ...] | None = None  # names in the order of their numbers; None where the data does not tell
 
 

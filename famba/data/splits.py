@@ -12,10 +12,9 @@ import numpy as np
 from famba.data.draws import Stream, permutation
 from famba.data.folders import find_parts, load_folder
 from famba.data.images import Reading
-from famba.data.named import check_named, load_named
+from famba.data.named import load_named
 from famba.data.published import CIFAR, NUM_CLASSES, TRAINING_IMAGES, find_cifar, load_cifar, load_digits
-from famba.data.sources import Source, Splits, balanced_order, check_num_classes, labels_of, sample, take
-from famba.data.streams import StreamSource
+from famba.data.sources import Splits, balanced_order, check_num_classes, labels_of, sample, take
 from famba.errors import ConfigError, DataError, near_miss
 
 Loader: TypeAlias = Callable[[Path | None, int | None], Splits]
@@ -40,7 +39,7 @@ def load_splits(
     """Open a data set.
 
     Args:
-        name: cifar10, cifar100, digits, folder, one of `LOADERS`, or a name of timm's, "hfds/NAME" or "wds/".
+        name: cifar10, cifar100, digits, folder, one of `LOADERS`, or "hfds/NAME" of the Hugging Face hub.
         root: folder that holds the data. None: CIFAR comes from `default_root()` and is downloaded where it
             is missing there; digits need no folder.
         subset: number of training images to use, None for all; the same for every seed, with every class in proportion.
@@ -55,9 +54,8 @@ def load_splits(
     reading = Reading(version, background)
     splits = _load(name, None if root is None else Path(root).expanduser(), num_classes, reading)
     if subset is not None:
-        train = _need_random_access(splits.train, "subset")
-        _check_subset(subset, len(train))
-        part = take(train, np.arange(subset)) if version == 1 else sample(train, subset, version)
+        _check_subset(subset, len(splits.train))
+        part = take(splits.train, np.arange(subset)) if version == 1 else sample(splits.train, subset, version)
         splits = replace(splits, train=part)
     return _hold_out(splits, val_fraction, version) if val_fraction else splits
 
@@ -80,10 +78,8 @@ def check_request(
         raise ConfigError(f"digits come with scikit-learn, from no folder: leave out data.root (given {root}).", "root")
     if name == "folder" and root is None:
         raise ConfigError(f"data {name!r} needs data.root, the folder that holds train and val.", "root")
-    if "/" in name and name not in known:
-        check_named(name, root)
-    elif name not in known:
-        allowed = f"{', '.join(known)}, hfds/NAME of the Hugging Face hub, and wds/"
+    if name not in known and not name.startswith("hfds/"):
+        allowed = f"{', '.join(known)}, and hfds/NAME of the Hugging Face hub"
         raise ConfigError(f"unknown data {name!r}{near_miss(name, known)}. Known are {allowed}.", "name")
     check_num_classes(num_classes, num_classes_of(name), name)
     if (images := training_images_of(name)) is not None:
@@ -95,7 +91,7 @@ def check_folder(name: str, root: str | Path | None, version: int = Reading.vers
 
     Other packages' caches and the folders of loaders that were added are not judged.
     """
-    if root is None or not (name in CIFAR or name == "folder" or name.startswith("wds/")):
+    if root is None or not (name in CIFAR or name == "folder"):
         return
     folder = Path(root).expanduser()
     if not folder.is_dir():
@@ -141,7 +137,7 @@ def _load(name: str, root: Path | None, num_classes: int | None, reading: Readin
 def _hold_out(splits: Splits, fraction: float, version: int) -> Splits:
     if splits.validation is not None:
         raise ConfigError("the data comes with a validation set: set val_fraction to 0 to use it.", "val_fraction")
-    train = _need_random_access(splits.train, "val_fraction")
+    train = splits.train
     if len(train) < 2:
         raise ConfigError(f"val_fraction needs at least two training images, there is {len(train)}.", "val_fraction")
     if version == 1:
@@ -151,9 +147,3 @@ def _hold_out(splits: Splits, fraction: float, version: int) -> Splits:
     held = held_out(len(train), fraction)
     # Sorted, so that what is left is in the order of the data set.
     return replace(splits, train=take(train, np.sort(order[held:])), validation=take(train, np.sort(order[:held])))
-
-
-def _need_random_access(source: Source | StreamSource, setting: str) -> Source:
-    if isinstance(source, StreamSource):
-        raise ConfigError(f"{setting} cannot be used with {source.name!r}: a stream has no random access.", setting)
-    return source
