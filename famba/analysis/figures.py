@@ -7,7 +7,6 @@ of Okabe and Ito (2008) and a few more, markers all differ, and of two lines of 
 from __future__ import annotations
 
 import io
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -35,18 +34,21 @@ Line = str | tuple[float, tuple[float, ...]]
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Use the project's style inside the block; rendering belongs inside too."""
+    """Use the project's style inside the block; `files` belongs inside too."""
     with mpl.rc_context():
         mpl.rcdefaults()
         cast(Any, mpl.rcParams).update(_STYLE)  # some releases' stubs know each name, others none
         yield
 
 
-def rendered(figure: Figure, kind: str) -> bytes:
-    """Return a figure as the content of a PNG or SVG file."""
-    content = io.BytesIO()
-    figure.savefig(content, format=kind, dpi=200, metadata=_METADATA[kind])
-    return content.getvalue()
+def files(stem: str, figure: Figure, kinds: Sequence[str] = ("svg", "png")) -> dict[str, bytes]:
+    """Return a figure as the content of files by their names."""
+    found = {}
+    for kind in kinds:
+        content = io.BytesIO()
+        figure.savefig(content, format=kind, dpi=200, metadata=_METADATA[kind])
+        found[f"{stem}.{kind}"] = content.getvalue()
+    return found
 
 
 class Look(NamedTuple):
@@ -75,9 +77,7 @@ _LOOKS: dict[str, tuple[str, str, Line]] = {
     "adaptive": ("#CC79A7", "P", "-"),
     "custom": ("#D55E00", "X", (0, (5, 1.5, 1, 1.5, 1, 1.5))),
 }
-_OTHERS: tuple[tuple[str, str, Line], ...] = (
-    ("#7F7F7F", "h", "-"), ("#7A3FB0", "p", ":"), ("#882255", ">", _LONG)
-)  # fmt: skip
+_OTHER: tuple[str, str, Line] = ("#7A3FB0", "p", ":")  # strategies of other packages
 _FACES = ("white", "#BDBDBD")
 _LINES: tuple[Line, ...] = ("-", _DASHED, ":", "-.")
 
@@ -86,16 +86,11 @@ def looks(strategies: Sequence[str]) -> list[Look]:
     """Return how each of several curves or points looks, by the names of their strategies.
 
     A strategy has one colour and marker everywhere; its second curve and those after it have other lines and fillings.
-    Strategies that are not the project's own take three more looks in turn.
     """
-    own = [name for name in dict.fromkeys(strategies) if name not in _LOOKS]
-    turns: Counter[str] = Counter()
-    found = []
-    for name in strategies:
-        color, marker, first = _LOOKS.get(name) or _OTHERS[own.index(name) % len(_OTHERS)]
+    found: list[Look] = []
+    for place, name in enumerate(strategies):
+        color, marker, first = _LOOKS.get(name, _OTHER)
+        turn = strategies[:place].count(name)
         lines = [first, *(line for line in _LINES if line != first)]
-        turn = turns[name]
-        turns[name] += 1
-        face = _FACES[(turn - 1) % len(_FACES)] if turn else color
-        found.append(Look(color, marker, face, lines[turn % len(lines)]))
+        found.append(Look(color, marker, _FACES[(turn - 1) % 2] if turn else color, lines[turn % len(lines)]))
     return found

@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from famba.analysis.options import CHECKPOINT, add_fusion_options, prepare_folder, read_fusion
-from famba.analysis.variants import Variant, label_variants, own, variants
+from famba.analysis.variants import Variant, own, variants
 from famba.errors import ConfigError, check_choice
 from famba.export.check import check_file
 from famba.export.folder import FILES, describe, find_summary, write_folder
@@ -34,13 +33,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example: famba export runs/mine --format onnx --out mine.onnx"
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
     parser.add_argument("--format", required=True, metavar="NAME", help=", ".join(FORMATS))
-    parser.add_argument(
-        "--out",
-        required=True,
-        type=Path,
-        metavar="PATH",
-        help="where to write: a folder for safetensors, a .pt2 file for torch_export, an .onnx file for onnx",
-    )
+    text = "where to write: a folder for safetensors, a .pt2 file for torch_export, an .onnx file for onnx"
+    parser.add_argument("--out", required=True, type=Path, metavar="PATH", help=text)
     add_fusion_options(parser, "without these, the schedule that the model was trained with")
 
 
@@ -54,10 +48,7 @@ def run(options: argparse.Namespace) -> int:
     trained = load_trained(options.checkpoint)
     found = variants(trained, asked) or [own(trained)]
     if len(found) != 1:
-        raise ConfigError(
-            f"the options ask for {len(found)} ways of fusing ({'; '.join(label_variants(found)[:4])}); a file holds "
-            "one: name one strategy, one budget, and one of each other option"
-        )
+        raise ConfigError(f"the options ask for {len(found)} ways of fusing; a file holds one: name one value of each")
     found[0].put_into(trained.model)
     print(export(options.format, out, trained, found[0], options.checkpoint))
     return 0
@@ -74,10 +65,11 @@ def _place(target: str, out: Path) -> Path:
         if out.suffix in (*FORMATS.values(), ".safetensors"):
             raise ConfigError(f"--out {out} ends like a file; --format {target} writes a folder")
         return prepare_folder(out)
-    if out.suffix != suffix:
-        raise ConfigError(f"--out is {out}; --format {target} writes a file whose name ends in {suffix}")
-    if out.is_dir():
-        raise ConfigError(f"--out {out} is a folder; name a file in it, such as {out / ('model' + suffix)}")
+    if out.suffix != suffix or out.is_dir():
+        told = (
+            "is a folder; name a file in it" if out.is_dir() else f"does not end in {suffix}, as --format {target} does"
+        )
+        raise ConfigError(f"--out {out} {told}, such as {out.with_suffix('') / ('model' + suffix)}")
     prepare_folder(out.parent)
     return out
 
@@ -99,13 +91,11 @@ def export(target: str, out: Path, trained: Trained, fused: Variant, checkpoint:
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".famba-export-") as scratch:
             written = Path(scratch) if is_folder else Path(scratch, out.name)
-            _tell(f"writing {target}{'' if is_folder else '; tracing a network takes a minute or more'}")
             if is_folder:
                 content = write_folder(trained, said, summary, written)
             else:
                 content = _write(target)(model, shape, written, json.dumps(said, indent=2))
             if target != "onnx" or _is_here("onnxruntime"):
-                _tell("checking in a fresh process")
                 checked = check_file(target, written, model, shape)
             files = [written / name for name in FILES] if is_folder else [written]
             size = sum(file.stat().st_size for file in files)
@@ -113,16 +103,9 @@ def export(target: str, out: Path, trained: Trained, fused: Variant, checkpoint:
                 os.replace(file, folder / file.name)
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror or error}") from error
-    tokens, left = model.num_tokens, model.num_tokens - fused.removed
-    sized = f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
-    fusion = f"fusion {fused.fusion.strategy}: {tokens} tokens, {fused.removed} removed, {left} left"
-    return f"{out}: {sized}, {content}\n{fusion}\n{checked}"
-
-
-def _tell(text: str) -> None:
-    """Say on a terminal what takes its time."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"{text} ...\n")
+    removed, sized = fused.removed, f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
+    left = f"{model.num_tokens} tokens, {removed} removed, {model.num_tokens - removed} left"
+    return f"{out}: {sized}, {content}\nfusion {fused.fusion.strategy}: {left}\n{checked}"
 
 
 def _write(target: str) -> Callable[[nn.Module, Sequence[int], Path, str], str]:

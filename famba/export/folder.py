@@ -73,9 +73,7 @@ def find_summary(checkpoint: str) -> dict[str, Any] | None:
     """Find the summary of the run that made weights, as `load_trained` takes their name.
 
     None where there is none, or it is of other weights: a checkpoint of some step, weights that were replaced, or a run
-    that did not finish.
-
-    Raises CheckpointError where it cannot be read.
+    that did not finish. Raises CheckpointError where it cannot be read.
     """
     place = Path(checkpoint)
     at_hand = place if place.is_dir() else place.parent
@@ -87,16 +85,13 @@ def find_summary(checkpoint: str) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / SUMMARY} cannot be read ({error}); mend it or move it away") from error
     weights = place if place.is_file() else folder / "model.safetensors"
-    digest = summary.weights_sha256
-    return summary.values() if digest is not None and digest == sha256(weights) else None
+    return summary.values() if summary.weights_sha256 == sha256(weights) else None
 
 
 def write_folder(trained: Trained, said: Mapping[str, Any], summary: Mapping[str, Any] | None, folder: Path) -> str:
     """Write config.json, model.safetensors and README.md to a folder that is there; return what there is to say.
 
-    `timm.create_model("local-dir:FOLDER", pretrained=True)` builds a Vim from them, after `import famba`. Of a vision
-    transformer that fuses, timm builds the transformer, and `famba.models.apply_tome` takes what config.json has under
-    "famba" to fuse again. said: as `describe` returns it; summary: as `find_summary` does.
+    said: as `describe` returns it; summary: as `find_summary` does.
     """
     weights = {name: weight.contiguous() for name, weight in trained.model.state_dict().items()}
     config = json.dumps(_config(trained, said), indent=2) + "\n"

@@ -19,10 +19,7 @@ from famba.export.program import chunked, trace_program
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 NOTES_KEY = "famba"
 OPSET = 18
-"""The lowest that has all that is used: ScatterElements adds since 16, Reduce operators take axes since 18.
-
-So most runtimes read it. It is also what torch's translations are written for, so that nothing is converted.
-"""
+"""The lowest that has all that is used (Reduce operators take axes since 18), and what torch's translations are for."""
 _MESSAGE_LIMIT = 2**31 - 2**20  # a protobuf message, with room for the graph around the weights
 
 
@@ -30,11 +27,8 @@ def write_onnx(model: nn.Module, shape: Sequence[int], file: Path, notes: str) -
     """Write a model as an ONNX file, over what is there; return what there is to say of it.
 
     Its input is `images` (batch, *shape), its output `logits` (batch, classes), float32, for any batch from 1. model,
-    shape: as of `trace_program`. notes: JSON for whoever loads it, kept as the metadata property "famba".
-
-    Raises:
-        ConfigError: the weights are too many for one file.
-        ExportError: as `trace_program`, or an operation of the model has no translation.
+    shape: as of `trace_program`. notes: JSON for whoever loads it, kept as the metadata property "famba". Raises
+    ConfigError for more weights than one file holds, ExportError as `trace_program`, or for what has no translation.
     """
     size = sum(weight.numel() * weight.element_size() for weight in model.state_dict().values())
     if size > _MESSAGE_LIMIT:
