@@ -12,13 +12,12 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from famba.analysis.benchmark import gpu, ops, timing
+from famba.analysis.benchmark import ops, steps, timing
 from famba.analysis.benchmark.report import BEGIN, END, filled, table
-from famba.analysis.benchmark.steps import Contestant, TimedStep, loop_ms
+from famba.analysis.benchmark.steps import Contestant, TimedStep
 from famba.analysis.benchmark.timing import Race
 from famba.cli import main as famba
 from famba.training import graph
-from famba.training.trainer import Training
 
 Patch, Printed = pytest.MonkeyPatch, pytest.CaptureFixture[str]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -92,14 +91,12 @@ def test_on_cuda_kernels_calls_and_launches_are_told_apart(monkeypatch: Patch) -
     replay = clock.contestant("graph", iter(lambda: 0.0001, None), work=0.003)
     monkeypatch.setattr(timing, "captured", lambda function, memory: replay)
     monkeypatch.setattr(timing, "graph_memory", lambda device: None)
-    monkeypatch.setattr(timing, "_kernels", lambda call, device: {"scan": (0.7, 2), "copy": (0.3, 1)})
     race = Race("race", CUDA)
     race.enter("op", calls)
     race.run(2)
     row = race.entries("op")
     assert row["ms"] == pytest.approx(1, rel=0.1), "a replay holds one call for each copy"
     assert row["eager_ms"] == pytest.approx(4, rel=0.1), "between two calls the device waits for the host"
-    assert (row["kernels_ms"], row["launches"]) == (1.0, 3)
     race.enter("step", calls[:1], graph=clock.contestant("step", iter(lambda: 0.0, None), work=0.002))
     assert race.entries("step")["ms"] == pytest.approx(2), "a graph that is given is not captured anew"
 
@@ -112,35 +109,6 @@ def test_inputs_rotate_among_copies_that_exceed_the_cache(monkeypatch: Patch) ->
     assert len({copy[0].data_ptr() for copy in copies}) == len(copies)
     assert all(copy[0].requires_grad and not copy[1].requires_grad for copy in copies)
     assert len(ops._copies([torch.randn(1)], CUDA)) == 256
-
-
-def test_a_floor_is_the_bytes_or_the_exponentials(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setitem(ops.BOARDS, "H100 80GB HBM3", (1e6, 1e3))
-    x = torch.randn(250, requires_grad=True)  # 1,000 bytes
-    square = ops.Built(torch.square, [x], [])
-    assert ops._floors_ms(square, [x], CUDA) == pytest.approx({"forward": 2, "both": 2 + 3})
-    assert ops._floors_ms(square._replace(exponentials=7), [x], CUDA) == pytest.approx({"forward": 7, "both": 14})
-    assert ops._floors_ms(square, [x], CPU) is None
-    assert ops.Case("selective_scan", 2, 3, 5, 7).built().exponentials == 2 * 3 * 5 * 7
-
-
-def test_kernels_are_grouped_by_their_names() -> None:
-    names = {
-        "scans": ["scan_backward", "void selective_scan_fwd_kernel<Selective_Scan_fwd_kernel_traits<128, 8>>"],
-        "convolutions": ["_conv_forward", "_conv_sums"],
-        "matrix products": ["nvjet_sm90_tst_64x8_64x16_4x1_v_bz_TNT", "sm90_xmma_fprop_implicit_gemm_bf16"],
-        "matching and fusing": ["_closest_partners", "_places", "_fuse_backward"],
-        "norms": ["_norm_backward"],
-        "optimizer, clipping": ["void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>"],
-        "reductions": ["void at::native::reduce_kernel<512, 1>"],
-        "casts, copies, elementwise": ["void at::native::vectorized_elementwise_kernel<4>", "Memcpy DtoD"],
-        "other": ["something"],
-    }
-    race = Race("race", CUDA)
-    race.kernels["none"] = {name: (1.0, 2) for group in names.values() for name in group}
-    rows = {row["part"]: (row["none_ms"], row["none_launches"]) for row in gpu.grouped(race)}
-    assert rows == {part: (len(group), 2 * len(group)) for part, group in names.items()}
 
 
 def test_ops_are_timed_on_every_usable_backend(tmp_path: Path, capsys: Printed) -> None:
@@ -204,19 +172,6 @@ def test_a_replay_does_the_step_once_more(monkeypatch: Patch) -> None:
     assert all(torch.equal(p, q) for p, q in zip(once.model.parameters(), twice.model.parameters(), strict=True))
 
 
-def test_the_loop_is_that_of_a_run(monkeypatch: Patch) -> None:
-    runs = []
-    run = Training.run
-    monkeypatch.setattr(Training, "run", lambda self: runs.append(self) or run(self))
-    milliseconds = loop_ms(small().config(CPU))
-    (training,) = runs
-    assert training.state.step == 40
-    totals = training.state.totals
-    assert milliseconds == pytest.approx(1000 * (totals.epoch_step_s + totals.epoch_data_s) / 20)
-    assert milliseconds < 1000 * totals.step_s / 20, "the first epoch, which compiles and captures, does not count"
-    assert not training.folder.path.exists()
-
-
 def page(tmp_path: Path) -> Path:
     file = tmp_path / "page.md"
     file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
@@ -226,15 +181,11 @@ def page(tmp_path: Path) -> Path:
 @pytest.fixture
 def stand_in(monkeypatch: Patch, tiny: None) -> None:
     """A CPU that is taken for a GPU, and smaller sizes."""
-    monkeypatch.setattr(gpu, "check", lambda device: None)
-    monkeypatch.setattr(gpu, "cases", lambda: [ops.Case("causal_conv1d", 2, 9, 6, 3, "fp32")])
+    monkeypatch.setattr(steps, "check", lambda device: None)
+    monkeypatch.setattr(steps, "cases", lambda: [ops.Case("causal_conv1d", 2, 9, 6, 3, "fp32")])
     asked = [Contestant(s, "vim_tiny_patch16_224", s, 2, 32, "fp32") for s in ("none", "upper")]
     broken = Contestant("broken", "vim_tiny_patch16_224", "none", 3, 32, "fp32")
-    monkeypatch.setattr(gpu, "blocks", lambda device: [(gpu.TITLE, [*asked, broken]), ("Ops", [])])
-    for name in ("empty_cache", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda *device: None)
-    for name, value in {"memory_reserved": 2**20, "max_memory_reserved": 9 * 2**20}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(steps, "blocks", lambda device: [("Vim-Ti", [*asked, broken]), ("Ops", [])])
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -242,9 +193,8 @@ def test_one_command_measures_a_gpu_and_fills_the_page(tmp_path: Path, capsys: P
     file = page(tmp_path)
     told = found(tmp_path, "gpu", "--device", "cpu", "--rounds", "1", "--fill", str(file))
     none, upper = told["tables"]["Vim-Ti, 2 images of 32 pixels"]
-    assert upper["of_none"] == pytest.approx(upper["loop_ms"] / none["loop_ms"])
-    assert none["images_per_s"] == pytest.approx(2000 / none["loop_ms"])
-    assert none["reserved_MiB"] == 8
+    assert upper["of_none"] == pytest.approx(upper["ms"] / none["ms"])
+    assert none["images_per_s"] == pytest.approx(2000 / none["ms"])
     (reason,) = [reason for name, reason in told["left_out"].items() if "broken" in name]
     assert "mixup and cutmix pair the images" in reason, "what fails does not keep the rest from being measured"
     assert {row["op"] for row in told["tables"]["Ops"]} == {"causal_conv1d"}
@@ -261,17 +211,16 @@ def test_one_command_measures_a_gpu_and_fills_the_page(tmp_path: Path, capsys: P
 @pytest.mark.usefixtures("stand_in")
 def test_a_gpu_is_measured_for_as_long_as_is_asked(tmp_path: Path, monkeypatch: Patch) -> None:
     now = iter(range(0, 10_000, 50))
-    monkeypatch.setattr(gpu.time, "monotonic", lambda: float(next(now)))
-    monkeypatch.setattr(gpu, "loop_ms", lambda config: 1.0)
+    monkeypatch.setattr(steps.time, "monotonic", lambda: float(next(now)))
     told = found(tmp_path, "gpu", "--device", "cpu", "--rounds", "1", "--minutes", "3")
     assert [row["contestant"] for row in told["tables"]["Vim-Ti, 2 images of 32 pixels"]] == ["none"]
     assert told["left_out"]["causal_conv1d"] == "no time was left of --minutes 3"
 
 
 def test_the_tables_of_a_gpu_are_those_of_the_documents() -> None:
-    titles = [title for title, _ in gpu.blocks(CPU)]
-    assert titles == [gpu.TITLE, "timm's DeiT-Ti", "Ops", "Vim-Ti, patches of 4", "Vim-Ti, 785 tokens", "Vim-S"]
-    for _, contestants in gpu.blocks(CPU):
+    titles = [title for title, _ in steps.blocks(CPU)]
+    assert titles == ["Vim-Ti", "timm's DeiT-Ti", "Ops", "Vim-Ti, patches of 4", "Vim-Ti, 785 tokens", "Vim-S"]
+    for _, contestants in steps.blocks(CPU):
         for one in contestants:
             one._replace(precision="fp32").config(CPU)
     filled(DOCS, "")
@@ -289,7 +238,7 @@ def test_a_page_without_the_markers_is_left_alone(text: str, tmp_path: Path, cap
 def test_a_table_leaves_out_what_no_row_has() -> None:
     rows = [{"name": "a", "ms": 12.345, "ms_samples": [1.0, 2.0], "n": 1234567}, {"name": "b", "ms": 1234.5, "x": None}]
     lines = [line.split() for line in table(rows, "simple").splitlines()]
-    assert lines == [["name", "ms", "n"], lines[1], ["a", "12.3", "1,234,567"], ["b", "1,234", "-"]]
+    assert lines == [["name", "ms", "n"], lines[1], ["a", "12.35", "1,234,567"], ["b", "1,234", "-"]]
 
 
 @pytest.mark.parametrize(

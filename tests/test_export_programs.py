@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from famba import ops
 from famba.errors import ConfigError
+from famba.export import onnx_graph, program
 from famba.export.check import ExportError
-from famba.export.onnx_graph import OPSET, write_onnx
-from famba.export.program import PlainOps, chunked, trace_program, write_program
+from famba.export.onnx_graph import OPSET
+from famba.export.program import PlainOps, chunked, trace_program
 from famba.fusion import match
 from famba.models import Vim, apply_tome
 
@@ -119,7 +120,7 @@ def outputs(request: pytest.FixtureRequest) -> tuple[Path, str]:
 
 def written(models: dict[str, nn.Module], suffix: str, folder: Path) -> Path:
     """Write every model in one format, and run all in one fresh process."""
-    write = write_program if suffix == "pt2" else write_onnx
+    write = program.write if suffix == "pt2" else onnx_graph.write
     with as_users_run_it():
         for name, model in models.items():
             write(model, MODELS[name][1], folder / f"{name}.{suffix}", "{}")
@@ -168,7 +169,7 @@ def test_graphs_are_of_standard_operators(graphs: Path) -> None:
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("length", [1, 2, 3, 16, 17, 65])
+@pytest.mark.parametrize("length", [1, 2, 17, 65])
 def test_chunks_are_the_recurrence(length: int, reverse: bool) -> None:
     torch.manual_seed(length)
     delta, gain = torch.rand(2, length, 3, dtype=torch.float64), torch.randn(2, length, 3, dtype=torch.float64)
@@ -216,7 +217,7 @@ def test_a_model_that_is_not_ready_is_refused() -> None:
     model = nn.Linear(2, 2)
     with pytest.raises(ConfigError, match="training mode"):
         trace_program(model, (2,))
-    with pytest.raises(ConfigError, match="weight weight is bfloat16 on cpu"):
+    with pytest.raises(ConfigError, match="weights are torch.bfloat16 on cpu; expected float32"):
         trace_program(model.eval().bfloat16(), (2,))
 
 
@@ -230,7 +231,7 @@ def test_what_cannot_be_traced_is_said_in_one_line() -> None:
 
 
 def test_ops_without_a_plain_form_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("famba.export.program._forms", lambda recurrence: {})
+    monkeypatch.setattr(PlainOps, "__torch_function__", lambda self, func, types, args=(), kwargs=None: func(*args))
     model = Vim(img_size=8, patch_size=4, num_classes=2, embed_dim=4, depth=1, d_state=1).eval()
     with as_users_run_it(), pytest.raises(ExportError, match=r"famba\.selective_scan.*no form"):
         trace_program(model, (3, 8, 8))

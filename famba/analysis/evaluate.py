@@ -1,25 +1,285 @@
-"""Define the options of `famba evaluate`, and show what was measured: a table, files, and curves over the budget."""
+"""Measure accuracy, speed and multiply-adds of one network that fuses in several ways: `famba evaluate`."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
-from dataclasses import replace
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pandas as pd
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from scipy.stats import binomtest, norm
 from tabulate import tabulate
+from torch import Tensor
+from tqdm import tqdm
 
-from famba.analysis.evaluation import Evaluation, check, evaluate
+from famba import data
+from famba.analysis import options as shared
 from famba.analysis.figures import FAINT, INK, drawing, files, looks
 from famba.analysis.options import CHECKPOINT, add_fusion_options, count, prepare_folder, write_files
-from famba.fusion import Fusion, labels
+from famba.analysis.variants import Variant, label_variants, own, unfused, variants
+from famba.errors import ConfigError, FambaError, TrainingError, check_choice, named, some
+from famba.fusion import Fusion, labels, tokens_per_layer
+from famba.training.config import RunConfig
+from famba.training.devices import choose_precision, out_of_memory, synchronize
+from famba.training.evaluation import Tally
+from famba.training.interrupts import StopRequest
 from famba.training.logging import signed
+from famba.training.measure import macs_per_image
 from famba.training.provenance import provenance
+from famba.training.weights import Trained, load_trained
+
+_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+Source = data.Source | data.StreamSource
+
+
+@dataclass(frozen=True)
+class Request:
+    """Hold an evaluation that can begin.
+
+    variants: first the one that the network was trained with, to which the others are compared. config: of the run.
+    root: the folder that holds its images. subset: None for all.
+    """
+
+    trained: Trained
+    variants: tuple[Variant, ...]
+    config: RunConfig
+    root: str | None
+    subset: int | None
+    batch_size: int
+    device: torch.device
+    autocast: torch.dtype | None
+
+    @torch.no_grad()
+    def infer(self, variant: Variant, images: Tensor) -> Tensor:
+        """Return the logits (b, classes) of images (b, 3, s, s) on the device, in the precision that was asked for."""
+        variant.put_into(self.trained.model)
+        with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            return self.trained.model(images)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Hold a row for each variant, as evaluate.json has them, of so many images.
+
+    Top-1, Top-5 in percent; difference of Top-1 to the first row in points, None in the first itself; both with the
+    ends of their 95 % intervals. images_per_s: median over batches. interrupted: whether images are but the first of
+    those asked for.
+    """
+
+    request: Request
+    rows: list[dict[str, Any]]
+    images: int
+    interrupted: bool
+
+
+def check(options: argparse.Namespace) -> Request:
+    """Load the network, and check all that is asked of it. Raises FambaError for what cannot work; reads no image."""
+    asked = shared.read_fusion(options)
+    device = shared.device(options.device)
+    if options.precision is not None:
+        check_choice("--precision", options.precision, _PRECISIONS)
+    trained = load_trained(options.checkpoint)
+    if (config := trained.config) is None:
+        raise ConfigError(f"{trained.source} says no data set to evaluate it on; give a run or a checkpoint of one")
+    first, found = own(trained), variants(trained, asked)
+    if any(one != first for one in found):
+        found = [unfused(trained), *found]
+    try:
+        autocast = choose_precision(options.precision or config.trainer.precision, device)
+    except FambaError as error:
+        raise ConfigError(str(error).replace("trainer.precision=", "--precision ")) from error
+    name, root, classes = config.data.name, options.data_root or config.data.root, config.data.num_classes
+    root_name = "--data-root" if options.data_root else "the run's data.root (--data-root names another)"
+    with named({"root": root_name}):
+        data.check_request(name, root, subset=None, val_fraction=0.0, num_classes=classes)
+        data.check_folder(name, root, trained.reading.version)
+    compared = tuple(dict.fromkeys([first, *found]))
+    size = options.batch_size or config.trainer.batch_size // config.trainer.accumulation
+    return Request(trained, compared, config, root, options.subset, size, device, autocast)
+
+
+@dataclass
+class _Contestant:
+    """Collect the results of one variant. right: for each batch which images have their label ranked first (b,)."""
+
+    variant: Variant
+    tally: Tally
+    times: list[tuple[int, float]] = field(default_factory=list)
+    right: list[Tensor] = field(default_factory=list)
+
+    def add(self, logits: Tensor, labels: Tensor, seconds: float) -> None:
+        """Count a batch: logits (b, classes), labels (b,)."""
+        self.tally.add(logits, labels)
+        self.times.append((len(labels), seconds))
+        # Ranked as Tally does.
+        best = logits.float().topk(min(5, logits.shape[1]), dim=1).indices[:, 0]
+        self.right.append((best == labels).cpu())
+
+    def row(self, first: Tensor) -> dict[str, Any]:
+        """Return accuracy and speed; first: which images the variant that was trained gets right (n,)."""
+        right, known = torch.cat(self.right), self.tally.results()
+        low, high = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
+        difference: tuple[float | None, ...] = (None,) * 3
+        if not self.variant.own:
+            gained, lost = int((right & ~first).sum()), int((first & ~right).sum())
+            difference = 100 * (gained - lost) / len(right), *of_difference(gained, lost, len(right))
+        names = ("difference", "difference_low95", "difference_high95")
+        full = max(images for images, _ in self.times)  # the last batch may be smaller, and less of a load
+        return {
+            "top1": known["top1"],
+            "top1_low95": 100 * low,
+            "top1_high95": 100 * high,
+            **dict(zip(names, difference, strict=True)),
+            "top5": known["top5"],
+            "loss": known["loss"],
+            "images_per_s": statistics.median(n / seconds for n, seconds in self.times if n == full),
+        }
+
+
+def evaluate(request: Request) -> Evaluation:
+    """Evaluate as asked; a Ctrl-C ends it after the batch that has begun, and keeps what is known by then.
+
+    Raises:
+        ConfigError, DataError: where the images turn out not to fit the network, or to be damaged.
+        TrainingError: where memory runs out.
+    """
+    source = _source(request)
+    model, size = request.trained.model.to(request.device), request.trained.image_size
+    contestants, macs = [_Contestant(variant, Tally(request.device)) for variant in request.variants], list[int]()
+    try:
+        interrupted = _race(request, contestants, source)
+        for variant in request.variants:
+            variant.put_into(model)
+            macs.append(macs_per_image(model, size))
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise TrainingError(f"out of memory with {request.batch_size} images at once; less: --batch-size") from error
+    first = torch.cat(contestants[0].right)
+    rows = [
+        {
+            "label": label,
+            **asdict(replace(one.variant.fusion, budget=one.variant.removed)),
+            "schedule": one.variant.schedule,
+            "own": one.variant.own,
+            "removed": one.variant.removed,
+            "tokens_per_layer": tokens_per_layer(one.variant.schedule, model.num_tokens),
+            **one.row(first),
+            "macs_per_image": count,
+        }
+        for label, one, count in zip(label_variants(request.variants), contestants, macs, strict=True)
+    ]
+    return Evaluation(request, rows, len(first), interrupted)
+
+
+def of_difference(gained: int, lost: int, images: int) -> tuple[float, float]:
+    """Return the 95 % interval of a paired difference in Top-1, in points, over test images of the same kind.
+
+    By Agresti and Min (Statistics in Medicine 24, 2005): Wald's interval after half an image more in each of the four
+    cells, so that two networks that never differ are not said to be equal beyond doubt.
+
+    Args:
+        gained: images that this network gets right and the other does not.
+        lost: images that the other gets right and this one does not.
+        images: all of them.
+    """
+    gained_more, lost_more, total = gained + 0.5, lost + 0.5, images + 2
+    middle = (gained_more - lost_more) / total
+    half = norm.ppf(0.975) * (gained_more + lost_more - (gained_more - lost_more) ** 2 / total) ** 0.5 / total
+    return 100 * max(-1.0, middle - half), 100 * min(1.0, middle + half)
+
+
+def _race(request: Request, contestants: list[_Contestant], source: Source) -> bool:
+    """Let contestants take each batch in turn; return whether it was cut short."""
+    done, device = 0, request.device
+    with StopRequest() as stop, tqdm(total=len(source), unit="image", file=sys.stderr, leave=False) as bar:
+        for images, classes in _batches(request, source):
+            for one in contestants if not done else ():  # what is compiled, tuned or allocated once
+                request.infer(one.variant, images)
+            for one in contestants:
+                synchronize(device)
+                began = time.perf_counter()
+                logits = request.infer(one.variant, images)
+                synchronize(device)
+                one.add(logits, classes, time.perf_counter() - began)
+            done += len(classes)
+            bar.update(len(classes))
+            if stop.number:
+                break
+    return done < len(source)
+
+
+def _batches(request: Request, source: Source) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield images (b, 3, s, s) and labels (b,) on the device."""
+    trained = request.trained
+    batches = data.eval_batches(
+        source,
+        trained.scaling,
+        image_size=trained.image_size,
+        mean=trained.mean,
+        std=trained.std,
+        batch_size=request.batch_size,
+        rank=0,
+        world_size=1,
+        workers=request.config.data.workers,
+    )
+    for images, classes in batches:
+        yield images.to(request.device), classes.to(request.device)
+
+
+def _source(request: Request) -> Source:
+    """Return the test images, with the class numbers of the network's training."""
+    subset, reading, of = request.subset, request.trained.reading, request.config.data
+    splits = data.load_splits(
+        of.name,
+        request.root,
+        subset=None,
+        val_fraction=0.0,
+        num_classes=of.num_classes,
+        background=reading.background,
+        version=reading.version,
+    )
+    test = _numbered_as_trained(request.trained, splits)
+    if subset is None:
+        return test
+    if isinstance(test, data.StreamSource):
+        raise ConfigError(f"--subset cannot be used with {test.name!r}: a stream has no random access")
+    if subset > len(test):
+        raise ConfigError(f"--subset is {subset}; allowed: 1 to {len(test)}, the test images of {of.name}")
+    return data.sample(test, subset, reading.version)
+
+
+def _numbered_as_trained(trained: Trained, splits: data.Splits) -> Source:
+    """Return the test images with the class numbers of the network's training; by name where names are known.
+
+    Raises ConfigError where they hold a class that the network does not tell apart.
+    """
+    test, known, found = splits.test, trained.class_names, splits.classes
+    if known is None or found is None:
+        if test.num_classes > trained.classes:
+            raise ConfigError(f"the images have {test.num_classes} classes, the network tells {trained.classes} apart")
+        return test
+    if strange := [name for name in found if name not in set(known)]:
+        raise ConfigError(
+            f"the images have classes that the network was not trained on: {some(strange)}; it knows {some(known)}. "
+            "Give images of its own classes, or train from its weights: python train.py init_from=WEIGHTS"
+        )
+    numbers = tuple(known.index(name) for name in found)
+    if numbers == tuple(range(len(found))):
+        return test
+    if isinstance(test, data.StreamSource):
+        raise ConfigError(f"{test.name!r} numbers its classes otherwise than the network does: {some(found)}")
+    return data.renumber(test, numbers, trained.classes)
+
 
 _PANELS = {"top1": "Top-1, %", "images_per_s": "images per second"}
 

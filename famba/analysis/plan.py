@@ -27,19 +27,6 @@ from famba.training.setup import Setup, build_model, check_cuda_graphs, prepare
 # Weights, gradients and AdamW's two moments, in float32.
 _BYTES_PER_PARAMETER = 16
 _DEVICES = ("cuda", "mps")
-# Columns of the totals: of plan.json, its unit, and how a cell is written.
-_TOTALS = {
-    "fusion": ("name", 1, "{}"),
-    "removed": ("tokens_removed", 1, "{}"),
-    "left": ("tokens_left", 1, "{}"),
-    "token-layers": ("token_layers_of_none", 1, "{:.3f}"),
-    "G multiply-adds": ("macs_per_image", 1e9, "{:.3f}"),
-    "step time, relative to none": ("step_time_of_none_predicted", 1, "{:.3f}"),
-    "kept, MB": ("saved_bytes_per_image", 1e6, "{:.2f}"),
-    "kept, relative to none": ("saved_bytes_of_none", 1, "{:.3f}"),
-    "memory, MiB": ("memory_bytes_predicted", 2**20, "{:,.0f}"),
-    "memory, relative to none": ("memory_of_none_predicted", 1, "{:.3f}"),
-}
 # Parts of a layer's cost that the tables by layer show, their unit and how they are written.
 _BY_LAYER = {
     "Tokens after each layer's fusion": ("leaving", 1, "{:.0f}"),
@@ -207,13 +194,9 @@ def tables(plans: Sequence[Planned]) -> str:
         columns = {one.name: pd.Series([getattr(layer, part) / unit for layer in one.cost.layers]) for one in plans}
         table = pd.DataFrame(columns).rename_axis("layer").map(form.format).replace("nan", "")
         parts += [title, table.to_markdown(tablefmt="simple", disable_numparse=True, stralign="right"), ""]
-    values = rows(plans)
-    shown = {
-        title: values[name].map(lambda cell, unit=unit, form=form: form.format(cell if unit == 1 else cell / unit))
-        for title, (name, unit, form) in _TOTALS.items()
-    }
-    sides = ["left", *["right"] * (len(shown) - 1)]
-    totals = pd.DataFrame(shown).to_markdown(index=False, tablefmt="simple", disable_numparse=True, colalign=sides)
+    counted = rows(plans).set_index("name").drop(columns=["model", "strategy", "schedule"])
+    counted = counted.map(lambda cell: f"{cell:,.3f}" if isinstance(cell, float) else f"{cell:,}").T
+    totals = counted.to_markdown(tablefmt="simple", disable_numparse=True, stralign="right")
     computed = " and ".join(dict.fromkeys(f"{str(one.setup.dtype)[6:]} by {one.backend}" for one in plans))
     batches = " and ".join(dict.fromkeys(str(one.batch) for one in plans))
     notes = [

@@ -19,8 +19,8 @@ import jinja2
 import pandas as pd
 from scipy.stats import t
 
+from famba.analysis.figures import Plot, draw, time_unit
 from famba.analysis.options import prepare_folder, write_files
-from famba.analysis.plots import Plot, draw, time_unit
 from famba.analysis.runs import read_runs, run_table
 from famba.data import PUBLISHED
 from famba.errors import DataError

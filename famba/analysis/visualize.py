@@ -1,27 +1,174 @@
-"""Draw how a trained network fuses the tokens of images: `famba visualize`."""
+"""Draw which patches each token of a trained network holds on images: `famba visualize`."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from string import ascii_letters
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from PIL import Image, UnidentifiedImageError
+from scipy import ndimage
 from torch import Tensor
 
 from famba.analysis import options as shared
-from famba.analysis.figures import drawing, files
-from famba.analysis.pictures import PRUNED, Row, draw_patches
+from famba.analysis.figures import FAINT, INK, drawing, files
 from famba.analysis.variants import Variant, label_variants, own, variants
 from famba.data.augment import Normalize, evaluation_scaling
 from famba.data.images import Colour, decode_rgb, naming
 from famba.errors import DataError
 from famba.fusion import tokens_per_layer
 from famba.training.weights import Trained, load_trained
+
+Grid = npt.NDArray[np.int64]
+"""Array (rows, columns) of the tokens that hold the patches."""
+PRUNED = -1
+"""Stands in a grid where no token holds a patch any more."""
+_KEY = (
+    "Outlined: patches that share a token, in their mean colour. Equal letters or numbers in a panel: parts of one "
+    "token that do not touch."
+)
+_GREY = 200
+_LETTERS, _LINE = 14, 0.155  # of the title: letters to an inch, and inches to a line
+_PANEL, _LARGEST, _BESIDE = 1.55, 3.0, 1.2  # inches: a panel of 8 x 8 patches, the widest panel, labels of rows
+_WIDEST_LABEL = 13  # characters
+_HEIGHT = 0.72  # of a tag, in patches
+
+
+class Row(NamedTuple):
+    """Hold what one way of fusing makes of an image: for each layer shown its tokens, and which of them holds a patch.
+
+    A patch that was pruned is held by PRUNED.
+    """
+
+    label: str
+    tokens: Sequence[int]
+    held: Sequence[Grid]
+
+
+def draw_patches(image: npt.NDArray[np.uint8], layers: Sequence[int], rows: Sequence[Row]) -> Figure:
+    """Draw an image (s, s, 3), and for each way of fusing a row with a panel for each layer."""
+    across, patches = len(layers) + 1, len(rows[0].held[0])
+    panel = min(_LARGEST, _PANEL * max(1.0, patches / 8) ** 0.5)  # so that tags have room in finer grids
+    key = f"{_KEY} Grey: pruned." if any((held == PRUNED).any() for row in rows for held in row.held) else _KEY
+    width = _BESIDE + panel * across
+    title = textwrap.wrap(key, int(_LETTERS * width))
+    above = 0.18 + _LINE * len(title)
+    height = above + (panel + 0.32) * len(rows)
+    figure = Figure(figsize=(width, height))
+    sides = {"left": _BESIDE / width, "right": 1 - 0.05 / width, "top": 1 - above / height, "bottom": 0.24 / height}
+    panels = figure.subplots(len(rows), across, squeeze=False, gridspec_kw={**sides, "wspace": 0.06, "hspace": 0.2})
+    for row, (first, *others) in zip(rows, panels, strict=True):
+        _show(first, image, "image")
+        text = "\n".join(textwrap.wrap(row.label, _WIDEST_LABEL))
+        first.set_ylabel(text, rotation="horizontal", ha="right", va="center", fontsize=10, color=INK)
+        for axes, layer, tokens, held in zip(others, layers, row.tokens, row.held, strict=True):
+            said = f"layer {layer}: {tokens} tokens"
+            if (held == PRUNED).any():
+                _show(axes, np.where(_spread(held == PRUNED, image)[..., None], np.uint8(_GREY), image), said)
+                continue
+            _show(axes, mean_colours(image, held), said)
+            # Pixels of imshow have their centres at whole numbers. White with black around it is seen on any image.
+            outline = list(len(image) / patches * borders(held) - 0.5)
+            for colour, thickness in (("black", 1.7), ("white", 0.8)):
+                axes.add_collection(LineCollection(outline, colors=colour, linewidths=thickness))
+            draw_tags(axes, held, len(image) // patches, 72 * panel / patches)
+    figure.suptitle("\n".join(title), fontsize=9, color=INK, y=1 - 0.08 / height, va="top")
+    return figure
+
+
+def _show(axes: Axes, image: npt.NDArray[np.uint8], label: str) -> None:
+    axes.imshow(image, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.set_xlabel(label, labelpad=3, color=INK)
+    for spine in axes.spines.values():
+        spine.set(visible=True, color=FAINT, linewidth=0.4)
+
+
+def _spread(values: npt.NDArray, image: npt.NDArray[np.uint8]) -> npt.NDArray:
+    """Return values of patches (rows, columns, ...) for each pixel of an image."""
+    return values.repeat(image.shape[0] // values.shape[0], axis=0).repeat(image.shape[1] // values.shape[1], axis=1)
+
+
+def _shared(held: Grid) -> npt.NDArray[np.bool_]:
+    """Return which patches are held by a token that holds others too (rows, columns)."""
+    _, places, counts = np.unique(held, return_inverse=True, return_counts=True)
+    return (counts[places] > 1).reshape(held.shape)
+
+
+def mean_colours(image: npt.NDArray[np.uint8], held: Grid) -> npt.NDArray[np.uint8]:
+    """Give the patches of each token that holds several the mean colour of all of them, rounded half up.
+
+    image: (height, width, 3), each a whole multiple of the grid's side. Returns the same shape.
+    """
+    rows, columns = held.shape
+    patches = image.reshape(rows, image.shape[0] // rows, columns, image.shape[1] // columns, 3).mean(axis=(1, 3))
+    tokens, places = np.unique(held, return_inverse=True)
+    means = np.stack([ndimage.mean(patches[..., c], held, tokens) for c in range(3)], axis=-1)[places]
+    filled = np.floor(means + 0.5).astype(np.uint8).reshape(*held.shape, 3)
+    return np.where(_spread(_shared(held), image)[..., None], _spread(filled, image), image)
+
+
+def borders(held: Grid) -> npt.NDArray[np.int64]:
+    """Return lines (n, 2, 2) around the tokens that hold several patches, each from (x, y) to (x, y), in patches.
+
+    They lie between patches of different tokens, and on the image's edge, where either side is a token that holds
+    several; between two patches that stand alone there is none.
+    """
+    around, several = np.pad(held, 1, constant_values=PRUNED), np.pad(_shared(held), 1)
+    found = []
+    for turn in (False, True):  # between rows, and between columns
+        ids, many = (around.T, several.T) if turn else (around, several)
+        y, x = np.nonzero(((ids[1:] != ids[:-1]) & (many[1:] | many[:-1]))[:, 1:-1])
+        lines = np.stack([np.stack([x, y], axis=1), np.stack([x + 1, y], axis=1)], axis=1)
+        found.append(lines[..., ::-1] if turn else lines)
+    return np.concatenate(found)
+
+
+def tagged(held: Grid) -> list[tuple[str, list[tuple[int, int]]]]:
+    """Give each token whose patches do not all touch a tag of its own: letters, then numbers.
+
+    Returns for each such token, those with the most patches first, its tag, and of each part the patch (row, column)
+    nearest to its middle.
+    """
+    found: list[tuple[int, list[tuple[int, int]]]] = []
+    for token in dict.fromkeys(held.flat):
+        parts, count = ndimage.label(held == token)
+        if count > 1:
+            found.append((-int((held == token).sum()), [_middle(np.argwhere(parts == n + 1)) for n in range(count)]))
+    tags = itertools.chain(ascii_letters, map(str, itertools.count(1)))
+    ordered = sorted(found, key=lambda sized: sized[0])
+    return [(tag, places) for tag, (_, places) in zip(tags, ordered, strict=False)]
+
+
+def _middle(part: npt.NDArray[np.int64]) -> tuple[int, int]:
+    row, column = part[np.square(part - part.mean(axis=0)).sum(axis=1).argmin()].tolist()
+    return row, column
+
+
+def draw_tags(axes: Axes, held: Grid, pixels: int, points: float) -> None:
+    """Write the tag of each token in each of its parts, on patches of so many pixels, and so many points on paper."""
+    look: dict[str, Any] = {"color": "white", "ha": "center", "va": "center_baseline", "zorder": 3}
+    for tag, places in tagged(held):
+        for row, column in places:
+            at, edge = (
+                (pixels * (column + 0.5) - 0.5, pixels * (row + 0.5) - 0.5),
+                withStroke(linewidth=1.6, foreground="black"),
+            )
+            axes.text(*at, tag, size=_HEIGHT * points, path_effects=[edge], **look)
+
 
 _SAMPLES_NOTE = (
     "Photos: china.jpg by flickr.com/photos/danielbuechele, flower.jpg by flickr.com/photos/vultilion, both CC BY 2.0 "

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
 from pathlib import Path
-
-from torch import nn
 
 from famba.analysis.options import CHECKPOINT, add_fusion_options, prepare_folder, read_fusion
 from famba.analysis.variants import Variant, own, variants
@@ -21,6 +19,7 @@ from famba.training.weights import Trained, load_trained
 
 FORMATS = {"safetensors": None, "torch_export": ".pt2", "onnx": ".onnx"}
 """Each format's name, and how its files' names end; None where it is a folder."""
+_WRITERS = {"torch_export": "program", "onnx": "onnx_graph"}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +93,9 @@ def export(target: str, out: Path, trained: Trained, fused: Variant, checkpoint:
             if is_folder:
                 content = write_folder(trained, said, summary, written)
             else:
-                content = _write(target)(model, shape, written, json.dumps(said, indent=2))
+                # Imported here, since ONNX needs packages that may be missing.
+                module = importlib.import_module(f"famba.export.{_WRITERS[target]}")
+                content = module.write(model, shape, written, json.dumps(said, indent=2))
             if target != "onnx" or _is_here("onnxruntime"):
                 checked = check_file(target, written, model, shape)
             files = [written / name for name in FILES] if is_folder else [written]
@@ -106,14 +107,3 @@ def export(target: str, out: Path, trained: Trained, fused: Variant, checkpoint:
     removed, sized = fused.removed, f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
     left = f"{model.num_tokens} tokens, {removed} removed, {model.num_tokens - removed} left"
     return f"{out}: {sized}, {content}\nfusion {fused.fusion.strategy}: {left}\n{checked}"
-
-
-def _write(target: str) -> Callable[[nn.Module, Sequence[int], Path, str], str]:
-    """Return what writes a program or a graph; imported here, since ONNX needs packages that may be missing."""
-    if target == "onnx":
-        from famba.export.onnx_graph import write_onnx
-
-        return write_onnx
-    from famba.export.program import write_program
-
-    return write_program

@@ -138,11 +138,7 @@ def _card(trained: Trained, said: Mapping[str, Any], summary: Mapping[str, Any] 
     packages = origin.pop("packages", None) or {}
     entries = Path(__file__).with_name("citations.bib").read_text().strip().split("\n\n")
     papers = [entry for key in (*model.papers, _MATCHING) for entry in entries if f"{{{key}," in entry]
-    environment = jinja2.Environment(
-        autoescape=jinja2.select_autoescape(default_for_string=False),
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-    )
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)  # noqa: S701 - Markdown
     environment.filters["table"] = _table
     return environment.from_string(Path(__file__).with_name("card.md").read_text()).render(
         said=said,

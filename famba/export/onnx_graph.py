@@ -23,7 +23,7 @@ OPSET = 18
 _MESSAGE_LIMIT = 2**31 - 2**20  # a protobuf message, with room for the graph around the weights
 
 
-def write_onnx(model: nn.Module, shape: Sequence[int], file: Path, notes: str) -> str:
+def write(model: nn.Module, shape: Sequence[int], file: Path, notes: str) -> str:
     """Write a model as an ONNX file, over what is there; return what there is to say of it.
 
     Its input is `images` (batch, *shape), its output `logits` (batch, classes), float32, for any batch from 1. model,
@@ -66,15 +66,9 @@ def _translate(model: nn.Module, shape: Sequence[int]) -> Any:
             for kind in (DeprecationWarning, FutureWarning):
                 warnings.filterwarnings("ignore", category=kind, module=r"(torch|onnxscript|onnx_ir)\b")
             translated = torch.onnx.export(
-                program,
-                (),
-                dynamo=True,
-                verbose=False,
-                opset_version=OPSET,
-                input_names=[INPUT],
-                output_names=[OUTPUT],
-                custom_translation_table=TRANSLATIONS,
-            )
+                program, (), dynamo=True, verbose=False, opset_version=OPSET, input_names=[INPUT],
+                output_names=[OUTPUT], custom_translation_table=TRANSLATIONS,
+            )  # fmt: skip
     except Exception as error:  # torch.onnx raises what it comes across
         raise ExportError(f"torch {torch.__version__} cannot write the model as ONNX: {error}") from error
     finally:
@@ -120,18 +114,9 @@ def _scan(
     batch = op.Shape(delta, start=0, end=1)
     start = op.Expand(op.Constant(value_float=0.0), op.Concat(batch, op.Shape(rates), axis=0))
     _, y = op.Scan(
-        start,
-        delta,
-        gain,
-        B,
-        C,
-        body=step,
-        num_scan_inputs=4,
-        scan_input_axes=[1, 1, 1, 1],
-        scan_output_axes=[1],
-        scan_input_directions=inward,
-        scan_output_directions=outward,
-    )
+        start, delta, gain, B, C, body=step, num_scan_inputs=4, scan_input_axes=[1, 1, 1, 1], scan_output_axes=[1],
+        scan_input_directions=inward, scan_output_directions=outward,
+    )  # fmt: skip
     return y
 
 

@@ -26,7 +26,7 @@ _BATCH = 2  # a batch of 1 would be taken for a constant
 _NOTES = ("stack_trace", "source_fn_stack", "torch_fn", "nn_module_stack", "from_node")
 
 
-def write_program(model: nn.Module, shape: Sequence[int], file: Path, notes: str) -> str:
+def write(model: nn.Module, shape: Sequence[int], file: Path, notes: str) -> str:
     """Write a model as a .pt2 file, over what is there; return what there is to say of it.
 
     model, shape and errors: as of `trace_program`. notes: JSON for whoever loads it, kept in the file as

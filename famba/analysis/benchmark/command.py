@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from famba.analysis import options as shared
-from famba.analysis.benchmark import gpu, ops, steps
+from famba.analysis.benchmark import ops, steps
 from famba.analysis.benchmark.report import Report, Row, filled, read
 from famba.analysis.benchmark.timing import NOTE, Race, keep_freed_memory
 from famba.errors import ConfigError, TrainingError
@@ -36,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     of_gpu.add_argument("--minutes", type=shared.count, default=8, metavar="N", help="stop in time (default: 8)")
     of_gpu.add_argument("--fill", type=Path, metavar="FILE", help="put the tables between the markers in FILE")
     of_gpu.add_argument("--from", dest="found", type=Path, metavar="FILE", help="show or --fill what --json wrote")
-    kinds_of = ((of_ops, "ops", _measure_ops), (of_model, "model", _measure_models), (of_gpu, "gpu", gpu.measure_gpu))
+    kinds_of = ((of_ops, "ops", _measure_ops), (of_model, "model", _measure_models), (of_gpu, "gpu", steps.measure_gpu))
     for kind, what, measure in kinds_of:
         if kind is not of_gpu:
             kind.add_argument("--precision", nargs="+", choices=ops.DTYPES, help="default: fp32 and bf16")
@@ -65,7 +65,7 @@ def _measure(options: argparse.Namespace) -> Report:
     """Measure, and tell what has been measured whatever ended it: it took its time."""
     options.device = device = shared.device(options.device)
     if options.what == "gpu":
-        gpu.check(device)
+        steps.check(device)
     options.precision = options.precision or (["fp32", "bf16"] if has_bf16(device) else ["fp32"])
     if "fp16" in options.precision and device.type != "cuda":
         raise ConfigError(f"fp16 is timed on CUDA devices alone, this is a {device.type} device; use fp32 or bf16")
