@@ -22,7 +22,7 @@ from earlier import KEPT, write_images
 from runs import run
 
 from famba.analysis import evaluate as evaluation
-from famba.analysis.evaluate import add_options, of_difference, plot
+from famba.analysis.evaluate import add_options, of_difference
 from famba.analysis.variants import label_variants, own, variants
 from famba.cli import main as famba
 from famba.data.loader import EvalBatches
@@ -78,8 +78,6 @@ def test_its_own_schedule_gives_what_the_run_gave_and_others_are_beside_it(
     assert "upper *" in table
     with open(tmp_path / "out" / "evaluate.csv") as file:
         assert [row["removed"] for row in csv.DictReader(file)] == ["8", "0", "8", "32", "32"]
-    for kind in ("svg", "png"):
-        assert (tmp_path / "out" / f"evaluate.{kind}").stat().st_size > 5000
 
 
 def results_of(capsys: Printed, out: Path, *arguments: str) -> dict[str, Any]:
@@ -212,23 +210,12 @@ def evaluated(folder: Path | str, *options: str) -> evaluation.Evaluation:
     return evaluation.evaluate(evaluation.check(parser.parse_args([str(folder), "--subset", "40", *options])))
 
 
-def test_curves_begin_without_fusion(upper: Trained) -> None:
+def test_every_way_is_evaluated_beside_none(upper: Trained) -> None:
     found = evaluated(upper[0], "--fusion", "upper,all", "--budget", "4,16", "--order", "sequence,tome")
     assert [(row["strategy"], row["order"], row["removed"]) for row in found.rows][:4] == [
         ("upper", "sequence", 8), ("none", "sequence", 0), ("upper", "sequence", 4), ("upper", "sequence", 16)
     ]  # fmt: skip
-    figure = plot(found)
-    axes = figure.axes[0]
-    lines = {str(line.get_label()): line for line in axes.lines}
-    assert list(lines["upper, order sequence"].get_xdata()) == [0, 4, 8, 16]
-    assert list(lines["all, order tome"].get_xdata()) == [0, 4, 16]
-    looks = {(line.get_color(), str(line.get_linestyle()), str(line.get_markerfacecolor())) for line in axes.lines[:5]}
-    assert len(looks) == 5
-    (bars,) = (one for one in axes.collections if one.get_label() == "95 % interval over images")
-    assert len(bars.get_segments()) == len(found.rows) == 10  # type: ignore[attr-defined]
-    figure.draw_without_rendering()
-    box = figure.legends[0].get_window_extent()
-    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+    assert len(found.rows) == 10
 
 
 def test_alone_it_is_evaluated_alone(upper: Trained) -> None:

@@ -110,13 +110,10 @@ def _backends() -> Iterator[tuple[str, str]]:
         except BackendError as error:
             yield registry.ENVIRONMENT_VARIABLE, f"FAILED: {error}"
     if library.obstacle() is None:
-        chosen = os.environ.get(library.ENVIRONMENT_VARIABLE)
         try:
-            origin = f"chosen by {library.ENVIRONMENT_VARIABLE}" if chosen else "the best that this processor has"
-            told = f"{library.isa()}, {origin}"
+            yield "instructions", f"{library.isa()} of {', '.join(library.isas())}; {torch.get_num_threads()} threads"
         except BackendError as error:
-            told = f"FAILED: {library.ENVIRONMENT_VARIABLE}={chosen}: {error}"
-        yield "instructions", f"{told}; usable: {', '.join(library.isas())}; {torch.get_num_threads()} threads"
+            yield library.ENVIRONMENT_VARIABLE, f"FAILED: {error}"
 
 
 def _checks() -> Iterator[tuple[str, str, str, str, str, float | str]]:

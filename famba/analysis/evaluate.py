@@ -13,9 +13,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from scipy.stats import binomtest, norm
 from tabulate import tabulate
 from torch import Tensor
@@ -23,11 +20,10 @@ from tqdm import tqdm
 
 from famba import data
 from famba.analysis import options as shared
-from famba.analysis.figures import FAINT, INK, drawing, files, looks
 from famba.analysis.options import CHECKPOINT, add_fusion_options, count, prepare_folder, write_files
 from famba.analysis.variants import Variant, label_variants, own, unfused, variants
 from famba.errors import ConfigError, FambaError, TrainingError, check_choice, named, some
-from famba.fusion import Fusion, labels, tokens_per_layer
+from famba.fusion import tokens_per_layer
 from famba.training.config import RunConfig
 from famba.training.devices import choose_precision, out_of_memory, synchronize
 from famba.training.evaluation import Tally
@@ -281,9 +277,6 @@ def _numbered_as_trained(trained: Trained, splits: data.Splits) -> Source:
     return data.renumber(test, numbers, trained.classes)
 
 
-_PANELS = {"top1": "Top-1, %", "images_per_s": "images per second"}
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `famba evaluate`."""
     parser.description = (
@@ -298,13 +291,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--subset", type=count, metavar="N", help="N test images, spread evenly over all")
     add_fusion_options(
         parser,
-        "the schedule that the model was trained with is always evaluated, and beside any other the model without "
-        "fusion, from which curves over budgets begin",
+        "the schedule that the model was trained with is always evaluated, and beside any other that without fusion",
     )
     add("--batch-size", type=count, metavar="N", help="images at once (default: as the run's)")
     add("--precision", metavar="NAME", help="auto, fp32, bf16 or fp16 (default: as the run's)")
     add("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or mps")
-    add("--out", metavar="FOLDER", help="write evaluate.csv, evaluate.json and plots there")
+    add("--out", metavar="FOLDER", help="write evaluate.csv and evaluate.json there")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -314,9 +306,7 @@ def run(options: argparse.Namespace) -> int:
     found = evaluate(request)
     print(table(found))
     if folder is not None:
-        with drawing():
-            pictures = files("evaluate", plot(found))
-        written = write_files(folder, {**pictures, "evaluate.csv": as_csv(found), "evaluate.json": as_json(found)})
+        written = write_files(folder, {"evaluate.csv": as_csv(found), "evaluate.json": as_json(found)})
         print(f"in {folder}: {', '.join(file.name for file in written)}", file=sys.stderr)
     return 130 if found.interrupted else 0
 
@@ -386,48 +376,3 @@ def as_csv(evaluation: Evaluation) -> str:
     rows = pd.DataFrame(evaluation.rows, dtype=object)
     rows = rows.map(lambda cell: " ".join(map(str, cell)) if isinstance(cell, list | tuple) else cell)
     return rows.to_csv(index=False, lineterminator="\n")
-
-
-def plot(evaluation: Evaluation) -> Figure:
-    """Draw Top-1 with its intervals, and throughput, over tokens removed, a curve for each way of fusing."""
-    request, rows = evaluation.request, pd.DataFrame(evaluation.rows)
-    patches = request.trained.model.num_patches
-    figure = Figure(figsize=(7.0, 3.9), layout="constrained")
-    for axes, (key, title) in zip(figure.subplots(1, 2), _PANELS.items(), strict=True):
-        _curves(axes, evaluation, rows, key)
-        axes.set(xlabel=f"tokens removed, of {patches} patches", ylabel=title, xlim=(-0.05 * patches, patches))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(visible=True)
-        if key != "top1":  # only from zero on does height say how much is saved
-            axes.set_ylim(0, 1.12 * rows[key].max())
-        else:
-            ends: dict[str, Any] = {
-                "colors": FAINT,
-                "linewidth": 0.8,
-                "zorder": 1,
-                "label": "95 % interval over images",
-            }
-            axes.vlines(rows["removed"], rows["top1_low95"], rows["top1_high95"], **ends)
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    # A line's sample and its name, in inches.
-    columns = max(1, min(len(names), int(figure.get_figwidth() / (0.7 + 0.085 * max(map(len, names))))))
-    figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3)
-    title = f"{request.config.data.name}, {evaluation.images:,} test images, {request.batch_size} at once"
-    figure.suptitle(title, fontsize=9, color=INK)
-    return figure
-
-
-def _curves(axes: Axes, evaluation: Evaluation, rows: pd.DataFrame, key: str) -> None:
-    """Draw a line for the rows that differ in their budget alone, from the network without fusion on."""
-    ways: dict[Fusion, list[int]] = {}
-    for place, variant in enumerate(evaluation.request.variants):
-        ways.setdefault(replace(variant.fusion, budget=0), []).append(place)
-    names = labels(list(ways), ignore=["budget"])
-    for places, name, look in zip(ways.values(), names, looks([way.strategy for way in ways]), strict=True):
-        unfused = rows.index[rows["removed"] == 0][:1]
-        own = rows.loc[[*unfused, *places]].drop_duplicates("removed").sort_values("removed")
-        axes.plot(own["removed"], own[key], **look.marked(6), linestyle=look.line, label=name)
-    ring: dict[str, Any] = {"markersize": 13, "markerfacecolor": "none", "markeredgecolor": INK, "linestyle": "none"}
-    own = rows[rows["own"]]
-    axes.plot(own["removed"], own[key], marker="o", label="as trained", zorder=5, **ring)
-    axes.margins(y=0.12)

@@ -1,8 +1,7 @@
 """Draw figures in one style, whatever the user's matplotlib is set to, and those of a report.
 
-A strategy looks the same in every plot, and colour-blind readers tell strategies apart, in grey too: colours are those
-of Okabe and Ito (2008) and a few more, markers all differ, and of two lines of a similar style one is dark. Equal
-figures are equal bytes.
+A strategy looks the same in every plot, and colour-blind readers tell strategies apart: colours are those of Okabe and
+Ito (2008) and a few more, and markers all differ. Equal figures are equal bytes.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ _STYLE: dict[str, Any] = {
     "text.parse_math": False,
 }
 _METADATA = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None, "Format": None, "Type": None}}
-Line = str | tuple[float, tuple[float, ...]]
 
 
 @contextmanager
@@ -53,48 +51,32 @@ def files(stem: str, figure: Figure, kinds: Sequence[str] = ("svg", "png")) -> d
     return found
 
 
-class Look(NamedTuple):
-    """Hold colour, marker, the marker's filling, and line style, as matplotlib takes them."""
-
-    color: str
-    marker: str
-    face: str
-    line: Line
-
-    def marked(self, size: float) -> dict[str, Any]:
-        """Return the marker as arguments of `Axes.plot`, its size in points."""
-        size *= 1.4 if self.marker == "*" else 1.0
-        return {"color": self.color, "marker": self.marker, "markersize": size, "markerfacecolor": self.face}
-
-
-_DASHED: Line = (0, (3.5, 1.8))
-_LONG: Line = (0, (9, 2.5))
-_LOOKS: dict[str, tuple[str, str, Line]] = {
-    "none": ("#000000", "o", "-"),
-    "all": ("#E69F00", "s", _DASHED),
-    "interleaved": ("#009E73", "D", "-."),
-    "lower": ("#56B4E9", "v", ":"),
-    "upper": ("#0072B2", "^", _LONG),
-    "decreasing": ("#8C6D00", "*", _DASHED),
-    "adaptive": ("#CC79A7", "P", "-"),
-    "custom": ("#D55E00", "X", (0, (5, 1.5, 1, 1.5, 1, 1.5))),
+# Colour and marker of each strategy, and of those of other packages.
+_LOOKS = {
+    "none": ("#000000", "o"),
+    "all": ("#E69F00", "s"),
+    "interleaved": ("#009E73", "D"),
+    "lower": ("#56B4E9", "v"),
+    "upper": ("#0072B2", "^"),
+    "decreasing": ("#8C6D00", "*"),
+    "adaptive": ("#CC79A7", "P"),
+    "custom": ("#D55E00", "X"),
 }
-_OTHER: tuple[str, str, Line] = ("#7A3FB0", "p", ":")  # strategies of other packages
-_FACES = ("white", "#BDBDBD")
-_LINES: tuple[Line, ...] = ("-", _DASHED, ":", "-.")
+_OTHER = ("#7A3FB0", "p")
+_FACES = ("white", "#BDBDBD", "#666666")
 
 
-def looks(strategies: Sequence[str]) -> list[Look]:
-    """Return how each of several curves or points looks, by the names of their strategies.
+def looks(strategies: Sequence[str]) -> list[dict[str, str]]:
+    """Return how each of several points looks as arguments of `Axes.plot`, by the names of their strategies.
 
-    A strategy has one colour and marker everywhere; its second curve and those after it have other lines and fillings.
+    A strategy has one colour and marker everywhere; its second point and those after it have other fillings.
     """
-    found: list[Look] = []
+    found = []
     for place, name in enumerate(strategies):
-        color, marker, first = _LOOKS.get(name, _OTHER)
+        color, marker = _LOOKS.get(name, _OTHER)
         turn = strategies[:place].count(name)
-        lines = [first, *(line for line in _LINES if line != first)]
-        found.append(Look(color, marker, _FACES[(turn - 1) % 2] if turn else color, lines[turn % len(lines)]))
+        face = _FACES[(turn - 1) % len(_FACES)] if turn else color
+        found.append({"color": color, "marker": marker, "markerfacecolor": face})
     return found
 
 
@@ -144,8 +126,8 @@ def _accuracy(rows: pd.DataFrame, name: str, cost: str, label: str, factor: floa
     columns = [f"{cost}_mean", "top1_percent_mean", f"{cost}_sd", "top1_percent_sd"]
     for (setting, row), look in zip((known[columns] * [factor, 1, factor, 1]).iterrows(), known["look"], strict=True):
         x, y, x_sd, y_sd = row
-        axes.errorbar(x, y, y_sd, x_sd, "none", ecolor=look.color, elinewidth=1.0, capsize=2.0)
-        axes.plot(x, y, **look.marked(6.5), linestyle="none", label=setting)
+        axes.errorbar(x, y, y_sd, x_sd, "none", ecolor=look["color"], elinewidth=1.0, capsize=2.0)
+        axes.plot(x, y, **look, markersize=6.5, linestyle="none", label=setting)
     axes.margins(0.09)
     title = f"Accuracy against {label.partition(',')[0]}"
     return _plot(name, title, "Bars are standard deviations over seeds.", figure) if len(known) else None

@@ -9,7 +9,7 @@ from typing import Any
 
 from famba.analysis import options as shared
 from famba.analysis.benchmark import ops, steps
-from famba.analysis.benchmark.report import Report, Row, filled, read
+from famba.analysis.benchmark.report import Report, Row, filled
 from famba.analysis.benchmark.timing import NOTE, Race, keep_freed_memory
 from famba.errors import ConfigError, TrainingError
 from famba.training.devices import has_bf16, out_of_memory
@@ -35,7 +35,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     of_model.add_argument("--batch", type=shared.count, default=32, **shown)
     of_gpu.add_argument("--minutes", type=shared.count, default=8, metavar="N", help="stop in time (default: 8)")
     of_gpu.add_argument("--fill", type=Path, metavar="FILE", help="put the tables between the markers in FILE")
-    of_gpu.add_argument("--from", dest="found", type=Path, metavar="FILE", help="show or --fill what --json wrote")
     kinds_of = ((of_ops, "ops", _measure_ops), (of_model, "model", _measure_models), (of_gpu, "gpu", steps.measure_gpu))
     for kind, what, measure in kinds_of:
         if kind is not of_gpu:
@@ -43,19 +42,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         kind.add_argument("--rounds", type=shared.count, default=9 if kind is of_ops else 5, **shown)
         kind.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
         kind.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to FILE as well")
-        kind.set_defaults(measure=measure, what=what, fill=None, found=None, precision=None)
+        kind.set_defaults(measure=measure, what=what, fill=None, precision=None)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, or read what was measured; refuse first what cannot be written, and fill a page where one is named."""
+    """Measure, and fill a page where one is named; refuse first what cannot be written."""
     if options.fill is not None:
         filled(options.fill, "")
-    if options.found is not None:
-        report = read(options.found)
-        if options.fill is None:
-            print(report.text("simple"))
-    else:
-        report = _measure(options)
+    report = _measure(options)
     if options.fill is not None:
         options.fill.write_text(filled(options.fill, report.text("pipe")))
     return 0

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+from tabulate import tabulate
 
 from famba.errors import ConfigError
 
@@ -52,19 +52,18 @@ class Report:
             file.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 
-def read(file: Path) -> Report:
-    """Return the report that was written to a file; raises ConfigError for another file."""
-    try:
-        return Report(**json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"--from {file} is not what famba benchmark gpu --json writes ({error})") from error
-
-
 def table(rows: list[Row], style: str) -> str:
     """Return rows in a style of tabulate's; samples and columns that no row fills are left out."""
-    found = pd.DataFrame(rows).dropna(axis="columns", how="all").rename(columns=lambda key: key.replace("_", " "))
-    found = found[[name for name in found if not name.endswith(" samples")]]
-    return found.to_markdown(index=False, tablefmt=style, floatfmt=",.4g", intfmt=",", missingval="-")
+    keys = dict.fromkeys(key for row in rows for key in row if not key.endswith("_samples"))
+    shown = [key for key in keys if any(row.get(key) is not None for row in rows)]
+    cells = [[_cell(row.get(key)) for key in shown] for row in rows]
+    return tabulate(cells, [key.replace("_", " ") for key in shown], style, disable_numparse=True, missingval="-")
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:,.{0 if value >= 1000 else 3}f}"
+    return f"{value:,}" if type(value) is int else value
 
 
 def filled(file: Path, text: str) -> str:
