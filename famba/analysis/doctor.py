@@ -37,10 +37,7 @@ _CHANNELS, _STATES = 19, 5  # which fill no vector
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Describe `famba doctor`, which has no options."""
-    parser.description = (
-        "Show versions, devices and backends, and check each backend that can be used against the reference. The exit "
-        "status is 1 where something fails."
-    )
+    parser.description = f"{__doc__} The exit status is 1 where something fails."
 
 
 def run(options: argparse.Namespace) -> int:
@@ -87,8 +84,6 @@ def _machine() -> Iterator[tuple[str, str]]:
     for device in map(torch.device, devices):
         bf16 = "native" if has_bf16(device) else "not native, trainer.precision=auto is fp32"
         yield str(device).upper(), f"{describe_device(device)}; bfloat16 {bf16}"
-    if len(devices) == 1:
-        yield "CUDA", "no device"
     yield "MPS", "available" if torch.backends.mps.is_available() else "not available"
 
 

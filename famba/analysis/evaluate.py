@@ -64,11 +64,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Hold a row for each variant, as evaluate.json has them, of so many images.
+    """Hold a row for each variant, as evaluate.json has them, of so many images; of fewer than asked if interrupted.
 
     Top-1, Top-5 in percent; difference of Top-1 to the first row in points, None in the first itself; both with the
-    ends of their 95 % intervals. images_per_s: median over batches. interrupted: whether images are but the first of
-    those asked for.
+    ends of their 95 % intervals. images_per_s: median over batches.
     """
 
     request: Request
@@ -129,24 +128,17 @@ class _Contestant:
             gained, lost = int((right & ~first).sum()), int((first & ~right).sum())
             difference = 100 * (gained - lost) / len(right), *of_difference(gained, lost, len(right))
         names = ("difference", "difference_low95", "difference_high95")
+        found = {"top1": known["top1"], "top1_low95": 100 * low, "top1_high95": 100 * high}
+        found |= {**dict(zip(names, difference, strict=True)), "top5": known["top5"], "loss": known["loss"]}
         full = max(images for images, _ in self.times)  # the last batch may be smaller, and less of a load
-        return {
-            "top1": known["top1"],
-            "top1_low95": 100 * low,
-            "top1_high95": 100 * high,
-            **dict(zip(names, difference, strict=True)),
-            "top5": known["top5"],
-            "loss": known["loss"],
-            "images_per_s": statistics.median(n / seconds for n, seconds in self.times if n == full),
-        }
+        return found | {"images_per_s": statistics.median(n / seconds for n, seconds in self.times if n == full)}
 
 
 def evaluate(request: Request) -> Evaluation:
     """Evaluate as asked; a Ctrl-C ends it after the batch that has begun, and keeps what is known by then.
 
-    Raises:
-        ConfigError, DataError: where the images turn out not to fit the network, or to be damaged.
-        TrainingError: where memory runs out.
+    Raises ConfigError or DataError where the images do not fit the network or are damaged, TrainingError for too little
+    memory.
     """
     source = _source(request)
     model, size = request.trained.model.to(request.device), request.trained.image_size
@@ -181,12 +173,8 @@ def of_difference(gained: int, lost: int, images: int) -> tuple[float, float]:
     """Return the 95 % interval of a paired difference in Top-1, in points, over test images of the same kind.
 
     By Agresti and Min (Statistics in Medicine 24, 2005): Wald's interval after half an image more in each of the four
-    cells, so that two networks that never differ are not said to be equal beyond doubt.
-
-    Args:
-        gained: images that this network gets right and the other does not.
-        lost: images that the other gets right and this one does not.
-        images: all of them.
+    cells, so that two networks that never differ are not said to be equal beyond doubt. gained: of so many images those
+    that this network alone gets right; lost: those that the other alone does.
     """
     gained_more, lost_more, total = gained + 0.5, lost + 0.5, images + 2
     middle = (gained_more - lost_more) / total
@@ -217,17 +205,9 @@ def _race(request: Request, contestants: list[_Contestant], source: Source) -> b
 def _batches(request: Request, source: Source) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield images (b, 3, s, s) and labels (b,) on the device."""
     trained = request.trained
-    batches = data.eval_batches(
-        source,
-        trained.scaling,
-        image_size=trained.image_size,
-        mean=trained.mean,
-        std=trained.std,
-        batch_size=request.batch_size,
-        rank=0,
-        world_size=1,
-        workers=request.config.data.workers,
-    )
+    read = {"image_size": trained.image_size, "mean": trained.mean, "std": trained.std}
+    how: dict[str, Any] = {**read, "batch_size": request.batch_size, "workers": request.config.data.workers}
+    batches = data.eval_batches(source, trained.scaling, rank=0, world_size=1, **how)
     for images, classes in batches:
         yield images.to(request.device), classes.to(request.device)
 
@@ -235,15 +215,9 @@ def _batches(request: Request, source: Source) -> Iterator[tuple[Tensor, Tensor]
 def _source(request: Request) -> Source:
     """Return the test images, with the class numbers of the network's training."""
     subset, reading, of = request.subset, request.trained.reading, request.config.data
-    splits = data.load_splits(
-        of.name,
-        request.root,
-        subset=None,
-        val_fraction=0.0,
-        num_classes=of.num_classes,
-        background=reading.background,
-        version=reading.version,
-    )
+    read: dict[str, Any] = {"background": reading.background, "version": reading.version}
+    all_of: dict[str, Any] = {"subset": None, "val_fraction": 0.0, "num_classes": of.num_classes}
+    splits = data.load_splits(of.name, request.root, **all_of, **read)
     test = _numbered_as_trained(request.trained, splits)
     if subset is None:
         return test
@@ -361,8 +335,6 @@ def as_json(evaluation: Evaluation) -> str:
         "images": evaluation.images,
         "classes": trained.class_names,
         "interrupted": evaluation.interrupted,
-        "image_size": trained.image_size,
-        "patches": trained.model.num_patches,
         "batch_size": request.batch_size,
         "precision": str(request.autocast or "fp32").removeprefix("torch."),
         "results": evaluation.rows,

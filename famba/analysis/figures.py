@@ -84,17 +84,12 @@ _UNITS = ((5400.0, 3600.0, "h"), (90.0, 60.0, "min"), (0.0, 1.0, "s"))
 
 
 class Plot(NamedTuple):
-    """Hold a picture as SVG and PNG."""
+    """Hold a picture as files, NAME.svg and NAME.png."""
 
     name: str
     title: str
     caption: str
-    svg: bytes
-    png: bytes
-
-    def files(self) -> Iterator[tuple[str, bytes]]:
-        """Yield names and contents of the picture's files."""
-        yield from ((f"{self.name}.svg", self.svg), (f"{self.name}.png", self.png))
+    files: dict[str, bytes]
 
 
 def time_unit(rows: pd.DataFrame) -> tuple[float, str]:
@@ -140,4 +135,4 @@ def _plot(name: str, title: str, caption: str, figure: Figure) -> Plot:
     columns = min(len(names), 3 if max(map(len, names)) <= 16 else 2)
     figure.set_size_inches(5.2, 3.3 + 0.2 * -(-len(names) // columns))
     figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3.2, columnspacing=1.4)
-    return Plot(name, title, caption, *files(name, figure).values())
+    return Plot(name, title, caption, files(name, figure))

@@ -20,16 +20,15 @@ from famba.ops.registry import AUTO
 from famba.training.devices import choose_device, make_current
 
 CHECKPOINT = "a run folder, weights in one, a checkpoint (.pt), or a timm model"
+# Fields of `Fusion` to the options that choose them.
 FUSION = {"strategy": "fusion", "budget": "budget"} | {name: setting.option for name, setting in SETTINGS.items()}
-"""Map fields of `Fusion` to the options that choose them."""
 
 
 def add_fusion_options(parser: argparse.ArgumentParser, default: str) -> None:
     """Add the options that `read_fusion` reads; `default` says what holds without them."""
     group = parser.add_argument_group("fusion", f"{default}; fusion needs no training to be applied")
     helps = {
-        "fusion": f"strategies: {', '.join(strategy_names())} (default: that of the training, if it had one); adaptive "
-        "where the network was trained so",
+        "fusion": f"strategies: {', '.join(strategy_names())} (default: that of the training, if it had one)",
         "budget": "each with these: tokens to remove, or a share of the patches, as fusion.budget (default: the run's)",
     }
     for setting in SETTINGS.values():

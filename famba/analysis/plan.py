@@ -41,10 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "Count what strategies cost, layer by layer and in total, before anything runs: tokens, multiply-adds, bytes "
         "kept for the backward, and the share of an unfused model's step that is left."
     )
-    parser.epilog = (
-        "examples: famba plan model=vim_s fusion=all,interleaved,lower,upper fusion.budget=150; "
-        "famba plan model=vim_s fusion=upper trainer.device=cuda trainer.precision=bf16"
-    )
+    parser.epilog = "example: famba plan model=vim_s fusion=all,lower,upper trainer.device=cuda trainer.precision=bf16"
     add = parser.add_argument
     add("overrides", nargs="*", metavar="KEY=VALUE", help="as train.py takes them, several values by commas; "
         "trainer.device and trainer.precision may be those of another machine")  # fmt: skip
@@ -84,15 +81,11 @@ class Planned:
         return self.config.fusion.strategy
 
     @property
-    def batch(self) -> int:
-        """Count the images whose tensors are kept at once in one process."""
-        return self.config.trainer.batch_size // self.config.trainer.accumulation
-
-    @property
     def memory(self) -> int:
         """Sum up the bytes of weights, gradients, optimizer, and what a step keeps for the backward."""
         cast = 0 if self.setup.autocast is None else self.setup.autocast.itemsize
-        return (_BYTES_PER_PARAMETER + cast) * self.parameters + self.batch * self.cost.saved_bytes
+        images = self.config.trainer.batch_size // self.config.trainer.accumulation
+        return (_BYTES_PER_PARAMETER + cast) * self.parameters + images * self.cost.saved_bytes
 
 
 def plan(overrides: Sequence[str], config_dir: Path | None = None) -> list[Planned]:
@@ -198,13 +191,11 @@ def tables(plans: Sequence[Planned]) -> str:
     counted = counted.map(lambda cell: f"{cell:,.3f}" if isinstance(cell, float) else f"{cell:,}").T
     totals = counted.to_markdown(tablefmt="simple", disable_numparse=True, stralign="right")
     computed = " and ".join(dict.fromkeys(f"{str(one.setup.dtype)[6:]} by {one.backend}" for one in plans))
-    batches = " and ".join(dict.fromkeys(str(one.batch) for one in plans))
     notes = [
-        "Layers are counted from 0 at the input, as fusion.layers takes them.",
         "Multiply-adds are those of one image's forward pass, what papers on vision backbones call FLOPs. A step does "
         "three times as many, and its time is predicted from them: nearly all of the work is linear in multiply-adds.",
         f"Kept is what autograd holds of one image for the backward, computed in {computed}; memory adds weights, "
-        f"gradients and AdamW's moments, for {batches} images.",
+        "gradients and AdamW's moments, for the images of a micro-batch.",
     ]
     if any(one.strategy == ADAPTIVE for one in plans):
         notes.append("What adaptive removes where is measured in training; until then it is spread as that of all.")

@@ -68,9 +68,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "Compare runs, from run folders and from CSV files of runs: in a table on the terminal, or with --out in a "
         "report with means over seeds, intervals and plots, as Markdown, CSV, LaTeX and one HTML page."
     )
-    parser.add_argument(
-        "runs", nargs="+", metavar="FOLDER", help="run folders, folders that hold some, or CSV files with a run per row"
-    )
+    text = "run folders, folders that hold some, or CSV files with a run per row"
+    parser.add_argument("runs", nargs="+", metavar="FOLDER", help=text)
     parser.add_argument("--out", type=Path, metavar="DIR", help="write a report to this folder instead")
 
 
@@ -112,9 +111,6 @@ class Report(NamedTuple):
     headline: str
 
 
-LeftOut = list[tuple[str, str, str]]  # kind, run, reason
-
-
 def write_report(paths: Iterable[str | Path], out: Path) -> Report:
     """Write report.md, .csv, .tex, .html and plots/ on the runs in some folders and CSV files.
 
@@ -124,7 +120,8 @@ def write_report(paths: Iterable[str | Path], out: Path) -> Report:
     report = gather(paths)
     prepare_folder(out / "plots")
     texts = {"report.md": rendered(report, "md"), "report.csv": table_csv(report), "report.tex": latex(report)}
-    pictures = {f"plots/{name}": of for table in report.tables for plot in table.plots for name, of in plot.files()}
+    plots = [plot for table in report.tables for plot in table.plots]
+    pictures = {f"plots/{name}": content for plot in plots for name, content in plot.files.items()}
     # The page last, so that it is there only with all that belongs to it.
     write_files(out, {**texts, **pictures, "report.html": rendered(report, "html")})
     return report
@@ -133,7 +130,7 @@ def write_report(paths: Iterable[str | Path], out: Path) -> Report:
 def gather(paths: Iterable[str | Path]) -> Report:
     """Read runs and work out a report. Raises DataError where no table can be made of them."""
     runs = read_runs(paths).replace("null", "")
-    left_out: LeftOut = [(run.kind, run.run, run.problem) for run in runs.itertuples() if run.problem]
+    left_out = [(run.kind, run.run, run.problem) for run in runs.itertuples() if run.problem]
     usable = runs[runs["problem"] == ""]
     tables = _tables(_prepared(usable), left_out) if len(usable) else []
     if not tables:
@@ -147,9 +144,6 @@ def gather(paths: Iterable[str | Path]) -> Report:
     counted, moved = sum(len(table.runs) for table in tables), int((found["kind"] == "elsewhere").sum())
     headline = f"{counted} runs in the tables, {moved} of them for accuracy alone; {len(found) - moved} left out."
     return Report(tables, listed, headline)
-
-
-# Which runs are compared
 
 
 def _prepared(runs: pd.DataFrame) -> pd.DataFrame:
@@ -178,8 +172,8 @@ def _prepared(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.assign(**counts, **setting, **{"config.data.root": root, "config.init_from": started})
 
 
-def _tables(runs: pd.DataFrame, left_out: LeftOut) -> list[Table]:
-    """Return for each model its largest group of runs that may be compared; the others go to left_out."""
+def _tables(runs: pd.DataFrame, left_out: list[tuple[str, str, str]]) -> list[Table]:
+    """Return for each model its largest group of runs that may be compared; the others go to left_out, with a kind."""
     free = (*_FREE, *_MODEL[1:])
     what = [name for name in runs if name.startswith("config.") and not name.startswith(free)] + _OUTCOME
     place = [*_PLACE, *(name for name in runs if name.startswith("provenance.packages."))]
@@ -242,9 +236,6 @@ def _differences(table: pd.Series, run: pd.Series) -> str:
         here, there = ((value.get(name) or "not known")[:80] for value in (run, table))
         lines.append(f"{_short(name)}: {here}, in the table {there}")
     return "; ".join(lines)
-
-
-# Numbers
 
 
 def _table(model: str, runs: pd.DataFrame, what: pd.Series, here: pd.Series) -> Table:
@@ -318,9 +309,6 @@ def _share_of_none(by_seed: pd.DataFrame) -> pd.Series:
     return both.sum(min_count=1) / both.notna().mul(base, axis=0).sum(min_count=1)
 
 
-# Text
-
-
 def spread(mean: float, sd: float, digits: int, factor: float = 1.0) -> str:
     """Write a mean and its standard deviation; the mean alone for one seed, a dash for none."""
     if pd.isna(mean):
@@ -387,16 +375,11 @@ def _notes(rows: pd.DataFrame, known: pd.Series) -> list[str]:
     return notes + [f"Training time is of the runs on the table's machine of which it is known: {fewer}."] * bool(fewer)
 
 
-# Formats
-
-
 def rendered(report: Report, kind: str) -> str:
     """Return the report as "html", one page that needs nothing but itself, or "md" with pictures by their paths."""
-    environment = jinja2.Environment(
-        autoescape=jinja2.select_autoescape(default_for_string=kind == "html"),
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-    )
+    strict = jinja2.StrictUndefined
+    environment = jinja2.Environment(autoescape=kind == "html", undefined=strict)  # noqa: S701 - not in Markdown
+    environment.keep_trailing_newline = True
     environment.filters["base64"] = lambda svg: base64.b64encode(svg).decode()
     environment.filters |= {"md": _md, "table": lambda sheet: tabulated(sheet.map(_md), "github")}
     template = Path(__file__).with_suffix(f".{kind}").read_text(encoding="utf-8")

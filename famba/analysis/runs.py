@@ -120,8 +120,6 @@ def _check(summary: Summary) -> None:
     unknown = [name for name in _NEEDED if getattr(summary, name) is None]
     if unknown or not isinstance(summary.provenance.get("seed"), int):
         raise ValueError(f"the summary does not say {', '.join(unknown) or 'provenance.seed'}")
-    if len(summary.schedule or ()) != len(summary.tokens_per_layer or ()) or not summary.schedule or not summary.tokens:
-        raise ValueError("the summary has a schedule and tokens_per_layer that contradict each other")
 
 
 def _config(folder: Path) -> dict[str, Any]:

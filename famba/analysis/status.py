@@ -48,9 +48,8 @@ def run(options: argparse.Namespace) -> int:
 class Status:
     """Describe how far one run is. None stands for what is not known; updated is in seconds since 1970.
 
-    state: not started, waiting (in Slurm), running, interrupted (it saved itself), stopped (it ended without a word),
-    failed, finished, or damaged where the summary cannot be read. note: the error of a failed or damaged run.
-    top1: percent of the images that top1_of names, test or validation.
+    state: one of `_ORDER`, as docs/clusters.md explains. note: the error of a failed or damaged run. top1: percent of
+    the images that top1_of names, test or validation.
     """
 
     run: str
@@ -190,5 +189,4 @@ def status_table(runs: Sequence[Status]) -> str:
     counts = Counter(run.state for run in runs)
     listed = ", ".join(f"{counts[state]} {state}" for state in _ORDER if counts[state])
     table = tabulate(rows, headers="keys", missingval="-", disable_numparse=True)
-    total = f"{len(runs)} run{'s' if len(runs) != 1 else ''}: {listed}"
-    return "\n".join([table, "", *notes, *([""] if notes else []), total])
+    return "\n".join([table, "", *notes, *([""] if notes else []), f"{len(runs)} runs: {listed}"])

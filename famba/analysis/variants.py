@@ -14,8 +14,7 @@ from famba.fusion.schedules import ADAPTIVE, CUSTOM, NONE
 from famba.models import Backbone
 from famba.training.weights import Trained
 
-Asked = Mapping[str, Sequence[Any]]
-"""Values to compare by fields of `Fusion`."""
+Asked = Mapping[str, Sequence[Any]]  # values to compare by fields of `Fusion`
 
 
 @dataclass(frozen=True)

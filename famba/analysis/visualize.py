@@ -40,18 +40,14 @@ _KEY = (
     "Outlined: patches that share a token, in their mean colour. Equal letters or numbers in a panel: parts of one "
     "token that do not touch."
 )
-_GREY = 200
-_LETTERS, _LINE = 14, 0.155  # of the title: letters to an inch, and inches to a line
+_GREY, _LETTERS, _LINE = 200, 14, 0.155  # of pruned patches; of the title letters to an inch, and inches to a line
 _PANEL, _LARGEST, _BESIDE = 1.55, 3.0, 1.2  # inches: a panel of 8 x 8 patches, the widest panel, labels of rows
 _WIDEST_LABEL = 13  # characters
 _HEIGHT = 0.72  # of a tag, in patches
 
 
 class Row(NamedTuple):
-    """Hold what one way of fusing makes of an image: for each layer shown its tokens, and which of them holds a patch.
-
-    A patch that was pruned is held by PRUNED.
-    """
+    """Hold what a way of fusing makes of an image: for each layer shown its tokens, and which of them holds a patch."""
 
     label: str
     tokens: Sequence[int]
@@ -109,10 +105,7 @@ def _shared(held: Grid) -> npt.NDArray[np.bool_]:
 
 
 def mean_colours(image: npt.NDArray[np.uint8], held: Grid) -> npt.NDArray[np.uint8]:
-    """Give the patches of each token that holds several the mean colour of all of them, rounded half up.
-
-    image: (height, width, 3), each a whole multiple of the grid's side. Returns the same shape.
-    """
+    """Give the patches of each token that holds several their mean colour; image and result (height, width, 3)."""
     rows, columns = held.shape
     patches = image.reshape(rows, image.shape[0] // rows, columns, image.shape[1] // columns, 3).mean(axis=(1, 3))
     tokens, places = np.unique(held, return_inverse=True)
@@ -122,11 +115,7 @@ def mean_colours(image: npt.NDArray[np.uint8], held: Grid) -> npt.NDArray[np.uin
 
 
 def borders(held: Grid) -> npt.NDArray[np.int64]:
-    """Return lines (n, 2, 2) around the tokens that hold several patches, each from (x, y) to (x, y), in patches.
-
-    They lie between patches of different tokens, and on the image's edge, where either side is a token that holds
-    several; between two patches that stand alone there is none.
-    """
+    """Return lines (n, 2, 2) around the tokens that hold several patches, each from (x, y) to (x, y), in patches."""
     around, several = np.pad(held, 1, constant_values=PRUNED), np.pad(_shared(held), 1)
     found = []
     for turn in (False, True):  # between rows, and between columns
@@ -138,10 +127,9 @@ def borders(held: Grid) -> npt.NDArray[np.int64]:
 
 
 def tagged(held: Grid) -> list[tuple[str, list[tuple[int, int]]]]:
-    """Give each token whose patches do not all touch a tag of its own: letters, then numbers.
+    """Give each token whose patches do not all touch a tag of its own, those with the most patches first.
 
-    Returns for each such token, those with the most patches first, its tag, and of each part the patch (row, column)
-    nearest to its middle.
+    Returns for each its tag, and of each part the patch (row, column) nearest to its middle.
     """
     found: list[tuple[int, list[tuple[int, int]]]] = []
     for token in dict.fromkeys(held.flat):

@@ -36,10 +36,7 @@ _PROVENANCE = ("started", "famba", "git_commit", "python", "packages", "platform
 
 
 def describe(trained: Trained, architecture: str, fused: Variant, summary: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return as plain values what an exported file says of itself.
-
-    architecture: timm name of the network. fused: how it fuses. summary: as `find_summary` returns it.
-    """
+    """Return as plain values what an exported file says of itself; architecture: timm name of the network."""
     model, size, scaling = trained.model, trained.image_size, trained.scaling
     side, crop = evaluation_scaling(scaling, size).side, scaling.eval_crop
     origin = None if summary is None else summary.get("provenance") or {}

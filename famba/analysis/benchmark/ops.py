@@ -23,6 +23,7 @@ NOTE = (
     "up to 256"
 )
 _MOST_COPIES = 256
+_SHARE = 14  # of 197 tokens 14 fuse: the most that a strategy of the paper removes in a layer
 _Run = Callable[..., Any]
 
 
@@ -91,16 +92,11 @@ def _matching(b: int, l: int, d: int, n: int, dtype: torch.dtype) -> Built:  # n
 def _fusing(b: int, l: int, d: int, n: int, dtype: torch.dtype) -> Built:  # noqa: E741
     with ops.use_backend("reference"):
         fixed = list(_match(torch.randn(b, l, d))[:2])
-    return Built(partial(ops.fuse_tokens, length=l - _removed(l)), [torch.randn(b, l, d).to(dtype)], fixed)
-
-
-def _removed(length: int) -> int:
-    """Return how many tokens fuse with another: 14 of 197, the most that a strategy of the paper removes in a layer."""
-    return max(1, length // 14)
+    return Built(partial(ops.fuse_tokens, length=l - max(1, l // _SHARE)), [torch.randn(b, l, d).to(dtype)], fixed)
 
 
 def _match(x: Tensor) -> tuple[Tensor, ...]:
-    return ops.match_tokens(x, 1, None, None, _removed(x.shape[1]), "sequence")
+    return ops.match_tokens(x, 1, None, None, max(1, x.shape[1] // _SHARE), "sequence")
 
 
 OPS: dict[str, Callable[[int, int, int, int, torch.dtype], Built]] = {

@@ -39,10 +39,8 @@ class Race:
     def enter(self, name: str, calls: Sequence[Call], graph: Call | None = None) -> None:
         """Warm a contestant up and take its first sample.
 
-        Args:
-            name: of the contestant.
-            calls: the same work on one copy of the inputs each; a sample holds all of them.
-            graph: replays the work of all calls as a CUDA graph; captured here where None. Read on CUDA alone.
+        calls: the same work on one copy of the inputs each; a sample holds all of them. graph: replays the work of all
+        calls as a CUDA graph; captured here where None. Read on CUDA alone.
         """
         sys.stderr.write(f"{self.title}: {name}\n")
 
