@@ -67,17 +67,6 @@ def test_a_machine_on_which_all_works(capsys: Printed) -> None:
             assert results(text, "reference", op, dtype, "ok")
 
 
-def test_the_reference_on_a_gpu_is_warned_of(capsys: Printed, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for name in ("triton", "mamba_ssm"):
-        missing = registry.Backend("", ("cuda",), lambda: "it is not installed; pip install it")
-        monkeypatch.setitem(registry._BACKENDS, name, missing)
-    _, text = doctor(capsys)
-    told = " ".join(text.split())
-    assert "WARNING: the ops run in plain torch (backend 'reference') on the GPU, hundreds of times slower" in told
-    assert "triton: it is not installed; pip install it" in told
-
-
 @needs_kernels
 def test_every_instruction_set_is_checked(capsys: Printed, monkeypatch: Patch) -> None:
     monkeypatch.setenv("FAMBA_ISA", "portable")

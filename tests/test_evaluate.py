@@ -8,16 +8,13 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import yaml
 from earlier import KEPT, write_images
 from runs import run
 
@@ -28,7 +25,6 @@ from famba.cli import main as famba
 from famba.data.loader import EvalBatches
 from famba.errors import ConfigError
 from famba.export import export
-from famba.training.config import ADDED_KEYS
 from famba.training.weights import load_trained
 
 Trained = tuple[Path, dict[str, Any]]
@@ -39,13 +35,6 @@ Printed = pytest.CaptureFixture[str]
 def upper(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("upper")
     return folder, run(folder, "fusion=upper", "fusion.budget=8", "model.depth=4", "model.patch_size=4")
-
-
-@pytest.fixture(scope="module")
-def adaptive(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    folder = tmp_path_factory.mktemp("adaptive")
-    chosen = ("model.depth=4", "model.patch_size=4", "fusion=adaptive", "fusion.budget=32", "trainer.max_steps=2")
-    return folder, run(folder, *chosen)
 
 
 def test_its_own_schedule_gives_what_the_run_gave_and_others_are_beside_it(
@@ -85,14 +74,6 @@ def results_of(capsys: Printed, out: Path, *arguments: str) -> dict[str, Any]:
     assert famba(["evaluate", *arguments, "--out", str(out)]) == 0
     capsys.readouterr()
     return json.loads((out / "evaluate.json").read_text())
-
-
-def test_a_run_that_adapts_is_evaluated_as_it_ended(adaptive: Trained, tmp_path: Path, capsys: Printed) -> None:
-    folder, summary = adaptive
-    (mine,) = results_of(capsys, tmp_path, str(folder), "--fusion", "adaptive")["results"]
-    assert (mine["schedule"], mine["top1"]) == (summary["schedule"], summary["top1"])
-    assert famba(["evaluate", str(folder), "--fusion", "adaptive", "--budget", "8"]) == 2
-    assert "no fixed schedule" in capsys.readouterr().err
 
 
 def test_a_subset_is_a_sample_of_the_test_images(upper: Trained, tmp_path: Path, capsys: Printed) -> None:
@@ -188,6 +169,10 @@ def test_its_own_layers_and_counts_are_kept(upper: Trained) -> None:
     (less,) = variants(few, {"budget": [4]})
     assert less.schedule == (0, 0, 2, 2)
     assert label_variants([own(few), less]) == ["upper", "upper"], "another budget needs no more words"
+    adapted = fused_by(upper[0], [1, 0, 0, 7], strategy="adaptive")
+    assert variants(adapted, {"strategy": ["adaptive"]}) == [own(adapted)], "as it ended"
+    with pytest.raises(ConfigError, match="no fixed schedule"):
+        variants(adapted, {"budget": [8]})
     counted = fused_by(upper[0], [0, 1, 0, 7], strategy="custom", budget=(0, 1, 0, 7))
     assert [one.removed for one in variants(counted, {"strategy": ["custom", "all"]})] == [8, 8]
 
@@ -218,10 +203,6 @@ def test_every_way_is_evaluated_beside_none(upper: Trained) -> None:
     assert len(found.rows) == 10
 
 
-def test_alone_it_is_evaluated_alone(upper: Trained) -> None:
-    assert [row["strategy"] for row in evaluated(upper[0]).rows] == ["upper"]
-
-
 def test_the_interval_of_a_difference_is_paired() -> None:
     # Worked by hand: 12.5 and 5.5 of 102, so 7 / 102 in the middle and the root of (18 - 49 / 102) / 102 beside.
     half = 1.959964 * math.sqrt(18 - 49 / 102) / 102
@@ -230,14 +211,6 @@ def test_the_interval_of_a_difference_is_paired() -> None:
     low, high = of_difference(0, 0, 100)
     assert low < 0 < high
     assert of_difference(40, 10, 1000)[0] > 0, "networks that mostly err together differ clearly"
-
-
-@pytest.mark.parametrize(("images", "gain", "loss"), [(100, 0.3, 0.1), (2000, 0.01, 0.01)])
-def test_intervals_of_a_difference_hold_it_as_often_as_they_say(images: int, gain: float, loss: float) -> None:
-    draws = np.random.default_rng(0).multinomial(images, [gain, loss, 1 - gain - loss], size=4000)
-    ends = [of_difference(int(gained), int(lost), images) for gained, lost, _ in draws]
-    held = np.mean([low <= 100 * (gain - loss) <= high for low, high in ends])
-    assert 0.94 <= held <= 0.975
 
 
 def test_runs_of_an_earlier_version_are_evaluated_drawn_and_exported(
@@ -258,16 +231,6 @@ def test_runs_of_an_earlier_version_are_evaluated_drawn_and_exported(
     assert famba(["visualize", str(checkpoint), image, "--out", str(tmp_path / "pictures")]) == 0
     assert (tmp_path / "pictures" / "tokens_0.png").is_file()
     assert famba(["export", str(checkpoint), "--format", "safetensors", "--out", str(tmp_path / "model")]) == 0
-
-
-def test_a_run_from_before_keys_were_added_is_evaluated(upper: Trained, tmp_path: Path, capsys: Printed) -> None:
-    old = shutil.copytree(upper[0], tmp_path / "old")
-    config = yaml.safe_load((old / "config.yaml").read_text())
-    for key in ADDED_KEYS:
-        group, name = key.split(".")
-        del config[group][name]
-    (old / "config.yaml").write_text(yaml.safe_dump(config))
-    assert results_of(capsys, tmp_path, str(old))["results"][0]["top1"] == upper[1]["top1"]
 
 
 def test_several_ways_are_compared_in_one_command(upper: Trained) -> None:

@@ -135,11 +135,3 @@ def test_json_and_folders_without_runs(tmp_path: Path, capsys: Printed) -> None:
     assert famba(["status", "--json", str(tmp_path)]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert (found["run"], found["state"], found["top1"]) == ("run", "finished", 30.0)
-
-
-def test_a_hundred_runs_are_a_matter_of_a_second(tmp_path: Path) -> None:
-    for index in range(100):
-        write_run(tmp_path / f"run{index:03}", EPOCH, *map(train_line, range(31, 120)))
-    began = time.perf_counter()
-    assert len(looking.status([tmp_path])) == 100
-    assert time.perf_counter() - began < 2

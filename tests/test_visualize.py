@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +89,6 @@ def test_every_token_in_several_parts_has_a_tag_of_its_own_in_the_picture() -> N
     assert at == (16 * (column + 0.5) - 0.5, 16 * (row + 0.5) - 0.5), "on a patch's middle"
 
 
-def test_finer_grids_get_larger_panels() -> None:
-    def width(side: int) -> float:
-        row = Row("none", [side * side], [np.arange(side * side).reshape(side, side)])
-        return float(draw_patches(np.zeros((side * 4, side * 4, 3), dtype=np.uint8), [0], [row]).get_figwidth())
-
-    assert width(8) < width(14) < width(28)
-
-
 @pytest.mark.parametrize(
     ("schedules", "count", "expected"),
     [
@@ -165,19 +156,6 @@ def test_what_cannot_be_drawn_is_said_before_any_folder_is_made(
     assert famba(["visualize", str(upper), *arguments.split(), "--out", "out"]) == 2
     assert said in capsys.readouterr().err
     assert not Path("out").exists()
-
-
-@pytest.mark.parametrize("text", ["{", "model: [1,\n\n\nfusion: 3\n"])
-def test_a_broken_configuration_beside_weights_is_said_on_one_line(
-    upper: Path, tmp_path: Path, text: str, capsys: Printed
-) -> None:
-    copied = shutil.copytree(upper, tmp_path / "run")
-    (copied / "config.yaml").write_text(text)
-    assert famba(["visualize", str(copied), "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {copied / 'config.yaml'} cannot be read (")
-    assert "restore it or remove it" in error
-    assert error.count("\n") == 1
 
 
 def test_pruned_patches_are_grey_and_the_others_as_they_are() -> None:
