@@ -210,18 +210,17 @@ def shown_layers(schedules: Sequence[Sequence[int]], most: int = _MOST_LAYERS) -
 def read_images(trained: Trained, given: Sequence[str]) -> dict[str, Tensor]:
     """Read image files, decoded, scaled and cropped as evaluation does; samples where none is given.
 
-    Returns uint8 (3, s, s) of the network's size, by names without what shells and systems stumble over. Raises
-    DataError naming the file that is missing or is no image, or two of one name.
+    Returns uint8 (3, s, s) of the network's size, by distinct names without what shells and systems stumble over.
+    Raises DataError naming the file that is missing or is no image.
     """
     background = trained.reading.colour
     found = [(Path(file).stem, _read(Path(file), background)) for file in given] if given else list(_samples())
     scaling = evaluation_scaling(trained.scaling, trained.image_size)
     images: dict[str, Tensor] = {}
     for stem, image in found:
-        name = re.sub(r"[^\w.+-]+", "_", stem)[:_LONGEST_NAME]
-        if name in images:
-            raise DataError(f"two images are named {name}; rename one, or draw them into two folders")
-        images[name] = scaling.image(image)
+        plain = re.sub(r"[^\w.+-]+", "_", stem)[:_LONGEST_NAME]
+        names = [plain, *(f"{plain}_{number}" for number in range(2, len(images) + 3))]
+        images[next(name for name in names if name not in images)] = scaling.image(image)
     return images
 
 
