@@ -16,15 +16,13 @@ from famba.errors import FambaError
 COMMANDS = {
     "report": ("famba.analysis.report", "compare runs in a table, or in a report with plots"),
     "status": ("famba.analysis.status", "show how far runs are"),
-    "benchmark": ("famba.analysis.benchmark.command", "time ops, training steps and fusing"),
+    "benchmark": ("famba.analysis.benchmark.command", "time ops and training steps"),
     "plan": ("famba.analysis.plan", "show what strategies cost before a run"),
     "evaluate": ("famba.analysis.evaluate", "evaluate a trained model, with other ways of fusing if asked"),
-    "visualize": (
-        "famba.analysis.visualize", "draw which patches each token holds, and how similar tokens are, layer by layer"
-    ),
+    "visualize": ("famba.analysis.visualize", "draw which patches each token holds, layer by layer"),
     "export": ("famba.export.export", "write a trained model for timm, torch.export or ONNX"),
     "doctor": ("famba.analysis.doctor", "show versions, devices and backends, and check that they work"),
-}  # fmt: skip
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

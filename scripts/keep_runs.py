@@ -48,7 +48,7 @@ def main() -> int:
         report = write_report([RUNS], Path(folder))
         for name in PLOTS:
             plot = next(plot for plot in report.tables[0].plots if plot.name.endswith(name))
-            (KEPT / f"{name}.png").write_bytes(plot.png)
+            (KEPT / f"{name}.png").write_bytes(plot.files[f"{plot.name}.png"])
     for (document, name), text in texts(report).items():
         before, _, after = parts(document, name)
         document.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- end of {name} -->{after}")

@@ -119,11 +119,6 @@ def test_download_of_what_has_none_is_explained(capsys: pytest.CaptureFixture[st
     assert "digits" in capsys.readouterr().err
 
 
-def test_report_on_nothing_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert famba(["report", str(tmp_path)]) == 2
-    assert "no run in" in capsys.readouterr().err
-
-
 def test_pandas_is_imported_for_reports_alone() -> None:
     told = command("-c", "import sys, famba.cli, famba.training.app; print('pandas' in sys.modules)")
     assert told.stdout == "False\n"

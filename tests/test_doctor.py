@@ -67,22 +67,11 @@ def test_a_machine_on_which_all_works(capsys: Printed) -> None:
             assert results(text, "reference", op, dtype, "ok")
 
 
-def test_the_reference_on_a_gpu_is_warned_of(capsys: Printed, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for name in ("triton", "mamba_ssm"):
-        missing = registry.Backend("", ("cuda",), lambda: "it is not installed; pip install it")
-        monkeypatch.setitem(registry._BACKENDS, name, missing)
-    _, text = doctor(capsys)
-    told = " ".join(text.split())
-    assert "WARNING: the ops run in plain torch (backend 'reference') on the GPU, hundreds of times slower" in told
-    assert "triton: it is not installed; pip install it" in told
-
-
 @needs_kernels
 def test_every_instruction_set_is_checked(capsys: Printed, monkeypatch: Patch) -> None:
     monkeypatch.setenv("FAMBA_ISA", "portable")
     _, text = doctor(capsys)
-    assert "portable, chosen by FAMBA_ISA" in text
+    assert "portable of portable" in text
     for isa in library.isas():
         assert len(results(text, "native", isa, "ok")) == 2 * len(OPS)
     assert library.isa() == "portable", "the choice is as it was before"
@@ -104,17 +93,20 @@ def test_a_backend_that_raises_is_reported_and_the_rest_goes_on(capsys: Printed,
     assert len(results(text, "reference", "ok")) >= 10
 
 
-@pytest.mark.parametrize("fault", [lambda x: x * (1 + 1e-3), lambda x: x * torch.nan])
-def test_a_backend_that_computes_something_else_fails(fault: Any, capsys: Printed, monkeypatch: Patch) -> None:
+def test_a_backend_that_computes_something_else_fails(capsys: Printed, monkeypatch: Patch) -> None:
     def off(*args: Any) -> Any:
         grad, *others = reference.causal_conv1d_backward(*args)
-        return fault(grad), *others
+        return grad * (1 + 1e-3), *others
 
-    add_backend(monkeypatch, causal_conv1d_backward=off)
+    def undefined(*args: Any) -> Any:
+        return tuple(y * torch.nan for y in reference.add_rms_norm(*args))
+
+    add_backend(monkeypatch, causal_conv1d_backward=off, add_rms_norm=undefined)
     status, text = doctor(capsys)
     assert status == 1
-    assert results(text, "other", "causal_conv1d", "float32", "FAILED")
-    assert results(text, "other", "add_rms_norm", "float32", "ok")
+    for op in ("causal_conv1d", "add_rms_norm"):
+        assert results(text, "other", op, "float32", "FAILED")
+    assert results(text, "other", "selective_scan", "float32", "ok")
 
 
 def test_without_kernels_reason_and_remedy_are_shown(capsys: Printed, monkeypatch: Patch, tmp_path: Path) -> None:
@@ -142,14 +134,3 @@ def test_a_choice_that_cannot_be_followed_is_shown(
     assert variable in text
     assert f"'{value}', did you mean" in text
     assert results(text, "reference", "ok"), "the checks run all the same"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is chosen when Triton is imported")
-@pytest.mark.slow
-def test_kernels_in_the_interpreter_are_checked_too(capsys: Printed, monkeypatch: Patch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    chosen = {name: registry._BACKENDS[name] for name in ("triton", "reference")}
-    monkeypatch.setattr(registry, "_BACKENDS", chosen)
-    status, text = doctor(capsys)
-    assert status == 0
-    assert len(results(text, "triton", "cpu", "float32", "ok")) == len(OPS)

@@ -19,8 +19,7 @@ import torch
 from ops_helpers import assert_close, draw
 from torch import Tensor, nn
 
-from famba.analysis.benchmark.gpu import grouped
-from famba.analysis.benchmark.steps import Contestant, loop_ms, measure
+from famba.analysis.benchmark.steps import Contestant, enter
 from famba.analysis.benchmark.timing import Race
 from famba.analysis.doctor import diagnose
 from famba.cli import main as famba
@@ -270,27 +269,22 @@ def test_the_benchmark_tells_kernels_from_launches() -> None:
     race.enter("small", [lambda: x[:1, :1] + 1] * 4)
     race.run(5)
     large, small = race.entries("large"), race.entries("small")
-    assert large["ms"] == pytest.approx(large["kernels_ms"], rel=0.3)
-    assert large["host_ms"] < large["ms"], "the host does not wait for a product that it has launched"
+    assert large["ms"] == pytest.approx(large["eager_ms"], rel=0.3)
     assert small["ms"] < small["eager_ms"]
-    assert large["launches"] >= 1
-    assert small["launches"] == 1
 
 
 def test_the_benchmark_times_ops_and_the_steps_of_a_run(tmp_path: Path) -> None:
     device, out = torch.device("cuda"), tmp_path / "ops.json"
-    command = ["benchmark", "ops", "--quick", "--device", "cuda", "--batch", "4", "--length", "65", "--json", str(out)]
-    assert famba(command) == 0
+    command = ["benchmark", "ops", "--rounds", "3", "--device", "cuda", "--batch", "4", "--length", "65"]
+    assert famba([*command, "--json", str(out)]) == 0
     told = json.loads(out.read_text())
     assert told["complete"]
     assert all(0 < row["ms"] < row["eager_ms"] for row in told["tables"]["Ops"] if row["contestant"] == "triton")
     tiny = ("model.depth=4", "model.embed_dim=64", "fusion.budget=6")
     one = Contestant("upper", "vim_tiny_patch16_224", "upper", 8, 64, "fp32", tiny)
     race, rows = Race("steps", device), list[dict[str, Any]]()
-    measure(race, [one], 3, rows)
+    enter(race, one, rows)
     assert 0 < rows[0]["ms"] < rows[0]["eager_ms"], "a graph"
-    assert {row["part"] for row in grouped(race)} >= {"scans", "convolutions", "matrix products", "optimizer, clipping"}
-    assert loop_ms(one.config(device)) > 0
 
 
 def vim(strategy: str) -> Vim:

@@ -44,16 +44,13 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     "cls_position", ["head", *(pytest.param(x, marks=pytest.mark.slow) for x in ("middle", "none"))]
 )
-def test_a_rule_of_ones_own_is_trained_evaluated_and_shown(
-    cls_position: str, tmp_path: Path, picture: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_rule_of_ones_own_is_trained_evaluated_and_shown(cls_position: str, tmp_path: Path, picture: str) -> None:
     chosen = ("fusion=all", "fusion.budget=6", f"model.cls_position={cls_position}")
     summary = run(tmp_path / "run", *chosen, "fusion.rule=neighbours", "trainer.max_steps=1")
     assert summary["tokens_removed"] == 6
-    capsys.readouterr()
-    small = ["--subset", "20", "--batch-size", "10", "--json"]
+    small = ["--subset", "20", "--batch-size", "10", "--out", str(tmp_path)]
     assert main(["evaluate", str(tmp_path / "run"), "--rule", "bipartite,neighbours", *small]) == 0
-    results = json.loads(capsys.readouterr().out)["results"]
+    results = json.loads((tmp_path / "evaluate.json").read_text())["results"]
     assert [one["label"] for one in results] == ["all, rule neighbours", "none", "all, rule bipartite"]
     assert main(["visualize", str(tmp_path / "run"), picture, "--out", str(tmp_path / "pictures")]) == 0
     assert (tmp_path / "pictures" / "tokens_one.png").is_file()
@@ -119,7 +116,7 @@ def test_a_rule_is_told_what_a_layer_knows(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_backbone_of_ones_own_works_with_every_command(
-    tmp_path: Path, picture: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, picture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # For the processes that commands start.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(OUTSIDE), os.environ.get("PYTHONPATH", "")]))
@@ -131,10 +128,9 @@ def test_a_backbone_of_ones_own_works_with_every_command(
     again = [f"init_from={tmp_path / 'runs' / 'none0'}", f"run_dir={tmp_path / 'tuned'}", "trainer.max_steps=1"]
     train(compose([*MIXER, *SHORT, "fusion=all", "fusion.budget=6", *again]), tmp_path / "tuned")
     run_dir = str(tmp_path / "runs" / "all0")
-    capsys.readouterr()
-    small = ["--fusion", "all,lower", "--budget", "4", "--subset", "20", "--batch-size", "10", "--json"]
+    small = ["--fusion", "all,lower", "--budget", "4", "--subset", "20", "--batch-size", "10", "--out", str(tmp_path)]
     assert main(["evaluate", run_dir, *small]) == 0
-    results = json.loads(capsys.readouterr().out)["results"]
+    results = json.loads((tmp_path / "evaluate.json").read_text())["results"]
     assert [one["strategy"] for one in results] == ["all", "none", "all", "lower"]
     assert main(["visualize", run_dir, picture, "--fusion", "all,upper", "--out", str(tmp_path / "pictures")]) == 0
     assert "a network without convolutions" in help_text(OUTSIDE / "configs")

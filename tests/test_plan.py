@@ -10,7 +10,7 @@ import pytest
 import torch
 from runs import check_command
 
-from famba.analysis.plan import plan, tokens_plot
+from famba.analysis.plan import plan
 from famba.cli import main
 from famba.errors import ConfigError
 from famba.ops import backends, use_backend
@@ -32,7 +32,7 @@ def test_plans_are_what_a_run_counts_and_keeps(model: list[str], precision: str,
     shape = ["model.depth=2", "model.embed_dim=32", "data=digits", "data.image_size=32", "fusion=none,upper"]
     target = ["trainer.device=cpu", f"trainer.precision={precision}", "recipe=quick", "fusion.budget=40"]
     autocast = torch.bfloat16 if precision == "bf16" else None
-    for one in plan([*model, *shape, *target], backend):
+    for one in plan([*model, *shape, *target, f"ops.backend={backend}"]):
         network = build_model(one.config.model.name, one.setup.model_arguments)
         with use_backend(backend):
             assert one.cost.macs == macs_per_image(network, 32)
@@ -41,9 +41,10 @@ def test_plans_are_what_a_run_counts_and_keeps(model: list[str], precision: str,
 
 
 def test_vim_tiny_at_224_is_planned_layer_by_layer() -> None:
-    none, found = plan(["model=vim_ti", "fusion=interleaved", "fusion.budget=168"], "reference")
+    shape = ["model=vim_ti", "model.depth=2", "ops.backend=reference"]
+    none, found = plan([*shape, "fusion=interleaved", "fusion.budget=14"])
     # Worked out from shapes: 197 tokens, of which 14 go in every second layer.
-    assert [layer.leaving for layer in found.cost.layers][:3] == [197, 183, 183]
+    assert [layer.leaving for layer in found.cost.layers] == [197, 183]
     per_token = 2 * 192 * 384 + 384 * 192 + 2 * (384 * (4 + 44 + 12) + 384 * 16 * 2 + 384 * 2)
     assert none.cost.layers[0].macs == pytest.approx(197 * per_token, rel=0.1)
     assert found.cost.layers[1].macs < found.cost.layers[0].macs
@@ -51,7 +52,7 @@ def test_vim_tiny_at_224_is_planned_layer_by_layer() -> None:
 
 
 def test_layers_add_up_and_none_is_the_base() -> None:
-    none, upper = plan(["model=vim_micro", "fusion=upper"], "reference")
+    none, upper = plan(["model=vim_micro", "fusion=upper", "ops.backend=reference"])
     assert (none.name, upper.name) == ("none", "upper")
     assert none.cost.layers[0] == none.cost.layers[-1]
     for cost_of in (none.cost, upper.cost):
@@ -62,26 +63,23 @@ def test_layers_add_up_and_none_is_the_base() -> None:
 
 
 def test_what_differs_is_in_the_name() -> None:
-    names = [one.name for one in plan(["model=vim_micro,vim_ti", "fusion=all", "fusion.budget=0.2,0.4"], "reference")]
+    small = ["model=vim_micro,vim_ti", "model.depth=2", "model.embed_dim=16", "data.image_size=32"]
+    names = [one.name for one in plan([*small, "fusion=all", "fusion.budget=0.2,0.4"])]
     assert names[:3] == [f"vim_micro_patch4_32 {rest}" for rest in ("none", "all, budget 0.2", "all, budget 0.4")]
     assert len(names) == 6
 
 
 def test_the_command_prints_and_writes(tmp_path: Path, capsys: Printed) -> None:
-    overrides = ["model=vim_micro", "fusion=all,lower"]
-    small = ["--measure", "--batch", "2", "--rounds", "1"]
-    assert main(["plan", *overrides, "--out", str(tmp_path / "plan"), *small]) == 0
+    assert main(["plan", "model=vim_micro", "fusion=all,lower", "--out", str(tmp_path / "plan")]) == 0
     printed = capsys.readouterr().out
     assert "Tokens after each layer" in printed
-    assert "step time, relative to none, measured" in printed
     written = json.loads((tmp_path / "plan" / "plan.json").read_text())
     assert [row["name"] for row in written] == ["none", "all", "lower"]
     assert written[1]["step_time_of_none_predicted"] == written[1]["macs_per_image"] / written[0]["macs_per_image"]
-    assert written[1]["step_time_of_none_measured"] > 0
     assert [layer["leaving"] for layer in written[2]["layers"]][-1] == 10
-    assert (tmp_path / "plan" / "tokens.png").read_bytes()[:4] == b"\x89PNG"
-    assert (tmp_path / "plan" / "tokens.svg").read_text().startswith("<?xml")
     assert len((tmp_path / "plan" / "plan.csv").read_text().splitlines()) == 4
+    assert main(["plan", "-m", "model=vim_micro", "fusion=all,lower"]) == 0
+    assert printed.startswith(capsys.readouterr().out), "-m is taken as train.py takes it"
 
 
 @pytest.fixture
@@ -89,53 +87,33 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.slow), "auto"])
-def test_a_run_for_a_gpu_is_planned_where_there_is_none(precision: str, without_gpu: None, capsys: Printed) -> None:
-    overrides = ["model=vim_ti", "fusion=upper", "trainer.device=cuda", f"trainer.precision={precision}"]
-    none, upper = plan(overrides)
+def test_a_run_for_a_gpu_is_planned_where_there_is_none(without_gpu: None, capsys: Printed) -> None:
+    overrides = ["model=vim_micro", "fusion=upper", "trainer.device=cuda"]
+    none, upper = plan([*overrides, "trainer.precision=auto"])
     assert (upper.setup.device.type, upper.setup.dtype) == ("cuda", torch.bfloat16)
     assert none.cost.layers[0] == none.cost.layers[-1]
-    single = plan([*overrides[:3], "trainer.precision=fp32"])[1]
+    single = plan([*overrides, "trainer.precision=fp32"])[1]
     assert upper.cost.macs == single.cost.macs
     assert upper.cost.saved_bytes < single.cost.saved_bytes
-    assert main(["plan", *overrides]) == 0
-    printed = capsys.readouterr().out
-    assert f"computed in bfloat16 by {upper.backend}" in printed
-    assert "Planned for another machine; here it could not run: trainer.device 'cuda' is not on this machine" in printed
+    assert main(["plan", *overrides, "trainer.precision=auto"]) == 0
+    assert f"computed in bfloat16 by {upper.backend}" in capsys.readouterr().out
 
 
-def test_bf16_is_planned_on_a_processor_without_it(monkeypatch: pytest.MonkeyPatch, capsys: Printed) -> None:
+def test_bf16_is_planned_on_a_processor_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("famba.training.devices._cpu_has_bf16", lambda: False)
     overrides = ["model=vim_micro", "fusion=upper", "trainer.device=cpu", "trainer.precision=bf16"]
     assert {one.setup.dtype for one in plan(overrides)} == {torch.bfloat16}
-    assert main(["plan", *overrides, "--measure"]) == 2
-    assert "--measure times steps here, where none cannot run: trainer.precision=bf16, but" in capsys.readouterr().err
-
-
-def test_m_is_taken_as_train_py_takes_it(capsys: Printed) -> None:
-    assert main(["plan", "-m", "model=vim_micro", "fusion=all,upper"]) == 0
-    with_m = capsys.readouterr().out
-    assert main(["plan", "model=vim_micro", "fusion=all,upper"]) == 0
-    assert capsys.readouterr().out == with_m
-
-
-def test_equal_curves_are_drawn_once_under_both_names() -> None:
-    figure = tokens_plot({"all": ("all", [9, 7, 5]), "adaptive": ("adaptive", [9, 7, 5]), "none": ("none", [9, 9, 9])})
-    assert [line.get_label() for line in figure.axes[0].lines] == ["all = adaptive", "none"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("fusion=uper", "unknown fusion 'uper', did you mean 'upper'"),
-        ("--backend nativ", "unknown --backend 'nativ', did you mean 'native'?; allowed: triton, mamba_ssm"),
         ("ops.backend=nativ", "unknown ops.backend 'nativ', did you mean 'native'?"),
         ("trainer.device=cudo", "unknown trainer.device 'cudo'"),
         ("trainer.device=mps trainer.precision=fp16", "fp16 is not supported on mps"),
         ("trainer.cuda_graphs=true", "cannot be: the device is cpu"),
         ("fusion=all fusion.budget=5000", "a budget of 5000 tokens does not fit"),
-        ("--measure --batch 0", "--batch is 0; allowed: 1 or more"),
-        ("--measure --batch 3", "mixup and cutmix pair the images of a micro-batch, but 3 is odd"),
         ("model=vim_micro --out file", "is a file; name a folder to write to"),
     ],
 )
@@ -146,12 +124,6 @@ def test_what_cannot_be_planned_is_refused(
     Path("file").touch()
     assert main(["plan", *arguments.split()]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_an_out_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "file").write_text("")
-    assert main(["plan", "model=vim_micro", "--out", str(tmp_path / "file")]) == 2
-    assert "is a file; name a folder to write to" in capsys.readouterr().err
 
 
 def test_cpu_table_is_thirty_runs_of_equal_budgets() -> None:

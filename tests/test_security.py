@@ -19,7 +19,7 @@ import torch
 import yaml
 from runs import TINY, check_command, run
 
-from famba.analysis import status
+from famba.analysis import runs
 from famba.data.published import unpack
 from famba.errors import CheckpointError, ConfigError, DataError, FambaError
 from famba.models import load_vim_checkpoint
@@ -204,4 +204,4 @@ def test_nothing_is_read_in_a_way_that_can_run_code() -> None:
             assert "weights_only=True" in call or 'filter="data"' in call, f"{path}: {call}"
         assert not re.search(r"(allow_pickle|trust_remote_code)=True|Unpickler|torch\.hub\.load", text), path
         assert set(re.findall(r"yaml\.load\(.*, (\w+)\)", text)) <= {"LOADER"}, path
-    assert status.LOADER in (yaml.SafeLoader, getattr(yaml, "CSafeLoader", None))
+    assert runs.LOADER in (yaml.SafeLoader, getattr(yaml, "CSafeLoader", None))

@@ -15,39 +15,34 @@ from famba.cli import main as famba
 
 Printed = pytest.CaptureFixture[str]
 SUMMARY = {"status": "running", "top1": None, "epoch": 1, "epochs": 4, "step": 30, "steps": 120}
-EPOCH = {"kind": "epoch", "step": 30, "epoch": 0, "test_top1": 12.5, "time_eval_s": 5.0, "images_per_s": 10.0}
+EPOCH = {"kind": "epoch", "step": 30, "epoch": 0, "test_top1": 12.5}
 
 
 def write_run(folder: Path, *lines: dict[str, Any], **changes: Any) -> Path:
     folder.mkdir(parents=True)
     (folder / "summary.json").write_text(json.dumps({**SUMMARY, **changes}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "config.yaml").write_text("trainer: {batch_size: 20, eval_every: 1}\n")
+    (folder / "config.yaml").touch()
     return folder
 
 
 def train_line(step: int) -> dict[str, Any]:
-    return {"kind": "train", "step": step, "epoch": step // 30, "loss": 1.0, "images_per_s": 10.0}
+    return {"kind": "train", "step": step, "epoch": step // 30, "loss": 1.0}
 
 
 def states(folder: Path) -> dict[str, str]:
     return {run.run: run.state for run in looking.status([folder])}
 
 
-def test_a_running_run_says_how_far_it_is_and_how_long_it_takes(tmp_path: Path) -> None:
+def test_a_run_says_how_far_it_is(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", EPOCH, train_line(45))
     with FileLock(run / ".lock"):
         (found,) = looking.status([run])
     assert (found.state, found.epoch, found.epochs, found.step, found.steps) == ("running", 1, 4, 45, 120)
     assert (found.top1, found.top1_of) == (12.5, "test")
-    # 75 steps of 2 s, and 2.5 evaluations of 5 s.
-    assert found.seconds_left == pytest.approx(75 * 2 + 2.5 * 5)
     assert found.updated == pytest.approx(time.time(), abs=60)
-
-
-def test_a_stopped_run_is_as_far_as_what_it_saved(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", EPOCH, train_line(40), status="interrupted", step=46)
-    assert [one.step for one in looking.status([run])] == [46]
+    saved = write_run(tmp_path / "saved", EPOCH, train_line(40), status="interrupted", step=46)
+    assert [one.step for one in looking.status([saved])] == [46], "as far as what it saved"
 
 
 def test_every_state_is_told(tmp_path: Path, capsys: Printed) -> None:
@@ -89,7 +84,7 @@ def test_jobs_that_wait_in_slurm_are_told_from_those_that_never_were(
     assert states(tmp_path) == {**waiting, **never}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"status": 3}', "\x00\x00", '{"status": "x", "format": 99}'])
+@pytest.mark.parametrize("text", ["", "[]", '{"status": 3}', '{"status": "x", "format": 99}'])
 def test_a_damaged_summary_is_marked(tmp_path: Path, text: str, capsys: Printed) -> None:
     (write_run(tmp_path / "bad", EPOCH) / "summary.json").write_text(text)
     assert states(tmp_path) == {"bad": "damaged"}
@@ -101,15 +96,13 @@ def test_other_damage_leaves_the_rest_readable(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", EPOCH, train_line(40))
     with open(run / "metrics.jsonl", "ab") as file:
         file.write(b'{"kind": "train", "st\xff')
-    (run / "config.yaml").write_text("trainer: [")
     (tmp_path / "sweep.json").write_text('{"runs": [3]}')
     with FileLock(run / ".lock"):
         (found,) = looking.status([tmp_path])
     assert (found.run, found.state, found.step, found.top1) == ("run", "running", 40, 12.5)
-    assert found.seconds_left is None
 
 
-@pytest.mark.parametrize("folder", ["/etc", "../escape", "a/../../escape", "", ".", "a\0b"])
+@pytest.mark.parametrize("folder", ["/etc", "a/../../escape", "", "a\0b"])
 def test_a_sweep_lists_nothing_outside_its_folder(folder: str, tmp_path: Path) -> None:
     write_run(tmp_path / "escape", EPOCH)
     write_run(tmp_path / "sweep" / "run", EPOCH)
@@ -125,16 +118,6 @@ def test_links_lead_nowhere_twice(tmp_path: Path) -> None:
     assert sorted(states(tmp_path / "sweep")) == ["linked", "run"]
 
 
-@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1" + "0" * 400])
-def test_what_is_no_finite_number_is_not_known(value: str, tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", EPOCH, train_line(45))
-    text = (run / "metrics.jsonl").read_text()
-    (run / "metrics.jsonl").write_text(text.replace("12.5", value).replace(": 45", f": {value}").replace("10.0", value))
-    with FileLock(run / ".lock"):
-        (found,) = looking.status([run])
-    assert (found.state, found.top1, found.step, found.seconds_left) == ("running", None, 30, None)
-
-
 def test_looking_takes_no_lock_and_leaves_nothing(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     before = sorted(run.iterdir())
@@ -146,17 +129,9 @@ def test_looking_takes_no_lock_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_json_and_folders_without_runs(tmp_path: Path, capsys: Printed) -> None:
-    assert famba(["status", str(tmp_path / "absent")]) == 2
-    assert "no run in" in capsys.readouterr().err
     write_run(tmp_path / "run", EPOCH, status="finished", top1=30.0)
+    assert famba(["status", str(tmp_path / "rum")]) == 2
+    assert "rum: it is not there, did you mean 'run'?; give the run_dir" in capsys.readouterr().err
     assert famba(["status", "--json", str(tmp_path)]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert (found["run"], found["state"], found["top1"]) == ("run", "finished", 30.0)
-
-
-def test_hundreds_of_runs_are_a_matter_of_a_second(tmp_path: Path) -> None:
-    for index in range(300):
-        write_run(tmp_path / f"run{index:03}", EPOCH, *map(train_line, range(31, 120)))
-    began = time.perf_counter()
-    assert len(looking.status([tmp_path])) == 300
-    assert time.perf_counter() - began < 5

@@ -117,24 +117,21 @@ def test_an_earlier_checkpoint_is_compared_by_its_number_of_classes(stopped: Pat
         run(stopped, stopped.parent / "images")
 
 
-def evaluated(finished: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    capsys.readouterr()
-    status = famba(["evaluate", str(finished), "--data", "folder", "--data-root", str(images), "--json"])
-    return status, *capsys.readouterr()
+def evaluated(finished: Path, images: Path, out: Path) -> dict[str, Any]:
+    assert famba(["evaluate", str(finished), "--data-root", str(images), "--out", str(out)]) == 0
+    return json.loads((out / "evaluate.json").read_text())
 
 
-def test_evaluation_takes_classes_by_name(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation_takes_classes_by_name(finished: Path, tmp_path: Path) -> None:
     """A folder with some of the classes numbers them from 0; the network's own numbers hold."""
-    _, whole, _ = evaluated(finished, finished.parent / "images", capsys)
-    assert json.loads(whole)["classes"] == list(COLOURS)
+    whole = evaluated(finished, finished.parent / "images", tmp_path)
+    assert whole["classes"] == list(COLOURS)
     rights = {}
     for names in (("ant", "bee"), ("cat", "dog")):
         write_images(tmp_path / names[0], {name: COLOURS[name] for name in names})
-        status, out, error = evaluated(finished, tmp_path / names[0], capsys)
-        assert status == 0, error
-        rights[names] = json.loads(out)["results"][0]["top1"]
+        rights[names] = evaluated(finished, tmp_path / names[0], tmp_path)["results"][0]["top1"]
     # Nearly the same images, so together they are as right as the whole.
-    assert sum(rights.values()) / 2 == pytest.approx(json.loads(whole)["results"][0]["top1"], abs=10)
+    assert sum(rights.values()) / 2 == pytest.approx(whole["results"][0]["top1"], abs=10)
     assert max(rights.values()) > 0
 
 
@@ -142,8 +139,8 @@ def test_evaluation_refuses_classes_that_the_network_does_not_know(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_images(tmp_path, {"ant": COLOURS["ant"], "bee": COLOURS["bee"], "zebra": (0, 0, 0), "dog": COLOURS["dog"]})
-    status, _, error = evaluated(finished, tmp_path, capsys)
-    assert status == 2
+    assert famba(["evaluate", str(finished), "--data-root", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
     assert "classes that the network was not trained on: zebra; it knows ant, bee, cat, dog" in error
 
 

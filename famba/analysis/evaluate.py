@@ -1,56 +1,272 @@
-"""Define the options of `famba evaluate`, and show what was measured: a table, files, and curves over the budget."""
+"""Measure accuracy, speed and multiply-adds of one network that fuses in several ways: `famba evaluate`."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
-from dataclasses import replace
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+import torch
+from scipy.stats import binomtest, norm
 from tabulate import tabulate
+from torch import Tensor
+from tqdm import tqdm
 
-from famba.analysis.evaluation import Evaluation, check, evaluate
-from famba.analysis.figures import FAINT, INK, drawing, looks, rendered
-from famba.analysis.options import CHECKPOINT, add_fusion_options, chosen_backend, prepare_folder, write_files
-from famba.fusion import Fusion, labels
-from famba.fusion.schedules import NONE
+from famba import data
+from famba.analysis import options as shared
+from famba.analysis.options import CHECKPOINT, add_fusion_options, count, prepare_folder, write_files
+from famba.analysis.variants import Variant, label_variants, own, unfused, variants
+from famba.errors import ConfigError, FambaError, TrainingError, check_choice, named, some
+from famba.fusion import tokens_per_layer
+from famba.training.config import RunConfig
+from famba.training.devices import choose_precision, out_of_memory, synchronize
+from famba.training.evaluation import Tally
+from famba.training.interrupts import StopRequest
 from famba.training.logging import signed
+from famba.training.measure import macs_per_image
 from famba.training.provenance import provenance
+from famba.training.weights import Trained, load_trained
 
-_Row = dict[str, Any]
-_PANELS = {"top1": "Top-1, %", "images_per_s": "images per second", "memory_mib": "memory of a batch, MiB"}
+_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+Source = data.Source
+
+
+@dataclass(frozen=True)
+class Request:
+    """Hold an evaluation that can begin.
+
+    variants: first the one that the network was trained with, to which the others are compared. config: of the run.
+    root: the folder that holds its images. subset: None for all.
+    """
+
+    trained: Trained
+    variants: tuple[Variant, ...]
+    config: RunConfig
+    root: str | None
+    subset: int | None
+    batch_size: int
+    device: torch.device
+    autocast: torch.dtype | None
+
+    @torch.no_grad()
+    def infer(self, variant: Variant, images: Tensor) -> Tensor:
+        """Return the logits (b, classes) of images (b, 3, s, s) on the device, in the precision that was asked for."""
+        variant.put_into(self.trained.model)
+        with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            return self.trained.model(images)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Hold a row for each variant, as evaluate.json has them, of so many images; of fewer than asked if interrupted.
+
+    Top-1, Top-5 in percent; difference of Top-1 to the first row in points, None in the first itself; both with the
+    ends of their 95 % intervals. images_per_s: median over batches.
+    """
+
+    request: Request
+    rows: list[dict[str, Any]]
+    images: int
+    interrupted: bool
+
+
+def check(options: argparse.Namespace) -> Request:
+    """Load the network, and check all that is asked of it. Raises FambaError for what cannot work; reads no image."""
+    asked = shared.read_fusion(options)
+    device = shared.device(options.device)
+    if options.precision is not None:
+        check_choice("--precision", options.precision, _PRECISIONS)
+    trained = load_trained(options.checkpoint)
+    if (config := trained.config) is None:
+        raise ConfigError(f"{trained.source} says no data set to evaluate it on; give a run or a checkpoint of one")
+    first, found = own(trained), variants(trained, asked)
+    if any(one != first for one in found):
+        found = [unfused(trained), *found]
+    try:
+        autocast = choose_precision(options.precision or config.trainer.precision, device)
+    except FambaError as error:
+        raise ConfigError(str(error).replace("trainer.precision=", "--precision ")) from error
+    name, root, classes = config.data.name, options.data_root or config.data.root, config.data.num_classes
+    root_name = "--data-root" if options.data_root else "the run's data.root (--data-root names another)"
+    with named({"root": root_name}):
+        data.check_request(name, root, subset=None, val_fraction=0.0, num_classes=classes)
+        data.check_folder(name, root, trained.reading.version)
+    compared = tuple(dict.fromkeys([first, *found]))
+    size = options.batch_size or config.trainer.batch_size // config.trainer.accumulation
+    return Request(trained, compared, config, root, options.subset, size, device, autocast)
+
+
+@dataclass
+class _Contestant:
+    """Collect the results of one variant. right: for each batch which images have their label ranked first (b,)."""
+
+    variant: Variant
+    tally: Tally
+    times: list[tuple[int, float]] = field(default_factory=list)
+    right: list[Tensor] = field(default_factory=list)
+
+    def add(self, logits: Tensor, labels: Tensor, seconds: float) -> None:
+        """Count a batch: logits (b, classes), labels (b,)."""
+        self.tally.add(logits, labels)
+        self.times.append((len(labels), seconds))
+        # Ranked as Tally does.
+        best = logits.float().topk(min(5, logits.shape[1]), dim=1).indices[:, 0]
+        self.right.append((best == labels).cpu())
+
+    def row(self, first: Tensor) -> dict[str, Any]:
+        """Return accuracy and speed; first: which images the variant that was trained gets right (n,)."""
+        right, known = torch.cat(self.right), self.tally.results()
+        low, high = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
+        difference: tuple[float | None, ...] = (None,) * 3
+        if not self.variant.own:
+            gained, lost = int((right & ~first).sum()), int((first & ~right).sum())
+            difference = 100 * (gained - lost) / len(right), *of_difference(gained, lost, len(right))
+        names = ("difference", "difference_low95", "difference_high95")
+        found = {"top1": known["top1"], "top1_low95": 100 * low, "top1_high95": 100 * high}
+        found |= {**dict(zip(names, difference, strict=True)), "top5": known["top5"], "loss": known["loss"]}
+        full = max(images for images, _ in self.times)  # the last batch may be smaller, and less of a load
+        return found | {"images_per_s": statistics.median(n / seconds for n, seconds in self.times if n == full)}
+
+
+def evaluate(request: Request) -> Evaluation:
+    """Evaluate as asked; a Ctrl-C ends it after the batch that has begun, and keeps what is known by then.
+
+    Raises ConfigError or DataError where the images do not fit the network or are damaged, TrainingError for too little
+    memory.
+    """
+    source = _source(request)
+    model, size = request.trained.model.to(request.device), request.trained.image_size
+    contestants, macs = [_Contestant(variant, Tally(request.device)) for variant in request.variants], list[int]()
+    try:
+        interrupted = _race(request, contestants, source)
+        for variant in request.variants:
+            variant.put_into(model)
+            macs.append(macs_per_image(model, size))
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise TrainingError(f"out of memory with {request.batch_size} images at once; less: --batch-size") from error
+    first = torch.cat(contestants[0].right)
+    rows = [
+        {
+            "label": label,
+            **asdict(replace(one.variant.fusion, budget=one.variant.removed)),
+            "schedule": one.variant.schedule,
+            "own": one.variant.own,
+            "removed": one.variant.removed,
+            "tokens_per_layer": tokens_per_layer(one.variant.schedule, model.num_tokens),
+            **one.row(first),
+            "macs_per_image": count,
+        }
+        for label, one, count in zip(label_variants(request.variants), contestants, macs, strict=True)
+    ]
+    return Evaluation(request, rows, len(first), interrupted)
+
+
+def of_difference(gained: int, lost: int, images: int) -> tuple[float, float]:
+    """Return the 95 % interval of a paired difference in Top-1, in points, over test images of the same kind.
+
+    By Agresti and Min (Statistics in Medicine 24, 2005): Wald's interval after half an image more in each of the four
+    cells, so that two networks that never differ are not said to be equal beyond doubt. gained: of so many images those
+    that this network alone gets right; lost: those that the other alone does.
+    """
+    gained_more, lost_more, total = gained + 0.5, lost + 0.5, images + 2
+    middle = (gained_more - lost_more) / total
+    half = norm.ppf(0.975) * (gained_more + lost_more - (gained_more - lost_more) ** 2 / total) ** 0.5 / total
+    return 100 * max(-1.0, middle - half), 100 * min(1.0, middle + half)
+
+
+def _race(request: Request, contestants: list[_Contestant], source: Source) -> bool:
+    """Let contestants take each batch in turn; return whether it was cut short."""
+    done, device = 0, request.device
+    with StopRequest() as stop, tqdm(total=len(source), unit="image", file=sys.stderr, leave=False) as bar:
+        for images, classes in _batches(request, source):
+            for one in contestants if not done else ():  # what is compiled, tuned or allocated once
+                request.infer(one.variant, images)
+            for one in contestants:
+                synchronize(device)
+                began = time.perf_counter()
+                logits = request.infer(one.variant, images)
+                synchronize(device)
+                one.add(logits, classes, time.perf_counter() - began)
+            done += len(classes)
+            bar.update(len(classes))
+            if stop.number:
+                break
+    return done < len(source)
+
+
+def _batches(request: Request, source: Source) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield images (b, 3, s, s) and labels (b,) on the device."""
+    trained = request.trained
+    read = {"image_size": trained.image_size, "mean": trained.mean, "std": trained.std}
+    how: dict[str, Any] = {**read, "batch_size": request.batch_size, "workers": request.config.data.workers}
+    batches = data.eval_batches(source, trained.scaling, rank=0, world_size=1, **how)
+    for images, classes in batches:
+        yield images.to(request.device), classes.to(request.device)
+
+
+def _source(request: Request) -> Source:
+    """Return the test images, with the class numbers of the network's training."""
+    subset, reading, of = request.subset, request.trained.reading, request.config.data
+    read: dict[str, Any] = {"background": reading.background, "version": reading.version}
+    all_of: dict[str, Any] = {"subset": None, "val_fraction": 0.0, "num_classes": of.num_classes}
+    splits = data.load_splits(of.name, request.root, **all_of, **read)
+    test = _numbered_as_trained(request.trained, splits)
+    if subset is None:
+        return test
+    if subset > len(test):
+        raise ConfigError(f"--subset is {subset}; allowed: 1 to {len(test)}, the test images of {of.name}")
+    return data.sample(test, subset, reading.version)
+
+
+def _numbered_as_trained(trained: Trained, splits: data.Splits) -> Source:
+    """Return the test images with the class numbers of the network's training; by name where names are known.
+
+    Raises ConfigError where they hold a class that the network does not tell apart.
+    """
+    test, known, found = splits.test, trained.class_names, splits.classes
+    if known is None or found is None:
+        if test.num_classes > trained.classes:
+            raise ConfigError(f"the images have {test.num_classes} classes, the network tells {trained.classes} apart")
+        return test
+    if strange := [name for name in found if name not in set(known)]:
+        raise ConfigError(
+            f"the images have classes that the network was not trained on: {some(strange)}; it knows {some(known)}. "
+            "Give images of its own classes, or train from its weights: python train.py init_from=WEIGHTS"
+        )
+    numbers = tuple(known.index(name) for name in found)
+    if numbers == tuple(range(len(found))):
+        return test
+    return data.renumber(test, numbers, trained.classes)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `famba evaluate`."""
     parser.description = (
-        "Evaluate a trained model on test images: Top-1, Top-5 and loss, throughput, memory and multiply-adds, with "
-        "the schedule that it was trained with and with others. All of them see the same images, taking each batch in "
-        "turn. Top-1 has 95 % intervals over test images: its own, and that of the paired difference to the model as "
-        "it was trained."
+        "Evaluate a trained model on test images: Top-1, Top-5 and loss, throughput and multiply-adds, with the "
+        "schedule that it was trained with and with others, on the same images in turn. Top-1 and its paired "
+        "difference to the model as it was trained have 95 % intervals over test images."
     )
     parser.epilog = "example: famba evaluate runs/mine --fusion all,upper --budget 0.2,0.4,0.6,0.8 --out curves"
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
-    add("--data", metavar="NAME", help="a choice or a name as in training (default: the run's own)")
     add("--data-root", metavar="DIR", help="folder that holds the data (default: the run's own)")
-    add("--subset", type=int, metavar="N", help="N test images, spread evenly over all")
+    add("--subset", type=count, metavar="N", help="N test images, spread evenly over all")
     add_fusion_options(
         parser,
-        "the schedule that the model was trained with is always evaluated, and beside any other the model without "
-        "fusion, from which curves over budgets begin",
+        "the schedule that the model was trained with is always evaluated, and beside any other that without fusion",
     )
-    add("--batch-size", type=int, metavar="N", help="images at once (default: as the run's)")
-    add("--backend", metavar="NAME", help="what computes the ops (default: as the run's)")
+    add("--batch-size", type=count, metavar="N", help="images at once (default: as the run's)")
     add("--precision", metavar="NAME", help="auto, fp32, bf16 or fp16 (default: as the run's)")
     add("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or mps")
-    add("--out", metavar="FOLDER", help="write evaluate.csv, evaluate.json and plots there")
-    add("--json", action="store_true", help="print evaluate.json instead of a table")
+    add("--out", metavar="FOLDER", help="write evaluate.csv and evaluate.json there")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -58,91 +274,69 @@ def run(options: argparse.Namespace) -> int:
     request = check(options)
     folder = None if options.out is None else prepare_folder(options.out)
     found = evaluate(request)
-    print(as_json(found) if options.json else table(found))
+    print(table(found))
     if folder is not None:
-        with drawing():
-            figure = plot(found)
-            files = {f"evaluate.{kind}": rendered(figure, kind) for kind in ("svg", "png")}
-        files |= {"evaluate.csv": as_csv(found).encode(), "evaluate.json": f"{as_json(found)}\n".encode()}
-        print(f"in {folder}: {', '.join(file.name for file in write_files(folder, files))}", file=sys.stderr)
+        written = write_files(folder, {"evaluate.csv": as_csv(found), "evaluate.json": as_json(found)})
+        print(f"in {folder}: {', '.join(file.name for file in written)}", file=sys.stderr)
     return 130 if found.interrupted else 0
 
 
 def table(evaluation: Evaluation) -> str:
     """Return a line for each way of fusing, and what it was evaluated on, as text."""
-    patches = evaluation.request.trained.model.num_patches
+    patches, several = evaluation.request.trained.model.num_patches, len(evaluation.rows) > 1
     rows = [
         {
             "fusion": f"{row['label']} *" if row["own"] else row["label"],
             "removed": f"{row['removed']} of {patches}",
             "Top-1 %": f"{row['top1']:.2f}",
             "95 % interval": f"{row['top1_low95']:.2f} to {row['top1_high95']:.2f}",
-            "difference to *": _difference(row),
+            **({"difference to *": _difference(row)} if several else {}),
             "Top-5 %": f"{row['top5']:.2f}",
             "loss": f"{row['loss']:.4f}",
             "images/s": f"{row['images_per_s']:.1f}",
-            "memory MiB": None if row["memory_mib"] is None else f"{row['memory_mib']:.1f}",
             "multiply-adds M": f"{row['macs_per_image'] / 1e6:.1f}",
         }
         for row in evaluation.rows
     ]
-    if len(rows) == 1:
-        del rows[0]["difference to *"]
     sides = ["left", *["right"] * (len(rows[0]) - 1)]
     shown = tabulate(rows, headers="keys", missingval="-", disable_numparse=True, colalign=sides)
-    return "\n".join([shown, "", *_notes(evaluation)])
-
-
-def _difference(row: _Row) -> str | None:
-    if row["difference"] is None:
-        return None
-    return "{} ({} to {})".format(*(signed(row[f"difference{end}"]) for end in ("", "_low95", "_high95")))
-
-
-def _notes(evaluation: Evaluation) -> list[str]:
     request, trained = evaluation.request, evaluation.request.trained
-    several = len(evaluation.rows) > 1
-    measured = "torch's allocator" if request.device.type == "cuda" else "a process's resident memory"
     notes = {
         f"* as trained, by {trained.source}.": True,
         "Difference: Top-1 minus that of *, in points, on the same images, with its 95 % interval (paired; Agresti and "
         "Min 2005). The interval of Top-1 alone is Wilson's. Both are over test images: another training would differ "
         "too.": several,
-        f"On {evaluation.images:,} test images of {request.images.name} at {trained.image_size} x "
+        f"On {evaluation.images:,} test images of {request.config.data.name} at {trained.image_size} x "
         f"{trained.image_size}, {request.batch_size} at once on {request.device.type}. images/s is the median over "
         "batches, each taken by all in turn.": True,
-        f"Memory is what the inference of a batch adds to the weights and images, by {measured}.":
-            any(row["memory_mib"] is not None for row in evaluation.rows),
-        f"{request.images.name} is not named by the run: its labels have to mean what the run's meant.":
-            not request.images.own,
         "Interrupted: these are the first images of those asked for.": evaluation.interrupted,
-    }  # fmt: skip
-    return [note for note, holds in notes.items() if holds]
+    }
+    return "\n".join([shown, "", *(note for note, holds in notes.items() if holds)])
+
+
+def _difference(row: dict[str, Any]) -> str | None:
+    if row["difference"] is None:
+        return None
+    return "{} ({} to {})".format(*(signed(row[f"difference{end}"]) for end in ("", "_low95", "_high95")))
 
 
 def as_json(evaluation: Evaluation) -> str:
     """Return everything as JSON: Top-1 and Top-5 in percent, differences in points, removed in tokens."""
     request, trained = evaluation.request, evaluation.request.trained
-    config, dtypes = trained.config, [] if request.autocast is None else [request.autocast]
-    with chosen_backend(request.backend):
-        origin = provenance(request.device, -1 if config is None else config.seed, 1, *dtypes)
+    dtypes = [] if request.autocast is None else [request.autocast]
     values = {
-        "checkpoint": request.path,
         "source": trained.source,
-        "model": None if config is None else config.model.name,
-        "data": request.images.name,
-        "own_data": request.images.own,
+        "model": request.config.model.name,
+        "data": request.config.data.name,
         "images": evaluation.images,
         "classes": trained.class_names,
         "interrupted": evaluation.interrupted,
-        "image_size": trained.image_size,
-        "patches": trained.model.num_patches,
         "batch_size": request.batch_size,
-        "precision": str(dtypes[0]).removeprefix("torch.") if dtypes else "fp32",
+        "precision": str(request.autocast or "fp32").removeprefix("torch."),
         "results": evaluation.rows,
-        "provenance": origin | ({"seed": None} if config is None else {}),
+        "provenance": provenance(request.device, request.config.seed, 1, *dtypes),
     }
-    return json.dumps(values, indent=2)
+    return json.dumps(values, indent=2) + "\n"
 
 
 def as_csv(evaluation: Evaluation) -> str:
@@ -150,69 +344,3 @@ def as_csv(evaluation: Evaluation) -> str:
     rows = pd.DataFrame(evaluation.rows, dtype=object)
     rows = rows.map(lambda cell: " ".join(map(str, cell)) if isinstance(cell, list | tuple) else cell)
     return rows.to_csv(index=False, lineterminator="\n")
-
-
-def plot(evaluation: Evaluation) -> Figure:
-    """Draw Top-1 with its intervals, throughput and memory over tokens removed, a curve for each way of fusing."""
-    request, rows = evaluation.request, evaluation.rows
-    patches, lines = request.trained.model.num_patches, _lines(evaluation)
-    panels = [key for key in _PANELS if any(row[key] is not None for row in rows)]
-    figure = Figure(figsize=(0.6 + 3.2 * len(panels), 3.5), layout="constrained")
-    for place, key in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), place + 1)
-        _curves(axes, rows, lines, key)
-        axes.set(xlabel=f"tokens removed, of {patches} patches", ylabel=_PANELS[key], xlim=(-0.05 * patches, patches))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(visible=True)
-        if place:
-            # Only from zero on does height say how much is saved.
-            axes.set_ylim(0, 1.12 * max((row[key] for row in rows if row[key]), default=1.0))
-            continue
-        removed, low, high = ([row[name] for row in rows] for name in ("removed", "top1_low95", "top1_high95"))
-        axes.vlines(removed, low, high, colors=FAINT, linewidth=0.8, zorder=1, label="95 % interval over images")
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    # A line's sample and its name, in inches.
-    entry = 0.7 + 0.085 * max(map(len, names))
-    columns = max(1, min(len(names), int(figure.get_figwidth() / entry)))
-    figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3)
-    title = f"{request.images.name}, {evaluation.images:,} test images, {request.batch_size} at once"
-    figure.suptitle(title, fontsize=9, color=INK)
-    return figure
-
-
-def _lines(evaluation: Evaluation) -> dict[str, list[_Row]]:
-    """Return the rows of each line by its name: those that differ in their budget alone."""
-    found: dict[Fusion, list[_Row]] = {}
-    for variant, row in zip(evaluation.request.variants, evaluation.rows, strict=True):
-        found.setdefault(replace(variant.fusion, budget=0), []).append(row)
-    return dict(zip(labels(list(found), ignore=["budget"]), found.values(), strict=True))
-
-
-def _curves(axes: Axes, rows: list[_Row], lines: dict[str, list[_Row]], key: str) -> None:
-    """Draw a line for each strategy and way, from the network without fusion on."""
-    unfused = [row for row in rows if not row["removed"]][:1]
-    strategies = [own[0]["strategy"] for own in lines.values()]
-    if len({*strategies} - {NONE}) == 1:  # then the ways of this strategy are told apart by their looks
-        strategies = [
-            strategy if strategies.index(strategy) == place else name
-            for place, (name, strategy) in enumerate(zip(lines, strategies, strict=True))
-        ]
-    for (name, own), style in zip(lines.items(), looks(strategies), strict=True):
-        points = {row["removed"]: row[key] for row in [*unfused, *own] if row[key] is not None}
-        if not points:
-            continue
-        x = sorted(points)
-        # Where lines begin together, the mark is that of the network without fusion.
-        marked = [place for place, removed in enumerate(x) if removed or own == unfused]
-        is_full = style.face == style.color
-        edge: dict[str, Any] = {
-            "markeredgecolor": "white" if is_full else style.color,
-            "markeredgewidth": 0.6 if is_full else 1.4,
-        }
-        line = style.line if len(x) > 1 else "none"
-        axes.plot(x, [points[at] for at in x], **style.marked(6), **edge, markevery=marked, linestyle=line, label=name)
-    for row in rows:
-        if row["own"] and row[key] is not None:
-            ring: dict[str, Any] = {"marker": "o", "markersize": 13, "markerfacecolor": "none", "markeredgecolor": INK}
-            axes.plot(row["removed"], row[key], linestyle="none", label="as trained", zorder=5, **ring)
-    axes.margins(y=0.12)

@@ -1,18 +1,18 @@
-"""Draw figures in one style, whatever the user's matplotlib is set to; equal figures are equal bytes.
+"""Draw figures in one style, whatever the user's matplotlib is set to, and those of a report.
 
-A strategy looks the same in every plot, and colour-blind readers tell strategies apart, in grey too: colours are those
-of Okabe and Ito (2008) and a few more, markers all differ, and of two lines of a similar style one is dark.
+A strategy looks the same in every plot, and colour-blind readers tell strategies apart: colours are those of Okabe and
+Ito (2008) and a few more, and markers all differ. Equal figures are equal bytes.
 """
 
 from __future__ import annotations
 
 import io
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import matplotlib as mpl
+import pandas as pd
 from matplotlib.figure import Figure
 
 INK, FAINT = "#222222", "#777777"
@@ -30,72 +30,109 @@ _STYLE: dict[str, Any] = {
     "text.parse_math": False,
 }
 _METADATA = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None, "Format": None, "Type": None}}
-Line = str | tuple[float, tuple[float, ...]]
 
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Use the project's style inside the block; rendering belongs inside too."""
+    """Use the project's style inside the block; `files` belongs inside too."""
     with mpl.rc_context():
         mpl.rcdefaults()
         cast(Any, mpl.rcParams).update(_STYLE)  # some releases' stubs know each name, others none
         yield
 
 
-def rendered(figure: Figure, kind: str) -> bytes:
-    """Return a figure as the content of a PNG or SVG file."""
-    content = io.BytesIO()
-    figure.savefig(content, format=kind, dpi=200, metadata=_METADATA[kind])
-    return content.getvalue()
-
-
-class Look(NamedTuple):
-    """Hold colour, marker, the marker's filling, and line style, as matplotlib takes them."""
-
-    color: str
-    marker: str
-    face: str
-    line: Line
-
-    def marked(self, size: float) -> dict[str, Any]:
-        """Return the marker as arguments of `Axes.plot`, its size in points."""
-        size *= 1.4 if self.marker == "*" else 1.0
-        return {"color": self.color, "marker": self.marker, "markersize": size, "markerfacecolor": self.face}
-
-
-_DASHED: Line = (0, (3.5, 1.8))
-_LONG: Line = (0, (9, 2.5))
-_LOOKS: dict[str, tuple[str, str, Line]] = {
-    "none": ("#000000", "o", "-"),
-    "all": ("#E69F00", "s", _DASHED),
-    "interleaved": ("#009E73", "D", "-."),
-    "lower": ("#56B4E9", "v", ":"),
-    "upper": ("#0072B2", "^", _LONG),
-    "decreasing": ("#8C6D00", "*", _DASHED),
-    "adaptive": ("#CC79A7", "P", "-"),
-    "custom": ("#D55E00", "X", (0, (5, 1.5, 1, 1.5, 1, 1.5))),
-}
-_OTHERS: tuple[tuple[str, str, Line], ...] = (
-    ("#7F7F7F", "h", "-"), ("#7A3FB0", "p", ":"), ("#882255", ">", _LONG)
-)  # fmt: skip
-_FACES = ("white", "#BDBDBD")
-_LINES: tuple[Line, ...] = ("-", _DASHED, ":", "-.")
-
-
-def looks(strategies: Sequence[str]) -> list[Look]:
-    """Return how each of several curves or points looks, by the names of their strategies.
-
-    A strategy has one colour and marker everywhere; its second curve and those after it have other lines and fillings.
-    Strategies that are not the project's own take three more looks in turn.
-    """
-    own = [name for name in dict.fromkeys(strategies) if name not in _LOOKS]
-    turns: Counter[str] = Counter()
-    found = []
-    for name in strategies:
-        color, marker, first = _LOOKS.get(name) or _OTHERS[own.index(name) % len(_OTHERS)]
-        lines = [first, *(line for line in _LINES if line != first)]
-        turn = turns[name]
-        turns[name] += 1
-        face = _FACES[(turn - 1) % len(_FACES)] if turn else color
-        found.append(Look(color, marker, face, lines[turn % len(lines)]))
+def files(stem: str, figure: Figure, kinds: Sequence[str] = ("svg", "png")) -> dict[str, bytes]:
+    """Return a figure as the content of files by their names."""
+    found = {}
+    for kind in kinds:
+        content = io.BytesIO()
+        figure.savefig(content, format=kind, dpi=200, metadata=_METADATA[kind])
+        found[f"{stem}.{kind}"] = content.getvalue()
     return found
+
+
+# Colour and marker of each strategy, and of those of other packages.
+_LOOKS = {
+    "none": ("#000000", "o"),
+    "all": ("#E69F00", "s"),
+    "interleaved": ("#009E73", "D"),
+    "lower": ("#56B4E9", "v"),
+    "upper": ("#0072B2", "^"),
+    "decreasing": ("#8C6D00", "*"),
+    "adaptive": ("#CC79A7", "P"),
+    "custom": ("#D55E00", "X"),
+}
+_OTHER = ("#7A3FB0", "p")
+_FACES = ("white", "#BDBDBD", "#666666")
+
+
+def looks(strategies: Sequence[str]) -> list[dict[str, str]]:
+    """Return how each of several points looks as arguments of `Axes.plot`, by the names of their strategies.
+
+    A strategy has one colour and marker everywhere; its second point and those after it have other fillings.
+    """
+    found = []
+    for place, name in enumerate(strategies):
+        color, marker = _LOOKS.get(name, _OTHER)
+        turn = strategies[:place].count(name)
+        face = _FACES[(turn - 1) % len(_FACES)] if turn else color
+        found.append({"color": color, "marker": marker, "markerfacecolor": face})
+    return found
+
+
+_UNITS = ((5400.0, 3600.0, "h"), (90.0, 60.0, "min"), (0.0, 1.0, "s"))
+
+
+class Plot(NamedTuple):
+    """Hold a picture as files, NAME.svg and NAME.png."""
+
+    name: str
+    title: str
+    caption: str
+    files: dict[str, bytes]
+
+
+def time_unit(rows: pd.DataFrame) -> tuple[float, str]:
+    """Return the seconds of the unit for a table's training times, and its name."""
+    longest = rows["train_time_s_mean"].max()
+    return next((seconds, name) for least, seconds, name in _UNITS if longest >= least or least == 0)
+
+
+def draw(rows: pd.DataFrame, stem: str) -> list[Plot]:
+    """Draw all pictures that rows of report.csv have numbers for; their names begin with the stem."""
+    seconds, unit = time_unit(rows)
+    rows = rows.assign(look=looks(list(rows["strategy"])))
+    with drawing():
+        plots = [
+            _accuracy(rows, f"{stem}-accuracy_time", "train_time_s", f"training time, {unit}", 1 / seconds),
+            _accuracy(rows, f"{stem}-accuracy_memory", "peak_memory_mib", "peak memory, MiB", 1.0),
+            _accuracy(
+                rows, f"{stem}-accuracy_saved", "saved_bytes_per_image", "memory saved for the backward, kB/image", 1e-3
+            ),
+        ]
+    return [plot for plot in plots if plot]
+
+
+def _accuracy(rows: pd.DataFrame, name: str, cost: str, label: str, factor: float) -> Plot | None:
+    """Draw Top-1 against a cost, None where it is not known."""
+    known = rows[rows[f"{cost}_mean"].notna()]
+    figure = Figure(layout="constrained")
+    axes = figure.add_subplot(xlabel=label, ylabel="Top-1, %")
+    columns = [f"{cost}_mean", "top1_percent_mean", f"{cost}_sd", "top1_percent_sd"]
+    for (setting, row), look in zip((known[columns] * [factor, 1, factor, 1]).iterrows(), known["look"], strict=True):
+        x, y, x_sd, y_sd = row
+        axes.errorbar(x, y, y_sd, x_sd, "none", ecolor=look["color"], elinewidth=1.0, capsize=2.0)
+        axes.plot(x, y, **look, markersize=6.5, linestyle="none", label=setting)
+    axes.margins(0.09)
+    title = f"Accuracy against {label.partition(',')[0]}"
+    return _plot(name, title, "Bars are standard deviations over seeds.", figure) if len(known) else None
+
+
+def _plot(name: str, title: str, caption: str, figure: Figure) -> Plot:
+    (axes,) = figure.axes
+    axes.grid(visible=True)
+    handles, names = axes.get_legend_handles_labels()
+    columns = min(len(names), 3 if max(map(len, names)) <= 16 else 2)
+    figure.set_size_inches(5.2, 3.3 + 0.2 * -(-len(names) // columns))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3.2, columnspacing=1.4)
+    return Plot(name, title, caption, files(name, figure))

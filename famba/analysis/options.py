@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,16 @@ from famba.ops.registry import AUTO
 from famba.training.devices import choose_device, make_current
 
 CHECKPOINT = "a run folder, weights in one, a checkpoint (.pt), or a timm model"
-FUSION = {"strategy": "fusion", "budget": "budget", "layers": "layers"} | {k: s.option for k, s in SETTINGS.items()}
-"""Map fields of `Fusion` to the options that choose them."""
+# Fields of `Fusion` to the options that choose them.
+FUSION = {"strategy": "fusion", "budget": "budget"} | {name: setting.option for name, setting in SETTINGS.items()}
 
 
 def add_fusion_options(parser: argparse.ArgumentParser, default: str) -> None:
     """Add the options that `read_fusion` reads; `default` says what holds without them."""
     group = parser.add_argument_group("fusion", f"{default}; fusion needs no training to be applied")
     helps = {
-        "fusion": f"strategies: {', '.join(strategy_names())} (default: that of the training, if it had one); adaptive "
-        "where the network was trained so",
+        "fusion": f"strategies: {', '.join(strategy_names())} (default: that of the training, if it had one)",
         "budget": "each with these: tokens to remove, or a share of the patches, as fusion.budget (default: the run's)",
-        "layers": "how many layers fuse in lower and upper (default: as the run, else three quarters); which ones, "
-        "counted from 0, in custom",
     }
     for setting in SETTINGS.values():
         listed = f": {', '.join(setting.names)}" if setting.names else ""
@@ -56,16 +53,26 @@ def read_fusion(options: argparse.Namespace) -> dict[str, list[Any]]:
 def _value(name: str, text: str) -> Any:
     """Return the value of a field that a text means."""
     option, setting = f"--{FUSION[name]}", SETTINGS.get(name)
-    if name == "strategy" or (setting is not None and setting.names):
-        check_choice(option, text, strategy_names() if setting is None else setting.names)
-    if setting is not None or name == "strategy" or (name, text) == ("budget", PAPER):
-        return text if setting is None else setting.value(text)
+    if setting is not None:
+        if setting.names:
+            check_choice(option, text, setting.names)
+        return setting.value(text)
+    if name == "strategy":
+        check_choice(option, text, strategy_names())
+    if name == "strategy" or (name, text) == ("budget", PAPER):
+        return text
     try:
         return int(text) if text.isdecimal() else float(text)
     except ValueError:
-        budgets = "tokens in total, a share of the patches (between 0 and 1), or paper"
-        allowed = budgets if name == "budget" else "whole numbers from 0, such as 3, or 2,5,8 for custom"
+        allowed = "tokens in total, a share of the patches (between 0 and 1), or paper"
         raise ConfigError(f"{option} holds {text!r}; allowed: {allowed}") from None
+
+
+def count(text: str) -> int:
+    """Read an option that is a whole number from 1, as argparse's type."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}; allowed: whole numbers from 1")
+    return int(text)
 
 
 def device(name: str) -> torch.device:
@@ -83,14 +90,6 @@ def chosen_backend(name: str) -> AbstractContextManager[None]:
     return nullcontext() if name == AUTO else ops.use_backend(name)
 
 
-def at_least_one(options: argparse.Namespace, *names: str) -> None:
-    """Raise ConfigError where one of these options is given and below 1."""
-    for name in names:
-        value = getattr(options, name.replace("-", "_"))
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} is {value}; allowed: 1 or more")
-
-
 def prepare_folder(path: str | Path) -> Path:
     """Make a folder, or take the one that is there. Raises ConfigError where nothing could be written to it."""
     folder = Path(path)
@@ -101,21 +100,6 @@ def prepare_folder(path: str | Path) -> Path:
         kind = "is a file" if folder.is_file() else f"cannot be written ({error.strerror})"
         raise ConfigError(f"--out {folder} {kind}; name a folder to write to") from error
     return folder
-
-
-@contextmanager
-def prepared(*folders: Path) -> Iterator[None]:
-    """Prepare folders, the innermost last; remove those that were made where the block raises."""
-    made = [folder for folder in (*reversed(folders), *folders[0].parents) if not folder.exists()]
-    try:
-        for folder in folders:
-            prepare_folder(folder)
-        yield
-    except BaseException:
-        for folder in made:
-            with suppress(OSError):  # not empty
-                folder.rmdir()
-        raise
 
 
 def write_files(folder: Path, files: Mapping[str, str | bytes]) -> list[Path]:

@@ -9,15 +9,14 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from famba.analysis.status import LOADER, Status, parse_line, status
+from famba.analysis.status import Status, status
 from famba.errors import DataError
-from famba.training.run_folder import METRICS
 from famba.training.summary import SUMMARY, Summary, from_row, to_row
 
-# What a report adds to the columns of a row; folder is empty for a row of a CSV file, problem for a run that is usable.
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# What is added to the columns of a row; folder is empty for a row of a CSV file, problem for a run that is usable.
 _OWN = ("run", "folder", "state", "kind", "problem")
 _NEEDED = ("model", "strategy", "top1", "tokens", "schedule", "tokens_per_layer")
-_METRICS = ["kind", "step", "epoch", "loss", "test_top1", "validation_top1"]
 
 
 def read_runs(paths: Iterable[str | Path]) -> pd.DataFrame:
@@ -60,22 +59,6 @@ def run_table(runs: pd.DataFrame) -> str:
     text = table.to_markdown(index=False, tablefmt="simple", disable_numparse=True, colalign=sides)
     damaged = runs[runs["kind"] == "damaged"]
     return "\n".join([text, *(damaged["run"] + ": " + damaged["problem"])])
-
-
-def read_metrics(folder: str) -> tuple[pd.DataFrame, str]:
-    """Read what metrics.jsonl says of loss and evaluations; return it with a remark on what could not be read."""
-    lines: list[str] = []
-    try:
-        lines = (Path(folder) / METRICS).read_text(encoding="utf-8", errors="replace").splitlines() if folder else []
-    except OSError as error:
-        return pd.DataFrame(columns=_METRICS), f"{METRICS} cannot be read ({error.strerror}): no curves of this run"
-    found = [values for line in lines if (values := parse_line(line))]
-    logged = pd.DataFrame(found, columns=_METRICS)
-    logged[_METRICS[1:]] = logged[_METRICS[1:]].apply(pd.to_numeric, errors="coerce")
-    is_whole = logged["loss"].notna() | (logged["kind"] != "train")
-    broken = len(lines) - int(is_whole.sum())
-    remark = f"{broken} of {len(lines)} lines of {METRICS} cannot be read: gaps in its curves" if broken else ""
-    return logged[is_whole], remark
 
 
 def printable(text: str) -> str:
@@ -137,8 +120,6 @@ def _check(summary: Summary) -> None:
     unknown = [name for name in _NEEDED if getattr(summary, name) is None]
     if unknown or not isinstance(summary.provenance.get("seed"), int):
         raise ValueError(f"the summary does not say {', '.join(unknown) or 'provenance.seed'}")
-    if len(summary.schedule or ()) != len(summary.tokens_per_layer or ()) or not summary.schedule or not summary.tokens:
-        raise ValueError("the summary has a schedule and tokens_per_layer that contradict each other")
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -10,12 +10,11 @@ from typing import Any
 from famba.analysis.options import FUSION
 from famba.errors import ConfigError, named
 from famba.fusion import SETTINGS, Fusion, labels
-from famba.fusion.schedules import ADAPTIVE, COUNTED, CUSTOM, NONE
+from famba.fusion.schedules import ADAPTIVE, CUSTOM, NONE
 from famba.models import Backbone
 from famba.training.weights import Trained
 
-Asked = Mapping[str, Sequence[Any]]
-"""Values to compare by fields of `Fusion`; for layers, one list that every strategy that takes layers gets."""
+Asked = Mapping[str, Sequence[Any]]  # values to compare by fields of `Fusion`
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,6 @@ def variants(trained: Trained, asked: Asked) -> list[Variant]:
     strategies = asked.get("strategy", [trained.strategy])
     if trained.strategy == NONE and "strategy" not in asked:
         raise ConfigError("the network was trained without fusion: name the strategies to fuse by, by --fusion")
-    _check_layers(strategies, asked.get("layers"))
     usual = _usual(trained)
     values = {name: asked.get(name, [getattr(usual, name)]) for name in (*SETTINGS, "budget")}
     found = []
@@ -87,26 +85,17 @@ def variants(trained: Trained, asked: Asked) -> list[Variant]:
 
 
 def _variant(trained: Trained, fusion: Fusion, asked: Asked) -> Variant:
-    """Return one way of fusing, whose layers are still to be chosen."""
-    model, mine, strategy, layers = trained.model, own(trained), fusion.strategy, asked.get("layers")
-    if strategy == trained.strategy and not {"budget", "layers"} & set(asked):
+    """Return one way of fusing, in the layers of the training where its strategy is that of the training."""
+    model, mine, strategy = trained.model, own(trained), fusion.strategy
+    if strategy == trained.strategy and "budget" not in asked:
         counts, fusion = trained.schedule, replace(mine.fusion, **fusion.settings())
     else:
-        if strategy == ADAPTIVE:
+        if strategy == ADAPTIVE or (strategy == CUSTOM and strategy != trained.strategy):
             raise ConfigError(
-                "--fusion adaptive is no fixed schedule: training measures it, with train.py fusion=adaptive. This "
-                f"network was trained with {trained.strategy}; name another strategy, or leave out --budget and "
-                "--layers where it was trained so"
+                f"--fusion {strategy} is no fixed schedule: it comes with the training. This network was trained with "
+                f"{trained.strategy}; name another strategy, or leave out --budget where it was trained so"
             )
-        chosen = trained.fusion.layers if strategy == trained.strategy else None
-        if layers is not None and strategy in (*COUNTED, CUSTOM):
-            chosen = tuple(layers) if strategy == CUSTOM else layers[0]
-        if strategy == CUSTOM and chosen is None:
-            raise ConfigError(
-                "--fusion custom needs --layers: which layers fuse, counted from 0 at the input, such as --layers 2,5 "
-                f"(this network has layers 0 to {model.depth - 1})"
-            )
-        fusion = replace(fusion, layers=chosen)
+        fusion = replace(fusion, layers=trained.fusion.layers if strategy == trained.strategy else None)
         counts = fusion.schedule(model.depth, model.num_tokens, model.protected)
     model.check_fusion(fusion)
     one = Variant(fusion.resolved(counts), counts, own=True)
@@ -121,15 +110,3 @@ def _usual(trained: Trained) -> Fusion:
     if isinstance(fusion.budget, tuple):  # counts are good for one strategy alone, their sum for all
         fusion = replace(fusion, budget=sum(trained.schedule) if any(trained.schedule) else Fusion().budget)
     return fusion
-
-
-def _check_layers(strategies: Sequence[str], layers: Sequence[int] | None) -> None:
-    if layers is None:
-        return
-    counted, listed = set(COUNTED) & set(strategies), CUSTOM in strategies
-    if not counted and not listed:
-        raise ConfigError(f"--layers: {', '.join(strategies)} take none; lower and upper take how many, custom which")
-    if listed and counted:
-        raise ConfigError("--layers cannot list layers for custom and count them for lower and upper at once")
-    if len(layers) > 1 and not listed:
-        raise ConfigError(f"--layers names {len(layers)} layers; lower and upper take one number, how many fuse")

@@ -1,28 +1,162 @@
-"""Draw how a trained network fuses the tokens of images: `famba visualize`."""
+"""Draw which patches each token of a trained network holds on images: `famba visualize`."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_letters
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from PIL import Image, UnidentifiedImageError
+from scipy import ndimage
 from torch import Tensor
 
 from famba.analysis import options as shared
-from famba.analysis.figures import drawing, rendered
-from famba.analysis.pictures import PRUNED, Column, Grid, Row, draw_patches, draw_similarity
+from famba.analysis.figures import FAINT, INK, drawing, files
 from famba.analysis.variants import Variant, label_variants, own, variants
 from famba.data.augment import Normalize, evaluation_scaling
 from famba.data.images import Colour, decode_rgb, naming
 from famba.errors import DataError
 from famba.fusion import tokens_per_layer
 from famba.training.weights import Trained, load_trained
+
+Grid = npt.NDArray[np.int64]
+"""Array (rows, columns) of the tokens that hold the patches."""
+PRUNED = -1
+"""Stands in a grid where no token holds a patch any more."""
+_KEY = (
+    "Outlined: patches that share a token, in their mean colour. Equal letters or numbers in a panel: parts of one "
+    "token that do not touch."
+)
+_GREY, _LETTERS, _LINE = 200, 14, 0.155  # of pruned patches; of the title letters to an inch, and inches to a line
+_PANEL, _LARGEST, _BESIDE = 1.55, 3.0, 1.2  # inches: a panel of 8 x 8 patches, the widest panel, labels of rows
+_WIDEST_LABEL = 13  # characters
+_HEIGHT = 0.72  # of a tag, in patches
+
+
+class Row(NamedTuple):
+    """Hold what a way of fusing makes of an image: for each layer shown its tokens, and which of them holds a patch."""
+
+    label: str
+    tokens: Sequence[int]
+    held: Sequence[Grid]
+
+
+def draw_patches(image: npt.NDArray[np.uint8], layers: Sequence[int], rows: Sequence[Row]) -> Figure:
+    """Draw an image (s, s, 3), and for each way of fusing a row with a panel for each layer."""
+    across, patches = len(layers) + 1, len(rows[0].held[0])
+    panel = min(_LARGEST, _PANEL * max(1.0, patches / 8) ** 0.5)  # so that tags have room in finer grids
+    key = f"{_KEY} Grey: pruned." if any((held == PRUNED).any() for row in rows for held in row.held) else _KEY
+    width = _BESIDE + panel * across
+    title = textwrap.wrap(key, int(_LETTERS * width))
+    above = 0.18 + _LINE * len(title)
+    height = above + (panel + 0.32) * len(rows)
+    figure = Figure(figsize=(width, height))
+    sides = {"left": _BESIDE / width, "right": 1 - 0.05 / width, "top": 1 - above / height, "bottom": 0.24 / height}
+    panels = figure.subplots(len(rows), across, squeeze=False, gridspec_kw={**sides, "wspace": 0.06, "hspace": 0.2})
+    for row, (first, *others) in zip(rows, panels, strict=True):
+        _show(first, image, "image")
+        text = "\n".join(textwrap.wrap(row.label, _WIDEST_LABEL))
+        first.set_ylabel(text, rotation="horizontal", ha="right", va="center", fontsize=10, color=INK)
+        for axes, layer, tokens, held in zip(others, layers, row.tokens, row.held, strict=True):
+            said = f"layer {layer}: {tokens} tokens"
+            if (held == PRUNED).any():
+                _show(axes, np.where(_spread(held == PRUNED, image)[..., None], np.uint8(_GREY), image), said)
+                continue
+            _show(axes, mean_colours(image, held), said)
+            # Pixels of imshow have their centres at whole numbers. White with black around it is seen on any image.
+            outline = list(len(image) / patches * borders(held) - 0.5)
+            for colour, thickness in (("black", 1.7), ("white", 0.8)):
+                axes.add_collection(LineCollection(outline, colors=colour, linewidths=thickness))
+            draw_tags(axes, held, len(image) // patches, 72 * panel / patches)
+    figure.suptitle("\n".join(title), fontsize=9, color=INK, y=1 - 0.08 / height, va="top")
+    return figure
+
+
+def _show(axes: Axes, image: npt.NDArray[np.uint8], label: str) -> None:
+    axes.imshow(image, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.set_xlabel(label, labelpad=3, color=INK)
+    for spine in axes.spines.values():
+        spine.set(visible=True, color=FAINT, linewidth=0.4)
+
+
+def _spread(values: npt.NDArray, image: npt.NDArray[np.uint8]) -> npt.NDArray:
+    """Return values of patches (rows, columns, ...) for each pixel of an image."""
+    return values.repeat(image.shape[0] // values.shape[0], axis=0).repeat(image.shape[1] // values.shape[1], axis=1)
+
+
+def _shared(held: Grid) -> npt.NDArray[np.bool_]:
+    """Return which patches are held by a token that holds others too (rows, columns)."""
+    _, places, counts = np.unique(held, return_inverse=True, return_counts=True)
+    return (counts[places] > 1).reshape(held.shape)
+
+
+def mean_colours(image: npt.NDArray[np.uint8], held: Grid) -> npt.NDArray[np.uint8]:
+    """Give the patches of each token that holds several their mean colour; image and result (height, width, 3)."""
+    rows, columns = held.shape
+    patches = image.reshape(rows, image.shape[0] // rows, columns, image.shape[1] // columns, 3).mean(axis=(1, 3))
+    tokens, places = np.unique(held, return_inverse=True)
+    means = np.stack([ndimage.mean(patches[..., c], held, tokens) for c in range(3)], axis=-1)[places]
+    filled = np.floor(means + 0.5).astype(np.uint8).reshape(*held.shape, 3)
+    return np.where(_spread(_shared(held), image)[..., None], _spread(filled, image), image)
+
+
+def borders(held: Grid) -> npt.NDArray[np.int64]:
+    """Return lines (n, 2, 2) around the tokens that hold several patches, each from (x, y) to (x, y), in patches."""
+    around, several = np.pad(held, 1, constant_values=PRUNED), np.pad(_shared(held), 1)
+    found = []
+    for turn in (False, True):  # between rows, and between columns
+        ids, many = (around.T, several.T) if turn else (around, several)
+        y, x = np.nonzero(((ids[1:] != ids[:-1]) & (many[1:] | many[:-1]))[:, 1:-1])
+        lines = np.stack([np.stack([x, y], axis=1), np.stack([x + 1, y], axis=1)], axis=1)
+        found.append(lines[..., ::-1] if turn else lines)
+    return np.concatenate(found)
+
+
+def tagged(held: Grid) -> list[tuple[str, list[tuple[int, int]]]]:
+    """Give each token whose patches do not all touch a tag of its own, those with the most patches first.
+
+    Returns for each its tag, and of each part the patch (row, column) nearest to its middle.
+    """
+    found: list[tuple[int, list[tuple[int, int]]]] = []
+    for token in dict.fromkeys(held.flat):
+        parts, count = ndimage.label(held == token)
+        if count > 1:
+            found.append((-int((held == token).sum()), [_middle(np.argwhere(parts == n + 1)) for n in range(count)]))
+    tags = itertools.chain(ascii_letters, map(str, itertools.count(1)))
+    ordered = sorted(found, key=lambda sized: sized[0])
+    return [(tag, places) for tag, (_, places) in zip(tags, ordered, strict=False)]
+
+
+def _middle(part: npt.NDArray[np.int64]) -> tuple[int, int]:
+    row, column = part[np.square(part - part.mean(axis=0)).sum(axis=1).argmin()].tolist()
+    return row, column
+
+
+def draw_tags(axes: Axes, held: Grid, pixels: int, points: float) -> None:
+    """Write the tag of each token in each of its parts, on patches of so many pixels, and so many points on paper."""
+    look: dict[str, Any] = {"color": "white", "ha": "center", "va": "center_baseline", "zorder": 3}
+    for tag, places in tagged(held):
+        for row, column in places:
+            at, edge = (
+                (pixels * (column + 0.5) - 0.5, pixels * (row + 0.5) - 0.5),
+                withStroke(linewidth=1.6, foreground="black"),
+            )
+            axes.text(*at, tag, size=_HEIGHT * points, path_effects=[edge], **look)
+
 
 _SAMPLES_NOTE = (
     "Photos: china.jpg by flickr.com/photos/danielbuechele, flower.jpg by flickr.com/photos/vultilion, both CC BY 2.0 "
@@ -34,78 +168,60 @@ _MOST_LAYERS, _AT_ONCE, _LONGEST_NAME = 8, 16, 80
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `famba visualize`."""
     parser.description = (
-        "Draw, for each image, which patches each token holds, layer by layer; and over all images how similar the "
-        "tokens of each layer are. Patches that share a token are outlined, in their mean colour; parts of "
-        "one token that do not touch carry the same mark or letter."
+        "Draw, for each image, which patches each token holds, in up to eight layers. Patches that share a token are "
+        "outlined, in their mean colour; parts of one token that do not touch carry the same letter."
     )
     parser.epilog = "example: famba visualize runs/mine cat.jpg dog.jpg --fusion lower,upper --out pictures"
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help=shared.CHECKPOINT)
     add("images", nargs="*", metavar="IMAGE", help="image files of any size (default: two photos of scikit-learn's)")
     shared.add_fusion_options(parser, "without these, the schedule that the model was trained with; a row for each")
-    add("--layers-shown", type=int, metavar="N", help="layers in a picture of patches (default: all, 8 at most)")
     add("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or mps")
     add("--out", default="pictures", metavar="FOLDER", help="where to write (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Draw the pictures, and name the files."""
-    request = check(options)
+    """Check everything that is asked, draw the pictures, and name the files."""
+    asked = shared.read_fusion(options)
+    device = shared.device(options.device)
+    trained = load_trained(options.checkpoint)
+    compared = variants(trained, asked) or [own(trained)]
+    images = read_images(trained, options.images)
     folder = shared.prepare_folder(options.out)
-    for file in shared.write_files(folder, draw(request)):
+    for file in shared.write_files(folder, draw(trained, compared, images, device)):
         print(file)
     if not options.images:
         print(_SAMPLES_NOTE)
     return 0
 
 
-@dataclass(frozen=True)
-class Request:
-    """Hold what can be drawn. images: uint8 (3, s, s) of the network's size, by the name that a picture gets.
-
-    layers: those that are shown.
-    """
-
-    trained: Trained
-    variants: list[Variant]
-    images: dict[str, Tensor]
-    layers: list[int]
-    device: torch.device
-
-
-def check(options: argparse.Namespace) -> Request:
-    """Load network and images, and check everything that is asked. Raises FambaError for what cannot work."""
-    asked = shared.read_fusion(options)
-    shared.at_least_one(options, "layers-shown")
-    device = shared.device(options.device)
-    trained = load_trained(options.checkpoint)
-    compared = variants(trained, asked) or [own(trained)]
-    count = options.layers_shown or _MOST_LAYERS
-    layers = shown_layers(len(trained.schedule), [one.schedule for one in compared], count)
-    return Request(trained, compared, read_images(trained, options.images), layers, device)
-
-
-def shown_layers(depth: int, schedules: Sequence[Sequence[int]], count: int) -> list[int]:
+def shown_layers(schedules: Sequence[Sequence[int]], most: int = _MOST_LAYERS) -> list[int]:
     """Choose layers to show: all where they are few, else evenly from the first that fuses in any schedule to the last.
 
-    Returns at most `count` of 0 .. depth - 1, ascending.
+    Returns at most `most` of 0 .. depth - 1, ascending.
     """
-    if count >= depth:
+    depth = len(schedules[0])
+    if most >= depth:
         return list(range(depth))
     first = next((layer for layer in range(depth) if any(one[layer] for one in schedules)), 0)
-    return sorted({round(place) for place in np.linspace(depth - 1, first, count)})
+    return sorted({round(place) for place in np.linspace(depth - 1, first, most)})
 
 
-def read_images(trained: Trained, files: Sequence[str]) -> dict[str, Tensor]:
-    """Read image files by distinct names, decoded, scaled and cropped as evaluation does; samples where none is given.
+def read_images(trained: Trained, given: Sequence[str]) -> dict[str, Tensor]:
+    """Read image files, decoded, scaled and cropped as evaluation does; samples where none is given.
 
+    Returns uint8 (3, s, s) of the network's size, by distinct names without what shells and systems stumble over.
     Raises DataError naming the file that is missing or is no image.
     """
     background = trained.reading.colour
-    found = [(Path(file).stem, _read(Path(file), background)) for file in files] if files else list(_samples())
+    found = [(Path(file).stem, _read(Path(file), background)) for file in given] if given else list(_samples())
     scaling = evaluation_scaling(trained.scaling, trained.image_size)
-    names = distinct(name for name, _ in found)
-    return {name: scaling.image(image) for name, (_, image) in zip(names, found, strict=True)}
+    images: dict[str, Tensor] = {}
+    for stem, image in found:
+        plain = re.sub(r"[^\w.+-]+", "_", stem)[:_LONGEST_NAME]
+        names = [plain, *(f"{plain}_{number}" for number in range(2, len(images) + 3))]
+        images[next(name for name in names if name not in images)] = scaling.image(image)
+    return images
 
 
 def normalized(trained: Trained, images: dict[str, Tensor]) -> Tensor:
@@ -132,52 +248,31 @@ def _samples() -> Iterable[tuple[str, Image.Image]]:
         yield Path(file).stem, Image.fromarray(image)
 
 
-def distinct(names: Iterable[str]) -> list[str]:
-    """Return names without what shells and systems stumble over; equal ones get a number."""
-    found: list[str] = []
-    for name in names:
-        plain = re.sub(r"[^\w.+-]+", "_", name)[:_LONGEST_NAME] or "image"
-        candidates = [plain, *(f"{plain}_{number}" for number in range(2, len(found) + 3))]
-        found.append(next(name for name in candidates if name not in found))
-    return found
-
-
-def draw(request: Request) -> dict[str, bytes]:
-    """Return tokens_NAME.png for each image, similarity.png and similarity.svg."""
-    model, layers = request.trained.model.to(request.device), request.layers
-    inputs = [images.to(request.device) for images in normalized(request.trained, request.images).split(_AT_ONCE)]
-    rows: dict[str, list[Row]] = {name: [] for name in request.images}
-    columns = []
-    for variant, label in zip(request.variants, label_variants(request.variants), strict=True):
-        if variant.removed:
-            does = "pruned" if variant.fusion.mode == "prune" else "removed"
-            label = f"{label}: {variant.removed} of {model.num_patches} {does}"
+def draw(
+    trained: Trained, compared: Sequence[Variant], images: dict[str, Tensor], device: torch.device
+) -> dict[str, bytes]:
+    """Return tokens_NAME.png for each image."""
+    model = trained.model.to(device)
+    inputs = [part.to(device) for part in normalized(trained, images).split(_AT_ONCE)]
+    layers, side = shown_layers([one.schedule for one in compared]), math.isqrt(model.num_patches)
+    rows: dict[str, list[Row]] = {name: [] for name in images}
+    for variant, label in zip(compared, label_variants(compared), strict=True):
         variant.put_into(model)
-        tokens = tokens_per_layer(variant.schedule, model.num_tokens)
-        held = [grids for images in inputs for grids in _grids(request, variant, images)]
+        is_pruned = variant.fusion.mode == "prune"
+        if variant.removed:
+            label = f"{label}: {variant.removed} of {model.num_patches} {'pruned' if is_pruned else 'removed'}"
+        tokens, held = tokens_per_layer(variant.schedule, model.num_tokens), list[Tensor]()
+        for part in inputs:
+            traced = model.trace(part)
+            if is_pruned:
+                pairs = zip(traced, model.not_pruned(part), strict=True)
+                traced = tuple(places.masked_fill(~there, PRUNED) for places, there in pairs)
+            held += torch.stack([traced[layer] for layer in layers], dim=1).unflatten(2, (side, side)).cpu()
         for own_rows, grids in zip(rows.values(), held, strict=True):
-            own_rows.append(Row(label, [tokens[layer] for layer in layers], grids))
-        found = list(zip(*(model.similarities(images) for images in inputs), strict=True))
-        closest = [np.concatenate([one.closest.flatten().cpu().numpy() for one in layer]) for layer in found]
-        means = [float(torch.cat([one.mean for one in layer]).mean()) for layer in found]
-        columns.append(Column(label, closest, means, variant.schedule))
-    files = {}
+            own_rows.append(Row(label, [tokens[layer] for layer in layers], list(grids.numpy())))
+    pictures: dict[str, bytes] = {}
     with drawing():
-        for name, pixels in request.images.items():
+        for name, pixels in images.items():
             figure = draw_patches(pixels.permute(1, 2, 0).numpy(), layers, rows[name])
-            files[f"tokens_{name}.png"] = rendered(figure, "png")
-        figure = draw_similarity(columns, len(rows))
-        files |= {f"similarity.{kind}": rendered(figure, kind) for kind in ("png", "svg")}
-    return files
-
-
-def _grids(request: Request, variant: Variant, images: Tensor) -> list[list[Grid]]:
-    """Return for each image, and each layer shown, which token holds each patch; PRUNED where none does."""
-    model = request.trained.model
-    traced = model.trace(images)
-    if variant.fusion.mode == "prune":
-        pairs = zip(traced, model.not_pruned(images), strict=True)
-        traced = tuple(held.masked_fill(~there, PRUNED) for held, there in pairs)
-    side = math.isqrt(model.num_patches)
-    held = torch.stack([traced[layer] for layer in request.layers], dim=1).cpu().numpy()
-    return [[grid.reshape(side, side) for grid in image] for image in held]
+            pictures |= files(f"tokens_{name}", figure, ["png"])
+    return pictures

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from torch import nn
-
 from famba.analysis.options import CHECKPOINT, add_fusion_options, prepare_folder, read_fusion
-from famba.analysis.variants import Variant, label_variants, own, variants
+from famba.analysis.variants import Variant, own, variants
 from famba.errors import ConfigError, check_choice
 from famba.export.check import check_file
 from famba.export.folder import FILES, describe, find_summary, write_folder
@@ -22,6 +19,7 @@ from famba.training.weights import Trained, load_trained
 
 FORMATS = {"safetensors": None, "torch_export": ".pt2", "onnx": ".onnx"}
 """Each format's name, and how its files' names end; None where it is a folder."""
+_WRITERS = {"torch_export": "program", "onnx": "onnx_graph"}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -34,13 +32,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example: famba export runs/mine --format onnx --out mine.onnx"
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
     parser.add_argument("--format", required=True, metavar="NAME", help=", ".join(FORMATS))
-    parser.add_argument(
-        "--out",
-        required=True,
-        type=Path,
-        metavar="PATH",
-        help="where to write: a folder for safetensors, a .pt2 file for torch_export, an .onnx file for onnx",
-    )
+    text = "where to write: a folder for safetensors, a .pt2 file for torch_export, an .onnx file for onnx"
+    parser.add_argument("--out", required=True, type=Path, metavar="PATH", help=text)
     add_fusion_options(parser, "without these, the schedule that the model was trained with")
 
 
@@ -54,10 +47,7 @@ def run(options: argparse.Namespace) -> int:
     trained = load_trained(options.checkpoint)
     found = variants(trained, asked) or [own(trained)]
     if len(found) != 1:
-        raise ConfigError(
-            f"the options ask for {len(found)} ways of fusing ({'; '.join(label_variants(found)[:4])}); a file holds "
-            "one: name one strategy, one budget, and one of each other option"
-        )
+        raise ConfigError(f"the options ask for {len(found)} ways of fusing; a file holds one: name one value of each")
     found[0].put_into(trained.model)
     print(export(options.format, out, trained, found[0], options.checkpoint))
     return 0
@@ -74,10 +64,11 @@ def _place(target: str, out: Path) -> Path:
         if out.suffix in (*FORMATS.values(), ".safetensors"):
             raise ConfigError(f"--out {out} ends like a file; --format {target} writes a folder")
         return prepare_folder(out)
-    if out.suffix != suffix:
-        raise ConfigError(f"--out is {out}; --format {target} writes a file whose name ends in {suffix}")
-    if out.is_dir():
-        raise ConfigError(f"--out {out} is a folder; name a file in it, such as {out / ('model' + suffix)}")
+    if out.suffix != suffix or out.is_dir():
+        told = (
+            "is a folder; name a file in it" if out.is_dir() else f"does not end in {suffix}, as --format {target} does"
+        )
+        raise ConfigError(f"--out {out} {told}, such as {out.with_suffix('') / ('model' + suffix)}")
     prepare_folder(out.parent)
     return out
 
@@ -99,13 +90,13 @@ def export(target: str, out: Path, trained: Trained, fused: Variant, checkpoint:
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".famba-export-") as scratch:
             written = Path(scratch) if is_folder else Path(scratch, out.name)
-            _tell(f"writing {target}{'' if is_folder else '; tracing a network takes a minute or more'}")
             if is_folder:
                 content = write_folder(trained, said, summary, written)
             else:
-                content = _write(target)(model, shape, written, json.dumps(said, indent=2))
+                # Imported here, since ONNX needs packages that may be missing.
+                module = importlib.import_module(f"famba.export.{_WRITERS[target]}")
+                content = module.write(model, shape, written, json.dumps(said, indent=2))
             if target != "onnx" or _is_here("onnxruntime"):
-                _tell("checking in a fresh process")
                 checked = check_file(target, written, model, shape)
             files = [written / name for name in FILES] if is_folder else [written]
             size = sum(file.stat().st_size for file in files)
@@ -113,24 +104,6 @@ def export(target: str, out: Path, trained: Trained, fused: Variant, checkpoint:
                 os.replace(file, folder / file.name)
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror or error}") from error
-    tokens, left = model.num_tokens, model.num_tokens - fused.removed
-    sized = f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
-    fusion = f"fusion {fused.fusion.strategy}: {tokens} tokens, {fused.removed} removed, {left} left"
-    return f"{out}: {sized}, {content}\n{fusion}\n{checked}"
-
-
-def _tell(text: str) -> None:
-    """Say on a terminal what takes its time."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"{text} ...\n")
-
-
-def _write(target: str) -> Callable[[nn.Module, Sequence[int], Path, str], str]:
-    """Return what writes a program or a graph; imported here, since ONNX needs packages that may be missing."""
-    if target == "onnx":
-        from famba.export.onnx_graph import write_onnx
-
-        return write_onnx
-    from famba.export.program import write_program
-
-    return write_program
+    removed, sized = fused.removed, f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
+    left = f"{model.num_tokens} tokens, {removed} removed, {model.num_tokens - removed} left"
+    return f"{out}: {sized}, {content}\nfusion {fused.fusion.strategy}: {left}\n{checked}"

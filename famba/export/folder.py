@@ -36,10 +36,7 @@ _PROVENANCE = ("started", "famba", "git_commit", "python", "packages", "platform
 
 
 def describe(trained: Trained, architecture: str, fused: Variant, summary: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return as plain values what an exported file says of itself.
-
-    architecture: timm name of the network. fused: how it fuses. summary: as `find_summary` returns it.
-    """
+    """Return as plain values what an exported file says of itself; architecture: timm name of the network."""
     model, size, scaling = trained.model, trained.image_size, trained.scaling
     side, crop = evaluation_scaling(scaling, size).side, scaling.eval_crop
     origin = None if summary is None else summary.get("provenance") or {}
@@ -73,9 +70,7 @@ def find_summary(checkpoint: str) -> dict[str, Any] | None:
     """Find the summary of the run that made weights, as `load_trained` takes their name.
 
     None where there is none, or it is of other weights: a checkpoint of some step, weights that were replaced, or a run
-    that did not finish.
-
-    Raises CheckpointError where it cannot be read.
+    that did not finish. Raises CheckpointError where it cannot be read.
     """
     place = Path(checkpoint)
     at_hand = place if place.is_dir() else place.parent
@@ -87,16 +82,13 @@ def find_summary(checkpoint: str) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / SUMMARY} cannot be read ({error}); mend it or move it away") from error
     weights = place if place.is_file() else folder / "model.safetensors"
-    digest = summary.weights_sha256
-    return summary.values() if digest is not None and digest == sha256(weights) else None
+    return summary.values() if summary.weights_sha256 == sha256(weights) else None
 
 
 def write_folder(trained: Trained, said: Mapping[str, Any], summary: Mapping[str, Any] | None, folder: Path) -> str:
     """Write config.json, model.safetensors and README.md to a folder that is there; return what there is to say.
 
-    `timm.create_model("local-dir:FOLDER", pretrained=True)` builds a Vim from them, after `import famba`. Of a vision
-    transformer that fuses, timm builds the transformer, and `famba.models.apply_tome` takes what config.json has under
-    "famba" to fuse again. said: as `describe` returns it; summary: as `find_summary` does.
+    said: as `describe` returns it; summary: as `find_summary` does.
     """
     weights = {name: weight.contiguous() for name, weight in trained.model.state_dict().items()}
     config = json.dumps(_config(trained, said), indent=2) + "\n"
@@ -143,11 +135,7 @@ def _card(trained: Trained, said: Mapping[str, Any], summary: Mapping[str, Any] 
     packages = origin.pop("packages", None) or {}
     entries = Path(__file__).with_name("citations.bib").read_text().strip().split("\n\n")
     papers = [entry for key in (*model.papers, _MATCHING) for entry in entries if f"{{{key}," in entry]
-    environment = jinja2.Environment(
-        autoescape=jinja2.select_autoescape(default_for_string=False),
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-    )
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)  # noqa: S701 - Markdown
     environment.filters["table"] = _table
     return environment.from_string(Path(__file__).with_name("card.md").read_text()).render(
         said=said,

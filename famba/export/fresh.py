@@ -16,21 +16,16 @@ for name in {"torch_export": ["famba"], "onnx": ["famba", "torch"], "safetensors
 import numpy as np  # noqa: E402
 
 run: Callable[[Any], Any]
-model: Any
 if target == "onnx":
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    (taken,) = session.get_inputs()
-
-    def run(x: Any) -> Any:  # noqa: D103
-        return session.run(None, {taken.name: x})[0]
-
+    run = lambda x: session.run(None, {session.get_inputs()[0].name: x})[0]  # noqa: E731
 else:
     import torch
 
     if target == "torch_export":
-        model = torch.export.load(file).module()
+        model: Any = torch.export.load(file).module()
     else:  # as a user of timm would
         import timm
 
@@ -42,11 +37,7 @@ else:
             fusion = json.loads(Path(file, "config.json").read_text())["famba"]["fusion"]
             settings = {name: fusion[name] for name in famba.fusion.SETTINGS}
             model = famba.models.apply_tome(model, fusion["schedule"], **settings)
-
-    @torch.no_grad()
-    def run(x: Any) -> Any:  # noqa: D103
-        return model(torch.from_numpy(x)).numpy()
-
+    run = lambda x: model(torch.from_numpy(x)).detach().numpy()  # noqa: E731
 
 with np.load(given) as inputs:
     np.savez(computed, **{name: run(inputs[name]) for name in inputs})

@@ -19,22 +19,16 @@ from famba.export.program import chunked, trace_program
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 NOTES_KEY = "famba"
 OPSET = 18
-"""The lowest that has all that is used: ScatterElements adds since 16, Reduce operators take axes since 18.
-
-So most runtimes read it. It is also what torch's translations are written for, so that nothing is converted.
-"""
+"""The lowest that has all that is used (Reduce operators take axes since 18), and what torch's translations are for."""
 _MESSAGE_LIMIT = 2**31 - 2**20  # a protobuf message, with room for the graph around the weights
 
 
-def write_onnx(model: nn.Module, shape: Sequence[int], file: Path, notes: str) -> str:
+def write(model: nn.Module, shape: Sequence[int], file: Path, notes: str) -> str:
     """Write a model as an ONNX file, over what is there; return what there is to say of it.
 
     Its input is `images` (batch, *shape), its output `logits` (batch, classes), float32, for any batch from 1. model,
-    shape: as of `trace_program`. notes: JSON for whoever loads it, kept as the metadata property "famba".
-
-    Raises:
-        ConfigError: the weights are too many for one file.
-        ExportError: as `trace_program`, or an operation of the model has no translation.
+    shape: as of `trace_program`. notes: JSON for whoever loads it, kept as the metadata property "famba". Raises
+    ConfigError for more weights than one file holds, ExportError as `trace_program`, or for what has no translation.
     """
     size = sum(weight.numel() * weight.element_size() for weight in model.state_dict().values())
     if size > _MESSAGE_LIMIT:
@@ -72,15 +66,9 @@ def _translate(model: nn.Module, shape: Sequence[int]) -> Any:
             for kind in (DeprecationWarning, FutureWarning):
                 warnings.filterwarnings("ignore", category=kind, module=r"(torch|onnxscript|onnx_ir)\b")
             translated = torch.onnx.export(
-                program,
-                (),
-                dynamo=True,
-                verbose=False,
-                opset_version=OPSET,
-                input_names=[INPUT],
-                output_names=[OUTPUT],
-                custom_translation_table=TRANSLATIONS,
-            )
+                program, (), dynamo=True, verbose=False, opset_version=OPSET, input_names=[INPUT],
+                output_names=[OUTPUT], custom_translation_table=TRANSLATIONS,
+            )  # fmt: skip
     except Exception as error:  # torch.onnx raises what it comes across
         raise ExportError(f"torch {torch.__version__} cannot write the model as ONNX: {error}") from error
     finally:
@@ -126,18 +114,9 @@ def _scan(
     batch = op.Shape(delta, start=0, end=1)
     start = op.Expand(op.Constant(value_float=0.0), op.Concat(batch, op.Shape(rates), axis=0))
     _, y = op.Scan(
-        start,
-        delta,
-        gain,
-        B,
-        C,
-        body=step,
-        num_scan_inputs=4,
-        scan_input_axes=[1, 1, 1, 1],
-        scan_output_axes=[1],
-        scan_input_directions=inward,
-        scan_output_directions=outward,
-    )
+        start, delta, gain, B, C, body=step, num_scan_inputs=4, scan_input_axes=[1, 1, 1, 1], scan_output_axes=[1],
+        scan_input_directions=inward, scan_output_directions=outward,
+    )  # fmt: skip
     return y
 
 

@@ -26,7 +26,7 @@ _BATCH = 2  # a batch of 1 would be taken for a constant
 _NOTES = ("stack_trace", "source_fn_stack", "torch_fn", "nn_module_stack", "from_node")
 
 
-def write_program(model: nn.Module, shape: Sequence[int], file: Path, notes: str) -> str:
+def write(model: nn.Module, shape: Sequence[int], file: Path, notes: str) -> str:
     """Write a model as a .pt2 file, over what is there; return what there is to say of it.
 
     model, shape and errors: as of `trace_program`. notes: JSON for whoever loads it, kept in the file as
@@ -75,62 +75,53 @@ def chunked(delta: Tensor, gain: Tensor, A: Tensor, B: Tensor, C: Tensor, revers
 class PlainOps(TorchFunctionMode):
     """Compute famba's ops by torch's own within the block, so that tracing finds nothing else.
 
-    recurrence: computes the scan's states.
+    An op's form is its reference where that is a sequence of whole-tensor operations already; recurrence computes the
+    states of scans.
     """
 
     def __init__(self, recurrence: Recurrence) -> None:
         super().__init__()
-        self._forms = _forms(recurrence)
+
+        def selective_scan(
+            u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+            delta_bias: Tensor | None, delta_softplus: bool, reverse: bool,
+        ) -> tuple[Tensor, Tensor]:  # fmt: skip
+            delta = delta if delta_bias is None else delta + delta_bias
+            delta = F.softplus(delta) if delta_softplus else delta
+            y = recurrence(delta, delta * u, A, B, C, reverse)
+            y = y if D is None else y + D * u
+            return y if z is None else y * F.silu(z), u.new_empty((0,))
+
+        known = torch.ops.famba
+        self.forms: dict[Any, Callable[..., Any]] = {
+            known.add_rms_norm.default: reference.add_rms_norm,
+            known.causal_conv1d.default: _causal_conv1d,
+            known.selective_scan.default: selective_scan,
+            known.match_tokens.default: reference.match_tokens,
+            known.fuse_tokens.default: reference.fuse_tokens,
+        }
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        form = self._forms.get(func)
+        form = self.forms.get(func)
         # The last argument of an op names a backend.
         return func(*args, **(kwargs or {})) if form is None else form(*args[:-1])
 
 
-def _forms(recurrence: Recurrence) -> dict[Any, Callable[..., Any]]:
-    """Return each op's form: its reference where that is a sequence of whole-tensor operations already."""
-
-    def selective_scan(
-        u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-        delta_bias: Tensor | None, delta_softplus: bool, reverse: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        if delta_bias is not None:
-            delta = delta + delta_bias
-        if delta_softplus:
-            delta = F.softplus(delta)
-        y = recurrence(delta, delta * u, A, B, C, reverse)
-        if D is not None:
-            y = y + D * u
-        return y if z is None else y * F.silu(z), u.new_empty((0,))
-
-    def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
-        before = weight.shape[1] - 1
-        padded = F.pad(x.transpose(1, 2), (0, before) if reverse else (before, 0))
-        taps = (weight.flip(1) if reverse else weight).unsqueeze(1)
-        y = F.conv1d(padded, taps, bias, groups=weight.shape[0]).transpose(1, 2)
-        return F.silu(y) if silu else y
-
-    known = torch.ops.famba
-    return {
-        known.add_rms_norm.default: reference.add_rms_norm,
-        known.causal_conv1d.default: causal_conv1d,
-        known.selective_scan.default: selective_scan,
-        known.match_tokens.default: reference.match_tokens,
-        known.fuse_tokens.default: reference.fuse_tokens,
-    }
+def _causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
+    before = weight.shape[1] - 1
+    padded = F.pad(x.transpose(1, 2), (0, before) if reverse else (before, 0))
+    taps = (weight.flip(1) if reverse else weight).unsqueeze(1)
+    y = F.conv1d(padded, taps, bias, groups=weight.shape[0]).transpose(1, 2)
+    return F.silu(y) if silu else y
 
 
 def trace_program(model: nn.Module, shape: Sequence[int], recurrence: Recurrence = chunked) -> ExportedProgram:
-    """Trace a model in eval mode, whatever its ops: `recurrence` computes the states of its scans.
+    """Trace a model in eval mode, whatever its ops, as a program for any batch size from 1.
 
     Args:
         model: maps (b, *shape) to logits; its weights float32, on the CPU.
         shape: of one input without the batch, such as (3, 224, 224).
-        recurrence: as `Recurrence` says.
-
-    Returns:
-        The program, for any batch size from 1. What the tracer notes of files on this machine is not in it.
+        recurrence: computes the states of its scans.
 
     Raises:
         ConfigError: weights that are not float32 on the CPU, or a model in training mode.
@@ -138,20 +129,14 @@ def trace_program(model: nn.Module, shape: Sequence[int], recurrence: Recurrence
     """
     if model.training:
         raise ConfigError("the model is in training mode; call eval() first")
-    for name, weight in model.named_parameters():
-        if weight.dtype != torch.float32 or weight.device.type != "cpu":
-            raise ConfigError(
-                f"weight {name} is {str(weight.dtype).removeprefix('torch.')} on {weight.device}; "
-                "expected float32 on the CPU: call float() and cpu() first"
-            )
+    if wrong := {f"{w.dtype} on {w.device}" for w in model.parameters()} - {"torch.float32 on cpu"}:
+        raise ConfigError(f"weights are {', '.join(sorted(wrong))}; expected float32: call float() and cpu() first")
     example = torch.zeros(_BATCH, *shape)
     # torch 2.6 trips over a size without a largest one.
     batch = Dim("batch", max=2**31 - 1)
     try:
         with torch.no_grad(), ops.use_backend("reference"), PlainOps(recurrence):
             program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},), strict=False)
-    except ConfigError:
-        raise
     except Exception as error:  # torch raises what it comes across
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ExportError(f"torch {torch.__version__} cannot trace the model: {reason}") from error

@@ -178,19 +178,6 @@ def closest_cosines(metric: Float[Tensor, "b l c"], protected: Protected) -> Flo
     return between.amax(2).sort(dim=1, descending=True).values
 
 
-def mean_cosine(metric: Float[Tensor, "b l c"], protected: Protected) -> Float[Tensor, " b"]:
-    """Return the mean cosine of all pairs of different tokens that may fuse, (b,); NaN where only one may."""
-    batch, length, channels = metric.shape
-    leading, others = _split_protected(protected, batch, length, metric.device)
-    unit = _unit(metric)[:, leading:]
-    summed, count = unit.sum(1), length - leading
-    if others is not None:
-        places = others.expand(batch, -1).unsqueeze(2).expand(-1, -1, channels)
-        summed, count = summed - unit.gather(1, places).sum(1), count - others.shape[1]
-    # The square of the sum holds every pair twice, and each token with itself, which is 1.
-    return (summed.square().sum(1) - count) / (count * (count - 1))
-
-
 def _unit(metric: Tensor) -> Tensor:
     return F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
 

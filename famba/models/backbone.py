@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from famba.errors import ConfigError, check_choice, near_miss
 from famba.fusion.config import Fusion
-from famba.fusion.rules import RULES, LayerTokens, closest_cosines, mean_cosine
+from famba.fusion.rules import RULES, LayerTokens
 from famba.fusion.schedules import CUSTOM, Adapted, similar_pairs, spend
 from famba.fusion.token_map import TokenMap, not_pruned, trace, unfuse
 
@@ -77,13 +77,6 @@ class Run(NamedTuple):
     tokens: Tokens
     maps: list[TokenMap | None]  # what each layer fused
     taken: dict[int, Any]  # the streams that layers leave, of those that were asked for
-
-
-class Similarity(NamedTuple):
-    """Hold `closest_cosines` (b, a) and `mean_cosine` (b,) of one layer's tokens."""
-
-    closest: Tensor
-    mean: Tensor
 
 
 class Backbone(nn.Module):
@@ -337,19 +330,6 @@ class Backbone(nn.Module):
     def not_pruned(self, x: Float[Tensor, "b c h w"]) -> tuple[Bool[Tensor, "b n"], ...]:
         """Return for each layer whether each patch is still there after its fusion, (b, patches)."""
         return not_pruned(self.run(x).maps, self.patch_places(x.device).expand(x.shape[0], -1))
-
-    @torch.no_grad()
-    def similarities(self, x: Float[Tensor, "b c h w"]) -> list[Similarity]:
-        """Measure how similar the tokens are that enter each layer's fusion, by the layer's metric."""
-        found: list[Similarity] = []
-
-        def choose(seen: LayerTokens, r: int) -> int:
-            given = seen.metric, seen.protected
-            found.append(Similarity(closest_cosines(*given), mean_cosine(*given)))
-            return r
-
-        self.run(x, choose)
-        return found
 
     @torch.no_grad()
     def adapted_fusion(self, x: Float[Tensor, "b c h w"], budget: int) -> Adapted:

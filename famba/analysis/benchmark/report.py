@@ -40,7 +40,7 @@ class Report:
             f"{of['started']}, famba {of['famba']} at commit {of['git_commit']}, Python {of['python']}, {packages}; "
             f"medians of {self.settings['rounds']} rounds."
         ]
-        parts += [table(title, rows, style) for title, rows in self.tables.items() if rows]
+        parts += [f"{title}:\n\n{table(rows, style)}" for title, rows in self.tables.items() if rows]
         parts += [f"Left out: {name}: {reason}." for name, reason in self.left_out.items()]
         parts += [f"Note: {note}." for note in self.notes]
         parts += [] if self.complete else ["Stopped before the end: this is what had been measured."]
@@ -52,21 +52,18 @@ class Report:
             file.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 
-def read(file: Path) -> Report:
-    """Return the report that was written to a file; raises ConfigError for another file."""
-    try:
-        return Report(**json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"--from {file} is not what famba benchmark gpu --json writes ({error})") from error
-
-
-def table(title: str, rows: list[Row], style: str) -> str:
-    """Return rows under a title in a style of tabulate's; samples and columns that no row fills are left out."""
+def table(rows: list[Row], style: str) -> str:
+    """Return rows in a style of tabulate's; samples and columns that no row fills are left out."""
     keys = dict.fromkeys(key for row in rows for key in row if not key.endswith("_samples"))
     shown = [key for key in keys if any(row.get(key) is not None for row in rows)]
     cells = [[_cell(row.get(key)) for key in shown] for row in rows]
-    heads = [key.replace("_", " ") for key in shown]
-    return f"{title}:\n\n" + tabulate(cells, headers=heads, tablefmt=style, disable_numparse=True)
+    return tabulate(cells, [key.replace("_", " ") for key in shown], style, disable_numparse=True, missingval="-")
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:,.{0 if value >= 1000 else 3}f}"
+    return f"{value:,}" if type(value) is int else value
 
 
 def filled(file: Path, text: str) -> str:
@@ -80,10 +77,3 @@ def filled(file: Path, text: str) -> str:
     if not begin or not end or BEGIN in rest or END in after:
         raise ConfigError(f"--fill {file}: expected one line {BEGIN} and below it one line {END}")
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
-
-
-def _cell(value: Any) -> str:
-    """Write a number with three digits that count, and no fewer than stand before the point."""
-    if isinstance(value, float):
-        return f"{value:,.{next((n for n, limit in enumerate((100, 10, 1, 0.1)) if abs(value) >= limit), 4)}f}"
-    return "-" if value is None else f"{value:,}" if type(value) is int else str(value)

@@ -1,46 +1,43 @@
-"""Time the training step that `train.py` does, on random images: by itself, and in the loop of a run."""
+"""Time the training step that `train.py` does on random images, and what docs/performance.md says of a GPU."""
 
 from __future__ import annotations
 
+import argparse
 import itertools
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
-from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from tempfile import gettempdir
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from famba import data
-from famba.analysis.benchmark import floors
-from famba.analysis.benchmark.ops import DTYPES
-from famba.analysis.benchmark.report import Row
+from famba.analysis.benchmark import ops
+from famba.analysis.benchmark.report import Report, Row
 from famba.analysis.benchmark.timing import Race
 from famba.analysis.options import chosen_backend
+from famba.errors import ConfigError, FambaError
 from famba.fusion import tokens_per_layer
-from famba.models import Vim
+from famba.ops import backends
 from famba.ops.registry import resolve
-from famba.training.build import Loaders
 from famba.training.checkpoint import TrainedOn
 from famba.training.compose import compose
 from famba.training.config import RunConfig
 from famba.training.distributed import Process
 from famba.training.graph import GraphStep, obstacle
-from famba.training.interrupts import StopRequest
 from famba.training.measure import saved_bytes_per_image
-from famba.training.run_folder import RunFolder
 from famba.training.setup import Setup, prepare
 from famba.training.step import Step
-from famba.training.trainer import Training, new_state
+from famba.training.trainer import new_state
 
 NOTE = "a step is that of `train.py recipe=light` on random images that lie on the device"
+STRATEGIES = ("none", "all", "interleaved", "lower", "upper")
 # Each Vim's counterpart, by their timm names.
 DEITS = {"vim_tiny_patch16_224": "deit_tiny_patch16_224", "vim_small_patch16_224": "deit_small_patch16_224"}
-_CLASSES, _EPOCH_STEPS = 100, 20
-_Batch = tuple[Tensor, Tensor]
+_CLASSES = 100
 
 
 class Contestant(NamedTuple):
@@ -64,7 +61,7 @@ class Contestant(NamedTuple):
 
 
 class TimedStep:
-    """Training steps and inferences of a run without its loop; a CUDA graph where the run's would be one."""
+    """Training steps of a run without its loop; a CUDA graph where the run's would be one."""
 
     def __init__(self, config: RunConfig, setup: Setup | None = None) -> None:
         self.config, self.setup = config, setup or prepare(config)
@@ -74,16 +71,14 @@ class TimedStep:
             fused = obstacle(config, device, 1, resolve(device.type, self.setup.dtype)) is None
         classes = config.data.num_classes or data.num_classes_of(config.data.name) or _CLASSES
         state = new_state(config, self.setup, TrainedOn(classes, None, {}), device, fresh=False, fused=fused)
-        self.model = state.model
+        self.model = state.model.train()
         forward: nn.Module = self.model
         if config.trainer.compile:
             forward = cast(nn.Module, torch.compile(self.model, fullgraph=True, dynamic=False))
         self.step = (GraphStep if fused else Step)(config, state, forward, Process(0, 1, device), self.setup.autocast)
-        self._infer = Step.infer(self.step, self.model)
 
     def enter(self, race: Race, name: str) -> None:
         """Let the training step enter a race, where it is a graph with one that is none beside it."""
-        self.model.train()
         if not isinstance(self.step, GraphStep):
             race.enter(name, [self.train], graph=self.train)
             return
@@ -92,76 +87,104 @@ class TimedStep:
         race.enter(name, [eager.train], graph=self.step.replay)
 
     def train(self) -> None:
-        """Do a training step; the model has to be in training mode."""
+        """Do a training step."""
         with chosen_backend(self.config.ops.backend):
             self.step.gradients(itertools.repeat(self.batch))
             self.step.update()
 
-    @torch.no_grad()
-    def infer(self) -> None:
-        """Do an inference; the model has to be in evaluation mode."""
-        with chosen_backend(self.config.ops.backend):
-            self._infer(self.batch[0])
+
+def enter(race: Race, one: Contestant, rows: list[Row]) -> None:
+    """Let a contestant's step enter a race, and add its row, which `finish` completes."""
+    step = TimedStep(one.config(race.device))
+    step.enter(race, one.name)
+    model = step.model
+    left = sum(tokens_per_layer(model.fusion, model.num_tokens)) / (model.depth * model.num_tokens)
+    row: Row = {"contestant": one.name, "precision": one.precision, "tokens": model.num_tokens, "batch": one.batch}
+    saved = saved_bytes_per_image(model, step.setup.image_size, step.setup.autocast)
+    rows.append({**row, "token_layers": left, **race.entries(one.name), "saved_bytes_per_image": saved})
 
 
-def measure(
-    race: Race,
-    contestants: Iterable[Contestant],
-    rounds: int,
-    rows: list[Row],
-    entered: Callable[[Contestant, Row], None] = lambda one, row: None,
-    attempt: Callable[[str, Callable[[], None]], None] = lambda name, enter: enter(),
-) -> dict[str, TimedStep]:
-    """Time training steps in turn, in so many rounds, add a row for each contestant, and return the steps.
-
-    `entered` is called with each and its row after its first sample; `attempt` lets one enter, or leaves it out.
-    """
-    steps: dict[str, TimedStep] = {}
-
-    def enter(one: Contestant) -> None:
-        step = steps[one.name] = TimedStep(one.config(race.device))
-        model, floor = step.model, None
-        step.enter(race, one.name)
-        left = sum(tokens_per_layer(model.fusion, model.num_tokens)) / (model.depth * model.num_tokens)
-        row: Row = {"contestant": one.name, "precision": one.precision, "tokens": model.num_tokens, "batch": one.batch}
-        if one.model not in DEITS.values():
-            passes, _ = floors.step(cast(Vim, model), one.batch, DTYPES[one.precision].itemsize)
-            floor = floors.floor_here(passes, race.device, one.precision)
-        row |= {"token_layers": left, **race.entries(one.name), "images_per_s": None, "floor_ms": floor}
-        row["saved_bytes_per_image"] = saved_bytes_per_image(model, one.image_size, step.setup.autocast)
-        rows.append(row)
-        entered(one, row)
-
-    try:
-        for one in contestants:
-            attempt(f"{race.title}: {one.name}", partial(enter, one))
-        race.run(rounds)
-    finally:
-        for row in rows:
-            row |= race.entries(row["contestant"])
-            row["images_per_s"] = 1000 * row["batch"] / row["ms"]
-            row["floor_share"] = row["floor_ms"] and row["floor_ms"] / row["ms"]
-    return steps
+def finish(race: Race, rows: list[Row]) -> None:
+    """Complete the rows of all that have entered by what was measured."""
+    for row in rows:
+        row |= race.entries(row["contestant"])
+        row["images_per_s"] = 1000 * row["batch"] / row["ms"]
+    none = next((row["ms"] for row in rows if row["contestant"] == "none"), None)
+    for row in rows:
+        row["of_none"] = none and row["ms"] / none
 
 
-def loop_ms(config: RunConfig) -> float:
-    """Return the milliseconds of a step in the loop of `train.py`: of the second epoch of 20 steps."""
-    with TemporaryDirectory() as folder, StopRequest() as stop, chosen_backend(config.ops.backend):
-        config = replace(config, run_dir=folder, trainer=replace(config.trainer, eval_every=2))
-        setup = prepare(config)
-        run = Training(config, setup, RunFolder(Path(folder), writes=True), Process(0, 1, setup.device), stop)
-        batch = _random_batch(config, setup)
-        # The same batch for ever, which lies on the device: nothing is read, and nothing copied.
-        train: Any = SimpleNamespace(epoch=lambda epoch, first: (batch for _ in itertools.count()))
-        run.loaders = Loaders(train, "test", [batch], [batch])
-        run.steps_per_epoch, run.total_steps = _EPOCH_STEPS, 2 * _EPOCH_STEPS
-        run.run()
-        totals = run.state.totals
-        return 1000 * (totals.epoch_data_s + totals.epoch_step_s) / totals.epoch_steps
-
-
-def _random_batch(config: RunConfig, setup: Setup) -> _Batch:
+def _random_batch(config: RunConfig, setup: Setup) -> tuple[Tensor, Tensor]:
     """Return images (b, 3, s, s) and labels (b,) of a step's size on the device."""
     size, generator = config.trainer.batch_size, torch.Generator().manual_seed(0)
     images = torch.randn(size, 3, setup.image_size, setup.image_size, generator=generator)
     return images.to(setup.device), torch.randint(2, (size,), generator=generator).to(setup.device)
+
+
+PRECISION, (_TINY, _SMALL) = "bf16", DEITS
+
+
+def blocks(device: torch.device) -> Iterator[tuple[str, list[Contestant]]]:
+    """Yield title and contestants of each table of steps, in order of value; none for that of ops."""
+    size, pair, deit = (128, 224, PRECISION), ("none", "upper"), DEITS[_TINY]
+    yield "Vim-Ti", [Contestant(s, _TINY, s, *size) for s in STRATEGIES]
+    auto = resolve(device.type, ops.DTYPES[PRECISION])
+    for name in (n for n in backends() if n not in (auto, "reference") and ops.obstacle(n, device, PRECISION) is None):
+        yield f"Vim-Ti by {name}", [Contestant(s, _TINY, s, *size, (f"ops.backend={name}",)) for s in pair]
+    compiled = Contestant("DeiT-Ti, torch.compile", deit, "none", *size, ("trainer.compile=true",))
+    yield "timm's DeiT-Ti", [Contestant("DeiT-Ti", deit, "none", *size), compiled]
+    yield "Ops", []
+    four = ("model.patch_size=4",)
+    yield "Vim-Ti, patches of 4", [Contestant(s, _TINY, s, 512, 32, PRECISION, four) for s in pair]
+    yield "Vim-Ti, 785 tokens", [Contestant(s, _TINY, s, 32, 448, PRECISION) for s in pair]
+    yield "Vim-S", [Contestant(s, _SMALL, s, *size) for s in pair]
+
+
+def cases() -> list[ops.Case]:
+    """Return the ops at the size of Vim-Ti."""
+    outer = ("add_rms_norm", "match_tokens", "fuse_tokens")
+    return [ops.Case(op, 128, 197, 192 if op in outer else 384, 16, PRECISION) for op in ops.OPS]
+
+
+def check(device: torch.device) -> None:
+    """Raise ConfigError where a device is no GPU, or steps on it would take minutes."""
+    if device.type != "cuda":
+        raise ConfigError(
+            f"famba benchmark gpu measures a CUDA device, and was given {device} (torch {torch.__version__}); "
+            "run it on a machine with an NVIDIA GPU and its driver"
+        )
+    if resolve(device.type, ops.DTYPES[PRECISION]) == "reference":
+        raise ConfigError("only the reference serves this GPU, and its steps take minutes; famba doctor says why")
+
+
+def measure_gpu(options: argparse.Namespace, report: Report) -> None:
+    """Measure block by block while there is time; the report is written after each contestant."""
+    end, longest = time.monotonic() + 60 * options.minutes, 0.0
+    report.notes += [NOTE, ops.NOTE]
+
+    def attempt(name: str, call: Callable[[], object]) -> None:
+        """Do what there is time for, which is where the longest before would fit; go on after what fails."""
+        nonlocal longest
+        if (began := time.monotonic()) + longest > end:
+            report.left_out[name] = f"no time was left of --minutes {options.minutes}"
+            return
+        try:
+            call()
+        except (FambaError, RuntimeError) as error:
+            report.left_out[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        longest = max(longest, time.monotonic() - began)
+        report.write(options.json)
+
+    for title, contestants in blocks(options.device):
+        if not contestants:
+            for case in cases():
+                attempt(case.op, partial(ops.measure, case, options.device, options.rounds, report))
+            continue
+        race = Race(f"{title}, {contestants[0].batch} images of {contestants[0].image_size} pixels", options.device)
+        report.tables[race.title] = rows = list[Row]()
+        try:
+            for one in contestants:
+                attempt(f"{race.title}: {one.name}", partial(enter, race, one, rows))
+            race.run(options.rounds)
+        finally:
+            finish(race, rows)
