@@ -225,7 +225,22 @@ def test_weights_of_another_kind_of_network_are_refused(source: Path, tmp_path: 
     save_file(renamed, tmp_path / "vit.safetensors")
     assert "are of a vision transformer, this run's network is a Vim" in refused(tmp_path / "vit.safetensors")
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    assert "norm_f.weight: missing in the file" in refused(tmp_path / "other.safetensors")
+    assert "other.safetensors is of another network: it holds weight; this" in refused(tmp_path / "other.safetensors")
+
+
+def test_files_of_others_start_a_run_and_the_log_says_what_was_taken_off(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = load_file(source / "model.safetensors")
+    torch.save({"model_ema": {f"module.{name}": value for name, value in weights.items()}}, tmp_path / "w.pth")
+    for given in (tmp_path / "w.pth", f"ema:{tmp_path / 'w.pth'}"):
+        with caplog.at_level(logging.INFO):
+            state = begun(given)
+        assert same(state, weights)
+        assert state.totals.started_from["weights_sha256"] == weights_sha256(weights)
+        assert "w.pth: weights are taken " in caplog.text
+    torch.save({**weights, "norm_f.weight": weights["norm_f.weight"] * float("nan")}, tmp_path / "nan.pth")
+    assert "norm_f.weight: holds NaN or infinity" in refused(tmp_path / "nan.pth")
 
 
 @pytest.mark.parametrize(("old", "new"), [("head", "middle"), ("middle", "head")])

@@ -9,13 +9,14 @@ import naive
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.layers import DropPath, Format
 from torch import Tensor, nn
 
 import famba  # noqa: F401 - registers the models
 from famba.errors import ConfigError
 from famba.fusion import schedule, unfuse
-from famba.models import Vim
+from famba.models import Vim, create_network, load_vim_checkpoint
 
 ROWS, COLUMNS = 4, 3
 SHAPE = {"img_size": (8, 12), "patch_size": (2, 4), "embed_dim": 20, "num_classes": 3, "d_state": 3}
@@ -369,5 +370,85 @@ def test_timm_conventions() -> None:
     assert isinstance(model.get_classifier(), nn.Identity)
     assert not [name for name in timm.create_model("vim_micro_patch4_32", num_classes=0).state_dict() if "head" in name]
     assert torch.equal(model(x), model.forward_features(x)[:, 0])
-    with pytest.raises(ConfigError, match="cls_position"):
-        model.reset_classifier(3, "avg")
+
+
+@pytest.mark.parametrize(("cls", "weighting"), [("head", "mean"), ("middle", "size"), ("none", "size")])
+def test_pooling_is_that_of_timms_vits(cls: str, weighting: str) -> None:
+    options = {"cls_position": cls, "fusion": SCHEDULE, "fusion_weighting": weighting}
+    tokens, mean = tiny(**options, global_pool=""), tiny(**options, global_pool="avg")
+    x, features = images(), tokens.forward_features(images())
+    assert torch.equal(tokens(x), tokens.head(features))
+    assert tokens(x).shape == (2, 12 + (cls != "none"), 3)
+    assert torch.equal(tokens.forward_head(features), tokens(x))
+    # By the patches that each token holds, without the class token.
+    patches = features[:, [i for i in range(features.shape[1]) if i != tokens.cls_index]]
+    if weighting == "size":
+        torch.testing.assert_close(mean(x), mean.head(patches.mean(1)))
+        torch.testing.assert_close(mean.forward_head(features, pre_logits=True), patches.mean(1))
+    else:
+        held = [
+            [image[list(at).index(i)] for i in set(at)]
+            for image, at in zip(patches, mean.trace(x)[-1].tolist(), strict=True)
+        ]
+        torch.testing.assert_close(mean(x), mean.head(torch.stack([torch.stack(one).mean(0) for one in held])))
+    if cls != "none":
+        usual = tiny(**options)
+        assert torch.equal(tiny(**options, global_pool="token")(x), usual(x))
+        usual.reset_classifier(3, "avg")
+        usual.load_state_dict(mean.state_dict())
+        assert torch.equal(usual(x), mean(x))
+    with pytest.raises(ConfigError, match="global_pool is 'map'; allowed with cls_position="):
+        mean.reset_classifier(3, "map")
+    with pytest.raises(ConfigError, match="global_pool is 'token'; allowed with cls_position='none': 'avg', ''"):
+        tiny(cls_position="none", global_pool="token")
+
+
+def test_dropout_before_the_classifier() -> None:
+    off, on = tiny(drop_rate=0.0), tiny(drop_rate=0.5)
+    assert torch.equal(off.train()(images()), tiny()(images()))
+    assert torch.equal(on.eval()(images()), off(images()))
+    assert 0.3 < (on.train().forward_head(torch.ones(200, 13, 20), pre_logits=True) == 0).float().mean() < 0.7
+
+
+@pytest.mark.parametrize("cls", CLS_POSITIONS)
+def test_another_input_size_is_as_that_of_timms_vits_and_of_a_file(cls: str, tmp_path: Any) -> None:
+    model = tiny(cls_position=cls, fusion="upper", budget=0.5)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    model.set_input_size((16, 16))
+    other = tiny(seed=1, cls_position=cls, fusion="upper", budget=0.5, img_size=16)
+    load_vim_checkpoint(other, tmp_path / "w.safetensors", grid=(4, 3))
+    assert (model.fusion, model.num_tokens, model.special) == (other.fusion, other.num_tokens, other.special)
+    x = images(size=(16, 16))
+    assert torch.equal(model(x), other(x))
+    model.set_input_size(patch_size=4)
+    assert (model.num_patches, model.feature_info[0]["reduction"], model(x).shape) == (16, 4, (2, 3))
+    assert [f.shape for f in model.forward_intermediates(x, [1], intermediates_only=True)] == [(2, 20, 4, 4)]
+    before, size = model.state_dict(), model.image_size
+    for refused in ({"img_size": 17}, {"img_size": 16, "patch_size": 0}):
+        with pytest.raises(ConfigError, match="divisible by patch size"):
+            model.set_input_size(**refused)
+    model.set_fusion((8, 4, 2))
+    with pytest.raises(ConfigError, match="layer 0 removes 8 tokens of the 4 "):
+        model.set_input_size(8)
+    assert (model.image_size, model.state_dict().keys()) == (size, before.keys())
+
+
+@pytest.mark.parametrize("name", ["vim_micro_patch4_32", "vit_micro_patch4_32"])
+def test_a_strategy_has_its_budget_by_either_name(name: str) -> None:
+    create = create_network if name.startswith("vit") else timm.create_model
+    wanted = schedule("upper", 8, 65, 20, 3)
+    with torch.device("meta"):
+        for options in ({"budget": 20, "layers": 3}, {"fusion_budget": 20, "fusion_layers": 3}):
+            assert create(name, fusion="upper", **options).fusion == wanted
+        assert create(name, fusion="upper", budget=0.5).fusion == schedule("upper", 8, 65, 0.5)
+        assert create(name, fusion="upper").fusion == schedule("upper", 8, 65, 6 / 7)
+        with pytest.raises(ConfigError, match="unknown fusion strategy 'uper', did you mean 'upper'"):
+            create(name, fusion="uper", budget=20)
+        for lone in ({}, {"fusion": [1] * 8}):
+            with pytest.raises(ConfigError, match="budget is of a strategy; give the name of one"):
+                create(name, budget=20, **lone)
+        with pytest.raises(ConfigError, match="budget and fusion_budget are the same"):
+            create(name, fusion="upper", budget=20, fusion_budget=20)
+    with pytest.raises(TypeError, match="no argument 'budgets', did you mean 'budget'"):
+        tiny(budgets=20)
+    assert timm.create_model("vim_micro_patch4_32", pretrained=True, fusion="lower", budget=20).settings.budget == 20

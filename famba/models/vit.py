@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from famba.errors import ConfigError, check_choice
 from famba.fusion import Fusion
-from famba.models.backbone import Backbone, Reduction, Run, Tokens, register_backbone, timm_cfg
+from famba.models.backbone import Backbone, Reduction, Run, Tokens, is_of_fusion, register_backbone, timm_cfg
 
 AFTER_ATTENTION = "after_attention"
 _POOLS = ("token", "avg")
@@ -64,7 +64,7 @@ class ToMe(Backbone):
     @classmethod
     def create(cls, name: str, **arguments: Any) -> ToMe:
         """Build one by its timm name; it attends as ToMe does without training unless told otherwise."""
-        settings = {key: arguments.pop(key) for key in list(arguments) if key.startswith("fusion_")}
+        settings = {key: arguments.pop(key) for key in list(arguments) if is_of_fusion(key)}
         fusion = cls.fusion_of(arguments.pop("fusion", None), settings)
         vit: Any = timm.create_model(name, **arguments)
         return cls(vit, fusion).train(vit.training)

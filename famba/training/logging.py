@@ -37,7 +37,7 @@ class JsonLines:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / METRICS
-        self._handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)  # less the umask
         self._waiting = b""
         self._lock = threading.Lock()  # a checkpoint is written, and this synced, beside training
 
