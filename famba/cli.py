@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import famba
-from famba.errors import FambaError
+from famba.errors import ConfigError, FambaError, near_miss
 
 # Of each command its module, with add_options(parser) and run(options), and a line of help.
 COMMANDS = {
@@ -19,6 +19,7 @@ COMMANDS = {
     "benchmark": ("famba.analysis.benchmark.command", "time ops, training steps and fusing"),
     "plan": ("famba.analysis.plan", "show what strategies cost before a run"),
     "evaluate": ("famba.analysis.evaluate", "evaluate a trained model, with other ways of fusing if asked"),
+    "predict": ("famba.analysis.predict", "name what is in images: the five likeliest classes of each"),
     "visualize": (
         "famba.analysis.visualize", "draw which patches each token holds, and how similar tokens are, layer by layer"
     ),
@@ -29,15 +30,17 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status, 2 for what the user can mend."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] == ["train"]:
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if arguments[0] == "train":
         # Hydra reads everything behind "train" itself, --help included.
+        gc.disable()  # as in train.py
         from famba.training.app import main as train
 
-        gc.freeze()  # as in train.py
+        gc.freeze()
+        gc.enable()
         return train(arguments[1:])
-    options = _parser(arguments).parse_args(arguments)
     try:
+        options = _parser(arguments).parse_args(arguments)
         return options.run(options)
     except FambaError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -74,10 +77,16 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     download.set_defaults(run=_download)
 
     asked = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if asked is not None and asked not in (known := [*commands.choices, *COMMANDS]):
+        raise ConfigError(f"unknown command {asked!r}{near_miss(asked, known)}; `famba --help` lists all")
     for name, (module, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text)
         if name == asked:
+            # torch and timm make some 400,000 objects that live to the end; looking for garbage among them again and
+            # again would take a fifth of the time that the import takes.
+            gc.disable()
             found = importlib.import_module(module)
+            gc.enable()
             command.set_defaults(run=found.run)
             found.add_options(command)
     return parser

@@ -11,7 +11,7 @@ import yaml
 
 from famba.analysis.status import LOADER, Status, parse_line, status
 from famba.errors import DataError
-from famba.training.run_folder import METRICS
+from famba.training.records import METRICS
 from famba.training.summary import SUMMARY, Summary, from_row, to_row
 
 # What a report adds to the columns of a row; folder is empty for a row of a CSV file, problem for a run that is usable.

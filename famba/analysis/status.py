@@ -20,10 +20,8 @@ import yaml
 from tabulate import tabulate
 
 from famba.errors import DataError, FambaError
-from famba.training.logging import duration
-from famba.training.run_folder import METRICS
+from famba.training.records import METRICS, duration, queue, recorded, remembered
 from famba.training.summary import SUMMARY, Summary
-from famba.training.sweeps import queue, recorded, remembered
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _COLUMNS = ("run", "state", "epoch", "done", "Top-1 %", "time left", "updated")

@@ -24,7 +24,8 @@ from famba.training.compose import Command, config_dir, help_text
 from famba.training.config import RunConfig, flatten, plain
 from famba.training.distributed import Process, start_process, world_size
 from famba.training.interrupts import Interrupted, StopRequest
-from famba.training.logging import FILE_ONLY, duration, log_to
+from famba.training.logging import FILE_ONLY, log_to
+from famba.training.records import duration
 from famba.training.run_folder import RunFolder, as_begun, finished
 from famba.training.setup import Setup, check_files, prepare
 from famba.training.sweeps import Sweep
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if {"--help", "-h"} & set(arguments):
             print(help_text(Command.parse(arguments).config_dir), end="")
-        elif any(getattr(get_args_parser().parse_args(arguments), name) for name in _QUESTIONS):
+        elif any(getattr(get_args_parser().parse_known_args(arguments)[0], name) for name in _QUESTIONS):
             _answer(arguments)
         elif (command := Command.parse(arguments)).multirun:
             plan(command).launch(train)
