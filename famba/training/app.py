@@ -44,11 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        command = Command.parse(arguments)
         if {"--help", "-h"} & set(arguments):
-            print(help_text(Command.parse(arguments).config_dir), end="")
-        elif any(getattr(get_args_parser().parse_known_args(arguments)[0], name) for name in _QUESTIONS):
+            print(help_text(command.config_dir), end="")
+        elif any(getattr(get_args_parser().parse_args(arguments), name) for name in _QUESTIONS):
             _answer(arguments)
-        elif (command := Command.parse(arguments)).multirun:
+        elif command.multirun:
             plan(command).launch(train)
         else:
             train(command.config())

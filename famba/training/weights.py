@@ -309,7 +309,7 @@ def _from_run(
     except (FambaError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{file}: its run cannot be set up by this installation: {error}. Install the package that adds what is "
-            "missing, or the release of famba that trained it"
+            "missing, or name its file in FAMBA_PLUGINS, or install the release of famba that trained it"
         ) from error
     try:
         check_model(config)
