@@ -23,9 +23,10 @@ SHAPE = {"img_size": (8, 12), "patch_size": (2, 4), "embed_dim": 20, "num_classe
 SCHEDULE, NOTHING = (3, 0, 2), (0, 0, 0)
 CLS_POSITIONS = ("head", "middle", "none")
 WAYS = list(itertools.product(("before_mixer", "after_scan"), ("mean", "size"), ("sequence", "tome")))
-COMBINATIONS = [
-    (cls, fusion, *way) for cls in CLS_POSITIONS for fusion, way in [(NOTHING, WAYS[0]), *((SCHEDULE, w) for w in WAYS)]
-]
+# For each place of the class token, every pair of switches.
+PAIRS = [WAYS[i] for i in (0, 3, 5, 6)]
+COMBINATIONS = [(cls, NOTHING, *WAYS[0]) for cls in CLS_POSITIONS] + [("none", SCHEDULE, *WAYS[4])]
+COMBINATIONS += [(cls, SCHEDULE, *way) for cls in CLS_POSITIONS for way in PAIRS]
 
 
 def tiny(seed: int = 0, **changes: Any) -> Vim:
@@ -119,9 +120,10 @@ def test_each_patch_gets_its_tokens_features_and_gives_back_its_gradient() -> No
 
 
 COUNTS = {"micro_patch4_32": 340_068, "tiny_patch16_224": 6_974_308, "small_patch16_224": 25_450_084}
+COUNTS |= {"base_patch16_224": 96_906_340}
 
 
-@pytest.mark.parametrize(("name", "count"), [*COUNTS.items(), ("base_patch16_224", 96_906_340)])
+@pytest.mark.parametrize(("name", "count"), COUNTS.items())
 def test_timm_makes_the_models(name: str, count: int) -> None:
     shape = {"img_size": 32, "patch_size": 8, "cls_position": "middle"}
     counts = schedule("upper", 8 if "micro" in name else 24, 17, 8)
@@ -228,8 +230,8 @@ def test_checkpointing_keeps_less_and_changes_nothing(options: dict[str, Any]) -
     ("image", "patch", "patches"),
     [(8, 4, 4), ((8, 4), 4, 2), (9, 3, 9), ((6, 10), (3, 2), 10), (4, 4, 1), ((16, 4), (1, 4), 16)],
 )
-@pytest.mark.parametrize("cls", CLS_POSITIONS)
-def test_images_and_patches_of_any_size_and_number(image: Any, patch: Any, patches: int, cls: str) -> None:
+def test_images_and_patches_of_any_size_and_number(image: Any, patch: Any, patches: int) -> None:
+    cls = CLS_POSITIONS[patches % 3]
     model = tiny(img_size=image, patch_size=patch, depth=2, cls_position=cls, fusion=(patches // 2, 0))
     size = (image, image) if isinstance(image, int) else image
     assert model.num_patches == patches
@@ -244,8 +246,9 @@ def test_images_and_patches_of_any_size_and_number(image: Any, patch: Any, patch
     assert (other.layers[0].mixer.d_inner, other.layers[0].mixer.dt_rank) == (51, 2)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("cls", CLS_POSITIONS)
+@pytest.mark.parametrize(
+    ("cls", "dtype"), [("head", torch.bfloat16), ("middle", torch.float16), ("none", torch.float64)], ids=str
+)
 def test_weights_of_any_dtype_train(cls: str, dtype: torch.dtype) -> None:
     model = tiny(cls_position=cls, fusion=SCHEDULE, fusion_weighting="size").to(dtype)
     logits = model(images().to(dtype))
@@ -292,16 +295,14 @@ def test_layers_are_chosen_as_timm_has_it() -> None:
         wanted = [everything[i] for i in sorted(set(taken))]
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
-
-@pytest.mark.parametrize("indices", [0, 4, -1, True, [3], [0, -4], [], [1.0], "12", 2.0])
-def test_layers_and_formats_that_do_not_exist_are_refused(indices: Any) -> None:
-    message = r"indices is .*; allowed: a list of layers from 0 to 2 \(or from -3 to -1.*how many of the last, 1 to 3"
+    allowed = r"indices is .*; allowed: a list of layers from 0 to 3 \(or from -4 to -1.*how many of the last, 1 to 4"
     with naive.as_users_run_it():
-        for ask in (tiny().prune_intermediate_layers, lambda at: tiny().forward_intermediates(images(), at)):
-            with pytest.raises(ConfigError, match=message):
-                ask(indices)
+        for strange in (0, 5, -1, True, [4], [0, -5], [], [1.0], "12", 2.0):
+            for ask in (tiny(depth=4).prune_intermediate_layers, lambda at: model.forward_intermediates(images(), at)):
+                with pytest.raises(ConfigError, match=allowed):
+                    ask(strange)  # type: ignore[operator]
         with pytest.raises(ConfigError, match="unknown output_fmt 'NHWC', did you mean 'NCHW'.*allowed: NCHW, NLC"):
-            tiny().forward_intermediates(images(), output_fmt="NHWC")
+            model.forward_intermediates(images(), output_fmt="NHWC")
 
 
 def test_stopping_early_leaves_out_the_layers_behind() -> None:
@@ -399,7 +400,7 @@ def test_pooling_is_that_of_timms_vits(cls: str, weighting: str) -> None:
         assert torch.equal(usual(x), mean(x))
     with pytest.raises(ConfigError, match="global_pool is 'map'; allowed with cls_position="):
         mean.reset_classifier(3, "map")
-    with pytest.raises(ConfigError, match="global_pool is 'token'; allowed with cls_position='none': 'avg', ''"):
+    with pytest.raises(ConfigError, match="global_pool is 'token'; allowed with cls_position='none': .'avg', ''."):
         tiny(cls_position="none", global_pool="token")
 
 
@@ -449,6 +450,12 @@ def test_a_strategy_has_its_budget_by_either_name(name: str) -> None:
                 create(name, budget=20, **lone)
         with pytest.raises(ConfigError, match="budget and fusion_budget are the same"):
             create(name, fusion="upper", budget=20, fusion_budget=20)
+    model = create(name, fusion=[1] * 8)
+    model.set_fusion("upper", budget=20, layers=3)
+    assert model.fusion == wanted
+    model.set_fusion([0] * 8)
+    model.set_fusion("upper")
+    assert model.fusion == schedule("upper", 8, 65, 6 / 7)
     with pytest.raises(TypeError, match="no argument 'budgets', did you mean 'budget'"):
         tiny(budgets=20)
     assert timm.create_model("vim_micro_patch4_32", pretrained=True, fusion="lower", budget=20).settings.budget == 20

@@ -29,7 +29,7 @@ def test_the_files_on_extending_work_beside_a_users_own(tmp_path: Path) -> None:
         (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "mine" / name).write_text(text)
     commands = [line.split()[2:] for line in EXTENDING.splitlines() if line.startswith("python train.py")]
-    short = ["model.depth=4", "model.embed_dim=16", "recipe=quick", "trainer.max_steps=1", "trainer.batch_size=32"]
+    short = ["model.embed_dim=16", "recipe=quick", "trainer.max_steps=1", "trainer.batch_size=32"]
     script = f"""
 import json, os, sys
 from famba.training.app import main
@@ -45,7 +45,8 @@ print(os.environ["FAMBA_PLUGINS"].count(":"))
     )
     assert done.returncode == 0, done.stderr[-3000:]
     schedules, others = done.stdout.splitlines()[-2:]
-    assert schedules == "[[0, 27, 28, 0], [0, 18, 18, 19], [0, 18, 18, 19], [0, 0, 0, 0]]"
+    upper, nano = [0, 0, 9, 9, 9, 9, 10, 9], [0, 18, 18, 19]
+    assert schedules == str([[0, 0, 13, 14, 14, 14, 0, 0], upper, nano, [0] * 8])
     assert others == "3"
     assert "No pretrained configuration" not in done.stdout + done.stderr
     # A run folder does not import code; the variable does.

@@ -196,7 +196,8 @@ def test_any_batch_and_recomputation_change_nothing() -> None:
 
 def test_it_follows_the_transformer_to_another_image_size() -> None:
     vit = timm.create_model("deit_tiny_distilled_patch16_224", img_size=64, depth=3, num_classes=3)
-    model = apply_tome(vit, schedule("all", 3, 18, 8, protected=2))
+    model = apply_tome(vit, "all", budget=8)
+    assert model.fusion == schedule("all", 3, 18, 8, protected=2)
     assert (model.training, model(torch.randn(1, 3, 64, 64)).shape) == (True, (1, 3))
     model.vit.set_input_size((96, 96))
     x = torch.randn(2, 3, 96, 96)
@@ -212,7 +213,7 @@ REFUSED: list[tuple[Any, Any, dict[str, Any], str]] = [
     ({}, (1, 1), {}, "the schedule has 2 entries, but the model has 3 layers"),
     ({}, (9, 0, 0), {}, "layer 0 removes 9 tokens of the 16 that may fuse there; at most half of them"),
     ({}, 8, {}, r"tokens to remove in each block, such as \[8\] \* 3"),
-    ({}, "all", {}, r"tokens to remove in each block, such as \[8\] \* 3"),
+    ({}, "al", {}, "unknown fusion strategy 'al', did you mean 'all'"),
     ({}, FUSION, {"order": "random"}, "unknown fusion order 'random'.*allowed: "),
     ({}, FUSION, {"weighting": "area"}, "unknown fusion weighting 'area'.*allowed: "),
     ({}, FUSION, {"mode": "merge"}, "unknown fusion mode 'merge'.*allowed: "),

@@ -225,12 +225,12 @@ class Backbone(nn.Module):
         return self.num_tokens - self.num_patches
 
     @torch.jit.ignore
-    def set_fusion(self, fusion: Sequence[int] | Fusion, **changes: Any) -> None:
+    def set_fusion(self, fusion: Sequence[int] | str | Fusion, **changes: Any) -> None:
         """Reduce tokens in another way from now on. Raises ConfigError, and changes nothing, where it does not fit.
 
         Args:
-            fusion: tokens to remove in each layer; or all settings, from which the schedule is worked out.
-            changes: fields of `Fusion` to change, such as order="tome"; None leaves one as it is.
+            fusion: tokens to remove in each layer; or a strategy's name, or all settings, which tell the schedule.
+            changes: fields of `Fusion` to change, such as budget=0.5 or order="tome"; None leaves one as it is.
         """
         settings = fusion if isinstance(fusion, Fusion) else with_schedule(self.settings, fusion)
         settings = settings.changed(**changes)
@@ -411,9 +411,10 @@ def timm_cfg(size: int, **more: Any) -> dict[str, Any]:
     return {"url": "", "input_size": (3, size, size), **names, **more}
 
 
-def with_schedule(settings: Fusion, schedule: Sequence[int]) -> Fusion:
-    """Return settings that remove these numbers of tokens in the layers."""
-    return replace(settings, strategy=CUSTOM, budget=tuple(schedule), layers=None, adapt_at=None, adapt_images=None)
+def with_schedule(settings: Fusion, schedule: Sequence[int] | str) -> Fusion:
+    """Return settings that remove these numbers of tokens in the layers, or by a strategy with the usual budget."""
+    strategy, budget = (schedule, Fusion.budget) if isinstance(schedule, str) else (CUSTOM, tuple(schedule))
+    return replace(settings, strategy=strategy, budget=budget, layers=None, adapt_at=None, adapt_images=None)
 
 
 BACKBONES: list[type[Backbone]] = []

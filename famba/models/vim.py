@@ -23,7 +23,6 @@ from famba.models.weights import WEIGHTS, Fit, Origin, fit_pos_embed, fitting_we
 from famba.ops import add_rms_norm
 
 BEFORE_MIXER, AFTER_SCAN = "before_mixer", "after_scan"
-POOLS = ("token", "avg", "")
 
 
 class Stream(NamedTuple):
@@ -208,9 +207,10 @@ class Vim(Backbone):
 
     def _pool(self, name: str) -> str:
         """Return how tokens are pooled, as timm names it. Raises ConfigError for what this network cannot do."""
-        if name not in (allowed := [one for one in POOLS if one != "token" or self.cls_position != "none"]):
-            told = f"allowed with cls_position={self.cls_position!r}: {', '.join(map(repr, allowed))}"
-            raise ConfigError(f"global_pool is {name!r}; {told}", "global_pool")
+        allowed = ["token", "avg", ""][self.cls_position == "none" :]
+        if name not in allowed:
+            told = f"global_pool is {name!r}; allowed with cls_position={self.cls_position!r}: {allowed}"
+            raise ConfigError(told, "global_pool")
         return name
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:

@@ -128,16 +128,13 @@ def weights_in(content: Mapping[str, Any], path: str | Path, *, averaged: bool =
     if averaged and not keys:
         return {}
     bare, told = _without_prefixes(found)
-    if set(keys) - {"model", "state_dict"} and not averaged:
-        told.insert(0, f"under {'.'.join(keys)!r}")
-    if told:
+    if told := [f"under {'.'.join(keys)!r}"] * bool(set(keys) - {"model", "state_dict"}) + told:
         _log.info("%s: weights are taken %s", path, ", ".join(told))
     return bare
 
 
 def _holds_weights(content: Any) -> bool:
-    inside = content.values() if isinstance(content, Mapping) else ()
-    return isinstance(content, Tensor) or any(map(_holds_weights, inside))
+    return any(map(_holds_weights, content.values())) if isinstance(content, Mapping) else isinstance(content, Tensor)
 
 
 def _without_prefixes(weights: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -147,15 +144,14 @@ def _without_prefixes(weights: Mapping[str, Any]) -> tuple[dict[str, Any], list[
     named = {_WRAPPERS.sub("", str(name)): value for name, value in weights.items() if name != "n_averaged"}
     bare = {name: _FRONT.sub("", name) for name in named}
     fronts = {name: name.removesuffix(rest) for name, rest in bare.items()}
-    starts = tuple(f"{kind.layers_name}." for kind in BACKBONES)
-    found = {fronts[name] for name, rest in bare.items() if rest.startswith(starts)}
+    found = {fronts[k] for k, rest in bare.items() if rest.startswith(tuple(f"{b.layers_name}." for b in BACKBONES))}
     if not found or any(kind.recognizes(named) for kind in BACKBONES):
         return named, [f"without {some(wrappers)}"] if wrappers else []
     chosen, *others = sorted(found, key=lambda front: [_PREFIXES.index(part) for part in front.split(".")[:-1]])
     strange = {other.split(".")[0] for other in others} - {chosen.split(".")[0]}
     kept = [name for name, front in fronts.items() if front not in others and front.split(".")[0] not in strange]
-    told = [f"without {some([*wrappers, repr(chosen)])}"] + [f"not those under {some(others)}"] * bool(others)
-    return {bare[name]: named[name] for name in kept}, told
+    left_out = [f"not those under {some(others)}"] if others else []
+    return {bare[name]: named[name] for name in kept}, [f"without {some([*wrappers, repr(chosen)])}", *left_out]
 
 
 def saved_origin(content: dict[str, Any], path: str | Path) -> Origin:
@@ -287,11 +283,11 @@ def _in_short(misfits: Sequence[str]) -> list[str]:
     for misfit in sorted(misfits, key=lambda misfit: (any(map(str.isdigit, misfit.split(".")[:2])), misfit)):
         name, _, reason = misfit.partition(": ")
         groups.setdefault((".".join(name.split(".")[:2]), reason), []).append(misfit)
-    lines: list[str] = []
+    lines = list[str]()
     for (layer, reason), members in groups.items():
         lines += members if len(members) <= _ALONE else [f"{layer}: {reason} ({len(members)} of its weights)"]
-    more = len(lines) - _MOST_LISTED
-    return lines if more <= 1 else [*lines[:_MOST_LISTED], f"and {more} more lines of this kind"]
+    more = [f"and {len(lines) - _MOST_LISTED} more lines of this kind"] if len(lines) > _MOST_LISTED else []
+    return [*lines[:_MOST_LISTED], *more]
 
 
 def _fit_patch_embed(fit: Fit, own: dict[str, Tensor]) -> None:
