@@ -162,6 +162,17 @@ def test_a_script_beside_a_clone_called_famba_finds_the_package_in_it(tmp_path: 
     assert told.stdout.strip() == str(clone / "famba" / "__init__.py"), told.stderr
 
 
+def test_files_of_a_run_have_the_mode_of_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o007)
+    try:
+        assert train([*TINY, "trainer.max_steps=1", f"run_dir={tmp_path}/run"]) == 0
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != ".lock"]
+    assert {"model.safetensors", "metrics.jsonl", "train.log", "step_00000001.pt"} <= {path.name for path in files}
+    assert {str(path): oct(path.stat().st_mode & 0o777) for path in files} == {str(path): "0o660" for path in files}
+
+
 OPTIONS = {
     "--epochs 5": "give trainer.epochs=5",
     "--lr=1e-3": "give recipe.lr=1e-3",

@@ -27,6 +27,8 @@ from famba.models.weights import weights_folder
 from famba.training.app import main
 from famba.training.checkpoint import TrainedOn, TrainingState, load
 from famba.training.compose import compose
+from famba.training.config import plain
+from famba.training.run_folder import RunFolder
 from famba.training.setup import prepare
 from famba.training.trainer import new_state
 from famba.training.weights import load_trained, weights_sha256
@@ -44,6 +46,15 @@ def begun(given: object, *overrides: str, classes: int = 10) -> TrainingState:
     """A run as it is before its first step."""
     config = compose([*TINY, f"init_from={given}", "run_dir=unused", *overrides])
     return new_state(config, prepare(config), TrainedOn(classes, None, {}), torch.device("cpu"))
+
+
+def untrained(folder: Path, *overrides: str) -> dict[str, Tensor]:
+    """Weights and configuration as a finished run leaves them, without its seconds of training."""
+    config = compose([*TINY, f"run_dir={folder}", *overrides])
+    model = new_state(config, prepare(config), TrainedOn(10, None, {}), torch.device("cpu")).model
+    save_file(model.state_dict(), folder / "model.safetensors")
+    RunFolder(folder, writes=True).write_config(plain(config))
+    return model.state_dict()
 
 
 def same(state: TrainingState, weights: dict[str, Tensor], but: tuple[str, ...] = ()) -> bool:
@@ -247,8 +258,7 @@ def test_files_of_others_start_a_run_and_the_log_says_what_was_taken_off(
 def test_the_class_token_moves_with_its_row(
     old: str, new: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run(tmp_path, f"model.cls_position={old}", "trainer.max_steps=1")
-    rows = load_file(tmp_path / "model.safetensors")["pos_embed"][0]
+    rows = untrained(tmp_path, f"model.cls_position={old}")["pos_embed"][0]
     at = {"head": 0, "middle": 8}
     with caplog.at_level(logging.INFO):
         moved = begun(tmp_path, f"model.cls_position={new}").model.state_dict()["pos_embed"][0]
@@ -260,9 +270,9 @@ def test_the_class_token_moves_with_its_row(
 
 
 def test_without_a_class_token_there_is_none_to_take(tmp_path: Path) -> None:
-    run(tmp_path, "model.cls_position=none", "trainer.max_steps=1")
+    weights = untrained(tmp_path, "model.cls_position=none")
     assert "model.cls_position is a class token here, none in the file" in refused(tmp_path)
-    assert same(begun(tmp_path, "model.cls_position=none"), load_file(tmp_path / "model.safetensors"))
+    assert same(begun(tmp_path, "model.cls_position=none"), weights)
 
 
 @register_model

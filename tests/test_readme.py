@@ -45,8 +45,8 @@ print(os.environ["FAMBA_PLUGINS"].count(":"))
     )
     assert done.returncode == 0, done.stderr[-3000:]
     schedules, others = done.stdout.splitlines()[-2:]
-    upper, nano = [0, 0, 9, 9, 9, 9, 10, 9], [0, 18, 18, 19]
-    assert schedules == str([[0, 0, 13, 14, 14, 14, 0, 0], upper, nano, [0] * 8])
+    upper, nano = [0, 0, 9, 9, 9, 9, 10, 9], [0, 28, 18, 9]
+    assert schedules == str([[0, 0, 13, 15, 18, 9, 0, 0], upper, nano, [0] * 8])
     assert others == "3"
     assert "No pretrained configuration" not in done.stdout + done.stderr
     # A run folder does not import code; the variable does.

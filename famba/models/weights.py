@@ -23,8 +23,7 @@ from famba.files import read_file
 from famba.fusion.config import SETTINGS
 from famba.models.backbone import BACKBONES, CLS_POSITIONS, Backbone, create_network, network_names
 
-WEIGHTS = Path(__file__).parent / "weights"
-"""Run folders of the bundled weights, by the names of their models."""
+WEIGHTS = Path(__file__).parent / "weights"  # run folders of the bundled weights, by the names of their models
 _PATCHES = "patch_embed.proj.weight"
 _MIDDLE = "midclstok"  # in names of official models
 _log = logging.getLogger(__name__)
@@ -238,7 +237,7 @@ def fit_weights(model: Backbone, weights: dict[str, Any], source: str, origin: O
     """
     own, named = model.state_dict(), {str(name): value for name, value in weights.items()}
     given = {name: value for name, value in named.items() if isinstance(value, Tensor)}
-    if given and not own.keys() & given.keys():
+    if given and not any(name.startswith(f"{model.layers_name}.") for name in own.keys() & given.keys()):
         there, here = some(sorted(given)), some(sorted(own))
         raise CheckpointError(f"{source} is of another network: it holds {there}; this model has {here}")
     fit = Fit(given, [f"{name}: not a tensor" for name in named.keys() - given.keys()])
