@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import famba
 from famba.errors import ConfigError, FambaError, near_miss
@@ -31,15 +32,12 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status, 2 for what the user can mend."""
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if arguments[0] == "train":
-        # Hydra reads everything behind "train" itself, --help included.
-        gc.disable()  # as in train.py
-        from famba.training.app import main as train
-
-        gc.freeze()
-        gc.enable()
-        return train(arguments[1:])
     try:
+        if arguments[0] == "train":
+            # Hydra reads everything behind "train" itself, --help included.
+            train = _import("famba.training.app").main
+            gc.freeze()  # what the imports made lives to the end: no collection has to look through it
+            return train(arguments[1:])
         options = _parser(arguments).parse_args(arguments)
         return options.run(options)
     except FambaError as error:
@@ -82,14 +80,19 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     for name, (module, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text)
         if name == asked:
-            # torch and timm make some 400,000 objects that live to the end; looking for garbage among them again and
-            # again would take a fifth of the time that the import takes.
-            gc.disable()
-            found = importlib.import_module(module)
-            gc.enable()
+            found = _import(module)
             command.set_defaults(run=found.run)
             found.add_options(command)
     return parser
+
+
+def _import(module: str) -> Any:
+    """Import a module without looking for garbage meanwhile, among the 400,000 objects that torch and timm make."""
+    gc.disable()  # looking would take a fifth of the time
+    try:
+        return importlib.import_module(module)
+    finally:
+        gc.enable()
 
 
 def _download(options: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """Import the code of others that adds strategies, rules, networks and data sets.
 
-Packages have an entry point in the group "famba.plugins". A single file needs none: `plugins=[mine/middle.py]` on the
+Packages have an entry point in the group "famba.plugins". A single file needs none: `plugins=mine/middle.py` on the
 command line of train.py, or the environment variable FAMBA_PLUGINS for every command, with ":" between several.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import naive
@@ -84,19 +85,20 @@ def merged(vit: VisionTransformer, images: Tensor, fusion: tuple[int, ...], way:
     return torch.stack(logits)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "way",
-    [
-        ("tome", "size", "fuse", True),
-        ("sequence", "size", "fuse", False),
-        ("tome", "mean", "fuse", True),
-        ("sequence", "mean", "prune", False),
-    ],
-    ids=["off the shelf", "in training", "means", "prune"],
-)
-def test_logits_and_gradients_agree_with_the_paper(kind: str, way: Any) -> None:
-    way = dict(zip(("order", "weighting", "mode", "proportional"), way, strict=True))
+WAYS: dict[str, dict[str, Any]] = {
+    "off the shelf": {"order": "tome", "weighting": "size", "mode": "fuse", "proportional": True},
+    "in training": {"order": "sequence", "weighting": "size", "mode": "fuse", "proportional": False},
+    "means": {"order": "tome", "weighting": "mean", "mode": "fuse", "proportional": True},
+    "prune": {"order": "sequence", "weighting": "mean", "mode": "prune", "proportional": False},
+}
+# Every way with a class token and without one; every other kind with two of them.
+EACH = [*itertools.product(list(KINDS)[:2], WAYS)]
+EACH += [(kind, way) for i, kind in enumerate(list(KINDS)[2:]) for way in list(WAYS)[i % 2 :: 2]]
+
+
+@pytest.mark.parametrize(("kind", "named"), EACH)
+def test_logits_and_gradients_agree_with_the_paper(kind: str, named: str) -> None:
+    way = WAYS[named]
     vit = build(kind).double()
     torch.testing.assert_close(apply_tome(vit, (0, 0, 0), **way)(images().double()), vit(images().double()))
     model = apply_tome(vit, FUSION, **way)
