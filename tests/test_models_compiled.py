@@ -63,7 +63,9 @@ for strategy, position in cases.items():
     counts = schedule(strategy, 2, 16 + protected, 5, 1 if strategy in ("lower", "upper") else None, protected)
     model = make(counts, depth=2, cls_position=position, fusion_weighting="size")
     torch._dynamo.reset()
-    agrees(torch.compile(model, fullgraph=True), model, images())
+    # Machine code takes a minute for each, and does not depend on where the token stands.
+    backend = "inductor" if strategy == "all" else "aot_eager"
+    agrees(torch.compile(model, fullgraph=True, backend=backend), model, images())
     print(strategy)
 """
     assert run(script, tmp_path).split() == ["none", "all", "interleaved", "lower", "upper"]

@@ -391,12 +391,12 @@ def create_vim(variant: str, pretrained: bool, shape: dict[str, Any], chosen: di
     Returns a Vim; with features_only=True timm's FeatureGetterNet of one, which returns maps of features. Raises
     ConfigError for what does not fit, such as the schedule of training on images of another size.
     """
+    if chosen.get("pretrained_cfg") is None and get_pretrained_cfg(variant) is None:  # timm would warn
+        chosen = {**chosen, "pretrained_cfg": timm_cfg(_pair(shape.get("img_size", 224))[0])}
     trained = fusion_of_training(variant, shape, chosen) if pretrained else {}
     # With features_only=True: by forward_intermediates, of the last three layers as timm's ViTs do.
     features = {"out_indices": 3, "feature_cls": "getter"}
     arguments = {"pretrained_filter_fn": fitting_weights, "feature_cfg": features, **shape, **trained, **chosen}
-    if get_pretrained_cfg(variant) is None:  # timm would warn; a variant of one's own needs no record of weights
-        arguments.setdefault("pretrained_cfg", timm_cfg(_pair(arguments.get("img_size", 224))[0]))
     try:
         return build_model_with_cfg(Vim, variant, pretrained, **arguments)
     except ConfigError as error:
