@@ -314,11 +314,11 @@ class Vim(Backbone):
 
     def _mean(self, x: Tensor, tokens: Tokens) -> Tensor:
         """Return the mean of tokens (b, l, d) without the class token, by the patches that each holds."""
-        weights = tokens.sizes
+        weights, at = tokens.sizes, tokens.special
         if self.special:
             weights = x.new_ones(x.shape[:2], dtype=torch.float32) if weights is None else weights
-            places = torch.as_tensor(tokens.special, device=x.device).expand(x.shape[0], -1)
-            weights = weights.scatter(1, places, 0.0)
+            at = at if isinstance(at, Tensor) else x.new_full((x.shape[0], 1), at[0], dtype=torch.int64)
+            weights = weights.scatter(1, at, 0.0)
         if weights is None:
             return x.mean(1)
         count = self.num_patches if tokens.sizes is not None else x.shape[1] - len(self.special)

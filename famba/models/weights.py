@@ -149,8 +149,8 @@ def _without_prefixes(weights: Mapping[str, Any]) -> tuple[dict[str, Any], list[
     chosen, *others = sorted(found, key=lambda front: [_PREFIXES.index(part) for part in front.split(".")[:-1]])
     strange = {other.split(".")[0] for other in others} - {chosen.split(".")[0]}
     kept = [name for name, front in fronts.items() if front not in others and front.split(".")[0] not in strange]
-    left_out = [f"not those under {some(others)}"] if others else []
-    return {bare[name]: named[name] for name in kept}, [f"without {some([*wrappers, repr(chosen)])}", *left_out]
+    told = [f"without {some([*wrappers, repr(chosen)])}", *([f"not those under {some(others)}"] if others else [])]
+    return {bare[name]: named[name] for name in kept}, told
 
 
 def saved_origin(content: dict[str, Any], path: str | Path) -> Origin:
