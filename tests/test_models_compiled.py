@@ -57,10 +57,10 @@ def run(script: str, tmp_path: Path) -> str:
 
 def test_compiled_models_agree_with_eager_ones(tmp_path: Path) -> None:
     script = """
-cases = {"none": "head", "all": "middle", "interleaved": "none", "lower": "head", "upper": "middle"}
+cases = {"none": "head", "all": "middle", "interleaved": "none"}  # no layer, each, and some
 for strategy, position in cases.items():
     protected = int(position != "none")
-    counts = schedule(strategy, 2, 16 + protected, 5, 1 if strategy in ("lower", "upper") else None, protected)
+    counts = schedule(strategy, 2, 16 + protected, 5, None, protected)
     model = make(counts, depth=2, cls_position=position, fusion_weighting="size")
     torch._dynamo.reset()
     # Machine code takes a minute for each, and does not depend on where the token stands.
@@ -68,7 +68,7 @@ for strategy, position in cases.items():
     agrees(torch.compile(model, fullgraph=True, backend=backend), model, images())
     print(strategy)
 """
-    assert run(script, tmp_path).split() == ["none", "all", "interleaved", "lower", "upper"]
+    assert run(script, tmp_path).split() == ["none", "all", "interleaved"]
 
 
 @pytest.mark.slow
