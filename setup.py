@@ -16,6 +16,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.editable_wheel import editable_wheel
 
 FOLDER = "famba/ops/native"
 LIBRARY = f"{FOLDER}/libfamba_kernels.so"
@@ -84,6 +85,20 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+class EditableWheel(editable_wheel):
+    """Put the checkout on Python's path, where `famba.configs` is not needed.
+
+    Otherwise setuptools would install a finder, which Python asks last: a script beside a clone that is called famba
+    would find that folder, as a package without anything in it.
+    """
+
+    def finalize_options(self) -> None:
+        """Leave the simple layout that setuptools installs as a path."""
+        packages = [name for name in self.distribution.packages or [] if not name.startswith("famba.configs")]
+        self.distribution.packages, self.distribution.package_dir = packages, {"": "."}
+        super().finalize_options()
+
+
 def _start(command: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # noqa: S603
 
@@ -106,5 +121,5 @@ def _reason(error: OSError | subprocess.CalledProcessError) -> str:
 
 setup(
     ext_modules=[Extension("famba.ops.native.libfamba_kernels", sources=[f"{FOLDER}/src/kernels.cpp"])],
-    cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel, "editable_wheel": EditableWheel},
 )

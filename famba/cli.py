@@ -8,9 +8,10 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import famba
-from famba.errors import FambaError
+from famba.errors import ConfigError, FambaError, near_miss
 
 # Of each command its module, with add_options(parser) and run(options), and a line of help.
 COMMANDS = {
@@ -19,6 +20,7 @@ COMMANDS = {
     "benchmark": ("famba.analysis.benchmark.command", "time ops and training steps"),
     "plan": ("famba.analysis.plan", "show what strategies cost before a run"),
     "evaluate": ("famba.analysis.evaluate", "evaluate a trained model, with other ways of fusing if asked"),
+    "predict": ("famba.analysis.predict", "name what is in images: the five likeliest classes of each"),
     "visualize": ("famba.analysis.visualize", "draw which patches each token holds, layer by layer"),
     "export": ("famba.export.export", "write a trained model for timm, torch.export or ONNX"),
     "doctor": ("famba.analysis.doctor", "show versions, devices and backends, and check that they work"),
@@ -27,15 +29,14 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status, 2 for what the user can mend."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] == ["train"]:
-        # Hydra reads everything behind "train" itself, --help included.
-        from famba.training.app import main as train
-
-        gc.freeze()  # as in train.py
-        return train(arguments[1:])
-    options = _parser(arguments).parse_args(arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
+        if arguments[0] == "train":
+            # Hydra reads everything behind "train" itself, --help included.
+            train = _import("famba.training.app").main
+            gc.freeze()  # what the imports made lives to the end: no collection has to look through it
+            return train(arguments[1:])
+        options = _parser(arguments).parse_args(arguments)
         return options.run(options)
     except FambaError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return 130
 
 
@@ -72,13 +74,24 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     download.set_defaults(run=_download)
 
     asked = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if asked is not None and asked not in (known := [*commands.choices, *COMMANDS]):
+        raise ConfigError(f"unknown command {asked!r}{near_miss(asked, known)}; `famba --help` lists all")
     for name, (module, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text)
         if name == asked:
-            found = importlib.import_module(module)
+            found = _import(module)
             command.set_defaults(run=found.run)
             found.add_options(command)
     return parser
+
+
+def _import(module: str) -> Any:
+    """Import a module without looking for garbage meanwhile, among the 400,000 objects that torch and timm make."""
+    gc.disable()  # looking would take a fifth of the time
+    try:
+        return importlib.import_module(module)
+    finally:
+        gc.enable()
 
 
 def _download(options: argparse.Namespace) -> int:

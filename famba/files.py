@@ -7,14 +7,12 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import struct
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch
-from safetensors.torch import load_file
 
 from famba.errors import CheckpointError, DamagedError
 
@@ -24,6 +22,15 @@ _MARK = b"famba-sha256="
 _SEAL_BYTES = len(_MARK) + 64
 _NO_COMMENT = b"\0\0"
 _BLOCK = 1 << 20
+# torch's words for a type that it does not read; those of a blocked module run commands or touch files.
+_REFUSED = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module \S+ is (blocked))")
+_CONVERSION = """
+import torch
+def plain(x):
+    x = x.state_dict() if isinstance(x, torch.nn.Module) else x
+    x = {key: plain(value) for key, value in x.items()} if isinstance(x, dict) else x
+    return x if torch.is_tensor(x) or type(x) in (dict, str, int, float) else None
+torch.save(plain(torch.load(%r, map_location="cpu", weights_only=False)), %r)"""
 # Where the machine fails; damage leads parsers to other numbers, such as that of an invalid seek.
 _OF_THE_MACHINE = (errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.ETIMEDOUT, errno.EMFILE)
 
@@ -121,6 +128,9 @@ def read_file(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}; give a .pth, .pt or .safetensors file")
+    import torch  # not needed to tell how far a run is, and takes seconds
+    from safetensors.torch import load_file
+
     try:
         if read_seal(path) is False:
             raise DamagedError(f"{path} is damaged: it is not what was written (its SHA-256 differs)")
@@ -134,9 +144,23 @@ def read_file(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # parsers raise whatever a damaged file leads them to
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in _OF_THE_MACHINE:
             raise CheckpointError(f"{path} cannot be read: {error or 'no memory'}; try again") from error
-        raise CheckpointError(
-            f"{path} is truncated or no checkpoint ({type(error).__name__}); fetch or save it again"
-        ) from error
+        raise CheckpointError(_why_not_read(path, error)) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a dictionary of weights")
     return content
+
+
+def _why_not_read(path: Path, error: Exception) -> str:
+    """Say why torch or safetensors did not read a file, and what to do."""
+    if found := _REFUSED.search(str(error)):
+        if found[2]:
+            return f"{path} would call {found[1]} when it is read, which weights never need; do not trust this file"
+        converted = str(path.with_name(f"{path.stem}.weights.pt"))
+        return (
+            f"{path} holds an object of the type {found[1]}, and reading one can run code, so nothing was read. Where "
+            f"you trust the file, write its weights to {converted} by this Python code, and give that file:"
+            f"{_CONVERSION % (str(path), converted)}"
+        )
+    if "TorchScript" in str(error):
+        return f"{path} is a TorchScript program; give its weights: torch.save(torch.jit.load(FILE).state_dict(), NEW)"
+    return f"{path} is truncated or no checkpoint ({type(error).__name__}); fetch or save it again"

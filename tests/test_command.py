@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from runs import TINY
 from safetensors.torch import load_file
 
 from famba.cli import main as famba
+from famba.data.augment import Normalize, evaluation_scaling
+from famba.data.images import read_file
+from famba.models.weights import weights_folder
 from famba.ops.registry import resolve
 from famba.training.app import main as train
+from famba.training.weights import load_trained
 
 ROOT = Path(__file__).parents[1]
+CLASSES = (weights_folder("vim_micro_patch4_32") / "classes.txt").read_text().split()  # type: ignore[operator]
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -107,6 +115,119 @@ def test_famba_and_python_m_famba_are_the_same() -> None:
     assert by_module.returncode == script.returncode == 0
     assert by_module.stdout == script.stdout
     assert "download" in by_module.stdout
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["status", "famba/models/weights"], ["stattus"], ["--version"]])
+def test_what_needs_no_torch_imports_none(arguments: list[str]) -> None:
+    code = f"""
+import sys
+from famba.cli import main
+try:
+    status = main({arguments!r})
+except SystemExit as end:
+    status = end.code
+print(sorted(sys.modules.keys() & {{"torch", "timm", "hydra", "pandas", "matplotlib", "numpy"}}), status)
+"""
+    done = command("-W", "error", "-c", code)
+    assert done.stdout.splitlines()[-1] == ("[] 2" if arguments == ["stattus"] else "[] 0"), done.stderr
+    assert arguments not in ([], ["--help"]) or "predict" in done.stdout
+    assert arguments != ["stattus"] or "unknown command 'stattus', did you mean 'status'?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import famba, timm", "import timm, famba", "import famba; from timm.models import create_model; import timm"],
+)
+def test_importing_famba_registers_its_models_whenever_timm_is_imported(code: str) -> None:
+    told = command("-W", "error", "-c", f"{code}; print(len(timm.list_models('vim_*')), famba.fusion.RULES.keys())")
+    assert told.stdout.startswith("4 dict_keys(['bipartite'"), told.stderr
+
+
+def test_a_script_beside_a_clone_called_famba_finds_the_package_in_it(tmp_path: Path) -> None:
+    clone = tmp_path / "famba"
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in listed.split("\0"):
+        if name.startswith(("famba/", "configs/")) or name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, clone / name)
+    build = f"import setuptools.build_meta as b; b.build_editable({str(tmp_path)!r})"
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"CXX": "false"}
+    subprocess.run([sys.executable, "-c", build], cwd=clone, env=clean, capture_output=True, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    shutil.unpack_archive(wheel, tmp_path / "site", "zip")
+    (tmp_path / "script.py").write_text(
+        f"import site; site.addsitedir({str(tmp_path / 'site')!r})\nimport famba.cli; print(famba.__file__)\n"
+    )
+    told = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=clean, capture_output=True, text=True)
+    assert told.stdout.strip() == str(clone / "famba" / "__init__.py"), told.stderr
+
+
+def test_files_of_a_run_have_the_mode_of_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o007)
+    try:
+        assert train([*TINY, "trainer.max_steps=1", f"run_dir={tmp_path}/run"]) == 0
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != ".lock"]
+    assert {"model.safetensors", "metrics.jsonl", "train.log", "step_00000001.pt"} <= {path.name for path in files}
+    assert {str(path): oct(path.stat().st_mode & 0o777) for path in files} == {str(path): "0o660" for path in files}
+
+
+OPTIONS = {
+    "--epochs 5": "give trainer.epochs=5",
+    "--lr=1e-3": "give recipe.lr=1e-3",
+    "--batch-size 64": "give trainer.batch_size=64",
+    "--model vim_s": "give model=vim_s",
+    "--epoch 3": "give trainer.epochs=3",
+    "--seeds 1 --cfg job": "give seed=1",
+    "--name x": "give model.name=x or data.name=x or logger.name=x",
+    "--precision": "give trainer.precision=VALUE",
+    "--amp": "train.py --help lists all",
+    "epochs=5": "did you mean 'trainer.epochs'?",
+    "lr=1": "did you mean 'recipe.lr'?",
+}
+
+
+@pytest.mark.parametrize("given", OPTIONS)
+def test_options_of_other_programs_are_answered_with_the_override(
+    given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(given.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {given.split()[0]} is no option" if given[0] == "-" else "error: unknown key")
+    assert OPTIONS[given] in error
+
+
+def test_predict_names_what_is_in_images_and_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = [tmp_path / name for name in ("a.png", "deep/10.jpg", "deep/2.png", ".hidden.png")]
+    for number, file in enumerate(images):
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(file)
+    (tmp_path / "deep" / "notes.txt").write_text("no image")
+    (tmp_path / "empty").mkdir()
+    name, other = "vim_micro_patch4_32", str(tmp_path / "deep" / "notes.txt")
+    assert famba(["predict", name, str(images[0]), str(tmp_path / "deep"), str(images[0])]) == 0
+    told = capsys.readouterr().out
+    assert [line for line in told.splitlines() if "/" in line] == [str(images[0]), str(images[2]), str(images[1])]
+    assert famba(["predict", name, str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    trained = load_trained(name)
+    pixels = evaluation_scaling(trained.scaling, 32).image(read_file(images[0], trained.reading.colour))[None]
+    with torch.inference_mode():
+        wanted = trained.model(Normalize(trained.mean, trained.std)(pixels)).softmax(1)[0]
+    assert [one["image"] for one in found] == [str(file) for file in (images[0], images[2], images[1])]
+    numbers = [likely["number"] for likely in found[0]["classes"]]
+    assert numbers == wanted.argsort(descending=True)[:5].tolist()
+    for likely in found[0]["classes"]:
+        assert likely["probability"] == pytest.approx(wanted[likely["number"]].item(), abs=1e-5)
+        assert f"{100 * likely['probability']:.1f} %  {likely['class']}" in told
+    assert sorted(CLASSES) == CLASSES
+    assert [likely["class"] for likely in found[0]["classes"]] == [CLASSES[number] for number in numbers]
+    for place, message in ((tmp_path / "x.png", "is not there"), (tmp_path / "empty", "is a folder without images")):
+        assert famba(["predict", name, str(images[0]), str(place)]) == 2
+        assert f"error: {place} {message}; give image files" in capsys.readouterr().err
+    assert famba(["predict", name, other]) == 2
+    assert f"error: {other}: not a readable image" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -27,6 +27,8 @@ from famba.models.weights import weights_folder
 from famba.training.app import main
 from famba.training.checkpoint import TrainedOn, TrainingState, load
 from famba.training.compose import compose
+from famba.training.config import plain
+from famba.training.run_folder import RunFolder
 from famba.training.setup import prepare
 from famba.training.trainer import new_state
 from famba.training.weights import load_trained, weights_sha256
@@ -44,6 +46,15 @@ def begun(given: object, *overrides: str, classes: int = 10) -> TrainingState:
     """A run as it is before its first step."""
     config = compose([*TINY, f"init_from={given}", "run_dir=unused", *overrides])
     return new_state(config, prepare(config), TrainedOn(classes, None, {}), torch.device("cpu"))
+
+
+def untrained(folder: Path, *overrides: str) -> dict[str, Tensor]:
+    """Weights and configuration as a finished run leaves them, without its seconds of training."""
+    config = compose([*TINY, f"run_dir={folder}", *overrides])
+    model = new_state(config, prepare(config), TrainedOn(10, None, {}), torch.device("cpu")).model
+    save_file(model.state_dict(), folder / "model.safetensors")
+    RunFolder(folder, writes=True).write_config(plain(config))
+    return model.state_dict()
 
 
 def same(state: TrainingState, weights: dict[str, Tensor], but: tuple[str, ...] = ()) -> bool:
@@ -225,15 +236,29 @@ def test_weights_of_another_kind_of_network_are_refused(source: Path, tmp_path: 
     save_file(renamed, tmp_path / "vit.safetensors")
     assert "are of a vision transformer, this run's network is a Vim" in refused(tmp_path / "vit.safetensors")
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    assert "norm_f.weight: missing in the file" in refused(tmp_path / "other.safetensors")
+    assert "other.safetensors is of another network: it holds weight; this" in refused(tmp_path / "other.safetensors")
+
+
+def test_files_of_others_start_a_run_and_the_log_says_what_was_taken_off(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = load_file(source / "model.safetensors")
+    torch.save({"model_ema": {f"module.{name}": value for name, value in weights.items()}}, tmp_path / "w.pth")
+    for given in (tmp_path / "w.pth", f"ema:{tmp_path / 'w.pth'}"):
+        with caplog.at_level(logging.INFO):
+            state = begun(given)
+        assert same(state, weights)
+        assert state.totals.started_from["weights_sha256"] == weights_sha256(weights)
+        assert "w.pth: weights are taken " in caplog.text
+    torch.save({**weights, "norm_f.weight": weights["norm_f.weight"] * float("nan")}, tmp_path / "nan.pth")
+    assert "norm_f.weight: holds NaN or infinity" in refused(tmp_path / "nan.pth")
 
 
 @pytest.mark.parametrize(("old", "new"), [("head", "middle"), ("middle", "head")])
 def test_the_class_token_moves_with_its_row(
     old: str, new: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run(tmp_path, f"model.cls_position={old}", "trainer.max_steps=1")
-    rows = load_file(tmp_path / "model.safetensors")["pos_embed"][0]
+    rows = untrained(tmp_path, f"model.cls_position={old}")["pos_embed"][0]
     at = {"head": 0, "middle": 8}
     with caplog.at_level(logging.INFO):
         moved = begun(tmp_path, f"model.cls_position={new}").model.state_dict()["pos_embed"][0]
@@ -245,9 +270,9 @@ def test_the_class_token_moves_with_its_row(
 
 
 def test_without_a_class_token_there_is_none_to_take(tmp_path: Path) -> None:
-    run(tmp_path, "model.cls_position=none", "trainer.max_steps=1")
+    weights = untrained(tmp_path, "model.cls_position=none")
     assert "model.cls_position is a class token here, none in the file" in refused(tmp_path)
-    assert same(begun(tmp_path, "model.cls_position=none"), load_file(tmp_path / "model.safetensors"))
+    assert same(begun(tmp_path, "model.cls_position=none"), weights)
 
 
 @register_model

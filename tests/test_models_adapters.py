@@ -102,13 +102,14 @@ OTHERS += [("conv1d", nn.Conv1d(32, 32, 4, padding=3, groups=32, bias=False))]
 OTHERS += [("conv1d_b", nn.Conv1d(32, 32, 4, padding=6, groups=32, dilation=2))]
 
 
-@pytest.mark.parametrize(("name", "layer"), OTHERS, ids=str)
-def test_another_layer_of_the_same_class_is_computed_whole(name: str, layer: nn.Module) -> None:
-    model, called = make(), make()
-    for each, replacement in ((model, layer), (called, nn.Sequential(layer))):  # which is certainly called
-        setattr(mixer_of(each), name, replacement)
-    torch.testing.assert_close(model(images()), called(images()), rtol=1e-5, atol=5e-6)
-    assert differ(model(images()), make()(images()))
+def test_another_layer_of_the_same_class_is_computed_whole() -> None:
+    before = make()(images())
+    for name, layer in OTHERS:
+        model, called = make(), make()
+        for each, replacement in ((model, layer), (called, nn.Sequential(layer))):  # which is certainly called
+            setattr(mixer_of(each), name, replacement)
+        torch.testing.assert_close(model(images()), called(images()), rtol=1e-5, atol=5e-6, msg=str(layer))
+        assert differ(model(images()), before)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -117,14 +118,15 @@ def test_hooks_are_called_and_change_what_they_change(name: str, place: str) -> 
     model = make(place)
     before = model(images())
     part = getattr(mixer_of(model), name)
-    seen: list[str] = []
-    handles = [part.register_forward_pre_hook(lambda *_: seen.append("before"))]
-    handles.append(part.register_forward_hook(lambda *_: seen.append("after")))
-    handles.append(part.register_full_backward_hook(lambda *_: seen.append("backward")))
+    seen, register = list[str](), (
+        part.register_forward_pre_hook, part.register_forward_hook, part.register_full_backward_hook
+    )  # fmt: skip
+    names = ["before", "after", "backward"]
+    handles = [add(lambda *_, name=name: seen.append(name)) for add, name in zip(register, names, strict=True)]
     logits = model(images())
     torch.testing.assert_close(logits, before, rtol=1e-5, atol=5e-6)
     logits.sum().backward()
-    assert seen == ["before", "after", "backward"]
+    assert seen == names
     doubled = part.register_forward_hook(lambda _, given, output: 2 * output)
     assert differ(model(images()), before)
     for handle in (*handles, doubled):
@@ -182,20 +184,6 @@ def falls(model: Vim) -> bool:
     return bool(losses[0] > losses[1] > losses[2])
 
 
-@pytest.mark.parametrize("names", [("in_proj",), (*LINEAR, *CONV)], ids=["one", "all"])
-def test_pruned_layers_train_and_stay_pruned(names: tuple[str, ...]) -> None:
-    model = make()
-    parts = [getattr(mixer_of(model, layer), name) for layer in range(3) for name in names]
-    for part in parts:
-        prune.l1_unstructured(part, "weight", amount=0.5)
-    assert falls(model)
-    pruned = model(images())
-    assert all(torch.equal(part.weight == 0, part.weight_mask == 0) for part in parts)
-    for part in parts:
-        prune.remove(part, "weight")
-    torch.testing.assert_close(model(images()), pruned, rtol=1e-5, atol=5e-6)
-
-
 def halve(layer: nn.Module) -> None:
     class Halved(nn.Module):
         def forward(self, weight: Tensor) -> Tensor:
@@ -204,14 +192,24 @@ def halve(layer: nn.Module) -> None:
     parametrize.register_parametrization(layer, "weight", Halved())
 
 
-@pytest.mark.parametrize("change", [halve, weight_norm])
-def test_parametrized_layers_train(change: Callable[[nn.Module], Any]) -> None:
+def prune_half(layer: nn.Module) -> None:
+    prune.l1_unstructured(layer, "weight", amount=0.5)
+
+
+@pytest.mark.parametrize("change", [prune_half, halve, weight_norm])
+def test_pruned_and_parametrized_layers_train(change: Callable[[nn.Module], Any]) -> None:
     model = make()
-    before = model(images())
-    for name in (*LINEAR, *CONV):
-        change(getattr(mixer_of(model), name))
-    assert differ(model(images()), before) == (change is halve)
+    before, parts = model(images()), [getattr(mixer_of(model, i), name) for i in range(3) for name in (*LINEAR, *CONV)]
+    for part in parts:
+        change(part)
+    assert differ(model(images()), before) == (change is not weight_norm)
     assert falls(model)
+    if change is prune_half:
+        pruned = model(images())
+        assert all(torch.equal(part.weight == 0, part.weight_mask == 0) for part in parts)
+        for part in parts:
+            prune.remove(part, "weight")
+        torch.testing.assert_close(model(images()), pruned, rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch recommends another package

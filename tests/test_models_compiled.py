@@ -57,16 +57,18 @@ def run(script: str, tmp_path: Path) -> str:
 
 def test_compiled_models_agree_with_eager_ones(tmp_path: Path) -> None:
     script = """
-cases = {"none": "head", "all": "middle", "interleaved": "none", "lower": "head", "upper": "middle"}
+cases = {"none": "head", "all": "middle", "interleaved": "none"}  # no layer, each, and some
 for strategy, position in cases.items():
     protected = int(position != "none")
-    counts = schedule(strategy, 2, 16 + protected, 5, 1 if strategy in ("lower", "upper") else None, protected)
+    counts = schedule(strategy, 2, 16 + protected, 5, None, protected)
     model = make(counts, depth=2, cls_position=position, fusion_weighting="size")
     torch._dynamo.reset()
-    agrees(torch.compile(model, fullgraph=True), model, images())
+    # Machine code takes a minute for each, and does not depend on where the token stands.
+    backend = "inductor" if strategy == "all" else "aot_eager"
+    agrees(torch.compile(model, fullgraph=True, backend=backend), model, images())
     print(strategy)
 """
-    assert run(script, tmp_path).split() == ["none", "all", "interleaved", "lower", "upper"]
+    assert run(script, tmp_path).split() == ["none", "all", "interleaved"]
 
 
 @pytest.mark.slow
@@ -105,20 +107,6 @@ for way in ({}, {"mode": "prune"}, {"order": "sequence", "weighting": "mean", "p
 
 
 @pytest.mark.slow
-def test_export_with_any_batch(tmp_path: Path) -> None:
-    script = """
-for position, fusion in (("none", (2, 3)), ("head", None), ("middle", (2, 3))):
-    model = make(fusion, depth=2, cls_position=position).eval()
-    dynamic = ({0: torch.export.Dim("batch", min=1, max=64)},)
-    program = torch.export.export(model, (images(2),), dynamic_shapes=dynamic).module()
-    for batch in (1, 2, 5):
-        torch.testing.assert_close(program(images(batch)), model(images(batch)))
-    print(position)
-"""
-    assert run(script, tmp_path).split() == ["none", "head", "middle"]
-
-
-@pytest.mark.slow
 def test_another_backend_is_taken_after_compiling(tmp_path: Path) -> None:
     script = """
 calls = []
@@ -152,14 +140,9 @@ print("done")
 @pytest.mark.slow
 def test_layers_that_are_called_are_in_the_graph_too(tmp_path: Path) -> None:
     script = """
-class Doubled(torch.nn.Module):
-    def __init__(self, base):
-        super().__init__()
-        self.base = base
-        self.scale = torch.nn.Parameter(torch.tensor(2.0))
-
+class Doubled(torch.nn.Sequential):
     def forward(self, x):
-        return self.base(x) * self.scale
+        return super().forward(x) * 2
 
 for place in ("before_mixer", "after_scan"):
     for name in ("in_proj", "conv1d_b", "dt_proj", "out_proj"):

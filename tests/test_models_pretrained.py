@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import famba
 from famba.errors import CheckpointError, ConfigError
+from famba.models import Vim, load_vim_checkpoint
 from famba.models.weights import weights_folder
 from famba.training.checkpoint import differences
 from famba.training.compose import compose
@@ -62,9 +64,31 @@ def test_another_head_or_size_takes_what_fits() -> None:
     moved = timm.create_model(NAME, pretrained=True, cls_position="middle")
     assert torch.equal(moved.pos_embed[:, 32], own.pos_embed[:, 0])
     assert torch.equal(moved.pos_embed[:, :32], own.pos_embed[:, 1:33])
-    with pytest.raises(CheckpointError, match="layers.4.mixer.A_log: not in the model"):
+    with pytest.raises(CheckpointError, match="layers.4: not in the model .17 of its weights"):
         timm.create_model(NAME, pretrained=True, depth=4)
     assert timm.create_model(NAME, pretrained=True, num_classes=0)(torch.zeros(1, 3, 32, 32)).shape == (1, 64)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_input_channels_take_the_weights_as_in_timms_vits(
+    channels: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, own = (timm.create_model(NAME, pretrained=True, in_chans=n).eval() for n in (channels, 3))
+    grey = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    kernel = own.patch_embed.proj.weight
+    wanted = kernel.sum(1, keepdim=True) if channels == 1 else kernel[:, [0, 1, 2, 0]] * 3 / 4
+    torch.testing.assert_close(model.patch_embed.proj.weight, wanted)
+    if channels == 1:
+        torch.testing.assert_close(model(grey), own(grey.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
+    larger = timm.create_model(NAME, pretrained=True, in_chans=channels, img_size=64, patch_size=8)
+    assert larger.patch_embed.proj.weight.shape == (64, channels, 8, 8)
+    # A file and timm agree; the file's own channels are taken as they are.
+    shape = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 8, "num_classes": 100, "in_chans": channels}
+    for source in (FOLDER / "model.safetensors", tmp_path / "own.safetensors"):
+        loaded = load_vim_checkpoint(Vim(**shape), source if source.exists() else FOLDER / "model.safetensors")
+        torch.testing.assert_close(loaded.patch_embed.proj.weight, wanted)
+        save_file(loaded.state_dict(), tmp_path / "own.safetensors")
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 SAMPLE = Path(__file__).parent / "cifar100_sample"  # every 79th of the test images

@@ -9,22 +9,24 @@ import naive
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.layers import DropPath, Format
 from torch import Tensor, nn
 
 import famba  # noqa: F401 - registers the models
 from famba.errors import ConfigError
 from famba.fusion import schedule, unfuse
-from famba.models import Vim
+from famba.models import Vim, create_network, load_vim_checkpoint
 
 ROWS, COLUMNS = 4, 3
 SHAPE = {"img_size": (8, 12), "patch_size": (2, 4), "embed_dim": 20, "num_classes": 3, "d_state": 3}
 SCHEDULE, NOTHING = (3, 0, 2), (0, 0, 0)
 CLS_POSITIONS = ("head", "middle", "none")
 WAYS = list(itertools.product(("before_mixer", "after_scan"), ("mean", "size"), ("sequence", "tome")))
-COMBINATIONS = [
-    (cls, fusion, *way) for cls in CLS_POSITIONS for fusion, way in [(NOTHING, WAYS[0]), *((SCHEDULE, w) for w in WAYS)]
-]
+# For each place of the class token, every pair of switches.
+PAIRS = [WAYS[i] for i in (0, 3, 5, 6)]
+COMBINATIONS = [(cls, NOTHING, *WAYS[0]) for cls in CLS_POSITIONS] + [("none", SCHEDULE, *WAYS[4])]
+COMBINATIONS += [(cls, SCHEDULE, *way) for cls in CLS_POSITIONS for way in PAIRS]
 
 
 def tiny(seed: int = 0, **changes: Any) -> Vim:
@@ -118,9 +120,10 @@ def test_each_patch_gets_its_tokens_features_and_gives_back_its_gradient() -> No
 
 
 COUNTS = {"micro_patch4_32": 340_068, "tiny_patch16_224": 6_974_308, "small_patch16_224": 25_450_084}
+COUNTS |= {"base_patch16_224": 96_906_340}
 
 
-@pytest.mark.parametrize(("name", "count"), [*COUNTS.items(), ("base_patch16_224", 96_906_340)])
+@pytest.mark.parametrize(("name", "count"), COUNTS.items())
 def test_timm_makes_the_models(name: str, count: int) -> None:
     shape = {"img_size": 32, "patch_size": 8, "cls_position": "middle"}
     counts = schedule("upper", 8 if "micro" in name else 24, 17, 8)
@@ -176,13 +179,8 @@ def test_first_weights() -> None:
 
 @pytest.mark.parametrize("cls", CLS_POSITIONS)
 def test_no_fusion_is_the_plain_model_to_the_bit(cls: str) -> None:
-    plain, left = tiny(cls_position=cls), []
-    for layer in plain.layers:
-        layer.register_forward_hook(lambda m, args, out: left.append(out[0] + out[1]))
-    final, maps = plain.forward_intermediates(images(), output_fmt="NLC")
-    assert torch.equal(plain.forward_head(final), plain(images()))
-    patches = [i for i in range(plain.num_tokens) if i != plain.cls_index]
-    assert all(torch.equal(found, stream[:, patches]) for found, stream in zip(maps, left, strict=False))
+    plain = tiny(cls_position=cls)
+    assert torch.equal(plain.forward_head(plain.forward_features(images())), plain(images()))
     assert all(picture.is_contiguous() for picture in plain.forward_intermediates(images(), intermediates_only=True))
     for place, weighting, order in WAYS:
         options = {"fusion_place": place, "fusion_weighting": weighting, "fusion_order": order}
@@ -227,8 +225,8 @@ def test_checkpointing_keeps_less_and_changes_nothing(options: dict[str, Any]) -
     ("image", "patch", "patches"),
     [(8, 4, 4), ((8, 4), 4, 2), (9, 3, 9), ((6, 10), (3, 2), 10), (4, 4, 1), ((16, 4), (1, 4), 16)],
 )
-@pytest.mark.parametrize("cls", CLS_POSITIONS)
-def test_images_and_patches_of_any_size_and_number(image: Any, patch: Any, patches: int, cls: str) -> None:
+def test_images_and_patches_of_any_size_and_number(image: Any, patch: Any, patches: int) -> None:
+    cls = CLS_POSITIONS[patches % 3]
     model = tiny(img_size=image, patch_size=patch, depth=2, cls_position=cls, fusion=(patches // 2, 0))
     size = (image, image) if isinstance(image, int) else image
     assert model.num_patches == patches
@@ -243,8 +241,9 @@ def test_images_and_patches_of_any_size_and_number(image: Any, patch: Any, patch
     assert (other.layers[0].mixer.d_inner, other.layers[0].mixer.dt_rank) == (51, 2)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("cls", CLS_POSITIONS)
+@pytest.mark.parametrize(
+    ("cls", "dtype"), [("head", torch.bfloat16), ("middle", torch.float16), ("none", torch.float64)], ids=str
+)
 def test_weights_of_any_dtype_train(cls: str, dtype: torch.dtype) -> None:
     model = tiny(cls_position=cls, fusion=SCHEDULE, fusion_weighting="size").to(dtype)
     logits = model(images().to(dtype))
@@ -291,16 +290,14 @@ def test_layers_are_chosen_as_timm_has_it() -> None:
         wanted = [everything[i] for i in sorted(set(taken))]
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
-
-@pytest.mark.parametrize("indices", [0, 4, -1, True, [3], [0, -4], [], [1.0], "12", 2.0])
-def test_layers_and_formats_that_do_not_exist_are_refused(indices: Any) -> None:
-    message = r"indices is .*; allowed: a list of layers from 0 to 2 \(or from -3 to -1.*how many of the last, 1 to 3"
+    allowed = r"indices is .*; allowed: a list of layers from 0 to 3 \(or from -4 to -1.*how many of the last, 1 to 4"
     with naive.as_users_run_it():
-        for ask in (tiny().prune_intermediate_layers, lambda at: tiny().forward_intermediates(images(), at)):
-            with pytest.raises(ConfigError, match=message):
-                ask(indices)
+        for strange in (0, 5, -1, True, [4], [0, -5], [], [1.0], "12", 2.0):
+            for ask in (tiny(depth=4).prune_intermediate_layers, lambda at: model.forward_intermediates(images(), at)):
+                with pytest.raises(ConfigError, match=allowed):
+                    ask(strange)  # type: ignore[operator]
         with pytest.raises(ConfigError, match="unknown output_fmt 'NHWC', did you mean 'NCHW'.*allowed: NCHW, NLC"):
-            tiny().forward_intermediates(images(), output_fmt="NHWC")
+            model.forward_intermediates(images(), output_fmt="NHWC")
 
 
 def test_stopping_early_leaves_out_the_layers_behind() -> None:
@@ -369,5 +366,91 @@ def test_timm_conventions() -> None:
     assert isinstance(model.get_classifier(), nn.Identity)
     assert not [name for name in timm.create_model("vim_micro_patch4_32", num_classes=0).state_dict() if "head" in name]
     assert torch.equal(model(x), model.forward_features(x)[:, 0])
-    with pytest.raises(ConfigError, match="cls_position"):
-        model.reset_classifier(3, "avg")
+
+
+@pytest.mark.parametrize(("cls", "weighting"), [("head", "mean"), ("middle", "size"), ("none", "size")])
+def test_pooling_is_that_of_timms_vits(cls: str, weighting: str) -> None:
+    options = {"cls_position": cls, "fusion": SCHEDULE, "fusion_weighting": weighting}
+    tokens, mean = tiny(**options, global_pool=""), tiny(**options, global_pool="avg")
+    x, features = images(), tokens.forward_features(images())
+    assert torch.equal(tokens(x), tokens.head(features))
+    assert tokens(x).shape == (2, 12 + (cls != "none"), 3)
+    assert torch.equal(tokens.forward_head(features), tokens(x))
+    # By the patches that each token holds, without the class token.
+    patches = features[:, [i for i in range(features.shape[1]) if i != tokens.cls_index]]
+    if weighting == "size":
+        torch.testing.assert_close(mean(x), mean.head(patches.mean(1)))
+        torch.testing.assert_close(mean.forward_head(features, pre_logits=True), patches.mean(1))
+    else:
+        held = [
+            [image[list(at).index(i)] for i in set(at)]
+            for image, at in zip(patches, mean.trace(x)[-1].tolist(), strict=True)
+        ]
+        torch.testing.assert_close(mean(x), mean.head(torch.stack([torch.stack(one).mean(0) for one in held])))
+    if cls != "none":
+        usual = tiny(**options)
+        assert torch.equal(tiny(**options, global_pool="token")(x), usual(x))
+        usual.reset_classifier(3, "avg")
+        usual.load_state_dict(mean.state_dict())
+        assert torch.equal(usual(x), mean(x))
+    with pytest.raises(ConfigError, match="global_pool is 'map'; allowed with cls_position="):
+        mean.reset_classifier(3, "map")
+    with pytest.raises(ConfigError, match="global_pool is 'token'; allowed with cls_position='none': .'avg', ''."):
+        tiny(cls_position="none", global_pool="token")
+
+
+def test_dropout_before_the_classifier() -> None:
+    off, on = tiny(drop_rate=0.0), tiny(drop_rate=0.5)
+    assert torch.equal(off.train()(images()), tiny()(images()))
+    assert torch.equal(on.eval()(images()), off(images()))
+    assert 0.3 < (on.train().forward_head(torch.ones(200, 13, 20), pre_logits=True) == 0).float().mean() < 0.7
+
+
+@pytest.mark.parametrize("cls", CLS_POSITIONS)
+def test_another_input_size_is_as_that_of_timms_vits_and_of_a_file(cls: str, tmp_path: Any) -> None:
+    model = tiny(cls_position=cls, fusion="upper", budget=0.5)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    model.set_input_size((16, 16))
+    other = tiny(seed=1, cls_position=cls, fusion="upper", budget=0.5, img_size=16)
+    load_vim_checkpoint(other, tmp_path / "w.safetensors", grid=(4, 3))
+    assert (model.fusion, model.num_tokens, model.special) == (other.fusion, other.num_tokens, other.special)
+    x = images(size=(16, 16))
+    assert torch.equal(model(x), other(x))
+    model.set_input_size(patch_size=4)
+    assert (model.num_patches, model.feature_info[0]["reduction"], model(x).shape) == (16, 4, (2, 3))
+    assert [f.shape for f in model.forward_intermediates(x, [1], intermediates_only=True)] == [(2, 20, 4, 4)]
+    before, size = model.state_dict(), model.image_size
+    for refused in ({"img_size": 17}, {"img_size": 16, "patch_size": 0}):
+        with pytest.raises(ConfigError, match="divisible by patch size"):
+            model.set_input_size(**refused)
+    model.set_fusion((8, 4, 2))
+    with pytest.raises(ConfigError, match="layer 0 removes 8 tokens of the 4 "):
+        model.set_input_size(8)
+    assert (model.image_size, model.state_dict().keys()) == (size, before.keys())
+
+
+@pytest.mark.parametrize("name", ["vim_micro_patch4_32", "vit_micro_patch4_32"])
+def test_a_strategy_has_its_budget_by_either_name(name: str) -> None:
+    create = create_network if name.startswith("vit") else timm.create_model
+    wanted = schedule("upper", 8, 65, 20, 3)
+    with torch.device("meta"):
+        for options in ({"budget": 20, "layers": 3}, {"fusion_budget": 20, "fusion_layers": 3}):
+            assert create(name, fusion="upper", **options).fusion == wanted
+        assert create(name, fusion="upper", budget=0.5).fusion == schedule("upper", 8, 65, 0.5)
+        assert create(name, fusion="upper").fusion == schedule("upper", 8, 65, 6 / 7)
+        with pytest.raises(ConfigError, match="unknown fusion strategy 'uper', did you mean 'upper'"):
+            create(name, fusion="uper", budget=20)
+        for lone in ({}, {"fusion": [1] * 8}):
+            with pytest.raises(ConfigError, match="budget is of a strategy; give the name of one"):
+                create(name, budget=20, **lone)
+        with pytest.raises(ConfigError, match="budget and fusion_budget are the same"):
+            create(name, fusion="upper", budget=20, fusion_budget=20)
+    model = create(name, fusion=[1] * 8)
+    model.set_fusion("upper", budget=20, layers=3)
+    assert model.fusion == wanted
+    model.set_fusion([0] * 8)
+    model.set_fusion("upper")
+    assert model.fusion == schedule("upper", 8, 65, 6 / 7)
+    with pytest.raises(TypeError, match="no argument 'budgets', did you mean 'budget'"):
+        tiny(budgets=20)
+    assert timm.create_model("vim_micro_patch4_32", pretrained=True, fusion="lower", budget=20).settings.budget == 20

@@ -153,7 +153,7 @@ def test_a_backbone_says_what_it_cannot_do() -> None:
 
 
 def test_a_package_with_an_entry_point_is_imported_with_famba() -> None:
-    code = "import famba, sys; print('famba_outside' in sys.modules, 'neighbours' in famba.fusion.RULES)"
+    code = "import famba, sys, timm; print('famba_outside' in sys.modules, 'neighbours' in famba.fusion.RULES)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(OUTSIDE), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "True"]

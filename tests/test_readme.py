@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
-import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from famba.data import LOADERS
-from famba.fusion import RULES, schedule, tokens_per_layer
-from famba.fusion.schedules import STRATEGIES
+from famba.errors import ConfigError
+from famba.fusion import schedule, tokens_per_layer
 from famba.training import compose as composing
 from famba.training.config import keys
-from famba.training.setup import prepare
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -21,39 +21,62 @@ EXTENDING = (ROOT / "docs/extending.md").read_text()
 TEXTS = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
-def example(name: str) -> str:
-    """Return the code block behind a marker."""
-    found = re.search(rf"<!-- example: {name} -->\n```python\n(.*?)```", EXTENDING, re.DOTALL)
-    assert found is not None
-    return found[1]
+def test_the_files_on_extending_work_beside_a_users_own(tmp_path: Path) -> None:
+    files = re.findall(r"<!-- file: (\S+) -->\n```(?:python|yaml)\n(.*?)```", EXTENDING, re.DOTALL)
+    assert [name for name, _ in files if name.endswith(".py")] == ["middle.py", "last.py", "nano.py", "noise.py"]
+    for name, text in files:
+        assert len(text.splitlines()) < 20
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / name).write_text(text)
+    commands = [line.split()[2:] for line in EXTENDING.splitlines() if line.startswith("python train.py")]
+    short = ["model.embed_dim=16", "recipe=quick", "trainer.max_steps=1", "trainer.batch_size=32"]
+    script = f"""
+import json, os, sys
+from famba.training.app import main
+for number, command in enumerate({commands!r}):
+    data = [] if "data=noise" in command else ["data=digits", "data.subset=64"]
+    assert main([*command, *data, *{short!r}, f"run_dir=run{{number}}"]) == 0
+print([json.load(open(f"run{{number}}/summary.json"))["schedule"] for number in range(4)])
+print(os.environ["FAMBA_PLUGINS"].count(":"))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    schedules, others = done.stdout.splitlines()[-2:]
+    upper, nano = [0, 0, 9, 9, 9, 9, 10, 9], [0, 28, 18, 9]
+    assert schedules == str([[0, 0, 13, 15, 18, 9, 0, 0], upper, nano, [0] * 8])
+    assert others == "3"
+    assert "No pretrained configuration" not in done.stdout + done.stderr
+    # A run folder does not import code; the variable does.
+    for more, status in (({}, 2), ({"FAMBA_PLUGINS": "mine/middle.py"}, 0)):
+        command = [sys.executable, "-m", "famba", "predict", "run0", str(ROOT / "docs/results/tokens_china.png")]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment | more, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == status, done.stderr
+    assert "FAMBA_PLUGINS" in done.stderr or status == 0
 
 
-@pytest.mark.parametrize("name", ["strategy", "rule", "model", "data"])
-def test_examples_run_and_are_short(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for registry in (STRATEGIES, LOADERS):
-        for key in registry:
-            monkeypatch.setitem(registry, key, registry[key])
-    code = example(name)
-    assert len(code.splitlines()) < 20
-    namespace = {"__name__": "famba.models.vim"} if name == "model" else {}
-    try:
-        exec(code, namespace)
-    finally:
-        STRATEGIES.pop("middle", None)
-        RULES.pop("last", None)
-        LOADERS.pop("noise", None)
-
-
-def test_an_added_strategy_is_found_by_train_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    configs = tmp_path / "configs"
-    shutil.copytree(composing.config_dir(), configs)
-    yaml = re.search(r"`configs/fusion/middle.yaml`:\n\n```yaml\n(.*?)```", EXTENDING, re.DOTALL)
-    assert yaml is not None
-    (configs / "fusion" / "middle.yaml").write_text(yaml[1])
-    monkeypatch.setattr(composing, "config_dir", lambda: configs)
-    monkeypatch.setitem(STRATEGIES, "middle", lambda depth, layers: list(range(depth // 4, depth - depth // 4)))
-    found = prepare(composing.compose(["fusion=middle", "model=vim_micro"]))
-    assert [i for i, r in enumerate(found.schedule) if r] == [2, 3, 4, 5]
+def test_plugins_that_cannot_be_imported_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAMBA_PLUGINS", "")
+    (tmp_path / "broken_plugin.py").write_text("1 / 0\n")
+    (tmp_path / "yaml.py").write_text("")
+    for name, message in (
+        ("absent.py", rf"plugin 'absent.py' cannot be imported .*looked for the file at .*{tmp_path}/absent.py"),
+        ("broken_plugin.py", r"broken_plugin.py' cannot be imported \(ZeroDivisionError"),
+        ("yaml.py", "a module named 'yaml' is imported already; rename the file"),
+    ):
+        for given in (f"plugins=[{name}]", f"plugins={name}"):
+            with pytest.raises(ConfigError, match=message):
+                composing.compose(["--config-dir", str(tmp_path), given])
+    assert "broken_plugin" not in sys.modules
+    for command in (["train.py", "model=vim_micro"], ["-m", "famba", "plan", "model=vim_micro"]):
+        environment = {**os.environ, "FAMBA_PLUGINS": str(tmp_path / "broken_plugin.py")}
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert re.fullmatch("error: plugin .*broken_plugin.py' cannot be imported .*\n", done.stderr)
 
 
 def test_the_five_lines_run() -> None:
@@ -101,7 +124,7 @@ def test_keys_and_choices_named_in_the_documents_exist() -> None:
         r"(?<![\w.])(model|fusion|data|recipe|logger|experiment)=(\w+(?:,\w+(?![\w=]))*)", text
     ):
         for choice in value.split(","):
-            assert choice in {*choices[group], "middle"}, f"{group}={choice}"
+            assert choice in {*choices[group], "middle", "vim_nano", "noise"}, f"{group}={choice}"
     known = set(keys())
     for key in re.findall(r"(?<![\w./])((?:model|fusion|data|recipe|trainer|logger|ops)\.\w+)=", text):
         assert key in known, key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import naive
@@ -84,19 +85,20 @@ def merged(vit: VisionTransformer, images: Tensor, fusion: tuple[int, ...], way:
     return torch.stack(logits)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "way",
-    [
-        ("tome", "size", "fuse", True),
-        ("sequence", "size", "fuse", False),
-        ("tome", "mean", "fuse", True),
-        ("sequence", "mean", "prune", False),
-    ],
-    ids=["off the shelf", "in training", "means", "prune"],
-)
-def test_logits_and_gradients_agree_with_the_paper(kind: str, way: Any) -> None:
-    way = dict(zip(("order", "weighting", "mode", "proportional"), way, strict=True))
+WAYS: dict[str, dict[str, Any]] = {
+    "off the shelf": {"order": "tome", "weighting": "size", "mode": "fuse", "proportional": True},
+    "in training": {"order": "sequence", "weighting": "size", "mode": "fuse", "proportional": False},
+    "means": {"order": "tome", "weighting": "mean", "mode": "fuse", "proportional": True},
+    "prune": {"order": "sequence", "weighting": "mean", "mode": "prune", "proportional": False},
+}
+# Every way with a class token and without one; every other kind with two of them.
+EACH = [*itertools.product(list(KINDS)[:2], WAYS)]
+EACH += [(kind, way) for i, kind in enumerate(list(KINDS)[2:]) for way in list(WAYS)[i % 2 :: 2]]
+
+
+@pytest.mark.parametrize(("kind", "named"), EACH)
+def test_logits_and_gradients_agree_with_the_paper(kind: str, named: str) -> None:
+    way = WAYS[named]
     vit = build(kind).double()
     torch.testing.assert_close(apply_tome(vit, (0, 0, 0), **way)(images().double()), vit(images().double()))
     model = apply_tome(vit, FUSION, **way)
@@ -195,7 +197,8 @@ def test_any_batch_and_recomputation_change_nothing() -> None:
 
 def test_it_follows_the_transformer_to_another_image_size() -> None:
     vit = timm.create_model("deit_tiny_distilled_patch16_224", img_size=64, depth=3, num_classes=3)
-    model = apply_tome(vit, schedule("all", 3, 18, 8, protected=2))
+    model = apply_tome(vit, "all", budget=8)
+    assert model.fusion == schedule("all", 3, 18, 8, protected=2)
     assert (model.training, model(torch.randn(1, 3, 64, 64)).shape) == (True, (1, 3))
     model.vit.set_input_size((96, 96))
     x = torch.randn(2, 3, 96, 96)
@@ -211,7 +214,7 @@ REFUSED: list[tuple[Any, Any, dict[str, Any], str]] = [
     ({}, (1, 1), {}, "the schedule has 2 entries, but the model has 3 layers"),
     ({}, (9, 0, 0), {}, "layer 0 removes 9 tokens of the 16 that may fuse there; at most half of them"),
     ({}, 8, {}, r"tokens to remove in each block, such as \[8\] \* 3"),
-    ({}, "all", {}, r"tokens to remove in each block, such as \[8\] \* 3"),
+    ({}, "al", {}, "unknown fusion strategy 'al', did you mean 'all'"),
     ({}, FUSION, {"order": "random"}, "unknown fusion order 'random'.*allowed: "),
     ({}, FUSION, {"weighting": "area"}, "unknown fusion weighting 'area'.*allowed: "),
     ({}, FUSION, {"mode": "merge"}, "unknown fusion mode 'merge'.*allowed: "),
@@ -242,22 +245,19 @@ def test_multiply_adds_are_those_of_the_tokens_that_are_left(proportional: bool)
     assert macs_per_image(model, 16) == total
 
 
-@pytest.mark.parametrize(
-    "name", ["", "attn", "attn.qkv", "attn.k_norm", "attn.proj", "ls1", "norm1", "norm2", "mlp", "mlp.fc1"]
-)
+@pytest.mark.parametrize("name", ["", "attn", "attn.qkv", "attn.k_norm", "attn.proj", "ls1", "norm2", "mlp.fc1"])
 def test_hooks_act_as_without_fusion(name: str) -> None:
     vit = build("normed queries and keys", init_values=0.5)
     plain, fused = apply_tome(vit, (0, 0, 0)), apply_tome(vit, FUSION)
     before = fused(images())
     part = vit.blocks[1].get_submodule(name)
-    seen: list[str] = []
-    part.register_forward_pre_hook(lambda *_: seen.append("before"))
-    part.register_forward_hook(lambda *_: seen.append("after"))
-    part.register_full_backward_hook(lambda *_: seen.append("backward"))
+    seen = list[str]()
+    for add in (part.register_forward_pre_hook, part.register_forward_hook, part.register_full_backward_hook):
+        add(lambda *_, name=add.__name__: seen.append(name))
     logits = fused(images())
     assert torch.equal(logits, before)
     logits.sum().backward()
-    assert seen == ["before", "after", "backward"]
+    assert len(seen) == len(set(seen)) == 3
     part.register_forward_hook(lambda _, given, output: output * 1.5 + 0.1)
     assert not torch.allclose(fused(images()), before, atol=1e-4)
     torch.testing.assert_close(plain(images()), vit(images()), rtol=1e-5, atol=1e-5)

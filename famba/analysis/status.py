@@ -18,10 +18,8 @@ from typing import Any
 from tabulate import tabulate
 
 from famba.errors import DataError, FambaError, near_miss
-from famba.training.logging import duration
-from famba.training.run_folder import METRICS
+from famba.training.records import METRICS, duration, queue, recorded, remembered
 from famba.training.summary import SUMMARY, Summary
-from famba.training.sweeps import queue, recorded, remembered
 
 # Files that a run leaves behind even if it has no summary yet, or has lost it.
 _TRACES = (METRICS, "train.log")

@@ -143,7 +143,7 @@ def _walk(part: Path, folder: str, seen: dict[tuple[int, int], Path], found: _Fo
     with os.scandir(path) as entries:
         for entry in entries:
             name = posixpath.join(folder, entry.name)
-            if entry.name.startswith(".") or entry.name in _HIDDEN:
+            if is_hidden(entry.name):
                 found.hidden.append(name)
             elif entry.is_symlink() and not os.path.exists(entry.path):
                 raise DataError(f"{entry.path}: this link leads nowhere. Mend or remove it.")
@@ -151,8 +151,7 @@ def _walk(part: Path, folder: str, seen: dict[tuple[int, int], Path], found: _Fo
                 found.folders.update(() if folder else (name,))
                 _walk(part, name, seen, found)
             else:
-                is_image = entry.is_file() and os.path.splitext(name)[1].lower() in image_suffixes()
-                (found.images if is_image else found.skipped).append(name)
+                (found.images if entry.is_file() and is_image(name) else found.skipped).append(name)
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -165,6 +164,16 @@ def image_suffixes() -> frozenset[str]:
     Image.init()
     kinds = Image.registered_extensions().items()
     return frozenset(suffix for suffix, kind in kinds if kind in Image.OPEN and kind not in _NOT_DECODED)
+
+
+def is_image(name: str) -> bool:
+    """Return whether a file's name ends as those of images do."""
+    return os.path.splitext(name)[1].lower() in image_suffixes()
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a name is one that systems and programs make for themselves."""
+    return name.startswith(".") or name in _HIDDEN
 
 
 def order(name: str) -> tuple[list[str | int], str]:

@@ -1,5 +1,6 @@
 """Networks with token fusion: Vision Mamba, registered with timm, and its weights; timm's vision transformers."""
 
+from famba import plugins
 from famba.models.backbone import BACKBONES, Backbone, create_network, register_backbone
 from famba.models.vim import Vim, create_vim
 from famba.models.vit import apply_tome, remove_tome
@@ -16,3 +17,5 @@ __all__ = [
     "register_backbone",
     "remove_tome",
 ]
+
+plugins.load_all()  # they may import what is above

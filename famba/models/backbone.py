@@ -26,6 +26,7 @@ from famba.fusion.token_map import TokenMap, not_pruned, trace, unfuse
 
 FORMATS = ("NCHW", "NLC")
 CLS_POSITIONS = ("head", "middle", "none")
+OF_A_STRATEGY = ("budget", "layers")  # fields of `Fusion` that networks also take without "fusion_" before them
 _MOST_LISTED = 8  # names of a kind of network in an error
 
 Choose = Callable[[LayerTokens, int], int]
@@ -150,7 +151,13 @@ class Backbone(nn.Module):
 
         settings are fields of `Fusion`, with or without "fusion_" before them; those that are missing are as usual.
         """
-        fusion = cls.usual.changed(**{name.removeprefix("fusion_"): value for name, value in settings.items()})
+        if twice := [name for name in settings if f"fusion_{name}" in settings]:
+            raise ConfigError(f"{twice[0]} and fusion_{twice[0]} are the same; give one of them", twice[0])
+        given = {name.removeprefix("fusion_"): value for name, value in settings.items() if value is not None}
+        fusion = cls.usual.changed(**given)
+        if not isinstance(given.get("strategy", schedule), str) and (lone := given.keys() & set(OF_A_STRATEGY)):
+            told = f"{min(lone)} is of a strategy; give the name of one beside it, such as fusion='upper'"
+            raise ConfigError(told, "strategy")
         if schedule is None or isinstance(schedule, str):
             return fusion.changed(strategy=schedule)
         return with_schedule(fusion, schedule)
@@ -211,12 +218,12 @@ class Backbone(nn.Module):
         return self.num_tokens - self.num_patches
 
     @torch.jit.ignore
-    def set_fusion(self, fusion: Sequence[int] | Fusion, **changes: Any) -> None:
+    def set_fusion(self, fusion: Sequence[int] | str | Fusion, **changes: Any) -> None:
         """Reduce tokens in another way from now on. Raises ConfigError, and changes nothing, where it does not fit.
 
         Args:
-            fusion: tokens to remove in each layer; or all settings, from which the schedule is worked out.
-            changes: fields of `Fusion` to change, such as order="tome"; None leaves one as it is.
+            fusion: tokens to remove in each layer; or a strategy's name, or all settings, which tell the schedule.
+            changes: fields of `Fusion` to change, such as budget=0.5 or order="tome"; None leaves one as it is.
         """
         settings = fusion if isinstance(fusion, Fusion) else with_schedule(self.settings, fusion)
         settings = settings.changed(**changes)
@@ -373,15 +380,21 @@ def one_number(size: tuple[int, int]) -> int | list[int]:
     return size[0] if size[0] == size[1] else list(size)
 
 
+def is_of_fusion(argument: str) -> bool:
+    """Return whether an argument of a network is one of `Backbone.fusion_of`: fusion_order, or budget."""
+    return argument.startswith("fusion_") or argument in OF_A_STRATEGY
+
+
 def timm_cfg(size: int, **more: Any) -> dict[str, Any]:
     """Return what timm has to know of a model for images of a size, without weights unless `more` names them."""
     names = {"first_conv": "patch_embed.proj", "classifier": "head"}
     return {"url": "", "input_size": (3, size, size), **names, **more}
 
 
-def with_schedule(settings: Fusion, schedule: Sequence[int]) -> Fusion:
-    """Return settings that remove these numbers of tokens in the layers."""
-    return replace(settings, strategy=CUSTOM, budget=tuple(schedule), layers=None, adapt_at=None, adapt_images=None)
+def with_schedule(settings: Fusion, schedule: Sequence[int] | str) -> Fusion:
+    """Return settings that remove these numbers of tokens in the layers, or by a strategy with the usual budget."""
+    strategy, budget = (schedule, Fusion.budget) if isinstance(schedule, str) else (CUSTOM, tuple(schedule))
+    return replace(settings, strategy=strategy, budget=budget, layers=None, adapt_at=None, adapt_images=None)
 
 
 BACKBONES: list[type[Backbone]] = []
@@ -417,9 +430,9 @@ def backbone_of(name: str) -> type[Backbone]:
 def create_network(name: str, **arguments: Any) -> Backbone:
     """Build a network by its timm name, with or without a tag of pretrained weights.
 
-    arguments are those of timm.create_model. fusion is the schedule (None for no fusion) or the name of a strategy, and
-    every other field of `famba.fusion.Fusion` can be given with "fusion_" before it. Raises ConfigError where one does
-    not fit.
+    arguments are those of timm.create_model. fusion is the schedule (None for no fusion) or the name of a strategy, to
+    which budget= and layers= belong; every field of `famba.fusion.Fusion` can be given with "fusion_" before it. Raises
+    ConfigError where one does not fit.
     """
     return backbone_of(name).create(name, **arguments)
 

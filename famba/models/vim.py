@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any, ClassVar, NamedTuple
 
 import timm
 import torch
 from jaxtyping import Float
 from timm.layers import DropPath, PatchEmbed, lecun_normal_, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from torch import Tensor, nn
 
-from famba.errors import ConfigError, check_choice
+from famba.errors import ConfigError, check_choice, near_miss
+from famba.fusion import SETTINGS
 from famba.models import backbone
 from famba.models.backbone import CLS_POSITIONS, Backbone, Reduction, Run, Tokens, one_number, timm_cfg
 from famba.models.mixer import VimMixer
-from famba.models.weights import WEIGHTS, fitting_weights, fusion_of_training
+from famba.models.weights import WEIGHTS, Fit, Origin, fit_pos_embed, fitting_weights, fusion_of_training
 from famba.ops import add_rms_norm
 
 BEFORE_MIXER, AFTER_SCAN = "before_mixer", "after_scan"
@@ -87,8 +89,12 @@ class Vim(Backbone):
         d_conv: width of the causal convolution.
         expand: d_inner / d_model.
         drop_path_rate: stochastic depth, rising linearly to this rate at the last layer.
-        cls_position: "head" (Famba-V), "middle" (official Vim, at patches // 2), or "none" (mean of the tokens).
-        fusion: tokens removed in each layer, from `famba.fusion.schedule`; None for no fusion; or a strategy's name.
+        drop_rate: dropout before the classifier.
+        cls_position: "head" (Famba-V), "middle" (official Vim, at patches // 2), or "none".
+        global_pool: "token" (the class token, usual where there is one), "avg" (the mean of the patches) or "" (each
+            patch is classified, by the token that holds it), as in timm, but always behind the final norm.
+        fusion: tokens removed in each layer, from `famba.fusion.schedule`; None for no fusion; or a strategy's name,
+            with its budget= and layers=.
         settings: the fields of `famba.fusion.Fusion` with "fusion_" before them, such as fusion_order="tome". Its place
             is "before_mixer" (similarity of the normed tokens, as in the released code) or "after_scan" (of the gated
             scans' mean, before the output projection, as in the paper's figure).
@@ -116,19 +122,24 @@ class Vim(Backbone):
         expand: int = 2,
         drop_path_rate: float = 0.0,
         cls_position: str = "head",
+        drop_rate: float = 0.0,
+        global_pool: str | None = None,
         fusion: Sequence[int] | str | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
         check_choice("cls_position", cls_position, CLS_POSITIONS)
-        if unknown := [name for name in settings if not name.startswith("fusion_")]:
-            raise TypeError(f"Vim takes no argument {unknown[0]!r}")
+        if unknown := [name for name in settings if not backbone.is_of_fusion(name)]:
+            known = [*signature(Vim).parameters, *backbone.OF_A_STRATEGY, *(f"fusion_{name}" for name in SETTINGS)]
+            raise TypeError(f"Vim takes no argument {unknown[0]!r}{near_miss(unknown[0], known)}")
         self.settings = self.fusion_of(fusion, settings)
         self.check_fusion(self.settings)
-        image, patch = _check_patches(*((s, s) if isinstance(s, int) else (s[0], s[1]) for s in (img_size, patch_size)))
+        image, patch = _check_patches(_pair(img_size), _pair(patch_size))
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.cls_position: str = cls_position
+        usual = "avg" if cls_position == "none" else "token"
+        self.global_pool = self._pool(usual if global_pool is None else global_pool)
         self.grad_checkpointing = False
 
         # timm's annotation says int, its code takes both.
@@ -149,6 +160,7 @@ class Vim(Backbone):
         )
         self.drop_path = DropPath(rates[-1]) if rates[-1] else nn.Identity()
         self.norm_f: nn.Module = RMSNorm(embed_dim)
+        self.head_drop = nn.Dropout(drop_rate) if drop_rate else nn.Identity()
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self._init_weights()
 
@@ -193,14 +205,42 @@ class Vim(Backbone):
         layers = [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))]  # the final norm goes with the last layer
         return {"stem": r"^cls_token|^pos_embed|^patch_embed", "blocks": layers}
 
+    def _pool(self, name: str) -> str:
+        """Return how tokens are pooled, as timm names it. Raises ConfigError for what this network cannot do."""
+        allowed = ["token", "avg", ""][self.cls_position == "none" :]
+        if name not in allowed:
+            told = f"global_pool is {name!r}; allowed with cls_position={self.cls_position!r}: {allowed}"
+            raise ConfigError(told, "global_pool")
+        return name
+
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one; 0 classes for none."""
+        """Replace the classifier by a new one; 0 classes for none. global_pool: None leaves it as it is."""
         if global_pool is not None:
-            raise ConfigError("a Vim pools by cls_position, chosen when it is built; global_pool is not taken")
+            self.global_pool = self._pool(global_pool)
         self.num_classes = num_classes
         self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
         self.head.to(device=self.pos_embed.device, dtype=self.pos_embed.dtype)
         self._init_head()
+
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Take images, or patches, of another size from now on, in pixels: weights are resampled as from a file.
+
+        A strategy is worked out again for the new number of patches. Raises ConfigError, and changes nothing, where the
+        sizes or the schedule do not fit.
+        """
+        image = self.image_size if img_size is None else _pair(img_size)
+        image, patch = _check_patches(image, _pair(self.patch_embed.patch_size if patch_size is None else patch_size))
+        patches, grid = (image[0] // patch[0]) * (image[1] // patch[1]), self.grid_size
+        tokens = patches + self.protected
+        schedule = self.settings.schedule(self.depth, tokens, self.protected)
+        self.patch_embed.set_input_size(image, patch)
+        self.num_patches, self.num_tokens, self.fusion = patches, tokens, schedule
+        embed = fit_pos_embed(Fit({}), self, self.pos_embed.detach(), Origin(self.cls_position, grid))
+        self.pos_embed = nn.Parameter(embed, self.pos_embed.requires_grad)
+        for info in self.feature_info:
+            info["reduction"] = self.patch_embed.feat_ratio()
 
     @property
     def special(self) -> tuple[int, ...]:
@@ -230,6 +270,7 @@ class Vim(Backbone):
             "d_conv": mixer.conv1d.kernel_size[0],
             "expand": mixer.d_inner // self.embed_dim,
             "cls_position": self.cls_position,
+            "global_pool": self.global_pool,
         }
 
     def embed(self, x: Float[Tensor, "b c h w"]) -> Stream:
@@ -258,27 +299,42 @@ class Vim(Backbone):
         assert stream.residual is not None
         return (stream.hidden + stream.residual).to(self.pos_embed.dtype)
 
-    def classify(self, run: Run) -> Float[Tensor, "b classes"]:
-        """Read the class token, or the mean of the tokens, weighted as they were fused."""
+    def classify(self, run: Run) -> Float[Tensor, "*b classes"]:
+        """Read the class token, or the mean of the patches' tokens, weighted as they were fused; or every token."""
         x, tokens = self.normed(run.stream), run.tokens
-        if not self.special:
-            pooled = x.mean(1)
-            if tokens.sizes is not None:
-                pooled = ((x * tokens.sizes.unsqueeze(2)).sum(1) / self.num_patches).to(x.dtype)
+        if not self.global_pool:
+            pooled = self._unfused(x, self._held(run.maps, x)[-1])
+        elif self.global_pool == "avg":
+            pooled = self._mean(x, tokens)
         elif isinstance(tokens.special, Tensor):
             pooled = x.gather(1, tokens.special.unsqueeze(2).expand(-1, -1, x.shape[2])).squeeze(1)
         else:
             pooled = x[:, tokens.special[0]]
-        return self.head(pooled)
+        return self.head(self.head_drop(pooled))
 
-    def forward_head(self, x: Float[Tensor, "b l d"], pre_logits: bool = False) -> Float[Tensor, "b out"]:
+    def _mean(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """Return the mean of tokens (b, l, d) without the class token, by the patches that each holds."""
+        weights, at = tokens.sizes, tokens.special
+        if self.special:
+            weights = x.new_ones(x.shape[:2], dtype=torch.float32) if weights is None else weights
+            at = at if isinstance(at, Tensor) else x.new_full((x.shape[0], 1), at[0], dtype=torch.int64)
+            weights = weights.scatter(1, at, 0.0)
+        if weights is None:
+            return x.mean(1)
+        count = self.num_patches if tokens.sizes is not None else x.shape[1] - len(self.special)
+        return ((x * weights.unsqueeze(2)).sum(1) / count).to(x.dtype)
+
+    def forward_head(self, x: Float[Tensor, "b l d"], pre_logits: bool = False) -> Float[Tensor, "*b out"]:
         """Classify what `forward_features` returns: logits (b, num_classes), or with `pre_logits` what the head reads.
 
-        Raises ConfigError for another number of tokens, or where there is no class token and the model fuses by equal
-        weights or prunes: its mean over tokens is then not that over patches.
+        Raises ConfigError for another number of tokens, or where the model takes the mean and fuses by equal weights or
+        prunes: its mean over tokens is then not that over patches.
         """
-        self.check_head(x, takes_mean=self.cls_index is None)
-        pooled = x.mean(1) if self.cls_index is None else x[:, self.cls_index]
+        self.check_head(x, takes_mean=self.global_pool == "avg")
+        pooled = x
+        if self.global_pool:
+            pooled = x[:, self.patch_places(x.device)].mean(1) if self.global_pool == "avg" else x[:, self.cls_index]
+        pooled = self.head_drop(pooled)
         return pooled if pre_logits else self.head(pooled)
 
     @torch.jit.ignore
@@ -300,6 +356,10 @@ class Vim(Backbone):
         if prune_head:
             self.reset_classifier(0)
         return layers
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _check_patches(image: tuple[int, int], patch: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -331,6 +391,8 @@ def create_vim(variant: str, pretrained: bool, shape: dict[str, Any], chosen: di
     Returns a Vim; with features_only=True timm's FeatureGetterNet of one, which returns maps of features. Raises
     ConfigError for what does not fit, such as the schedule of training on images of another size.
     """
+    if chosen.get("pretrained_cfg") is None and get_pretrained_cfg(variant) is None:  # timm would warn
+        chosen = {**chosen, "pretrained_cfg": timm_cfg(_pair(shape.get("img_size", 224))[0])}
     trained = fusion_of_training(variant, shape, chosen) if pretrained else {}
     # With features_only=True: by forward_intermediates, of the last three layers as timm's ViTs do.
     features = {"out_indices": 3, "feature_cls": "getter"}

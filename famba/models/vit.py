@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from famba.errors import ConfigError, check_choice
 from famba.fusion import Fusion
-from famba.models.backbone import Backbone, Reduction, Run, Tokens, register_backbone, timm_cfg
+from famba.models.backbone import Backbone, Reduction, Run, Tokens, is_of_fusion, register_backbone, timm_cfg
 
 AFTER_ATTENTION = "after_attention"
 _POOLS = ("token", "avg")
@@ -64,7 +64,7 @@ class ToMe(Backbone):
     @classmethod
     def create(cls, name: str, **arguments: Any) -> ToMe:
         """Build one by its timm name; it attends as ToMe does without training unless told otherwise."""
-        settings = {key: arguments.pop(key) for key in list(arguments) if key.startswith("fusion_")}
+        settings = {key: arguments.pop(key) for key in list(arguments) if is_of_fusion(key)}
         fusion = cls.fusion_of(arguments.pop("fusion", None), settings)
         vit: Any = timm.create_model(name, **arguments)
         return cls(vit, fusion).train(vit.training)
@@ -200,7 +200,7 @@ def attend(
     return call_as(attention, attended, x), keys
 
 
-def apply_tome(vit: VisionTransformer, schedule: Sequence[int], **settings: Any) -> ToMe:
+def apply_tome(vit: VisionTransformer, schedule: Sequence[int] | str, **settings: Any) -> ToMe:
     """Let a timm vision transformer fuse tokens between attention and MLP, whether it was trained with fusion or not.
 
     The transformer is left as it was: the result holds it (`.vit`; `remove_tome` returns it) and shares its parameters,
@@ -210,8 +210,8 @@ def apply_tome(vit: VisionTransformer, schedule: Sequence[int], **settings: Any)
     Args:
         vit: ViT, DeiT and their kin, with a class token or without, a distillation token, registers, layer scale, norms
             of queries and keys; pooled by the class token or the mean.
-        schedule: tokens removed in each block, from `famba.fusion.schedule` with protected=vit.num_prefix_tokens;
-            "all" with a budget of depth * r is ToMe's constant r, "decreasing" its decreasing one.
+        schedule: tokens removed in each block, or the name of a strategy, with its budget= and layers=: "all" with a
+            budget of depth * r is ToMe's constant r, "decreasing" its decreasing one.
         settings: the fields order, weighting, mode, rule and proportional of `famba.fusion.Fusion`; as in ToMe unless
             given: "tome", "size", "fuse", "bipartite", and True, which adds the logarithm of a token's size to what it
             is attended by, as ToMe does in transformers that were trained without fusion.
@@ -220,9 +220,9 @@ def apply_tome(vit: VisionTransformer, schedule: Sequence[int], **settings: Any)
         ConfigError: vit is none that this can do, or the schedule does not fit it.
     """
     given: Any = schedule
-    if isinstance(given, str) or not isinstance(given, Sequence):
+    if not isinstance(given, Sequence):
         depth = len(vit.blocks) if isinstance(vit, VisionTransformer) else "depth"
-        allowed = f"tokens to remove in each block, such as [8] * {depth}, or as famba.fusion.schedule works them out"
+        allowed = f"tokens to remove in each block, such as [8] * {depth}, or the name of a strategy"
         raise ConfigError(f"the schedule is {schedule!r}; allowed: {allowed}")
     return ToMe(vit, ToMe.fusion_of(schedule, settings)).train(vit.training)
 

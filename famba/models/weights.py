@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,20 +15,28 @@ import timm
 import torch
 import yaml
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
-from timm.models import resolve_pretrained_cfg
+from timm.models import adapt_input_conv, resolve_pretrained_cfg
 from torch import Tensor
 
-from famba.errors import CheckpointError, check_choice
+from famba.errors import CheckpointError, check_choice, some
 from famba.files import read_file
 from famba.fusion.config import SETTINGS
-from famba.models.backbone import CLS_POSITIONS, Backbone, create_network, network_names
+from famba.models.backbone import BACKBONES, CLS_POSITIONS, Backbone, create_network, network_names
 
-WEIGHTS = Path(__file__).parent / "weights"
-"""Run folders of the bundled weights, by the names of their models."""
+WEIGHTS = Path(__file__).parent / "weights"  # run folders of the bundled weights, by the names of their models
 _PATCHES = "patch_embed.proj.weight"
 _MIDDLE = "midclstok"  # in names of official models
 _log = logging.getLogger(__name__)
 _HEADS = ("head.", "head_dist.")
+# Keys under which files of others keep weights, the first that is there is taken: last weights before averaged ones.
+_HOLDERS = ("model", "state_dict", "model_state_dict", "net", "network", "module", "weights")
+_AVERAGES = ("ema", "model_ema", "state_dict_ema", "ema_state_dict", "ema_model", "teacher")
+# What wrappers and larger networks put before the names of weights, in the order in which one of several is taken.
+_PREFIXES = ("module", "model", "net", "network", "backbone", "encoder", *_AVERAGES, "student")
+_FRONT = re.compile(rf"^(?:(?:{'|'.join(_PREFIXES)})\.)+")
+# What torch.compile, FSDP and recomputation put anywhere into them.
+_WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_ALONE, _MOST_LISTED = 3, 10  # misfits of a layer that are listed one by one; lines of misfits
 
 
 class Origin(NamedTuple):
@@ -52,7 +61,7 @@ def load_vim_checkpoint(
 
     Args:
         model: changed in place, and only where everything fits.
-        path: .pth, .pt (weights at the top, or under "model" or "state_dict") or .safetensors.
+        path: .pth, .pt or .safetensors, with the weights as `weights_in` finds them.
         cls_position: place of the file's class token. None: as its run or export says, or the name in an official file
             ("middle"); as in the model where nothing says it.
         grid: rows and columns of the file's patches. None: as its run or export says; a square where nothing says it
@@ -68,7 +77,7 @@ def load_vim_checkpoint(
     content = read_file(path)
     said = saved_origin(content, path)
     origin = Origin(cls_position or said.cls_position, grid or said.grid)
-    if changes := load_weights(model, weights_in(content), path, origin, reset_head=reset_head):
+    if changes := load_weights(model, weights_in(content, path), path, origin, reset_head=reset_head):
         _log.info("%s: %s", path, "; ".join(changes))
     return model
 
@@ -94,17 +103,54 @@ def fitting_weights(weights: dict[str, Any], model: Backbone) -> dict[str, Tenso
 
     timm calls it, with its records of the weights in model.pretrained_cfg. Raises CheckpointError as `fit_weights`.
     """
+    weights = weights_in(weights, "pretrained weights")
     head, own = weights.get("head.weight"), model.state_dict().get("head.weight")
     other_head = own is None or not isinstance(head, Tensor) or head.shape[:1] != own.shape[:1]
     fit = fit_weights(model, weights, "what comes with the model", _origin_by_timm(weights, model), other_head)
     if fit.changes:
         _log.info("pretrained weights: %s", "; ".join(fit.changes))
-    return fit.weights
+    # timm itself makes it one of other channels, and refuses or warns where that is done.
+    return fit.weights if fit.rgb is None else {**fit.weights, _PATCHES: fit.rgb}
 
 
-def weights_in(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the weights in what was read from a file: at the top, or under "model" or "state_dict"."""
-    return next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), content)
+def weights_in(content: Mapping[str, Any], path: str | Path, *, averaged: bool = False) -> dict[str, Any]:
+    """Return the weights in what was read from a path, by the names that a network of `BACKBONES` gives them.
+
+    They may lie at the top or under a usual key, such as "model_ema", and bear the prefixes of wrappers, such as
+    "module.backbone."; what is taken off is logged. averaged: only those of an average, {} where there is none.
+    """
+    found, keys = dict(content), list[str]()
+    holders: Sequence[str] = _AVERAGES if averaged else (*_HOLDERS, *_AVERAGES, "student")
+    while key := next((k for k in holders if isinstance(found.get(k), Mapping) and _holds_weights(found[k])), None):
+        found, holders = dict(found[key]), (*_HOLDERS, *_AVERAGES, "student")
+        keys.append(key)
+    if averaged and not keys:
+        return {}
+    bare, told = _without_prefixes(found)
+    if told := [f"under {'.'.join(keys)!r}"] * bool(set(keys) - {"model", "state_dict"}) + told:
+        _log.info("%s: weights are taken %s", path, ", ".join(told))
+    return bare
+
+
+def _holds_weights(content: Any) -> bool:
+    return any(map(_holds_weights, content.values())) if isinstance(content, Mapping) else isinstance(content, Tensor)
+
+
+def _without_prefixes(weights: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return weights without the prefixes that hide the layers of a network, and what was done, in words."""
+    wrappers = sorted({repr(found) for name in weights for found in _WRAPPERS.findall(str(name))})
+    # Averages by torch.optim.swa_utils also count.
+    named = {_WRAPPERS.sub("", str(name)): value for name, value in weights.items() if name != "n_averaged"}
+    bare = {name: _FRONT.sub("", name) for name in named}
+    fronts = {name: name.removesuffix(rest) for name, rest in bare.items()}
+    found = {fronts[k] for k, rest in bare.items() if rest.startswith(tuple(f"{b.layers_name}." for b in BACKBONES))}
+    if not found or any(kind.recognizes(named) for kind in BACKBONES):
+        return named, [f"without {some(wrappers)}"] if wrappers else []
+    chosen, *others = sorted(found, key=lambda front: [_PREFIXES.index(part) for part in front.split(".")[:-1]])
+    strange = {other.split(".")[0] for other in others} - {chosen.split(".")[0]}
+    kept = [name for name, front in fronts.items() if front not in others and front.split(".")[0] not in strange]
+    told = [f"without {some([*wrappers, repr(chosen)])}", *([f"not those under {some(others)}"] if others else [])]
+    return {bare[name]: named[name] for name in kept}, told
 
 
 def saved_origin(content: dict[str, Any], path: str | Path) -> Origin:
@@ -181,6 +227,7 @@ class Fit:
     misfits: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
+    rgb: Tensor | None = None  # the patch embedding before it was made one of other channels
 
 
 def fit_weights(model: Backbone, weights: dict[str, Any], source: str, origin: Origin, reset_head: bool) -> Fit:
@@ -190,46 +237,78 @@ def fit_weights(model: Backbone, weights: dict[str, Any], source: str, origin: O
     """
     own, named = model.state_dict(), {str(name): value for name, value in weights.items()}
     given = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    if given and not any(name.startswith(f"{model.layers_name}.") for name in own.keys() & given.keys()):
+        there, here = some(sorted(given)), some(sorted(own))
+        raise CheckpointError(f"{source} is of another network: it holds {there}; this model has {here}")
     fit = Fit(given, [f"{name}: not a tensor" for name in named.keys() - given.keys()])
-    if reset_head:
-        for name in [name for name in given if name.startswith(_HEADS)]:
-            del given[name]
-        given |= {name: value for name, value in own.items() if name.startswith(_HEADS)}
+    for name in [name for name in given if reset_head and name.startswith(_HEADS)]:
+        del given[name]
+    for name in given.keys() & own.keys():
+        if given[name].is_floating_point() and not given[name].float().isfinite().all():
+            fit.misfits.append(f"{name}: holds NaN or infinity; take weights from before training failed")
+    given |= {name: value for name, value in own.items() if reset_head and name.startswith(_HEADS)}
     _fit_patch_embed(fit, own)
     embed = given.get("pos_embed")
     if embed is not None and embed.ndim == 3 and embed.shape[0] == 1:
         try:
-            given["pos_embed"] = _fit_pos_embed(fit, model, embed, origin)
+            given["pos_embed"] = fit_pos_embed(fit, model, embed, origin)
         except CheckpointError as misfit:
             fit.misfits.append(f"pos_embed: {misfit}")
             given["pos_embed"] = own["pos_embed"]
-    for name in own.keys() | given.keys():
-        hint = "; reset_head=True keeps the model's own" if name.startswith(_HEADS) else ""
-        if name not in given:
-            fit.misfits.append(f"{name}: missing in the file")
-        elif name not in own:
-            fit.misfits.append(f"{name}: not in the model{hint}")
-        elif own[name].shape != given[name].shape:
-            shapes = f"{tuple(given[name].shape)} in the file, {tuple(own[name].shape)} in the model"
-            fit.misfits.append(f"{name}: {shapes}{hint}")
+    fit.misfits += [
+        line for name in own.keys() | given.keys() if (line := _misfit(name, given.get(name), own.get(name)))
+    ]
     if fit.misfits:
-        listed = "\n  ".join(sorted(fit.misfits))
+        listed = "\n  ".join(_in_short(fit.misfits))
         raise CheckpointError(f"{source} does not fit this model; nothing was loaded:\n  {listed}")
     return fit
 
 
+def _misfit(name: str, given: Tensor | None, own: Tensor | None) -> str | None:
+    """Say why a tensor of a file does not fit that of the model; None where it does."""
+    hint = "; reset_head=True keeps the model's own" if name.startswith(_HEADS) else ""
+    if given is None:
+        return f"{name}: missing in the file"
+    if own is None:
+        return f"{name}: not in the model{hint}"
+    if own.shape == given.shape:
+        return None
+    return f"{name}: {tuple(given.shape)} in the file, {tuple(own.shape)} in the model{hint}"
+
+
+def _in_short(misfits: Sequence[str]) -> list[str]:
+    """Return a line for each misfit, or for many of one layer with one reason; the first ones of very many."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for misfit in sorted(misfits, key=lambda misfit: (any(map(str.isdigit, misfit.split(".")[:2])), misfit)):
+        name, _, reason = misfit.partition(": ")
+        groups.setdefault((".".join(name.split(".")[:2]), reason), []).append(misfit)
+    lines = list[str]()
+    for (layer, reason), members in groups.items():
+        lines += members if len(members) <= _ALONE else [f"{layer}: {reason} ({len(members)} of its weights)"]
+    more = [f"and {len(lines) - _MOST_LISTED} more lines of this kind"] if len(lines) > _MOST_LISTED else []
+    return [*lines[:_MOST_LISTED], *more]
+
+
 def _fit_patch_embed(fit: Fit, own: dict[str, Tensor]) -> None:
-    """Resample the file's patch embedding where it is one for patches of another size."""
+    """Resample the file's patch embedding where it is one for patches of another size, or for other channels."""
     kernel = fit.weights.get(_PATCHES)
     if kernel is None or _PATCHES not in own or kernel.ndim != 4 or 0 in kernel.shape:
         return
     wanted = own[_PATCHES].shape
-    if kernel.shape[:2] == wanted[:2] and kernel.shape != wanted:
+    is_rgb = kernel.shape[1] == 3 != wanted[1]
+    if kernel.shape[0] != wanted[0] or not (is_rgb or kernel.shape[1] == wanted[1]):
+        return
+    if kernel.shape[2:] != wanted[2:]:
         fit.changes.append(f"the patch embedding is resampled from {_by(kernel.shape[2:])} to {_by(wanted[2:])} pixels")
-        fit.weights[_PATCHES] = resample_patch_embed(kernel, list(wanted[2:]))
+        kernel = resample_patch_embed(kernel, list(wanted[2:]))
+    if is_rgb:
+        told = "summed" if wanted[1] == 1 else "repeated and scaled"
+        fit.changes.append(f"the patch embedding goes from 3 to {wanted[1]} input channels: they are {told}")
+        fit.rgb, kernel = kernel, adapt_input_conv(wanted[1], kernel)
+    fit.weights[_PATCHES] = kernel
 
 
-def _fit_pos_embed(fit: Fit, model: Backbone, embed: Tensor, origin: Origin) -> Tensor:
+def fit_pos_embed(fit: Fit, model: Backbone, embed: Tensor, origin: Origin) -> Tensor:
     """Return the file's position embedding (1, rows, width) on the model's grid; other tokens keep their rows."""
     if embed.shape[2] != model.embed_dim:
         raise CheckpointError(f"width {embed.shape[2]} in the file, {model.embed_dim} in the model")

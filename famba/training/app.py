@@ -24,7 +24,8 @@ from famba.training.compose import Command, config_dir, help_text
 from famba.training.config import RunConfig, flatten, plain
 from famba.training.distributed import Process, start_process, world_size
 from famba.training.interrupts import Interrupted, StopRequest
-from famba.training.logging import FILE_ONLY, duration, log_to
+from famba.training.logging import FILE_ONLY, log_to
+from famba.training.records import duration
 from famba.training.run_folder import RunFolder, as_begun, finished
 from famba.training.setup import Setup, check_files, prepare
 from famba.training.sweeps import Sweep
@@ -43,11 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        command = Command.parse(arguments)
         if {"--help", "-h"} & set(arguments):
-            print(help_text(Command.parse(arguments).config_dir), end="")
+            print(help_text(command.config_dir), end="")
         elif any(getattr(get_args_parser().parse_args(arguments), name) for name in _QUESTIONS):
             _answer(arguments)
-        elif (command := Command.parse(arguments)).multirun:
+        elif command.multirun:
             plan(command).launch(train)
         else:
             train(command.config())

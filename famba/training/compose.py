@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import famba
+from famba import plugins
 from famba.errors import ConfigError, near_miss
 from famba.training.config import RunConfig, keys, parse
 
@@ -27,6 +29,8 @@ LAUNCHER = "hydra/launcher"
 _SHOWN = 200  # characters of an override that an error repeats
 # Options of Hydra that would start unchecked runs, the last one from a pickle, which can run any code.
 _UNCHECKED = ("config-name", "config-path", "experimental-rerun")
+# Plugins are of a command line: files of a run name no code that reading it would run.
+_NOT_OF_A_RUN = ("hydra", "plugins")
 _OF_HYDRA = ("hydra.launcher", "hydra.sweeper.params")
 
 
@@ -41,7 +45,9 @@ class Command:
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> Command:
         """Parse a command line. Raises ConfigError for a --config-dir that is no folder, and for _UNCHECKED."""
-        parsed = get_args_parser().parse_args(list(arguments))
+        parsed, unknown = get_args_parser().parse_known_args(list(arguments))
+        if unknown:
+            raise ConfigError(_as_override(unknown[0], list(arguments)))
         for option in _UNCHECKED:
             if getattr(parsed, option.replace("-", "_"), None) is not None:
                 raise ConfigError(f"--{option} is not taken; add your own files by --config-dir")
@@ -87,7 +93,10 @@ class Command:
         _check_names(parse_overrides(overrides), self.config_dir)
         search = [] if self.config_dir is None else [f"hydra.searchpath=[{quoted(f'file://{self.config_dir}')}]"]
         with _explained(), hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
-            return hydra.compose("config", overrides=[*search, *overrides], return_hydra_config=True)
+            values = hydra.compose("config", overrides=[*search, *overrides], return_hydra_config=True)
+        given = values.plugins or []
+        plugins.load([given] if isinstance(given, str) else map(str, given), self.config_dir)
+        return values
 
 
 def compose(arguments: Sequence[str]) -> RunConfig:
@@ -104,7 +113,7 @@ def compose_all(overrides: Sequence[str], own: Path | None = None) -> list[RunCo
 def run_config(values: DictConfig) -> RunConfig:
     """Return the part of a composed configuration that is famba's."""
     with _explained():
-        own = OmegaConf.masked_copy(values, [str(key) for key in values if key != "hydra"])
+        own = OmegaConf.masked_copy(values, [str(key) for key in values if key not in _NOT_OF_A_RUN])
         return parse(OmegaConf.to_container(own, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
 
 
@@ -137,6 +146,24 @@ def quoted(value: str) -> str:
     return f"'{escaped}'"
 
 
+def _ending(name: str, names: Iterable[str]) -> list[str]:
+    """Return the names that are this one, or end with it behind a dot."""
+    return [key for key in names if name in (key, key.rsplit(".", 1)[-1])]
+
+
+def _as_override(option: str, arguments: list[str]) -> str:
+    """Say which override stands for an option that programs of others take, such as --epochs 5."""
+    name, _, value = option.lstrip("-").replace("-", "_").partition("=")
+    value = option.partition("=")[2] or next(iter(arguments[arguments.index(option) + 1 :]), "")
+    names = [*keys(), *groups()]
+    same = _ending(name, names)
+    ends = {key.rsplit(".", 1)[-1]: key for key in reversed(names)}
+    close = same or [ends.get(found, found) for found in get_close_matches(name, [*ends, *names], 1, 0.6)]
+    given = "VALUE" if not value or value.startswith("-") else value
+    known = f"give {' or '.join(f'{key}={given}' for key in close[:3])}" if close else "train.py --help lists all"
+    return f"{option} is no option; settings are given as KEY=VALUE: {known}"
+
+
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     """Parse overrides. Raises ConfigError for one that is none."""
     return [_parse(item) for item in overrides]
@@ -164,7 +191,7 @@ def _explained() -> Iterator[None]:
 
 def _check_names(overrides: Sequence[Override], own: Path | None) -> None:
     """Raise ConfigError for an unknown key or choice, with the nearest name."""
-    choices, known = groups(own), keys()
+    choices, known = groups(own), [*keys(), "plugins"]
     sections = {key.rsplit(".", 1)[0] for key in known if "." in key}
     for item in overrides:
         key, allowed = item.key_or_group, choices.get(item.key_or_group)
@@ -177,7 +204,9 @@ def _check_names(overrides: Sequence[Override], own: Path | None) -> None:
                 raise ConfigError(f"{key} is not taken; allowed of Hydra's: {LAUNCHER}, {', '.join(_OF_HYDRA)}")
         elif key not in known and key not in sections:
             names = [*known, *choices]
-            raise ConfigError(f"unknown key {key!r}{near_miss(key, names)}; `python train.py --help` lists all")
+            same = " or ".join(map(repr, _ending(key, names)))
+            near = f", did you mean {same}?" if same else near_miss(key, names)
+            raise ConfigError(f"unknown key {key!r}{near}; `python train.py --help` lists all")
 
 
 _HELP = """\

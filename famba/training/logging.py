@@ -20,7 +20,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from famba.errors import CheckpointError
 from famba.files import write_whole
 from famba.training.config import LoggerConfig
-from famba.training.run_folder import METRICS, RunFolder
+from famba.training.records import METRICS, duration
+from famba.training.run_folder import RunFolder
 
 FILE_ONLY = {"file_only": True}
 """Mark a line that is for train.log alone, as `extra` of a logging call."""
@@ -37,7 +38,7 @@ class JsonLines:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / METRICS
-        self._handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)  # less the umask
         self._waiting = b""
         self._lock = threading.Lock()  # a checkpoint is written, and this synced, beside training
 
@@ -211,17 +212,6 @@ class Progress:
     def close(self) -> None:
         """Remove the bar from the terminal."""
         self._bar.close()
-
-
-def duration(seconds: float) -> str:
-    """Write seconds for people: "45 s", "12 min", "3 h 20 min", "2 d 4 h"."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if minutes < 90:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def epoch_line(epoch: int, epochs: int, images: str, values: Mapping[str, float]) -> str:

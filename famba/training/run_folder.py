@@ -15,11 +15,10 @@ from famba.files import read_file, remove_unfinished, write_whole
 from famba.training import interrupts
 from famba.training.checkpoint import Checkpoints, differences
 from famba.training.config import ADDED_KEYS, RunConfig, flatten, parse, plain, with_added_keys
+from famba.training.records import METRICS, SWEEP
 from famba.training.summary import FORMAT, SUMMARY, Summary
 
 CONFIG = "config.yaml"
-METRICS = "metrics.jsonl"
-SWEEP = "sweep.json"
 WEIGHTS = "model.safetensors"
 _REQUEUED_S, _LOOKED_AT_S = 60.0, 0.5
 _log = logging.getLogger(__name__)

@@ -10,8 +10,6 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 
-from famba.training.config import flatten, with_added_keys
-
 SUMMARY = "summary.json"
 FORMAT = 1
 _CONFIG = "config."
@@ -116,6 +114,8 @@ def to_row(summary: Summary, config: Mapping[str, Any]) -> dict[str, str]:
     Nested keys are joined by dots. A cell holds text as it is, everything else as JSON, and text that JSON could be
     mistaken for in quotes. Fields of the summary that are not known have no cell; a setting of None is "null".
     """
+    from famba.training.config import flatten, with_added_keys  # imports torch, which reading a summary does without
+
     known = {name: value for name, value in summary.values().items() if value is not None}
     settings = flatten(with_added_keys(config), _CONFIG)
     return {name: _to_cell(value) for name, value in [*flatten(known).items(), *settings.items()]}
@@ -126,6 +126,8 @@ def from_row(row: Mapping[str, str]) -> tuple[Summary, dict[str, Any]]:
 
     Raises ValueError where the cells are no summary.
     """
+    from famba.training.config import with_added_keys
+
     values: dict[str, Any] = {}
     for name, cell in row.items():
         if cell == "":

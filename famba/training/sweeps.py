@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, suppress
 from dataclasses import asdict, fields, replace
 from importlib.util import find_spec
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from shutil import which
 from typing import Annotated, Any, NamedTuple
 
@@ -38,7 +38,8 @@ from famba.training.checkpoint import changes_weights
 from famba.training.compose import Command, parse_overrides, quoted, run_config, swept_by_config
 from famba.training.config import STRICT, Count, Positive, RunConfig, Text, explain, parse, plain
 from famba.training.interrupts import Interrupted, StopRequest
-from famba.training.run_folder import SWEEP, RunFolder, finished
+from famba.training.records import SWEEP, queue, recorded, remembered
+from famba.training.run_folder import RunFolder, finished
 
 Summary = dict[str, Any]
 Train = Callable[[RunConfig], Summary]
@@ -86,23 +87,6 @@ def run_name(overrides: Iterable[str], excluded: Iterable[str], sweep: Path) -> 
         return same[0]
     differing = {_key(line) for _, others in there for line in others ^ there[0][1]}
     return folder_name(overrides, set(excluded) - differing)
-
-
-def recorded(folder: Path) -> list[dict[str, Any]]:
-    """Return the runs that a sweep's folder lists, each with its folder's name and its overrides.
-
-    A damaged entry is left out, and so is a folder that is not inside the sweep's.
-    """
-    try:
-        runs = json.loads((folder / SWEEP).read_text())["runs"]
-        found = [(PurePosixPath(run["folder"]), [str(line) for line in run["overrides"]]) for run in runs]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    return [
-        {"folder": str(path), "overrides": lines}
-        for path, lines in found
-        if path.parts and not path.is_absolute() and not {"..", "\0"} & {*path.parts, *str(path)}
-    ]
 
 
 def _short_hash(text: str) -> str:
@@ -442,29 +426,6 @@ class Slurm(Sequential):
         except failures as error:
             raise ConfigError(f"the jobs cannot be submitted: {error}") from error
         return {run.name: job.job_id for run, job in zip(runs, jobs, strict=True)}
-
-
-def queue() -> dict[str, str]:
-    """Return the state of each of the user's jobs that waits or runs, by its id; HELD for one that waits in vain.
-
-    Raises TrainingError where Slurm does not answer.
-    """
-    command = ["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i|%T|%r"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)  # noqa: S603 - Slurm's own
-    except (OSError, subprocess.SubprocessError) as error:
-        said = str(getattr(error, "stderr", None) or error).strip()
-        raise TrainingError(f"squeue does not answer: {said}") from error
-    rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 2]
-    return {job: "HELD" if state == "PENDING" and "held" in reason.lower() else state for job, state, reason in rows}
-
-
-def remembered(folder: Path) -> dict[str, str]:
-    """Return the job of each run that was submitted last, from a sweep's slurm folder."""
-    try:
-        return {str(name): str(job) for name, job in json.loads((folder / "jobs.json").read_text()).items()}
-    except (OSError, ValueError, AttributeError):
-        return {}
 
 
 def _wait(sweep: Sweep, jobs: dict[str, str], folder: Path, poll_s: float) -> None:

@@ -114,8 +114,8 @@ def read_initial(given: str) -> Initial:
         # Averaged weights are kept in checkpoints alone.
         file = next(iter(Checkpoints(Path(place) / "checkpoints").newest_first()), file)
     content = read_file(file)
-    weights = content.get("ema") if averaged else weights_in(content)
-    if not isinstance(weights, dict):
+    weights = weights_in(content, file, averaged=averaged)
+    if averaged and not weights:
         raise CheckpointError(
             f"init_from={given}: {file} holds no averaged weights, which checkpoints of runs with recipe.ema_decay "
             f"have; give such a run, or leave out {AVERAGED}"
@@ -309,7 +309,7 @@ def _from_run(
     except (FambaError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{file}: its run cannot be set up by this installation: {error}. Install the package that adds what is "
-            "missing, or the release of famba that trained it"
+            "missing, or name its file in FAMBA_PLUGINS, or install the release of famba that trained it"
         ) from error
     try:
         check_model(config)
