@@ -1,4 +1,4 @@
-"""Build the network and the data that a configuration describes."""
+"""Build the network and the data of a configuration."""
 
 from __future__ import annotations
 
@@ -24,17 +24,14 @@ _log = logging.getLogger(__name__)
 
 
 def check_model(config: RunConfig) -> None:
-    """Raise ConfigError for a name under which no network is known, and for what networks of its kind cannot do."""
+    """Raise ConfigError for an unknown network, and for what networks of its kind cannot do."""
     model, fusion = config.model, config.fusion
     with named("model.{}"):
         kind = backbone_of(model.name)
     with named("fusion.{}"):
         kind.check_fusion(fusion)
     if fusion.proportional and fusion.mode == "prune":
-        raise ConfigError(
-            "fusion.proportional=true weighs tokens by their patches, and with fusion.mode=prune each holds one "
-            "patch; leave one of them out"
-        )
+        raise ConfigError("fusion.proportional=true has no effect with fusion.mode=prune; leave one of them out")
     for key, given, usual in (("d_state", model.d_state, None), ("cls_position", model.cls_position, "head")):
         if given != usual and key not in kind.keys:
             raise ConfigError(f"model.{key}={given} cannot be chosen for {model.name}, {kind.kind}; leave it out")
@@ -44,13 +41,12 @@ def build_model(name: str, arguments: dict[str, Any]) -> Backbone:
     """Create the network with fresh weights. Raises ConfigError for what does not fit it."""
     try:
         return create_network(name, **arguments)
-    except (AssertionError, TypeError) as error:
-        # timm's transformers report wrong arguments so.
+    except (AssertionError, TypeError) as error:  # of timm's transformers
         raise ConfigError(f"{name} cannot be built with these model keys: {error}; leave them out") from error
 
 
 def model_arguments(config: RunConfig, classes: int | None) -> dict[str, Any]:
-    """Return the arguments of `create_network` but for the schedule; classes None: those of the registered model."""
+    """Return the arguments of `create_network`, without the schedule; classes: None for the model's own."""
     model = config.model
     own = {"d_state": model.d_state, "cls_position": model.cls_position}
     arguments: dict[str, Any] = {
@@ -67,13 +63,10 @@ def model_arguments(config: RunConfig, classes: int | None) -> dict[str, Any]:
 
 
 def model_classes(config: RunConfig, found: int) -> int:
-    """Return the classes of the model, given those found in the data. Raises ConfigError where the data has more."""
+    """Return the classes of the model, given those found in the data. Raises ConfigError if the data has more."""
     classes = config.model.num_classes or found
     if found > classes:
-        raise ConfigError(
-            f"the data has {found} classes, but model.num_classes is {classes}; leave it out, "
-            f"or set it to {found} or more"
-        )
+        raise ConfigError(f"the data has {found} classes, but model.num_classes is {classes}; leave it out")
     return classes
 
 

@@ -1,4 +1,4 @@
-"""The state of a run and its checkpoints: written whole and sealed, beside training, and read without running code."""
+"""Hold the state of a run, and write and read its checkpoints."""
 
 from __future__ import annotations
 
@@ -31,19 +31,16 @@ _CONTENT = {"format", "config", "world_size", "step", "model", "optimizer", "sca
 _log = logging.getLogger(__name__)
 
 # Settings that may change when a run goes on: the weights that come out stay the same.
-_FREE = (
+_FREE: tuple[str, ...] = (
     "run_dir",
     "resume",
     "data.root",
     "data.workers",
+    "logger.",
     "trainer.max_steps",
     "trainer.device",
-    "trainer.cuda_graphs",
-    "trainer.log_every",
-    "trainer.eval_every",
-    "trainer.save_every_min",
-    "logger.",
 )
+_FREE += ("trainer.cuda_graphs", "trainer.log_every", "trainer.eval_every", "trainer.save_every_min")
 
 
 @dataclass
@@ -51,8 +48,7 @@ class Totals:
     """Hold the sums of a run so far. Times are seconds.
 
     The epoch_ members cover the current epoch; epoch_open says that it is not yet evaluated and logged. evaluated is
-    the last evaluation, best that of the selected checkpoint, schedules each measurement of an adaptive schedule, and
-    started_from describes the weights that init_from named.
+    the last evaluation, best the selected one, schedules each measurement of an adaptive schedule.
     """
 
     data_s: float = 0.0
@@ -72,7 +68,7 @@ class Totals:
     started_from: dict[str, Any] = field(default_factory=dict)
 
     def begin_epoch(self) -> None:
-        """Set the sums of the epoch to zero."""
+        """Clear the sums of the epoch."""
         self.epoch_data_s = self.epoch_step_s = self.epoch_loss = 0.0
         self.epoch_steps = self.epoch_losses = 0
 
@@ -126,10 +122,6 @@ class TrainingState:
         if self.ema is not None:
             cast(Backbone, self.ema.module).set_fusion(schedule)
 
-    def is_finite(self) -> bool:
-        """Return whether every parameter is a finite number."""
-        return all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
-
 
 class Saver:
     """Write checkpoints in the background, one at a time; training waits for the copy, not for the write."""
@@ -168,7 +160,7 @@ def on_host(value: Any) -> Any:
 
 
 class Checkpoints:
-    """The folder of a run's checkpoints: the last two, and the one that validation selected."""
+    """Hold a run's checkpoints: the last two, and the one that validation selected."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -183,10 +175,10 @@ class Checkpoints:
         return sorted(self.folder.glob("step_*[0-9].pt"), reverse=True)
 
     def save(self, step: int, content: dict[str, Any], selected: bool = False) -> None:
-        """Write the checkpoint of a step, also as the selected one where it is; remove all but the last two."""
+        """Write the checkpoint of a step, also as the selected one if it is; remove all but the last two."""
         path = self.path(step)
         if selected:
-            # The selected one first: a run that continues from the other does not select again.
+            # First, since a run that continues from the other does not select again.
             write(self.best, content)
             write_whole(path, lambda file: _link(self.best, file))
         else:
@@ -195,9 +187,9 @@ class Checkpoints:
             old.unlink(missing_ok=True)
 
     def find_last(self) -> Path | None:
-        """Return the newest checkpoint that is whole, None where there is none; rename damaged later ones.
+        """Return the newest checkpoint that is whole, None if there is none; rename damaged later ones.
 
-        Raises CheckpointError where all are damaged, or where the newest whole one cannot be read.
+        Raises CheckpointError if all are damaged, or the newest whole one cannot be read.
         """
         damaged: list[Path] = []
         for path in self.newest_first():
@@ -218,8 +210,7 @@ class Checkpoints:
 def load(path: Path) -> dict[str, Any]:
     """Read a run's checkpoint.
 
-    Raises DamagedError where it is not what was written, CheckpointError where it is missing, of another kind or
-    format, or cannot be read.
+    Raises DamagedError if it is not what was written, else CheckpointError if it cannot be read as a checkpoint.
     """
     try:
         content = read_file(path)
@@ -241,7 +232,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint and seal it. Raises CheckpointError where the disk refuses."""
+    """Write a checkpoint and seal it. Raises CheckpointError if the disk refuses."""
 
     def to_file(name: str) -> None:
         # Python's file reports a full disk; torch's own does not.
@@ -259,7 +250,7 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def _link(path: Path, name: str) -> None:
-    """Give a file another name; copy it where the file system has no links."""
+    """Give a file another name; copy it if the file system has no links."""
     os.unlink(name)
     try:
         os.link(path, name)
@@ -268,12 +259,12 @@ def _link(path: Path, name: str) -> None:
 
 
 def find_checkpoint(config: RunConfig, folder: Checkpoints, process: Process) -> dict[str, Any] | None:
-    """Read the checkpoint to continue from, the same in all processes; None where the run starts anew.
+    """Read the checkpoint to continue from, the same in all processes; None if the run starts anew.
 
-    Raises CheckpointError where it is of another run, or where the folder holds later steps than the one that is named.
+    Raises CheckpointError if it is of another run, or if the folder holds later steps than the one that is named.
     """
     resume = config.resume
-    if resume == "never" and not interrupts.is_restarted():
+    if resume == "never" and not interrupts.restarts():
         return None
     path = process.from_main(folder.find_last() if process.is_main else None)
     named = Path(resume) if resume not in ("auto", "never") else None
@@ -294,12 +285,12 @@ def find_checkpoint(config: RunConfig, folder: Checkpoints, process: Process) ->
 
 
 def changes_weights(key: str) -> bool:
-    """Return whether a key, or a group of this name, changes the weights that come out."""
+    """Return whether a key or group changes the weights that come out."""
     return not f"{key}.".startswith(_FREE)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """List the settings in which two configurations differ and that change the weights that come out."""
+    """List the settings that differ between two configurations and change the weights."""
     old, new = flatten(before), flatten(now)
     return [
         f"{key}: {old.get(key)!r} before, {new.get(key)!r} now"
@@ -309,26 +300,21 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def check_same_run(content: dict[str, Any], config: dict[str, Any], world_size: int) -> None:
-    """Raise CheckpointError where a checkpoint is of a run with other settings, naming each."""
+    """Raise CheckpointError if a checkpoint is of a run with other settings, naming each."""
     differ = differences(with_added_keys(content["config"]), config)
-    if content["world_size"] != world_size:
-        differ.append(
-            f"processes: {content['world_size']} before, {world_size} now "
-            "(another number adds up gradients in another order)"
-        )
+    if (before := content["world_size"]) != world_size:
+        differ.append(f"processes: {before} before, {world_size} now (they add up gradients in another order)")
     if differ:
-        raise CheckpointError(
-            "\n  ".join(["the checkpoint is of a run with other settings:", *differ])
-            + "\nUse the same settings to continue it, or another run_dir to start a new run"
-        )
+        listed = "\n  ".join(["the checkpoint is of a run with other settings:", *differ])
+        raise CheckpointError(f"{listed}\nUse the same settings to continue it, or another run_dir for a new run")
 
 
 @dataclass(frozen=True)
 class TrainedOn:
     """Describe the data of a run.
 
-    num_classes: number of classes in the data. classes: their names by number, None where the data does not tell them.
-    images: number of images by part, 0 where a stream does not say.
+    num_classes: number of classes. classes: their names by number, None if the data does not tell them. images: number
+    of images by part, 0 if a stream does not say.
     """
 
     num_classes: int
@@ -348,38 +334,27 @@ class TrainedOn:
 
 
 def check_same_data(content: Mapping[str, Any], now: TrainedOn) -> None:
-    """Raise CheckpointError where a run would continue on other classes or images.
-
-    A checkpoint of a version that did not keep them is compared by its number of classes alone.
-    """
-    before, head = content.get("data"), content["model"].get("head.weight")
-    if not before:
-        chosen = content["config"]["model"]["num_classes"] is not None
-        before = {"num_classes": now.num_classes if chosen or head is None else len(head)}
-    differ = []
-    if before["num_classes"] != now.num_classes:
-        differ.append(f"{before['num_classes']} classes before, {now.num_classes} now")
+    """Raise CheckpointError if a run would continue on other classes or images; version 0.1 kept neither."""
+    before, head = content.get("data") or {}, content["model"].get("head.weight")
+    told = head is not None and content["config"]["model"]["num_classes"] is None
+    old_classes = before.get("num_classes", len(head) if told else now.num_classes)
+    differ = [f"{old_classes} classes before, {now.num_classes} now"] if old_classes != now.num_classes else []
+    images = before.get("images") or now.images
     if before.get("classes") is not None and now.classes is not None:
         differ += class_differences(before["classes"], now.classes)
-    images = before.get("images") or now.images
     for part in dict.fromkeys([*images, *now.images]):
-        old, new = images.get(part, 0), now.images.get(part, 0)
-        if old != new:
+        if (old := images.get(part, 0)) != (new := now.images.get(part, 0)):
             differ.append(f"{old} {part} images before, {new} now")
     if differ:
-        raise CheckpointError(
-            "\n  ".join(["the checkpoint is of a run on other data:", *differ])
-            + "\nRestore the data to continue the run, or start a new run_dir with init_from=RUN"
-        )
+        listed = "\n  ".join(["the checkpoint is of a run on other data:", *differ])
+        raise CheckpointError(f"{listed}\nRestore the data to continue, or start a new run_dir with init_from=RUN")
 
 
 def class_differences(before: Sequence[str], now: Sequence[str]) -> list[str]:
-    """Describe the differences between two lists of class names; empty where they are equal."""
-    lost = [name for name in before if name not in set(now)]
-    new = [name for name in now if name not in set(before)]
+    """Describe the differences between two lists of class names; empty if they are equal."""
+    lost, new = ([name for name in one if name not in set(other)] for one, other in ((before, now), (now, before)))
     differ = [f"classes that are gone: {some(lost)}"] if lost else []
     differ += [f"classes that are new: {some(new)}"] if new else []
     if not differ and list(before) != list(now):
-        number = next(i for i, (old, other) in enumerate(zip(before, now, strict=True)) if old != other)
-        differ.append(f"the classes are numbered otherwise: {number} was {before[number]}, and is {now[number]} now")
+        differ.append("the classes have other numbers")
     return differ

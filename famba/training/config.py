@@ -1,7 +1,4 @@
-"""The configuration of a run as dataclasses, checked as a whole before anything starts.
-
-Defaults stand in configs/ alone: a dataclass here has none, so a key that is missing is an error.
-"""
+"""Define the configuration of a run, which is checked as a whole; defaults stand in configs/ alone."""
 
 from __future__ import annotations
 
@@ -172,20 +169,11 @@ _ADAPTER = TypeAdapter(RunConfig)
 
 
 def parse(values: Mapping[str, Any]) -> RunConfig:
-    """Turn nested plain values, as YAML holds them, into a RunConfig.
-
-    Raises ConfigError with every key that is unknown, missing or of a wrong value.
-    """
-    given = flatten(values)
-    for key, value in given.items():
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:  # file names and command lines may hold such text
-            raise ConfigError(f"{key} is {_shown(value)}: it has to be valid UTF-8") from None
+    """Turn nested plain values into a RunConfig. Raises ConfigError with every key at fault."""
     # `Fusion` has defaults of its own, for networks that are built without a configuration.
     wanted = keys(Fusion, "fusion.") if isinstance(values.get("fusion"), dict) else []
-    if missing := [key for key in wanted if key not in given]:
-        raise ConfigError("\n".join(f"{key} is missing" for key in missing))
+    if missing := [f"{key} is missing" for key in wanted if key not in flatten(values)]:
+        raise ConfigError("\n".join(missing))
     try:
         # Strict validation builds dataclasses from JSON alone.
         return _ADAPTER.validate_json(json.dumps(values))
@@ -226,7 +214,7 @@ def keys(cls: type = RunConfig, prefix: str = "") -> list[str]:
 
 
 def look_up(question: Callable[[Path], bool], key: str, path: str) -> bool:
-    """Ask the file system about a path. Raises ConfigError for one that it cannot look up, such as a long name."""
+    """Ask the file system about a path. Raises ConfigError if it cannot look it up, as with a long name."""
     try:
         return question(Path(path))
     except (OSError, ValueError) as error:
@@ -234,19 +222,12 @@ def look_up(question: Callable[[Path], bool], key: str, path: str) -> bool:
 
 
 def explain(error: ValidationError, known: list[str], prefix: str = "") -> list[str]:
-    """Return one line for each key at fault, with all that the members of a union allow.
-
-    known: the whole names of the keys. prefix: what stands before the names that `error` has.
-    """
+    """Return a line for each key at fault; known: all keys; prefix: stands before the names that `error` has."""
     found: dict[str, list[str]] = {}
     for problem in error.errors():
         start, reason = _explain_one(problem, known, prefix)
         found.setdefault(start, []).append(reason)
-    lines = []
-    for start, reasons in found.items():
-        first, *others = dict.fromkeys(reasons)
-        lines.append(start + " or ".join([first, *(other.removeprefix("input should be ") for other in others)]))
-    return sorted(lines)
+    return sorted(start + " or ".join(dict.fromkeys(reasons)) for start, reasons in found.items())
 
 
 def _explain_one(problem: Any, known: list[str], prefix: str) -> tuple[str, str]:
@@ -254,9 +235,9 @@ def _explain_one(problem: Any, known: list[str], prefix: str) -> tuple[str, str]
     key = prefix + ".".join(map(str, problem["loc"]))
     error = problem.get("ctx", {}).get("error")
     if isinstance(error, ConfigError):
-        # `Fusion` checks itself.
-        message = str(error).removeprefix(f"{error.argument} ")
-        return f"{key}.{error.argument}", f"{' ' if message != str(error) else ': '}{message}"
+        name = f"{error.argument} "  # `Fusion` checks itself
+        message = str(error)
+        return f"{key}.{error.argument}", message.replace(name, " ", 1) if message.startswith(name) else f": {message}"
     if problem["type"] == "unexpected_keyword_argument":
         return f"unknown key {key!r}{near_miss(key, known)}", ""
     # Behind the key stands the member of a union, or the place in a list.
@@ -264,9 +245,5 @@ def _explain_one(problem: Any, known: list[str], prefix: str) -> tuple[str, str]
     if problem["type"] == "missing":
         return f"{key} is missing", ""
     reason = problem["msg"].removeprefix("Value error, ")
-    return f"{key} is {_shown(problem['input'])}: ", f"{reason[:1].lower()}{reason[1:]}".replace("tuple", "list")
-
-
-def _shown(value: object) -> str:
-    text = without_credentials(repr(value))
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    shown = without_credentials(repr(problem["input"]))[:_SHOWN]
+    return f"{key} is {shown}: ", f"{reason[:1].lower()}{reason[1:]}".replace("tuple", "list")

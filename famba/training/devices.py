@@ -1,4 +1,4 @@
-"""Devices: their precision, their memory, and the generators of random numbers."""
+"""Choose devices and precisions, measure memory, and seed the generators of random numbers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _MIB = 2**20
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn "auto" into CUDA, MPS or the CPU, whichever is there first, and any other name into that device.
+    """Return the device of this name; "auto" is the first of CUDA, MPS and CPU that is here.
 
-    Raises ConfigError for a device that torch does not know or does not find here.
+    Raises ConfigError if it is unknown or not on this machine.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -30,11 +30,8 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = torch.device("meta")
-    present = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
+    has_cuda = torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+    present = {"cpu": True, "cuda": has_cuda, "mps": torch.backends.mps.is_available()}
     if device.type not in present:
         raise ConfigError(f"unknown trainer.device {name!r}; allowed: auto, {', '.join(present)}, cuda:0, cuda:1, ...")
     if not present[device.type]:
@@ -44,7 +41,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def make_current(device: torch.device) -> None:
-    """Let a GPU be what "cuda" means, in each of torchrun's processes its own: backends try themselves on it."""
+    """Make a GPU the one that "cuda" means; with torchrun each process gets its own."""
     if device.type == "cuda":
         own = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
         torch.cuda.set_device(own % torch.cuda.device_count())
@@ -54,9 +51,7 @@ def has_bf16(device: torch.device) -> bool:
     """Return whether the device computes in bfloat16 natively."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        return _cpu_has_bf16()
-    return False
+    return device.type == "cpu" and _cpu_has_bf16()
 
 
 def _cpu_has_bf16() -> bool:
@@ -66,19 +61,18 @@ def _cpu_has_bf16() -> bool:
 
 
 def choose_precision(precision: str, device: torch.device) -> torch.dtype | None:
-    """Return the autocast dtype, None for float32; "auto" is bfloat16 where the device has it, else float32.
+    """Return the autocast dtype, None for float32; "auto" is bfloat16 if the device has it, else float32.
 
-    Raises ConfigError where the device does not have it.
+    Raises ConfigError if the device does not have it.
     """
     if precision == "auto":
         return torch.bfloat16 if has_bf16(device) else None
-    if precision == "bf16" and not has_bf16(device):
+    if (precision == "bf16" and not has_bf16(device)) or (precision == "fp16" and device.type == "mps"):
+        kind = "bfloat16" if precision == "bf16" else "float16"
         raise ConfigError(
-            f"trainer.precision=bf16, but this {device.type} device has no bfloat16 instructions; "
+            f"trainer.precision={precision}, but this {device.type} device has no {kind} instructions; "
             "use trainer.precision=fp32 or auto"
         )
-    if precision == "fp16" and device.type == "mps":
-        raise ConfigError("trainer.precision=fp16 is not supported on mps; use trainer.precision=fp32 or auto")
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
@@ -95,7 +89,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin a new peak, so that runs after one another in a process do not inherit it; macOS cannot."""
+    """Begin a new peak, so that a run does not inherit that of the run before; macOS cannot."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif platform.system() == "Linux":
@@ -104,7 +98,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Peak memory in MiB: CUDA's allocator, or this process's resident set on other devices."""
+    """Return the peak memory in MiB: of CUDA's allocator, or of this process on other devices."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / _MIB
     if platform.system() == "Linux":
@@ -114,7 +108,7 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
+    """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -131,7 +125,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def memory_error(error: BaseException, batch: int, accumulation: int) -> TrainingError:
-    """Say what was tried and which settings need less memory."""
+    """Return an error that says which settings need less memory."""
     return TrainingError(
         f"out of memory with {batch} images at once ({str(error).splitlines()[0] if str(error) else error!r}). "
         f"Less memory: trainer.accumulation={2 * accumulation} (the same step in smaller parts), "
@@ -141,10 +135,7 @@ def memory_error(error: BaseException, batch: int, accumulation: int) -> Trainin
 
 
 def seed_generators(stream: Stream, *place: int) -> None:
-    """Seed every global generator that timm or torch draws from, for one use at one place in the run.
-
-    Draws then never depend on what ran before, and no generator's state has to be saved.
-    """
+    """Seed all global generators for one use at one place in the run, so that no generator's state has to be saved."""
     torch.manual_seed(derived_integer(stream, *place))
     np.random.seed(derived_integer(stream, *place, bits=32))
     random.seed(derived_integer(stream, *place))

@@ -1,4 +1,4 @@
-"""Processes that train together: started by torchrun or srun, joined by torch.distributed."""
+"""Join the processes that torchrun or srun started, and let them agree."""
 
 from __future__ import annotations
 
@@ -40,10 +40,6 @@ class Process:
         """Return whether this process writes files."""
         return self.rank == 0
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """Average over processes, in place."""
-        return self.sum(values) / self.world_size
-
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Add over processes, in place."""
         if self.world_size > 1:
@@ -60,10 +56,9 @@ class Process:
 
     def from_main(self, value: Any) -> Any:
         """Return the main process's value, any picklable object, in every process."""
-        if self.world_size == 1:
-            return value
         values = [value]
-        dist.broadcast_object_list(values, src=0, group=self.host_group)
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0, group=self.host_group)
         return values[0]
 
     def wait_for_all(self) -> None:
@@ -85,14 +80,13 @@ class Process:
         lost = isinstance(error, RuntimeError) and _BROKEN.search(str(error)) is not None
         text = "lost another process: killed, or out of memory" if lost else str(error) or type(error).__name__
         first = mine = f"process {self.rank} failed: {text.splitlines()[0]}"
-        # The store may be gone with the process that kept it.
-        with suppress(RuntimeError):
+        with suppress(RuntimeError):  # the store may be gone with the process that kept it
             first = self.store.compare_set("failure", "", mine).decode()
         return TrainingError(first) if lost or first != mine else error
 
 
 def world_size() -> int:
-    """Return the number of processes of torchrun or srun, 1 without them. Raises ConfigError where it is no number."""
+    """Return the number of processes of torchrun or srun, 1 without them. Raises ConfigError if it is no number."""
     adopt_slurm()
     given = os.environ.get("WORLD_SIZE", "1")
     if not given.isdecimal() or int(given) < 1:
@@ -101,7 +95,7 @@ def world_size() -> int:
 
 
 def adopt_slurm() -> None:
-    """Set the environment variables of torchrun where srun started several tasks together."""
+    """Set the environment variables of torchrun if srun started several tasks together."""
     given = os.environ
     # Set by srun alone; SLURM_NTASKS may be larger than 1 for a single process in a batch script.
     tasks = int(given.get("SLURM_STEP_NUM_TASKS", "1"))
@@ -117,7 +111,7 @@ def adopt_slurm() -> None:
 def start_process(device: torch.device) -> Process:
     """Join the processes that were started together, or be the only one.
 
-    Raises ConfigError where they cannot find one another.
+    Raises ConfigError if they cannot find one another.
     """
     size = world_size()
     if size == 1:
@@ -142,8 +136,7 @@ def _first_host() -> str:
     given = os.environ
     if given.get("SLURM_STEP_NUM_NODES", "1") == "1":
         return "127.0.0.1"
-    nodes = given.get("SLURM_STEP_NODELIST") or given.get("SLURM_JOB_NODELIST", "")
-    command = ["scontrol", "show", "hostnames", nodes]
+    command = ["scontrol", "show", "hostnames", given.get("SLURM_STEP_NODELIST", "")]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()[0]  # noqa: S603
     except (OSError, subprocess.SubprocessError, IndexError):

@@ -1,4 +1,4 @@
-"""Metrics of a run in files and services, and its lines on the terminal."""
+"""Write a run's metrics to files and services, and its lines to the terminal and train.log."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import json
 import logging
 import os
 import sys
-import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,53 +22,45 @@ from famba.training.run_folder import METRICS, RunFolder
 
 FILE_ONLY = {"file_only": True}
 """Mark a line that is for train.log alone, as `extra` of a logging call."""
-_log = logging.getLogger(__name__)
-# At the end of a run wandb sends what it could not send before; a scheduler's notice leaves less time for it.
-_FINISH_S, _FINISH_IN_HASTE_S = 300.0, 15.0
 _PLAIN_SECONDS = 30.0
-_WARM_STEPS, _TIMED_STEPS = 2, 8
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 class JsonLines:
-    """One object per line in metrics.jsonl. Lines that the disk refuses wait for the next one, and for `sync`."""
+    """Append objects to metrics.jsonl, one per line. Raises CheckpointError if the disk refuses."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / METRICS
         self._handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        self._waiting = b""
-        self._lock = threading.Lock()  # a checkpoint is written, and this synced, beside training
 
     def log(self, kind: str, step: int, epoch: int, values: dict[str, Any]) -> None:
         """Add a line of values after `step` steps, in epoch `epoch`; kind is "train", "epoch" or "schedule"."""
-        line = json.dumps({"kind": kind, "step": step, "epoch": epoch, **values})
-        try:
-            self._write(line.encode() + b"\n")
-        except OSError as error:
-            _log.warning("cannot write %s (%s); its lines wait for the next try", self._path, error)
+        line = json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}).encode() + b"\n"
+        with self._refused():
+            while line:
+                line = line[os.write(self._handle, line) :]
 
     def sync(self) -> None:
-        """Wait until all lines are on the disk. Raises CheckpointError where it refuses them."""
-        try:
-            self._write()
+        """Wait until all lines are on the disk."""
+        with self._refused():
             os.fsync(self._handle)
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self._path}: {error}") from error
 
-    def close(self) -> None:
-        """Write what waits, and close the file. Raises as `sync` does."""
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Close the file; the summary has its own."""
         self.sync()
         os.close(self._handle)
 
-    def _write(self, more: bytes = b"") -> None:
-        with self._lock:
-            self._waiting += more
-            while self._waiting:
-                self._waiting = self._waiting[os.write(self._handle, self._waiting) :]
+    @contextmanager
+    def _refused(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self._path}: {error}") from error
 
 
 class WandbLogger:
-    """Weights & Biases. A run that continues keeps its id; runs of a sweep are one group."""
+    """Log to Weights & Biases. A run that continues keeps its id; runs of a sweep are one group."""
 
     def __init__(self, folder: RunFolder, logger: LoggerConfig, config: dict[str, Any]) -> None:
         import wandb
@@ -103,7 +93,7 @@ class WandbLogger:
 
 
 class TensorBoardLogger:
-    """Event files in the run folder's tensorboard/; steps that are done again replace the earlier ones."""
+    """Write event files to the run folder's tensorboard/; steps that are done again replace the earlier ones."""
 
     def __init__(self, folder: RunFolder, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -121,10 +111,9 @@ class TensorBoardLogger:
 
 
 class Metrics:
-    """All loggers of a run as one; only the main process has any.
+    """Log to metrics.jsonl and to the configured logger, in the main process alone.
 
-    Lines of metrics.jsonl that cannot be written end the run at its next checkpoint; a failure of another logger does
-    not.
+    A failure to write metrics.jsonl ends the run; a failure of the other logger ends that logger.
     """
 
     def __init__(self, folder: RunFolder, logger: LoggerConfig, config: dict[str, Any], step: int) -> None:
@@ -144,26 +133,20 @@ class Metrics:
             self._attempt("log", lambda: more.log(kind, step, epoch, values))
 
     def sync(self) -> None:
-        """Wait until metrics.jsonl is on the disk. Raises CheckpointError where it cannot be written."""
+        """Wait until metrics.jsonl is on the disk. Raises CheckpointError if it cannot be written."""
         if self._lines is not None:
             self._lines.sync()
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Close every logger; one that takes too long is left behind."""
+        """Close every logger."""
         if (more := self._more) is not None:
-            # In a thread that does not outlive the process.
-            finish = threading.Thread(target=self._attempt, args=("finish", lambda: more.finish(summary)), daemon=True)
-            finish.start()
-            finish.join(_FINISH_S if summary["status"] == "finished" else _FINISH_IN_HASTE_S)
-            if finish.is_alive():
-                _log.warning("%s does not finish; its last metrics may be missing there", self._name)
-            self._more = None
-        if self._lines is not None:
-            self._lines.close()
-            self._lines = None
+            self._attempt("finish", lambda: more.finish(summary))
+        lines, self._lines, self._more = self._lines, None, None
+        if lines is not None:
+            lines.finish(summary)
 
     def _attempt(self, verb: str, call: Callable[[], T]) -> T | None:
-        """Call, and return the result; where that fails, warn and log no more."""
+        """Call, and return the result; if that fails, warn and log no more."""
         try:
             return call()
         except Exception as error:  # of a logger's library: training is worth more than its log
@@ -173,43 +156,28 @@ class Metrics:
 
 
 class Progress:
-    """A bar on a terminal, a plain line every half minute elsewhere, and a first estimate of the time left."""
+    """Show steps, speed and time left: a bar on a terminal, a line every half minute elsewhere."""
 
-    def __init__(self, total_steps: int, step: int, images_per_step: int, shown: bool) -> None:
-        self._total, self._images, self._first, self._shown = total_steps, images_per_step, step, shown
+    def __init__(self, total_steps: int, step: int, shown: bool) -> None:
+        live = sys.stderr.isatty()
         self._bar = tqdm(
-            total=total_steps, initial=step, disable=None if shown else True, unit="step", dynamic_ncols=True
+            total=total_steps,
+            initial=step,
+            disable=not shown,
+            unit="step",
+            dynamic_ncols=live,
+            mininterval=0.1 if live else _PLAIN_SECONDS,
+            maxinterval=10 if live else _PLAIN_SECONDS,
         )
-        self._started = self._last_line = time.monotonic()
 
     def step(self, step: int, epoch: int, loss: float | None) -> None:
-        """Show that `step` steps are done; loss where it is known."""
-        if not self._shown:
-            return
-        self._estimate(step)
-        if not self._bar.disable:
-            self._bar.update(step - self._bar.n)
-            if loss is not None:
-                self._bar.set_postfix_str(f"epoch {epoch + 1} loss {loss:.3f}", refresh=False)
-        elif loss is not None and time.monotonic() - self._last_line > _PLAIN_SECONDS:
-            self._last_line = time.monotonic()
-            rate = (step - self._first) / (self._last_line - self._started)
-            told = (
-                f"step {step} of {self._total}, epoch {epoch + 1}, loss {loss:.4f}, {rate * self._images:.1f} images/s"
-            )
-            _log.info("%s, %s left", told, duration((self._total - step) / rate))
-
-    def _estimate(self, step: int) -> None:
-        done = step - self._first
-        if done == _WARM_STEPS:
-            self._warm = time.monotonic()
-        if done == _WARM_STEPS + _TIMED_STEPS:
-            seconds, left = (time.monotonic() - self._warm) / _TIMED_STEPS, self._total - step
-            text = duration(seconds * left)
-            _log.info("%.2f s per step: about %s for the %d steps left, without evaluation", seconds, text, left)
+        """Show that `step` steps are done; loss if it is known."""
+        if loss is not None:
+            self._bar.set_postfix_str(f"epoch {epoch + 1} loss {loss:.3f}", refresh=False)
+        self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
-        """Remove the bar from the terminal."""
+        """End the bar."""
         self._bar.close()
 
 
@@ -226,17 +194,16 @@ def duration(seconds: float) -> str:
 
 def epoch_line(epoch: int, epochs: int, images: str, values: Mapping[str, float]) -> str:
     """Describe an epoch, counted from 0: loss, Top-1 on the evaluated images, speed and time."""
-    top1, averaged = values.get(f"{images}_top1"), values.get(f"{images}_ema_top1")
-    result = "" if top1 is None else f", {images} Top-1 {top1:.2f} %"
-    if averaged is not None:
-        result += f" (EMA {averaged:.2f} %)"
+    result = f", {images} Top-1 {values[f'{images}_top1']:.2f} %" if f"{images}_top1" in values else ""
+    if f"{images}_ema_top1" in values:
+        result += f" (EMA {values[f'{images}_ema_top1']:.2f} %)"
     seconds = values["time_data_s"] + values["time_step_s"] + values.get("time_eval_s", 0.0)
     speed = f"{values['images_per_s']:.1f} images/s"
     return f"epoch {epoch + 1} of {epochs}: loss {values['train_loss']:.4f}{result}, {speed}, {duration(seconds)}"
 
 
 def signed(value: float, digits: int = 2) -> str:
-    """Write a number with its sign, and without one where it rounds to 0."""
+    """Write a number with its sign, and without one if it rounds to 0."""
     text = f"{value:+.{digits}f}"
     return text[1:] if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
 
@@ -255,18 +222,16 @@ def log_to(folder: RunFolder) -> Iterator[None]:
         handlers.append(file)
     for handler in handlers:
         handler.addFilter(lambda record: record.name.startswith("famba") or record.levelno >= logging.WARNING)
-    handlers_before, level_before = root.handlers, root.level
+    before = root.handlers, root.level
     root.handlers = handlers
-    # Where the disk is full, the error that ends the run is shown elsewhere.
-    logging.raiseExceptions = False
+    logging.raiseExceptions = False  # if the disk is full, the error that ends the run is shown elsewhere
     root.setLevel(logging.INFO if folder.writes else logging.WARNING)
     try:
         with logging_redirect_tqdm():
             yield
     finally:
-        root.handlers = handlers_before
-        root.setLevel(level_before)
-        logging.raiseExceptions = True
+        root.handlers, logging.raiseExceptions = before[0], True
+        root.setLevel(before[1])
         for handler in handlers:
             with suppress(OSError):
                 handler.close()

@@ -8,7 +8,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -23,18 +22,10 @@ from famba.files import sha256
 from famba.fusion import tokens_per_layer
 from famba.fusion.schedules import Adapted
 from famba.ops.registry import resolve
-from famba.training import checkpoint
+from famba.training import checkpoint, devices, interrupts
 from famba.training.build import Batches, build_model, load_images, load_splits, make_loaders, model_classes
 from famba.training.checkpoint import Saver, Totals, TrainedOn, TrainingState, check_same_data, find_checkpoint
 from famba.training.config import RunConfig, plain
-from famba.training.devices import (
-    memory_error,
-    out_of_memory,
-    peak_memory_mib,
-    reset_peak_memory,
-    seed_generators,
-    synchronize,
-)
 from famba.training.distributed import Process
 from famba.training.evaluation import evaluate
 from famba.training.graph import GraphStep, obstacle
@@ -50,9 +41,8 @@ from famba.training.summary import FORMAT, Summary
 from famba.training.weights import start_from
 
 _log = logging.getLogger(__name__)
-
-# Save before an evaluation where more work than this could be lost in it.
-_WORTH_SAVING_S = 60.0
+_STALLED_STARTS = 3  # of a job, before it is not requeued again
+_WORTH_SAVING_S = 60.0  # save before an evaluation if more work than this could be lost in it
 
 
 def new_state(
@@ -65,10 +55,9 @@ def new_state(
 ) -> TrainingState:
     """Build network and optimizer as they are before the first step; the same for every strategy at one seed.
 
-    fresh: whether to read init_from; not where a checkpoint follows. fused: the form of the optimizer, see
-    `create_optimizer`.
+    fresh: whether to read init_from, because no checkpoint follows. fused: as in `create_optimizer`.
     """
-    seed_generators(Stream.WEIGHTS, config.seed)
+    devices.seed_generators(Stream.WEIGHTS, config.seed)
     classes = model_classes(config, trained_on.num_classes)
     model = build_model(config.model.name, {**setup.model_arguments, "num_classes": classes})
     totals = Totals()
@@ -87,7 +76,7 @@ def new_state(
 
 
 class Training:
-    """One run in one process. Read `run` first; the methods stand in the order in which it needs them."""
+    """Do one run in one process. Read `run` first; the methods stand in the order in which it needs them."""
 
     def __init__(self, config: RunConfig, setup: Setup, folder: RunFolder, process: Process, stop: StopRequest) -> None:
         self.config, self.setup, self.folder, self.process, self.stop = config, setup, folder, process, stop
@@ -111,12 +100,11 @@ class Training:
         self._restore(found)
         folder.write_config(plain(config))
         self.saver = Saver()
-        self._at_start = self._saved = self._place()
-        self._saved_at = time.monotonic()
+        self._saved, self._saved_at = self._place(), time.monotonic()
 
         self.provenance = provenance(process.device, config.seed, process.world_size, setup.dtype)
         self._measure_costs()
-        reset_peak_memory(process.device)
+        devices.reset_peak_memory(process.device)
         if no_graph is not None and self.device.type == "cuda":
             _log.info("steps are no CUDA graphs, and may wait for the host: %s", no_graph)
         kind = GraphStep if no_graph is None else Step
@@ -127,15 +115,11 @@ class Training:
         waits = self.device.type != "cpu" or self.step.masks
         self._look_every = config.trainer.log_every if waits else 1
         self._unseen: list[Tensor] = []
-        # Within the optimizer's step the state is neither that of the step before nor that of the step after.
-        self._sound = True
 
-    def _plan_adapting(
-        self, train: data.Source | data.StreamSource, in_all_epochs: int
-    ) -> tuple[frozenset[int], Tensor]:
+    def _plan_adapting(self, train: data.Source | data.StreamSource, epochs: int) -> tuple[frozenset[int], Tensor]:
         """Return the steps before which an adaptive schedule is measured, and the images (n, 3, s, s) for it.
 
-        The images are a sample of the training set with every class in proportion, which depends on the data alone.
+        The images are a sample of the training set, with every class in proportion. epochs: steps in all epochs.
         """
         config, last = self.config, self.config.trainer.max_steps
         shares, count = config.fusion.adapt_at, config.fusion.adapt_images
@@ -143,14 +127,12 @@ class Training:
             return frozenset(), torch.empty(0)
         if isinstance(train, data.StreamSource):
             raise ConfigError(
-                f"fusion=adaptive measures on training images, and {train.name!r} is a stream without random access; "
-                "choose another strategy, or data in files"
+                f"fusion=adaptive needs training images in files, and {train.name!r} is a stream; choose another"
             )
         # Shares of all epochs: a run that continues with more max_steps measures at the same steps.
-        steps = frozenset(int(share * in_all_epochs) for share in shares)
+        steps = frozenset(int(share * epochs) for share in shares)
         if last is not None and last <= max(steps):
-            told = f"measures after steps {sorted(steps)} of the {in_all_epochs} in all epochs"
-            _log.warning("fusion=adaptive %s; trainer.max_steps=%d ends before", told, last)
+            _log.warning("fusion=adaptive measures after steps %s, max_steps=%d ends before", sorted(steps), last)
         chosen = data.sample(train, min(count, len(train)), config.data.version)
         return steps, load_images(config, self.setup.image_size, chosen)
 
@@ -160,12 +142,8 @@ class Training:
             self.folder.rewind_metrics(0, epoch_ended=True)
             return
         self.state.restore(found)
-        if found.get("computed", self.computed) != self.computed:
-            _log.warning(
-                "begun in %s, continuing in %s: results will differ from one whole run",
-                found["computed"],
-                self.computed,
-            )
+        if (before := found.get("computed", self.computed)) != self.computed:
+            _log.warning("begun in %s, continuing in %s: results will differ", before, self.computed)
         self.folder.rewind_metrics(self.state.step, epoch_ended=not self.state.totals.epoch_open)
         _log.info("continuing after step %d of %d", self.state.step, self.total_steps)
 
@@ -188,9 +166,8 @@ class Training:
     def run(self) -> dict[str, Any]:
         """Train to the end and return the summary. Raises Interrupted once a requested stop is saved."""
         self.folder.write_summary(self.summary("running"))
-        start, trainer = self.state.step, self.config.trainer
-        progress = Progress(self.total_steps, start, trainer.batch_size, self.process.is_main)
-        with contextlib.closing(progress):
+        start, trainer = self._place(), self.config.trainer
+        with contextlib.closing(Progress(self.total_steps, self.state.step, self.process.is_main)) as progress:
             try:
                 if self.state.totals.epoch_open and self.state.step == self._epoch_end():
                     self._finish_epoch()
@@ -202,13 +179,14 @@ class Training:
                         raise StopAsked(number)
                 return self._finish()
             except StopAsked as asked:
-                raise self._stopped(asked.signal) from None
+                raise self._stopped(asked.signal, start) from None
             except Exception as error:
-                self._keep(error)
-                if not out_of_memory(error):
+                with contextlib.suppress(CheckpointError):
+                    self.saver.wait()
+                if not devices.out_of_memory(error):
                     raise
                 parts = trainer.accumulation * self.process.world_size
-                raise memory_error(error, trainer.batch_size // parts, trainer.accumulation) from error
+                raise devices.memory_error(error, trainer.batch_size // parts, trainer.accumulation) from error
 
     # One epoch
 
@@ -242,12 +220,7 @@ class Training:
         # Logged for the step that it first acts in: a run that continues from here measures and logs again.
         self.metrics.log("schedule", state.step + 1, epoch, values)
         removed = " ".join(map(str, schedule))
-        _log.info(
-            "after step %d the layers remove %s tokens (threshold of cosine similarity: %.3f)",
-            state.step,
-            removed,
-            threshold,
-        )
+        _log.info("after step %d the layers remove %s tokens (cosines from %.3f)", state.step, removed, threshold)
 
     def _adapted(self) -> Adapted:
         model, autocast = self.state.model, self.setup.autocast
@@ -263,15 +236,13 @@ class Training:
         state = self.state
         begin = time.perf_counter()
         lr = self.learning_rate.set(state.step)
-        self._sound = not self.step.masks  # those have done the whole step by then
         self._unseen.append(self.step.gradients(batches))
         done, seen = state.step + 1, None
         if done % self._look_every == 0 or done == self.total_steps or done % self.steps_per_epoch == 0:
             seen = self._take_losses(done)
-        self._sound = False
         self.step.update()
         state.step = done
-        state.totals.epoch_open = self._sound = True
+        state.totals.epoch_open = True
         state.totals.add(1, self.step.data_s, time.perf_counter() - begin - self.step.data_s)
         if seen is None:
             return None
@@ -283,12 +254,11 @@ class Training:
     def _take_losses(self, last_step: int) -> tuple[float, float] | None:
         """Read the losses of the steps since the last look from the device, and return the last loss and gradient norm.
 
-        Raises TrainingError for a loss or norm that is not finite: where each step is looked at, before the optimizer
-        uses its gradients.
+        Raises TrainingError for a loss or norm that is not finite.
         """
         if not self._unseen:
             return None
-        records = self.process.mean(torch.stack(self._unseen)).tolist()
+        records = (self.process.sum(torch.stack(self._unseen)) / self.process.world_size).tolist()
         self._unseen.clear()
         for step, (loss, norm) in enumerate(records, start=last_step - len(records) + 1):
             if not math.isfinite(loss) or not (math.isfinite(norm) or self.state.scaler.is_enabled()):
@@ -298,19 +268,8 @@ class Training:
         return records[-1]
 
     def _explain_loss(self, step: int, loss: float, norm: float) -> str:
-        state = self.state
-        if self.step.masks:
-            # The weights are still those of the step before the first bad one: count the steps since as not done.
-            state.totals.add(step - 1 - state.step, 0.0, 0.0)
-            state.step = step - 1
-            state.totals.epoch_open = bool(state.step % self.steps_per_epoch)
-        kept = "no earlier state is kept, since this is the first epoch"
-        if state.is_finite():
-            kept = f"the state before it is kept in {self._save()}"
-            self.saver.wait()
-        elif self._saved[0]:
-            kept = f"the last good state is that of step {self._saved[0]}"
         epoch, lr = (step - 1) // self.steps_per_epoch, self.learning_rate.set(step - 1)
+        kept = f"the last good state is that of step {self._saved[0]}" if self._saved[0] else "no earlier state is kept"
         return (
             f"the loss is {loss} at step {step} (epoch {epoch + 1}), with learning rate {lr:.3g} and gradient norm "
             f"{norm:.3g}; {kept}. "
@@ -318,7 +277,7 @@ class Training:
         )
 
     def _between_steps(self) -> None:
-        """Save where it is time to or where a stop is asked for, in all processes at the same step."""
+        """Save if it is time to or a stop is asked for, in all processes at the same step."""
         self.saver.check()
         due = time.monotonic() - self._saved_at > 60 * self.config.trainer.save_every_min
         number, save = self.process.largest(self.stop.number, int(due and self.process.is_main))
@@ -360,7 +319,7 @@ class Training:
             selected = name == "validation" and top1 > totals.best.get("validation_top1", -1.0)
             if selected:
                 totals.best = {"epoch": epoch, "validation_top1": top1}
-        values |= {"images_per_s": self._images_per_s(), "peak_memory_mib": peak_memory_mib(self.device)}
+        values |= {"images_per_s": self._images_per_s(), "peak_memory_mib": devices.peak_memory_mib(self.device)}
         self.metrics.log("epoch", state.step, epoch, values)
         _log.info("%s", epoch_line(epoch, trainer.epochs, name, values))
         totals.epoch_open = False
@@ -379,7 +338,7 @@ class Training:
         return evaluate(model, batches, self.process, self.step.infer(model), lambda: self.stop.number)
 
     def _images_per_s(self) -> float:
-        synchronize(self.device)
+        devices.synchronize(self.device)
         totals = self.state.totals
         seconds = totals.epoch_data_s + totals.epoch_step_s
         return self.config.trainer.batch_size * totals.epoch_steps / max(seconds, 1e-9)
@@ -404,24 +363,24 @@ class Training:
     def _test_selected(self) -> None:
         """Test the checkpoint that validation selected."""
         best = self.state.totals.best
-        path, selected = self.folder.checkpoints.best, None
-        if not best:
-            return
-        try:
-            selected = checkpoint.load(path)
-            if selected["totals"]["best"].get("epoch") != best["epoch"]:
-                raise CheckpointError(f"{path} is of another epoch than the one that was selected")
-        except CheckpointError as error:
-            selected = None
-            _log.warning("the selected weights cannot be tested: %s", error)
-        # Where one process cannot read it, none goes on to test it.
-        if self.process.largest(int(selected is None)) != [0] or selected is None:
+        selected = self.process.from_main(self._read_selected() if self.process.is_main else None)
+        if selected is None:
             return
         model = copy.deepcopy(self.state.model)
         model.set_fusion(selected["schedule"])
         model.load_state_dict(selected["model"])
         results = self._test(model, self.loaders.test)
         best |= {"top1": results["top1"], "top5": results["top5"]}
+
+    def _read_selected(self) -> dict[str, Any] | None:
+        try:
+            found = checkpoint.load(self.folder.checkpoints.best)
+            if found["totals"]["best"].get("epoch") != self.state.totals.best["epoch"]:
+                raise CheckpointError(f"{self.folder.checkpoints.best} is of another epoch")
+            return {"schedule": found["schedule"], "model": found["model"]}
+        except CheckpointError as error:
+            _log.warning("the selected weights cannot be tested: %s", error)
+            return None
 
     def summary(self, status: str) -> dict[str, Any]:
         """Return the summary of the run so far, as plain values."""
@@ -454,7 +413,7 @@ class Training:
                 "evaluation": totals.eval_s / max(1, totals.evaluations),
             },
             images_per_s=config.trainer.batch_size * totals.steps / max(train_time, 1e-9),
-            peak_memory_mib=peak_memory_mib(self.device),
+            peak_memory_mib=devices.peak_memory_mib(self.device),
             saved_bytes_per_image=self.saved_bytes,
             macs_per_image=self.macs,
             parameters=sum(p.numel() for p in self.state.model.parameters()),
@@ -479,13 +438,8 @@ class Training:
         """Return the steps done, and whether their epoch is yet to be evaluated."""
         return self.state.step, self.state.totals.epoch_open
 
-    @property
-    def has_progressed(self) -> bool:
-        """Return whether a step or an evaluation was done since the start."""
-        return self._place() != self._at_start
-
-    def _save(self, selected: bool = False) -> Path:
-        """Save the state in the background; the returned path is there once the saver has written it."""
+    def _save(self, selected: bool = False) -> None:
+        """Save the state in the background."""
         step = self.state.step
         self._saved, self._saved_at = self._place(), time.monotonic()
 
@@ -495,42 +449,19 @@ class Training:
             self.folder.checkpoints.save(step, content, selected)
 
         if self.folder.writes:
-            about = {
-                "config": plain(self.config),
-                "data": self.trained_on.as_dict(),
-                "world_size": self.process.world_size,
-                "computed": self.computed,
-            }
-            self.saver.save({**about, **self.state.content()}, write)
-        return self.folder.checkpoints.path(step)
+            about = {"config": plain(self.config), "data": self.trained_on.as_dict(), "computed": self.computed}
+            self.saver.save({**about, "world_size": self.process.world_size, **self.state.content()}, write)
 
-    def _stopped(self, number: int) -> Interrupted:
-        """Save where that is not done yet, in all processes before any of them ends."""
-        path = self._save() if self._place() != self._saved else self.folder.checkpoints.path(self.state.step)
+    def _stopped(self, number: int, start: tuple[int, bool]) -> Interrupted:
+        """Save if that is not done yet, in all processes before any of them ends; start: the place at the start."""
+        if self._place() != self._saved:
+            self._save()
         self.saver.wait()
         self.folder.write_summary(self.summary("interrupted"))
         self.process.wait_for_all()
-        return Interrupted(
-            f"stopped after step {self.state.step} of {self.total_steps}, saved in {path}; "
-            f"the same command with run_dir={self.folder.path} continues",
-            number,
-        )
-
-    def _keep(self, error: Exception) -> None:
-        """Save the steps since the last checkpoint before an error ends the run."""
-        try:
-            self.saver.wait()
-            if isinstance(error, CheckpointError):
-                for kept in self.folder.checkpoints.newest_first()[:1]:
-                    _log.warning("the last checkpoint is %s; the same command continues from there", kept)
-                return
-            if self.process.world_size == 1:
-                with contextlib.suppress(RuntimeError):  # a device may not answer any more
-                    self._take_losses(self.state.step)
-            unsaved = self.folder.writes and self._place() != self._saved and self._sound and not self._unseen
-            if unsaved and self.state.is_finite():
-                path = self._save()
-                self.saver.wait()
-                _log.warning("the state after step %d is kept in %s", self.state.step, path)
-        except CheckpointError as refused:
-            _log.warning("%s", refused)
+        path, step = self.folder.checkpoints.path(self.state.step), self.state.step
+        stopped = f"stopped after step {step} of {self.total_steps}, saved in {path}"
+        result = Interrupted(f"{stopped}; the same command with run_dir={self.folder.path} continues", number)
+        if result.goes_on and self._place() == start == (0, False) and interrupts.restarts() >= _STALLED_STARTS - 1:
+            raise TrainingError(f"stopped {_STALLED_STARTS} times before the first step; raise the job's time limit")
+        return result

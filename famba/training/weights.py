@@ -1,4 +1,4 @@
-"""Weights from earlier runs: to start a run from (init_from), and as trained networks (`load_trained`)."""
+"""Read the weights of earlier runs: to start a run from (init_from), or as a trained network (`load_trained`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from famba.errors import CheckpointError, ConfigError, FambaError, near_miss
 from famba.files import read_file
 from famba.fusion import Fusion
 from famba.fusion.schedules import ADAPTIVE, NONE
-from famba.models import BACKBONES, Backbone
+from famba.models import Backbone
 from famba.models.backbone import network_names
 from famba.models.weights import (
     Origin,
@@ -44,10 +44,7 @@ _log = logging.getLogger(__name__)
 
 
 def _find_file(place: str, key: str = "path") -> Path | None:
-    """Return the file that a run folder, a file, or the name of a model with bundled weights means, else None.
-
-    Raises CheckpointError for a folder without a finished run, ConfigError for a path that cannot be looked up.
-    """
+    """Return the file that a run folder, a file, or the name of a model with bundled weights means, else None."""
     if look_up(Path.is_dir, key, place):
         return finished_weights(Path(place))
     if look_up(Path.is_file, key, place):
@@ -57,7 +54,7 @@ def _find_file(place: str, key: str = "path") -> Path | None:
 
 
 def _bundled() -> list[str]:
-    """List the names, with and without tags, of the models whose weights come with the package."""
+    """List the names, with and without tags, of the models with bundled weights."""
     names = names_with_weights()
     return [*names, *(name.split(".")[0] for name in names)]
 
@@ -76,11 +73,7 @@ def _class_names(content: Mapping[str, Any], file: Path) -> tuple[str, ...] | No
 
 @dataclass(frozen=True)
 class Initial:
-    """Weights that init_from names, as their file has them.
-
-    file: where they were found. origin: what the file says of their network. classes: names of the classes, None where
-    nothing says them.
-    """
+    """Hold weights that init_from names, with their file, what it says of their network, and names of classes."""
 
     given: str
     file: Path
@@ -90,25 +83,18 @@ class Initial:
 
 
 def read_initial(given: str) -> Initial:
-    """Read the weights that init_from names.
+    """Read the weights that init_from names: a run's folder, a file, or a timm model with bundled weights.
 
-    Args:
-        given: a run's folder, for its last weights; a .safetensors, .pt or .pth file with weights; or the timm name of
-            a model with bundled weights. With "ema:" before it, the averaged weights of a run with recipe.ema_decay,
-            from its folder or a checkpoint.
-
-    Raises:
-        CheckpointError: nothing is there, or it is damaged or holds no such weights.
-        ConfigError: the path cannot be looked up.
+    With "ema:" before it, these are the averaged weights of a run with recipe.ema_decay, from its folder or a
+    checkpoint. Raises FambaError if nothing is there, or it is damaged or holds no such weights.
     """
     place = given.removeprefix(AVERAGED)
     averaged = place != given
     file = _find_file(place, "init_from")
     if file is None:
+        near = near_miss(place, _bundled()) or f"; these are {', '.join(names_with_weights())}"
         raise CheckpointError(
-            f"init_from={given} is no file, no run folder and no timm model with bundled weights"
-            f"{near_miss(place, _bundled())}; give a finished run's folder, a .safetensors, .pt or .pth file, or one "
-            f"of: {', '.join(names_with_weights())}"
+            f"init_from={given} is no file, no run folder and no timm model with bundled weights{near}"
         )
     if averaged and Path(place).is_dir():
         # Averaged weights are kept in checkpoints alone.
@@ -117,53 +103,43 @@ def read_initial(given: str) -> Initial:
     weights = content.get("ema") if averaged else weights_in(content)
     if not isinstance(weights, dict):
         raise CheckpointError(
-            f"init_from={given}: {file} holds no averaged weights, which checkpoints of runs with recipe.ema_decay "
-            f"have; give such a run, or leave out {AVERAGED}"
+            f"init_from={given}: {file} holds no averaged weights; give a run with recipe.ema_decay, or leave out "
+            f"{AVERAGED}"
         )
     return Initial(given, file, weights, saved_origin(content, file), _class_names(content, file))
 
 
 def check_initial(config: RunConfig, outline: Backbone) -> None:
-    """Raise FambaError where the weights that a run is to start from are missing or do not fit its network.
+    """Raise FambaError if the weights that a new run is to start from are missing or do not fit its network.
 
-    Nothing is read for a run that has begun: it continues from its own checkpoint. `outline` may be without memory.
+    `outline` may be without memory. A run that has begun continues from its own checkpoint.
     """
     if config.init_from is None or _has_begun(Path(config.run_dir)):
         return
     initial = read_initial(config.init_from)
-    _check_shape(outline, initial)
     fit_weights(outline, initial.weights, str(initial.file), initial.origin, _has_other_head(outline, initial.weights))
 
 
 def start_from(model: Backbone, given: str, classes: tuple[str, ...] | None = None) -> dict[str, Any]:
     """Load the weights that init_from names into `model`, with a new classifier for other classes.
 
-    classes: names of the classes that the run trains on, None where they are not known.
-
-    Returns what a summary tells of them: init_from, the SHA-256 of the weights, and whether the classifier is new.
-    Raises FambaError as `check_initial`; nothing is loaded then.
+    classes: names of the run's classes, None if they are not known. Returns what a summary tells of the weights:
+    init_from, their SHA-256, and whether the classifier is new. Raises FambaError as `check_initial`.
     """
     initial = read_initial(given)
-    _check_shape(model, initial)
-    known = initial.classes is not None and classes is not None
-    others = class_differences(initial.classes, classes) if known else []  # type: ignore[arg-type]
-    other_head = _has_other_head(model, initial.weights)
-    digest = weights_sha256(initial.weights)
-    changes = load_weights(model, initial.weights, initial.file, initial.origin, reset_head=bool(others) or other_head)
-    if other_head:
-        head = initial.weights.get("head.weight")
-        theirs = f"of {len(head)}" if isinstance(head, Tensor) and head.ndim else "missing"
-        changes.append(f"with a new classifier of {model.num_classes} classes, since theirs is {theirs}")
-    elif others:
-        changes.append(f"with a new classifier, since their {model.num_classes} classes differ ({'; '.join(others)})")
-    else:
-        changes.append(f"with their classifier of {model.num_classes} classes")
-    _log.info("%s", "; ".join([f"weights start from {given} (SHA-256 {digest[:12]})", *changes]))
-    return {"init_from": given, "weights_sha256": digest, "new_classifier": bool(others) or other_head}
+    why, digest = [], weights_sha256(initial.weights)
+    if _has_other_head(model, initial.weights):
+        why = ["theirs is missing or has another number of classes"]
+    elif initial.classes is not None and classes is not None:
+        why = class_differences(initial.classes, classes)
+    changes = load_weights(model, initial.weights, initial.file, initial.origin, reset_head=bool(why))
+    head = f"with a new classifier ({'; '.join(why)})" if why else "with their classifier"
+    _log.info("%s", "; ".join([f"weights start from {given} (SHA-256 {digest[:12]})", *changes, head]))
+    return {"init_from": given, "weights_sha256": digest, "new_classifier": bool(why)}
 
 
 def weights_sha256(weights: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of names, dtypes, shapes and values, in hexadecimal: the same for every kind of file."""
+    """Return the SHA-256 of names, dtypes, shapes and values: the same for every kind of file."""
     digest = hashlib.sha256()
     for name, value in sorted(weights.items()):
         if isinstance(value, Tensor):
@@ -173,7 +149,7 @@ def weights_sha256(weights: Mapping[str, Any]) -> str:
 
 
 def _has_begun(run_dir: Path) -> bool:
-    """Return whether there are checkpoints to continue from, of a run or, in its folder, of a sweep."""
+    """Return whether a run, or a run of a sweep, has checkpoints to continue from."""
     try:
         return (run_dir / "checkpoints").is_dir() or next(run_dir.glob("*/checkpoints"), None) is not None
     except (OSError, ValueError):
@@ -186,45 +162,15 @@ def _has_other_head(model: Backbone, weights: Mapping[str, Any]) -> bool:
     return own is not None and (not isinstance(head, Tensor) or head.shape[:1] != own.shape[:1])
 
 
-def _check_shape(model: Backbone, initial: Initial) -> None:
-    """Raise CheckpointError, naming the keys, where the file is of a network of another shape."""
-    here, there = _shape(model.state_dict()), _shape(initial.weights)
-    differs = sorted(key for key in here if there.get(key) is not None and here[key] != there[key])
-    if "model.name" in differs:
-        raise CheckpointError(
-            f"init_from={initial.given}: the weights in {initial.file} are of {there['model.name']}, this run's "
-            f"network is {here['model.name']}; choose the model that they are of"
-        )
-    if differs:
-        listed = ", ".join(f"{key} is {here[key]} here, {there[key]} in the file" for key in differs)
-        # Weights show whether there is a class token, but not its place.
-        advice = " ".join(f"{key}={there[key]}" for key in differs).replace("=a class token", "=head (or middle)")
-        raise CheckpointError(f"init_from={initial.given} does not fit: {listed} ({initial.file}); set {advice}")
-
-
-def _shape(weights: Mapping[str, Any]) -> dict[str, object]:
-    """Return the values of the configuration's keys that weights show; None where they do not show it."""
-    kind = next((kind for kind in BACKBONES if kind.recognizes(weights)), None)
-    patches = weights.get("patch_embed.proj.weight")
-    width = len(patches) if isinstance(patches, Tensor) and patches.ndim else None
-    if kind is None:
-        return {"model.name": None, "model.depth": None, "model.embed_dim": width}
-    layers = [str(name).removeprefix(f"{kind.layers_name}.").split(".")[0] for name in weights]
-    depth = max((int(number) + 1 for number in layers if number.isdecimal()), default=None)
-    own = {f"model.{key}": value for key, value in kind.keys_of(weights).items()}
-    return {"model.name": kind.kind, "model.depth": depth, "model.embed_dim": width, **own}
-
-
 # Trained networks
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A network as training left it.
+    """Hold a network as training left it, in eval mode on the CPU, with its last schedule.
 
-    model: in eval mode, on the CPU, with its last schedule. config: of its run; None for a timm model without one.
-    source: where it comes from, for a reader. image_size: pixels. mean, std: of RGB in [0, 1]. scaling: how evaluation
-    scales images. class_names: by class number; None where nothing tells them.
+    config: of its run, None for a timm model. source: where it comes from, for a reader. image_size: pixels. mean, std:
+    of RGB in [0, 1]. scaling: how evaluation scales images. class_names: by number, None if unknown.
     """
 
     model: Backbone
@@ -243,7 +189,7 @@ class Trained:
 
     @property
     def fusion(self) -> Fusion:
-        """Return how it was trained to fuse; without a configuration its strategy is "none" or "custom"."""
+        """Return how it was trained to fuse; without a configuration the strategy is "none" or "custom"."""
         if self.config is not None:
             return self.config.fusion
         return self.model.settings if any(self.schedule) else replace(self.model.settings, strategy=NONE, layers=None)
@@ -267,13 +213,9 @@ class Trained:
 def load_trained(path: str | Path) -> Trained:
     """Load a trained network; its training data is not needed.
 
-    Args:
-        path: a run folder, for its last weights; the model.safetensors in one; a checkpoint (.pt) of a run, with its
-            weights and schedule of that step; or the name of a timm model with weights.
-
-    Raises:
-        CheckpointError: nothing is there, it is damaged, of another release, or does not describe its network.
-        ConfigError: the run's configuration cannot be built here, such as a model that is not registered.
+    path: a run folder or its model.safetensors, a checkpoint (.pt) of a run with weights and schedule of that step, or
+    the name of a timm model with weights. Raises CheckpointError if nothing is there, it is damaged, of another release
+    or does not describe its network, ConfigError if its configuration cannot be built here.
     """
     place = Path(path)
     if place.suffix in _EXPORTED or (place / _EXPORTED_CONFIG).is_file():
@@ -288,9 +230,7 @@ def load_trained(path: str | Path) -> Trained:
     folder = RunFolder(file.parent, writes=False)
     values, summary = folder.config, folder.summary
     if values is None:
-        raise CheckpointError(
-            f"{file} lies beside no {CONFIG}, which describes its network and data; give a run folder"
-        )
+        raise CheckpointError(f"{file} lies beside no {CONFIG}, which describes its network; give a run folder")
     if summary is None and values.get("fusion", {}).get("strategy") == ADAPTIVE:
         raise CheckpointError(f"{folder.path} has no {SUMMARY} with the last schedule of its run; give a .pt file")
     source = f"{path}, which comes with the package" if str(path) in _bundled() else f"run {folder.path}"
@@ -328,26 +268,21 @@ def _from_timm(name: str) -> Trained:
     known = network_names()
     if name.split(".")[0] not in known:
         raise CheckpointError(
-            f"no run folder, no checkpoint and no timm model is called {name!r}{near_miss(name, known)}; "
-            "give a run folder, its model.safetensors, a checkpoint (.pt), or the name of a timm model with weights"
+            f"no run folder, no checkpoint and no timm model is called {name!r}{near_miss(name, known)}"
         )
     with_weights = timm.list_models(f"{name.split('.')[0]}*", pretrained=True)
     if "." in name and name not in with_weights:
         raise CheckpointError(f"{name} is not known{near_miss(name, with_weights)}; known: {', '.join(with_weights)}")
     found = get_pretrained_cfg(name, allow_unregistered=False)
     if found is None or not found.has_weights:
-        raise CheckpointError(
-            f"{name} comes without weights; with weights come {', '.join(names_with_weights())}, and most of timm's "
-            "transformers"
-        )
+        raise CheckpointError(f"{name} comes without weights; {', '.join(names_with_weights())} has some")
     try:
         model = build_model(name, {"pretrained": True}).eval()
     except FambaError:
         raise
     except Exception as error:  # the client of each host has its own
         raise CheckpointError(
-            f"the weights of {name} cannot be fetched ({type(error).__name__}: {str(error).splitlines()[0]}); fetch "
-            "them on a machine with network, and copy its cache of the Hugging Face hub"
+            f"the weights of {name} cannot be fetched ({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     plain: dict[str, Any] = {"crop_padding": 0, "hflip": 0.0, "color_jitter": 0.0, "random_erasing": 0.0}
