@@ -259,28 +259,14 @@ def _link(path: Path, name: str) -> None:
 
 
 def find_checkpoint(config: RunConfig, folder: Checkpoints, process: Process) -> dict[str, Any] | None:
-    """Read the checkpoint to continue from, the same in all processes; None if the run starts anew.
-
-    Raises CheckpointError if it is of another run, or if the folder holds later steps than the one that is named.
-    """
-    resume = config.resume
-    if resume == "never" and not interrupts.restarts():
+    """Read the checkpoint to continue from, the same in all processes; None if the run starts anew."""
+    if config.resume == "never" and not interrupts.restarts():
         return None
     path = process.from_main(folder.find_last() if process.is_main else None)
-    named = Path(resume) if resume not in ("auto", "never") else None
-    # A checkpoint of another folder is where the run began; what it has saved itself is where it goes on.
-    if named is not None and (path is None or named.resolve().parent == folder.folder.resolve()):
-        path = named
     if path is None:
         return None
     found = load(path)
     check_same_run(found, plain(config), process.world_size)
-    newest = next((int(file.stem.removeprefix("step_")) for file in folder.newest_first()), 0)
-    if path == named and newest > found["step"]:
-        raise CheckpointError(
-            f"{resume} is of step {found['step']}, but {folder.folder.parent} holds step {newest} already; "
-            "choose another run_dir, or resume=auto"
-        )
     return found
 
 

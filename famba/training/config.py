@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -149,7 +148,7 @@ class RunConfig:
     ops: OpsConfig
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     run_dir: Text
-    resume: Text
+    resume: Literal["auto", "never"]
     init_from: Text | None
 
 
@@ -174,11 +173,7 @@ def parse(values: Mapping[str, Any]) -> RunConfig:
     wanted = keys(Fusion, "fusion.") if isinstance(values.get("fusion"), dict) else []
     if missing := [f"{key} is missing" for key in wanted if key not in flatten(values)]:
         raise ConfigError("\n".join(missing))
-    try:
-        # Strict validation builds dataclasses from JSON alone.
-        return _ADAPTER.validate_json(json.dumps(values))
-    except ValidationError as error:
-        raise ConfigError("\n".join(explain(error, keys()))) from None
+    return checked(RunConfig, values, keys())
 
 
 def plain(config: RunConfig) -> dict[str, Any]:
@@ -213,37 +208,30 @@ def keys(cls: type = RunConfig, prefix: str = "") -> list[str]:
     return names
 
 
-def look_up(question: Callable[[Path], bool], key: str, path: str) -> bool:
-    """Ask the file system about a path. Raises ConfigError if it cannot look it up, as with a long name."""
-    try:
-        return question(Path(path))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}={path} cannot be looked up ({error}); give another path") from error
-
-
 def explain(error: ValidationError, known: list[str], prefix: str = "") -> list[str]:
     """Return a line for each key at fault; known: all keys; prefix: stands before the names that `error` has."""
     found: dict[str, list[str]] = {}
     for problem in error.errors():
-        start, reason = _explain_one(problem, known, prefix)
+        key, fault = prefix + ".".join(map(str, problem["loc"])), problem.get("ctx", {}).get("error")
+        # Behind the key stands the member of a union, or the place in a list.
+        named = next((k for k in sorted(known, key=len, reverse=True) if f"{key}.".startswith(f"{k}.")), key)
+        shown, reason = without_credentials(repr(problem["input"]))[:_SHOWN], problem["msg"]
+        if isinstance(fault, ConfigError):  # `Fusion` checks itself
+            start, reason = f"{key}.", str(fault)
+            start += "" if reason.startswith(f"{fault.argument} ") else f"{fault.argument}: "
+        elif problem["type"] == "unexpected_keyword_argument":
+            start, reason = f"unknown key {key!r}{near_miss(key, known)}", ""
+        elif problem["type"] == "missing":
+            start, reason = f"{named} is missing", ""
+        else:
+            start, reason = f"{named} is {shown}: ", reason.removeprefix("Value error, ").replace("tuple", "list")
         found.setdefault(start, []).append(reason)
     return sorted(start + " or ".join(dict.fromkeys(reasons)) for start, reasons in found.items())
 
 
-def _explain_one(problem: Any, known: list[str], prefix: str) -> tuple[str, str]:
-    """Return the key with its value, and the reason why it is refused."""
-    key = prefix + ".".join(map(str, problem["loc"]))
-    error = problem.get("ctx", {}).get("error")
-    if isinstance(error, ConfigError):
-        name = f"{error.argument} "  # `Fusion` checks itself
-        message = str(error)
-        return f"{key}.{error.argument}", message.replace(name, " ", 1) if message.startswith(name) else f": {message}"
-    if problem["type"] == "unexpected_keyword_argument":
-        return f"unknown key {key!r}{near_miss(key, known)}", ""
-    # Behind the key stands the member of a union, or the place in a list.
-    key = next((k for k in sorted(known, key=len, reverse=True) if key == k or key.startswith(f"{k}.")), key)
-    if problem["type"] == "missing":
-        return f"{key} is missing", ""
-    reason = problem["msg"].removeprefix("Value error, ")
-    shown = without_credentials(repr(problem["input"]))[:_SHOWN]
-    return f"{key} is {shown}: ", f"{reason[:1].lower()}{reason[1:]}".replace("tuple", "list")
+def checked(kind: Any, values: Mapping[str, Any], known: list[str], prefix: str = "") -> Any:
+    """Build a dataclass from plain values. Raises ConfigError with every key at fault."""
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(values))  # strict validation builds them from JSON alone
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(error, known, prefix))) from None

@@ -22,7 +22,6 @@ from famba.training.run_folder import METRICS, RunFolder
 
 FILE_ONLY = {"file_only": True}
 """Mark a line that is for train.log alone, as `extra` of a logging call."""
-_PLAIN_SECONDS = 30.0
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -156,19 +155,11 @@ class Metrics:
 
 
 class Progress:
-    """Show steps, speed and time left: a bar on a terminal, a line every half minute elsewhere."""
+    """Show steps, speed and time left by a bar on a terminal."""
 
     def __init__(self, total_steps: int, step: int, shown: bool) -> None:
-        live = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=total_steps,
-            initial=step,
-            disable=not shown,
-            unit="step",
-            dynamic_ncols=live,
-            mininterval=0.1 if live else _PLAIN_SECONDS,
-            maxinterval=10 if live else _PLAIN_SECONDS,
-        )
+        hidden = None if shown else True  # None: shown on a terminal alone
+        self._bar = tqdm(total=total_steps, initial=step, disable=hidden, unit="step", dynamic_ncols=True)
 
     def step(self, step: int, epoch: int, loss: float | None) -> None:
         """Show that `step` steps are done; loss if it is known."""
@@ -177,7 +168,7 @@ class Progress:
         self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
-        """End the bar."""
+        """Remove the bar from the terminal."""
         self._bar.close()
 
 

@@ -11,7 +11,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from famba.errors import CheckpointError, ConfigError
-from famba.files import read_file, remove_unfinished, write_whole
+from famba.files import remove_unfinished, write_whole
 from famba.training import interrupts
 from famba.training.checkpoint import Checkpoints, differences
 from famba.training.config import ADDED_KEYS, RunConfig, flatten, parse, plain, with_added_keys
@@ -152,8 +152,7 @@ def finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
                 f"{folder.path} holds a run, which resume=never would overwrite; choose another run_dir, or resume=auto"
             )
         return None
-    own_checkpoint = Path(config.resume).resolve().parent == folder.checkpoints.folder.resolve()
-    if own_checkpoint or summary is None or before is None or summary["status"] != "finished":
+    if summary is None or before is None or summary["status"] != "finished":
         return None
     if changed := differences(with_added_keys(before), plain(config)):
         listed = "\n  ".join([f"{folder.path} holds a finished run with other settings:", *changed])
@@ -172,9 +171,7 @@ def as_begun(config: RunConfig, run_dir: Path) -> RunConfig:
     if config.resume == "never" and not interrupts.restarts():
         return config
     before = RunFolder(run_dir, writes=False).config
-    if before is None and config.resume not in ("auto", "never"):
-        before = read_file(config.resume).get("config")
-    if not isinstance(before, dict):
+    if before is None:
         return config
     values = plain(config)
     for key in ADDED_KEYS.keys() - flatten(before).keys():

@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from famba import data, ops
-from famba.errors import BackendError, CheckpointError, ConfigError, named, near_miss
+from famba.errors import BackendError, ConfigError, named
 from famba.fusion.schedules import ADAPTIVE
 from famba.models import Backbone
 from famba.ops.registry import AUTO, ENVIRONMENT_VARIABLE, resolve
 from famba.training.build import augmentation, build_model, check_model, model_arguments, model_classes, requested_data
-from famba.training.config import RunConfig, look_up
+from famba.training.config import RunConfig
 from famba.training.devices import choose_device, choose_precision, make_current
 from famba.training.distributed import world_size
 from famba.training.graph import obstacle
@@ -142,16 +141,11 @@ def _check_schedules(config: RunConfig) -> None:
 
 
 def check_files(config: RunConfig) -> None:
-    """Raise FambaError where a file that is named is missing, or the run folder cannot be written."""
+    """Raise FambaError if the data is missing or the run folder cannot be written."""
     with named("data.{}"):
         data.check_folder(config.data.name, config.data.root, config.data.version)
-    if config.resume not in ("auto", "never") and not look_up(Path.is_file, "resume", config.resume):
-        raise CheckpointError(
-            f"resume={config.resume} is no file{near_miss(config.resume, ('auto', 'never'))}; "
-            "allowed: auto, never, or a checkpoint of a run"
-        )
-    folder = Path(config.run_dir).absolute()
-    while not look_up(Path.exists, "run_dir", str(folder)):
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+    folder = os.path.abspath(config.run_dir)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"run_dir={config.run_dir} cannot be written: {folder} is not a writable folder")

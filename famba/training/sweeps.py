@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from contextlib import redirect_stderr, suppress
+from contextlib import redirect_stderr
 from dataclasses import asdict, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,24 +26,24 @@ import torch
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from famba.errors import ConfigError, FambaError, TrainingError
 from famba.files import write_whole
 from famba.training.checkpoint import changes_weights
 from famba.training.compose import Command, parse_overrides, quoted, run_config, swept_by_config
-from famba.training.config import STRICT, Count, Positive, RunConfig, Text, explain, parse, plain
+from famba.training.config import STRICT, Count, Positive, RunConfig, Text, checked, parse, plain
 from famba.training.interrupts import Interrupted, StopRequest
 from famba.training.run_folder import SWEEP, RunFolder, finished
 
-Summary = dict[str, Any]
-Train = Callable[[RunConfig], Summary]
+Train = Callable[[RunConfig], dict[str, Any]]
 NotNegative = Annotated[int, Field(ge=0, le=10**9)]
 _PLAIN = "A-Za-z0-9_.,=+@:\\[\\]-"  # characters of a folder's name
 _LONGEST = 200  # bytes of a name; file systems allow 255
 _SUBMITITS = ("name", "timeout_min", "nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "mem_gb")
 _OUTPUT = "output.log"
+_SHOWN = 500  # characters of an error
 _LOOK_S = 0.1
 
 # Names
@@ -107,12 +107,6 @@ class Run(NamedTuple):
     overrides: list[str]
     config: RunConfig
 
-    def summary(self) -> Summary:
-        """Return the summary so far, {} if there is none that can be read."""
-        with suppress(FambaError):
-            return RunFolder(self.folder, writes=False).summary or {}
-        return {}
-
 
 class Sweep:
     """The runs that a command line asks for, composed and not yet checked; `left` are those that are not finished."""
@@ -122,10 +116,10 @@ class Sweep:
         swept = {item.key_or_group for item in given if item.is_sweep_override()} | swept_by_config(shared).keys()
         fixed = [item for item in given if item.key_or_group not in swept and not item.key_or_group.startswith("hydra")]
         keys = {item.key_or_group for item in fixed}
-        experiment = next((str(item.value()) for item in fixed if item.key_or_group == "experiment"), None)
+        experiment = next((str(item.value()) for item in fixed if item.key_or_group == "experiment"), "sweep")
         # Without the values of swept keys a sweep can grow in its folder; settings such as data.root change no weights.
         kept = sorted(str(item.input_line) for item in fixed if changes_weights(item.key_or_group))
-        name = f"{experiment or 'sweep'}-{_short_hash(json.dumps([kept, sorted(swept)]))}"
+        name = f"{experiment}-{_short_hash(json.dumps([kept, sorted(swept)]))}"
         self.folder = Path(str(shared.run_dir)) if "run_dir" in keys else Path("runs", name)
         self.launcher, self.config_dir = choose(shared.hydra.get("launcher")), command.config_dir
         self.runs: dict[str, Run] = {}
@@ -135,15 +129,13 @@ class Sweep:
             config = replace(run_config(command.compose(job)), run_dir=str(folder.absolute()))
             self.runs[folder.name] = Run(folder.name, folder, overrides, config)
         self.left: list[Run] = []
-        self._before: dict[str, Summary] = {}
-        self._errors: list[str] = []
+        self._failed: list[str] = []
 
     def launch(self, train: Train) -> None:
         """Do the runs that are not finished; one that fails does not keep the others from running.
 
         Raises FambaError if a folder holds a run with other settings, before anything is written, or a run failed.
         """
-        self._before = {run.name: run.summary() for run in self.runs.values()}
         self.left = [r for r in self.runs.values() if not finished(RunFolder(r.folder, writes=False), r.config)]
         known = {run["folder"]: run for run in recorded(self.folder)}
         known |= {run.name: {"folder": run.name, "overrides": run.overrides} for run in self.runs.values()}
@@ -152,24 +144,14 @@ class Sweep:
         say(f"sweep of {len(self.runs)} run(s) in {self.folder}" + (f", {done} finished already" if done else ""))
         if self.left:
             self.launcher.launch(self, train)
-        if self._errors:
-            listed = "\n  ".join([f"{len(self._errors)} of {len(self.runs)} runs failed:", *self._errors])
+        if self._failed:
+            listed = "\n  ".join([f"{len(self._failed)} of {len(self.runs)} runs failed:", *self._failed])
             raise TrainingError(f"{listed}\nThe same command runs these again, and no others")
 
-    def news(self, run: Run) -> Summary:
-        """Return the summary if the run has written one since the sweep began, else {}."""
-        summary = run.summary()
-        return summary if summary != self._before[run.name] else {}
-
-    def conclude(self, run: Run, log: Path, error: str) -> None:
-        """Print and keep the result of a run; error: if its folder has none."""
-        news = self.news(run)
-        if news.get("status") == "finished":
-            say(f"{run.name}: finished, Top-1 {news['top1']:.2f} %")
-            return
-        stopped = f"stopped after step {news.get('step')}, saved" if news.get("status") == "interrupted" else None
-        self._errors.append(f"{run.name}: {stopped or news.get('error') or error}\n    log: {log}")
-        say(f"{run.name}: failed, {stopped or news.get('error') or error}")
+    def end(self, run: Run, error: str | None) -> None:
+        """Say that a run is finished, or has failed, and keep the error."""
+        say(f"{run.name}: finished" if error is None else f"{run.name}: failed, {error}")
+        self._failed += [] if error is None else [f"{run.name}: {error}"]
 
 
 # Launchers
@@ -187,14 +169,13 @@ class Sequential:
         """Do the runs of a sweep that are left."""
         for run in sweep.left:
             say(f"{run.name}: started")
-            reason = ""
             try:
                 train(run.config)
+                sweep.end(run, None)
             except Exception as error:
-                reason = str(error)
                 if not isinstance(error, FambaError):
                     traceback.print_exception(error)
-            sweep.conclude(run, run.folder / "train.log", reason)
+                sweep.end(run, str(error))
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -217,29 +198,25 @@ class Local(Sequential):
         going: dict[str, tuple[Run, str | None, subprocess.Popen[bytes]]] = {}
         with StopRequest() as stop:
             try:
-                while going or (waiting and not stop.number):
+                while (going or waiting) and not stop.number:
                     while waiting and places:
                         run, gpu = waiting.pop(0), places.pop(0)
                         given = {"OMP_NUM_THREADS": threads} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
                         going[run.name] = run, gpu, _start(run, given, sweep.config_dir)
                         say(f"{run.name}: started, output in {run.folder / _OUTPUT}")
                     time.sleep(_LOOK_S)
-                    if stop.number:
-                        return  # the runs save themselves
                     for run, gpu, process in [one for one in going.values() if one[2].poll() is not None]:
                         del going[run.name]
                         places.append(gpu)
-                        log = run.folder / _OUTPUT
-                        sweep.conclude(run, log, f"{last_error(log)} (exit status {process.returncode})")
+                        sweep.end(run, _last_error(run.folder / _OUTPUT, process.returncode))
             finally:
-                # Whatever ended the sweep, no run stays behind.
+                # Whatever ends the sweep, no run stays behind; each saves itself.
                 for _, _, process in going.values():
                     process.terminate()
-                for run, _, process in going.values():
+                for _, _, process in going.values():
                     process.wait()
-                    say(f"{run.name}: stopped after step {run.summary().get('step') or 0}")
-                if stop.number:
-                    raise Interrupted("stopped and saved; the same command continues the runs", stop.number)
+            if stop.number:
+                raise Interrupted("stopped and saved; the same command continues the runs", stop.number)
 
 
 def _start(run: Run, given: dict[str, str], config_dir: Path | None) -> subprocess.Popen[bytes]:
@@ -258,6 +235,12 @@ def command_of(run: Run, config_dir: Path | None) -> list[str]:
     own = [] if config_dir is None else ["--config-dir", str(config_dir)]
     overrides = [line for line in run.overrides if _key(line) != "run_dir"]
     return [sys.executable, "-m", "famba", "train", *own, *overrides, f"run_dir={quoted(run.config.run_dir)}"]
+
+
+def _last_error(log: Path, status: int) -> str | None:
+    """Return why a process ended with this status, None for 0: what its log ends with."""
+    text = log.read_text(errors="replace").rsplit("error: ", 1)[-1].strip()
+    return None if status == 0 else f"{text[-_SHOWN:]} (status {status}, {log})"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -287,7 +270,6 @@ class Slurm(Sequential):
     srun_args: list[Text] | None
     additional_parameters: dict[Text, str | bool | int | float | None] | None
     max_num_timeout: NotNegative
-    poll_s: Positive
 
     def check(self, config: RunConfig) -> tuple[RunConfig, int | None]:
         if find_spec("submitit") is None:
@@ -311,14 +293,7 @@ class Slurm(Sequential):
             if new := [run for run in sweep.left if run.name not in jobs]:
                 jobs |= self.submit(new, folder, train)
                 _write(folder / "jobs.json", {**known, **jobs})
-        try:
-            _wait(sweep, jobs, folder, self.poll_s)
-        except KeyboardInterrupt:
-            ids = " ".join(sorted({job.split("_")[0] for job in jobs.values()}))
-            raise KeyboardInterrupt(
-                f"no longer waiting; the jobs stay in Slurm. The same command waits for them again, `scancel {ids}` "
-                f"ends them, `famba status {sweep.folder}` shows them"
-            ) from None
+        say(f"{len(sweep.left)} jobs wait or run in Slurm; `famba status {sweep.folder}` shows them")
 
     def submit(self, runs: list[Run], folder: Path, train: Train) -> dict[str, str]:
         """Submit runs as one array; return their jobs. Raises ConfigError with Slurm's words if it refuses."""
@@ -330,7 +305,6 @@ class Slurm(Sequential):
 
         given = {key: value for key, value in asdict(self).items() if value is not None}
         own = {"slurm_max_num_timeout": given.pop("max_num_timeout"), "slurm_python": given.pop("python", None)}
-        del given["poll_s"]
         if self.cpus_per_task is not None:
             # Since Slurm 22.05 srun does not take it over from the job.
             given["srun_args"] = [*given.get("srun_args", []), f"--cpus-per-task={self.cpus_per_task}"]
@@ -365,28 +339,6 @@ def remembered(folder: Path) -> dict[str, str]:
         return {}
 
 
-def _wait(sweep: Sweep, jobs: dict[str, str], folder: Path, poll_s: float) -> None:
-    """Wait for jobs, and print their states and results."""
-    waiting, told = list(sweep.left), dict.fromkeys(jobs, "")
-    while waiting:
-        with suppress(TrainingError):  # if Slurm does not answer, look again later
-            states = queue()
-            for run in list(waiting):
-                job, before = jobs[run.name], told[run.name]
-                state = told[run.name] = states.get(job, "GONE")
-                if state == before == "GONE":  # a shared file system has had a moment to show what the job wrote
-                    waiting.remove(run)
-                    # The log with an error of famba's is that of the process that failed first.
-                    logs = sorted(
-                        folder.glob(f"{job}_*_log.out"), key=lambda log: "famba.errors." not in log.read_text()
-                    )
-                    log = (logs or [folder])[0]
-                    sweep.conclude(run, log, last_error(log) or f"job {job} ended without a word")
-                elif state not in (before, "GONE", "COMPLETING"):
-                    say(f"{run.name}: {state.lower()}{' again' if before else ''}, job {job}")
-        time.sleep(poll_s)
-
-
 def choose(settings: DictConfig | None) -> Sequential:
     """Return the launcher of hydra.launcher. Raises ConfigError for one that is not famba's, and for wrong settings."""
     try:
@@ -400,19 +352,7 @@ def choose(settings: DictConfig | None) -> Sequential:
             f"hydra.launcher._target_={target!r} does not use run folders; allowed: sequential, local, slurm, and "
             "files of your own that begin with one of them (defaults: [slurm, _self_])"
         )
-    try:
-        # Strict validation builds dataclasses from JSON alone.
-        return TypeAdapter(kind).validate_json(json.dumps(given))
-    except ValidationError as error:
-        known = [f"hydra.launcher.{field.name}" for field in fields(kind)]
-        raise ConfigError("\n".join(explain(error, known, "hydra.launcher."))) from None
-
-
-def last_error(log: Path) -> str:
-    """Return the last error in a log, else its last line; "" if there is none."""
-    lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
-    errors = [line.split(": ", 1)[1] for line in lines if re.match(r"(error|famba\.errors\.\w+): ", line)]
-    return (errors or lines or [""])[-1]
+    return checked(kind, given, [f"hydra.launcher.{field.name}" for field in fields(kind)], "hydra.launcher.")
 
 
 def cores() -> int:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from timm.models import get_pretrained_cfg
 from torch import Tensor
 
 from famba import data
-from famba.errors import CheckpointError, ConfigError, FambaError, near_miss
+from famba.errors import CheckpointError, FambaError, near_miss
 from famba.files import read_file
 from famba.fusion import Fusion
 from famba.fusion.schedules import ADAPTIVE, NONE
@@ -33,21 +32,20 @@ from famba.models.weights import (
 from famba.training import checkpoint
 from famba.training.build import augmentation, build_model, check_model, model_arguments, reading
 from famba.training.checkpoint import Checkpoints, class_differences
-from famba.training.config import RunConfig, look_up, parse, with_added_keys
+from famba.training.config import RunConfig, parse, with_added_keys
 from famba.training.run_folder import CONFIG, RunFolder, finished_weights
 from famba.training.summary import SUMMARY
 
 AVERAGED = "ema:"
 """Prefix of init_from that asks for the averaged weights of a run."""
-_EXPORTED, _EXPORTED_CONFIG = (".onnx", ".pt2"), "config.json"  # files of `famba export`
 _log = logging.getLogger(__name__)
 
 
-def _find_file(place: str, key: str = "path") -> Path | None:
+def _find_file(place: str) -> Path | None:
     """Return the file that a run folder, a file, or the name of a model with bundled weights means, else None."""
-    if look_up(Path.is_dir, key, place):
+    if os.path.isdir(place):  # unlike Path's, it takes any name
         return finished_weights(Path(place))
-    if look_up(Path.is_file, key, place):
+    if os.path.isfile(place):
         return Path(place)
     folder = weights_folder(place) if place in _bundled() else None
     return None if folder is None else finished_weights(folder)
@@ -90,7 +88,7 @@ def read_initial(given: str) -> Initial:
     """
     place = given.removeprefix(AVERAGED)
     averaged = place != given
-    file = _find_file(place, "init_from")
+    file = _find_file(place)
     if file is None:
         near = near_miss(place, _bundled()) or f"; these are {', '.join(names_with_weights())}"
         raise CheckpointError(
@@ -217,9 +215,6 @@ def load_trained(path: str | Path) -> Trained:
     the name of a timm model with weights. Raises CheckpointError if nothing is there, it is damaged, of another release
     or does not describe its network, ConfigError if its configuration cannot be built here.
     """
-    place = Path(path)
-    if place.suffix in _EXPORTED or (place / _EXPORTED_CONFIG).is_file():
-        raise CheckpointError(f"{place} was exported, for others to load; give the run or checkpoint that it came from")
     file = _find_file(str(path))
     if file is None:
         return _from_timm(str(path))
@@ -229,10 +224,10 @@ def load_trained(path: str | Path) -> Trained:
         return _from_run(content["config"], content["model"], content["schedule"], file, source, content)
     folder = RunFolder(file.parent, writes=False)
     values, summary = folder.config, folder.summary
-    if values is None:
-        raise CheckpointError(f"{file} lies beside no {CONFIG}, which describes its network; give a run folder")
-    if summary is None and values.get("fusion", {}).get("strategy") == ADAPTIVE:
-        raise CheckpointError(f"{folder.path} has no {SUMMARY} with the last schedule of its run; give a .pt file")
+    if values is None or (summary is None and values.get("fusion", {}).get("strategy") == ADAPTIVE):
+        raise CheckpointError(
+            f"{file} lies beside no {CONFIG if values is None else SUMMARY}, which describes its network"
+        )
     source = f"{path}, which comes with the package" if str(path) in _bundled() else f"run {folder.path}"
     schedule = None if summary is None else summary["schedule"]
     return _from_run(values, read_file(file), schedule, file, source, {})
@@ -242,22 +237,14 @@ def _from_run(
     values: Any, weights: dict[str, Any], schedule: Any, file: Path, source: str, content: Mapping[str, Any]
 ) -> Trained:
     head = weights.get("head.weight")
-    if not isinstance(head, Tensor):
-        raise CheckpointError(f"{file} holds no classifier (head.weight)")
     try:
         config = parse(with_added_keys(values))
-    except (FambaError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{file}: its run cannot be set up by this installation: {error}. Install the package that adds what is "
-            "missing, or the release of famba that trained it"
-        ) from error
-    try:
         check_model(config)
-        model = build_model(config.model.name, model_arguments(config, len(head)))
+        model = build_model(config.model.name, model_arguments(config, len(head) if isinstance(head, Tensor) else 0))
         model.set_fusion(config.fusion if schedule is None else schedule)
         scaling = augmentation(config)
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}", error.argument) from error
+    except (FambaError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file}: its run cannot be set up by this installation of famba: {error}") from error
     load_weights(model, weights, file, Origin(config.model.cls_position, model.grid_size))
     mean, std = tuple(config.data.mean), tuple(config.data.std)
     names = _class_names(content, file)
@@ -267,23 +254,14 @@ def _from_run(
 def _from_timm(name: str) -> Trained:
     known = network_names()
     if name.split(".")[0] not in known:
-        raise CheckpointError(
-            f"no run folder, no checkpoint and no timm model is called {name!r}{near_miss(name, known)}"
-        )
-    with_weights = timm.list_models(f"{name.split('.')[0]}*", pretrained=True)
-    if "." in name and name not in with_weights:
-        raise CheckpointError(f"{name} is not known{near_miss(name, with_weights)}; known: {', '.join(with_weights)}")
-    found = get_pretrained_cfg(name, allow_unregistered=False)
-    if found is None or not found.has_weights:
-        raise CheckpointError(f"{name} comes without weights; {', '.join(names_with_weights())} has some")
+        raise CheckpointError(f"no run folder, checkpoint or timm model is called {name!r}{near_miss(name, known)}")
     try:
         model = build_model(name, {"pretrained": True}).eval()
     except FambaError:
         raise
     except Exception as error:  # the client of each host has its own
-        raise CheckpointError(
-            f"the weights of {name} cannot be fetched ({type(error).__name__}: {str(error).splitlines()[0]})"
-        ) from error
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise CheckpointError(f"there are no weights of {name}, or they cannot be fetched ({reason})") from error
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     plain: dict[str, Any] = {"crop_padding": 0, "hflip": 0.0, "color_jitter": 0.0, "random_erasing": 0.0}
     plain |= {"kind": "batch", "auto_augment": None, "erasing_mode": "const", "interpolation": cfg["interpolation"]}
