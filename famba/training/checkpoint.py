@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from famba import data
 from famba.errors import CheckpointError, DamagedError, some
@@ -74,12 +75,9 @@ class Totals:
 
     def add(self, steps: int, data_s: float, step_s: float) -> None:
         """Add steps and their times."""
-        self.steps += steps
-        self.epoch_steps += steps
-        self.data_s += data_s
-        self.epoch_data_s += data_s
-        self.step_s += step_s
-        self.epoch_step_s += step_s
+        for name, value in (("steps", steps), ("data_s", data_s), ("step_s", step_s)):
+            for sums in (name, f"epoch_{name}"):
+                setattr(self, sums, getattr(self, sums) + value)
 
 
 @dataclass
@@ -150,13 +148,7 @@ class Saver:
 
 def on_host(value: Any) -> Any:
     """Copy nested containers with every tensor in them to the host's memory."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {key: on_host(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(on_host(item) for item in value)
-    return value
+    return tree_map(lambda leaf: leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf, value)
 
 
 class Checkpoints:
@@ -195,13 +187,12 @@ class Checkpoints:
         for path in self.newest_first():
             try:
                 load(path)
+                for later in damaged:
+                    later.rename(later.with_suffix(".damaged"))
+                return path
             except DamagedError as error:
                 _log.warning("%s; trying the one before it", error)
                 damaged.append(path)
-                continue
-            for later in damaged:
-                later.rename(later.with_suffix(".damaged"))
-            return path
         if damaged:
             raise CheckpointError(f"no checkpoint in {self.folder} can be read; start anew in another run_dir")
         return None
@@ -214,17 +205,15 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         content = read_file(path)
-    except DamagedError:
-        raise
     except CheckpointError as error:
-        if path.is_file() and path.suffix != ".safetensors" and not read_seal(path):
+        if not isinstance(error, DamagedError) and path.is_file() and not read_seal(path):
             raise DamagedError(str(error)) from error
         raise
     if "format" not in content or "step" not in content:
         raise CheckpointError(f"{path} is no checkpoint of a run; to start from its weights use init_from")
-    if content["format"] != FORMAT:
+    if (version := content["format"]) != FORMAT:
         raise CheckpointError(
-            f"{path} has format {content['format']}, this release reads {FORMAT}; use the release that wrote it"
+            f"{path} has format {version}, this release reads {FORMAT}; use the release that wrote it"
         )
     if not content.keys() >= _CONTENT or not read_seal(path):
         raise DamagedError(f"{path} is damaged: its end, which seals it, is missing or changed")
@@ -235,8 +224,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint and seal it. Raises CheckpointError if the disk refuses."""
 
     def to_file(name: str) -> None:
-        # Python's file reports a full disk; torch's own does not.
-        with open(name, "wb") as file:
+        with open(name, "wb") as file:  # which reports a full disk; torch's own file does not
             torch.save({"format": FORMAT, **content}, file)
         seal(name)
 

@@ -26,18 +26,14 @@ def choose_device(name: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    has_cuda = torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
-    present = {"cpu": True, "cuda": has_cuda, "mps": torch.backends.mps.is_available()}
-    if device.type not in present:
-        raise ConfigError(f"unknown trainer.device {name!r}; allowed: auto, {', '.join(present)}, cuda:0, cuda:1, ...")
-    if not present[device.type]:
-        usable = ", ".join(kind for kind, here in present.items() if here)
-        raise ConfigError(f"trainer.device {name!r} is not on this machine; usable here: {usable}")
-    return device
+    present = ["cpu"] + ["mps"] * torch.backends.mps.is_available()
+    if torch.cuda.is_available():
+        present += ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    if name not in present:
+        raise ConfigError(
+            f"trainer.device {name!r} is unknown or not on this machine; usable here: {', '.join(present)}"
+        )
+    return torch.device(name)
 
 
 def make_current(device: torch.device) -> None:
@@ -55,8 +51,7 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def _cpu_has_bf16() -> bool:
-    # Not every torch release has each of these questions.
-    questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # which some releases of torch lack
     return any(getattr(torch.cpu, question, lambda: False)() for question in questions)
 
 
@@ -117,20 +112,18 @@ def synchronize(device: torch.device) -> None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory ran out, on a GPU or a CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
-    )
+    words = ("can't allocate memory", "out of memory")
+    told = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    return told or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def memory_error(error: BaseException, batch: int, accumulation: int) -> TrainingError:
     """Return an error that says which settings need less memory."""
+    reason = str(error).splitlines()[0] if str(error) else repr(error)
     return TrainingError(
-        f"out of memory with {batch} images at once ({str(error).splitlines()[0] if str(error) else error!r}). "
-        f"Less memory: trainer.accumulation={2 * accumulation} (the same step in smaller parts), "
-        "trainer.batch_size, trainer.grad_checkpointing=true, trainer.precision=bf16, data.image_size, "
-        "a larger fusion.budget, or a smaller model"
+        f"out of memory with {batch} images at once ({reason}). Less memory: trainer.accumulation={2 * accumulation} "
+        "(the same step in smaller parts), trainer.grad_checkpointing=true, trainer.precision=bf16, data.image_size, a "
+        "larger fusion.budget, or a smaller model"
     )
 
 

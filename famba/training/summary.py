@@ -83,7 +83,11 @@ class Summary:
         try:
             found = _ADAPTER.validate_json(content)
         except ValidationError as error:
-            raise ValueError(_explain(error)) from None
+            first = error.errors()[0]
+            name, given = ".".join(map(str, first["loc"])), repr(first["input"])[:100]
+            raise ValueError(
+                f"{name} is {given}: {first['msg']}" if name else f"it is no summary: {first['msg']}"
+            ) from None
         if found.format > FORMAT:
             raise ValueError(f"its format is {found.format}, this version of Famba reads up to {FORMAT}; update Famba")
         return found
@@ -134,13 +138,3 @@ def from_cell(cell: str) -> Any:
 def _to_cell(value: Any) -> str:
     is_plain = isinstance(value, str) and value != "" and from_cell(value) is value
     return value if is_plain else json.dumps(value, ensure_ascii=False)
-
-
-def _explain(error: ValidationError) -> str:
-    """Say the first field at fault in one line."""
-    first = error.errors()[0]
-    name = ".".join(map(str, first["loc"]))
-    reason = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "missing":
-        return f"it has no {name}"
-    return f"{name} is {first['input']!r}: {reason}" if name else f"it holds no summary ({reason})"

@@ -1,4 +1,4 @@
-"""Launch the runs of a command line with -m, in this process, as processes here, or as jobs of Slurm.
+"""Launch the runs of a command line with -m, in this process or as jobs of Slurm.
 
 The fields of a launcher are its settings; configs/hydra/launcher holds their defaults and explains them.
 """
@@ -11,8 +11,6 @@ import json
 import os
 import re
 import subprocess
-import sys
-import time
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr
@@ -22,7 +20,6 @@ from pathlib import Path
 from shutil import which
 from typing import Annotated, Any, NamedTuple
 
-import torch
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -32,9 +29,8 @@ from pydantic.dataclasses import dataclass
 from famba.errors import ConfigError, FambaError, TrainingError
 from famba.files import write_whole
 from famba.training.checkpoint import changes_weights
-from famba.training.compose import Command, parse_overrides, quoted, run_config, swept_by_config
+from famba.training.compose import Command, parse_overrides, run_config, swept_by_config
 from famba.training.config import STRICT, Count, Positive, RunConfig, Text, checked, parse, plain
-from famba.training.interrupts import Interrupted, StopRequest
 from famba.training.run_folder import SWEEP, RunFolder, finished
 
 Train = Callable[[RunConfig], dict[str, Any]]
@@ -42,9 +38,6 @@ NotNegative = Annotated[int, Field(ge=0, le=10**9)]
 _PLAIN = "A-Za-z0-9_.,=+@:\\[\\]-"  # characters of a folder's name
 _LONGEST = 200  # bytes of a name; file systems allow 255
 _SUBMITITS = ("name", "timeout_min", "nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "mem_gb")
-_OUTPUT = "output.log"
-_SHOWN = 500  # characters of an error
-_LOOK_S = 0.1
 
 # Names
 
@@ -121,7 +114,7 @@ class Sweep:
         kept = sorted(str(item.input_line) for item in fixed if changes_weights(item.key_or_group))
         name = f"{experiment}-{_short_hash(json.dumps([kept, sorted(swept)]))}"
         self.folder = Path(str(shared.run_dir)) if "run_dir" in keys else Path("runs", name)
-        self.launcher, self.config_dir = choose(shared.hydra.get("launcher")), command.config_dir
+        self.launcher = choose(shared.hydra.get("launcher"))
         self.runs: dict[str, Run] = {}
         for job in command.jobs():
             overrides = [line for line in job if not _key(line).startswith("hydra")]
@@ -129,7 +122,6 @@ class Sweep:
             config = replace(run_config(command.compose(job)), run_dir=str(folder.absolute()))
             self.runs[folder.name] = Run(folder.name, folder, overrides, config)
         self.left: list[Run] = []
-        self._failed: list[str] = []
 
     def launch(self, train: Train) -> None:
         """Do the runs that are not finished; one that fails does not keep the others from running.
@@ -141,110 +133,40 @@ class Sweep:
         known |= {run.name: {"folder": run.name, "overrides": run.overrides} for run in self.runs.values()}
         _write(self.folder / SWEEP, {"runs": list(known.values())})
         done = len(self.runs) - len(self.left)
-        say(f"sweep of {len(self.runs)} run(s) in {self.folder}" + (f", {done} finished already" if done else ""))
-        if self.left:
-            self.launcher.launch(self, train)
-        if self._failed:
-            listed = "\n  ".join([f"{len(self._failed)} of {len(self.runs)} runs failed:", *self._failed])
+        print(f"sweep of {len(self.runs)} run(s) in {self.folder}, {done} finished already", flush=True)
+        if errors := self.launcher.launch(self, train) if self.left else []:
+            listed = "\n  ".join([f"{len(errors)} of {len(self.runs)} runs failed:", *errors])
             raise TrainingError(f"{listed}\nThe same command runs these again, and no others")
-
-    def end(self, run: Run, error: str | None) -> None:
-        """Say that a run is finished, or has failed, and keep the error."""
-        say(f"{run.name}: finished" if error is None else f"{run.name}: failed, {error}")
-        self._failed += [] if error is None else [f"{run.name}: {error}"]
 
 
 # Launchers
 
 
 @dataclass(frozen=True, config=STRICT)
-class Sequential:
+class Local:
     """One run after the other in this process."""
 
     def check(self, config: RunConfig) -> tuple[RunConfig, int | None]:
         """Return a configuration without what cannot be checked here, and the processes of a run, None for its own."""
         return config, None
 
-    def launch(self, sweep: Sweep, train: Train) -> None:
-        """Do the runs of a sweep that are left."""
+    def launch(self, sweep: Sweep, train: Train) -> list[str]:
+        """Do the runs of a sweep that are left, and return the errors of those that failed."""
+        errors = []
         for run in sweep.left:
-            say(f"{run.name}: started")
+            print(f"{run.name}: started", flush=True)
             try:
                 train(run.config)
-                sweep.end(run, None)
             except Exception as error:
                 if not isinstance(error, FambaError):
                     traceback.print_exception(error)
-                sweep.end(run, str(error))
+                print(f"{run.name}: failed, {error}", flush=True)
+                errors.append(f"{run.name}: {error}")
+        return errors
 
 
 @dataclass(frozen=True, config=STRICT)
-class Local(Sequential):
-    """Several runs at once on this machine, each in its own process and on its own GPU."""
-
-    jobs: Count | None
-
-    def places(self) -> list[str | None]:
-        """Return for each run that goes on at once its CUDA_VISIBLE_DEVICES, None to leave it."""
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = [str(gpu) for gpu in range(torch.cuda.device_count())] if visible is None else visible.split(",")
-        if torch.cuda.device_count():
-            return list(gpus[: self.jobs])
-        return [None] * (self.jobs or max(1, cores() // int(os.environ.get("OMP_NUM_THREADS", "1"))))
-
-    def launch(self, sweep: Sweep, train: Train) -> None:
-        waiting, places = list(sweep.left), self.places()[: len(sweep.left)]
-        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // len(places))))
-        going: dict[str, tuple[Run, str | None, subprocess.Popen[bytes]]] = {}
-        with StopRequest() as stop:
-            try:
-                while (going or waiting) and not stop.number:
-                    while waiting and places:
-                        run, gpu = waiting.pop(0), places.pop(0)
-                        given = {"OMP_NUM_THREADS": threads} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
-                        going[run.name] = run, gpu, _start(run, given, sweep.config_dir)
-                        say(f"{run.name}: started, output in {run.folder / _OUTPUT}")
-                    time.sleep(_LOOK_S)
-                    for run, gpu, process in [one for one in going.values() if one[2].poll() is not None]:
-                        del going[run.name]
-                        places.append(gpu)
-                        sweep.end(run, _last_error(run.folder / _OUTPUT, process.returncode))
-            finally:
-                # Whatever ends the sweep, no run stays behind; each saves itself.
-                for _, _, process in going.values():
-                    process.terminate()
-                for _, _, process in going.values():
-                    process.wait()
-            if stop.number:
-                raise Interrupted("stopped and saved; the same command continues the runs", stop.number)
-
-
-def _start(run: Run, given: dict[str, str], config_dir: Path | None) -> subprocess.Popen[bytes]:
-    """Start a run by itself, with more environment variables; its output goes to its folder."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    # A run must not put the job of the whole sweep back into Slurm's queue.
-    inherited = {key: value for key, value in os.environ.items() if key != "SLURM_JOB_ID"}
-    # In a session of its own it does not get the terminal's Ctrl-C, too.
-    own: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "start_new_session": True}
-    with open(run.folder / _OUTPUT, "w") as output:
-        return subprocess.Popen(command_of(run, config_dir), env={**inherited, **given}, stdout=output, **own)  # noqa: S603
-
-
-def command_of(run: Run, config_dir: Path | None) -> list[str]:
-    """Return the command that does a run by itself."""
-    own = [] if config_dir is None else ["--config-dir", str(config_dir)]
-    overrides = [line for line in run.overrides if _key(line) != "run_dir"]
-    return [sys.executable, "-m", "famba", "train", *own, *overrides, f"run_dir={quoted(run.config.run_dir)}"]
-
-
-def _last_error(log: Path, status: int) -> str | None:
-    """Return why a process ended with this status, None for 0: what its log ends with."""
-    text = log.read_text(errors="replace").rsplit("error: ", 1)[-1].strip()
-    return None if status == 0 else f"{text[-_SHOWN:]} (status {status}, {log})"
-
-
-@dataclass(frozen=True, config=STRICT)
-class Slurm(Sequential):
+class Slurm(Local):
     """Each run a job of a Slurm cluster, all in one array.
 
     submitit writes the batch script and starts the processes. The end of a job shows in squeue and in its run's folder:
@@ -284,7 +206,8 @@ class Slurm(Sequential):
         config = replace(config, trainer=trainer, ops=replace(config.ops, backend="auto"))
         return config, self.nodes * self.tasks_per_node
 
-    def launch(self, sweep: Sweep, train: Train) -> None:
+    def launch(self, sweep: Sweep, train: Train) -> list[str]:
+        """Submit the runs that are left and not yet in the queue; their failures show in their folders."""
         folder = (sweep.folder / "slurm").absolute()
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
@@ -293,7 +216,8 @@ class Slurm(Sequential):
             if new := [run for run in sweep.left if run.name not in jobs]:
                 jobs |= self.submit(new, folder, train)
                 _write(folder / "jobs.json", {**known, **jobs})
-        say(f"{len(sweep.left)} jobs wait or run in Slurm; `famba status {sweep.folder}` shows them")
+        print(f"{len(sweep.left)} job(s) in Slurm; `famba status {sweep.folder}` shows them", flush=True)
+        return []
 
     def submit(self, runs: list[Run], folder: Path, train: Train) -> dict[str, str]:
         """Submit runs as one array; return their jobs. Raises ConfigError with Slurm's words if it refuses."""
@@ -339,30 +263,20 @@ def remembered(folder: Path) -> dict[str, str]:
         return {}
 
 
-def choose(settings: DictConfig | None) -> Sequential:
+def choose(settings: DictConfig | None) -> Local:
     """Return the launcher of hydra.launcher. Raises ConfigError for one that is not famba's, and for wrong settings."""
     try:
         given: Any = OmegaConf.to_container(settings, resolve=True) if settings is not None else {}
     except OmegaConfBaseException as error:
         raise ConfigError(f"hydra.launcher: {str(error).splitlines()[0]}") from error
     target = given.pop("_target_", None)
-    kind = {f"famba.training.sweeps.{kind.__name__}": kind for kind in (Sequential, Local, Slurm)}.get(target)
+    kind = {f"famba.training.sweeps.{kind.__name__}": kind for kind in (Local, Slurm)}.get(target)
     if kind is None:
         raise ConfigError(
-            f"hydra.launcher._target_={target!r} does not use run folders; allowed: sequential, local, slurm, and "
+            f"hydra.launcher._target_={target!r} does not use run folders; allowed: local, slurm, and "
             "files of your own that begin with one of them (defaults: [slurm, _self_])"
         )
     return checked(kind, given, [f"hydra.launcher.{field.name}" for field in fields(kind)], "hydra.launcher.")
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def say(line: str) -> None:
-    """Print a line at once."""
-    print(line, flush=True)
 
 
 def _write(path: Path, content: Any) -> None:

@@ -158,10 +158,8 @@ class Training:
         if self.config.trainer.compile:
             # Shapes are fixed by schedule and batch size: a graph for each is faster than one for all.
             model = cast(nn.Module, torch.compile(model, fullgraph=True, dynamic=False))
-        if self.process.world_size == 1:
-            return model
-        devices = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices)
+        own = [self.device.index] if self.device.type == "cuda" else None
+        return model if self.process.world_size == 1 else DistributedDataParallel(model, device_ids=own)
 
     def run(self) -> dict[str, Any]:
         """Train to the end and return the summary. Raises Interrupted once a requested stop is saved."""
@@ -169,7 +167,8 @@ class Training:
         start, trainer = self._place(), self.config.trainer
         with contextlib.closing(Progress(self.total_steps, self.state.step, self.process.is_main)) as progress:
             try:
-                if self.state.totals.epoch_open and self.state.step == self._epoch_end():
+                at_end = self.state.step % self.steps_per_epoch == 0 or self.state.step == self.total_steps
+                if self.state.totals.epoch_open and at_end:  # stopped in the evaluation of an epoch
                     self._finish_epoch()
                 while self.state.step < self.total_steps:
                     self._train_epoch(progress)
@@ -223,12 +222,10 @@ class Training:
         _log.info("after step %d the layers remove %s tokens (cosines from %.3f)", state.step, removed, threshold)
 
     def _adapted(self) -> Adapted:
-        model, autocast = self.state.model, self.setup.autocast
-        was_training = model.training
-        model.eval()
+        model, autocast = self.state.model.eval(), self.setup.autocast
         with torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None):
             adapted = model.adapted_fusion(self.adapt_images.to(self.device), sum(self.setup.schedule))
-        model.train(was_training)
+        model.train()
         return adapted
 
     def _step(self, epoch: int, batches: Iterator[tuple[Tensor, Tensor]]) -> float | None:
@@ -290,11 +287,6 @@ class Training:
 
     # Between epochs
 
-    def _epoch_end(self) -> int:
-        """Return the number of steps after which the current epoch ends."""
-        epoch = (self.state.step - 1) // self.steps_per_epoch
-        return min((epoch + 1) * self.steps_per_epoch, self.total_steps)
-
     def _finish_epoch(self) -> None:
         """Evaluate, select, log and save."""
         if time.monotonic() - self._saved_at > _WORTH_SAVING_S:
@@ -330,8 +322,7 @@ class Training:
         """Return Top-1, Top-5 and loss, with EMA also those of its weights under ema_ names."""
         results = self._test(self.state.model, batches)
         if self.state.ema is not None:
-            averaged = self._test(self.state.ema.module, batches)
-            results |= {f"ema_{name}": value for name, value in averaged.items()}
+            results |= {f"ema_{name}": value for name, value in self._test(self.state.ema.module, batches).items()}
         return results
 
     def _test(self, model: nn.Module, batches: Batches) -> dict[str, float]:
@@ -384,58 +375,34 @@ class Training:
 
     def summary(self, status: str) -> dict[str, Any]:
         """Return the summary of the run so far, as plain values."""
-        config, setup, totals, schedule = self.config, self.setup, self.state.totals, self.state.model.fusion
+        config, setup, state, totals = self.config, self.setup, self.state, self.state.totals
         on_test = status == "finished" or self.loaders.selection_name == "test"
-        tested = totals.evaluated if on_test else {}
-        epochs = max(totals.steps / self.steps_per_epoch, 1e-9)
-        train_time = totals.data_s + totals.step_s
-        return Summary(
-            status=status,
-            format=FORMAT,
-            model=config.model.name,
-            data=config.data.name,
-            strategy=config.fusion.strategy,
-            top1=tested.get("top1"),
-            top5=tested.get("top5"),
-            loss=tested.get("loss"),
-            ema_top1=tested.get("ema_top1"),
-            ema_top5=tested.get("ema_top5"),
-            selected=totals.best or None,
-            epoch=self.state.step // self.steps_per_epoch,
-            epochs=config.trainer.epochs,
-            step=self.state.step,
-            steps=self.total_steps,
-            train_time_s=train_time,
-            eval_time_s=totals.eval_s,
-            epoch_time_s={
-                "data": totals.data_s / epochs,
-                "step": totals.step_s / epochs,
-                "evaluation": totals.eval_s / max(1, totals.evaluations),
-            },
-            images_per_s=config.trainer.batch_size * totals.steps / max(train_time, 1e-9),
-            peak_memory_mib=devices.peak_memory_mib(self.device),
-            saved_bytes_per_image=self.saved_bytes,
-            macs_per_image=self.macs,
-            parameters=sum(p.numel() for p in self.state.model.parameters()),
-            image_size=setup.image_size,
-            precision="fp32" if setup.autocast is None else str(setup.autocast).removeprefix("torch."),
-            tokens=setup.tokens,
-            schedule=tuple(schedule),
-            adapted=tuple(totals.schedules) or None,
-            started_from=totals.started_from or None,
-            budget_matched=setup.matched,
-            tokens_per_layer=tuple(tokens_per_layer(schedule, setup.tokens)),
-            tokens_removed=sum(schedule),
-            updated=now(),
-            provenance=self.provenance,
-            images=self.trained_on.images,
-            classes=self.trained_on.classes,
-        ).values()
+        results = totals.evaluated if on_test else {}
+        epochs, train_time = max(totals.steps / self.steps_per_epoch, 1e-9), totals.data_s + totals.step_s
+        times = {"data": totals.data_s / epochs, "step": totals.step_s / epochs}
+        times["evaluation"] = totals.eval_s / max(1, totals.evaluations)
+        values: dict[str, Any] = {"status": status, "format": FORMAT, "updated": now(), "provenance": self.provenance}
+        values |= {"model": config.model.name, "data": config.data.name, "strategy": config.fusion.strategy}
+        values |= {name: results.get(name) for name in ("top1", "top5", "loss", "ema_top1", "ema_top5")}
+        values |= {"selected": totals.best or None, "started_from": totals.started_from or None}
+        values |= {"epoch": state.step // self.steps_per_epoch, "epochs": config.trainer.epochs}
+        values |= {"step": state.step, "steps": self.total_steps, "epoch_time_s": times}
+        values |= {"train_time_s": train_time, "eval_time_s": totals.eval_s}
+        values["images_per_s"] = config.trainer.batch_size * totals.steps / max(train_time, 1e-9)
+        values |= {"peak_memory_mib": devices.peak_memory_mib(self.device), "macs_per_image": self.macs}
+        values |= {"saved_bytes_per_image": self.saved_bytes, "image_size": setup.image_size}
+        values["parameters"] = sum(p.numel() for p in state.model.parameters())
+        values["precision"] = "fp32" if setup.autocast is None else str(setup.autocast).removeprefix("torch.")
+        schedule = state.model.fusion
+        values |= {"tokens": setup.tokens, "tokens_removed": sum(schedule), "schedule": tuple(schedule)}
+        values |= {"tokens_per_layer": tuple(tokens_per_layer(schedule, setup.tokens)), "budget_matched": setup.matched}
+        values |= {"adapted": tuple(totals.schedules) or None}
+        values |= {"images": self.trained_on.images, "classes": self.trained_on.classes}
+        return Summary(**values).values()
 
     # Saving and stopping
 
     def _place(self) -> tuple[int, bool]:
-        """Return the steps done, and whether their epoch is yet to be evaluated."""
         return self.state.step, self.state.totals.epoch_open
 
     def _save(self, selected: bool = False) -> None:
