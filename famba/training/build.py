@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,26 +92,15 @@ def load_splits(config: RunConfig) -> data.Splits:
     """Open the data that the configuration names, and log its sizes."""
     with named("data.{}"):
         splits = data.load_splits(config.data.name, config.data.root, **requested_data(config))
-    parts = {"training": splits.train, "validation": splits.validation, "test": splits.test}
-    _log.info("images: %s", "; ".join(f"{name} {_size(part)}" for name, part in parts.items() if part is not None))
+    for name, part in (("training", splits.train), ("validation", splits.validation), ("test", splits.test)):
+        if part is not None:
+            _log.info("%s images: %d in %d classes", name, len(part), part.num_classes)
     return splits
-
-
-def _size(part: data.Source | data.StreamSource) -> str:
-    if isinstance(part, data.StreamSource):
-        return f"{len(part):,} in a stream, {part.num_classes:,} classes"
-    there = len(np.unique(data.labels_of(part)))
-    of_all = "" if there == part.num_classes else f" of {part.num_classes:,}"
-    return f"{len(part):,} in {there:,}{of_all} class{'' if there == 1 else 'es'}"
 
 
 @dataclass(frozen=True)
 class Loaders:
-    """Hold the batches of this process.
-
-    Every epoch is evaluated on selection: the "validation" images, or the "test" images where none are held out. Only
-    validation images select a checkpoint.
-    """
+    """Hold the batches of this process; selection is evaluated in every epoch, and named "validation" or "test"."""
 
     train: data.TrainBatches
     selection_name: str
@@ -123,13 +111,8 @@ class Loaders:
 def make_loaders(config: RunConfig, image_size: int, splits: data.Splits, process: Process) -> Loaders:
     """Build the loaders of one process; image_size in pixels."""
     trainer = config.trainer
-    shared: dict[str, Any] = {
-        **_transform(config, image_size),
-        "rank": process.rank,
-        "world_size": process.world_size,
-        "workers": config.data.workers,
-        "pin_memory": process.device.type == "cuda",
-    }
+    shared = {**_transform(config, image_size), "rank": process.rank, "world_size": process.world_size}
+    shared |= {"workers": config.data.workers, "pin_memory": process.device.type == "cuda"}
     with named({"batch_size": "trainer.batch_size", "repeats": "recipe.repeats"}):
         train = data.train_batches(
             splits.train,

@@ -6,7 +6,9 @@ import contextlib
 import os
 import platform
 import random
+import re
 import resource
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -75,12 +77,10 @@ def describe_device(device: torch.device) -> str:
     """Name the processor or GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    if platform.system() == "Linux":
-        with open("/proc/cpuinfo") as info:
-            names = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
-        if names:
-            return f"{names[0]}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.is_file() and (found := re.search(r"^model name\s*: (.*)", info.read_text(), re.MULTILINE)):
+        name = found[1]
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -98,10 +98,10 @@ def adopt_slurm() -> None:
     """Set the environment variables of torchrun if srun started several tasks together."""
     given = os.environ
     # Set by srun alone; SLURM_NTASKS may be larger than 1 for a single process in a batch script.
-    tasks = int(given.get("SLURM_STEP_NUM_TASKS", "1"))
-    if tasks == 1 or "WORLD_SIZE" in given or "SLURM_PROCID" not in given:
+    tasks = given.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks == "1" or "WORLD_SIZE" in given or "SLURM_PROCID" not in given:
         return
-    given |= {"WORLD_SIZE": str(tasks), "RANK": given["SLURM_PROCID"], "LOCAL_RANK": given.get("SLURM_LOCALID", "0")}
+    given |= {"WORLD_SIZE": tasks, "RANK": given["SLURM_PROCID"], "LOCAL_RANK": given.get("SLURM_LOCALID", "0")}
     given.setdefault("MASTER_ADDR", _first_host())
     # Steps that share a node must not share a port.
     own = int(given.get("SLURM_JOB_ID", "0")) * 31 + int(given.get("SLURM_STEP_ID", "0"))

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class JsonLines:
-    """Append objects to metrics.jsonl, one per line. Raises CheckpointError if the disk refuses."""
+    """Append objects to metrics.jsonl, one per line; each call raises CheckpointError if the disk refuses."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / METRICS
@@ -41,12 +41,10 @@ class JsonLines:
                 line = line[os.write(self._handle, line) :]
 
     def sync(self) -> None:
-        """Wait until all lines are on the disk."""
         with self._refused():
             os.fsync(self._handle)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Close the file; the summary has its own."""
         self.sync()
         os.close(self._handle)
 
@@ -67,26 +65,21 @@ class WandbLogger:
         run_id = folder.path / "wandb_id.txt"
         if not run_id.is_file():
             write_whole(run_id, lambda file: Path(file).write_text(uuid.uuid4().hex))
-        self._run = wandb.init(
-            project=logger.project,
-            entity=logger.entity,
-            group=logger.group or folder.sweep,
-            mode=logger.mode,
-            id=run_id.read_text().strip(),
-            resume="allow" if logger.mode == "online" else None,
-            name=folder.path.name,
-            dir=folder.path,
-            config=config,
-            # Neither the checkout's remote, whose address may hold a token, nor the machine's names.
-            settings=wandb.Settings(silent=True, host="", disable_git=True, disable_code=True, x_disable_meta=True),
-        )
+        place: dict[str, Any] = {
+            "project": logger.project,
+            "entity": logger.entity,
+            "group": logger.group or folder.sweep,
+        }
+        same: dict[str, Any] = {"id": run_id.read_text().strip(), "name": folder.path.name, "dir": folder.path}
+        same["resume"] = "allow" if logger.mode == "online" else None
+        # Neither the checkout's remote, whose address may hold a token, nor the machine's names.
+        private = wandb.Settings(silent=True, host="", disable_git=True, disable_code=True, x_disable_meta=True)
+        self._run = wandb.init(**place, **same, mode=logger.mode, config=config, settings=private)
 
     def log(self, kind: str, step: int, epoch: int, values: dict[str, Any]) -> None:
-        """Log as kind/name at `step`; wandb ignores steps that it has from before an interruption."""
         self._run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Log the summary and close."""
         self._run.summary.update(summary)
         self._run.finish()
 
@@ -100,12 +93,10 @@ class TensorBoardLogger:
         self._writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1)
 
     def log(self, kind: str, step: int, epoch: int, values: dict[str, Any]) -> None:
-        """Log as kind/name at `step`."""
         for name, value in values.items():
             self._writer.add_scalar(f"{kind}/{name}", value, step)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Close the file; the summary is not logged here."""
         self._writer.close()
 
 
@@ -125,19 +116,16 @@ class Metrics:
             self._more = self._attempt("start", lambda: TensorBoardLogger(folder, step))
 
     def log(self, kind: str, step: int, epoch: int, values: dict[str, Any]) -> None:
-        """Log values with every logger."""
         if self._lines is not None:
             self._lines.log(kind, step, epoch, values)
         if (more := self._more) is not None:
             self._attempt("log", lambda: more.log(kind, step, epoch, values))
 
     def sync(self) -> None:
-        """Wait until metrics.jsonl is on the disk. Raises CheckpointError if it cannot be written."""
         if self._lines is not None:
             self._lines.sync()
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Close every logger."""
         if (more := self._more) is not None:
             self._attempt("finish", lambda: more.finish(summary))
         lines, self._lines, self._more = self._lines, None, None
@@ -162,13 +150,11 @@ class Progress:
         self._bar = tqdm(total=total_steps, initial=step, disable=hidden, unit="step", dynamic_ncols=True)
 
     def step(self, step: int, epoch: int, loss: float | None) -> None:
-        """Show that `step` steps are done; loss if it is known."""
         if loss is not None:
             self._bar.set_postfix_str(f"epoch {epoch + 1} loss {loss:.3f}", refresh=False)
         self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
-        """Remove the bar from the terminal."""
         self._bar.close()
 
 
@@ -202,19 +188,16 @@ def signed(value: float, digits: int = 2) -> str:
 @contextmanager
 def log_to(folder: RunFolder) -> Iterator[None]:
     """Send log lines to the terminal and to train.log; only warnings from processes other than the main one."""
-    root = logging.getLogger()
-    terminal = logging.StreamHandler(sys.stdout)
+    root, terminal = logging.getLogger(), logging.StreamHandler(sys.stdout)
     terminal.setFormatter(logging.Formatter("%(message)s"))
     terminal.addFilter(lambda record: not hasattr(record, "file_only"))
     handlers: list[logging.Handler] = [terminal]
     if folder.writes:
-        file = logging.FileHandler(folder.path / "train.log")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        handlers.append(file)
+        handlers.append(logging.FileHandler(folder.path / "train.log"))
+        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for handler in handlers:
         handler.addFilter(lambda record: record.name.startswith("famba") or record.levelno >= logging.WARNING)
-    before = root.handlers, root.level
-    root.handlers = handlers
+    before, root.handlers = (root.handlers, root.level), handlers
     logging.raiseExceptions = False  # if the disk is full, the error that ends the run is shown elsewhere
     root.setLevel(logging.INFO if folder.writes else logging.WARNING)
     try:

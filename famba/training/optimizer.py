@@ -27,11 +27,7 @@ def check_optimizer(config: RunConfig, device: torch.device) -> None:
 
     Some need a GPU, a package, a third beta or a graph of the gradients: a step on four numbers shows it.
     """
-    recipe, known = config.recipe, [str(name) for name in list_optimizers()]
-    if recipe.optimizer not in known:
-        near = near_miss(recipe.optimizer, known)
-        raise ConfigError(f"unknown recipe.optimizer {recipe.optimizer!r}{near}; timm.optim.list_optimizers() has all")
-    tiny = nn.Linear(2, 2, bias=False, device=device)
+    recipe, tiny = config.recipe, nn.Linear(2, 2, bias=False, device=device)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # recommendations are shown when the run builds its own
@@ -40,8 +36,10 @@ def check_optimizer(config: RunConfig, device: torch.device) -> None:
             tiny(torch.ones(1, 2, device=device)).sum().backward()
             optimizer.step()
     except Exception as error:  # each optimizer has its own way to fail
+        known = [str(name) for name in list_optimizers()]
+        near = "" if recipe.optimizer in known else near_miss(recipe.optimizer, known)
         raise ConfigError(
-            f"recipe.optimizer={recipe.optimizer} does not work with this recipe here "
+            f"recipe.optimizer={recipe.optimizer} does not work with this recipe here{near} "
             f"({str(error) or type(error).__name__}); use adamw, or change recipe.betas and recipe.eps"
         ) from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ METRICS = "metrics.jsonl"
 SWEEP = "sweep.json"
 WEIGHTS = "model.safetensors"
 _REQUEUED_S, _LOOKED_AT_S = 60.0, 0.5
-_log = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -50,9 +48,7 @@ class RunFolder:
             raise ConfigError(
                 f"another run is writing to {self.path}; wait for it, or choose another run_dir"
             ) from None
-        except NotImplementedError:
-            _log.warning("the file system of %s has no locks: make sure that no other run writes there", self.path)
-        except OSError as error:
+        except (OSError, NotImplementedError) as error:  # the latter from file systems without locks
             raise ConfigError(f"run_dir={self.path} cannot be written: {error}") from error
         remove_unfinished(self.path)
         remove_unfinished(self.checkpoints.folder)
@@ -63,12 +59,11 @@ class RunFolder:
 
     def release(self) -> None:
         """Let other runs into the folder."""
-        if self.writes:
-            self._lock.release()
+        self._lock.release()
 
     @property
     def sweep(self) -> str | None:
-        """Name of the sweep that the run belongs to; None if it stands alone."""
+        """Name of the run's sweep; None if it stands alone."""
         parent = self.path.resolve().parent
         return parent.name if (parent / SWEEP).is_file() else None
 
