@@ -21,7 +21,7 @@ from timm.models import register_model
 from torch import Tensor
 from torch.nn import functional as F
 
-from famba.errors import CheckpointError, ConfigError
+from famba.errors import CheckpointError
 from famba.models import Vim, create_vim, load_vim_checkpoint
 from famba.models.weights import weights_folder
 from famba.training.app import main
@@ -113,18 +113,17 @@ def test_averages_that_nobody_kept_are_refused(source: Path, tmp_path: Path) -> 
 def test_what_is_not_there_is_refused(source: Path, tmp_path: Path) -> None:
     message = refused(tmp_path / "absent.pt")
     assert "absent.pt is no file, no run folder and no timm model with bundled weights" in message
-    assert "one of: vim_micro_patch4_32.famba_cifar100" in message
+    assert "these are vim_micro_patch4_32.famba_cifar100" in message
     assert "did you mean 'vim_micro_patch4_32'" in refused("vim_micro_patch4_3")
     for name in ("vim_tiny_patch16_224", "vim_micro_patch4_32.other", "../absent", "."):
         assert "with bundled weights" in refused(name) or "holds no trained network" in refused(name)
     assert "holds no trained network" in refused(tmp_path)
     broken = shutil.copytree(source, tmp_path / "broken")
     (broken / "model.safetensors").unlink()
-    assert "has lost its model.safetensors; to take it as it is, give its checkpoint" in refused(broken)
+    assert "has lost its model.safetensors; give " in refused(broken)
     (broken / "model.safetensors").write_bytes(b"no weights")
     assert "truncated or no checkpoint" in refused(broken)
-    with pytest.raises(ConfigError, match=r"init_from=x+ cannot be looked up"):
-        prepare(compose([*TINY, f"init_from={'x' * 300}", "run_dir=unused"]))
+    assert "is no file" in refused("x" * 300)
 
 
 def test_nothing_is_made_where_weights_are_missing_or_unfit(source: Path, tmp_path: Path) -> None:
@@ -158,13 +157,11 @@ def test_another_number_of_classes_or_none_gets_a_new_classifier(
     assert same(kept, weights)
     assert new.model.num_classes == 20
     assert all(torch.equal(v, weights[k]) for k, v in new.model.state_dict().items() if not k.startswith("head."))
-    assert "with their classifier of 10 classes" in caplog.text
-    assert "with a new classifier of 20 classes, since theirs is of 10" in caplog.text
+    assert "with their classifier" in caplog.text
+    assert "with a new classifier (theirs is missing or has another number of classes)" in caplog.text
     backbone = {k: v for k, v in weights.items() if not k.startswith("head.")}
     save_file(backbone, tmp_path / "backbone.safetensors")
-    with caplog.at_level(logging.INFO):
-        assert begun(tmp_path / "backbone.safetensors").totals.started_from["new_classifier"]
-    assert "since theirs is missing" in caplog.text
+    assert begun(tmp_path / "backbone.safetensors").totals.started_from["new_classifier"]
     fresh = compose([*TINY, "model.num_classes=20", "run_dir=unused"])
     untrained = new_state(fresh, prepare(fresh), TrainedOn(10, None, {}), torch.device("cpu")).model
     assert torch.equal(new.model.state_dict()["head.weight"], untrained.state_dict()["head.weight"])
@@ -186,7 +183,7 @@ def test_other_images_of_other_classes_and_another_size(source: Path, tmp_path: 
     log = (tmp_path / "tuned" / "train.log").read_text()
     assert f"weights start from {source} (SHA-256 " in log
     assert "the position embedding is resampled from 4 x 4 to 8 x 8 patches" in log
-    assert "a new classifier of 3 classes, since theirs is of 10" in log
+    assert "with a new classifier (theirs is missing or has another number of classes)" in log
     # The first step's rate is 0, so these are the weights that it began with.
     start, tuned = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "tuned"))
     changed = {name for name in start if not torch.equal(start[name], tuned[name])}
@@ -211,21 +208,13 @@ def test_another_patch_size_sees_enlarged_patches_alike(source: Path, tmp_path: 
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_another_shape_is_refused_by_its_keys(source: Path) -> None:
-    message = refused(source, "model.depth=3", "model.d_state=4", "model.embed_dim=32")
-    assert "model.depth is 3 here, 2 in the file" in message
-    assert "set model.d_state=2 model.depth=2 model.embed_dim=16" in message
-    assert "nothing was loaded" not in message, "the keys say it all"
-    assert "model.depth is 2 here, 8 in the file" in refused("vim_micro_patch4_32")
-
-
-def test_weights_of_another_kind_of_network_are_refused(source: Path, tmp_path: Path) -> None:
+def test_another_shape_or_kind_of_network_is_refused(source: Path, tmp_path: Path) -> None:
+    for change in ("model.depth=3", "model.d_state=4", "model.embed_dim=32"):
+        assert "does not fit this model; nothing was loaded" in refused(source, change)
     weights = load_file(source / "model.safetensors")
     renamed = {name.replace("layers.", "blocks."): value for name, value in weights.items()}
     save_file(renamed, tmp_path / "vit.safetensors")
-    assert "are of a vision transformer, this run's network is a Vim" in refused(tmp_path / "vit.safetensors")
-    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    assert "norm_f.weight: missing in the file" in refused(tmp_path / "other.safetensors")
+    assert "layers.0.mixer.A_log: missing in the file" in refused(tmp_path / "vit.safetensors")
 
 
 @pytest.mark.parametrize(("old", "new"), [("head", "middle"), ("middle", "head")])
@@ -241,12 +230,12 @@ def test_the_class_token_moves_with_its_row(
     rest = [torch.cat([x[: at[place]], x[at[place] + 1 :]]) for x, place in ((rows, old), (moved, new))]
     assert torch.equal(*rest)
     assert f"the class token moves from {old} to {new}" in caplog.text
-    assert "set model.cls_position=head (or middle)" in refused(tmp_path, "model.cls_position=none")
+    assert "class token" in refused(tmp_path, "model.cls_position=none")
 
 
 def test_without_a_class_token_there_is_none_to_take(tmp_path: Path) -> None:
     run(tmp_path, "model.cls_position=none", "trainer.max_steps=1")
-    assert "model.cls_position is a class token here, none in the file" in refused(tmp_path)
+    assert "class token 'none' in the file, 'head' in the model" in refused(tmp_path)
     assert same(begun(tmp_path, "model.cls_position=none"), load_file(tmp_path / "model.safetensors"))
 
 

@@ -153,10 +153,7 @@ def test_a_run_on_other_classes_begins_with_a_new_classifier(finished: Path, tmp
     summary = run(tmp_path / "run", tmp_path / "images", f"init_from={finished}", "trainer.max_steps=1")
     assert summary["started_from"]["new_classifier"]
     log = (tmp_path / "run" / "train.log").read_text()
-    assert (
-        "since their 4 classes differ (classes that are gone: ant, bee, cat, dog; classes that are new: fox, gnu, hen"
-        in log
-    )
+    assert "with a new classifier (classes that are gone: ant, bee, cat, dog; classes that are new: fox, gnu" in log
     again = run(tmp_path / "again", finished.parent / "images", f"init_from={finished}", "trainer.max_steps=1")
     assert not again["started_from"]["new_classifier"]
 

@@ -162,7 +162,6 @@ REFUSED = [
     ("data.image_size=16384 model.patch_size=1 model.embed_dim=1024", "data.image_size"),
     ("model.num_classes=7", "the data has 10 classes, but model.num_classes is 7"),
     ("model.depth=10000", "model.depth is 10000: input should be less than or equal to 512"),
-    ("model.depth=47 model.embed_dim=16384 model.d_state=1024", "GiB for its weights", "choose less of model.depth"),
     (
         "trainer.batch_size=32 trainer.accumulation=33",
         "trainer.batch_size=32 is not divisible by 1 processes x",
@@ -176,17 +175,14 @@ REFUSED = [
     ("data=cifar100 data.subset=60000", "data.subset is 60000, but must be from 1 to the 50000 training images"),
     ("data.val_fraction=0.99", "trainer.batch_size", "data.val_fraction"),
     ("trainer.epochs=3 recipe.warmup_epochs=3", "recipe.warmup_epochs=3.0 leaves nothing of trainer.epochs=3"),
-    ("trainer.device=tpu", "unknown trainer.device 'tpu'"),
-    ("trainer.device=cuda:93", "trainer.device"),
+    ("trainer.device=tpu", "trainer.device 'tpu' is unknown or not on this machine; usable here: cpu"),
     ("ops.backend=natve", "unknown backend 'natve', did you mean 'native'?"),
     ("ops.backend=mamba_ssm", "backend 'mamba_ssm' cannot be used: "),
     ("ops.backend=native trainer.precision=fp16", "ops.backend", "'native' does not serve float16", "use 'auto'"),
     ("trainer.cuda_graphs=true", "trainer.cuda_graphs=true cannot be: the device is cpu; leave it at auto"),
-    ("resume=ato", "resume=ato is no file, did you mean 'auto'?"),
+    ("resume=ato", "resume is 'ato': input should be 'auto' or 'never'"),
     ("init_from=none.pth", "init_from=none.pth is no file"),
-    ("resume=LONG", "resume=x", "cannot be looked up"),
-    ("init_from=LONG", "init_from=x", "cannot be looked up"),
-    ("run_dir=LONG", "run_dir=", "cannot be looked up"),
+    ("init_from=LONG", "init_from=x", "is no file"),
     ("run_dir=/dev/null/run3", "run_dir=/dev/null/run3 cannot be written"),
     ("recipe.random_erasing=0.5", "recipe.random_erasing", "augmentation 'batch' does not use it"),
     ("recipe.color_jitter=0.4", "recipe.color_jitter"),
@@ -196,7 +192,7 @@ REFUSED = [
     ("recipe.augmentation=timm recipe.auto_augment=rand-q3", "recipe.auto_augment"),
     ("recipe.augmentation=timm recipe.auto_augment=rnd-m3", "recipe.auto_augment"),
     ("recipe.augmentation=timm recipe.auto_augment=rand-tnone3", "recipe.auto_augment"),
-    ("recipe.optimizer=adamx", "unknown recipe.optimizer 'adamx'"),
+    ("recipe.optimizer=adamx", "recipe.optimizer=adamx does not work with this recipe here, did you mean 'adam"),
     ("recipe.optimizer=adan", "recipe.optimizer=adan does not work with this recipe here"),
     ("recipe.optimizer=adahessian", "recipe.optimizer"),
     ("recipe.lr=nan", "recipe.lr is nan: input should be a finite number"),
@@ -314,7 +310,7 @@ def test_bf16_is_refused_where_the_device_has_none(monkeypatch: pytest.MonkeyPat
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="trainer.device 'cuda' is not on this machine; usable here: .*cpu"):
+    with pytest.raises(ConfigError, match="trainer.device 'cuda' is unknown or not on this machine; usable here: cpu"):
         choose_device("cuda")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -82,7 +81,6 @@ def test_training_learns(tmp_path: Path) -> None:
     assert summary["top1"] > 40
     losses = [line["train_loss"] for line in metrics(tmp_path) if line["kind"] == "epoch"]
     assert losses[-1] < losses[0] - 0.3
-    assert "s per step: about" in (tmp_path / "train.log").read_text()
 
 
 def test_selection_is_by_validation_and_never_by_the_test_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +98,7 @@ def test_selection_is_by_validation_and_never_by_the_test_set(tmp_path: Path, mo
     assert load(tmp_path / "checkpoints" / "best.pt")["step"] == 3
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_not_finite_stops_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def broken(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -109,10 +107,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_state_before(tmp_path: Path, m
         return loss * float("nan") if len(calls) == 5 else loss
 
     monkeypatch.setattr(step, "create_loss", lambda recipe: broken)
-    with pytest.raises(TrainingError, match=r"the loss is nan at step 5 \(epoch 2\), with learning rate .* norm"):
+    place = r"the loss is nan at step 5 \(epoch 2\), with learning rate .* norm .* last good state is that of step 3"
+    with pytest.raises(TrainingError, match=place):
         run(tmp_path)
-    kept = load(tmp_path / "checkpoints" / "step_00000004.pt")
-    assert kept["step"] == 4
+    kept = load(tmp_path / "checkpoints" / "step_00000003.pt")
     assert all(torch.isfinite(value).all() for value in kept["model"].values())
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["status"] == "failed"
@@ -130,26 +128,6 @@ def test_out_of_memory_says_what_helps(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Vim, "forward", forward)
     with pytest.raises(TrainingError, match=r"12 images at once.*trainer.accumulation=4.*grad_checkpointing"):
         run(tmp_path, "trainer.accumulation=2")
-
-
-def test_an_error_in_mid_epoch_loses_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Vim.forward
-    calls = []
-
-    def forward(self: Vim, x: torch.Tensor) -> torch.Tensor:
-        calls.append(len(x))
-        if calls.count(24) == 3:
-            raise RuntimeError("the cable was pulled")
-        return original(self, x)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Vim, "forward", forward)
-        with pytest.raises(RuntimeError, match="cable"):
-            run(tmp_path / "broken")
-    assert load(tmp_path / "broken" / "checkpoints" / "step_00000002.pt")["step"] == 2
-    run(tmp_path / "broken")
-    run(tmp_path / "whole")
-    assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot begin a new peak of resident memory")
@@ -277,18 +255,6 @@ def test_evaluation_counts_top1_top5_and_loss() -> None:
     expected = nn.functional.cross_entropy(logits, torch.tensor([0, 1, 0])).item()
     assert result["loss"] == pytest.approx(expected, rel=1e-6)
     assert model.training
-
-
-def test_the_log_has_what_was_not_worth_a_line_before(tmp_path: Path) -> None:
-    # Loggers remember that nobody listened.
-    for name in ("famba.training.app", "famba.training.trainer"):
-        assert not logging.getLogger(name).isEnabledFor(logging.INFO)
-    before = list(logging.getLogger().handlers)
-    run(tmp_path, "trainer.max_steps=1")
-    assert logging.getLogger().handlers == before
-    log = (tmp_path / "train.log").read_text()
-    assert "INFO run folder: " in log
-    assert "INFO epoch 1 of 2: " in log
 
 
 @pytest.mark.slow

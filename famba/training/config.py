@@ -224,7 +224,8 @@ def explain(error: ValidationError, known: list[str], prefix: str = "") -> list[
         elif problem["type"] == "missing":
             start, reason = f"{named} is missing", ""
         else:
-            start, reason = f"{named} is {shown}: ", reason.removeprefix("Value error, ").replace("tuple", "list")
+            reason = reason.removeprefix("Value error, ").replace("tuple", "list")
+            start, reason = f"{named} is {shown}: ", f"{reason[:1].lower()}{reason[1:]}"
         found.setdefault(start, []).append(reason)
     return sorted(start + " or ".join(dict.fromkeys(reasons)) for start, reasons in found.items())
 

@@ -121,7 +121,7 @@ class Training:
 
         The images are a sample of the training set, with every class in proportion. epochs: steps in all epochs.
         """
-        config, last = self.config, self.config.trainer.max_steps
+        config = self.config
         shares, count = config.fusion.adapt_at, config.fusion.adapt_images
         if shares is None or count is None:
             return frozenset(), torch.empty(0)
@@ -131,8 +131,6 @@ class Training:
             )
         # Shares of all epochs: a run that continues with more max_steps measures at the same steps.
         steps = frozenset(int(share * epochs) for share in shares)
-        if last is not None and last <= max(steps):
-            _log.warning("fusion=adaptive measures after steps %s, max_steps=%d ends before", sorted(steps), last)
         chosen = data.sample(train, min(count, len(train)), config.data.version)
         return steps, load_images(config, self.setup.image_size, chosen)
 
