@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from famba import data
-from famba.errors import CheckpointError, DamagedError, some
+from famba.errors import CheckpointError, DamagedError
 from famba.files import read_file, read_seal, seal, write_whole
 from famba.models import Backbone
 from famba.training import interrupts
@@ -28,20 +28,13 @@ from famba.training.optimizer import load_state, portable_state
 
 FORMAT = 2
 _KEPT = 2
+_SHOWN = 1000  # characters of a difference that an error shows
 _CONTENT = {"format", "config", "world_size", "step", "model", "optimizer", "scaler", "ema", "totals", "schedule"}
 _log = logging.getLogger(__name__)
 
 # Settings that may change when a run goes on: the weights that come out stay the same.
-_FREE: tuple[str, ...] = (
-    "run_dir",
-    "resume",
-    "data.root",
-    "data.workers",
-    "logger.",
-    "trainer.max_steps",
-    "trainer.device",
-)
-_FREE += ("trainer.cuda_graphs", "trainer.log_every", "trainer.eval_every", "trainer.save_every_min")
+_FREE: tuple[str, ...] = ("run_dir", "resume", "data.root", "data.workers", "logger.", "trainer.max_steps")
+_FREE += ("trainer.device", "trainer.cuda_graphs", "trainer.log_every", "trainer.eval_every", "trainer.save_every_min")
 
 
 @dataclass
@@ -75,9 +68,9 @@ class Totals:
 
     def add(self, steps: int, data_s: float, step_s: float) -> None:
         """Add steps and their times."""
-        for name, value in (("steps", steps), ("data_s", data_s), ("step_s", step_s)):
-            for sums in (name, f"epoch_{name}"):
-                setattr(self, sums, getattr(self, sums) + value)
+        self.steps, self.epoch_steps = self.steps + steps, self.epoch_steps + steps
+        self.data_s, self.epoch_data_s = self.data_s + data_s, self.epoch_data_s + data_s
+        self.step_s, self.epoch_step_s = self.step_s + step_s, self.epoch_step_s + step_s
 
 
 @dataclass
@@ -308,27 +301,9 @@ class TrainedOn:
 
 
 def check_same_data(content: Mapping[str, Any], now: TrainedOn) -> None:
-    """Raise CheckpointError if a run would continue on other classes or images; version 0.1 kept neither."""
-    before, head = content.get("data") or {}, content["model"].get("head.weight")
-    told = head is not None and content["config"]["model"]["num_classes"] is None
-    old_classes = before.get("num_classes", len(head) if told else now.num_classes)
-    differ = [f"{old_classes} classes before, {now.num_classes} now"] if old_classes != now.num_classes else []
-    images = before.get("images") or now.images
-    if before.get("classes") is not None and now.classes is not None:
-        differ += class_differences(before["classes"], now.classes)
-    for part in dict.fromkeys([*images, *now.images]):
-        if (old := images.get(part, 0)) != (new := now.images.get(part, 0)):
-            differ.append(f"{old} {part} images before, {new} now")
-    if differ:
-        listed = "\n  ".join(["the checkpoint is of a run on other data:", *differ])
+    """Raise CheckpointError if a run would continue on other classes or images; version 0.1 did not keep them."""
+    before, own = content.get("data"), now.as_dict()
+    if before is not None and before != own:
+        differ = [f"{key}: {before.get(key)} before, {own[key]} now" for key in own if before.get(key) != own[key]]
+        listed = "\n  ".join(["the checkpoint is of a run on other data:", *(line[:_SHOWN] for line in differ)])
         raise CheckpointError(f"{listed}\nRestore the data to continue, or start a new run_dir with init_from=RUN")
-
-
-def class_differences(before: Sequence[str], now: Sequence[str]) -> list[str]:
-    """Describe the differences between two lists of class names; empty if they are equal."""
-    lost, new = ([name for name in one if name not in set(other)] for one, other in ((before, now), (now, before)))
-    differ = [f"classes that are gone: {some(lost)}"] if lost else []
-    differ += [f"classes that are new: {some(new)}"] if new else []
-    if not differ and list(before) != list(now):
-        differ.append("the classes have other numbers")
-    return differ

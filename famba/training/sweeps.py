@@ -53,18 +53,6 @@ def folder_name(overrides: Iterable[str], excluded: Iterable[str] = ()) -> str:
     return (name if name == whole else f"{name}-{_short_hash(whole)}") or "run"
 
 
-def run_name(overrides: Iterable[str], excluded: Iterable[str], sweep: Path) -> str:
-    """Return the name of a run's folder in a sweep's: that of the run with equal overrides there, if any.
-
-    Otherwise its folder_name, with the keys too in which the runs that are there differ.
-    """
-    there = [(run["folder"], _of_run(run["overrides"])) for run in recorded(sweep)]
-    own = _of_run(overrides)
-    differing = {_key(line) for _, others in there for line in others ^ there[0][1]}
-    same = (folder for folder, others in there if others == own)
-    return next(same, folder_name(overrides, set(excluded) - differing))
-
-
 def recorded(folder: Path) -> list[dict[str, Any]]:
     """Return the runs that a sweep's folder lists, each with its folder's name and its overrides; none if damaged."""
     try:
@@ -77,11 +65,6 @@ def recorded(folder: Path) -> list[dict[str, Any]]:
 
 def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _of_run(overrides: Iterable[str]) -> frozenset[str]:
-    """Return overrides without their order, run_dir and Hydra's own."""
-    return frozenset(line for line in overrides if _key(line) != "run_dir" and not _key(line).startswith("hydra"))
 
 
 def _key(override: str) -> str:
@@ -118,7 +101,7 @@ class Sweep:
         self.runs: dict[str, Run] = {}
         for job in command.jobs():
             overrides = [line for line in job if not _key(line).startswith("hydra")]
-            folder = self.folder / run_name(overrides, keys, self.folder)
+            folder = self.folder / folder_name(overrides, keys)
             config = replace(run_config(command.compose(job)), run_dir=str(folder.absolute()))
             self.runs[folder.name] = Run(folder.name, folder, overrides, config)
         self.left: list[Run] = []

@@ -31,7 +31,7 @@ from famba.models.weights import (
 )
 from famba.training import checkpoint
 from famba.training.build import augmentation, build_model, check_model, model_arguments, reading
-from famba.training.checkpoint import Checkpoints, class_differences
+from famba.training.checkpoint import Checkpoints
 from famba.training.config import RunConfig, parse, with_added_keys
 from famba.training.run_folder import CONFIG, RunFolder, finished_weights
 from famba.training.summary import SUMMARY
@@ -125,15 +125,13 @@ def start_from(model: Backbone, given: str, classes: tuple[str, ...] | None = No
     init_from, their SHA-256, and whether the classifier is new. Raises FambaError as `check_initial`.
     """
     initial = read_initial(given)
-    why, digest = [], weights_sha256(initial.weights)
-    if _has_other_head(model, initial.weights):
-        why = ["theirs is missing or has another number of classes"]
-    elif initial.classes is not None and classes is not None:
-        why = class_differences(initial.classes, classes)
-    changes = load_weights(model, initial.weights, initial.file, initial.origin, reset_head=bool(why))
-    head = f"with a new classifier ({'; '.join(why)})" if why else "with their classifier"
-    _log.info("%s", "; ".join([f"weights start from {given} (SHA-256 {digest[:12]})", *changes, head]))
-    return {"init_from": given, "weights_sha256": digest, "new_classifier": bool(why)}
+    digest = weights_sha256(initial.weights)
+    others = initial.classes is not None and classes is not None and initial.classes != classes
+    is_new = others or _has_other_head(model, initial.weights)
+    changes = load_weights(model, initial.weights, initial.file, initial.origin, reset_head=is_new)
+    changes.append("with a new classifier, for other classes" if is_new else "with their classifier")
+    _log.info("%s", "; ".join([f"weights start from {given} (SHA-256 {digest[:12]})", *changes]))
+    return {"init_from": given, "weights_sha256": digest, "new_classifier": is_new}
 
 
 def weights_sha256(weights: Mapping[str, Any]) -> str:
