@@ -30,10 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns the exit status: 0, 2 for errors that the user can mend, 128 + n if signal n stopped it.
-    """
+    """Run the command line; return the exit status, 2 for errors that the user can mend, 128 + n after signal n."""
     try:
         command = Command.parse(sys.argv[1:] if arguments is None else arguments)
         if command.question == "help":
@@ -54,10 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def plan(command: Command) -> Sweep:
-    """Return the sweep of a command line, with every run checked.
-
-    Raises FambaError for the first run that cannot work; no folder is made.
-    """
+    """Return the sweep of a command line, with every run checked. Raises FambaError for the first that cannot work."""
     if world_size() > 1:
         raise ConfigError("-m does not go with torchrun; sweep without it, or start one run at a time")
     sweep = Sweep(command)
@@ -134,10 +128,9 @@ def _train_in(
 
 
 def _announce(config: RunConfig, setup: Setup, folder: RunFolder) -> None:
-    matched = "" if setup.matched else " (counts per layer as given, their total is not matched between strategies)"
     size, removed = setup.image_size, sum(setup.schedule)
-    counts = f"{setup.tokens} tokens, {removed} removed, {setup.tokens - removed} left after the last layer{matched}"
-    precision = "float32" if setup.autocast is None else f"{str(setup.autocast).removeprefix('torch.')} autocast"
+    counts = f"{setup.tokens} tokens, {removed} removed, {setup.tokens - removed} left after the last layer"
+    precision = str(setup.dtype).removeprefix("torch.")
     _log.info("run folder: %s", folder.path)
     _log.info("%s at %d x %d, fusion %s: %s", config.model.name, size, size, config.fusion.strategy, counts)
     _log.info("device %s, %s, ops by %s", setup.device, precision, explain(setup.device.type, setup.dtype))

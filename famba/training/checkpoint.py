@@ -172,10 +172,7 @@ class Checkpoints:
             old.unlink(missing_ok=True)
 
     def find_last(self) -> Path | None:
-        """Return the newest checkpoint that is whole, None if there is none; rename damaged later ones.
-
-        Raises CheckpointError if all are damaged, or the newest whole one cannot be read.
-        """
+        """Return the newest checkpoint that is whole, None without any; rename damaged later ones unless all are."""
         damaged: list[Path] = []
         for path in self.newest_first():
             try:
@@ -192,10 +189,7 @@ class Checkpoints:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a run's checkpoint.
-
-    Raises DamagedError if it is not what was written, else CheckpointError if it cannot be read as a checkpoint.
-    """
+    """Read a run's checkpoint. Raises DamagedError if it is not what was written, else CheckpointError."""
     try:
         content = read_file(path)
     except CheckpointError as error:

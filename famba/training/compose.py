@@ -208,10 +208,7 @@ _GROUPS = {
 
 
 def help_text(own: Path | None = None) -> str:
-    """Return the text of `python train.py --help`: every group, choice and key with the comments of their files.
-
-    own: a folder with more choices.
-    """
+    """Return the text of --help: every group, choice and key with their comments; own: a folder with more choices."""
     sections, main = [_HELP.rstrip()], (config_dir() / "config.yaml").read_text()
     for group, (meaning, files, prefix) in _GROUPS.items():
         folder = config_dir() / group

@@ -20,10 +20,7 @@ _MIB = 2**20
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of this name; "auto" is the first of CUDA, MPS and CPU that is here.
-
-    Raises ConfigError if it is unknown or not on this machine.
-    """
+    """Return the device of this name; "auto" is the first of CUDA, MPS and CPU that is here."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -58,10 +55,7 @@ def _cpu_has_bf16() -> bool:
 
 
 def choose_precision(precision: str, device: torch.device) -> torch.dtype | None:
-    """Return the autocast dtype, None for float32; "auto" is bfloat16 if the device has it, else float32.
-
-    Raises ConfigError if the device does not have it.
-    """
+    """Return the autocast dtype, None for float32; "auto" is bfloat16 if the device has it, else float32."""
     if precision == "auto":
         return torch.bfloat16 if has_bf16(device) else None
     if (precision == "bf16" and not has_bf16(device)) or (precision == "fp16" and device.type == "mps"):

@@ -24,10 +24,7 @@ _BROKEN = re.compile("Connection (closed|reset)|Broken pipe|remote process exite
 
 @dataclass(frozen=True)
 class Process:
-    """This process among those that train together.
-
-    host_group: for agreements that do not wait for the device. store: keeps the first failure.
-    """
+    """This process among those that train together; host_group does not wait for the device."""
 
     rank: int
     world_size: int
@@ -71,10 +68,7 @@ class Process:
             dist.destroy_process_group()
 
     def first_failure(self, error: Exception) -> Exception:
-        """Publish why this process fails; return the failure that was published first, with its process's number.
-
-        A process that ends breaks the connections of the others, so it publishes before they fail in turn.
-        """
+        """Publish why this process fails, before others lose it; return the failure that was published first."""
         if self.store is None:
             return error
         lost = isinstance(error, RuntimeError) and _BROKEN.search(str(error)) is not None
@@ -109,10 +103,7 @@ def adopt_slurm() -> None:
 
 
 def start_process(device: torch.device) -> Process:
-    """Join the processes that were started together, or be the only one.
-
-    Raises ConfigError if they cannot find one another.
-    """
+    """Join the processes that were started together. Raises ConfigError if they cannot find one another."""
     size = world_size()
     if size == 1:
         return Process(0, 1, device)

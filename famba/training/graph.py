@@ -15,10 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from famba.errors import TrainingError
-from famba.training.checkpoint import TrainingState
 from famba.training.config import RunConfig
 from famba.training.devices import out_of_memory
-from famba.training.distributed import Process
 from famba.training.optimizer import has_fused_form
 from famba.training.step import Infer, Step
 
@@ -55,15 +53,8 @@ class GraphStep(Step):
 
     masks = True
 
-    def __init__(
-        self,
-        config: RunConfig,
-        state: TrainingState,
-        forward: nn.Module,
-        process: Process,
-        autocast: torch.dtype | None,
-    ) -> None:
-        super().__init__(config, state, forward, process, autocast)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         shapes: list[tuple[int, ...]] = [(), (), (), (2,), (0,), (0,)]
         self._loss, self._ema_weight, self._held, self._reported, self._images, self._targets = (
             torch.zeros(shape, device=self.device) for shape in shapes
@@ -72,7 +63,7 @@ class GraphStep(Step):
         self.schedule_changes()
 
     def gradients(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
-        """Do the next step, see `Step.gradients`; `update` has nothing left to do."""
+        """Do the next step; `update` has nothing left to do."""
         self.data_s = 0.0
         ema = self.state.ema
         if ema is not None:
@@ -161,16 +152,16 @@ class GraphStep(Step):
                 f"the step cannot be captured as a CUDA graph ({reason}); start again with trainer.cuda_graphs=false"
             ) from error
 
+    def _whole(self) -> None:
+        self._micro_batch()
+        self._update()
+
     def _keep_gradients(self) -> None:
-        """Give the gradients fixed places, to which every micro-batch adds."""
+        """Give the gradients fixed places."""
         self._micro_batch()
         for parameter in self.state.model.parameters():
             if parameter.grad is not None:
                 parameter.grad = torch.zeros_like(parameter.grad)
-
-    def _whole(self) -> None:
-        self._micro_batch()
-        self._update()
 
     def _micro_batch(self) -> None:
         self._loss += self.backward(self._images, self._targets)

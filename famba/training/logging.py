@@ -101,10 +101,7 @@ class TensorBoardLogger:
 
 
 class Metrics:
-    """Log to metrics.jsonl and to the configured logger, in the main process alone.
-
-    A failure to write metrics.jsonl ends the run; a failure of the other logger ends that logger.
-    """
+    """Log to metrics.jsonl, whose failure ends the run, and to the configured logger, whose failure does not."""
 
     def __init__(self, folder: RunFolder, logger: LoggerConfig, config: dict[str, Any], step: int) -> None:
         self._lines = JsonLines(folder.path) if folder.writes else None

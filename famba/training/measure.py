@@ -76,11 +76,9 @@ def cost(model: Backbone, autocast: torch.dtype | None = None) -> Cost:
 
 def macs_per_image(model: nn.Module, image_size: int) -> int:
     """Count the multiply-adds of one image's forward pass, as `Cost.macs` has them."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
+    was_training, device = model.training, next(model.parameters()).device
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_NOT_COUNTED) as counter:
-        model(torch.zeros(1, 3, image_size, image_size, device=device))
+        model.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
     model.train(was_training)
     return counter.get_total_flops() // 2
 

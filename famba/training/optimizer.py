@@ -23,10 +23,7 @@ _FORM = ("lr", "fused", "foreach", "capturable")
 
 
 def check_optimizer(config: RunConfig, device: torch.device) -> None:
-    """Raise ConfigError if the optimizer is unknown, cannot be built, or cannot take a step with this recipe.
-
-    Some need a GPU, a package, a third beta or a graph of the gradients: a step on four numbers shows it.
-    """
+    """Raise ConfigError if the optimizer cannot be built, or cannot take a step on four numbers."""
     recipe, tiny = config.recipe, nn.Linear(2, 2, bias=False, device=device)
     try:
         with warnings.catch_warnings():

@@ -48,10 +48,7 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 def git_commit() -> str | None:
-    """Return the commit of the checkout that famba is imported from, with "-dirty" if it is changed.
-
-    Outside a checkout, as in a container, this is the environment variable FAMBA_COMMIT, None if that is not set.
-    """
+    """Return the commit of famba's checkout, with "-dirty" if it is changed; outside of one $FAMBA_COMMIT."""
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return os.environ.get("FAMBA_COMMIT") or None

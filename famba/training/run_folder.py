@@ -24,10 +24,7 @@ _REQUEUED_S, _LOOKED_AT_S = 60.0, 0.5
 
 
 class RunFolder:
-    """Hold the files of a run; in a `with` block no other run may write there.
-
-    Only the main process writes; `writes` is False in the others, whose calls do nothing.
-    """
+    """Hold the files of a run; in a `with` block no other run may write there. `writes`: in the main process alone."""
 
     def __init__(self, path: Path, writes: bool) -> None:
         self.path = path
@@ -99,10 +96,7 @@ class RunFolder:
             write_whole(self.path / name, lambda file: Path(file).write_text(text))
 
     def rewind_metrics(self, step: int, epoch_ended: bool) -> None:
-        """Remove the lines of metrics.jsonl after `step`, and a line that was cut off.
-
-        epoch_ended: whether to keep the line of an epoch that ends with `step`.
-        """
+        """Remove the lines of metrics.jsonl after `step`, that of an epoch too unless epoch_ended, and broken lines."""
         path = self.path / METRICS
         if self.writes and path.is_file():
             lines = path.read_text(errors="replace").splitlines()
@@ -135,10 +129,7 @@ def finished_weights(folder: Path) -> Path:
 
 
 def finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
-    """Return the summary of a run that is done in this folder, with the same settings; None if there is work left.
-
-    Raises FambaError if the folder holds a run that this configuration may not continue, or damage.
-    """
+    """Return the summary of the run that is done in this folder, None if work is left; another run is an error."""
     summary, before = folder.summary, folder.config
     # A job that Slurm starts again goes on with what it began itself.
     if config.resume == "never" and not interrupts.restarts():

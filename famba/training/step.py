@@ -49,10 +49,7 @@ class Step:
         self.data_s = 0.0
 
     def gradients(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
-        """Compute the gradients of the next step from micro-batches of images (b, 3, h, w) and labels (b,).
-
-        Returns the loss and the norm of the gradients, float32 (2,) on the device; `data_s` is the time of the batches.
-        """
+        """Compute the gradients of the next step; return loss and norm, float32 (2,) on the device."""
         self.data_s = 0.0
         loss = torch.zeros((), device=self.device)
         for part in range(self.parts):

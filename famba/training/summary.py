@@ -76,10 +76,7 @@ class Summary:
 
     @classmethod
     def parse(cls, content: str | bytes) -> Summary:
-        """Read a summary from JSON; keys that are not known here are passed over.
-
-        Raises ValueError, with the field and its value, for what is no summary or of a later format.
-        """
+        """Read a summary from JSON. Raises ValueError for what is no summary, or of a later format."""
         try:
             found = _ADAPTER.validate_json(content)
         except ValidationError as error:
@@ -101,10 +98,7 @@ _ADAPTER = TypeAdapter(Summary)
 
 
 def to_row(summary: Summary, config: Mapping[str, Any]) -> dict[str, str]:
-    """Return a run as one flat row of text, for CSV files: fields of its summary and, behind "config.", its settings.
-
-    Nested keys are joined by dots. A cell holds plain text, or JSON. Unknown fields of the summary have no cell.
-    """
+    """Return a run as one flat row of text, for CSV files: its summary and, behind "config.", its settings."""
     known = {name: value for name, value in summary.values().items() if value is not None}
     settings = flatten(with_added_keys(config), _CONFIG)
     return {name: _to_cell(value) for name, value in [*flatten(known).items(), *settings.items()]}

@@ -43,10 +43,7 @@ _SUBMITITS = ("name", "timeout_min", "nodes", "tasks_per_node", "gpus_per_node",
 
 
 def folder_name(overrides: Iterable[str], excluded: Iterable[str] = ()) -> str:
-    """Return the name of a run's folder: its overrides except the `excluded` keys, as one plain file name.
-
-    Other characters become "_"; a name that was changed or shortened ends with a hash of the whole.
-    """
+    """Return the name of a run's folder: its overrides except the `excluded` keys, with a hash if it was changed."""
     without = set(excluded)
     whole = ",".join(sorted(line for line in overrides if _key(line) not in without))
     name = re.sub(f"[^{_PLAIN}]+", "_", whole)[:_LONGEST]
@@ -107,10 +104,7 @@ class Sweep:
         self.left: list[Run] = []
 
     def launch(self, train: Train) -> None:
-        """Do the runs that are not finished; one that fails does not keep the others from running.
-
-        Raises FambaError if a folder holds a run with other settings, before anything is written, or a run failed.
-        """
+        """Do the runs that are not finished. Raises FambaError if a folder holds another run, or a run failed."""
         self.left = [r for r in self.runs.values() if not finished(RunFolder(r.folder, writes=False), r.config)]
         known = {run["folder"]: run for run in recorded(self.folder)}
         known |= {run.name: {"folder": run.name, "overrides": run.overrides} for run in self.runs.values()}

@@ -117,10 +117,7 @@ class Training:
         self._unseen: list[Tensor] = []
 
     def _plan_adapting(self, train: data.Source | data.StreamSource, epochs: int) -> tuple[frozenset[int], Tensor]:
-        """Return the steps before which an adaptive schedule is measured, and the images (n, 3, s, s) for it.
-
-        The images are a sample of the training set, with every class in proportion. epochs: steps in all epochs.
-        """
+        """Return the steps before which an adaptive schedule is measured, and the images (n, 3, s, s) for it."""
         config = self.config
         shares, count = config.fusion.adapt_at, config.fusion.adapt_images
         if shares is None or count is None:
@@ -247,10 +244,7 @@ class Training:
         return seen[0]
 
     def _take_losses(self, last_step: int) -> tuple[float, float] | None:
-        """Read the losses of the steps since the last look from the device, and return the last loss and gradient norm.
-
-        Raises TrainingError for a loss or norm that is not finite.
-        """
+        """Read the losses since the last look; return the last loss and norm. One that is not finite is an error."""
         if not self._unseen:
             return None
         records = (self.process.sum(torch.stack(self._unseen)) / self.process.world_size).tolist()

@@ -108,10 +108,7 @@ def read_initial(given: str) -> Initial:
 
 
 def check_initial(config: RunConfig, outline: Backbone) -> None:
-    """Raise FambaError if the weights that a new run is to start from are missing or do not fit its network.
-
-    `outline` may be without memory. A run that has begun continues from its own checkpoint.
-    """
+    """Raise FambaError if the weights that a new run is to start from are missing or do not fit its network."""
     if config.init_from is None or _has_begun(Path(config.run_dir)):
         return
     initial = read_initial(config.init_from)
