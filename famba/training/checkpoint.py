@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -124,7 +122,8 @@ class Saver:
         """Copy `content` and pass the copy to `write` in the background. Raises what the write before it raised."""
         self.wait()
         thread = ThreadPoolExecutor(1, "saving")
-        self._write = thread.submit(write, on_host(content))
+        copy = tree_map(lambda x: x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x, dict(content))
+        self._write = thread.submit(write, copy)
         thread.shutdown(wait=False)  # it ends with the write: loaders fork best without threads
 
     def wait(self) -> None:
@@ -137,11 +136,6 @@ class Saver:
         """Raise what a write has raised, without waiting for one."""
         if self._write is not None and self._write.done():
             self.wait()
-
-
-def on_host(value: Any) -> Any:
-    """Copy nested containers with every tensor in them to the host's memory."""
-    return tree_map(lambda leaf: leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf, value)
 
 
 class Checkpoints:
@@ -161,13 +155,9 @@ class Checkpoints:
 
     def save(self, step: int, content: dict[str, Any], selected: bool = False) -> None:
         """Write the checkpoint of a step, also as the selected one if it is; remove all but the last two."""
-        path = self.path(step)
-        if selected:
-            # First, since a run that continues from the other does not select again.
+        if selected:  # first, since a run that continues from the other does not select again
             write(self.best, content)
-            write_whole(path, lambda file: _link(self.best, file))
-        else:
-            write(path, content)
+        write(self.path(step), content)
         for old in self.newest_first()[_KEPT:]:
             old.unlink(missing_ok=True)
 
@@ -222,15 +212,6 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Write weights alone as safetensors; equal weights give equal bytes."""
     on_cpu = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     write_whole(path, lambda file: save_file(on_cpu, file))
-
-
-def _link(path: Path, name: str) -> None:
-    """Give a file another name; copy it if the file system has no links."""
-    os.unlink(name)
-    try:
-        os.link(path, name)
-    except OSError:
-        shutil.copyfile(path, name)
 
 
 def find_checkpoint(config: RunConfig, folder: Checkpoints, process: Process) -> dict[str, Any] | None:

@@ -20,7 +20,6 @@ from famba.data.draws import Stream
 from famba.errors import CheckpointError, ConfigError, TrainingError
 from famba.files import sha256
 from famba.fusion import tokens_per_layer
-from famba.fusion.schedules import Adapted
 from famba.ops.registry import resolve
 from famba.training import checkpoint, devices, interrupts
 from famba.training.build import Batches, build_model, load_images, load_splits, make_loaders, model_classes
@@ -205,7 +204,13 @@ class Training:
         began = time.perf_counter()
         state = self.state
         self.step.schedule_changes()
-        schedule, threshold = self.process.from_main(self._adapted() if self.process.is_main else None)
+        adapted, autocast = None, self.setup.autocast
+        if self.process.is_main:
+            state.model.eval()
+            with torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None):
+                adapted = state.model.adapted_fusion(self.adapt_images.to(self.device), sum(self.setup.schedule))
+            state.model.train()
+        schedule, threshold = self.process.from_main(adapted)
         state.set_fusion(schedule)
         state.totals.add(0, 0.0, time.perf_counter() - began)
         state.totals.schedules.append({"step": state.step, "threshold": threshold, "schedule": list(schedule)})
@@ -215,13 +220,6 @@ class Training:
         self.metrics.log("schedule", state.step + 1, epoch, values)
         removed = " ".join(map(str, schedule))
         _log.info("after step %d the layers remove %s tokens (cosines from %.3f)", state.step, removed, threshold)
-
-    def _adapted(self) -> Adapted:
-        model, autocast = self.state.model.eval(), self.setup.autocast
-        with torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None):
-            adapted = model.adapted_fusion(self.adapt_images.to(self.device), sum(self.setup.schedule))
-        model.train()
-        return adapted
 
     def _step(self, epoch: int, batches: Iterator[tuple[Tensor, Tensor]]) -> float | None:
         """Do one step; return its loss where it was looked at."""
@@ -251,19 +249,16 @@ class Training:
         self._unseen.clear()
         for step, (loss, norm) in enumerate(records, start=last_step - len(records) + 1):
             if not math.isfinite(loss) or not (math.isfinite(norm) or self.state.scaler.is_enabled()):
-                raise TrainingError(self._explain_loss(step, loss, norm))
+                epoch, lr, saved = (step - 1) // self.steps_per_epoch, self.learning_rate.set(step - 1), self._saved[0]
+                kept = f"the last good state is that of step {saved}" if saved else "no earlier state is kept"
+                raise TrainingError(
+                    f"the loss is {loss} at step {step} (epoch {epoch + 1}), with learning rate {lr:.3g} and gradient "
+                    f"norm {norm:.3g}; {kept}. In a new run_dir, a smaller recipe.lr, recipe.clip_grad=1 or "
+                    "trainer.precision=fp32 may help"
+                )
             self.state.totals.epoch_loss += loss
             self.state.totals.epoch_losses += 1
         return records[-1]
-
-    def _explain_loss(self, step: int, loss: float, norm: float) -> str:
-        epoch, lr = (step - 1) // self.steps_per_epoch, self.learning_rate.set(step - 1)
-        kept = f"the last good state is that of step {self._saved[0]}" if self._saved[0] else "no earlier state is kept"
-        return (
-            f"the loss is {loss} at step {step} (epoch {epoch + 1}), with learning rate {lr:.3g} and gradient norm "
-            f"{norm:.3g}; {kept}. "
-            "In a new run_dir, a smaller recipe.lr, recipe.clip_grad=1 or trainer.precision=fp32 may help"
-        )
 
     def _between_steps(self) -> None:
         """Save if it is time to or a stop is asked for, in all processes at the same step."""

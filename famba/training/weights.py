@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,9 @@ def read_initial(given: str) -> Initial:
 
 def check_initial(config: RunConfig, outline: Backbone) -> None:
     """Raise FambaError if the weights that a new run is to start from are missing or do not fit its network."""
-    if config.init_from is None or _has_begun(Path(config.run_dir)):
+    # A run, or one of a sweep, that has begun continues from its own checkpoint.
+    begun = [*glob(f"{escape(config.run_dir)}/checkpoints"), *glob(f"{escape(config.run_dir)}/*/checkpoints")]
+    if config.init_from is None or begun:
         return
     initial = read_initial(config.init_from)
     fit_weights(outline, initial.weights, str(initial.file), initial.origin, _has_other_head(outline, initial.weights))
@@ -139,14 +142,6 @@ def weights_sha256(weights: Mapping[str, Any]) -> str:
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _has_begun(run_dir: Path) -> bool:
-    """Return whether a run, or a run of a sweep, has checkpoints to continue from."""
-    try:
-        return (run_dir / "checkpoints").is_dir() or next(run_dir.glob("*/checkpoints"), None) is not None
-    except (OSError, ValueError):
-        return False  # the check of run_dir itself names the error
 
 
 def _has_other_head(model: Backbone, weights: Mapping[str, Any]) -> bool:
