@@ -17,7 +17,7 @@ from runs import assert_same_run, run
 
 from famba.errors import CheckpointError
 from famba.files import read_seal, remove_unfinished, seal, sha256
-from famba.training import checkpoint, trainer
+from famba.training import trainer
 from famba.training.checkpoint import Checkpoints, Saver, load
 
 HELD_OUT = ("data.val_fraction=0.25", "data.subset=96")
@@ -124,29 +124,6 @@ def test_a_damaged_selected_checkpoint_does_not_end_the_run(tmp_path: Path, monk
     assert summary["status"] == "finished"
     assert "top1" not in summary["selected"]
     assert "the selected weights cannot be tested" in (tmp_path / "train.log").read_text()
-
-
-def test_a_selected_checkpoint_that_cannot_be_written_is_selected_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write, calls = checkpoint.write_whole, []
-
-    def refuse_once(path: Path, do: Any) -> None:
-        if path.name == "best.pt":
-            calls.append(1)
-            if len(calls) == 1:
-                raise CheckpointError("no space")
-        write(path, do)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "write_whole", refuse_once)
-        with pytest.raises(CheckpointError, match="no space"):
-            run(tmp_path / "parts", *HELD_OUT)
-    parts, whole = (run(tmp_path / name, *HELD_OUT) for name in ("parts", "whole"))
-    assert parts["selected"] == whole["selected"]
-    assert "top1" in parts["selected"]
-    one, other = (load(tmp_path / name / "checkpoints" / "best.pt")["model"] for name in ("parts", "whole"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_checkpoints_within_an_epoch_change_nothing(trained: Path, tmp_path: Path) -> None:
