@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -164,7 +165,7 @@ ADDED_KEYS: dict[str, Any] = {
 }
 """Map each key that configurations have not always had to the value that reproduces what runs did before it."""
 
-_ADAPTER = TypeAdapter(RunConfig)
+_adapter = cache(TypeAdapter)
 
 
 def parse(values: Mapping[str, Any]) -> RunConfig:
@@ -178,7 +179,7 @@ def parse(values: Mapping[str, Any]) -> RunConfig:
 
 def plain(config: RunConfig) -> dict[str, Any]:
     """Return the nested plain values of a RunConfig, as YAML and checkpoints hold them."""
-    return _ADAPTER.dump_python(config, mode="json")
+    return _adapter(RunConfig).dump_python(config, mode="json")
 
 
 def with_added_keys(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,16 +200,17 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def keys(cls: type = RunConfig, prefix: str = "") -> list[str]:
-    """List the dotted keys of a configuration."""
-    names = []
-    for field in fields(cls):
-        kind = get_type_hints(cls)[field.name]
-        names += keys(kind, f"{prefix}{field.name}.") if is_dataclass(kind) else [f"{prefix}{field.name}"]  # type: ignore[arg-type]
-    return names
+@cache
+def keys(cls: type = RunConfig, prefix: str = "") -> tuple[str, ...]:
+    """Return the dotted keys of a configuration."""
+    names: list[str] = []
+    hints = get_type_hints(cls)
+    for name in (field.name for field in fields(cls)):
+        names += keys(hints[name], f"{prefix}{name}.") if is_dataclass(hints[name]) else [f"{prefix}{name}"]
+    return tuple(names)
 
 
-def explain(error: ValidationError, known: list[str], prefix: str = "") -> list[str]:
+def explain(error: ValidationError, known: Sequence[str], prefix: str = "") -> list[str]:
     """Return a line for each key at fault; known: all keys; prefix: stands before the names that `error` has."""
     found: dict[str, list[str]] = {}
     for problem in error.errors():
@@ -230,9 +232,9 @@ def explain(error: ValidationError, known: list[str], prefix: str = "") -> list[
     return sorted(start + " or ".join(dict.fromkeys(reasons)) for start, reasons in found.items())
 
 
-def checked(kind: Any, values: Mapping[str, Any], known: list[str], prefix: str = "") -> Any:
+def checked(kind: Any, values: Mapping[str, Any], known: Sequence[str], prefix: str = "") -> Any:
     """Build a dataclass from plain values. Raises ConfigError with every key at fault."""
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(values))  # strict validation builds them from JSON alone
+        return _adapter(kind).validate_json(json.dumps(values))  # strict validation builds them from JSON alone
     except ValidationError as error:
         raise ConfigError("\n".join(explain(error, known, prefix))) from None
