@@ -72,25 +72,6 @@ def test_the_folder_of_a_sweep_depends_on_what_its_runs_share() -> None:
     assert len({names(*arguments)[0] for arguments in others} - {folder}) == 3
 
 
-def test_a_run_that_is_there_already_keeps_its_folder(tmp_path: Path) -> None:
-    def begun(*runs: tuple[str, list[str]]) -> None:
-        known = [{"folder": folder, "overrides": overrides} for folder, overrides in runs]
-        (tmp_path / "sweep.json").write_text(json.dumps({"runs": known}))
-
-    there = f"run_dir={tmp_path}"
-    # Version 0.1 wrote an override of Hydra's beside a run's own.
-    begun(*((f"seed={seed}", [f"seed={seed}", "fusion=upper", there, "hydra.sweep={dir:'x'}"]) for seed in (0, 2)))
-    assert names("-m", "fusion=upper", "seed=0", there)[1] == ["seed=0"]
-    assert names("-m", "fusion=upper", "seed=2,5", there)[1] == ["seed=2", "seed=5"]
-    assert names("-m", "fusion=lower", "seed=0", f"run_dir={tmp_path}/new")[1] == ["run"]
-
-    # Names of before stay, also where later runs differ in more.
-    begun(("seed=0", ["seed=0", "fusion=upper", there]), ("seed=1", ["seed=1", "fusion=lower", there]))
-    assert names("-m", "fusion=upper", "seed=0,1", there)[1] == ["seed=0", "fusion=upper,seed=1"]
-    begun(("../seed=0", ["seed=0"]))
-    assert names("-m", "seed=0", there)[1] == ["run"]
-
-
 def test_equal_values_are_one_run() -> None:
     assert names("-m", "seed=3,3", "run_dir=x")[1] == ["seed=3"]
 
