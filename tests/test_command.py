@@ -94,7 +94,7 @@ def test_help_explains_every_group() -> None:
     done = command("train.py", "--help")
     assert done.returncode == 0, done.stderr
     said = "model=vim_ti |fusion=interleaved|(default: cifar100)|recipe.lr: 5.0e-4|trainer.epochs: 300|logger.mode:|"
-    said += "hydra.launcher.poll_s: 5|seed: 0|trainer.accumulation: 1 |famba download|hydra/launcher=slurm"
+    said += "hydra.launcher.nodes: 1|seed: 0|trainer.accumulation: 1 |famba download|hydra/launcher=slurm"
     for word in said.split("|"):
         assert word in done.stdout, word
     assert "=_" not in done.stdout, "what choices are made of is no choice"

@@ -179,6 +179,8 @@ Usage
   python train.py [GROUP=CHOICE ...] [KEY=VALUE ...]     one run
   python train.py -m fusion=none,upper seed=0,1,2        a run for each combination; again: the runs that are left
   python train.py --cfg job [...]                        print the configuration and end
+  Groups and keys are below; several values of one need -m. model.KEY=null keeps the value of the model.
+  Your own choices: a file in DIR/GROUP/ with --config-dir DIR.
 
 Examples
   python train.py model=vim_s fusion=upper
@@ -191,36 +193,27 @@ Examples
 Data ahead of time, for machines without network: famba download cifar100
 """
 
-# The meaning of each group, the files that explain its keys, and the prefix of these.
-_GROUPS = {
-    "model": ("the network; model.KEY=null keeps the value of the model", ["_base"], "model."),
-    "fusion": ("the layers that fuse tokens; any strategy removes fusion.budget in total", ["_base"], "fusion."),
-    "data": ("the images; data.root is the folder that holds them", ["_base"], "data."),
-    "recipe": ("augmentation, optimizer and schedule", ["_base", "paper"], "recipe."),
-    "logger": ("a place for metrics besides the run folder", ["none"], "logger."),
-    "experiment": ("several choices under one name; those with several values need -m", [], ""),
-    LAUNCHER: (
-        f"with -m, where the runs go; your own: a file in DIR/{LAUNCHER}/ with --config-dir DIR",
-        ["local", "slurm"],
-        "hydra.launcher.",
-    ),
-}
+# The files that explain the keys of a group, if not its _base.
+_EXPLAINED = {"recipe": ["_base", "paper"], "logger": ["none"], LAUNCHER: ["slurm"]}
 
 
 def help_text(own: Path | None = None) -> str:
     """Return the text of --help: every group, choice and key with their comments; own: a folder with more choices."""
     sections, main = [_HELP.rstrip()], (config_dir() / "config.yaml").read_text()
-    for group, (meaning, files, prefix) in _GROUPS.items():
-        folder = config_dir() / group
+    for group, choices in groups(own).items():
         default = re.search(rf"- (?:override )?{group}: (?!null)(\S+)", main)
-        lines = [f"{group}: {meaning}" + (f" (default: {default[1]})" if default else "")]
-        for choice in groups(own)[group]:
-            files_of = [place / group / f"{choice}.yaml" for place in (config_dir(), own) if place is not None]
-            text = next(file for file in files_of if file.is_file()).read_text()
+        lines = [group + (f" (default: {default[1]})" if default else "")]
+        for choice in choices:
+            files = [place / group / f"{choice}.yaml" for place in (config_dir(), own) if place is not None]
+            text = next(file for file in files if file.is_file()).read_text()
             comments = re.findall(r"^# *([^@\s].*)", text, re.MULTILINE)  # directives of Hydra begin with @
             lines.append(f"  {group}={choice:15} {next(iter(comments), '')}")
-        for file in files:
-            lines += [f"  keys of {group}={file}", *_keys(folder / f"{file}.yaml", "" if file == "paper" else prefix)]
+        for name in _EXPLAINED.get(group, ["_base"]):
+            file, prefix = (
+                config_dir() / group / f"{name}.yaml",
+                "" if name == "paper" else f"{group}.".replace("/", "."),
+            )
+            lines += ["  keys", *_keys(file, prefix)] if file.is_file() else []
         sections.append("\n".join(lines))
     return "\n\n".join([*sections, "\n".join(["Other keys", *_keys(config_dir() / "config.yaml", "")])]) + "\n"
 
