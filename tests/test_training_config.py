@@ -114,14 +114,6 @@ def test_the_literal_counts_of_the_paper_are_named_as_not_matched() -> None:
     assert not found.matched
 
 
-def test_custom_schedules_come_by_layers_or_by_counts() -> None:
-    by_layers = prepare(compose(["model=vim_micro", "fusion=custom", "fusion.layers=[2,5,7]", "fusion.budget=30"]))
-    assert [i for i, r in enumerate(by_layers.schedule) if r] == [2, 5, 7]
-    assert sum(by_layers.schedule) == 30
-    counts = "[0,0,20,0,10,0,0,0]"
-    assert prepare(compose(["model=vim_micro", "fusion=custom", f"fusion.budget={counts}"])).schedule[2] == 20
-
-
 # Arguments, and what the error says. LONG stands for a name that no file system takes.
 LONG = "x" * 300
 REFUSED = [

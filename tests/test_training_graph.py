@@ -12,7 +12,7 @@ from runs import last_checkpoint, metrics, run
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from famba.errors import ConfigError, TrainingError
+from famba.errors import TrainingError
 from famba.training import graph, step, trainer
 from famba.training.checkpoint import load
 from famba.training.compose import compose
@@ -202,12 +202,6 @@ def test_a_step_that_cannot_be_captured_says_what_to_do(
         run(tmp_path, *everything(device))
 
 
-def test_the_evaluation_of_a_graph_takes_a_smaller_last_batch(device: str, tmp_path: Path) -> None:
-    found, expected = run(tmp_path / "graphed", *comparable(device)), eager(tmp_path / "eager", *comparable(device))
-    for name in ("top1", "ema_top1", "loss"):
-        assert found[name] == pytest.approx(expected[name], abs=0.6)
-
-
 @pytest.mark.parametrize(
     ("overrides", "processes", "backend", "reason"),
     [
@@ -226,12 +220,6 @@ def test_what_is_no_graph_says_why(
     config = compose(["model=vim_micro", "recipe=quick", "run_dir=unused", *overrides])
     found = obstacle(config, torch.device("cuda"), processes, backend)
     assert (found is None) if reason is None else (found is not None and reason in found)
-
-
-def test_a_graph_that_has_to_be_and_cannot_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"trainer\.cuda_graphs=true cannot be: the device is cpu"):
-        run(tmp_path / "run", "trainer.cuda_graphs=true", "trainer.device=cpu")
-    assert not (tmp_path / "run").exists()
 
 
 def test_the_average_moves_by_a_share_that_lies_on_the_device() -> None:
