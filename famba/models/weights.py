@@ -28,6 +28,7 @@ _PATCHES = "patch_embed.proj.weight"
 _MIDDLE = "midclstok"  # in names of official models
 _log = logging.getLogger(__name__)
 _HEADS = ("head.", "head_dist.")
+_LISTED = 20  # tensors that an error lists
 
 
 class Origin(NamedTuple):
@@ -213,7 +214,8 @@ def fit_weights(model: Backbone, weights: dict[str, Any], source: str, origin: O
             shapes = f"{tuple(given[name].shape)} in the file, {tuple(own[name].shape)} in the model"
             fit.misfits.append(f"{name}: {shapes}{hint}")
     if fit.misfits:
-        listed = "\n  ".join(sorted(fit.misfits))
+        more = [f"and {len(fit.misfits) - _LISTED} more"] if len(fit.misfits) > _LISTED else []
+        listed = "\n  ".join([*sorted(fit.misfits)[:_LISTED], *more])
         raise CheckpointError(f"{source} does not fit this model; nothing was loaded:\n  {listed}")
     return fit
 
