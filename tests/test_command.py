@@ -60,7 +60,7 @@ def test_a_sweep_is_a_run_for_each_and_one_that_fails_leaves_the_others_alone(
     arguments = ["-m", *TINY, "recipe.optimizer=sgd", "recipe.lr=1000,0.004", "fusion=upper", "fusion.budget=5"]
     done = command("train.py", *arguments, f"run_dir={tmp_path}")
     assert done.returncode == 2
-    assert "error: the loss is" in done.stderr
+    assert "recipe.lr=1000: the loss is" in done.stderr
     assert "Traceback" not in done.stderr
     states = {p.parent.name: json.loads(p.read_text())["status"] for p in tmp_path.glob("*/summary.json")}
     assert states == {"recipe.lr=1000": "failed", "recipe.lr=0.004": "finished"}
