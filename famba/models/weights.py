@@ -215,7 +215,8 @@ def fit_weights(model: Backbone, weights: dict[str, Any], source: str, origin: O
             fit.misfits.append(f"{name}: {shapes}{hint}")
     if fit.misfits:
         more = [f"and {len(fit.misfits) - _LISTED} more"] if len(fit.misfits) > _LISTED else []
-        listed = "\n  ".join([*sorted(fit.misfits)[:_LISTED], *more])
+        by_depth = sorted(fit.misfits, key=lambda line: (line.split(":")[0].count("."), line))
+        listed = "\n  ".join([*by_depth[:_LISTED], *more])
         raise CheckpointError(f"{source} does not fit this model; nothing was loaded:\n  {listed}")
     return fit
 

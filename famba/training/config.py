@@ -229,7 +229,8 @@ def explain(error: ValidationError, known: Sequence[str], prefix: str = "") -> l
             reason = reason.removeprefix("Value error, ").replace("tuple", "list")
             start, reason = f"{named} is {shown}: ", f"{reason[:1].lower()}{reason[1:]}"
         found.setdefault(start, []).append(reason)
-    return sorted(start + " or ".join(dict.fromkeys(reasons)) for start, reasons in found.items())
+    same = " or input should be "  # from the members of a union
+    return sorted(start + " or ".join(dict.fromkeys(said)).replace(same, " or ") for start, said in found.items())
 
 
 def checked(kind: Any, values: Mapping[str, Any], known: Sequence[str], prefix: str = "") -> Any:
