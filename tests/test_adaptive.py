@@ -113,16 +113,9 @@ def test_a_run_adapts_when_it_is_told_to_and_says_so(tmp_path: Path) -> None:
 
 def test_other_strategies_do_not_adapt(tmp_path: Path) -> None:
     assert run(tmp_path, "fusion=upper", "fusion.budget=8")["adapted"] is None
-    with pytest.raises(ConfigError, match=r"fusion.adapt_at is \[0.5\] with strategy 'upper'; allowed: null"):
+    with pytest.raises(ConfigError, match="fusion.adapt_at has a value with fusion=adaptive alone"):
         prepare(compose(["fusion=upper", "fusion.adapt_at=[0.5]"]))
-    with pytest.raises(ConfigError, match="fusion.adapt_images is None with strategy 'adaptive'; allowed: a value"):
+    with pytest.raises(ConfigError, match="fusion.adapt_images .* must have one there"):
         prepare(compose(["fusion=adaptive", "fusion.adapt_images=null"]))
     with pytest.raises(ConfigError, match=r"fusion.adapt_at is \[1.5\]; allowed: 1 to 6 shares"):
         compose(["fusion=adaptive", "fusion.adapt_at=[1.5]"])
-
-
-def test_a_run_that_ends_before_it_adapts_says_so(tmp_path: Path) -> None:
-    summary = run(tmp_path, *ADAPTIVE, "trainer.max_steps=2")
-    assert [entry["step"] for entry in summary["adapted"]] == [1]
-    told = "measures after steps [1, 3] of the 6 in all epochs; trainer.max_steps=2 ends before"
-    assert told in (tmp_path / "train.log").read_text()

@@ -16,13 +16,10 @@ from PIL import Image
 from report_runs import left_out, table_of, write_run
 from runs import TINY, last_checkpoint, run
 from safetensors.torch import load_file, save_file
-from timm.layers import resample_abs_pos_embed
-from timm.models import register_model
 from torch import Tensor
 from torch.nn import functional as F
 
-from famba.errors import CheckpointError, ConfigError
-from famba.models import Vim, create_vim, load_vim_checkpoint
+from famba.errors import CheckpointError
 from famba.models.weights import weights_folder
 from famba.training.app import main
 from famba.training.checkpoint import TrainedOn, TrainingState, load
@@ -31,7 +28,7 @@ from famba.training.config import plain
 from famba.training.run_folder import RunFolder
 from famba.training.setup import prepare
 from famba.training.trainer import new_state
-from famba.training.weights import load_trained, weights_sha256
+from famba.training.weights import weights_sha256
 
 
 @pytest.fixture(scope="module")
@@ -124,18 +121,17 @@ def test_averages_that_nobody_kept_are_refused(source: Path, tmp_path: Path) -> 
 def test_what_is_not_there_is_refused(source: Path, tmp_path: Path) -> None:
     message = refused(tmp_path / "absent.pt")
     assert "absent.pt is no file, no run folder and no timm model with bundled weights" in message
-    assert "one of: vim_micro_patch4_32.famba_cifar100" in message
+    assert "these are vim_micro_patch4_32.famba_cifar100" in message
     assert "did you mean 'vim_micro_patch4_32'" in refused("vim_micro_patch4_3")
     for name in ("vim_tiny_patch16_224", "vim_micro_patch4_32.other", "../absent", "."):
         assert "with bundled weights" in refused(name) or "holds no trained network" in refused(name)
     assert "holds no trained network" in refused(tmp_path)
     broken = shutil.copytree(source, tmp_path / "broken")
     (broken / "model.safetensors").unlink()
-    assert "has lost its model.safetensors; to take it as it is, give its checkpoint" in refused(broken)
+    assert "has lost its model.safetensors; give " in refused(broken)
     (broken / "model.safetensors").write_bytes(b"no weights")
     assert "truncated or no checkpoint" in refused(broken)
-    with pytest.raises(ConfigError, match=r"init_from=x+ cannot be looked up"):
-        prepare(compose([*TINY, f"init_from={'x' * 300}", "run_dir=unused"]))
+    assert "is no file" in refused("x" * 300)
 
 
 def test_nothing_is_made_where_weights_are_missing_or_unfit(source: Path, tmp_path: Path) -> None:
@@ -169,13 +165,11 @@ def test_another_number_of_classes_or_none_gets_a_new_classifier(
     assert same(kept, weights)
     assert new.model.num_classes == 20
     assert all(torch.equal(v, weights[k]) for k, v in new.model.state_dict().items() if not k.startswith("head."))
-    assert "with their classifier of 10 classes" in caplog.text
-    assert "with a new classifier of 20 classes, since theirs is of 10" in caplog.text
+    assert "with their classifier" in caplog.text
+    assert "with a new classifier, for other classes" in caplog.text
     backbone = {k: v for k, v in weights.items() if not k.startswith("head.")}
     save_file(backbone, tmp_path / "backbone.safetensors")
-    with caplog.at_level(logging.INFO):
-        assert begun(tmp_path / "backbone.safetensors").totals.started_from["new_classifier"]
-    assert "since theirs is missing" in caplog.text
+    assert begun(tmp_path / "backbone.safetensors").totals.started_from["new_classifier"]
     fresh = compose([*TINY, "model.num_classes=20", "run_dir=unused"])
     untrained = new_state(fresh, prepare(fresh), TrainedOn(10, None, {}), torch.device("cpu")).model
     assert torch.equal(new.model.state_dict()["head.weight"], untrained.state_dict()["head.weight"])
@@ -197,7 +191,7 @@ def test_other_images_of_other_classes_and_another_size(source: Path, tmp_path: 
     log = (tmp_path / "tuned" / "train.log").read_text()
     assert f"weights start from {source} (SHA-256 " in log
     assert "the position embedding is resampled from 4 x 4 to 8 x 8 patches" in log
-    assert "a new classifier of 3 classes, since theirs is of 10" in log
+    assert "with a new classifier, for other classes" in log
     # The first step's rate is 0, so these are the weights that it began with.
     start, tuned = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "tuned"))
     changed = {name for name in start if not torch.equal(start[name], tuned[name])}
@@ -208,29 +202,9 @@ def test_other_images_of_other_classes_and_another_size(source: Path, tmp_path: 
     torch.testing.assert_close(tuned["pos_embed"][0, 1:], larger)
 
 
-def test_another_patch_size_sees_enlarged_patches_alike(source: Path, tmp_path: Path) -> None:
-    state = begun(source, "model.patch_size=4")
-    assert state.model.num_tokens == 65
-    model = {"embed_dim": 6, "depth": 1, "num_classes": 2}
-    torch.manual_seed(0)
-    small = Vim(img_size=8, patch_size=4, **model)  # type: ignore[arg-type]
-    torch.save(small.state_dict(), tmp_path / "small.pt")
-    large = load_vim_checkpoint(Vim(img_size=16, patch_size=8, **model), tmp_path / "small.pt")  # type: ignore[arg-type]
-    patch = torch.randn(3, 3, 4, 4)
-    enlarged = F.interpolate(patch, size=(8, 8), mode="bicubic", antialias=True)
-    found, wanted = large.patch_embed.proj(enlarged), small.patch_embed.proj(patch)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-
-
-def test_another_shape_is_refused_by_its_keys(source: Path) -> None:
-    message = refused(source, "model.depth=3", "model.d_state=4", "model.embed_dim=32")
-    assert "model.depth is 3 here, 2 in the file" in message
-    assert "set model.d_state=2 model.depth=2 model.embed_dim=16" in message
-    assert "nothing was loaded" not in message, "the keys say it all"
-    assert "model.depth is 2 here, 8 in the file" in refused("vim_micro_patch4_32")
-
-
-def test_weights_of_another_kind_of_network_are_refused(source: Path, tmp_path: Path) -> None:
+def test_another_shape_or_kind_of_network_is_refused(source: Path, tmp_path: Path) -> None:
+    for change in ("model.depth=3", "model.d_state=4", "model.embed_dim=32"):
+        assert "does not fit this model; nothing was loaded" in refused(source, change)
     weights = load_file(source / "model.safetensors")
     renamed = {name.replace("layers.", "blocks."): value for name, value in weights.items()}
     save_file(renamed, tmp_path / "vit.safetensors")
@@ -252,48 +226,6 @@ def test_files_of_others_start_a_run_and_the_log_says_what_was_taken_off(
         assert "w.pth: weights are taken " in caplog.text
     torch.save({**weights, "norm_f.weight": weights["norm_f.weight"] * float("nan")}, tmp_path / "nan.pth")
     assert "norm_f.weight: holds NaN or infinity" in refused(tmp_path / "nan.pth")
-
-
-@pytest.mark.parametrize(("old", "new"), [("head", "middle"), ("middle", "head")])
-def test_the_class_token_moves_with_its_row(
-    old: str, new: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    rows = untrained(tmp_path, f"model.cls_position={old}")["pos_embed"][0]
-    at = {"head": 0, "middle": 8}
-    with caplog.at_level(logging.INFO):
-        moved = begun(tmp_path, f"model.cls_position={new}").model.state_dict()["pos_embed"][0]
-    assert torch.equal(moved[at[new]], rows[at[old]])
-    rest = [torch.cat([x[: at[place]], x[at[place] + 1 :]]) for x, place in ((rows, old), (moved, new))]
-    assert torch.equal(*rest)
-    assert f"the class token moves from {old} to {new}" in caplog.text
-    assert "set model.cls_position=head (or middle)" in refused(tmp_path, "model.cls_position=none")
-
-
-def test_without_a_class_token_there_is_none_to_take(tmp_path: Path) -> None:
-    weights = untrained(tmp_path, "model.cls_position=none")
-    assert "model.cls_position is a class token here, none in the file" in refused(tmp_path)
-    assert same(begun(tmp_path, "model.cls_position=none"), weights)
-
-
-@register_model
-def vim_flat_patch4x16_32(pretrained: bool = False, **kwargs: Any) -> torch.nn.Module:
-    """Build a Vim whose patches are no squares: as many of them as of a square grid, 16, but 8 x 2."""
-    shape = {"img_size": 32, "patch_size": (4, 16), "embed_dim": 16, "depth": 2, "d_state": 2}
-    return create_vim("vim_flat_patch4x16_32", pretrained, shape, kwargs)
-
-
-def test_weights_on_a_grid_that_is_not_square_come_back_as_they_are(tmp_path: Path) -> None:
-    flat = ("model.name=vim_flat_patch4x16_32", "model.patch_size=null")
-    run(tmp_path, *flat, "trainer.max_steps=1")
-    weights = load_file(tmp_path / "model.safetensors")
-    for form in (tmp_path, last_checkpoint(tmp_path)):
-        assert same(begun(form, *flat), weights)
-    found = load_trained(tmp_path)
-    assert found.model.grid_size == (8, 2)
-    assert all(torch.equal(value, weights[name]) for name, value in found.model.state_dict().items())
-    square = begun(tmp_path).model.state_dict()["pos_embed"]
-    expected = resample_abs_pos_embed(weights["pos_embed"], [4, 4], [8, 2], num_prefix_tokens=1)
-    assert torch.equal(square, expected)
 
 
 # What is told of them

@@ -182,7 +182,7 @@ def test_a_run_writes_no_secret_and_no_name_of_the_machine(tmp_path: Path) -> No
 ADDRESS = "https://user:hunter2@example.org/data"
 
 
-@pytest.mark.parametrize("key", ["data.root", "run_dir", "init_from", "resume", "logger.entity", "data.name"])
+@pytest.mark.parametrize("key", ["data.root", "run_dir", "init_from", "logger.entity", "data.name"])
 def test_an_address_with_a_password_is_refused_without_repeating_it(key: str) -> None:
     with pytest.raises(ConfigError, match=rf"{key} .*password") as caught:
         prepare(compose([f"{key}='{ADDRESS}'"]))

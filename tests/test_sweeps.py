@@ -1,31 +1,23 @@
-"""Sweeps: names, checks, launchers on this machine, and what would be submitted to Slurm."""
+"""Sweeps: names, checks, and what would be submitted to Slurm."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shlex
-import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from runs import TINY, check_command
 
 from famba.errors import ConfigError, TrainingError
-from famba.training import interrupts, sweeps
+from famba.training import sweeps
+from famba.training.app import main, train
 from famba.training.compose import Command, compose
-from famba.training.interrupts import Interrupted, StopRequest
-from famba.training.sweeps import Local, Run, Slurm, Sweep, choose, folder_name, last_error
+from famba.training.config import RunConfig
+from famba.training.sweeps import Run, Slurm, Sweep, choose, folder_name
 
-ROOT = Path(__file__).parents[1]
 TABLE = ["-m", "experiment=paper_table"]
 
 
@@ -71,32 +63,13 @@ def test_the_folder_of_a_sweep_depends_on_what_its_runs_share() -> None:
     folder, _ = names("-m", "seed=0,1", "fusion=upper")
     assert folder == "runs/sweep-8159503a"
     same = [
-        ["-m", "seed=0,1,2", "fusion=upper", "hydra/launcher=local", "hydra.launcher.jobs=1"],
+        ["-m", "seed=0,1,2", "fusion=upper", "hydra/launcher=slurm", "hydra.launcher.nodes=2"],
         ["-m", "fusion=upper", "seed=0,1", "data.root=/elsewhere", "trainer.log_every=5"],
     ]
     assert {names(*arguments)[0] for arguments in same} == {folder}
     others = [["-m", "seed=0,1", "fusion=lower"], ["-m", "seed=0,1", "fusion=upper", "model=vim_s"]]
     others += [["-m", "seed=0", "fusion=upper,lower"]]
     assert len({names(*arguments)[0] for arguments in others} - {folder}) == 3
-
-
-def test_a_run_that_is_there_already_keeps_its_folder(tmp_path: Path) -> None:
-    def begun(*runs: tuple[str, list[str]]) -> None:
-        known = [{"folder": folder, "overrides": overrides} for folder, overrides in runs]
-        (tmp_path / "sweep.json").write_text(json.dumps({"runs": known}))
-
-    there = f"run_dir={tmp_path}"
-    # Version 0.1 wrote an override of Hydra's beside a run's own.
-    begun(*((f"seed={seed}", [f"seed={seed}", "fusion=upper", there, "hydra.sweep={dir:'x'}"]) for seed in (0, 2)))
-    assert names("-m", "fusion=upper", "seed=0", there)[1] == ["seed=0"]
-    assert names("-m", "fusion=upper", "seed=2,5", there)[1] == ["seed=2", "seed=5"]
-    assert names("-m", "fusion=lower", "seed=0", f"run_dir={tmp_path}/new")[1] == ["run"]
-
-    # Names of before stay, also where later runs differ in more.
-    begun(("seed=0", ["seed=0", "fusion=upper", there]), ("seed=1", ["seed=1", "fusion=lower", there]))
-    assert names("-m", "fusion=upper", "seed=0,1", there)[1] == ["seed=0", "fusion=upper,seed=1"]
-    begun(("../seed=0", ["seed=0"]))
-    assert names("-m", "seed=0", there)[1] == ["run"]
 
 
 def test_equal_values_are_one_run() -> None:
@@ -120,37 +93,27 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 _TARGET = "hydra.launcher._target_=hydra._internal.core_plugins.basic_launcher.BasicLauncher"
-_LOCAL, _SLURM = "hydra/launcher=local", "hydra/launcher=slurm"
+_SLURM = "hydra/launcher=slurm"
 REFUSED = [
-    ([_LOCAL], "'hydra/launcher=local' is for sweeps; add -m"),
+    (["hydra/launcher=local"], "'hydra/launcher=local' is for sweeps; add -m"),
     (["fusion=none,upper"], "'fusion=none,upper' names several values; add -m"),
-    (["experiment=paper_table", "fusion=upper"], "several values of model, seed; add -m .* model=vim_ti seed=0"),
+    (["experiment=paper_table", "fusion=upper"], "several values of model, seed; add -m"),
     (["hydra.sweeper=x"], "hydra.sweeper is not taken; allowed of Hydra's: hydra/launcher"),
     (["-m", "hydra/launcher=slrm"], "unknown hydra/launcher 'slrm', did you mean 'slurm'"),
     (["-m", "hydra/launcher=local,slurm"], "is the same for all runs of a sweep"),
-    (["-m", "hydra/launcher=submitit_slurm"], "unknown hydra/launcher 'submitit_slurm'.*allowed: .*local"),
-    (["-m", _TARGET], "BasicLauncher', which does not use run folders; allowed"),
-    (["-m", "~hydra/launcher"], "does not use run folders; allowed: sequential, local, slurm"),
-    (["-m", _LOCAL, "hydra.launcher.jobs=0"], "hydra.launcher.jobs is 0: input should be greater"),
-    (["-m", _LOCAL, "hydra.launcher.gpus_per_run=99"], "takes 99 GPUs, this process sees"),
+    (["-m", _TARGET], "BasicLauncher' does not use run folders; allowed"),
+    (["-m", "~hydra/launcher"], "does not use run folders; allowed: local, slurm"),
     (["-m", _SLURM], "needs Slurm's commands, sbatch, srun, squeue not found"),
     (["-m", "run_dir=a,b"], "'run_dir=a,b' is the same for all runs of a sweep"),
     (["-m", "--config-dir", "/nowhere", "seed=0"], "--config-dir /nowhere is no folder"),
     (["-m", "+hydra.launcher.jobs=2"], "^unknown key 'hydra.launcher.jobs'$"),
-    (["-m", _LOCAL, "+hydra.launcher.job=2"], "^unknown key 'hydra.launcher.job', did you mean 'hydra.launcher.jobs'"),
     (["-m", _SLURM, "+hydra.launcher.partitoin=gpu"], "did you mean 'hydra.launcher.partition'"),
     (["-m", _SLURM, "hydra.launcher.name=${oc.env:NOT_THERE}"], "^hydra.launcher: .* 'NOT_THERE' not found"),
 ]
-WRONG = {
-    "local": "jobs=true jobs=1.5 threads=0 threads=many gpus_per_run=-1 gpus_per_run=one",
-    "slurm": "name=null partition=3 nodes=1.5 nodes=0 timeout_min=0.2 tasks_per_node=true signal_delay_s=-5 "
-    "gpus_per_node=a100 mem_gb=-1 mem_gb=.inf cpus_per_task=0 array_parallelism=0 setup=module setup=[3] python=3 "
-    "srun_args=x additional_parameters=requeue max_num_timeout=x poll_s=0",
-}
-for _name, _settings in WRONG.items():
-    for _setting in _settings.split():
-        _key = re.escape(f"hydra.launcher.{_setting.split('=')[0]}")
-        REFUSED += [(["-m", f"hydra/launcher={_name}", f"hydra.launcher.{_setting}"], f"^{_key} is .*: ")]
+WRONG = "name=null nodes=1.5 nodes=0 tasks_per_node=true mem_gb=.inf setup=[3] additional_parameters=requeue"
+for _setting in WRONG.split():
+    _key = re.escape(f"hydra.launcher.{_setting.split('=')[0]}")
+    REFUSED += [(["-m", _SLURM, f"hydra.launcher.{_setting}"], f"^{_key} is .*: ")]
 
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED)
@@ -203,188 +166,47 @@ def test_the_example_of_a_cluster_becomes_its_batch_script(commands: Path, tmp_p
         assert line in script, line
 
 
-@pytest.mark.parametrize(
-    ("gpus", "visible", "settings", "places", "threads"),
-    [
-        (4, None, {}, [("0",), ("1",), ("2",), ("3",)], 2),
-        (2, "5,7", {}, [("5",), ("7",)], 4),
-        (4, None, {"gpus_per_run": 2}, [("0", "1"), ("2", "3")], 2),
-        (2, "GPU-a,GPU-b", {"jobs": 1}, [("GPU-a",)], 8),
-        (2, None, {"gpus_per_run": 0, "jobs": 3}, [(), (), ()], 2),
-        (0, "", {"jobs": 2}, [(), ()], 4),
-        (0, None, {"threads": 3}, [(), ()], 3),
-    ],
-)
-def test_each_run_gets_its_own_gpus_and_threads(
-    gpus: int,
-    visible: str | None,
-    settings: dict[str, int],
-    places: list[tuple[str, ...]],
-    threads: int,
-    monkeypatch: pytest.MonkeyPatch,
+# Runs
+
+
+def test_what_is_in_the_queue_is_not_submitted_again(
+    commands: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(sweeps, "cores", lambda: 8)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert Local(**{"jobs": None, "threads": None, "gpus_per_run": None, **settings}).places() == (places, threads)
+    command = ["-m", *TINY, "seed=0,1", _SLURM, f"run_dir={tmp_path}/sweep"]
+    (commands / "squeue").write_text("#!/bin/sh\necho 7_0 PENDING\n")
+    assert main(command) == 0
+    assert "2 job(s) in Slurm" in capsys.readouterr().out
+    assert "array=0-1" in (tmp_path / "script.sh").read_text()
+    (tmp_path / "script.sh").unlink()
+    assert main([*command, "trainer.log_every=3"]) == 0  # one of the two is no longer in the queue
+    assert "array" not in (tmp_path / "script.sh").read_text()
+    (tmp_path / "script.sh").unlink()
+    (commands / "squeue").write_text("#!/bin/sh\necho 7_0 PENDING; echo 7 RUNNING\n")
+    assert main(command) == 0
+    assert not (tmp_path / "script.sh").exists()
+    (commands / "squeue").write_text("#!/bin/sh\necho 'no controller' >&2; exit 1\n")
+    assert main(command) == 2
+    assert "squeue does not answer: no controller" in capsys.readouterr().err
 
 
-LOGS = [
-    ("one\nerror: the data is gone;\n  look elsewhere\n", "the data is gone;\n  look elsewhere"),
-    ("error: before\n$ again\nTraceback (most recent call last):\n  File x\nValueError: 3\n", "ValueError: 3"),
-    ("Traceback (most recent call last):\n  File x\nfamba.errors.DataError: gone\n", "gone"),
-    ("epoch 1\nKilled\n\n", "Killed"),
-    ("$ python -m famba train\n", ""),
-]
-
-
-@pytest.mark.parametrize(("text", "error"), LOGS)
-def test_the_error_of_a_log_is_found(tmp_path: Path, text: str, error: str) -> None:
-    (tmp_path / "log").write_text(text)
-    assert last_error(tmp_path / "log") == error
-
-
-# Runs on this machine
-
-
-def train(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "train.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
-
-
-def states(folder: Path) -> dict[str, str]:
-    return {path.parent.name: json.loads(path.read_text())["status"] for path in folder.glob("*/summary.json")}
-
-
-# A run that says how it was stopped, and in which job; it ends with status 1, as torchrun does.
-SAVE = """
-import json, os, pathlib, signal, sys, time
-folder = pathlib.Path(sys.argv[1])
-def save(number, frame):
-    said = {"status": "interrupted", "step": 7, "job": os.environ.get("SLURM_JOB_ID")}
-    (folder / "summary.json").write_text(json.dumps(said))
-    sys.exit(1)
-signal.signal(signal.SIGTERM, save)
-signal.signal(signal.SIGINT, save)
-(folder / "ready").touch()
-time.sleep(60)
-"""
-
-FINISH = """import json, pathlib, sys
-pathlib.Path(sys.argv[1], "summary.json").write_text(json.dumps({"status": "finished", "top1": 50.0}))"""
-
-
-@pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Sweep]:
-    """A sweep of two runs at once, which are commands of the test's own."""
-
-    def make(script: str, *more: str) -> Sweep:
-        monkeypatch.setattr(
-            sweeps, "command_of", lambda run, *given: [sys.executable, "-c", script, run.config.run_dir]
-        )
-        here = f"run_dir={tmp_path}/sweep"
-        return Sweep(Command.parse(["-m", "seed=0,1", _LOCAL, "hydra.launcher.jobs=2", here, *more]))
-
-    return make
-
-
-def send_when(ready: Callable[[], bool], number: signal.Signals) -> None:
-    """Send this process a signal once something is so."""
-
-    def wait() -> None:
-        while not ready():
-            time.sleep(0.05)
-        os.kill(os.getpid(), number)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-@pytest.mark.parametrize(("number", "said"), [(signal.SIGINT, "after step 7, saved"), (signal.SIGHUP, "after step 7")])
-def test_a_run_that_is_stopped_has_not_failed(
-    stand_in: Any, tmp_path: Path, number: signal.Signals, said: str, capsys: pytest.CaptureFixture[str]
+def test_a_run_that_fails_leaves_the_others_alone_and_the_same_command_does_what_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Whoever runs the tests under nohup has them ignore it, and with it the sweep does.
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    send_when(lambda: len(list(tmp_path.glob("sweep/*/ready"))) == 2, number)
-    with pytest.raises(Interrupted):
-        stand_in(SAVE).launch(lambda config: {})
-    signal.signal(signal.SIGHUP, before)
-    output = capsys.readouterr().out
-    assert f"seed=0: stopped {said}" in output
-    assert "failed" not in output
+    command = Command.parse(["-m", *TINY, "trainer.max_steps=1", "seed=0,1", f"run_dir={tmp_path}/sweep"])
+    done: list[int] = []
 
+    def first(config: RunConfig) -> dict[str, Any]:
+        done.append(config.seed)
+        if config.seed == 0:
+            raise TrainingError("no luck")
+        return train(config)
 
-def test_a_run_that_cannot_be_started_leaves_the_others_alone(stand_in: Any, tmp_path: Path) -> None:
-    (tmp_path / "sweep" / "seed=0" / "output.log").mkdir(parents=True)
-    with pytest.raises(TrainingError, match=r"1 of 2 runs failed:\n  seed=0: error: it cannot be started: "):
-        stand_in(FINISH).launch(lambda config: {})
-    assert states(tmp_path / "sweep") == {"seed=1": "finished"}
-
-
-def test_no_run_outlives_a_sweep_that_ends_by_an_error(
-    stand_in: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(line: str) -> None:
-        if "seed=1" in line:
-            raise BrokenPipeError
-
-    monkeypatch.setattr(sweeps, "say", broken)
-    with pytest.raises(BrokenPipeError):
-        stand_in("import time; time.sleep(60)").launch(lambda config: {})
-    assert subprocess.run(["pgrep", "-f", f"{tmp_path}/sweep/seed"], capture_output=True, text=True).stdout == ""
-
-
-@pytest.mark.parametrize("progressed", [True, False])
-def test_a_sweep_in_a_job_is_requeued_once_for_all_its_runs(
-    stand_in: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, progressed: bool
-) -> None:
-    calls: list[Any] = []
-
-    def end(stop: StopRequest) -> None:
-        calls.append(stop.number)
-        raise SystemExit(128 + stop.number)
-
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setattr(interrupts, "requeue", lambda: calls.append("requeued"))
-    monkeypatch.setattr(interrupts, "wait_for_the_end", end)
-    sweep = stand_in(SAVE if progressed else SAVE.replace('"step": 7', '"step": 0'))
-    send_when(lambda: len(list(tmp_path.glob("sweep/*/ready"))) == 2, signal.SIGUSR2)
-    with pytest.raises(SystemExit if progressed else TrainingError):
-        sweep.launch(lambda config: {})
-    assert calls == (["requeued", signal.SIGUSR2] if progressed else []), "a limit too short for a step is an error"
-    jobs = [json.loads(path.read_text())["job"] for path in tmp_path.glob("sweep/*/summary.json")]
-    assert jobs == [None, None], "else each run would requeue the job by itself"
-
-
-@pytest.mark.slow
-def test_local_runs_are_commands_of_their_own_and_only_what_is_left_is_done_again(tmp_path: Path) -> None:
-    settings = [*TINY, "recipe.optimizer=sgd", "recipe.lr=0.004,1000", f"run_dir={tmp_path}/sweep"]
-    first = train("-m", *settings, _LOCAL, "hydra.launcher.jobs=2")
-    assert first.returncode == 2, first.stderr
-    assert "recipe.lr=0.004: finished, Top-1" in first.stdout
-    assert "recipe.lr=1000: failed" in first.stdout
-    assert "error: 1 of 2 runs failed:\n  recipe.lr=1000: error: the loss is" in first.stderr
-    assert "Traceback" not in first.stdout + first.stderr
-    good, bad = tmp_path / "sweep" / "recipe.lr=0.004", tmp_path / "sweep" / "recipe.lr=1000"
-    assert states(tmp_path / "sweep") == {good.name: "finished", bad.name: "failed"}
-    words = shlex.split((good / "output.log").read_text().splitlines()[0].removeprefix("$ "))
-    by_hand = subprocess.run(["env", *words], cwd=ROOT, capture_output=True, text=True)
-    assert "is finished already" in by_hand.stdout, by_hand.stderr
-
-    again = train("-m", *settings)
-    assert again.returncode == 2
-    assert "1 finished already" in again.stdout
-    assert "recipe.lr=1000: started" in again.stdout
-    assert "recipe.lr=0.004" not in again.stdout
-    runs = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["runs"]
-    assert [run["folder"] for run in runs] == [good.name, bad.name]
-
-
-def test_what_resume_never_does_not_overwrite_has_finished(stand_in: Any, tmp_path: Path) -> None:
-    sweep = stand_in(FINISH, "resume=never")
-    sweep.launch(lambda config: {})
+    with pytest.raises(TrainingError, match="1 of 2 runs failed:\n  seed=0: no luck\nThe same command"):
+        Sweep(command).launch(first)
+    assert done == [0, 1]
+    Sweep(command).launch(train)
+    states = {path.parent.name: json.loads(path.read_text())["status"] for path in tmp_path.glob("*/*/summary.json")}
+    assert states == {"seed=0": "finished", "seed=1": "finished"}
+    assert "1 finished already" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="which resume=never would overwrite"):
-        sweep.launch(lambda config: {})
+        Sweep(Command((*command.overrides, "resume=never"), True)).launch(train)

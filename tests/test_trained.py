@@ -11,10 +11,9 @@ import pytest
 import timm
 import torch
 from runs import last_checkpoint, run
-from timm.models import get_pretrained_cfg
 from torch import Tensor
 
-from famba.errors import CheckpointError, ConfigError
+from famba.errors import CheckpointError
 from famba.models import Vim
 from famba.training import weights
 from famba.training.weights import load_trained
@@ -76,7 +75,7 @@ def test_without_its_summary_a_run_that_adapts_is_refused(
     for folder, name in ((adaptive[0], "adaptive"), (upper, "upper")):
         shutil.copytree(folder, tmp_path / name)
         (tmp_path / name / "summary.json").unlink()
-    with pytest.raises(CheckpointError, match="no summary.json with the last schedule of its run"):
+    with pytest.raises(CheckpointError, match="lies beside no summary.json"):
         load_trained(tmp_path / "adaptive")
     assert load_trained(tmp_path / "upper").schedule == (4, 4)
 
@@ -86,12 +85,10 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         load_trained(tmp_path)
     with pytest.raises(CheckpointError, match="did you mean 'vim_tiny_patch16_224'"):
         load_trained("vim_tiny_patch16_22")
-    with pytest.raises(CheckpointError, match="no run folder, no checkpoint and no timm model"):
+    with pytest.raises(CheckpointError, match="no run folder, checkpoint or timm model"):
         load_trained(tmp_path / "absent.pt")
-    with pytest.raises(CheckpointError, match="comes without weights"):
+    with pytest.raises(CheckpointError, match="there are no weights of vim_base_patch16_224"):
         load_trained("vim_base_patch16_224")
-    with pytest.raises(CheckpointError, match="did you mean 'vim_micro_patch4_32.famba_cifar100'"):
-        load_trained("vim_micro_patch4_32.famba_cifar10")
 
 
 def test_weights_that_come_with_the_package_bring_their_run() -> None:
@@ -103,7 +100,7 @@ def test_weights_that_come_with_the_package_bring_their_run() -> None:
 
 def test_a_run_without_weights_names_its_checkpoint(copied: Path) -> None:
     (copied / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"has lost its model.safetensors.*step_00000006\.pt"):
+    with pytest.raises(CheckpointError, match=r"lost its model.safetensors.*step_00000006\.pt"):
         load_trained(copied)
     summary = json.loads((copied / "summary.json").read_text())
     (copied / "summary.json").write_text(json.dumps({**summary, "status": "interrupted"}))
@@ -131,7 +128,7 @@ def test_damaged_files_are_named(copied: Path, name: str, text: str) -> None:
 def test_a_configuration_of_another_release_is_refused(copied: Path) -> None:
     with open(copied / "config.yaml", "a") as file:
         file.write("novelty: 3\n")
-    with pytest.raises(CheckpointError, match=r"cannot be set up by this installation.*novelty.*Install the package"):
+    with pytest.raises(CheckpointError, match=r"cannot be set up by this installation.*novelty"):
         load_trained(copied)
 
 
@@ -147,7 +144,7 @@ def test_a_changed_checkpoint_is_damaged(copied: Path) -> None:
 def test_a_schedule_or_weights_that_do_not_fit_are_refused(copied: Path) -> None:
     summary = json.loads((copied / "summary.json").read_text())
     (copied / "summary.json").write_text(json.dumps(summary | {"schedule": [4, 4, 4]}))
-    with pytest.raises(ConfigError, match="the schedule has 3 entries"):
+    with pytest.raises(CheckpointError, match="the schedule has 3 entries"):
         load_trained(copied)
     (copied / "summary.json").write_text(json.dumps(summary))
     text = (copied / "config.yaml").read_text()
@@ -161,27 +158,14 @@ def test_a_timm_name_brings_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> 
     plain = timm.create_model(name, num_classes=7)
     cfg = {**plain.pretrained_cfg, "mean": (0.5,) * 3, "std": (0.25,) * 3, "crop_pct": 1.0}
 
-    class Found:
-        has_weights = True
-
     def build(asked: str, arguments: dict[str, Any]) -> Any:
         assert (asked, arguments) == (name, {"pretrained": True})
         plain.pretrained_cfg = cfg
         return plain
 
     monkeypatch.setattr(weights, "weights_folder", lambda name: None)
-    monkeypatch.setattr(weights, "get_pretrained_cfg", lambda *args, **kwargs: Found())
     monkeypatch.setattr(weights, "build_model", build)
     found = load_trained(name)
     assert (found.config, found.strategy, found.classes, found.image_size) == (None, "none", 7, 32)
     assert (found.mean, found.std, found.scaling.eval_crop) == ((0.5,) * 3, (0.25,) * 3, 1.0)
     assert not found.model.training
-    assert get_pretrained_cfg(name) is not None
-
-
-def test_what_was_exported_is_named_as_such(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "config.json").write_text("{}")
-    for name in ("folder", "model.onnx", "model.pt2"):
-        with pytest.raises(CheckpointError, match="was exported, for others to load; give the run"):
-            load_trained(tmp_path / name)

@@ -15,7 +15,7 @@ from runs import last_checkpoint
 from famba.cli import main as famba
 from famba.errors import CheckpointError
 from famba.training.app import train
-from famba.training.checkpoint import load, write
+from famba.training.checkpoint import load
 from famba.training.compose import compose
 from famba.training.interrupts import Interrupted
 from famba.training.weights import load_trained
@@ -73,27 +73,14 @@ def test_a_run_keeps_its_classes_and_the_sizes_of_its_sets(finished: Path) -> No
     assert load_trained(finished).class_names == load_trained(last).class_names == tuple(COLOURS)
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ("rename", "classes that are gone: cat\n  classes that are new: zebra"),
-        ("add", "4 classes before, 5 now\n  classes that are new: emu\n  24 train images before, 30 now"),
-        ("remove an image", "24 train images before, 23 now"),
-        ("validation", "0 validation images before, 24 now"),
-    ],
-)
+@pytest.mark.parametrize(("change", "reason"), [("rename", "zebra"), ("remove an image", "'train': 24")])
 def test_a_run_does_not_go_on_with_other_data(stopped: Path, change: str, reason: str) -> None:
     images = stopped.parent / "images"
     if change == "rename":
         for part in ("train", "test"):
             (images / part / "cat").rename(images / part / "zebra")
-    elif change == "add":
-        write_images(images, {**COLOURS, "emu": (0, 255, 255)})
-    elif change == "remove an image":
-        (images / "train" / "ant" / "3.png").unlink()
     else:
-        (images / "train").rename(images / "val")
-        write_images(images, COLOURS)
+        (images / "train" / "ant" / "3.png").unlink()
     before = (stopped / "summary.json").read_text()
     with pytest.raises(CheckpointError, match="is of a run on other data") as refused:
         run(stopped, images)
@@ -105,16 +92,6 @@ def test_a_run_does_not_go_on_with_other_data(stopped: Path, change: str, reason
 def test_the_same_data_elsewhere_is_gone_on_with(stopped: Path) -> None:
     elsewhere = (stopped.parent / "images").rename(stopped.parent / "moved")
     assert run(stopped, elsewhere)["status"] == "finished"
-
-
-def test_an_earlier_checkpoint_is_compared_by_its_number_of_classes(stopped: Path) -> None:
-    last = last_checkpoint(stopped)
-    content = load(last)
-    del content["data"], content["format"]
-    write(last, content)
-    write_images(stopped.parent / "images", {**COLOURS, "emu": (0, 255, 255)})
-    with pytest.raises(CheckpointError, match="4 classes before, 5 now"):
-        run(stopped, stopped.parent / "images")
 
 
 def evaluated(finished: Path, images: Path, out: Path) -> dict[str, Any]:
@@ -150,10 +127,7 @@ def test_a_run_on_other_classes_begins_with_a_new_classifier(finished: Path, tmp
     summary = run(tmp_path / "run", tmp_path / "images", f"init_from={finished}", "trainer.max_steps=1")
     assert summary["started_from"]["new_classifier"]
     log = (tmp_path / "run" / "train.log").read_text()
-    assert (
-        "since their 4 classes differ (classes that are gone: ant, bee, cat, dog; classes that are new: fox, gnu, hen"
-        in log
-    )
+    assert "with a new classifier, for other classes" in log
     again = run(tmp_path / "again", finished.parent / "images", f"init_from={finished}", "trainer.max_steps=1")
     assert not again["started_from"]["new_classifier"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import TINY, assert_same_run, run, weights
+from runs import TINY, assert_same_run, run
 from torch import nn
 
 from famba.errors import TrainingError
@@ -93,26 +93,3 @@ def test_no_checkpoint_holds_what_is_not_finite(tmp_path: Path, monkeypatch: pyt
     kept = [load(path) for path in (tmp_path / "checkpoints").glob("step_*.pt")]
     assert [content["step"] for content in kept] == [1]
     assert all(torch.isfinite(value).all() for value in kept[0]["model"].values())
-
-
-def test_an_error_within_the_optimizer_leaves_no_checkpoint_of_half_a_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step, calls = torch.optim.AdamW.step, []
-
-    def fail(self: torch.optim.AdamW, *arguments: Any, **named: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:
-            for group in self.param_groups:
-                group["params"][0].data.add_(1.0)
-            raise MemoryError("no memory for the rest")
-        return step(self, *arguments, **named)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(torch.optim.AdamW, "step", fail)
-        with pytest.raises(TrainingError, match="out of memory"):
-            run(tmp_path / "parts")
-    assert not (tmp_path / "parts" / "checkpoints").exists(), "the first checkpoint was not due"
-    run(tmp_path / "parts")
-    run(tmp_path / "whole")
-    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")

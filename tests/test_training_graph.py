@@ -12,8 +12,8 @@ from runs import last_checkpoint, metrics, run
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from famba.errors import ConfigError, TrainingError
-from famba.training import graph, step
+from famba.errors import TrainingError
+from famba.training import graph, step, trainer
 from famba.training.checkpoint import load
 from famba.training.compose import compose
 from famba.training.graph import obstacle
@@ -104,7 +104,7 @@ def test_twenty_steps_are_those_of_the_usual_way(device: str, tmp_path: Path, op
 
 @pytest.mark.parametrize(
     "strategy",
-    ["upper", "adaptive", *(pytest.param(x, marks=pytest.mark.slow) for x in ("none", "all", "interleaved", "lower"))],
+    ["upper", "adaptive", pytest.param("all", marks=pytest.mark.slow)],
 )
 def test_every_strategy_and_one_that_adapts(device: str, tmp_path: Path, strategy: str) -> None:
     options = everything(device, "trainer.epochs=2", f"fusion={strategy}")
@@ -160,43 +160,30 @@ def broken_at(monkeypatch: pytest.MonkeyPatch, bad: int) -> None:
     monkeypatch.setattr(step.Step, "next_batch", next_batch)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [(), pytest.param(("trainer.accumulation=2",), marks=pytest.mark.slow)],
-    ids=["one graph", "accumulation"],
-)
-def test_a_loss_that_is_not_finite_leaves_the_weights_of_the_step_before(
-    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+@pytest.mark.parametrize("more", [("trainer.accumulation=2",), ("fusion=adaptive", "fusion.adapt_at=[0.5]")])
+def test_a_loss_that_is_not_finite_leaves_the_state_of_the_step_before(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
 ) -> None:
-    """Though the host looks two steps later."""
-    usual = [*everything(device, *options), "trainer.epochs=2", "data.val_fraction=0", "trainer.log_every=4"]
-    run(tmp_path / "nine", *usual, "trainer.max_steps=9")
-    broken_at(monkeypatch, 10)
-    with pytest.raises(TrainingError, match="the loss is nan at step 10 .*the state before it is kept in .*step_0*9"):
-        run(tmp_path / "broken", *usual)
-    kept, expected = last(tmp_path / "broken"), last(tmp_path / "nine")
-    assert kept["step"] == 9
-    for part in ("model", "ema"):
-        assert all(torch.equal(kept[part][name], value) for name, value in expected[part].items())
-    for number, state in expected["optimizer"]["state"].items():
-        assert all(torch.equal(kept["optimizer"]["state"][number][name], value) for name, value in state.items())
-
-
-def test_a_schedule_that_adapts_after_a_loss_that_is_not_finite_changes_nothing(
-    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usual = [*everything(device, "fusion=adaptive", "fusion.adapt_at=[0.5]", "trainer.epochs=2")]
-    usual += ["data.val_fraction=0", "trainer.log_every=9"]
+    """Though the host looks some steps later, and a schedule would be measured in between."""
+    usual = [*everything(device, *more), "trainer.epochs=2", "data.val_fraction=0", "trainer.log_every=9"]
     run(tmp_path / "four", *usual, "trainer.max_steps=4")
     broken_at(monkeypatch, 5)
+    begun, started = [], trainer.Training.__init__
+
+    def start(self: trainer.Training, *arguments: Any) -> None:
+        begun.append(self)
+        started(self, *arguments)
+
+    monkeypatch.setattr(trainer.Training, "__init__", start)
     with pytest.raises(TrainingError, match="the loss is nan at step 5 "):
         run(tmp_path / "broken", *usual)
-    kept, expected = last(tmp_path / "broken"), last(tmp_path / "four")
-    assert kept["step"] == 4
-    assert kept["schedule"] == expected["schedule"]
-    assert all(torch.equal(kept["model"][name], value) for name, value in expected["model"].items())
-    assert kept["totals"]["steps"] == expected["totals"]["steps"]
-    assert not kept["totals"]["schedules"]
+    state, expected = begun[0].state.content(), last(tmp_path / "four")
+    assert state["schedule"] == expected["schedule"]
+    assert not state["totals"]["schedules"]
+    for part in ("model", "ema"):
+        assert all(torch.equal(state[part][name].cpu(), value) for name, value in expected[part].items())
+    for number, values in expected["optimizer"]["state"].items():
+        assert all(torch.equal(state["optimizer"]["state"][number][name].cpu(), v) for name, v in values.items())
 
 
 def test_a_step_that_cannot_be_captured_says_what_to_do(
@@ -213,12 +200,6 @@ def test_a_step_that_cannot_be_captured_says_what_to_do(
         TrainingError, match=r"\(operation not permitted .*\); start again with trainer\.cuda_graphs=false"
     ):
         run(tmp_path, *everything(device))
-
-
-def test_the_evaluation_of_a_graph_takes_a_smaller_last_batch(device: str, tmp_path: Path) -> None:
-    found, expected = run(tmp_path / "graphed", *comparable(device)), eager(tmp_path / "eager", *comparable(device))
-    for name in ("top1", "ema_top1", "loss"):
-        assert found[name] == pytest.approx(expected[name], abs=0.6)
 
 
 @pytest.mark.parametrize(
@@ -239,12 +220,6 @@ def test_what_is_no_graph_says_why(
     config = compose(["model=vim_micro", "recipe=quick", "run_dir=unused", *overrides])
     found = obstacle(config, torch.device("cuda"), processes, backend)
     assert (found is None) if reason is None else (found is not None and reason in found)
-
-
-def test_a_graph_that_has_to_be_and_cannot_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"trainer\.cuda_graphs=true cannot be: the device is cpu"):
-        run(tmp_path / "run", "trainer.cuda_graphs=true", "trainer.device=cpu")
-    assert not (tmp_path / "run").exists()
 
 
 def test_the_average_moves_by_a_share_that_lies_on_the_device() -> None:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import json
-import os
 import signal
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,49 +10,11 @@ import pytest
 from runs import TINY, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from famba.errors import CheckpointError
-from famba.training import logging as training_logging
 from famba.training.compose import compose
 from famba.training.config import plain
 from famba.training.interrupts import Interrupted
-from famba.training.logging import JsonLines, Metrics
+from famba.training.logging import Metrics
 from famba.training.run_folder import RunFolder
-
-
-def test_what_the_disk_refuses_is_written_with_the_next_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = JsonLines(tmp_path)
-    write = os.write
-    lines.log("train", 1, 0, {"loss": 1.0})
-    with monkeypatch.context() as patched:
-        # A disk that takes three more bytes, and then none.
-        room = [3]
-
-        def refuse(handle: int, data: bytes) -> int:
-            if not room[0]:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            taken, room[0] = write(handle, data[: room[0]]), 0
-            return taken
-
-        patched.setattr(os, "write", refuse)
-        lines.log("train", 2, 0, {"loss": 2.0})
-        with pytest.raises(CheckpointError, match=r"metrics.jsonl: .*No space left"):
-            lines.sync()
-    lines.log("train", 3, 0, {"loss": 3.0})
-    lines.close()
-    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in written] == [1, 2, 3]
-
-
-def test_lines_from_two_threads_stay_whole(tmp_path: Path) -> None:
-    lines = JsonLines(tmp_path)
-    syncing = threading.Thread(target=lambda: [lines.sync() for _ in range(50)])
-    syncing.start()
-    for step in range(500):
-        lines.log("train", step, 0, {"loss": 0.5})
-    syncing.join()
-    lines.close()
-    written = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert written == list(range(500))
 
 
 def test_tensorboard_has_the_metrics_and_an_interruption_leaves_no_gap(tmp_path: Path, stop_after: Any) -> None:
@@ -144,20 +102,6 @@ def test_runs_of_a_sweep_are_one_group(tmp_path: Path, wandb: FakeWandb) -> None
     run(tmp_path / "alone", "logger=wandb", "trainer.max_steps=1")
     run(sweep / "named", "logger=wandb", "logger.group=mine", "trainer.max_steps=1")
     assert [asked["group"] for asked in wandb.asked] == ["strategies", None, "mine"]
-
-
-def test_a_logger_that_does_not_come_to_its_end_is_left_behind(
-    tmp_path: Path, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    release = threading.Event()
-    monkeypatch.setattr(wandb, "finish", lambda: release.wait(60))
-    monkeypatch.setattr(training_logging, "_FINISH_IN_HASTE_S", 0.2)
-    config = compose([*TINY, f"run_dir={tmp_path}", "logger=wandb"])
-    written = Metrics(RunFolder(tmp_path, writes=True), config.logger, plain(config), 0)
-    written.log("train", 1, 0, {"loss": 1.0})
-    written.finish({"status": "interrupted"})
-    release.set()
-    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 1.0
 
 
 def test_only_the_main_process_has_loggers(tmp_path: Path, wandb: FakeWandb) -> None:

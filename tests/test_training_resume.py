@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -92,18 +91,6 @@ def test_resume_with_workers_and_timm_augmentation_is_bit_equal(tmp_path: Path, 
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_an_evaluation_that_fails_costs_no_step(
-    tmp_path: Path, everything: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr("famba.training.trainer.evaluate", None)
-        with pytest.raises(TypeError):
-            run(tmp_path, *EVERYTHING)
-    assert load(tmp_path / "checkpoints" / "step_00000004.pt")["step"] == 4
-    run(tmp_path, *EVERYTHING)
-    assert_same_run(tmp_path, everything)
-
-
 def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run(tmp_path / name, f"seed={seed}", "recipe.mixup=0.8", "trainer.epochs=1", "recipe.warmup_epochs=0")
@@ -147,29 +134,10 @@ def test_resume_never_leaves_a_run_alone_but_a_restarted_job_continues_it(
     assert "continuing after step 2" in (tmp_path / "train.log").read_text()
 
 
-def test_a_named_checkpoint_continues_in_another_folder_and_the_same_command_there(
-    tmp_path: Path, whole: Path, stop_after: Any
-) -> None:
-    begun = f"resume={shutil.copy(whole / 'checkpoints' / 'step_00000003.pt', tmp_path)}"
-    stopped(tmp_path / "other", stop_after, 4, begun)
-    run(tmp_path / "other", begun)
-    assert "continuing after step 4" in (tmp_path / "other" / "train.log").read_text()
-    assert weights(tmp_path / "other") == weights(whole)
-    older = tmp_path / "other" / "checkpoints" / "step_00000004.pt"
-    with pytest.raises(CheckpointError, match="is of step 4, but .* holds step 6 already"):
-        run(tmp_path / "other", f"resume={older}")
-    with pytest.raises(CheckpointError, match="to start from its weights use init_from"):
-        run(tmp_path / "weights", f"resume={whole / 'model.safetensors'}")
-
-
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     with RunFolder(tmp_path, writes=True), pytest.raises(ConfigError, match="another run is writing"):
         run(tmp_path)
     run(tmp_path, "trainer.max_steps=1")
-
-
-def test_a_stop_is_answered_between_epochs_without_evaluation(tmp_path: Path, stop_after: Any) -> None:
-    stopped(tmp_path, stop_after, 3, "trainer.eval_every=1000")
 
 
 def test_a_damaged_small_file_is_named(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ from famba import data
 from famba.errors import TrainingError
 from famba.models import Vim
 from famba.ops.registry import resolve
-from famba.training import devices, provenance, step, trainer
+from famba.training import provenance, step, trainer
 from famba.training.build import load_splits, make_loaders
 from famba.training.checkpoint import TrainedOn, load
 from famba.training.compose import compose
@@ -82,7 +81,6 @@ def test_training_learns(tmp_path: Path) -> None:
     assert summary["top1"] > 40
     losses = [line["train_loss"] for line in metrics(tmp_path) if line["kind"] == "epoch"]
     assert losses[-1] < losses[0] - 0.3
-    assert "s per step: about" in (tmp_path / "train.log").read_text()
 
 
 def test_selection_is_by_validation_and_never_by_the_test_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +98,7 @@ def test_selection_is_by_validation_and_never_by_the_test_set(tmp_path: Path, mo
     assert load(tmp_path / "checkpoints" / "best.pt")["step"] == 3
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_not_finite_stops_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def broken(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -109,10 +107,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_state_before(tmp_path: Path, m
         return loss * float("nan") if len(calls) == 5 else loss
 
     monkeypatch.setattr(step, "create_loss", lambda recipe: broken)
-    with pytest.raises(TrainingError, match=r"the loss is nan at step 5 \(epoch 2\), with learning rate .* norm"):
+    place = r"the loss is nan at step 5 \(epoch 2\), with learning rate .* norm .* last good state is that of step 3"
+    with pytest.raises(TrainingError, match=place):
         run(tmp_path)
-    kept = load(tmp_path / "checkpoints" / "step_00000004.pt")
-    assert kept["step"] == 4
+    kept = load(tmp_path / "checkpoints" / "step_00000003.pt")
     assert all(torch.isfinite(value).all() for value in kept["model"].values())
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["status"] == "failed"
@@ -130,35 +128,6 @@ def test_out_of_memory_says_what_helps(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Vim, "forward", forward)
     with pytest.raises(TrainingError, match=r"12 images at once.*trainer.accumulation=4.*grad_checkpointing"):
         run(tmp_path, "trainer.accumulation=2")
-
-
-def test_an_error_in_mid_epoch_loses_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Vim.forward
-    calls = []
-
-    def forward(self: Vim, x: torch.Tensor) -> torch.Tensor:
-        calls.append(len(x))
-        if calls.count(24) == 3:
-            raise RuntimeError("the cable was pulled")
-        return original(self, x)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Vim, "forward", forward)
-        with pytest.raises(RuntimeError, match="cable"):
-            run(tmp_path / "broken")
-    assert load(tmp_path / "broken" / "checkpoints" / "step_00000002.pt")["step"] == 2
-    run(tmp_path / "broken")
-    run(tmp_path / "whole")
-    assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot begin a new peak of resident memory")
-def test_a_run_does_not_inherit_the_peak_memory_of_the_one_before(tmp_path: Path) -> None:
-    small = run(tmp_path / "before", "trainer.max_steps=1")
-    hoard = torch.ones(512, 2**20)
-    del hoard
-    after = run(tmp_path / "after", "trainer.max_steps=1")
-    assert after["peak_memory_mib"] < small["peak_memory_mib"] + 1000
 
 
 def test_strategies_share_weights_and_images_at_one_seed() -> None:
@@ -186,14 +155,6 @@ def test_accumulation_is_the_same_step_in_parts(tmp_path: Path) -> None:
         torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_clipping_acts(tmp_path: Path) -> None:
-    run(tmp_path / "free", "recipe.clip_grad=null", "trainer.max_steps=2")
-    run(tmp_path / "clipped", "recipe.clip_grad=1e-6", "trainer.max_steps=2")
-    assert weights(tmp_path / "free") != weights(tmp_path / "clipped")
-    norms = [line["grad_norm"] for line in metrics(tmp_path / "clipped") if line["kind"] == "train"]
-    assert norms[0] > 1e-6, "the norm is told as it was before clipping"
-
-
 def test_learning_rate_follows_the_recipe(tmp_path: Path) -> None:
     per_step = ("trainer.epochs=4", "recipe.warmup_epochs=1", "recipe.lr=0.008", "recipe.lr_batch=48",
                 "recipe.warmup_lr=0.001", "recipe.min_lr=0.0005")  # fmt: skip
@@ -216,14 +177,6 @@ def test_gradient_checkpointing_changes_memory_alone(tmp_path: Path) -> None:
     assert saving["saved_bytes_per_image"] < plain["saved_bytes_per_image"]
 
 
-def test_bf16_autocast_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Where the processor does not have it, torch emulates it: slow, which is why it is refused, but the same path.
-    monkeypatch.setattr(devices, "has_bf16", lambda device: True)
-    summary = run(tmp_path, "trainer.precision=bf16", "fusion=upper", "fusion.budget=4")
-    assert summary["precision"] == "bfloat16"
-    assert all(v.dtype == torch.float32 for v in load_file(tmp_path / "model.safetensors").values())
-
-
 def test_fp16_trains_with_a_scaler(tmp_path: Path) -> None:
     summary = run(tmp_path, "trainer.precision=fp16")
     assert summary["precision"] == "float16"
@@ -238,16 +191,6 @@ def test_macs_are_those_of_the_layers_by_hand() -> None:
     per_token += 2 * (4 * d_inner + d_inner * (rank + 2 * n) + rank * d_inner + d_inner * (4 * n + 3))
     expected = depth * tokens * per_token + 16 * d * 3 * 8 * 8 + d * 10
     assert macs_per_image(model, 32) == expected
-
-
-def test_saved_bytes_fall_with_fusion_and_are_exact_per_image() -> None:
-    sizes = {}
-    for strategy in ("none", "lower", "upper"):
-        config = compose([*TINY, "model.depth=4", f"fusion={strategy}", "fusion.budget=9", "run_dir=unused"])
-        model = build_model(config.model.name, {**prepare(config).model_arguments, "num_classes": 10})
-        sizes[strategy] = saved_bytes_per_image(model, 32, None)
-        assert sizes[strategy] == saved_bytes_per_image(model, 32, None)
-    assert sizes["lower"] < sizes["upper"] < sizes["none"]
 
 
 def test_saved_bytes_count_each_storage_once_and_no_parameters() -> None:
@@ -277,18 +220,6 @@ def test_evaluation_counts_top1_top5_and_loss() -> None:
     expected = nn.functional.cross_entropy(logits, torch.tensor([0, 1, 0])).item()
     assert result["loss"] == pytest.approx(expected, rel=1e-6)
     assert model.training
-
-
-def test_the_log_has_what_was_not_worth_a_line_before(tmp_path: Path) -> None:
-    # Loggers remember that nobody listened.
-    for name in ("famba.training.app", "famba.training.trainer"):
-        assert not logging.getLogger(name).isEnabledFor(logging.INFO)
-    before = list(logging.getLogger().handlers)
-    run(tmp_path, "trainer.max_steps=1")
-    assert logging.getLogger().handlers == before
-    log = (tmp_path / "train.log").read_text()
-    assert "INFO run folder: " in log
-    assert "INFO epoch 1 of 2: " in log
 
 
 @pytest.mark.slow

@@ -84,7 +84,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step_and_the_run_goes_on(
 
 
 def test_another_number_of_processes_is_refused_and_why() -> None:
-    with pytest.raises(CheckpointError, match=r"processes: 2 before, 1 now \(another number adds up gradients"):
+    with pytest.raises(CheckpointError, match=r"processes: 2 before, 1 now \(they add up gradients"):
         check_same_run({"config": {}, "world_size": 2}, {}, 1)
 
 
@@ -114,18 +114,23 @@ def test_tasks_of_srun_find_one_another(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.usefixtures("no_ranks")
-def test_a_batch_script_without_srun_starts_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_NTASKS", "4")
-    monkeypatch.setenv("SLURM_PROCID", "0")
-    assert world_size() == 1
-
-
-@pytest.mark.usefixtures("no_ranks")
-def test_torchrun_inside_a_job_is_heard_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    monkeypatch.setenv("SLURM_PROCID", "1")
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    assert world_size() == 8
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, 1),  # a batch script without srun
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "WORLD_SIZE": "8"}, 8),  # torchrun inside a job
+        ({"WORLD_SIZE": "two"}, None),
+        ({"WORLD_SIZE": "0"}, None),
+    ],
+)
+def test_the_number_of_processes(given: dict[str, str], size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    if size is not None:
+        assert world_size() == size
+        return
+    with pytest.raises(ConfigError, match=f"WORLD_SIZE is '{given['WORLD_SIZE']}'; torchrun sets it"):
+        world_size()
 
 
 def test_a_job_that_slurm_does_not_requeue_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -136,14 +141,6 @@ def test_a_job_that_slurm_does_not_requeue_says_what_to_do(monkeypatch: pytest.M
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     with pytest.raises(TrainingError, match="does not requeue job 5: Requested operation is .* disabled. Submit"):
         interrupts.requeue()
-
-
-@pytest.mark.usefixtures("no_ranks")
-@pytest.mark.parametrize("given", ["two", "0", "-1"])
-def test_a_world_size_that_is_no_number_of_processes_is_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", given)
-    with pytest.raises(ConfigError, match=f"WORLD_SIZE is '{given}'; torchrun sets it"):
-        world_size()
 
 
 @pytest.mark.usefixtures("no_ranks")

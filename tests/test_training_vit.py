@@ -92,7 +92,7 @@ def test_attention_in_proportion_is_off_in_training_unless_asked_for(tmp_path: P
             "did you mean 'after_scan'?, where a Vim reduces no tokens",
         ),
         (["model=vit_tiny", "model.name=vit_base_patch16_siglip_224"], "global_pool='map'"),
-        (["model=vit_tiny", "fusion.mode=prune", "fusion.proportional=true"], "with fusion.mode=prune each holds one"),
+        (["model=vit_tiny", "fusion.mode=prune", "fusion.proportional=true"], "has no effect with fusion.mode=prune"),
         (["model=vit_tiny", "model.embed_dim=100"], "cannot be built with these model keys"),
         (["model=vit_tiny", "model.name=vit_tny_patch16_224"], "did you mean 'vit_tiny_patch16_224'?"),
         (["model=vit_tiny", "fusion=all", "fusion.budget=196"], "the largest that fits is 195"),

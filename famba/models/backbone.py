@@ -120,16 +120,6 @@ class Backbone(nn.Module):
         return model
 
     @classmethod
-    def recognizes(cls, weights: Mapping[str, Any]) -> bool:
-        """Return whether weights, by name, are those of such a network."""
-        return any(str(name).startswith(f"{cls.layers_name}.") for name in weights)
-
-    @classmethod
-    def keys_of(cls, weights: Mapping[str, Any]) -> dict[str, object]:
-        """Return the values of its own `keys` that weights show; None where they do not."""
-        return {}
-
-    @classmethod
     def check_fusion(cls, fusion: Fusion) -> None:
         """Raise ConfigError, with the name of the field at fault, for what networks of this kind cannot do."""
         if fusion.place not in cls.places:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from inspect import signature
 from typing import Any, ClassVar, NamedTuple
@@ -184,15 +184,6 @@ class Vim(Backbone):
     def names(cls) -> list[str]:
         """List the timm names of Vims."""
         return timm.list_models("vim_*")
-
-    @classmethod
-    def keys_of(cls, weights: Mapping[str, Any]) -> dict[str, object]:
-        """Return d_state, and whether there is a class token."""
-        rates = weights.get("layers.0.mixer.A_log")
-        return {
-            "d_state": rates.shape[1] if isinstance(rates, Tensor) and rates.ndim == 2 else None,
-            "cls_position": "a class token" if "cls_token" in weights else "none",
-        }
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

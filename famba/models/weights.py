@@ -143,8 +143,9 @@ def _without_prefixes(weights: Mapping[str, Any]) -> tuple[dict[str, Any], list[
     named = {_WRAPPERS.sub("", str(name)): value for name, value in weights.items() if name != "n_averaged"}
     bare = {name: _FRONT.sub("", name) for name in named}
     fronts = {name: name.removesuffix(rest) for name, rest in bare.items()}
-    found = {fronts[k] for k, rest in bare.items() if rest.startswith(tuple(f"{b.layers_name}." for b in BACKBONES))}
-    if not found or any(kind.recognizes(named) for kind in BACKBONES):
+    layers = tuple(f"{kind.layers_name}." for kind in BACKBONES)
+    found = {fronts[name] for name, rest in bare.items() if rest.startswith(layers)}
+    if not found or any(name.startswith(layers) for name in named):
         return named, [f"without {some(wrappers)}"] if wrappers else []
     chosen, *others = sorted(found, key=lambda front: [_PREFIXES.index(part) for part in front.split(".")[:-1]])
     strange = {other.split(".")[0] for other in others} - {chosen.split(".")[0]}

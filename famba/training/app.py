@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
@@ -11,16 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import hydra
-from hydra._internal.utils import get_args_parser
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
+import yaml
 
 from famba import ops
-from famba.errors import ConfigError, FambaError, TrainingError
+from famba.errors import ConfigError, FambaError
 from famba.ops.registry import AUTO, explain
 from famba.training import interrupts
-from famba.training.compose import Command, config_dir, help_text
+from famba.training.compose import Command, help_text
 from famba.training.config import RunConfig, flatten, plain
 from famba.training.distributed import Process, start_process, world_size
 from famba.training.interrupts import Interrupted, StopRequest
@@ -32,23 +28,16 @@ from famba.training.sweeps import Sweep
 from famba.training.trainer import Training
 
 _log = logging.getLogger(__name__)
-_STALLED_STARTS = 3
-# Hydra answers these itself.
-_QUESTIONS = ("hydra_help", "cfg", "info", "shell_completion")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns the exit status: 0, 2 for errors that the user can mend, 128 + n where signal n stopped it.
-    """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    """Run the command line; return the exit status, 2 for errors that the user can mend, 128 + n after signal n."""
     try:
-        command = Command.parse(arguments)
-        if {"--help", "-h"} & set(arguments):
+        command = Command.parse(sys.argv[1:] if arguments is None else arguments)
+        if command.question == "help":
             print(help_text(command.config_dir), end="")
-        elif any(getattr(get_args_parser().parse_args(arguments), name) for name in _QUESTIONS):
-            _answer(arguments)
+        elif command.question is not None:
+            print(yaml.safe_dump(plain(command.config()), sort_keys=False), end="")
         elif command.multirun:
             plan(command).launch(train)
         else:
@@ -62,21 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _answer(question: list[str]) -> None:
-    # Errors come back whole; Hydra would print them cut.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = question
-    try:
-        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(lambda values: None)()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(str(error)) from error
-
-
 def plan(command: Command) -> Sweep:
-    """Return the sweep of a command line, with every run checked.
-
-    Raises FambaError for the first run that cannot work; no folder is made.
-    """
+    """Return the sweep of a command line, with every run checked. Raises FambaError for the first that cannot work."""
     if world_size() > 1:
         raise ConfigError("-m does not go with torchrun; sweep without it, or start one run at a time")
     sweep = Sweep(command)
@@ -90,9 +66,9 @@ def plan(command: Command) -> Sweep:
 
 
 def train(config: RunConfig, run_dir: Path | None = None) -> dict[str, Any]:
-    """Train as configured, in `run_dir` instead of the configuration's own where it is given; return the summary.
+    """Train as configured, in `run_dir` instead of the configuration's own if it is given; return the summary.
 
-    Raises Interrupted where the run was asked to stop and has saved itself; after a notice of Slurm's it is back in the
+    Raises Interrupted if the run was asked to stop and has saved itself; after a notice of Slurm's it is back in the
     queue by then.
     """
     path = run_dir or Path(config.run_dir)
@@ -127,8 +103,7 @@ def _train_in(
     if done is not None:
         _log.info("%s is finished already (Top-1 %.2f %%)", folder.path, done["top1"])
         return done
-    known = folder.summary
-    training = None
+    is_new, training = folder.summary is None, None
     try:
         with nullcontext() if config.ops.backend == AUTO else ops.use_backend(config.ops.backend):
             _announce(config, setup, folder)
@@ -136,15 +111,16 @@ def _train_in(
             summary = training.run()
     except Interrupted as stopped:
         assert training is not None
-        _leave(training, stopped, (known or {}).get("stalled_starts", 0))
+        _leave(training, stopped)
         raise
     except Exception as error:
         reason = str(process.first_failure(error))
         # A start that is refused leaves the summary of the run that is there as it was.
-        if training is not None or known is None:
-            failed = _record_failure(folder.path, config, reason)
-            if training is not None:
-                training.metrics.finish(failed)
+        if training is not None or is_new:
+            with suppress(FambaError):
+                failed = _record_failure(folder.path, config, reason)
+                if training is not None:
+                    training.metrics.finish(failed)
         _log.error("%s", reason, extra=FILE_ONLY)
         raise
     results, took = (summary["top1"], summary["top5"]), duration(summary["train_time_s"])
@@ -153,34 +129,21 @@ def _train_in(
 
 
 def _announce(config: RunConfig, setup: Setup, folder: RunFolder) -> None:
-    matched = "" if setup.matched else " (counts per layer as given, their total is not matched between strategies)"
     size, removed = setup.image_size, sum(setup.schedule)
-    counts = f"{setup.tokens} tokens, {removed} removed, {setup.tokens - removed} left after the last layer{matched}"
-    precision = "float32" if setup.autocast is None else f"{str(setup.autocast).removeprefix('torch.')} autocast"
+    counts = f"{setup.tokens} tokens, {removed} removed, {setup.tokens - removed} left after the last layer"
+    precision = str(setup.dtype).removeprefix("torch.")
     _log.info("run folder: %s", folder.path)
     _log.info("%s at %d x %d, fusion %s: %s", config.model.name, size, size, config.fusion.strategy, counts)
     _log.info("device %s, %s, ops by %s", setup.device, precision, explain(setup.device.type, setup.dtype))
 
 
-def _leave(training: Training, stopped: Interrupted, stalled: int) -> None:
-    """Close the loggers, and go back to Slurm's queue where it gave notice.
-
-    stalled: number of starts before this one, in a row, that were stopped before a step or an evaluation.
-    """
+def _leave(training: Training, stopped: Interrupted) -> None:
+    """Close the loggers, and go back to Slurm's queue if it gave notice."""
     _log.info("%s", stopped, extra=FILE_ONLY)
-    summary = training.summary("interrupted")
-    if stopped.goes_on and not training.has_progressed:
-        stalled += 1
-        training.folder.write_summary({**summary, "stalled_starts": stalled})
-        if stalled >= _STALLED_STARTS:
-            raise TrainingError(
-                f"{stopped.args[0]}. It is not requeued: {stalled} starts in a row were stopped before a step or an "
-                "evaluation was done; raise the job's time limit"
-            )
     if stopped.goes_on and training.process.is_main:
         interrupts.requeue()
         _log.info("back in Slurm's queue")
-    training.metrics.finish(summary)
+    training.metrics.finish(training.summary("interrupted"))
     if stopped.goes_on:
         training.folder.release()
         interrupts.wait_for_the_end(training.stop)
@@ -189,13 +152,9 @@ def _leave(training: Training, stopped: Interrupted, stalled: int) -> None:
 
 
 def _record_failure(path: Path, config: RunConfig, reason: str) -> dict[str, Any]:
-    """Write the failure into the run's summary; return that."""
-    # By any process: the main one may be killed before it can.
+    """Write the failure into the run's summary, by any process: the main one may be killed first; return that."""
     folder = RunFolder(path, writes=True)
-    failed: dict[str, Any] = {"model": config.model.name, "strategy": config.fusion.strategy}
-    with suppress(FambaError):
-        failed = folder.summary or failed
-    failed = {**failed, "status": "failed", "error": reason}
-    with suppress(FambaError):
-        folder.write_summary(failed)
+    before = folder.summary or {"model": config.model.name, "strategy": config.fusion.strategy}
+    failed = {**before, "status": "failed", "error": reason}
+    folder.write_summary(failed)
     return failed

@@ -1,4 +1,4 @@
-"""Build the network and the data that a configuration describes."""
+"""Build the network and the data of a configuration."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,17 +23,14 @@ _log = logging.getLogger(__name__)
 
 
 def check_model(config: RunConfig) -> None:
-    """Raise ConfigError for a name under which no network is known, and for what networks of its kind cannot do."""
+    """Raise ConfigError for an unknown network, and for what networks of its kind cannot do."""
     model, fusion = config.model, config.fusion
     with named("model.{}"):
         kind = backbone_of(model.name)
     with named("fusion.{}"):
         kind.check_fusion(fusion)
     if fusion.proportional and fusion.mode == "prune":
-        raise ConfigError(
-            "fusion.proportional=true weighs tokens by their patches, and with fusion.mode=prune each holds one "
-            "patch; leave one of them out"
-        )
+        raise ConfigError("fusion.proportional=true has no effect with fusion.mode=prune; leave one of them out")
     for key, given, usual in (("d_state", model.d_state, None), ("cls_position", model.cls_position, "head")):
         if given != usual and key not in kind.keys:
             raise ConfigError(f"model.{key}={given} cannot be chosen for {model.name}, {kind.kind}; leave it out")
@@ -44,13 +40,12 @@ def build_model(name: str, arguments: dict[str, Any]) -> Backbone:
     """Create the network with fresh weights. Raises ConfigError for what does not fit it."""
     try:
         return create_network(name, **arguments)
-    except (AssertionError, TypeError) as error:
-        # timm's transformers report wrong arguments so.
+    except (AssertionError, TypeError) as error:  # of timm's transformers
         raise ConfigError(f"{name} cannot be built with these model keys: {error}; leave them out") from error
 
 
 def model_arguments(config: RunConfig, classes: int | None) -> dict[str, Any]:
-    """Return the arguments of `create_network` but for the schedule; classes None: those of the registered model."""
+    """Return the arguments of `create_network`, without the schedule; classes: None for the model's own."""
     model = config.model
     own = {"d_state": model.d_state, "cls_position": model.cls_position}
     arguments: dict[str, Any] = {
@@ -67,13 +62,10 @@ def model_arguments(config: RunConfig, classes: int | None) -> dict[str, Any]:
 
 
 def model_classes(config: RunConfig, found: int) -> int:
-    """Return the classes of the model, given those found in the data. Raises ConfigError where the data has more."""
+    """Return the classes of the model, given those found in the data. Raises ConfigError if the data has more."""
     classes = config.model.num_classes or found
     if found > classes:
-        raise ConfigError(
-            f"the data has {found} classes, but model.num_classes is {classes}; leave it out, "
-            f"or set it to {found} or more"
-        )
+        raise ConfigError(f"the data has {found} classes, but model.num_classes is {classes}; leave it out")
     return classes
 
 
@@ -100,24 +92,15 @@ def load_splits(config: RunConfig) -> data.Splits:
     """Open the data that the configuration names, and log its sizes."""
     with named("data.{}"):
         splits = data.load_splits(config.data.name, config.data.root, **requested_data(config))
-    parts = {"training": splits.train, "validation": splits.validation, "test": splits.test}
-    _log.info("images: %s", "; ".join(f"{name} {_size(part)}" for name, part in parts.items() if part is not None))
+    for name, part in (("training", splits.train), ("validation", splits.validation), ("test", splits.test)):
+        if part is not None:
+            _log.info("%s images: %d in %d classes", name, len(part), part.num_classes)
     return splits
-
-
-def _size(part: data.Source) -> str:
-    there = len(np.unique(data.labels_of(part)))
-    of_all = "" if there == part.num_classes else f" of {part.num_classes:,}"
-    return f"{len(part):,} in {there:,}{of_all} class{'' if there == 1 else 'es'}"
 
 
 @dataclass(frozen=True)
 class Loaders:
-    """Hold the batches of this process.
-
-    Every epoch is evaluated on selection: the "validation" images, or the "test" images where none are held out. Only
-    validation images select a checkpoint.
-    """
+    """Hold the batches of this process; selection is evaluated in every epoch, and named "validation" or "test"."""
 
     train: data.TrainBatches
     selection_name: str
@@ -128,13 +111,8 @@ class Loaders:
 def make_loaders(config: RunConfig, image_size: int, splits: data.Splits, process: Process) -> Loaders:
     """Build the loaders of one process; image_size in pixels."""
     trainer = config.trainer
-    shared: dict[str, Any] = {
-        **_transform(config, image_size),
-        "rank": process.rank,
-        "world_size": process.world_size,
-        "workers": config.data.workers,
-        "pin_memory": process.device.type == "cuda",
-    }
+    shared = {**_transform(config, image_size), "rank": process.rank, "world_size": process.world_size}
+    shared |= {"workers": config.data.workers, "pin_memory": process.device.type == "cuda"}
     with named({"batch_size": "trainer.batch_size", "repeats": "recipe.repeats"}):
         train = data.train_batches(
             splits.train,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -27,8 +26,8 @@ from famba.training.config import RunConfig, keys, parse
 
 LAUNCHER = "hydra/launcher"
 _SHOWN = 200  # characters of an override that an error repeats
-# Options of Hydra that would start unchecked runs, the last one from a pickle, which can run any code.
-_UNCHECKED = ("config-name", "config-path", "experimental-rerun")
+# Options of Hydra's that are taken; some of the others start unchecked runs, one of them from a pickle.
+_OPTIONS = ("overrides", "help", "cfg", "resolve", "multirun", "config_dir", "run")
 # Plugins are of a command line: files of a run name no code that reading it would run.
 _NOT_OF_A_RUN = ("hydra", "plugins")
 _OF_HYDRA = ("hydra.launcher", "hydra.sweeper.params")
@@ -36,25 +35,28 @@ _OF_HYDRA = ("hydra.launcher", "hydra.sweeper.params")
 
 @dataclass(frozen=True)
 class Command:
-    """The parts of a command line. config_dir: the user's own folder of configuration files, None without one."""
+    """Hold a command line. config_dir: the user's own folder of configuration files; question: --help or --cfg."""
 
     overrides: tuple[str, ...]
     multirun: bool = False
     config_dir: Path | None = None
+    question: str | None = None
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> Command:
-        """Parse a command line. Raises ConfigError for a --config-dir that is no folder, and for _UNCHECKED."""
-        parsed, unknown = get_args_parser().parse_known_args(list(arguments))
+        """Parse a command line. Raises ConfigError for a --config-dir that is no folder, and for options not taken."""
+        known, unknown = get_args_parser().parse_known_args(list(arguments))
         if unknown:
             raise ConfigError(_as_override(unknown[0], list(arguments)))
-        for option in _UNCHECKED:
-            if getattr(parsed, option.replace("-", "_"), None) is not None:
-                raise ConfigError(f"--{option} is not taken; add your own files by --config-dir")
-        folder = None if parsed.config_dir is None else Path(parsed.config_dir).absolute()
+        parsed = vars(known)
+        if given := [name for name, value in parsed.items() if value and name not in _OPTIONS]:
+            option = given[0].replace("_", "-")
+            raise ConfigError(f"--{option} is not taken; add your own files by --config-dir")
+        folder = None if parsed["config_dir"] is None else Path(parsed["config_dir"]).absolute()
         if folder is not None and not folder.is_dir():
-            raise ConfigError(f"--config-dir {parsed.config_dir} is no folder")
-        return cls(tuple(parsed.overrides), parsed.multirun, folder)
+            raise ConfigError(f"--config-dir {parsed['config_dir']} is no folder")
+        question = "help" if parsed["help"] else parsed["cfg"]
+        return cls(tuple(parsed["overrides"]), parsed["multirun"], folder, question)
 
     def config(self) -> RunConfig:
         """Compose the configuration of one run. Raises ConfigError for what cannot be, or needs -m."""
@@ -65,12 +67,8 @@ class Command:
             if re.match("hydra[/.]launcher", item.key_or_group):
                 raise ConfigError(f"{item.input_line!r} is for sweeps; add -m, also for a sweep of one run")
         values, given = self.compose(self.overrides), {item.key_or_group for item in parsed}
-        if swept := {key: value for key, value in swept_by_config(values).items() if key not in given}:
-            example = " ".join(f"{key}={str(value).split(',')[0]}" for key, value in swept.items())
-            raise ConfigError(
-                f"the experiment has several values of {', '.join(swept)}; add -m for a run with each combination, "
-                f"or give one value of each: {example}"
-            )
+        if swept := [key for key in swept_by_config(values) if key not in given]:
+            raise ConfigError(f"the experiment has several values of {', '.join(swept)}; add -m, or give one of each")
         return run_config(values)
 
     def shared(self) -> DictConfig:
@@ -118,7 +116,7 @@ def run_config(values: DictConfig) -> RunConfig:
 
 
 def swept_by_config(values: DictConfig) -> dict[str, Any]:
-    """Return the keys with several values in hydra.sweeper.params, which experiments and command lines set."""
+    """Return the keys with several values in hydra.sweeper.params, which experiments set."""
     params = OmegaConf.select(values.hydra.sweeper, "params")
     return {} if params is None else OmegaConf.to_container(params, resolve=True)  # type: ignore[return-value]
 
@@ -166,17 +164,12 @@ def _as_override(option: str, arguments: list[str]) -> str:
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     """Parse overrides. Raises ConfigError for one that is none."""
-    return [_parse(item) for item in overrides]
-
-
-def _parse(override: str) -> Override:
+    given = ""
     try:
-        return OverridesParser.create().parse_override(override)
-    except (HydraException, ValueError, RecursionError) as error:
-        # Python itself refuses numbers of thousands of digits, and lists in a thousand lists.
-        given = override if len(override) <= _SHOWN else f"{override[:_SHOWN]}..."
+        return [OverridesParser.create().parse_override(given := item) for item in overrides]
+    except (HydraException, ValueError, RecursionError) as error:  # the latter for endless numbers and lists
         raise ConfigError(
-            f"{given!r} cannot be read ({str(error).splitlines()[0]}); "
+            f"{given[:_SHOWN]!r} cannot be read ({str(error).splitlines()[0]}); "
             "overrides look like fusion=upper or trainer.epochs=10, text with special characters like \"key='a,b'\""
         ) from error
 
@@ -216,6 +209,8 @@ Usage
   python train.py [GROUP=CHOICE ...] [KEY=VALUE ...]     one run
   python train.py -m fusion=none,upper seed=0,1,2        a run for each combination; again: the runs that are left
   python train.py --cfg job [...]                        print the configuration and end
+  Groups and keys are below; several values of one need -m. model.KEY=null keeps the value of the model.
+  Your own choices: a file in DIR/GROUP/ with --config-dir DIR.
 
 Examples
   python train.py model=vim_s fusion=upper
@@ -228,49 +223,29 @@ Examples
 Data ahead of time, for machines without network: famba download cifar100
 """
 
-# The meaning of each group, and the files that explain its keys, with the prefix of these.
-_GROUPS = {
-    "model": ("the network; model.KEY=null keeps the value of the model", {"_base": "model."}),
-    "fusion": ("the layers that fuse tokens; any strategy removes fusion.budget in total", {"_base": "fusion."}),
-    "data": ("the images; data.root is the folder that holds them", {"_base": "data."}),
-    "recipe": ("augmentation, optimizer and schedule; keys with the paper's values", {"paper": "", "_base": "recipe."}),
-    "logger": ("a place for metrics besides the run folder", {"none": "logger."}),
-    "experiment": ("several choices under one name; those with several values need -m", {}),
-    LAUNCHER: (
-        f"with -m, where the runs go; your own: a file in DIR/{LAUNCHER}/ with --config-dir DIR",
-        {"local": "hydra.launcher.", "slurm": "hydra.launcher."},
-    ),
-}
+# The files that explain the keys of a group, if not its _base.
+_EXPLAINED = {"recipe": ["_base", "paper"], "logger": ["none"], LAUNCHER: ["slurm"]}
 
 
 def help_text(own: Path | None = None) -> str:
-    """Return the text of `python train.py --help`: every group, choice and key with the comments of their files.
-
-    own: a folder with more choices.
-    """
-    entries = yaml.safe_load((config_dir() / "config.yaml").read_text())["defaults"]
-    chosen = {
-        key.removeprefix("override "): name for entry in entries if entry != "_self_" for key, name in entry.items()
-    }
-    sections = [_HELP.rstrip()]
-    for group, (meaning, files) in _GROUPS.items():
-        folder = config_dir() / group
-        lines = [f"{group}: {meaning}" + (f" (default: {chosen[group]})" if chosen[group] else "")]
-        for choice in groups(own)[group]:
-            files_of = [place / group / f"{choice}.yaml" for place in (config_dir(), own) if place is not None]
-            lines.append(f"  {group}={choice:15} {_comment(next(file for file in files_of if file.is_file()))}")
-        for file, prefix in files.items():
-            lines.append("  keys" if file in ("_base", "none") else f"  keys of {group}={file}")
-            lines += _keys(folder / f"{file}.yaml", prefix)
+    """Return the text of --help: every group, choice and key with their comments; own: a folder with more choices."""
+    sections, main = [_HELP.rstrip()], (config_dir() / "config.yaml").read_text()
+    for group, choices in groups(own).items():
+        default = re.search(rf"- (?:override )?{group}: (?!null)(\S+)", main)
+        lines = [group + (f" (default: {default[1]})" if default else "")]
+        for choice in choices:
+            files = [place / group / f"{choice}.yaml" for place in (config_dir(), own) if place is not None]
+            text = next(file for file in files if file.is_file()).read_text()
+            comments = re.findall(r"^# *([^@\s].*)", text, re.MULTILINE)  # directives of Hydra begin with @
+            lines.append(f"  {group}={choice:15} {next(iter(comments), '')}")
+        for name in _EXPLAINED.get(group, ["_base"]):
+            file, prefix = (
+                config_dir() / group / f"{name}.yaml",
+                "" if name == "paper" else f"{group}.".replace("/", "."),
+            )
+            lines += ["  keys", *_keys(file, prefix)] if file.is_file() else []
         sections.append("\n".join(lines))
-    sections.append("\n".join(["Other keys", *_keys(config_dir() / "config.yaml", "")]))
-    return "\n\n".join(sections) + "\n"
-
-
-def _comment(path: Path) -> str:
-    """Return the first comment of a file that is no package directive of Hydra's."""
-    comments = [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")]
-    return next((line for line in comments if not line.startswith("@")), "")
+    return "\n\n".join([*sections, "\n".join(["Other keys", *_keys(config_dir() / "config.yaml", "")])]) + "\n"
 
 
 def _keys(path: Path, prefix: str) -> list[str]:

@@ -1,15 +1,12 @@
-"""The configuration of a run as dataclasses, checked as a whole before anything starts.
-
-Defaults stand in configs/ alone: a dataclass here has none, so a key that is missing is an error.
-"""
+"""Define the configuration of a run, which is checked as a whole; defaults stand in configs/ alone."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from pathlib import Path
+from functools import cache
 from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -152,7 +149,7 @@ class RunConfig:
     ops: OpsConfig
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     run_dir: Text
-    resume: Text
+    resume: Literal["auto", "never"]
     init_from: Text | None
 
 
@@ -168,34 +165,21 @@ ADDED_KEYS: dict[str, Any] = {
 }
 """Map each key that configurations have not always had to the value that reproduces what runs did before it."""
 
-_ADAPTER = TypeAdapter(RunConfig)
+_adapter = cache(TypeAdapter)
 
 
 def parse(values: Mapping[str, Any]) -> RunConfig:
-    """Turn nested plain values, as YAML holds them, into a RunConfig.
-
-    Raises ConfigError with every key that is unknown, missing or of a wrong value.
-    """
-    given = flatten(values)
-    for key, value in given.items():
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:  # file names and command lines may hold such text
-            raise ConfigError(f"{key} is {_shown(value)}: it has to be valid UTF-8") from None
+    """Turn nested plain values into a RunConfig. Raises ConfigError with every key at fault."""
     # `Fusion` has defaults of its own, for networks that are built without a configuration.
     wanted = keys(Fusion, "fusion.") if isinstance(values.get("fusion"), dict) else []
-    if missing := [key for key in wanted if key not in given]:
-        raise ConfigError("\n".join(f"{key} is missing" for key in missing))
-    try:
-        # Strict validation builds dataclasses from JSON alone.
-        return _ADAPTER.validate_json(json.dumps(values))
-    except ValidationError as error:
-        raise ConfigError("\n".join(explain(error, keys()))) from None
+    if missing := [f"{key} is missing" for key in wanted if key not in flatten(values)]:
+        raise ConfigError("\n".join(missing))
+    return checked(RunConfig, values, keys())
 
 
 def plain(config: RunConfig) -> dict[str, Any]:
     """Return the nested plain values of a RunConfig, as YAML and checkpoints hold them."""
-    return _ADAPTER.dump_python(config, mode="json")
+    return _adapter(RunConfig).dump_python(config, mode="json")
 
 
 def with_added_keys(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,57 +200,42 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def keys(cls: type = RunConfig, prefix: str = "") -> list[str]:
-    """List the dotted keys of a configuration."""
-    names = []
-    for field in fields(cls):
-        kind = get_type_hints(cls)[field.name]
-        names += keys(kind, f"{prefix}{field.name}.") if is_dataclass(kind) else [f"{prefix}{field.name}"]  # type: ignore[arg-type]
-    return names
+@cache
+def keys(cls: type = RunConfig, prefix: str = "") -> tuple[str, ...]:
+    """Return the dotted keys of a configuration."""
+    names: list[str] = []
+    hints = get_type_hints(cls)
+    for name in (field.name for field in fields(cls)):
+        names += keys(hints[name], f"{prefix}{name}.") if is_dataclass(hints[name]) else [f"{prefix}{name}"]
+    return tuple(names)
 
 
-def look_up(question: Callable[[Path], bool], key: str, path: str) -> bool:
-    """Ask the file system about a path. Raises ConfigError for one that it cannot look up, such as a long name."""
-    try:
-        return question(Path(path))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}={path} cannot be looked up ({error}); give another path") from error
-
-
-def explain(error: ValidationError, known: list[str], prefix: str = "") -> list[str]:
-    """Return one line for each key at fault, with all that the members of a union allow.
-
-    known: the whole names of the keys. prefix: what stands before the names that `error` has.
-    """
+def explain(error: ValidationError, known: Sequence[str], prefix: str = "") -> list[str]:
+    """Return a line for each key at fault; known: all keys; prefix: stands before the names that `error` has."""
     found: dict[str, list[str]] = {}
     for problem in error.errors():
-        start, reason = _explain_one(problem, known, prefix)
+        key, fault = prefix + ".".join(map(str, problem["loc"])), problem.get("ctx", {}).get("error")
+        # Behind the key stands the member of a union, or the place in a list.
+        named = next((k for k in sorted(known, key=len, reverse=True) if f"{key}.".startswith(f"{k}.")), key)
+        shown, reason = without_credentials(repr(problem["input"]))[:_SHOWN], problem["msg"]
+        if isinstance(fault, ConfigError):  # `Fusion` checks itself
+            start, reason = f"{key}.", str(fault)
+            start += "" if reason.startswith(f"{fault.argument} ") else f"{fault.argument}: "
+        elif problem["type"] == "unexpected_keyword_argument":
+            start, reason = f"unknown key {key!r}{near_miss(key, known)}", ""
+        elif problem["type"] == "missing":
+            start, reason = f"{named} is missing", ""
+        else:
+            reason = reason.removeprefix("Value error, ").replace("tuple", "list")
+            start, reason = f"{named} is {shown}: ", f"{reason[:1].lower()}{reason[1:]}"
         found.setdefault(start, []).append(reason)
-    lines = []
-    for start, reasons in found.items():
-        first, *others = dict.fromkeys(reasons)
-        lines.append(start + " or ".join([first, *(other.removeprefix("input should be ") for other in others)]))
-    return sorted(lines)
+    same = " or input should be "  # from the members of a union
+    return sorted(start + " or ".join(dict.fromkeys(said)).replace(same, " or ") for start, said in found.items())
 
 
-def _explain_one(problem: Any, known: list[str], prefix: str) -> tuple[str, str]:
-    """Return the key with its value, and the reason why it is refused."""
-    key = prefix + ".".join(map(str, problem["loc"]))
-    error = problem.get("ctx", {}).get("error")
-    if isinstance(error, ConfigError):
-        # `Fusion` checks itself.
-        message = str(error).removeprefix(f"{error.argument} ")
-        return f"{key}.{error.argument}", f"{' ' if message != str(error) else ': '}{message}"
-    if problem["type"] == "unexpected_keyword_argument":
-        return f"unknown key {key!r}{near_miss(key, known)}", ""
-    # Behind the key stands the member of a union, or the place in a list.
-    key = next((k for k in sorted(known, key=len, reverse=True) if key == k or key.startswith(f"{k}.")), key)
-    if problem["type"] == "missing":
-        return f"{key} is missing", ""
-    reason = problem["msg"].removeprefix("Value error, ")
-    return f"{key} is {_shown(problem['input'])}: ", f"{reason[:1].lower()}{reason[1:]}".replace("tuple", "list")
-
-
-def _shown(value: object) -> str:
-    text = without_credentials(repr(value))
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+def checked(kind: Any, values: Mapping[str, Any], known: Sequence[str], prefix: str = "") -> Any:
+    """Build a dataclass from plain values. Raises ConfigError with every key at fault."""
+    try:
+        return _adapter(kind).validate_json(json.dumps(values))  # strict validation builds them from JSON alone
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(error, known, prefix))) from None

@@ -1,4 +1,4 @@
-"""Devices: their precision, their memory, and the generators of random numbers."""
+"""Choose devices and precisions, measure memory, and seed the generators of random numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import contextlib
 import os
 import platform
 import random
+import re
 import resource
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,33 +20,23 @@ _MIB = 2**20
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn "auto" into CUDA, MPS or the CPU, whichever is there first, and any other name into that device.
-
-    Raises ConfigError for a device that torch does not know or does not find here.
-    """
+    """Return the device of this name; "auto" is the first of CUDA, MPS and CPU that is here."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    present = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if device.type not in present:
-        raise ConfigError(f"unknown trainer.device {name!r}; allowed: auto, {', '.join(present)}, cuda:0, cuda:1, ...")
-    if not present[device.type]:
-        usable = ", ".join(kind for kind, here in present.items() if here)
-        raise ConfigError(f"trainer.device {name!r} is not on this machine; usable here: {usable}")
-    return device
+    present = ["cpu"] + ["mps"] * torch.backends.mps.is_available()
+    if torch.cuda.is_available():
+        present += ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    if name not in present:
+        raise ConfigError(
+            f"trainer.device {name!r} is unknown or not on this machine; usable here: {', '.join(present)}"
+        )
+    return torch.device(name)
 
 
 def make_current(device: torch.device) -> None:
-    """Let a GPU be what "cuda" means, in each of torchrun's processes its own: backends try themselves on it."""
+    """Make a GPU the one that "cuda" means; with torchrun each process gets its own."""
     if device.type == "cuda":
         own = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
         torch.cuda.set_device(own % torch.cuda.device_count())
@@ -54,31 +46,24 @@ def has_bf16(device: torch.device) -> bool:
     """Return whether the device computes in bfloat16 natively."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        return _cpu_has_bf16()
-    return False
+    return device.type == "cpu" and _cpu_has_bf16()
 
 
 def _cpu_has_bf16() -> bool:
-    # Not every torch release has each of these questions.
-    questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # which some releases of torch lack
     return any(getattr(torch.cpu, question, lambda: False)() for question in questions)
 
 
 def choose_precision(precision: str, device: torch.device) -> torch.dtype | None:
-    """Return the autocast dtype, None for float32; "auto" is bfloat16 where the device has it, else float32.
-
-    Raises ConfigError where the device does not have it.
-    """
+    """Return the autocast dtype, None for float32; "auto" is bfloat16 if the device has it, else float32."""
     if precision == "auto":
         return torch.bfloat16 if has_bf16(device) else None
-    if precision == "bf16" and not has_bf16(device):
+    if (precision == "bf16" and not has_bf16(device)) or (precision == "fp16" and device.type == "mps"):
+        kind = "bfloat16" if precision == "bf16" else "float16"
         raise ConfigError(
-            f"trainer.precision=bf16, but this {device.type} device has no bfloat16 instructions; "
+            f"trainer.precision={precision}, but this {device.type} device has no {kind} instructions; "
             "use trainer.precision=fp32 or auto"
         )
-    if precision == "fp16" and device.type == "mps":
-        raise ConfigError("trainer.precision=fp16 is not supported on mps; use trainer.precision=fp32 or auto")
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
@@ -86,16 +71,14 @@ def describe_device(device: torch.device) -> str:
     """Name the processor or GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    if platform.system() == "Linux":
-        with open("/proc/cpuinfo") as info:
-            names = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
-        if names:
-            return f"{names[0]}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.is_file() and (found := re.search(r"^model name\s*: (.*)", info.read_text(), re.MULTILINE)):
+        name = found[1]
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin a new peak, so that runs after one another in a process do not inherit it; macOS cannot."""
+    """Begin a new peak, so that a run does not inherit that of the run before; macOS cannot."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif platform.system() == "Linux":
@@ -104,7 +87,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Peak memory in MiB: CUDA's allocator, or this process's resident set on other devices."""
+    """Return the peak memory in MiB: of CUDA's allocator, or of this process on other devices."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / _MIB
     if platform.system() == "Linux":
@@ -114,7 +97,7 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
+    """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -123,28 +106,23 @@ def synchronize(device: torch.device) -> None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory ran out, on a GPU or a CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
-    )
+    words = ("can't allocate memory", "out of memory")
+    told = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    return told or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def memory_error(error: BaseException, batch: int, accumulation: int) -> TrainingError:
-    """Say what was tried and which settings need less memory."""
+    """Return an error that says which settings need less memory."""
+    reason = str(error).splitlines()[0] if str(error) else repr(error)
     return TrainingError(
-        f"out of memory with {batch} images at once ({str(error).splitlines()[0] if str(error) else error!r}). "
-        f"Less memory: trainer.accumulation={2 * accumulation} (the same step in smaller parts), "
-        "trainer.batch_size, trainer.grad_checkpointing=true, trainer.precision=bf16, data.image_size, "
-        "a larger fusion.budget, or a smaller model"
+        f"out of memory with {batch} images at once ({reason}). Less memory: trainer.accumulation={2 * accumulation} "
+        "(the same step in smaller parts), trainer.grad_checkpointing=true, trainer.precision=bf16, data.image_size, a "
+        "larger fusion.budget, or a smaller model"
     )
 
 
 def seed_generators(stream: Stream, *place: int) -> None:
-    """Seed every global generator that timm or torch draws from, for one use at one place in the run.
-
-    Draws then never depend on what ran before, and no generator's state has to be saved.
-    """
+    """Seed all global generators for one use at one place in the run, so that no generator's state has to be saved."""
     torch.manual_seed(derived_integer(stream, *place))
     np.random.seed(derived_integer(stream, *place, bits=32))
     random.seed(derived_integer(stream, *place))

@@ -1,4 +1,4 @@
-"""Processes that train together: started by torchrun or srun, joined by torch.distributed."""
+"""Join the processes that torchrun or srun started, and let them agree."""
 
 from __future__ import annotations
 
@@ -24,10 +24,7 @@ _BROKEN = re.compile("Connection (closed|reset)|Broken pipe|remote process exite
 
 @dataclass(frozen=True)
 class Process:
-    """This process among those that train together.
-
-    host_group: for agreements that do not wait for the device. store: keeps the first failure.
-    """
+    """This process among those that train together; host_group does not wait for the device."""
 
     rank: int
     world_size: int
@@ -39,10 +36,6 @@ class Process:
     def is_main(self) -> bool:
         """Return whether this process writes files."""
         return self.rank == 0
-
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """Average over processes, in place."""
-        return self.sum(values) / self.world_size
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Add over processes, in place."""
@@ -60,10 +53,9 @@ class Process:
 
     def from_main(self, value: Any) -> Any:
         """Return the main process's value, any picklable object, in every process."""
-        if self.world_size == 1:
-            return value
         values = [value]
-        dist.broadcast_object_list(values, src=0, group=self.host_group)
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0, group=self.host_group)
         return values[0]
 
     def wait_for_all(self) -> None:
@@ -76,23 +68,19 @@ class Process:
             dist.destroy_process_group()
 
     def first_failure(self, error: Exception) -> Exception:
-        """Publish why this process fails; return the failure that was published first, with its process's number.
-
-        A process that ends breaks the connections of the others, so it publishes before they fail in turn.
-        """
+        """Publish why this process fails, before others lose it; return the failure that was published first."""
         if self.store is None:
             return error
         lost = isinstance(error, RuntimeError) and _BROKEN.search(str(error)) is not None
         text = "lost another process: killed, or out of memory" if lost else str(error) or type(error).__name__
         first = mine = f"process {self.rank} failed: {text.splitlines()[0]}"
-        # The store may be gone with the process that kept it.
-        with suppress(RuntimeError):
+        with suppress(RuntimeError):  # the store may be gone with the process that kept it
             first = self.store.compare_set("failure", "", mine).decode()
         return TrainingError(first) if lost or first != mine else error
 
 
 def world_size() -> int:
-    """Return the number of processes of torchrun or srun, 1 without them. Raises ConfigError where it is no number."""
+    """Return the number of processes of torchrun or srun, 1 without them. Raises ConfigError if it is no number."""
     adopt_slurm()
     given = os.environ.get("WORLD_SIZE", "1")
     if not given.isdecimal() or int(given) < 1:
@@ -101,13 +89,13 @@ def world_size() -> int:
 
 
 def adopt_slurm() -> None:
-    """Set the environment variables of torchrun where srun started several tasks together."""
+    """Set the environment variables of torchrun if srun started several tasks together."""
     given = os.environ
     # Set by srun alone; SLURM_NTASKS may be larger than 1 for a single process in a batch script.
-    tasks = int(given.get("SLURM_STEP_NUM_TASKS", "1"))
-    if tasks == 1 or "WORLD_SIZE" in given or "SLURM_PROCID" not in given:
+    tasks = given.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks == "1" or "WORLD_SIZE" in given or "SLURM_PROCID" not in given:
         return
-    given |= {"WORLD_SIZE": str(tasks), "RANK": given["SLURM_PROCID"], "LOCAL_RANK": given.get("SLURM_LOCALID", "0")}
+    given |= {"WORLD_SIZE": tasks, "RANK": given["SLURM_PROCID"], "LOCAL_RANK": given.get("SLURM_LOCALID", "0")}
     given.setdefault("MASTER_ADDR", _first_host())
     # Steps that share a node must not share a port.
     own = int(given.get("SLURM_JOB_ID", "0")) * 31 + int(given.get("SLURM_STEP_ID", "0"))
@@ -115,10 +103,7 @@ def adopt_slurm() -> None:
 
 
 def start_process(device: torch.device) -> Process:
-    """Join the processes that were started together, or be the only one.
-
-    Raises ConfigError where they cannot find one another.
-    """
+    """Join the processes that were started together. Raises ConfigError if they cannot find one another."""
     size = world_size()
     if size == 1:
         return Process(0, 1, device)
@@ -142,8 +127,7 @@ def _first_host() -> str:
     given = os.environ
     if given.get("SLURM_STEP_NUM_NODES", "1") == "1":
         return "127.0.0.1"
-    nodes = given.get("SLURM_STEP_NODELIST") or given.get("SLURM_JOB_NODELIST", "")
-    command = ["scontrol", "show", "hostnames", nodes]
+    command = ["scontrol", "show", "hostnames", given.get("SLURM_STEP_NODELIST", "")]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()[0]  # noqa: S603
     except (OSError, subprocess.SubprocessError, IndexError):

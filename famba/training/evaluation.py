@@ -41,8 +41,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate in eval mode over all processes; return `Tally.results`.
 
-    infer: images (b, 3, h, w) to logits (b, classes). asked_to_stop: returns the number of the signal that asked this
-    process to stop, 0 for none. Raises StopAsked, in every process, where any was asked to stop on the way.
+    infer maps images (b, 3, h, w) to logits (b, classes). asked_to_stop returns the signal that asked this process to
+    stop, else 0. Raises StopAsked, in every process, if any was asked to stop on the way.
     """
     was_training = model.training
     model.eval()
@@ -50,8 +50,7 @@ def evaluate(
     for images, labels in batches:
         if asked_to_stop():
             break
-        images = images.to(process.device, non_blocking=True)
-        labels = labels.to(process.device, non_blocking=True)
+        images, labels = (x.to(process.device, non_blocking=True) for x in (images, labels))
         tally.add(infer(images), labels)
     model.train(was_training)
     (number,) = process.largest(asked_to_stop())

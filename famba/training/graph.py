@@ -1,7 +1,7 @@
-"""A whole step as one CUDA graph: the host starts it by a single call, and the GPU never waits for the host.
+"""Do a whole step as one CUDA graph, so that the GPU never waits for the host.
 
-What a step needs from outside lies at fixed places in the device's memory: images and targets, the learning rates, the
-weight of the average. What is drawn inside follows the generators' seeds, which are set before each replay.
+Images, targets, learning rates and the weight of the average lie at fixed places in the device's memory. Draws follow
+the generators' seeds, which are set before each replay.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from famba.errors import TrainingError
-from famba.training.checkpoint import TrainingState
 from famba.training.config import RunConfig
 from famba.training.devices import out_of_memory
-from famba.training.distributed import Process
 from famba.training.optimizer import has_fused_form
 from famba.training.step import Infer, Step
 
@@ -30,7 +28,7 @@ _DEVICES = ["cuda"]
 
 
 def obstacle(config: RunConfig, device: torch.device, processes: int, backend: str) -> str | None:
-    """Return why a run's steps are no graphs, None where they are; without graphs they are as right, but slower."""
+    """Return why a run's steps are no graphs, None if they are; without graphs they are as right, but slower."""
     if config.trainer.cuda_graphs is False:
         return "trainer.cuda_graphs=false"
     if device.type not in _DEVICES:
@@ -47,35 +45,25 @@ def obstacle(config: RunConfig, device: torch.device, processes: int, backend: s
 
 
 class GraphStep(Step):
-    """Does the steps as graphs: one for the whole step, or one for its micro-batches and one for the update.
+    """Do the steps as graphs: one for the whole step, or one for its micro-batches and one for the update.
 
     A step whose loss is not finite changes nothing, nor does any after it; with float16 a gradient that is not finite
-    skips its own step alone, as its scaler does. The optimizer must be in its fused form, with learning rates on the
-    device.
+    skips its own step alone. The optimizer must be in its fused form, with learning rates on the device.
     """
 
     masks = True
 
-    def __init__(
-        self,
-        config: RunConfig,
-        state: TrainingState,
-        forward: nn.Module,
-        process: Process,
-        autocast: torch.dtype | None,
-    ) -> None:
-        super().__init__(config, state, forward, process, autocast)
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, device=self.device)
-
-        self._loss, self._ema_weight, self._held, self._reported = zeros(), zeros(), zeros(), zeros(2)
-        self._images, self._targets = zeros(0), zeros(0)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        shapes: list[tuple[int, ...]] = [(), (), (), (2,), (0,), (0,)]
+        self._loss, self._ema_weight, self._held, self._reported, self._images, self._targets = (
+            torch.zeros(shape, device=self.device) for shape in shapes
+        )
         self._evaluations: dict[nn.Module, _Evaluation] = {}
         self.schedule_changes()
 
     def gradients(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
-        """Do the next step, see `Step.gradients`; `update` has nothing left to do."""
+        """Do the next step; `update` has nothing left to do."""
         self.data_s = 0.0
         ema = self.state.ema
         if ema is not None:
@@ -94,7 +82,7 @@ class GraphStep(Step):
         return self._reported.clone()
 
     def replay(self) -> None:
-        """Replay the graph that ends a step, without new images: with one micro-batch that is all of the step."""
+        """Replay the graph that ends a step; with one micro-batch that is all of the step."""
         assert self._finish is not None, "the first call of `gradients` captures it"
         self._finish()
 
@@ -102,7 +90,7 @@ class GraphStep(Step):
         """Do nothing: `gradients` has done the step."""
 
     def infer(self, model: nn.Module) -> Infer:
-        """Return what evaluates a model that is in eval mode, as a graph for batches of the first one's size."""
+        """Return what evaluates a model in eval mode, as a graph for batches of the first one's size."""
         if model not in self._evaluations:
             self._evaluations[model] = _Evaluation(super().infer(model), self._captured)
         return self._evaluations[model]
@@ -115,7 +103,7 @@ class GraphStep(Step):
         self._memory = graph_memory(self.device)
 
     def _load(self, images: Tensor, labels: Tensor) -> None:
-        """Put a micro-batch, mixed where the recipe mixes, where the graph reads it."""
+        """Put a micro-batch, mixed if the recipe mixes, where the graph reads it."""
         if self._finish is None:
             self._images = torch.empty(images.shape, device=self.device)
         assert images.shape == self._images.shape, "every micro-batch has the same size"
@@ -136,7 +124,6 @@ class GraphStep(Step):
         self._held.fill_(1)
         try:
             with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), warnings.catch_warnings():
-                # The warm-up is no mistake.
                 warnings.filterwarnings("ignore", "(?s).*step\\(\\) is running without CUDA graph capture")
                 if self.parts == 1:
                     self._finish = self._captured(self._whole)
@@ -151,10 +138,7 @@ class GraphStep(Step):
             state.optimizer.zero_grad(set_to_none=self._add is None)
 
     def _captured(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Return a function as a graph.
-
-        Raises TrainingError where it cannot be captured: the device is in no state to go on from then.
-        """
+        """Return a function as a graph. Raises TrainingError if it cannot be captured; the device is lost then."""
         try:
             return captured(function, self._memory)
         except RuntimeError as error:
@@ -165,20 +149,19 @@ class GraphStep(Step):
                 cause = cause.__context__
             reason = (str(cause) or repr(cause)).splitlines()[0]
             raise TrainingError(
-                f"the step cannot be captured as a CUDA graph ({reason}); "
-                "start again with trainer.cuda_graphs=false, which is as right, and slower"
+                f"the step cannot be captured as a CUDA graph ({reason}); start again with trainer.cuda_graphs=false"
             ) from error
-
-    def _keep_gradients(self) -> None:
-        """Give the gradients fixed places, to which every micro-batch adds."""
-        self._micro_batch()
-        for parameter in self.state.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad = torch.zeros_like(parameter.grad)
 
     def _whole(self) -> None:
         self._micro_batch()
         self._update()
+
+    def _keep_gradients(self) -> None:
+        """Give the gradients fixed places."""
+        self._micro_batch()
+        for parameter in self.state.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad = torch.zeros_like(parameter.grad)
 
     def _micro_batch(self) -> None:
         self._loss += self.backward(self._images, self._targets)
@@ -217,18 +200,15 @@ def average(averaged: nn.Module, model: nn.Module, weight: Tensor) -> None:
 
 
 def graph_memory(device: torch.device) -> Memory | None:
-    """Return memory for graphs, which those that take turns may share; None where there is no GPU."""
+    """Return memory for graphs, which those that take turns may share; None without GPU."""
     return (torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)) if device.type == "cuda" else None
 
 
 def captured(function: Callable[[], None], memory: Memory | None) -> Callable[[], None]:
-    """Return what replays a function as a CUDA graph, or the function itself where there is no GPU.
+    """Return what replays a function as a CUDA graph, or the function itself if memory is None.
 
-    The function runs a few times first: kernels are compiled, tuned and given their memory then.
-
-    Args:
-        function: takes and returns nothing; reads and writes tensors that stay where they are.
-        memory: of `graph_memory`.
+    The function reads and writes tensors that stay where they are. It runs a few times first: kernels are compiled,
+    tuned and given their memory then. memory: of `graph_memory`.
     """
     if memory is None:
         for _ in range(_WARM_UPS):
@@ -252,7 +232,7 @@ def captured(function: Callable[[], None], memory: Memory | None) -> Callable[[]
 
 
 class _Evaluation:
-    """Evaluates batches of the first one's shape by a graph, and others as they come."""
+    """Evaluate batches of the first one's shape by a graph, and others as they come."""
 
     def __init__(self, infer: Infer, captured: Callable[[Callable[[], None]], Callable[[], None]]) -> None:
         self._infer, self._captured = infer, captured

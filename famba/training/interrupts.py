@@ -1,4 +1,4 @@
-"""Requests to stop: signals that the loop answers at its next step, and Slurm's queue, where a run goes back to."""
+"""Answer signals that ask a run to stop, and put its job back into Slurm's queue."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _log = logging.getLogger(__name__)
 _SAME_REQUEST_S = 1.0  # torchrun passes a Ctrl-C on to processes that the terminal has sent it already
 _ENDED_BY_SLURM_S = 300.0
 _NOTICES = (signal.SIGUSR1, signal.SIGUSR2)  # of a time limit or a pre-emption; the run is to go on later
-_ANSWERED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *_NOTICES)
+_ANSWERED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *_NOTICES}
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop by `signal` and has saved itself."""
+    """Say that the run was asked to stop by `signal` and has saved itself."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
@@ -35,7 +35,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopAsked(Exception):  # noqa: N818 - no error
-    """A process of the run was asked to stop by `signal`; every process raises it at the same place."""
+    """Say that a process of the run was asked to stop by `signal`; every process raises it at the same place."""
 
     def __init__(self, number: int) -> None:
         self.signal = number
@@ -44,19 +44,18 @@ class StopAsked(Exception):  # noqa: N818 - no error
 class StopRequest:
     """In a `with` block, keep the number of the first signal that asks to stop; a second Ctrl-C interrupts at once.
 
-    Other signals that follow change nothing: Slurm repeats itself while a run is saving. SIGHUP, the end of the
-    terminal, asks to stop too, except under nohup. `ended` tells whether SIGTERM came after the request: time is up.
+    Later signals change nothing: Slurm repeats itself while a run is saving. Under nohup SIGHUP is ignored. `ended`
+    tells whether SIGTERM came after the request: time is up.
     """
 
     def __init__(self) -> None:
-        self.number, self._at = 0, 0.0
-        self.ended = False
+        self.number, self._at, self.ended = 0, 0.0, False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-            answered = set(_ANSWERED) - ({signal.SIGHUP} if under_nohup else set())
+            answered = _ANSWERED - ({signal.SIGHUP} if under_nohup else set())
             self._previous = {number: signal.signal(number, self._receive) for number in answered}
         return self
 
@@ -75,13 +74,13 @@ class StopRequest:
             raise KeyboardInterrupt
 
 
-def is_restarted() -> bool:
-    """Return whether Slurm has started this job before."""
-    return "SLURM_RESTART_COUNT" in os.environ
+def restarts() -> int:
+    """Return how often Slurm has started this job again."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def requeue() -> None:
-    """Put this job back into Slurm's queue, which ends it here. Raises TrainingError where Slurm refuses."""
+    """Put this job back into Slurm's queue, which ends it here. Raises TrainingError if Slurm refuses."""
     job, array = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_ARRAY_JOB_ID")
     if array is not None:
         job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
@@ -90,8 +89,7 @@ def requeue() -> None:
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip()
         raise TrainingError(
-            f"the run is saved, but Slurm does not requeue job {job}: {reason}. "
-            "Submit the same command again, with sbatch --requeue where jobs are not requeued by default"
+            f"the run is saved, but Slurm does not requeue job {job}: {reason}. Submit the same command again"
         ) from error
 
 

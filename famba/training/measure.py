@@ -1,4 +1,4 @@
-"""Costs of a training step, counted: multiply-adds, and bytes kept for the backward."""
+"""Count the costs of a training step: multiply-adds, and bytes kept for the backward."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _FEW, _MANY = 2, 4
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer, per image: tokens that enter its fusion and that leave it, multiply-adds, bytes for the backward."""
+    """Hold the costs of a layer per image; entering and leaving count the tokens around its fusion."""
 
     entering: int
     leaving: int
@@ -40,7 +40,7 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """A model with its schedule, per image. embedding and head have multiply-adds and bytes, in this order."""
+    """Hold the costs of a model with its schedule, per image; embedding and head as (macs, saved bytes)."""
 
     layers: tuple[LayerCost, ...]
     embedding: tuple[int, int]
@@ -48,11 +48,7 @@ class Cost:
 
     @property
     def macs(self) -> int:
-        """Multiply-adds of a forward pass, what papers on vision backbones call FLOPs.
-
-        Matrix products, convolutions, attention, scans and the similarities between tokens count; norms, activations
-        and sums do not. A training step does about three times as many.
-        """
+        """Multiply-adds of a forward pass, which papers call FLOPs; norms, activations and sums do not count."""
         return sum(layer.macs for layer in self.layers) + self.embedding[0] + self.head[0]
 
     @property
@@ -67,10 +63,7 @@ class Cost:
 
 
 def cost(model: Backbone, autocast: torch.dtype | None = None) -> Cost:
-    """Count what each layer of a model costs in training, on the device that it is on, which may be a fake one.
-
-    Exact: the difference between two batch sizes.
-    """
+    """Count what each layer of a model costs in training, exactly, on any device, a fake one too."""
     few, many = (_marks(model, batch, model.image_size, autocast) for batch in (_FEW, _MANY))
     more = _MANY - _FEW
     # Operations count multiplications and additions apart.
@@ -83,11 +76,9 @@ def cost(model: Backbone, autocast: torch.dtype | None = None) -> Cost:
 
 def macs_per_image(model: nn.Module, image_size: int) -> int:
     """Count the multiply-adds of one image's forward pass, as `Cost.macs` has them."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
+    was_training, device = model.training, next(model.parameters()).device
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_NOT_COUNTED) as counter:
-        model(torch.zeros(1, 3, image_size, image_size, device=device))
+        model.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
     model.train(was_training)
     return counter.get_total_flops() // 2
 
@@ -101,7 +92,7 @@ def saved_bytes_per_image(model: nn.Module, image_size: int, autocast: torch.dty
 def _marks(
     model: nn.Module, batch: int, image_size: tuple[int, int], autocast: torch.dtype | None
 ) -> list[tuple[int, int]]:
-    """Return operations and bytes of a batch up to its end; of a backbone also up to each layer's beginning."""
+    """Return operations and bytes of a batch up to each layer of a backbone, and up to its end."""
     device = next(model.parameters()).device
     parameters = {_address(parameter) for parameter in model.parameters()}
     # Keeping the tensors keeps their addresses apart.
@@ -141,7 +132,7 @@ def _address(tensor: Tensor) -> int:
 
 @contextmanager
 def _autocasting(device: str, dtype: torch.dtype | None) -> Iterator[None]:
-    """Autocast, also for a kind of device that is not on this machine, which torch.autocast refuses."""
+    """Autocast as torch.autocast does, also for a kind of device that is not on this machine."""
     if dtype is None:
         yield
         return

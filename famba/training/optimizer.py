@@ -1,4 +1,4 @@
-"""Optimizer, learning rate, mixing and loss of a recipe, from timm."""
+"""Build optimizer, learning rate, mixing and loss of a recipe, from timm."""
 
 from __future__ import annotations
 
@@ -22,33 +22,22 @@ from famba.training.config import RecipeConfig, RunConfig
 _FORM = ("lr", "fused", "foreach", "capturable")
 
 
-def check_optimizer_name(name: str) -> None:
-    """Raise ConfigError for a name that timm does not know."""
-    known = [str(optimizer) for optimizer in list_optimizers()]
-    if name not in known:
-        raise ConfigError(
-            f"unknown recipe.optimizer {name!r}{near_miss(name, known)}; timm.optim.list_optimizers() has all"
-        )
-
-
-def try_optimizer(config: RunConfig, device: torch.device) -> None:
-    """Raise ConfigError where the optimizer cannot be built, or take a step, as the recipe has it.
-
-    Some need a GPU, a package, a third beta or a graph of the gradients: a step on four numbers shows it.
-    """
-    tiny = nn.Linear(2, 2, bias=False, device=device)
+def check_optimizer(config: RunConfig, device: torch.device) -> None:
+    """Raise ConfigError if the optimizer cannot be built, or cannot take a step on four numbers."""
+    recipe, tiny = config.recipe, nn.Linear(2, 2, bias=False, device=device)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what an optimizer recommends is shown when the run builds its own
-            # One layer has no decay by layer, of which timm would warn.
-            optimizer = create_optimizer(tiny, replace(config, recipe=replace(config.recipe, layer_decay=None)))
+            warnings.simplefilter("ignore")  # recommendations are shown when the run builds its own
+            # timm warns of a decay by layer if there is one layer.
+            optimizer = create_optimizer(tiny, replace(config, recipe=replace(recipe, layer_decay=None)))
             tiny(torch.ones(1, 2, device=device)).sum().backward()
             optimizer.step()
     except Exception as error:  # each optimizer has its own way to fail
-        reason = str(error) or type(error).__name__
+        known = [str(name) for name in list_optimizers()]
+        near = "" if recipe.optimizer in known else near_miss(recipe.optimizer, known)
         raise ConfigError(
-            f"recipe.optimizer={config.recipe.optimizer} does not work with this recipe here ({reason}); "
-            "use adamw, or change recipe.betas and recipe.eps"
+            f"recipe.optimizer={recipe.optimizer} does not work with this recipe here{near} "
+            f"({str(error) or type(error).__name__}); use adamw, or change recipe.betas and recipe.eps"
         ) from error
 
 
@@ -61,12 +50,11 @@ def create_optimizer(model: nn.Module, config: RunConfig, fused: bool = False) -
     """Build the optimizer; one-dimensional parameters and those of `no_weight_decay` do not decay.
 
     With layer_decay, the classifier's rate is the recipe's, and that of each layer before it is layer_decay times that
-    of the next, down to the patch embedding's (Bao et al. 2021, arXiv 2106.08254). Where `fused`, the optimizer is in
-    its fused form with its learning rates on the device, as a CUDA graph needs it.
+    of the next, down to the patch embedding's (Bao et al. 2021, arXiv 2106.08254). If `fused`, the optimizer is in its
+    fused form with its learning rates on the device, as a CUDA graph needs it.
     """
-    device = next(model.parameters()).device
+    device, recipe = next(model.parameters()).device, config.recipe
     form: dict[str, Any] = {"fused": True, "capturable": device.type == "cuda"} if fused else {}
-    recipe = config.recipe
     optimizer = create_optimizer_v2(
         model,
         opt=recipe.optimizer,
@@ -105,17 +93,15 @@ def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
 
 
 class LearningRate:
-    """Cosine decay after a linear warm-up, a function of the step alone."""
+    """Set the learning rate of each step: cosine decay after a linear warm-up, a function of the step alone."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: RunConfig, steps_per_epoch: int) -> None:
         recipe = config.recipe
-        self._steps_per_epoch = steps_per_epoch
-        self._per_epoch = recipe.lr_steps == "epoch"
+        self._steps_per_epoch, self._per_epoch = steps_per_epoch, recipe.lr_steps == "epoch"
         self._optimizer = optimizer
-        # timm's scheduler writes plain numbers, where a graph reads tensors: it gets groups of its own.
+        # timm's scheduler writes plain numbers, but a graph reads tensors: it gets groups of its own.
         self._groups = [
-            {"lr": float(group["lr"]), **({"lr_scale": group["lr_scale"]} if "lr_scale" in group else {})}
-            for group in optimizer.param_groups
+            {key: float(group[key]) for key in ("lr", "lr_scale") if key in group} for group in optimizer.param_groups
         ]
         self._schedule, _ = create_scheduler_v2(
             SimpleNamespace(param_groups=self._groups),  # type: ignore[arg-type]
@@ -146,19 +132,12 @@ def create_mixing(recipe: RecipeConfig, num_classes: int) -> Callable[[Tensor, T
     """Return a function of images and labels that mixes them, drawing from numpy's generator; None for no mixing."""
     if recipe.mixup == 0 and recipe.cutmix == 0:
         return None
-    return Mixup(
-        mixup_alpha=recipe.mixup,
-        cutmix_alpha=recipe.cutmix,
-        switch_prob=recipe.mixup_switch,
-        label_smoothing=recipe.label_smoothing,
-        num_classes=num_classes,
-    )
+    switch, smoothing = recipe.mixup_switch, recipe.label_smoothing
+    return Mixup(recipe.mixup, recipe.cutmix, switch_prob=switch, label_smoothing=smoothing, num_classes=num_classes)
 
 
 def create_loss(recipe: RecipeConfig) -> nn.Module:
-    """Return the loss for soft targets where images mix, else for labels, with the recipe's smoothing."""
+    """Return the loss for soft targets if images are mixed, else for labels, with the recipe's smoothing."""
     if recipe.mixup > 0 or recipe.cutmix > 0:
         return SoftTargetCrossEntropy()
-    if recipe.label_smoothing > 0:
-        return LabelSmoothingCrossEntropy(recipe.label_smoothing)
-    return nn.CrossEntropyLoss()
+    return LabelSmoothingCrossEntropy(recipe.label_smoothing) if recipe.label_smoothing > 0 else nn.CrossEntropyLoss()

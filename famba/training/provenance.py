@@ -1,13 +1,13 @@
-"""Provenance of a run's numbers."""
+"""Record where a run's numbers come from."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -42,22 +42,17 @@ def provenance(device: torch.device, seed: int, world_size: int, dtype: torch.dt
 
 
 def _versions() -> Iterator[tuple[str, str]]:
-    """Yield installed packages and their versions."""
     for name in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
+        with suppress(metadata.PackageNotFoundError):
             yield name, metadata.version(name)
 
 
 def git_commit() -> str | None:
-    """Return the commit of the checkout that famba is imported from, with "-dirty" where it is changed.
-
-    Outside a checkout, as in a container: the environment variable FAMBA_COMMIT, None where that is not set.
-    """
-    folder = Path(famba.__file__).resolve().parent
-    commit = _git(folder, "rev-parse", "HEAD")
+    """Return the commit of famba's checkout, with "-dirty" if it is changed; outside of one $FAMBA_COMMIT."""
+    commit = _git("rev-parse", "HEAD")
     if commit is None:
         return os.environ.get("FAMBA_COMMIT") or None
-    return f"{commit}-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no") else commit
+    return f"{commit}-dirty" if _git("status", "--porcelain", "--untracked-files=no") else commit
 
 
 def now() -> str:
@@ -65,18 +60,13 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def _git(*arguments: str) -> str | None:
+    root = Path(famba.__file__).resolve().parents[1]
     # The checkout has to be famba's own, not one that a virtual environment happens to lie in.
-    if not (folder.parent / "pyproject.toml").is_file():
+    if not (root / "pyproject.toml").is_file():
         return None
+    command = ["git", "-C", str(root), *arguments]
     try:
-        done = subprocess.run(  # noqa: S603 - fixed arguments
-            ["git", "-C", str(folder), *arguments],  # noqa: S607 - the user's git
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()  # noqa: S603
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()

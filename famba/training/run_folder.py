@@ -1,9 +1,8 @@
-"""The run folder: the one product of a run."""
+"""Read and write the run folder: the one product of a run."""
 
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from famba.errors import CheckpointError, ConfigError
-from famba.files import read_file, remove_unfinished, write_whole
+from famba.files import remove_unfinished, write_whole
 from famba.training import interrupts
 from famba.training.checkpoint import Checkpoints, differences
 from famba.training.config import ADDED_KEYS, RunConfig, flatten, parse, plain, with_added_keys
@@ -21,14 +20,10 @@ from famba.training.summary import FORMAT, SUMMARY, Summary
 CONFIG = "config.yaml"
 WEIGHTS = "model.safetensors"
 _REQUEUED_S, _LOOKED_AT_S = 60.0, 0.5
-_log = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """Files of a run; in a `with` block no other run may write there.
-
-    Only the main process writes; `writes` is False in the others, whose calls do nothing.
-    """
+    """Hold the files of a run; in a `with` block no other run may write there. `writes`: in the main process alone."""
 
     def __init__(self, path: Path, writes: bool) -> None:
         self.path = path
@@ -37,21 +32,19 @@ class RunFolder:
         self._lock = FileLock(path / ".lock")
 
     def __enter__(self) -> RunFolder:
-        """Make the folder and keep other runs out of it. Raises ConfigError where it is taken or cannot be written."""
+        """Make the folder and keep other runs out of it. Raises ConfigError if it is taken or cannot be written."""
         if not self.writes:
             return self
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             # A job that Slurm requeued may start while a file system still holds the lock of its last start, and
             # `famba status` holds it for an instant.
-            self._lock.acquire(timeout=_REQUEUED_S if interrupts.is_restarted() else _LOOKED_AT_S)
+            self._lock.acquire(timeout=_REQUEUED_S if interrupts.restarts() else _LOOKED_AT_S)
         except Timeout:
             raise ConfigError(
                 f"another run is writing to {self.path}; wait for it, or choose another run_dir"
             ) from None
-        except NotImplementedError:
-            _log.warning("the file system of %s has no locks: make sure that no other run writes there", self.path)
-        except OSError as error:
+        except (OSError, NotImplementedError) as error:  # the latter from file systems without locks
             raise ConfigError(f"run_dir={self.path} cannot be written: {error}") from error
         remove_unfinished(self.path)
         remove_unfinished(self.checkpoints.folder)
@@ -62,31 +55,28 @@ class RunFolder:
 
     def release(self) -> None:
         """Let other runs into the folder."""
-        if self.writes:
-            self._lock.release()
+        self._lock.release()
 
     @property
     def sweep(self) -> str | None:
-        """Name of the sweep that the run belongs to; None where it stands alone."""
+        """Name of the run's sweep; None if it stands alone."""
         parent = self.path.resolve().parent
         return parent.name if (parent / SWEEP).is_file() else None
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """The summary so far, as plain values by the fields of Summary; None where there is none."""
+        """The summary so far, as plain values by the fields of Summary; None if there is none."""
         return self._read(SUMMARY, lambda content: Summary.parse(content).values())
 
     @property
     def config(self) -> dict[str, Any] | None:
-        """The configuration of the run in this folder; None where there is none."""
+        """The configuration of the run in this folder; None if there is none."""
         return self._read(CONFIG, _parse_config)
 
     def _read(self, name: str, parse: Any) -> dict[str, Any] | None:
         path = self.path / name
-        if not path.is_file():
-            return None
         try:
-            return parse(path.read_bytes())
+            return parse(path.read_bytes()) if path.is_file() else None
         except (OSError, ValueError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{path} cannot be read ({reason}); restore it or remove it") from error
@@ -105,10 +95,7 @@ class RunFolder:
             write_whole(self.path / name, lambda file: Path(file).write_text(text))
 
     def rewind_metrics(self, step: int, epoch_ended: bool) -> None:
-        """Remove the lines of metrics.jsonl after `step`, and a line that was cut off.
-
-        epoch_ended: whether to keep the line of an epoch that ends with `step`.
-        """
+        """Remove the lines of metrics.jsonl after `step`, that of an epoch too unless epoch_ended, and broken lines."""
         path = self.path / METRICS
         if self.writes and path.is_file():
             lines = path.read_text(errors="replace").splitlines()
@@ -126,37 +113,31 @@ def _is_before(line: str, step: int, epoch_ended: bool) -> bool:
     try:
         logged = json.loads(line)
         return logged["step"] < step or (logged["step"] == step and (epoch_ended or logged["kind"] != "epoch"))
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return False
 
 
 def finished_weights(folder: Path) -> Path:
-    """Return the file with the last weights of the finished run in a folder. Raises CheckpointError where none is."""
+    """Return the file with the last weights of the finished run in a folder. Raises CheckpointError without."""
     weights = folder / WEIGHTS
     if weights.is_file():
         return weights
     if kept := Checkpoints(folder / "checkpoints").newest_first():
-        summary = RunFolder(folder, writes=False).summary or {}
-        reason = f"has lost its {WEIGHTS}" if summary.get("status") == "finished" else "is not finished"
-        raise CheckpointError(f"the run in {folder} {reason}; to take it as it is, give its checkpoint {kept[0]}")
+        raise CheckpointError(f"the run in {folder} is not finished, or has lost its {WEIGHTS}; give {kept[0]}")
     raise CheckpointError(f"{folder} holds no trained network ({WEIGHTS}); give the run_dir of a finished run")
 
 
 def finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
-    """Return the summary of a run that is done in this folder, with the same settings; None where there is work left.
-
-    Raises FambaError where the folder holds a run that this configuration may not continue, or damage.
-    """
+    """Return the summary of the run that is done in this folder, None if work is left; another run is an error."""
     summary, before = folder.summary, folder.config
     # A job that Slurm starts again goes on with what it began itself.
-    if config.resume == "never" and not interrupts.is_restarted():
+    if config.resume == "never" and not interrupts.restarts():
         if summary is not None or folder.checkpoints.newest_first():
             raise ConfigError(
                 f"{folder.path} holds a run, which resume=never would overwrite; choose another run_dir, or resume=auto"
             )
         return None
-    own_checkpoint = Path(config.resume).resolve().parent == folder.checkpoints.folder.resolve()
-    if own_checkpoint or summary is None or before is None or summary["status"] != "finished":
+    if summary is None or before is None or summary["status"] != "finished":
         return None
     if changed := differences(with_added_keys(before), plain(config)):
         listed = "\n  ".join([f"{folder.path} holds a finished run with other settings:", *changed])
@@ -170,14 +151,12 @@ def as_begun(config: RunConfig, run_dir: Path) -> RunConfig:
     """Return the configuration with which the run in a folder continues.
 
     Keys that were added since the run began take the values that reproduce its version; a new run's stay as they are.
-    Raises FambaError where the run's own configuration cannot be read.
+    Raises FambaError if the run's own configuration cannot be read.
     """
-    if config.resume == "never" and not interrupts.is_restarted():
+    if config.resume == "never" and not interrupts.restarts():
         return config
     before = RunFolder(run_dir, writes=False).config
-    if before is None and config.resume not in ("auto", "never"):
-        before = read_file(config.resume).get("config")
-    if not isinstance(before, dict):
+    if before is None:
         return config
     values = plain(config)
     for key in ADDED_KEYS.keys() - flatten(before).keys():

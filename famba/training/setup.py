@@ -1,38 +1,28 @@
-"""Check a configuration as a whole, before any data is read and any folder made."""
+"""Check a configuration before any data is read and any folder made."""
 
 from __future__ import annotations
 
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from famba import data, ops
-from famba.errors import BackendError, CheckpointError, ConfigError, named, near_miss
+from famba.errors import BackendError, ConfigError, named
 from famba.fusion.schedules import ADAPTIVE
 from famba.models import Backbone
 from famba.ops.registry import AUTO, ENVIRONMENT_VARIABLE, resolve
-from famba.training.build import (
-    augmentation,
-    build_model,
-    check_model,
-    model_arguments,
-    model_classes,
-    requested_data,
-)
-from famba.training.config import RunConfig, look_up
+from famba.training.build import augmentation, build_model, check_model, model_arguments, model_classes, requested_data
+from famba.training.config import RunConfig
 from famba.training.devices import choose_device, choose_precision, make_current
 from famba.training.distributed import world_size
 from famba.training.graph import obstacle
-from famba.training.optimizer import check_optimizer_name, try_optimizer
+from famba.training.optimizer import check_optimizer
 from famba.training.weights import check_initial
 
 __all__ = ["Setup", "build_model", "prepare"]
-
-_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -59,10 +49,7 @@ class Setup:
 
 
 def prepare(config: RunConfig, processes: int | None = None) -> Setup:
-    """Check a configuration and work out what it comes to, for `processes` on other machines, None for this one.
-
-    Raises FambaError for whatever cannot work.
-    """
+    """Check a configuration and work out what it comes to, for `processes` on other machines, None for this one."""
     check_model(config)
     device = choose_device(config.trainer.device)
     make_current(device)
@@ -72,7 +59,6 @@ def prepare(config: RunConfig, processes: int | None = None) -> Setup:
     _check_data(config)
     check_batch(config, processes or world_size())
     _check_schedules(config)
-    check_optimizer_name(config.recipe.optimizer)
     augmentation(config)
     outline, arguments = _outline(config)
     with named("fusion.{}"):
@@ -81,10 +67,9 @@ def prepare(config: RunConfig, processes: int | None = None) -> Setup:
     if size[0] != size[1]:
         raise ConfigError(f"{config.model.name} takes {size[0]} x {size[1]} images; loaders make square ones")
     check_initial(config, outline)
+    check_optimizer(config, device)
     if processes is None:
-        _check_memory(outline, device)
         check_files(config)
-        try_optimizer(config, device)
     matched, arguments = config.fusion.is_matched, {**arguments, "fusion": schedule}
     return Setup(size[0], schedule, outline.num_tokens, matched, device, autocast, arguments)
 
@@ -99,10 +84,7 @@ def _outline(config: RunConfig) -> tuple[Backbone, dict[str, Any]]:
 
 
 def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Return the backend that serves a device and precision where `backend` is configured.
-
-    Raises BackendError where it is unknown, or does not serve them.
-    """
+    """Return the backend that serves a device and precision. Raises BackendError if `backend` does not."""
     try:
         with nullcontext() if backend == AUTO else ops.use_backend(backend):
             return resolve(device.type, dtype)
@@ -111,7 +93,7 @@ def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str
 
 
 def check_cuda_graphs(config: RunConfig, device: torch.device, processes: int, backend: str) -> None:
-    """Raise ConfigError where the steps have to be CUDA graphs, and cannot be."""
+    """Raise ConfigError if the steps have to be CUDA graphs, and cannot be."""
     reason = obstacle(config, device, processes, backend)
     if config.trainer.cuda_graphs is True and reason is not None:
         raise ConfigError(f"trainer.cuda_graphs=true cannot be: {reason}; leave it at auto")
@@ -132,7 +114,7 @@ def _check_data(config: RunConfig) -> None:
 
 
 def check_batch(config: RunConfig, processes: int) -> None:
-    """Raise ConfigError where a step cannot be dealt out to `processes` and micro-batches."""
+    """Raise ConfigError if a step cannot be dealt out to `processes` and micro-batches."""
     trainer = config.trainer
     parts = processes * trainer.accumulation
     if trainer.batch_size % parts:
@@ -155,37 +137,15 @@ def _check_schedules(config: RunConfig) -> None:
         raise ConfigError(f"recipe.warmup_epochs={warmup} leaves nothing of trainer.epochs={epochs}; choose fewer")
     for key, value in (("adapt_at", fusion.adapt_at), ("adapt_images", fusion.adapt_images)):
         if (value is not None) != (fusion.strategy == ADAPTIVE):
-            shown = list(value) if isinstance(value, tuple) else value
-            allowed = "a value" if value is None else f"null, or fusion={ADAPTIVE}"
-            raise ConfigError(f"fusion.{key} is {shown} with strategy {fusion.strategy!r}; allowed: {allowed}")
-
-
-def _check_memory(outline: Backbone, device: torch.device) -> None:
-    """Raise ConfigError where the weights and their gradients alone are more than all the memory of the device."""
-    parameters = sum(weight.numel() for weight in outline.parameters())
-    # torch does not tell the memory of other devices: that of the machine bounds it.
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if device.type == "cuda":
-        there = torch.cuda.get_device_properties(device).total_memory
-    if 8 * parameters > there:
-        raise ConfigError(
-            f"a model of {parameters:,} parameters needs {8 * parameters / _GIB:,.0f} GiB for its weights and "
-            f"gradients, {device} has {there / _GIB:,.0f} GiB; choose less of model.depth, model.embed_dim, "
-            "model.d_state, model.num_classes or data.image_size, or a larger model.patch_size"
-        )
+            raise ConfigError(f"fusion.{key} has a value with fusion={ADAPTIVE} alone, and must have one there")
 
 
 def check_files(config: RunConfig) -> None:
-    """Raise FambaError where a file that is named is missing, or the run folder cannot be written."""
+    """Raise FambaError if the data is missing or the run folder cannot be written."""
     with named("data.{}"):
         data.check_folder(config.data.name, config.data.root, config.data.version)
-    if config.resume not in ("auto", "never") and not look_up(Path.is_file, "resume", config.resume):
-        raise CheckpointError(
-            f"resume={config.resume} is no file{near_miss(config.resume, ('auto', 'never'))}; "
-            "allowed: auto, never, or a checkpoint of a run"
-        )
-    folder = Path(config.run_dir).absolute()
-    while not look_up(Path.exists, "run_dir", str(folder)):
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+    folder = os.path.abspath(config.run_dir)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"run_dir={config.run_dir} cannot be written: {folder} is not a writable folder")

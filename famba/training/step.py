@@ -1,4 +1,4 @@
-"""One optimizer step: the gradients of its micro-batches, clipping, the update, and the average of the weights."""
+"""Do one optimizer step: gradients of micro-batches, clipping, the update, and the average of the weights."""
 
 from __future__ import annotations
 
@@ -24,16 +24,12 @@ Infer = Callable[[Tensor], Tensor]
 class Step:
     """Do the steps of one process, kernel by kernel as the host calls them.
 
-    Args:
-        config: of the run.
-        state: what the steps change.
-        forward: the model as it is called, compiled or shared between processes.
-        process: this process.
-        autocast: dtype of the matrix products, None for float32.
+    state is changed by the steps. forward is the model as it is called, compiled or shared between processes. autocast
+    is the dtype of the matrix products, None for float32.
     """
 
     masks = False
-    """True where a step whose loss or gradient is not finite leaves the state of the step before it."""
+    """True if a step whose loss or gradient is not finite leaves the state of the step before it."""
 
     def __init__(
         self,
@@ -53,11 +49,7 @@ class Step:
         self.data_s = 0.0
 
     def gradients(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
-        """Compute the gradients of the next step from micro-batches of images (b, 3, h, w) and labels (b,).
-
-        Returns the loss and the norm of the gradients, float32 (2,) on the device. `data_s` is then the time that was
-        waited for the batches.
-        """
+        """Compute the gradients of the next step; return loss and norm, float32 (2,) on the device."""
         self.data_s = 0.0
         loss = torch.zeros((), device=self.device)
         for part in range(self.parts):
@@ -111,7 +103,7 @@ class Step:
         return loss.detach()
 
     def clipped_norm(self) -> Tensor:
-        """Unscale the gradients and clip them where the recipe does; return the norm before clipping, float32."""
+        """Unscale the gradients and clip them if the recipe does; return the norm before clipping, float32."""
         self.state.scaler.unscale_(self.state.optimizer)
         parameters = [p for p in self.state.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -1,25 +1,25 @@
-"""Weights from earlier runs: to start a run from (init_from), and as trained networks (`load_trained`)."""
+"""Read the weights of earlier runs: to start a run from (init_from), or as a trained network (`load_trained`)."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from timm.models import get_pretrained_cfg
 from torch import Tensor
 
 from famba import data
-from famba.errors import CheckpointError, ConfigError, FambaError, near_miss
+from famba.errors import CheckpointError, FambaError, near_miss
 from famba.files import read_file
 from famba.fusion import Fusion
 from famba.fusion.schedules import ADAPTIVE, NONE
-from famba.models import BACKBONES, Backbone
+from famba.models import Backbone
 from famba.models.backbone import network_names
 from famba.models.weights import (
     Origin,
@@ -32,32 +32,28 @@ from famba.models.weights import (
 )
 from famba.training import checkpoint
 from famba.training.build import augmentation, build_model, check_model, model_arguments, reading
-from famba.training.checkpoint import Checkpoints, class_differences
-from famba.training.config import RunConfig, look_up, parse, with_added_keys
+from famba.training.checkpoint import Checkpoints
+from famba.training.config import RunConfig, parse, with_added_keys
 from famba.training.run_folder import CONFIG, RunFolder, finished_weights
 from famba.training.summary import SUMMARY
 
 AVERAGED = "ema:"
 """Prefix of init_from that asks for the averaged weights of a run."""
-_EXPORTED, _EXPORTED_CONFIG = (".onnx", ".pt2"), "config.json"  # files of `famba export`
 _log = logging.getLogger(__name__)
 
 
-def _find_file(place: str, key: str = "path") -> Path | None:
-    """Return the file that a run folder, a file, or the name of a model with bundled weights means, else None.
-
-    Raises CheckpointError for a folder without a finished run, ConfigError for a path that cannot be looked up.
-    """
-    if look_up(Path.is_dir, key, place):
+def _find_file(place: str) -> Path | None:
+    """Return the file that a run folder, a file, or the name of a model with bundled weights means, else None."""
+    if os.path.isdir(place):  # unlike Path's, it takes any name
         return finished_weights(Path(place))
-    if look_up(Path.is_file, key, place):
+    if os.path.isfile(place):
         return Path(place)
     folder = weights_folder(place) if place in _bundled() else None
     return None if folder is None else finished_weights(folder)
 
 
 def _bundled() -> list[str]:
-    """List the names, with and without tags, of the models whose weights come with the package."""
+    """List the names, with and without tags, of the models with bundled weights."""
     names = names_with_weights()
     return [*names, *(name.split(".")[0] for name in names)]
 
@@ -76,11 +72,7 @@ def _class_names(content: Mapping[str, Any], file: Path) -> tuple[str, ...] | No
 
 @dataclass(frozen=True)
 class Initial:
-    """Weights that init_from names, as their file has them.
-
-    file: where they were found. origin: what the file says of their network. classes: names of the classes, None where
-    nothing says them.
-    """
+    """Hold weights that init_from names, with their file, what it says of their network, and names of classes."""
 
     given: str
     file: Path
@@ -90,25 +82,18 @@ class Initial:
 
 
 def read_initial(given: str) -> Initial:
-    """Read the weights that init_from names.
+    """Read the weights that init_from names: a run's folder, a file, or a timm model with bundled weights.
 
-    Args:
-        given: a run's folder, for its last weights; a .safetensors, .pt or .pth file with weights; or the timm name of
-            a model with bundled weights. With "ema:" before it, the averaged weights of a run with recipe.ema_decay,
-            from its folder or a checkpoint.
-
-    Raises:
-        CheckpointError: nothing is there, or it is damaged or holds no such weights.
-        ConfigError: the path cannot be looked up.
+    With "ema:" before it, these are the averaged weights of a run with recipe.ema_decay, from its folder or a
+    checkpoint. Raises FambaError if nothing is there, or it is damaged or holds no such weights.
     """
     place = given.removeprefix(AVERAGED)
     averaged = place != given
-    file = _find_file(place, "init_from")
+    file = _find_file(place)
     if file is None:
+        near = near_miss(place, _bundled()) or f"; these are {', '.join(names_with_weights())}"
         raise CheckpointError(
-            f"init_from={given} is no file, no run folder and no timm model with bundled weights"
-            f"{near_miss(place, _bundled())}; give a finished run's folder, a .safetensors, .pt or .pth file, or one "
-            f"of: {', '.join(names_with_weights())}"
+            f"init_from={given} is no file, no run folder and no timm model with bundled weights{near}"
         )
     if averaged and Path(place).is_dir():
         # Averaged weights are kept in checkpoints alone.
@@ -117,53 +102,40 @@ def read_initial(given: str) -> Initial:
     weights = weights_in(content, file, averaged=averaged)
     if averaged and not weights:
         raise CheckpointError(
-            f"init_from={given}: {file} holds no averaged weights, which checkpoints of runs with recipe.ema_decay "
-            f"have; give such a run, or leave out {AVERAGED}"
+            f"init_from={given}: {file} holds no averaged weights; give a run with recipe.ema_decay, or leave out "
+            f"{AVERAGED}"
         )
     return Initial(given, file, weights, saved_origin(content, file), _class_names(content, file))
 
 
 def check_initial(config: RunConfig, outline: Backbone) -> None:
-    """Raise FambaError where the weights that a run is to start from are missing or do not fit its network.
-
-    Nothing is read for a run that has begun: it continues from its own checkpoint. `outline` may be without memory.
-    """
-    if config.init_from is None or _has_begun(Path(config.run_dir)):
+    """Raise FambaError if the weights that a new run is to start from are missing or do not fit its network."""
+    # A run, or one of a sweep, that has begun continues from its own checkpoint.
+    begun = [*glob(f"{escape(config.run_dir)}/checkpoints"), *glob(f"{escape(config.run_dir)}/*/checkpoints")]
+    if config.init_from is None or begun:
         return
     initial = read_initial(config.init_from)
-    _check_shape(outline, initial)
     fit_weights(outline, initial.weights, str(initial.file), initial.origin, _has_other_head(outline, initial.weights))
 
 
 def start_from(model: Backbone, given: str, classes: tuple[str, ...] | None = None) -> dict[str, Any]:
     """Load the weights that init_from names into `model`, with a new classifier for other classes.
 
-    classes: names of the classes that the run trains on, None where they are not known.
-
-    Returns what a summary tells of them: init_from, the SHA-256 of the weights, and whether the classifier is new.
-    Raises FambaError as `check_initial`; nothing is loaded then.
+    classes: names of the run's classes, None if they are not known. Returns what a summary tells of the weights:
+    init_from, their SHA-256, and whether the classifier is new. Raises FambaError as `check_initial`.
     """
     initial = read_initial(given)
-    _check_shape(model, initial)
-    known = initial.classes is not None and classes is not None
-    others = class_differences(initial.classes, classes) if known else []  # type: ignore[arg-type]
-    other_head = _has_other_head(model, initial.weights)
     digest = weights_sha256(initial.weights)
-    changes = load_weights(model, initial.weights, initial.file, initial.origin, reset_head=bool(others) or other_head)
-    if other_head:
-        head = initial.weights.get("head.weight")
-        theirs = f"of {len(head)}" if isinstance(head, Tensor) and head.ndim else "missing"
-        changes.append(f"with a new classifier of {model.num_classes} classes, since theirs is {theirs}")
-    elif others:
-        changes.append(f"with a new classifier, since their {model.num_classes} classes differ ({'; '.join(others)})")
-    else:
-        changes.append(f"with their classifier of {model.num_classes} classes")
+    others = initial.classes is not None and classes is not None and initial.classes != classes
+    is_new = others or _has_other_head(model, initial.weights)
+    changes = load_weights(model, initial.weights, initial.file, initial.origin, reset_head=is_new)
+    changes.append("with a new classifier, for other classes" if is_new else "with their classifier")
     _log.info("%s", "; ".join([f"weights start from {given} (SHA-256 {digest[:12]})", *changes]))
-    return {"init_from": given, "weights_sha256": digest, "new_classifier": bool(others) or other_head}
+    return {"init_from": given, "weights_sha256": digest, "new_classifier": is_new}
 
 
 def weights_sha256(weights: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of names, dtypes, shapes and values, in hexadecimal: the same for every kind of file."""
+    """Return the SHA-256 of names, dtypes, shapes and values: the same for every kind of file."""
     digest = hashlib.sha256()
     for name, value in sorted(weights.items()):
         if isinstance(value, Tensor):
@@ -172,47 +144,10 @@ def weights_sha256(weights: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _has_begun(run_dir: Path) -> bool:
-    """Return whether there are checkpoints to continue from, of a run or, in its folder, of a sweep."""
-    try:
-        return (run_dir / "checkpoints").is_dir() or next(run_dir.glob("*/checkpoints"), None) is not None
-    except (OSError, ValueError):
-        return False  # the check of run_dir itself names the error
-
-
 def _has_other_head(model: Backbone, weights: Mapping[str, Any]) -> bool:
     """Return whether the file's classifier is missing or has another number of classes than the model's."""
     own, head = model.state_dict().get("head.weight"), weights.get("head.weight")
     return own is not None and (not isinstance(head, Tensor) or head.shape[:1] != own.shape[:1])
-
-
-def _check_shape(model: Backbone, initial: Initial) -> None:
-    """Raise CheckpointError, naming the keys, where the file is of a network of another shape."""
-    here, there = _shape(model.state_dict()), _shape(initial.weights)
-    differs = sorted(key for key in here if there.get(key) is not None and here[key] != there[key])
-    if "model.name" in differs:
-        raise CheckpointError(
-            f"init_from={initial.given}: the weights in {initial.file} are of {there['model.name']}, this run's "
-            f"network is {here['model.name']}; choose the model that they are of"
-        )
-    if differs:
-        listed = ", ".join(f"{key} is {here[key]} here, {there[key]} in the file" for key in differs)
-        # Weights show whether there is a class token, but not its place.
-        advice = " ".join(f"{key}={there[key]}" for key in differs).replace("=a class token", "=head (or middle)")
-        raise CheckpointError(f"init_from={initial.given} does not fit: {listed} ({initial.file}); set {advice}")
-
-
-def _shape(weights: Mapping[str, Any]) -> dict[str, object]:
-    """Return the values of the configuration's keys that weights show; None where they do not show it."""
-    kind = next((kind for kind in BACKBONES if kind.recognizes(weights)), None)
-    patches = weights.get("patch_embed.proj.weight")
-    width = len(patches) if isinstance(patches, Tensor) and patches.ndim else None
-    if kind is None:
-        return {"model.name": None, "model.depth": None, "model.embed_dim": width}
-    layers = [str(name).removeprefix(f"{kind.layers_name}.").split(".")[0] for name in weights]
-    depth = max((int(number) + 1 for number in layers if number.isdecimal()), default=None)
-    own = {f"model.{key}": value for key, value in kind.keys_of(weights).items()}
-    return {"model.name": kind.kind, "model.depth": depth, "model.embed_dim": width, **own}
 
 
 # Trained networks
@@ -220,11 +155,10 @@ def _shape(weights: Mapping[str, Any]) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Trained:
-    """A network as training left it.
+    """Hold a network as training left it, in eval mode on the CPU, with its last schedule.
 
-    model: in eval mode, on the CPU, with its last schedule. config: of its run; None for a timm model without one.
-    source: where it comes from, for a reader. image_size: pixels. mean, std: of RGB in [0, 1]. scaling: how evaluation
-    scales images. class_names: by class number; None where nothing tells them.
+    config: of its run, None for a timm model. source: where it comes from, for a reader. image_size: pixels. mean, std:
+    of RGB in [0, 1]. scaling: how evaluation scales images. class_names: by number, None if unknown.
     """
 
     model: Backbone
@@ -243,7 +177,7 @@ class Trained:
 
     @property
     def fusion(self) -> Fusion:
-        """Return how it was trained to fuse; without a configuration its strategy is "none" or "custom"."""
+        """Return how it was trained to fuse; without a configuration the strategy is "none" or "custom"."""
         if self.config is not None:
             return self.config.fusion
         return self.model.settings if any(self.schedule) else replace(self.model.settings, strategy=NONE, layers=None)
@@ -267,17 +201,10 @@ class Trained:
 def load_trained(path: str | Path) -> Trained:
     """Load a trained network; its training data is not needed.
 
-    Args:
-        path: a run folder, for its last weights; the model.safetensors in one; a checkpoint (.pt) of a run, with its
-            weights and schedule of that step; or the name of a timm model with weights.
-
-    Raises:
-        CheckpointError: nothing is there, it is damaged, of another release, or does not describe its network.
-        ConfigError: the run's configuration cannot be built here, such as a model that is not registered.
+    path: a run folder or its model.safetensors, a checkpoint (.pt) of a run with weights and schedule of that step, or
+    the name of a timm model with weights. Raises CheckpointError if nothing is there, it is damaged, of another release
+    or does not describe its network, ConfigError if its configuration cannot be built here.
     """
-    place = Path(path)
-    if place.suffix in _EXPORTED or (place / _EXPORTED_CONFIG).is_file():
-        raise CheckpointError(f"{place} was exported, for others to load; give the run or checkpoint that it came from")
     file = _find_file(str(path))
     if file is None:
         return _from_timm(str(path))
@@ -287,12 +214,10 @@ def load_trained(path: str | Path) -> Trained:
         return _from_run(content["config"], content["model"], content["schedule"], file, source, content)
     folder = RunFolder(file.parent, writes=False)
     values, summary = folder.config, folder.summary
-    if values is None:
+    if values is None or (summary is None and values.get("fusion", {}).get("strategy") == ADAPTIVE):
         raise CheckpointError(
-            f"{file} lies beside no {CONFIG}, which describes its network and data; give a run folder"
+            f"{file} lies beside no {CONFIG if values is None else SUMMARY}, which describes its network"
         )
-    if summary is None and values.get("fusion", {}).get("strategy") == ADAPTIVE:
-        raise CheckpointError(f"{folder.path} has no {SUMMARY} with the last schedule of its run; give a .pt file")
     source = f"{path}, which comes with the package" if str(path) in _bundled() else f"run {folder.path}"
     schedule = None if summary is None else summary["schedule"]
     return _from_run(values, read_file(file), schedule, file, source, {})
@@ -302,22 +227,17 @@ def _from_run(
     values: Any, weights: dict[str, Any], schedule: Any, file: Path, source: str, content: Mapping[str, Any]
 ) -> Trained:
     head = weights.get("head.weight")
-    if not isinstance(head, Tensor):
-        raise CheckpointError(f"{file} holds no classifier (head.weight)")
     try:
         config = parse(with_added_keys(values))
+        check_model(config)
+        model = build_model(config.model.name, model_arguments(config, len(head) if isinstance(head, Tensor) else 0))
+        model.set_fusion(config.fusion if schedule is None else schedule)
+        scaling = augmentation(config)
     except (FambaError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{file}: its run cannot be set up by this installation: {error}. Install the package that adds what is "
             "missing, or name its file in FAMBA_PLUGINS, or install the release of famba that trained it"
         ) from error
-    try:
-        check_model(config)
-        model = build_model(config.model.name, model_arguments(config, len(head)))
-        model.set_fusion(config.fusion if schedule is None else schedule)
-        scaling = augmentation(config)
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}", error.argument) from error
     load_weights(model, weights, file, Origin(config.model.cls_position, model.grid_size))
     mean, std = tuple(config.data.mean), tuple(config.data.std)
     names = _class_names(content, file)
@@ -327,28 +247,14 @@ def _from_run(
 def _from_timm(name: str) -> Trained:
     known = network_names()
     if name.split(".")[0] not in known:
-        raise CheckpointError(
-            f"no run folder, no checkpoint and no timm model is called {name!r}{near_miss(name, known)}; "
-            "give a run folder, its model.safetensors, a checkpoint (.pt), or the name of a timm model with weights"
-        )
-    with_weights = timm.list_models(f"{name.split('.')[0]}*", pretrained=True)
-    if "." in name and name not in with_weights:
-        raise CheckpointError(f"{name} is not known{near_miss(name, with_weights)}; known: {', '.join(with_weights)}")
-    found = get_pretrained_cfg(name, allow_unregistered=False)
-    if found is None or not found.has_weights:
-        raise CheckpointError(
-            f"{name} comes without weights; with weights come {', '.join(names_with_weights())}, and most of timm's "
-            "transformers"
-        )
+        raise CheckpointError(f"no run folder, checkpoint or timm model is called {name!r}{near_miss(name, known)}")
     try:
         model = build_model(name, {"pretrained": True}).eval()
     except FambaError:
         raise
     except Exception as error:  # the client of each host has its own
-        raise CheckpointError(
-            f"the weights of {name} cannot be fetched ({type(error).__name__}: {str(error).splitlines()[0]}); fetch "
-            "them on a machine with network, and copy its cache of the Hugging Face hub"
-        ) from error
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise CheckpointError(f"there are no weights of {name}, or they cannot be fetched ({reason})") from error
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     plain: dict[str, Any] = {"crop_padding": 0, "hflip": 0.0, "color_jitter": 0.0, "random_erasing": 0.0}
     plain |= {"kind": "batch", "auto_augment": None, "erasing_mode": "const", "interpolation": cfg["interpolation"]}
