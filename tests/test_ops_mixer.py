@@ -24,9 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from famba.errors import ConfigError
 from famba.ops import Direction, availability, bidirectional_mixer, registry, use_backend
 from famba.ops.bidirectional_mixer import MixerKernels, compose_mixer
+from famba.ops.cuda.launch import Launch
 from famba.ops.inputs import MixerInputs, MixerSizes, TokenMeasures
 
-one_op = all_backends("native", "triton", "mamba_ssm")
+one_op = all_backends("native", "triton", "cuda", "mamba_ssm")
 # The interpreter cuts bfloat16 off instead of rounding it, which makes for several times the error.
 BFLOAT16 = 3e-2 if availability.interpreted() else 1e-2
 
@@ -131,7 +132,7 @@ def test_vims_columns_and_others_that_need_no_padding(backend: Backend, out: boo
         check(backend, *mixer_inputs(1, 2049, 3, 2, 1, 1, out=out))
 
 
-@all_backends("native", "triton", "mamba_ssm", slow="triton")
+@all_backends("native", "triton", "cuda", "mamba_ssm", slow="triton")
 def test_half_precision_is_as_near_as_the_parts_in_it(backend: Backend) -> None:
     sizes = (2, 13, 24, 48, 4, 3) if backend.name == "triton" else (3, 37, 24, 48, 16, 3)
     drawn, dy = mixer_inputs(*sizes)
@@ -269,8 +270,9 @@ def test_bytes_that_are_kept() -> None:
     if availability.triton_obstacle() is None:
         # dt, B and C of both directions in padded columns; copied are the stacked weights, and with a cast all.
         tokens, stacked = 4 * 197 * 2 * 48, 2 * 384 * (48 + 16)
-        assert kept_bytes("triton", sizes, 2) == 2 * (tokens + products + stacked)
-        assert kept_bytes("triton", uncast, 4) == 4 * (tokens + stacked)
+        for name in ("cuda", "triton"):
+            assert kept_bytes(name, sizes, 2) == 2 * (tokens + products + stacked)
+            assert kept_bytes(name, uncast, 4) == 4 * (tokens + stacked)
         assert kept_bytes("mamba_ssm", uncast, 4) == 4 * (tokens + 4 * 197 * 384 + stacked)
     tokens, small = 4 * 197 * (384 + 2 * 44), 2 * 384 * (44 + 12)
     assert kept_bytes("native", sizes, 2) == 2 * (tokens + products + small)
@@ -302,28 +304,54 @@ def test_torch_keeps_as_many_bytes_as_are_counted(backend: Backend) -> None:
         assert kept(4) - kept(3) == counted(4) - counted(3) < (kept(4, "reference") - kept(3, "reference")) / 2
 
 
-@all_backends("triton")
-def test_launches_of_triton_and_torch_with_float32_weights_under_bfloat16_tokens(backend: Backend) -> None:
-    from famba.ops.triton import launch, mixer, mixer_backward
+@contextmanager
+def launches_noted(name: str, patch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Any]]]:
+    """Note down names and compiled constants of a backend's launches instead of making them."""
+    from famba.ops.triton import launch
 
-    tensors, dy = mixer_inputs(2, 5)
-    inputs = built(cast(tensors))
-    inputs, dy = inputs._replace(x=inputs.x.bfloat16()), dy.bfloat16()
-    with launch.noted() as of_forward, Counted() as ahead:
-        _, _, *kept = mixer(inputs, False)
-    with launch.noted() as of_backward, Counted() as back:
-        mixer_backward(dy, inputs, kept)
-    assert [found.kernel.name for found in of_forward] == ["conv_forward", "scan_forward"]
-    sums = ["state_sums", "parameter_sums"]
-    again = ["conv_forward", "scan_forward", "scan_backward", *sums, "conv_backward", "conv_sums"]
-    assert [found.kernel.name for found in of_backward] == again
+    found: list[tuple[str, Any]] = []
+    if name == "cuda":
+        patch.setattr(Launch, "run", lambda made: found.append((made.kernel, made.constants)))
+        yield found
+        return
+    with launch.noted() as noted:
+        yield found
+    for made in noted:
+        constants = {k: v for k, v in made.arguments.items() if k in made.kernel.constants}
+        found.append((made.kernel.name, constants))
+
+
+SUMS = {"triton": ("state_sums", "parameter_sums", "conv_sums"), "cuda": ("row_sums", "column_sums", "column_sums")}
+
+
+@all_backends("triton", "cuda")
+def test_launches_with_float32_weights_under_bfloat16_tokens(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels: Any = registry.kernels(backend.name)
+
+    def launches(batch: int, length: int) -> tuple[Any, ...]:
+        tensors, dy = mixer_inputs(batch, length)
+        inputs = built(cast(tensors))
+        inputs, dy = inputs._replace(x=inputs.x.bfloat16()), dy.bfloat16()
+        with launches_noted(backend.name, monkeypatch) as of_forward, Counted() as ahead:
+            _, _, *kept = kernels.mixer(inputs, False)
+        with launches_noted(backend.name, monkeypatch) as of_backward, Counted() as back:
+            kernels.mixer_backward(dy, inputs, kept)
+        return of_forward, of_backward, ahead.counts, back.counts
+
+    of_forward, of_backward, ahead, back = found = launches(2, 5)
+    assert [name for name, _ in of_forward] == ["conv_forward", "scan_forward"]
+    *of_scan, of_conv = SUMS[backend.name]
+    again = ["conv_forward", "scan_forward", "scan_backward", *of_scan, "conv_backward", of_conv]
+    assert [name for name, _ in of_backward] == again
     # Weights, once in a step: zeros, one copy of all, one into the padded columns of dt.
     once = {"new_zeros": 1, "_foreach_copy_": 1, "copy_": 1}
     # The scans' parameters in one tensor, and the sum of both directions.
-    assert ahead.counts == {**once, "mm": 2, "bmm": 2, "cat": 1, "add": 1}
+    assert ahead == {**once, "mm": 2, "bmm": 2, "cat": 1, "add": 1}
     products = {"mm": 5, "bmm": 4, "baddbmm_": 1}
     # The sums of y and dz; gradients of dt without their padding, then all in the weights' dtypes; zeros behind C.
-    assert back.counts == {**products, "cat": 1, "add": 2, "clone": 1, "_foreach_copy_": 1, "zero_": 1}
+    assert back == {**products, "cat": 1, "add": 2, "clone": 1, "_foreach_copy_": 1, "zero_": 1}
+    # Neither length nor batch is compiled in.
+    assert found == launches(3, 17) == launches(1, 9)
 
 
 @all_backends("mamba_ssm")
@@ -427,7 +455,7 @@ def test_torch_accepts_the_op(backend: Backend, dtype: torch.dtype) -> None:
         torch.library.opcheck(torch.ops.famba.bidirectional_mixer, arguments)
 
 
-@all_backends("triton", "mamba_ssm")
+@all_backends("triton", "cuda", "mamba_ssm")
 @pytest.mark.parametrize("field", ["conv_weight", "dt_weight", "A"])
 def test_directions_of_unequal_shapes_are_refused(backend: Backend, field: str) -> None:
     inputs = built(backend.place(cast(mixer_inputs(1, 3, 4, 5, 2, 2)[0])))

@@ -159,7 +159,7 @@ def _planned(name: str, config: RunConfig, asked: str | None) -> Planned:
     """Count for a device, a precision and a backend, none of which need be on this machine.
 
     A choice that "auto" leaves open is made as on this machine, and for a GPU that is not here as on most: bfloat16, by
-    the Triton kernels.
+    the CUDA kernels.
     """
     option, backend = ("ops.backend", config.ops.backend) if asked is None else ("--backend", asked)
     check_choice(option, backend, [*backends(), AUTO])
@@ -168,7 +168,7 @@ def _planned(name: str, config: RunConfig, asked: str | None) -> Planned:
     autocast = _autocast(config.trainer.precision, device, is_here)
     if backend == AUTO:
         is_cuda = not is_here and device.type == "cuda" and find_spec("triton")
-        backend = "triton" if is_cuda else resolve(device.type, autocast or torch.float32)
+        backend = "cuda" if is_cuda else resolve(device.type, autocast or torch.float32)
     check_cuda_graphs(config, device, 1, backend)
     # Checked as a run is, but for what depends on this machine.
     trainer = replace(config.trainer, device="cpu", precision="fp32", cuda_graphs="auto")

@@ -25,7 +25,8 @@ from famba.errors import ConfigError
 from famba.ops.availability import MAMBA_SSM, convolution
 from famba.ops.checks import check_equal_directions
 from famba.ops.inputs import MixerInputs, MixerSizes, ScanGradients, ScanInputs
-from famba.ops.products import Columns, ProductWeights, copy_each, flatten
+from famba.ops.layout import flatten
+from famba.ops.products import Columns, ProductWeights, copy_each
 from famba.ops.triton import add_rms_norm, add_rms_norm_backward, fuse_tokens, fuse_tokens_backward, match_tokens
 
 _INSTEAD = "use backend 'triton' or 'reference'"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from famba.ops.inputs import Direction, MixerInputs, MixerSizes, ScanInputs
+from famba.ops.layout import as_tokens, flatten
 from famba.ops.native.kernels import (
     activation,
     convolve,
@@ -18,7 +19,7 @@ from famba.ops.native.kernels import (
     run_scan_backward,
     scan_state_shape,
 )
-from famba.ops.products import as_tokens, copy_each, flat_size, flatten, split_flat
+from famba.ops.products import copy_each, flat_size, split_flat
 
 
 def mixer_kept_shapes(sizes: MixerSizes) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:

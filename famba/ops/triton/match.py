@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from famba.errors import BackendError
-from famba.ops.triton.launch import Configuration, activation, kernel
+from famba.ops.layout import even_rows
+from famba.ops.triton.launch import Configuration, kernel
 
 # Half of them lie in the registers of one program.
 _MOST_TOKENS = 4096
@@ -37,7 +38,7 @@ def match_tokens(
     totals = torch.empty(batch, length - r, dtype=torch.float32, device=metric.device)
     if batch == 0:
         return places, shares, totals
-    metric = activation(metric, metric.dtype)
+    metric = even_rows(metric)
     guards = leading if protected is None else protected.shape[1]
     in_a = (length - guards + 1 - guards % 2) // 2
     closest = torch.empty(batch, in_a, dtype=torch.float32, device=metric.device)

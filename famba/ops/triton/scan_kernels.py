@@ -291,25 +291,10 @@ def state_sums(
         tl.store(dC + row * C_ROW + state[None, :], total.to(dC.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _store_parameters(
-    dA, dD, dbias, total, row, channel,
-    CHANNELS: tl.constexpr, STATES: tl.constexpr, SKIP: tl.constexpr, BIASED: tl.constexpr,
-):  # fmt: skip
-    """Write sums of the rows of `parameters` where the gradients of A (d, n), D and delta_bias (d,) lie."""
-    held = channel < CHANNELS
-    tl.store(dA + channel * STATES + row, total.to(dA.dtype.element_ty), mask=held & (row < STATES))
-    if SKIP:
-        tl.store(dD + channel, total.to(dD.dtype.element_ty), mask=held & (row == STATES))
-    if BIASED:
-        tl.store(dbias + channel, total.to(dbias.dtype.element_ty), mask=held & (row == STATES + 1))
-
-
 @kernel([Configuration({"BLOCK": 32, "BLOCK_ROWS": 32}, warps=4)])
 def parameter_sums(
     partials, dA, dD, dbias, dA2, dD2, dbias2, batch,
-    CHANNELS: tl.constexpr, STATES: tl.constexpr, SKIP: tl.constexpr, BIASED: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Add up the parameters' gradients over the images, a row of `parameters` and a block of channels to a program."""
     COLUMNS: tl.constexpr = (STATES + 2) * CHANNELS
@@ -318,8 +303,10 @@ def parameter_sums(
     channel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     column = row * CHANNELS + channel
     mine = partials + tl.program_id(1).to(tl.int64) * batch * COLUMNS
-    total = column_sums(mine, batch, column, channel < CHANNELS, COLUMNS, BLOCK_ROWS, BLOCK)
-    if tl.program_id(1) == 0:
-        _store_parameters(dA, dD, dbias, total, row, channel, CHANNELS, STATES, SKIP, BIASED)
-    else:
-        _store_parameters(dA2, dD2, dbias2, total, row, channel, CHANNELS, STATES, SKIP, BIASED)
+    held = channel < CHANNELS
+    total = column_sums(mine, batch, column, held, COLUMNS, BLOCK_ROWS, BLOCK)
+    if tl.program_id(1) == 1:
+        dA, dD, dbias = dA2, dD2, dbias2
+    tl.store(dA + channel * STATES + row, total, mask=held & (row < STATES))
+    tl.store(dD + channel, total, mask=held & (row == STATES))
+    tl.store(dbias + channel, total, mask=held & (row == STATES + 1))
