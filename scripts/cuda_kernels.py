@@ -87,7 +87,7 @@ def launches(dtype: torch.dtype, states: int) -> Iterator[tuple[str, Launch]]:
     x = torch.empty(BATCH, LENGTH, D_MODEL, dtype=dtype)
     inputs = MixerInputs(x, torch.empty(2 * CHANNELS, D_MODEL), side, side, torch.empty(D_MODEL, CHANNELS))
     out, _, *kept = mixer(inputs, False)
-    mixer_backward(out, inputs, kept)
+    mixer_backward(out, inputs, kept)  # type: ignore[arg-type]
     mixer(inputs, True)
     seen = set()
     for made in found:

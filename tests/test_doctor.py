@@ -69,7 +69,7 @@ def test_a_machine_on_which_all_works(capsys: Printed) -> None:
 
 def test_the_reference_on_a_gpu_is_warned_of(capsys: Printed, monkeypatch: Patch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for name in ("triton", "mamba_ssm"):
+    for name in ("cuda", "triton", "mamba_ssm"):
         missing = registry.Backend("", ("cuda",), lambda: "it is not installed; pip install it")
         monkeypatch.setitem(registry._BACKENDS, name, missing)
     _, text = doctor(capsys)

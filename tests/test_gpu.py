@@ -41,11 +41,11 @@ STRATEGIES = ["none", "all", "interleaved", "lower", "upper"]
 
 
 def gpu_backends() -> list[object]:
-    """mamba_ssm and triton, each skipped with its reason where it cannot be used."""
+    """mamba_ssm, triton and cuda, each skipped with its reason where it cannot be used."""
     found = backends()
     return [
         pytest.param(name, marks=pytest.mark.skipif(found[name] is not None, reason=f"{name}: {found[name]}"))
-        for name in ("mamba_ssm", "triton")
+        for name in ("mamba_ssm", "triton", "cuda")
     ]
 
 

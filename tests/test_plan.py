@@ -128,7 +128,7 @@ def test_equal_curves_are_drawn_once_under_both_names() -> None:
     ("arguments", "message"),
     [
         ("fusion=uper", "unknown fusion 'uper', did you mean 'upper'"),
-        ("--backend nativ", "unknown --backend 'nativ', did you mean 'native'?; allowed: triton, mamba_ssm"),
+        ("--backend nativ", "unknown --backend 'nativ', did you mean 'native'?; allowed: cuda, triton, mamba_ssm"),
         ("ops.backend=nativ", "unknown ops.backend 'nativ', did you mean 'native'?"),
         ("trainer.device=cudo", "unknown trainer.device 'cudo'"),
         ("trainer.device=mps trainer.precision=fp16", "fp16 is not supported on mps"),

@@ -222,7 +222,7 @@ class Directional:
         of_weights = of_products.as_given(inputs)
         sides = zip(*of_convolutions, of_weights.directions, grads.delta_bias, grads.A, grads.D, strict=True)
         of_directions = [
-            [grad.to(w.dtype) for grad, w in zip((dw, db, side.x_weight, side.dt_weight, *rest), given, strict=True)]  # type: ignore[union-attr]
+            [grad.to(w.dtype) for grad, w in zip((dw, db, side.x_weight, side.dt_weight, *rest), given, strict=True)]
             for (dw, db, side, *rest), given in zip(sides, inputs.directions, strict=True)
         ]
         dx = (dxz @ weights.into).view(x.shape)

@@ -25,7 +25,7 @@ def scan(scans: Scans, y: Tensor, sums: Tensor | None) -> None:
     """Write results, and sums for measures, in one launch."""
     _check(scans)
     how = {"REPLAY": False, "OUTPUT": True, "MEASURE": sums is not None}
-    _launch("scan_forward", scans, _constants(scans, None) | how, y=y, sums=sums)
+    _launch("scan_forward", scans, _constants(scans, None) | how, y=y, partials=sums)
 
 
 def scan_backward(scans: Scans, dy: Tensor, dB: Tensor, dC: Tensor, grads: Gradients) -> None:
@@ -66,7 +66,7 @@ def _block(channels: int) -> int:
     return fitting[0] if fitting else min(128, -(-channels // 32) * 32)
 
 
-def _constants(scans: Scans, dy: Tensor | None) -> Constants:
+def _constants(scans: Scans, dy: Tensor | None) -> dict[str, int | float | str]:
     """Return what the kernels have compiled in."""
     states, channels = scans.states, scans.u.shape[3]
     chunk, few = 16 if 8 < states <= _MANY_STATES else 8, states <= 16
@@ -95,7 +95,7 @@ def _constants(scans: Scans, dy: Tensor | None) -> Constants:
 def _launch(kernel: str, scans: Scans, constants: Constants, **written: Tensor | None) -> None:
     """Launch a kernel that takes the structure `Scan`; written: tensors by the names of its fields, and dy."""
     directions, batch, length, channels = scans.u.shape
-    fields = ("y", "dz", "entering", "sums", "du", "ddelta", "dBC", "partials")
+    fields = ("y", "dz", "entering", "du", "ddelta", "dBC", "partials")
     read = (scans.u, scans.delta, scans.B, scans.C, scans.z, written.get("dy"), scans.parameters)
     arguments = (*read, *(written.get(field) for field in fields), batch, length)
     block = _block(channels)

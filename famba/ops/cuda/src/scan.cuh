@@ -17,10 +17,11 @@ struct Scan {
     const float *parameters;  // (k, n + 2, d): A, D, bias of the steps
     T *y, *dz;                // (k, b, l, d)
     float *entering;          // (k, b, tiles, n, d), the states before each tile of the backward
-    float *sums;              // (2, k, b, l, warps), of each warp of channels: step sizes, and positive results
     T *du, *ddelta;           // (k, b, l, d)
     float *dBC;               // (blocks, k, b, l, 2 n), sums over the channels of a block
     float *partials;          // (k, b, n + 2, d), like the parameters
+                              // in the forward (2, k, b, l, warps): steps and results, added up over a warp's
+                              // channels (no field of its own: of more than 128 bytes more registers are used)
     long batch, length;
 };
 

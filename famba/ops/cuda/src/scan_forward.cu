@@ -45,7 +45,7 @@ template <int AHEAD> struct Forward {
         const long tiles = (scan.length + BACKWARD_TILE - 1) / BACKWARD_TILE;
         entering = scan.entering + tiles * place.sequence * STATES * CHANNELS;
         at_entering = place.channel;
-        sums_of_steps = scan.sums + scan.length * place.sequence * warps_of_channels();
+        sums_of_steps = scan.partials + scan.length * place.sequence * warps_of_channels();
         sums_of_outputs = sums_of_steps + gridDim.y * scan.batch * scan.length * warps_of_channels();
         at_sums = first * warps_of_channels() + place.channel / WARP;
         rates = scan.parameters + (long)blockIdx.y * (STATES + 2) * CHANNELS + place.channel;
