@@ -1,1 +1,1 @@
-"""Scan, convolution and mixer on GPUs by kernels in CUDA C++, compiled at first use by the NVRTC that torch brings."""
+"""Run scan, convolution and mixer on GPUs by kernels in CUDA C++, which the NVRTC that torch brings compiles."""

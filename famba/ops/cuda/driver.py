@@ -1,4 +1,4 @@
-"""NVIDIA's driver: loading compiled kernels, and launching them on torch's current stream, in a captured graph too."""
+"""Load compiled kernels by NVIDIA's driver, and launch them on torch's current stream, in a captured graph too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the kernels are launched: compiled for their constants at the first call, and kept on disk as cubins."""
+"""Launch the kernels: compiled for their constants at the first call, and kept on disk as cubins."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _loaded: dict[tuple[object, ...], c_void_p] = {}
 
 @dataclass(frozen=True)
 class Launch:
-    """A call of a kernel.
+    """Hold a call of a kernel.
 
     constants: macros of the source. grid: blocks along x and y. arguments: what the kernel's one structure holds, field
     by field: tensors, None, or whole numbers, of 8 bytes each.

@@ -1,4 +1,4 @@
-"""NVIDIA's compiler library, NVRTC: finding the one that torch brings, and compiling for an architecture.
+"""Find NVIDIA's compiler library NVRTC, which torch brings, and compile for an architecture.
 
 It needs no GPU, no driver and no toolkit.
 """
@@ -82,20 +82,17 @@ def compile_source(source: str, name: str, options: Sequence[str]) -> bytes:
 
 
 def _paths(major: str) -> Iterator[Path | str]:
-    """Where NVRTC may lie: NVIDIA's packages, torch's own folder, the environment, then wherever the system looks."""
-    pattern = f"libnvrtc.so.{major}*"
+    """Give the places where NVRTC may lie: NVIDIA's packages, torch's folder, the system's, the environment's."""
     # Of several packages side by side, "nvidia" is a package without a file of its own.
     spec = importlib.util.find_spec("nvidia")
-    roots = [Path(root) for root in (spec.submodule_search_locations if spec else None) or ()]
-    for root in roots:
+    for root in (spec.submodule_search_locations if spec else None) or ():
         for folder in (f"cu{major}", "cuda_nvrtc"):
-            yield from sorted((root / folder / "lib").glob(pattern))
+            yield from sorted((Path(root) / folder / "lib").glob(f"libnvrtc.so.{major}*"))
     # Some of torch's wheels hold it under a longer name.
     yield from sorted((Path(torch.__file__).parent / "lib").glob(f"libnvrtc*.so.{major}*"))
     yield f"libnvrtc.so.{major}"
-    for folder in (sys.prefix, *(os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ)):
-        for lib in ("lib", "lib64"):
-            yield from sorted((Path(folder) / lib).glob(pattern))
+    for folder in filter(None, (sys.prefix, os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"))):
+        yield from sorted(Path(folder).glob(f"lib*/libnvrtc.so.{major}*"))
 
 
 def _declared(nvrtc: ctypes.CDLL) -> ctypes.CDLL:

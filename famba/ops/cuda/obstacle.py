@@ -1,4 +1,4 @@
-"""Whether the CUDA kernels can be used here; known without compiling anything."""
+"""Find out whether the CUDA kernels can be used here, without compiling anything."""
 
 from __future__ import annotations
 

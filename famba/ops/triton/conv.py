@@ -112,10 +112,9 @@ def _conv_forward(
     inside = (step < length)[:, None] & (channel < CHANNELS)[None, :]
     start = x + image * length * X_ROW
     for direction in tl.static_range(DIRECTIONS):
-        if direction == 0:
-            total = _convolved(start, step, channel, length, weight, bias, CHANNELS, X_ROW, WIDTH, REVERSE, BIASED)
-        else:
-            total = _convolved(start, step, channel, length, weight2, bias2, CHANNELS, X_ROW, WIDTH, REVERSE2, BIASED)
+        taps, shift = weight if direction == 0 else weight2, bias if direction == 0 else bias2
+        turned: tl.constexpr = REVERSE if direction == 0 else REVERSE2
+        total = _convolved(start, step, channel, length, taps, shift, CHANNELS, X_ROW, WIDTH, turned, BIASED)
         if SILU:
             total *= tl.sigmoid(total)
         out = y + (direction * batch + image) * length * CHANNELS
@@ -159,20 +158,15 @@ def _conv_backward(
     sums = tl.zeros([TAPS, BLOCK], tl.float32)
     for direction in tl.static_range(DIRECTIONS):
         begin = dy + (direction * batch + image) * length * CHANNELS
+        taps, shift = weight if direction == 0 else weight2, bias if direction == 0 else bias2
+        turned: tl.constexpr = REVERSE if direction == 0 else REVERSE2
         for k in tl.static_range(WIDTH):
             # Where the step of this program's tile is seen through tap k.
-            if direction == 0:
-                there = step + ((k - WIDTH + 1) if REVERSE else (WIDTH - 1 - k))
-                grad = _through_silu(
-                    begin, start, there, channel, length, weight, bias, CHANNELS, X_ROW, WIDTH, REVERSE, BIASED, SILU
-                )
-                total += grad * _tap(weight, channel, k, CHANNELS, WIDTH)
-            else:
-                there = step + ((k - WIDTH + 1) if REVERSE2 else (WIDTH - 1 - k))
-                grad = _through_silu(
-                    begin, start, there, channel, length, weight2, bias2, CHANNELS, X_ROW, WIDTH, REVERSE2, BIASED, SILU
-                )
-                total += grad * _tap(weight2, channel, k, CHANNELS, WIDTH)
+            there = step + ((k - WIDTH + 1) if turned else (WIDTH - 1 - k))
+            grad = _through_silu(
+                begin, start, there, channel, length, taps, shift, CHANNELS, X_ROW, WIDTH, turned, BIASED, SILU
+            )
+            total += grad * _tap(taps, channel, k, CHANNELS, WIDTH)
             sums = tl.where(slot == direction * (WIDTH + 1) + k, tl.sum(grad * seen, 0)[None, :], sums)
             if k == WIDTH - 1:
                 sums = tl.where(slot == direction * (WIDTH + 1) + WIDTH, tl.sum(grad, 0)[None, :], sums)
@@ -195,14 +189,8 @@ def _conv_sums(
     total = column_sums(partials, tiles, column, column < COLUMNS, COLUMNS, BLOCK_ROWS, BLOCK)
     slot, channel = column // CHANNELS, column % CHANNELS
     for direction in tl.static_range(DIRECTIONS):
+        taps, shift = dweight if direction == 0 else dweight2, dbias if direction == 0 else dbias2
         k = slot - direction * (WIDTH + 1)
-        tap = (k >= 0) & (k < WIDTH) & (column < COLUMNS)
-        shift = (k == WIDTH) & (column < COLUMNS)
-        if direction == 0:
-            tl.store(dweight + channel * WIDTH + k, total, mask=tap)
-            if BIASED:
-                tl.store(dbias + channel, total, mask=shift)
-        else:
-            tl.store(dweight2 + channel * WIDTH + k, total, mask=tap)
-            if BIASED:
-                tl.store(dbias2 + channel, total, mask=shift)
+        tl.store(taps + channel * WIDTH + k, total, mask=(k >= 0) & (k < WIDTH) & (column < COLUMNS))
+        if BIASED:
+            tl.store(shift + channel, total, mask=(k == WIDTH) & (column < COLUMNS))
