@@ -220,13 +220,9 @@ class Directional:
             out=None if grads.y is None else flat_dout.t() @ flatten(grads.y[0] + grads.y[1]),
         )
         of_weights = of_products.as_given(inputs)
-        sides = zip(*of_convolutions, of_weights.directions, grads.delta_bias, grads.A, grads.D, strict=True)
-        of_directions = [
-            [grad.to(w.dtype) for grad, w in zip((dw, db, side.x_weight, side.dt_weight, *rest), given, strict=True)]
-            for (dw, db, side, *rest), given in zip(sides, inputs.directions, strict=True)
-        ]
+        others = list(zip(*of_convolutions, grads.delta_bias, grads.A, grads.D, strict=True))
         dx = (dxz @ weights.into).view(x.shape)
-        return dx, of_weights.in_weight, *of_directions, of_weights.out_weight  # type: ignore[return-value]
+        return dx, of_weights.in_weight, *of_weights.with_others(others, inputs), of_weights.out_weight  # type: ignore[arg-type]
 
     def _convolve(self, convolution: Convolution) -> Tensor:
         """Return the results (k, b, l, d)."""

@@ -127,6 +127,20 @@ class MixerInputs(NamedTuple):
         batch, length, d_model = self.x.shape
         return MixerSizes(batch, length, d_model, self.in_weight.shape[0] // 2, states, rank, out, cast)
 
+    def with_others(self, others: Sequence[Sequence[Tensor]], inputs: MixerInputs) -> tuple[list[Tensor], list[Tensor]]:
+        """Return each direction's gradients in its weights' dtypes: those of products are held here.
+
+        others: for each direction those of conv_weight, conv_bias, dt_bias, A and D.
+        """
+        forward, backward = (
+            [
+                grad.to(weight.dtype)
+                for grad, weight in zip((*other[:2], side.x_weight, side.dt_weight, *other[2:]), given, strict=True)
+            ]
+            for other, side, given in zip(others, self.directions, inputs.directions, strict=True)
+        )
+        return forward, backward
+
     def product_weights(self) -> Iterator[Tensor]:
         """Give the weights of the matrix products, in the order of the fields."""
         yield self.in_weight

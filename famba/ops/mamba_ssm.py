@@ -230,12 +230,8 @@ def mixer_backward(
     )
     of_weights = of_products.as_given(inputs)
     others = weights.unstacked(dconv_weight, dconv_bias, grads.delta_bias, grads.A, grads.D)
-    dforward, dbackward = (
-        [*other[:2], side.x_weight, side.dt_weight, *other[2:]]
-        for other, side in zip(others, of_weights.directions, strict=True)
-    )
     dx = (dxz.flatten(1).t() @ products.into).view(x.shape)
-    return dx, of_weights.in_weight, dforward, dbackward, of_weights.out_weight
+    return dx, of_weights.in_weight, *of_weights.with_others(others, inputs), of_weights.out_weight
 
 
 def _project(weight: Tensor | None, x: Tensor) -> Tensor:
