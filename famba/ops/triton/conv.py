@@ -113,7 +113,7 @@ def _conv_forward(
     start = x + image * length * X_ROW
     for direction in tl.static_range(DIRECTIONS):
         taps, shift = weight if direction == 0 else weight2, bias if direction == 0 else bias2
-        turned: tl.constexpr = REVERSE if direction == 0 else REVERSE2
+        turned = REVERSE if direction == 0 else REVERSE2
         total = _convolved(start, step, channel, length, taps, shift, CHANNELS, X_ROW, WIDTH, turned, BIASED)
         if SILU:
             total *= tl.sigmoid(total)
@@ -159,7 +159,7 @@ def _conv_backward(
     for direction in tl.static_range(DIRECTIONS):
         begin = dy + (direction * batch + image) * length * CHANNELS
         taps, shift = weight if direction == 0 else weight2, bias if direction == 0 else bias2
-        turned: tl.constexpr = REVERSE if direction == 0 else REVERSE2
+        turned = REVERSE if direction == 0 else REVERSE2
         for k in tl.static_range(WIDTH):
             # Where the step of this program's tile is seen through tap k.
             there = step + ((k - WIDTH + 1) if turned else (WIDTH - 1 - k))
