@@ -24,8 +24,10 @@ _MANY_STATES = 240
 def scan(scans: Scans, y: Tensor, sums: Tensor | None) -> None:
     """Write results, and sums for measures, in one launch."""
     _check(scans)
-    how = {"REPLAY": False, "OUTPUT": True, "MEASURE": sums is not None}
-    _launch("scan_forward", scans, _constants(scans, None) | how, y=y, partials=sums)
+    constants = _constants(scans, None) | {"REPLAY": False, "OUTPUT": True, "MEASURE": sums is not None}
+    if sums is not None:  # which takes more registers
+        constants["FORWARD_THREADS"] = _THREADS
+    _launch("scan_forward", scans, constants, y=y, partials=sums)
 
 
 def scan_backward(scans: Scans, dy: Tensor, dB: Tensor, dC: Tensor, grads: Gradients) -> None:
