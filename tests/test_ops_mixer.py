@@ -28,6 +28,8 @@ from famba.ops.cuda.launch import Launch
 from famba.ops.inputs import MixerInputs, MixerSizes, TokenMeasures
 
 one_op = all_backends("native", "triton", "cuda", "mamba_ssm")
+# What Triton's kernels and those in CUDA C++ share is not tested twice.
+of_each_kind = all_backends("native", "triton", "cuda", "mamba_ssm", slow="triton")
 # The interpreter cuts bfloat16 off instead of rounding it, which makes for several times the error.
 BFLOAT16 = 3e-2 if availability.interpreted() else 1e-2
 
@@ -132,7 +134,7 @@ def test_vims_columns_and_others_that_need_no_padding(backend: Backend, out: boo
         check(backend, *mixer_inputs(1, 2049, 3, 2, 1, 1, out=out))
 
 
-@all_backends("native", "triton", "cuda", "mamba_ssm", slow="triton")
+@of_each_kind
 def test_half_precision_is_as_near_as_the_parts_in_it(backend: Backend) -> None:
     sizes = (2, 13, 24, 48, 4, 3) if backend.name == "triton" else (3, 37, 24, 48, 16, 3)
     drawn, dy = mixer_inputs(*sizes)
@@ -148,7 +150,7 @@ def test_half_precision_is_as_near_as_the_parts_in_it(backend: Backend) -> None:
             assert error(a, w) <= max(limit, 1.2 * error(p, w)), f"result {number}"
 
 
-@one_op
+@of_each_kind
 def test_autocast_casts_the_products_and_keeps_the_weights_gradients_in_float32(backend: Backend) -> None:
     tensors, dy = mixer_inputs(2, 9, 24, 48, 4, 3)
     tensors = backend.place(cast(tensors))
@@ -160,7 +162,7 @@ def test_autocast_casts_the_products_and_keeps_the_weights_gradients_in_float32(
         assert error(a, w) <= 2 * BFLOAT16, f"result {number}"
 
 
-@one_op
+@of_each_kind
 def test_each_weight_has_a_dtype_of_its_own(backend: Backend) -> None:
     drawn, _ = mixer_inputs(2, 8, 6, 11, 3, 3)
     x, in_weight, *rest = backend.place(cast(drawn))
@@ -235,7 +237,7 @@ class Counted(TorchDispatchMode):
         return out
 
 
-@one_op
+@of_each_kind
 def test_each_weight_is_cast_once_in_a_step(backend: Backend) -> None:
     tensors, dy = mixer_inputs(2, 5)
     inputs = built(backend.place(cast(tensors)))
@@ -276,7 +278,7 @@ def test_bytes_that_are_kept() -> None:
             assert kept_bytes(name, uncast, 4) == 4 * (tokens + stacked + more)
 
 
-@one_op
+@of_each_kind
 def test_torch_keeps_as_many_bytes_as_are_counted(backend: Backend) -> None:
     drawn, _ = mixer_inputs(4, 9, 24, 48, 16, 3)
     drawn = [t.requires_grad_() for t in backend.place(cast(drawn)) if t is not None]
@@ -373,7 +375,7 @@ class _GivesNoGradient(torch.autograd.Function):
         return None
 
 
-@one_op
+@of_each_kind
 def test_no_gradient_of_what_is_kept_is_made_and_without_one_of_the_result_there_are_none(backend: Backend) -> None:
     tensors, dy = mixer_inputs(1, 3)
     leaves = [t.requires_grad_() for t in backend.place(cast(tensors)) if t is not None]
@@ -440,7 +442,7 @@ def test_a_compiled_mixer_gives_its_measures() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, measures, strict=True))
 
 
-@one_op
+@of_each_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_torch_accepts_the_op(backend: Backend, dtype: torch.dtype) -> None:
     tensors, _ = mixer_inputs(1, 3)

@@ -93,7 +93,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_for_a_gpu_is_planned_where_there_is_none(precision: str, without_gpu: None, capsys: Printed) -> None:
     overrides = ["model=vim_ti", "fusion=upper", "trainer.device=cuda", f"trainer.precision={precision}"]
     none, upper = plan(overrides)
-    assert (upper.setup.device.type, upper.setup.dtype) == ("cuda", torch.bfloat16)
+    assert (upper.setup.device.type, upper.setup.dtype, upper.backend) == ("cuda", torch.bfloat16, "cuda")
     assert none.cost.layers[0] == none.cost.layers[-1]
     single = plan([*overrides[:3], "trainer.precision=fp32"])[1]
     assert upper.cost.macs == single.cost.macs
