@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from famba.errors import BackendError
-from famba.ops.cuda import driver, launch, nvrtc, obstacle
+from famba.errors import BackendError, ConfigError
+from famba.ops.cuda import driver, launch, nvrtc, obstacle, scan
+from famba.ops.directional import Scans
 
 ROOT = Path(__file__).parents[1]
 SUMS: launch.Constants = {"T": "float", "STATES": 3}
@@ -39,17 +40,9 @@ needs_compiler = pytest.mark.skipif(no_compiler() is not None, reason=f"NVRTC: {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_no_kernel_of_16_states_spills(dtype: str, target: int, tmp_path: Path) -> None:
     file = tmp_path / "kernels.json"
-    command = [
-        sys.executable,
-        "scripts/cuda_kernels.py",
-        "--dtype",
-        dtype,
-        "--target",
-        str(target),
-        "--json",
-        str(file),
-    ]
-    done = subprocess.run([*command, "--states", "16", "--states", "256"], capture_output=True, text=True, cwd=ROOT)
+    options = f"--dtype {dtype} --target {target} --states 16 --states 256 --json {file}".split()
+    command = [sys.executable, "scripts/cuda_kernels.py", *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
     rows = json.loads(file.read_text())
     scans = {"scan_forward", "scan_forward, measures", "scan_replay", "scan_backward"}
@@ -145,3 +138,9 @@ def test_torch_without_cuda_has_no_compiler(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.version, "cuda", "99.0")
     with pytest.raises(BackendError, match=r"no libnvrtc.so.99 was found, .*; pip install nvidia-cuda-nvrtc"):
         nvrtc.library.__wrapped__()
+
+
+def test_a_sequence_of_more_numbers_than_the_kernels_count_is_refused() -> None:
+    u, B = (torch.empty(1, 1, 2**22, size, device="meta") for size in (512, 1))
+    with pytest.raises(ConfigError, match="4194304 steps of 512 numbers are too many .* use backend 'reference'"):
+        scan.scan(Scans(u, u, B, B, None, B, (False,)), u, None)
