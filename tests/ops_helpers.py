@@ -6,9 +6,10 @@ import functools
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import cuda_emulator
 import naive
 import pytest
 import torch
@@ -16,8 +17,10 @@ from extension_stand_ins import forget_caches, use_stand_ins
 from hypothesis import settings
 from torch import Tensor
 
-from famba.ops import add_rms_norm, causal_conv1d, selective_scan, use_backend
+from famba.ops import add_rms_norm, causal_conv1d, registry, selective_scan, use_backend
 from famba.ops.availability import triton_obstacle
+from famba.ops.cuda import obstacle as cuda
+from famba.ops.cuda.launch import Launch
 from famba.ops.native import library
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -103,6 +106,11 @@ def positive_steps(inputs: list[Tensor | None]) -> list[Tensor | None]:
     return [u, delta.abs(), *rest[:-1], None if bias is None else bias.abs()]
 
 
+def cuda_obstacle() -> str | None:
+    """Say why the CUDA kernels run neither on a GPU here nor by the emulator."""
+    return cuda.obstacle() if torch.cuda.is_available() else triton_obstacle() or cuda_emulator.obstacle
+
+
 needs_kernels = pytest.mark.skipif(library.obstacle() is not None, reason=f"native kernels: {library.obstacle()}")
 
 
@@ -156,7 +164,7 @@ class Backend:
 
     @property
     def device(self) -> str:
-        return "cuda" if self.name == "triton" and torch.cuda.is_available() else "cpu"
+        return "cuda" if self.name in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
 
     def place(self, inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
         return [None if x is None else x.to(self.device) for x in inputs]
@@ -170,7 +178,8 @@ class Backend:
             pytest.skip(
                 "scripts/install_extension_python.sh installs the Python of mamba-ssm and causal-conv1d for this"
             )
-        obstacle = {"native": library.obstacle, "triton": triton_obstacle}.get(self.name, lambda: None)()
+        obstacles = {"native": library.obstacle, "triton": triton_obstacle, "cuda": cuda_obstacle}
+        obstacle = obstacles.get(self.name, lambda: None)()
         if obstacle is not None:
             pytest.skip(f"{self.name}: {obstacle}")
 
@@ -179,6 +188,10 @@ class Backend:
         """Let it serve all ops; gives the stand-ins of mamba_ssm."""
         with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
             made = use_stand_ins(patch, self.installed) if self.name == "mamba_ssm" else None
+            if self.name == "cuda" and self.device == "cpu":
+                patch.setattr(Launch, "run", cuda_emulator.run)
+                served = replace(registry._BACKENDS["cuda"], devices=("cpu",), obstacle=lambda: None)
+                patch.setitem(registry._BACKENDS, "cuda", served)
             for name, value in (tile or {}).items():
                 patch.setattr(name, value)
             stack.enter_context(native(self.isa) if self.name == "native" else use_backend(self.name))
@@ -235,6 +248,16 @@ TRITON = Backend(
     states=(1, 3, 4),
     tiles=tuple({"famba.ops.triton.scan._TILE": tile} for tile in (2, 4, 8)),
 )
+# Each dtype, and each size of what it holds in registers, is compiled once.
+CUDA = Backend(
+    "cuda",
+    HALF,
+    15,
+    lengths=(0, 1, 3, 4, 5, 15, 16, 17, 33),
+    channels=(1, 5, 32, 33),
+    states=(1, 3, 8, 16),
+    widths=(1, 3, 4),
+)
 MAMBA_SSM = [
     Backend(
         "mamba_ssm",
@@ -248,7 +271,7 @@ MAMBA_SSM = [
     )
     for installed in (False, True)
 ]
-BACKENDS = [REFERENCE, *NATIVE, TRITON, *MAMBA_SSM]
+BACKENDS = [REFERENCE, *NATIVE, TRITON, CUDA, *MAMBA_SSM]
 
 
 def all_backends(*names: str, slow: str | None = None) -> Any:

@@ -40,11 +40,11 @@ STRATEGIES = ["none", "all", "interleaved", "lower", "upper"]
 
 
 def gpu_backends() -> list[object]:
-    """mamba_ssm and triton, each skipped with its reason where it cannot be used."""
+    """mamba_ssm, triton and cuda, each skipped with its reason where it cannot be used."""
     found = backends()
     return [
         pytest.param(name, marks=pytest.mark.skipif(found[name] is not None, reason=f"{name}: {found[name]}"))
-        for name in ("mamba_ssm", "triton")
+        for name in ("mamba_ssm", "triton", "cuda")
     ]
 
 
@@ -137,8 +137,19 @@ def test_mixer(backend: str, dtype: torch.dtype) -> None:
     def run(x, into, out, *weights):  # type: ignore[no-untyped-def]
         return bidirectional_mixer(x, into, Direction(*weights[:7]), Direction(*weights[7:]), out)
 
+    def measures(x, into, out, *weights):  # type: ignore[no-untyped-def]
+        sides = Direction(*weights[:7]), Direction(*weights[7:])
+        return bidirectional_mixer(x, into, *sides, out, measure=True)[1]
+
+    on_gpu = [x.to("cuda") for x in inputs]
     with full_precision():
         check(backend, run, inputs, dtype, roundings=6)
+        with use_backend(backend):
+            found = measures(*on_gpu)
+    with use_backend("reference"):
+        wanted = measures(*(x.double() for x in on_gpu))
+    for name, x, y in zip(found._fields, found, wanted, strict=True):
+        assert_close(x.cpu(), y.cpu(), 6 * TOLERANCE[dtype], name)
 
 
 @each_backend

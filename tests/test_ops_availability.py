@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class Machine:
     """Set what `obstacle` looks at."""
 
     def __init__(self, patch: pytest.MonkeyPatch, folder: Path) -> None:
-        self._patch, self._folder = patch, folder
+        self.patch, self._folder = patch, folder
         self.versions: dict[str, str | None] = {"mamba-ssm": "2.3.1", "causal-conv1d": "1.4.0"}
         made = Extensions(installed=False)
         for module in (made.scan, made.conv):
@@ -45,19 +45,18 @@ class Machine:
         self.torch("2.10.0+cu129", "12.9")
 
     def torch(self, version: str, cuda: str | None, hip: str | None = None) -> None:
-        self._patch.setattr(torch, "__version__", version)
-        self._patch.setattr(torch.version, "cuda", cuda)
-        self._patch.setattr(torch.version, "hip", hip)
+        self.patch.setattr(torch, "__version__", version)
+        self.patch.setattr(torch.version, "cuda", cuda)
+        self.patch.setattr(torch.version, "hip", hip)
 
     def remove(self, package: Extension) -> None:
         """Leave a package's Python without its extension."""
-        self._patch.delitem(sys.modules, package.module)
+        self.patch.delitem(sys.modules, package.module)
 
-    def spoil(self, package: Extension, source: str) -> None:
-        """Put a broken extension in place of a package's."""
-        self.remove(package)
-        (self._folder / f"{package.module}.py").write_text(source)
-        self._patch.delitem(sys.modules, package.module, raising=False)
+    def spoil(self, source: str) -> None:
+        """Put a broken extension in place of mamba-ssm's."""
+        self.remove(MAMBA_SSM)
+        (self._folder / f"{MAMBA_SSM.module}.py").write_text(source)
 
     def obstacle(self) -> tuple[str, str]:
         """The reason and the remedy."""
@@ -73,43 +72,67 @@ UNDEFINED = "/env/selective_scan_cuda.so: undefined symbol: _ZN3c106detail14torc
 NO_CUDART = "libcudart.so.12: cannot open shared object file: No such file or directory"
 
 
-def test_no_obstacle_where_both_extensions_run(machine: Machine) -> None:
-    assert mamba_ssm_obstacle() is None
-
-
-def test_no_device(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert machine.obstacle() == (
+BUILT_FOR_ANOTHER = (
+    "the extension selective_scan_cuda of mamba-ssm 2.3.1 is built for another torch or CUDA than "
+    "torch 2.10.0+cu129 of CUDA 12.9: "
+)
+OBSTACLES: dict[str, tuple[Callable[[Machine], object], str, str]] = {
+    "no device": (
+        lambda m: m.patch.setattr(torch.cuda, "is_available", lambda: False),
         "torch 2.10.0+cu129 is built for CUDA 12.9, but sees no CUDA device",
         "use backend 'auto'",
-    )
+    ),
+    "ROCm": (
+        lambda m: m.torch("2.10.0+rocm7.0", None, hip="7.0"),
+        "torch is built for ROCm, for which this backend is not made",
+        "use backend 'auto'",
+    ),
+    "no packages": (
+        lambda m: m.versions.update({"mamba-ssm": None, "causal-conv1d": None}),
+        "causal-conv1d is not installed, and mamba-ssm is not installed",
+        INSTALL,
+    ),
+    "an old release": (
+        lambda m: m.versions.update({"mamba-ssm": "1.2.2"}),
+        "mamba-ssm 1.2.2 is not supported, only 2.2 to below 3",
+        INSTALL,
+    ),
+    "a new release": (
+        lambda m: m.versions.update({"mamba-ssm": "3.0.0"}),
+        "mamba-ssm 3.0.0 is not supported, only 2.2 to below 3",
+        INSTALL,
+    ),
+    "an old convolution": (
+        lambda m: m.versions.update({"causal-conv1d": "1.3.0.post1"}),
+        "causal-conv1d 1.3.0.post1 is not supported, only 1.4 to below 2",
+        INSTALL,
+    ),
+    "an extension left out": (
+        lambda m: m.remove(CAUSAL_CONV1D),
+        "causal-conv1d 1.4.0 is installed without its extension causal_conv1d_cuda",
+        INSTALL,
+    ),
+    "an undefined symbol": (
+        lambda m: m.spoil(f"raise ImportError({UNDEFINED!r} + chr(10) + 'more')"),
+        BUILT_FOR_ANOTHER + UNDEFINED,
+        INSTALL,
+    ),
+    "no libcudart": (lambda m: m.spoil(f"raise OSError({NO_CUDART!r})"), BUILT_FOR_ANOTHER + NO_CUDART, INSTALL),
+    "a dependency": (
+        lambda m: m.spoil("import a_library_that_is_not_there"),
+        BUILT_FOR_ANOTHER + "No module named 'a_library_that_is_not_there'",
+        INSTALL,
+    ),
+    "a semicolon": (lambda m: m.spoil("raise ImportError('one; two')"), BUILT_FOR_ANOTHER + "one, two", INSTALL),
+}
 
 
-def test_rocm_is_not_promised(machine: Machine) -> None:
-    machine.torch("2.10.0+rocm7.0", None, hip="7.0")
-    assert machine.obstacle()[0] == "torch is built for ROCm, for which this backend is not made"
-
-
-def test_packages_that_are_missing(machine: Machine) -> None:
-    machine.versions.update({"mamba-ssm": None, "causal-conv1d": None})
-    assert machine.obstacle() == ("causal-conv1d is not installed, and mamba-ssm is not installed", INSTALL)
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_each_obstacle_has_a_reason_and_a_remedy(machine: Machine, name: str) -> None:
+    change, reason, remedy = OBSTACLES[name]
+    change(machine)
+    assert machine.obstacle() == (reason, remedy)
     assert INSTALL in (Path(__file__).parent.parent / "docs" / "gpu.md").read_text(), "the command that the page gives"
-
-
-@pytest.mark.parametrize(
-    ("package", "version", "allowed"),
-    [
-        (MAMBA_SSM, "1.2.2", "2.2 to below 3"),
-        (MAMBA_SSM, "3.0.0", "2.2 to below 3"),
-        (CAUSAL_CONV1D, "1.3.0.post1", "1.4 to below 2"),
-    ],
-    ids=["old", "new", "old convolution"],
-)
-def test_releases_that_are_not_known(machine: Machine, package: Extension, version: str, allowed: str) -> None:
-    machine.versions[package.package] = version
-    reason, remedy = machine.obstacle()
-    assert reason == f"{package.package} {version} is not supported, only {allowed}"
-    assert remedy == INSTALL
 
 
 @pytest.mark.parametrize("version", ["2.2.0", "2.2.6.post3", "2.3.2.post1", "2.9.1+cu12torch2.10"])
@@ -118,37 +141,10 @@ def test_releases_that_are_known(machine: Machine, version: str) -> None:
     assert mamba_ssm_obstacle() is None
 
 
-def test_extension_left_out(machine: Machine) -> None:
-    machine.remove(CAUSAL_CONV1D)
-    reason = "causal-conv1d 1.4.0 is installed without its extension causal_conv1d_cuda"
-    assert machine.obstacle() == (reason, INSTALL)
-
-
-@pytest.mark.parametrize(
-    ("source", "first_line"),
-    [
-        (f"raise ImportError({UNDEFINED!r} + chr(10) + 'more')", UNDEFINED),
-        (f"raise OSError({NO_CUDART!r})", NO_CUDART),
-        ("import a_library_that_is_not_there", "No module named 'a_library_that_is_not_there'"),
-        ("raise ImportError('one; two')", "one, two"),
-    ],
-    ids=["undefined symbol", "no libcudart", "dependency", "semicolon"],
-)
-def test_extension_built_for_another_torch_or_cuda(machine: Machine, source: str, first_line: str) -> None:
-    machine.spoil(MAMBA_SSM, source)
-    reason, remedy = machine.obstacle()
-    assert reason == (
-        "the extension selective_scan_cuda of mamba-ssm 2.3.1 is built for another torch or CUDA than "
-        f"torch 2.10.0+cu129 of CUDA 12.9: {first_line}"
-    )
-    assert remedy == INSTALL
-
-
 def test_a_file_that_is_no_library(machine: Machine, tmp_path: Path) -> None:
     machine.remove(MAMBA_SSM)
     (tmp_path / "selective_scan_cuda.so").write_bytes(b"\x7fELF but cut off" * 99)
-    reason, _ = machine.obstacle()
-    assert reason.startswith("the extension selective_scan_cuda of mamba-ssm 2.3.1 is built for another torch or CUDA")
+    assert machine.obstacle()[0].startswith(BUILT_FOR_ANOTHER.removesuffix("than torch 2.10.0+cu129 of CUDA 12.9: "))
 
 
 @pytest.mark.parametrize("package", [MAMBA_SSM, CAUSAL_CONV1D], ids=lambda package: package.package)

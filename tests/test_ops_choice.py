@@ -25,7 +25,7 @@ from famba.ops import (
 )
 from famba.ops.checks import check_shapes
 
-NAMES = ["triton", "mamba_ssm", "native", "reference"]
+NAMES = ["cuda", "triton", "mamba_ssm", "native", "reference"]
 
 
 @pytest.fixture(autouse=True)
@@ -172,11 +172,13 @@ def replace_gpu_backends(monkeypatch: pytest.MonkeyPatch, **obstacles: str | Non
 
 
 def test_auto_takes_what_is_fastest_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    replace_gpu_backends(monkeypatch, triton=None, mamba_ssm=None)
-    assert registry.resolve("cuda", torch.bfloat16) == "triton"
-    assert registry.explain("cuda", torch.bfloat16) == "triton"
+    replace_gpu_backends(monkeypatch, cuda=None, triton=None, mamba_ssm=None)
+    assert registry.resolve("cuda", torch.bfloat16) == "cuda"
+    assert registry.explain("cuda", torch.bfloat16) == "cuda"
+    replace_gpu_backends(monkeypatch, cuda="no compiler; install one")
+    assert registry.explain("cuda", torch.bfloat16) == "triton (cuda: no compiler)"
     replace_gpu_backends(monkeypatch, triton="too old a GPU; buy another")
-    assert registry.explain("cuda", torch.bfloat16) == "mamba_ssm (triton: too old a GPU)"
+    assert registry.explain("cuda", torch.bfloat16) == "mamba_ssm (cuda: no compiler; triton: too old a GPU)"
     assert registry.slow_choice("cuda", torch.bfloat16) is None
 
 

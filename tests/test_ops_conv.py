@@ -47,10 +47,10 @@ def test_each_dtype_and_layout(backend: Backend, layout: str) -> None:
         backend.check(*loop_conv(reverse=number % 2 == 0), [x, weight, draw(33, dtype=dtype)])
 
 
-@all_backends("reference", "native", "triton", slow="triton")
+@all_backends("reference", "native", "triton", "cuda", slow="triton")
 @pytest.mark.parametrize("reverse", [False, True])
 def test_more_steps_than_a_tile_and_more_taps_than_usual(backend: Backend, reverse: bool) -> None:
-    for shape, width in (((2, 130, 3), 4), ((2, 40, 3), 7), ((17, 5, 9), 3)):
+    for shape, width in (((2, 130, 3), 4), ((2, 57, 130), 4), ((2, 40, 3), 7), ((17, 5, 9), 3)):
         inputs = [draw(*shape).float(), draw(shape[2], width).float(), draw(shape[2]).float()]
         backend.check(*loop_conv(reverse=reverse), inputs)
 
@@ -70,7 +70,7 @@ def test_nothing_in_nothing_out(backend: Backend, shape: tuple[int, int, int]) -
         backend.check(*loop_conv(), [draw(*size).float(), draw(size[2], 4).float(), draw(size[2]).float()])
 
 
-@all_backends("native", "triton", "mamba_ssm")
+@all_backends("native", "triton", "cuda", "mamba_ssm")
 @pytest.mark.parametrize("value", [0.0, 1e-30, -88.0, 88.0, 1e4, -1e4, 1e30, -1e30])
 def test_extremes_are_those_of_the_reference(backend: Backend, value: float) -> None:
     x = torch.full((2, 5, 9), value, device=backend.device)

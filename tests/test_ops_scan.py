@@ -35,6 +35,7 @@ SHAPES = {
     "reference": [(3, 37, 4, 4)],
     "native": [(2, 385, 9, 16), (2, 777, 9, 3)],
     "triton": [(1, 15, 5, 2), (1, 16, 5, 1), (1, 17, 3, 1), (1, 2, 5, 16), (1, 1, 3, 32), (1, 3, 257, 2)],
+    "cuda": [(1, 5, channels, 16) for channels in (64, 96, 129, 200)] + [(1, 19, 3, n) for n in (7, 9, 17, 64, 256)],
     "mamba_ssm": [(1, 2049, 2, 1)],
 }
 
@@ -138,11 +139,11 @@ def test_without_states_it_is_the_skip(backend: Backend) -> None:
     backend.check(*loop_scan(), scan_inputs(2, 9, 5, 0, dtype=torch.float32))
 
 
-@all_backends("mamba_ssm")
+@all_backends("cuda", "mamba_ssm")
 @pytest.mark.parametrize("states", [0, 257])
-def test_numbers_of_states_that_mamba_ssm_does_not_take_are_named(backend: Backend, states: int) -> None:
-    with backend.running(), pytest.raises(ConfigError, match=f"{states} states, mamba-ssm takes 1 to 256") as error:
-        selective_scan(*scan_inputs(1, 3, 2, states, dtype=torch.float32))
+def test_numbers_of_states_that_a_backend_does_not_take_are_named(backend: Backend, states: int) -> None:
+    with backend.running(), pytest.raises(ConfigError, match=f"{states} states, .* takes 1 to 256") as error:
+        selective_scan(*backend.place(scan_inputs(1, 3, 2, states, dtype=torch.float32)))
     assert str(error.value).endswith("use backend 'triton' or 'reference'")
 
 
@@ -169,7 +170,7 @@ EXTREMES = {
 }
 
 
-@all_backends("native", "triton")
+@all_backends("native", "triton", "cuda")
 @pytest.mark.parametrize("name", EXTREMES)
 def test_extremes_are_finite_where_the_reference_is(backend: Backend, name: str) -> None:
     values: dict[str, Any] = dict(EXTREMES[name])
@@ -216,7 +217,7 @@ def test_extreme_steps_stay_finite(step: float, dtype: torch.dtype) -> None:
         assert all(x.isfinite().all() for x in (y, *(leaf.grad for leaf in (u, delta, A, B, C, D, gate))))
 
 
-@all_backends("native", "triton")
+@all_backends("native", "triton", "cuda")
 def test_nan_stays_nan_and_where_it_belongs(backend: Backend) -> None:
     for place, dtype in [(p, d) for p in range(8) for d in backend.dtypes[:2]]:
         inputs = backend.place(present(scan_inputs(1, 5, 3, 3, dtype=dtype)))
@@ -227,14 +228,14 @@ def test_nan_stays_nan_and_where_it_belongs(backend: Backend) -> None:
             assert torch.equal(loop_scan()[0](*inputs).isnan(), wanted), f"input {place}, {dtype}"
 
 
-@all_backends("triton")
+@all_backends("triton", "cuda")
 def test_small_step_sizes_keep_their_digits_and_so_do_their_slopes(backend: Backend) -> None:
     delta = torch.linspace(-80, 30, 111, device=backend.device).view(1, 1, -1).requires_grad_()
     ones, one = torch.ones_like(delta), torch.ones(1, 1, 1, device=backend.device)
     # A single step of a state that starts at 0: what comes out is the step size.
     with backend.running():
         y = selective_scan(ones, delta, torch.zeros(111, 1, device=backend.device), one, one, delta_softplus=True)
-    (slope,) = torch.autograd.grad(y.sum(), delta)
+        (slope,) = torch.autograd.grad(y.sum(), delta)
     exact = delta.detach().double()
     torch.testing.assert_close(y.detach().double(), -torch.nn.functional.logsigmoid(-exact), rtol=2e-6, atol=0)
     torch.testing.assert_close(slope.double(), exact.sigmoid(), rtol=2e-6, atol=0)

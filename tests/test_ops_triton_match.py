@@ -132,28 +132,20 @@ def test_more_tokens_than_it_takes_are_refused_with_a_remedy() -> None:
         match(torch.zeros(1, 4097, 1, device=DEVICE), 1)
 
 
-def launches_of_a_layer(monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[str]:
-    """The kernels that matching and fusing launch in one layer of a small Vim."""
+@pytest.mark.parametrize(("position", "weighting"), [("head", "size"), ("middle", "mean"), ("none", "size")])
+def test_a_layer_fuses_in_four_launches(monkeypatch: pytest.MonkeyPatch, position: str, weighting: str) -> None:
     from famba.models.vim import Vim
     from famba.ops.triton.launch import Kernel
 
     names: list[str] = []
     launch = Kernel.launch
-
-    def counted(self: Kernel, grid: Any, **arguments: Any) -> None:
-        names.append(self.name)
-        launch(self, grid, **arguments)
-
+    monkeypatch.setattr(
+        Kernel, "launch", lambda self, *args, **how: (names.append(self.name), launch(self, *args, **how))
+    )
     torch.manual_seed(0)
-    model = Vim(img_size=16, patch_size=4, num_classes=3, embed_dim=8, depth=1, fusion=(4,), **options).to(DEVICE)
-    monkeypatch.setattr(Kernel, "launch", counted)
+    options: dict[str, Any] = {"cls_position": position, "fusion_weighting": weighting, "fusion": (4,)}
+    model = Vim(img_size=16, patch_size=4, num_classes=3, embed_dim=8, depth=1, **options).to(DEVICE)
     with use_backend("triton"), torch.no_grad():
         model(torch.randn(2, 3, 16, 16, device=DEVICE))
-    return [name for name in names if name.startswith(("closest_partners", "places", "fuse"))]
-
-
-@pytest.mark.parametrize("weighting", ["mean", "size"])
-@pytest.mark.parametrize("position", ["head", "middle", "none"])
-def test_a_layer_fuses_in_four_launches(monkeypatch: pytest.MonkeyPatch, position: str, weighting: str) -> None:
-    names = launches_of_a_layer(monkeypatch, cls_position=position, fusion_weighting=weighting)
-    assert names == ["closest_partners", "places", "fuse_forward", "fuse_forward"]
+    found = [name for name in names if name.startswith(("closest_partners", "places", "fuse"))]
+    assert found == ["closest_partners", "places", "fuse_forward", "fuse_forward"]

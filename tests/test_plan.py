@@ -90,7 +90,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_for_a_gpu_is_planned_where_there_is_none(without_gpu: None, capsys: Printed) -> None:
     overrides = ["model=vim_micro", "fusion=upper", "trainer.device=cuda"]
     none, upper = plan([*overrides, "trainer.precision=auto"])
-    assert (upper.setup.device.type, upper.setup.dtype) == ("cuda", torch.bfloat16)
+    assert (upper.setup.device.type, upper.setup.dtype, upper.backend) == ("cuda", torch.bfloat16, "cuda")
     assert none.cost.layers[0] == none.cost.layers[-1]
     single = plan([*overrides, "trainer.precision=fp32"])[1]
     assert upper.cost.macs == single.cost.macs

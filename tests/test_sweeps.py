@@ -173,7 +173,7 @@ def test_what_is_in_the_queue_is_not_submitted_again(
     commands: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["-m", *TINY, "seed=0,1", _SLURM, f"run_dir={tmp_path}/sweep"]
-    (commands / "squeue").write_text("#!/bin/sh\necho 7_0 PENDING\n")
+    (commands / "squeue").write_text("#!/bin/sh\necho '7_0|PENDING|None'\n")
     assert main(command) == 0
     assert "2 job(s) in Slurm" in capsys.readouterr().out
     assert "array=0-1" in (tmp_path / "script.sh").read_text()
@@ -181,7 +181,7 @@ def test_what_is_in_the_queue_is_not_submitted_again(
     assert main([*command, "trainer.log_every=3"]) == 0  # one of the two is no longer in the queue
     assert "array" not in (tmp_path / "script.sh").read_text()
     (tmp_path / "script.sh").unlink()
-    (commands / "squeue").write_text("#!/bin/sh\necho 7_0 PENDING; echo 7 RUNNING\n")
+    (commands / "squeue").write_text("#!/bin/sh\necho '7_0|PENDING|None'; echo '7|RUNNING|None'\n")
     assert main(command) == 0
     assert not (tmp_path / "script.sh").exists()
     (commands / "squeue").write_text("#!/bin/sh\necho 'no controller' >&2; exit 1\n")

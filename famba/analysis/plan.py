@@ -121,7 +121,7 @@ def _planned(name: str, config: RunConfig) -> Planned:
     """Count for a device, a precision and a backend, none of which need be on this machine.
 
     A choice that "auto" leaves open is made as on this machine, and for a GPU that is not here as on most: bfloat16, by
-    the Triton kernels.
+    the CUDA kernels.
     """
     backend, precision = config.ops.backend, config.trainer.precision
     check_choice("ops.backend", backend, [*backends(), AUTO])
@@ -140,7 +140,7 @@ def _planned(name: str, config: RunConfig) -> Planned:
         autocast = choose_precision(precision, device)
     if backend == AUTO:
         is_cuda = not is_here and device.type == "cuda" and find_spec("triton")
-        backend = "triton" if is_cuda else resolve(device.type, autocast or torch.float32)
+        backend = "cuda" if is_cuda else resolve(device.type, autocast or torch.float32)
     check_cuda_graphs(config, device, 1, backend)
     # Checked as a run is, but for what depends on this machine.
     trainer = replace(config.trainer, device="cpu", precision="fp32", cuda_graphs="auto")

@@ -36,7 +36,7 @@ def triton_obstacle() -> str | None:
         return "torch is built for ROCm, for which these kernels are not made; use 'reference'"
     if not torch.cuda.is_available():
         return (
-            f"{_no_device()}; use 'auto', or set TRITON_INTERPRET=1 before Python starts to try the kernels on a CPU, "
+            f"{no_device()}; use 'auto', or set TRITON_INTERPRET=1 before Python starts to try the kernels on a CPU, "
             "thousands of times slower"
         )
     if torch.cuda.get_device_capability() < _OLDEST_CAPABILITY:
@@ -108,7 +108,7 @@ def mamba_ssm_obstacle() -> str | None:
     if torch.version.hip is not None:
         return "torch is built for ROCm, for which this backend is not made; use backend 'auto'"
     if not torch.cuda.is_available():
-        return f"{_no_device()}; use backend 'auto'"
+        return f"{no_device()}; use backend 'auto'"
     reasons = [reason for reason in (CAUSAL_CONV1D.hindrance(), MAMBA_SSM.hindrance()) if reason is not None]
     reasons = reasons or _trial()
     return f"{', and '.join(reasons).replace('; ', ', ')}; {INSTALL}" if reasons else None
@@ -151,6 +151,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _no_device() -> str:
+def no_device() -> str:
+    """Say that torch sees no GPU, and for what it is built."""
     built = "is built without CUDA" if torch.version.cuda is None else f"is built for CUDA {torch.version.cuda}, but"
     return f"torch {torch.__version__} {built} {'and ' if torch.version.cuda is None else ''}sees no CUDA device"

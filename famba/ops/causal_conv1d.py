@@ -7,7 +7,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from famba.errors import ConfigError
 from famba.ops.checks import check_rank, check_shapes
-from famba.ops.definition import define, fresh
+from famba.ops.definition import define, differentiate, fresh
 from famba.ops.registry import backend_of
 
 
@@ -66,20 +66,7 @@ _conv_backward = define(
     run=lambda kernels, *inputs: kernels.causal_conv1d_backward(*inputs),
     fake=lambda kernels, dy, x, weight, bias, *_: (fresh(x), fresh(weight), fresh(bias)),
 )
-
-
-def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weight, bias, ctx.silu, ctx.reverse, ctx.backend = inputs
-    ctx.save_for_backward(x, weight, bias)
-
-
-def _gradients(ctx, dy):  # type: ignore[no-untyped-def]
-    x, weight, bias = ctx.saved_tensors
-    dx, dweight, dbias = _conv_backward(dy, x, weight, bias, ctx.silu, ctx.reverse, ctx.backend)
-    return dx, dweight, None if bias is None else dbias, None, None, None
-
-
-_conv.register_autograd(_gradients, setup_context=_keep)
+differentiate(_conv, _conv_backward, 3)
 
 
 @register_flop_formula(torch.ops.famba.causal_conv1d)

@@ -46,6 +46,30 @@ def define(
     return op
 
 
+def differentiate(op: CustomOpDef, backward: CustomOpDef, tensors: int) -> None:
+    """Let another op give the gradients of an op's first inputs, `tensors` of them, which are tensors or None.
+
+    It takes the gradient of the first result, the inputs, what else the op returned, and the backend.
+    """
+
+    def keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        others = () if isinstance(output, Tensor) else output[1:]
+        *ctx.how, ctx.backend = inputs[tensors:]
+        ctx.save_for_backward(*inputs[:tensors], *others)
+        # Other results have no gradient, and none is to be filled with zeros for them in each backward.
+        ctx.mark_non_differentiable(*others)
+        ctx.set_materialize_grads(False)
+
+    def gradients(ctx, dy, *_):  # type: ignore[no-untyped-def]
+        given, others, nothing = ctx.saved_tensors[:tensors], ctx.saved_tensors[tensors:], [None] * (len(ctx.how) + 1)
+        if dy is None:
+            return *(None for _ in given), *nothing
+        grads = backward(dy, *given, *ctx.how, *others, ctx.backend)
+        return *(None if x is None else grad for x, grad in zip(given, grads, strict=True)), *nothing
+
+    op.register_autograd(gradients, setup_context=keep)
+
+
 def fresh(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
     """Return a new contiguous tensor of x's shape, and of its dtype unless another is given; None for None."""
     return None if x is None else x.new_empty(x.shape, dtype=dtype)

@@ -58,6 +58,23 @@ class Direction(NamedTuple):
     D: Tensor
 
 
+class TokenMeasures(NamedTuple):
+    """Hold what a mixer's scans did with each token, forward and backward, (b, l, 2) in float32 (float64).
+
+    step: the mean over the channels of the step size softplus(delta + bias), by which Ma et al. 2025 (arXiv 2507.14042)
+    rank tokens. output: the sum over the channels of max(0, y), y being the scan's result with its skip D u and before
+    its gate, as Zhan et al. 2024 (arXiv 2409.18962) rank them.
+    """
+
+    step: Tensor
+    output: Tensor
+
+    @classmethod
+    def of(cls, measures: Tensor) -> TokenMeasures:
+        """Take them as an op has them: (2, 2, b, l), of each measure both directions."""
+        return cls(*measures.movedim(1, -1))
+
+
 class MixerSizes(NamedTuple):
     """Hold the sizes that decide what a mixer keeps for its backward.
 
@@ -109,6 +126,20 @@ class MixerInputs(NamedTuple):
         cast = any(weight.dtype != self.x.dtype for weight in self.product_weights())
         batch, length, d_model = self.x.shape
         return MixerSizes(batch, length, d_model, self.in_weight.shape[0] // 2, states, rank, out, cast)
+
+    def with_others(self, others: Sequence[Sequence[Tensor]], inputs: MixerInputs) -> tuple[list[Tensor], list[Tensor]]:
+        """Return each direction's gradients in its weights' dtypes: those of products are held here.
+
+        others: for each direction those of conv_weight, conv_bias, dt_bias, A and D.
+        """
+        forward, backward = (
+            [
+                grad.to(weight.dtype)
+                for grad, weight in zip((*other[:2], side.x_weight, side.dt_weight, *other[2:]), given, strict=True)
+            ]
+            for other, side, given in zip(others, self.directions, inputs.directions, strict=True)
+        )
+        return forward, backward
 
     def product_weights(self) -> Iterator[Tensor]:
         """Give the weights of the matrix products, in the order of the fields."""

@@ -150,16 +150,6 @@ def split_flat(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
     return [part[: math.prod(shape)].view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def flatten(x: Tensor) -> Tensor:
-    """Return (b, l, c) as (b l, c), the rows of a product."""
-    return x.reshape(x.shape[0] * x.shape[1], x.shape[2])
-
-
-def as_tokens(rows: Tensor, like: Tensor) -> Tensor:
-    """View (b l, c) as (b, l, c), for the b and l of another tensor."""
-    return rows.view(like.shape[0], like.shape[1], rows.shape[1])
-
-
 def copy_each(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Copy tensors, given as (into, from), by one launch for those of the same two dtypes.
 

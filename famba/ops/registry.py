@@ -16,6 +16,7 @@ from torch import Tensor
 
 from famba.errors import BackendError, near_miss
 from famba.ops.availability import mamba_ssm_obstacle, triton_obstacle, triton_on_request
+from famba.ops.cuda import obstacle as cuda
 from famba.ops.inputs import ScanGradients, ScanInputs
 from famba.ops.native import library
 
@@ -91,6 +92,7 @@ _HALF = (torch.float32, torch.bfloat16, torch.float16)
 
 # In the order in which "auto" prefers them.
 _BACKENDS: dict[str, Backend] = {
+    "cuda": Backend("famba.ops.cuda.backend", ("cuda",), cuda.obstacle, _HALF),
     "triton": Backend("famba.ops.triton", ("cuda",), triton_obstacle, _HALF, triton_on_request),
     "mamba_ssm": Backend("famba.ops.mamba_ssm", ("cuda",), mamba_ssm_obstacle, _HALF),
     "native": Backend("famba.ops.native", ("cpu",), library.obstacle, dtypes=(torch.float32, torch.bfloat16)),
@@ -110,9 +112,9 @@ def backends() -> dict[str, str | None]:
 class use_backend:  # noqa: N801 - called like a function, and a context manager as well
     """Choose the backend of all ops in this process: by itself for good, in a `with` block until its end.
 
-    name: "triton", "mamba_ssm", "native", "reference", or "auto" (the fastest usable one for a tensor's device).
-    A `with` block takes a fresh call. Raises BackendError for an unknown name, or for a backend that cannot be
-    used here, with reason and remedy.
+    name: "cuda", "triton", "mamba_ssm", "native", "reference", or "auto" (the fastest usable one for a tensor's
+    device). A `with` block takes a fresh call. Raises BackendError for an unknown name, or for a backend that cannot
+    be used here, with reason and remedy.
     """
 
     def __init__(self, name: str) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from famba.ops.checks import check_rank, check_shapes
-from famba.ops.definition import define, fresh
+from famba.ops.definition import define, differentiate, fresh
 from famba.ops.inputs import ScanGradients, ScanInputs
 from famba.ops.reference import compute_dtype
 from famba.ops.registry import Kernels, backend_of
@@ -96,25 +96,7 @@ _scan_backward = define(
     run=lambda kernels, dy, *rest: kernels.selective_scan_backward(dy, ScanInputs(*rest[:-1]), rest[-1]),
     fake=lambda kernels, dy, *inputs: [fresh(x) for x in inputs[: len(ScanGradients._fields)]],
 )
-
-
-def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.delta_softplus, ctx.reverse, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    # The state has no gradient, and none is to be filled with zeros for it in each backward.
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx, dy, _):  # type: ignore[no-untyped-def]
-    *inputs, state = ctx.saved_tensors
-    if dy is None:
-        return (None,) * (len(inputs) + 3)
-    grads = _scan_backward(dy, *inputs, ctx.delta_softplus, ctx.reverse, state, ctx.backend)
-    return *(None if x is None else g for x, g in zip(inputs, grads, strict=True)), None, None, None
-
-
-_scan.register_autograd(_gradients, setup_context=_keep)
+differentiate(_scan, _scan_backward, len(ScanGradients._fields))
 
 
 def scan_macs(batch: int, length: int, channels: int, states: int, skip: bool, gate: bool) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from famba.errors import ConfigError
 from famba.ops.inputs import ScanGradients, ScanInputs
+from famba.ops.layout import optional_parameter, parameter
 from famba.ops.native.library import Conv, Fuse, Norm, Scan, call
 
 # The scan keeps the states that enter each chunk of at most this many steps; shorter sequences keep none.
@@ -66,7 +67,7 @@ def causal_conv1d_backward(
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return the normed sum and the sum."""
     normed, total = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape)
-    given = {"x": x.contiguous(), "residual": _parameter(residual), "weight": parameter(weight)}
+    given = {"x": x.contiguous(), "residual": optional_parameter(residual), "weight": parameter(weight)}
     _norm("norm_forward", x, eps, **given, normed=normed, total=total)
     return normed, total
 
@@ -111,15 +112,6 @@ def _fuse(kernel: str, tokens: Tensor, fused: Tensor, places: Tensor, weights: T
     call(kernel, Fuse, tokens.dtype, **sizes, x=tokens, y=fused, **given)
 
 
-def parameter(x: Tensor) -> Tensor:
-    """Return what is no activation as the kernels read it: float32 and contiguous."""
-    return x.to(torch.float32).contiguous()
-
-
-def _parameter(x: Tensor | None) -> Tensor | None:
-    return None if x is None else parameter(x)
-
-
 def activation(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return an activation as the kernels read it: of one dtype, channels adjacent."""
     x = x.to(dtype)
@@ -134,12 +126,23 @@ def readable(inputs: ScanInputs) -> ScanInputs:
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     u, delta, B, C = (activation(x, dtype) for x in (u, delta, B, C))
     z = None if z is None else activation(z, dtype)
-    return ScanInputs(u, delta, parameter(A), B, C, _parameter(D), z, _parameter(delta_bias), softplus, reverse)
+    return ScanInputs(
+        u, delta, parameter(A), B, C, optional_parameter(D), z, optional_parameter(delta_bias), softplus, reverse
+    )
 
 
-def run_scan(inputs: ScanInputs, state: Tensor, y: Tensor, scale: float = 1.0, accumulate: bool = False) -> None:
-    """Write the result of a scan as `readable` gives it, and the states that enter later chunks."""
-    call("scan_forward", Scan, y.dtype, **_scan(inputs, state, scale, accumulate), y=y)
+def run_scan(
+    inputs: ScanInputs,
+    state: Tensor,
+    y: Tensor,
+    scale: float = 1.0,
+    accumulate: bool = False,
+    measures: Tensor | None = None,
+) -> None:
+    """Write the result of a scan as `readable` gives it, the states that enter later chunks, and measures (2, b, l)."""
+    steps, outputs = (None, None) if measures is None else measures
+    given = _scan(inputs, state, scale, accumulate)
+    call("scan_forward", Scan, y.dtype, **given, y=y, step_means=steps, output_sums=outputs)
 
 
 def run_scan_backward(
@@ -193,5 +196,5 @@ def convolve_backward(
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> dict[str, Any]:
     batch, length, channels = x.shape
     sizes = {"batch": batch, "length": length, "channels": channels, "width": weight.shape[1]}
-    given = {"x": activation(x, x.dtype), "weight": parameter(weight), "bias": _parameter(bias)}
+    given = {"x": activation(x, x.dtype), "weight": parameter(weight), "bias": optional_parameter(bias)}
     return {**sizes, "silu": silu, "reverse": reverse, **given}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from famba.ops.inputs import Direction, MixerInputs, MixerSizes, ScanInputs
+from famba.ops.inputs import MixerInputs, MixerSizes, ScanInputs
+from famba.ops.layout import as_tokens, flatten
 from famba.ops.native.kernels import (
     activation,
     convolve,
@@ -18,108 +18,87 @@ from famba.ops.native.kernels import (
     run_scan_backward,
     scan_state_shape,
 )
-from famba.ops.products import as_tokens, copy_each, flat_size, flatten, split_flat
+from famba.ops.products import Columns, ProductWeights
 
 
 def mixer_kept_shapes(sizes: MixerSizes) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """Return the shapes of u, of dt, B and C for both directions, of cast weights, and of both scans' kept states."""
+    """Return the shapes of u, of dt, B and C for both directions, of copied weights, and of the scans' kept states."""
     tokens = (sizes.batch, sizes.length)
-    state = scan_state_shape(sizes.batch, sizes.length, sizes.channels, sizes.states)
-    projected = (*tokens, sizes.rank + 2 * sizes.states)
-    return [(*tokens, sizes.channels), projected, projected, (flat_size(_shapes(sizes)),)], [state, state]
+    states = scan_state_shape(*tokens, sizes.channels, sizes.states)
+    projected = (2, *tokens, Columns.of(sizes).width)
+    return [(*tokens, sizes.channels), projected, ProductWeights.kept_shape(sizes)], [(2, *states)]
 
 
-def mixer(inputs: MixerInputs) -> tuple[Tensor, ...]:
-    """Return the result, and what the backward needs."""
+def mixer(inputs: MixerInputs, measure: bool) -> tuple[Tensor | None, ...]:
+    """Return the result, the measures where they are asked for, and what the backward needs."""
     x, sizes = inputs.x, inputs.sizes
-    cast = x.new_zeros(flat_size(_shapes(sizes)))
-    copy_each(zip(split_flat(cast, _shapes(sizes)), inputs.product_weights(), strict=False))
-    products = _Products.of(inputs, cast)
+    weights, copied = ProductWeights.copied(inputs)
     tokens = flatten(x.contiguous())
-    u, z = (as_tokens(tokens @ half.t(), x) for half in products.into.chunk(2))
+    u, z = (as_tokens(tokens @ half.t(), x) for half in weights.into.chunk(2))
     y, inner, delta = (torch.empty_like(u) for _ in range(3))
-    projections, entering = [], []
-    for reverse, weights in enumerate(inputs.directions):
-        convolve(u, weights.conv_weight, weights.conv_bias, True, bool(reverse), inner)
-        projections.append(as_tokens(flatten(inner) @ products.x[reverse].t(), x))
-        entering.append(torch.empty(scan_state_shape(sizes.batch, sizes.length, sizes.channels, sizes.states)))
-        scan = _scan(inner, delta, z, projections[-1], products.dt[reverse], weights, bool(reverse))
+    projected = u.new_empty(2, *u.shape[:2], weights.x.shape[1])
+    states = torch.empty(2, *scan_state_shape(sizes.batch, sizes.length, sizes.channels, sizes.states))
+    measures = torch.empty(2, 2, *u.shape[:2]) if measure else None
+    for reverse, side in enumerate(inputs.directions):
+        convolve(u, side.conv_weight, side.conv_bias, True, bool(reverse), inner)
+        torch.mm(flatten(inner), weights.x[reverse].t(), out=flatten(projected[reverse]))
+        scan = _scan(inner, delta, z, projected[reverse], weights, inputs, reverse)
         # The second direction adds to what the first has written.
-        run_scan(scan, entering[-1], y, scale=0.5, accumulate=bool(reverse))
-    out = y if products.out is None else as_tokens(flatten(y) @ products.out.t(), x)
-    return out, u, *projections, cast, *entering
+        of_direction = None if measures is None else measures[:, reverse]
+        run_scan(scan, states[reverse], y, 0.5, bool(reverse), of_direction)
+    out = y if weights.out is None else as_tokens(flatten(y) @ weights.out.t(), x)
+    return out, measures, u, projected, copied, states
 
 
 def mixer_backward(
     dout: Tensor, inputs: MixerInputs, kept: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None]:
     """Return the gradients of x, in_weight, both directions' weights and out_weight, each in its input's dtype."""
-    u, *projections, cast, state, back_state = kept
-    x, channels, products = inputs.x, u.shape[2], _Products.of(inputs, cast)
+    u, projected, copied, states, *_ = kept
+    x, channels, weights = inputs.x, u.shape[2], ProductWeights.kept(copied, inputs)
     tokens, dout = flatten(x.contiguous()), activation(dout, x.dtype).contiguous()
     # The gate is worked out again: keeping it would cost a third more memory, its product 4 % of a step's.
-    z = as_tokens(tokens @ products.into[channels:].t(), x)
+    z = as_tokens(tokens @ weights.into[channels:].t(), x)
     dy, y = dout, None
-    if products.out is not None:
-        dy, y = as_tokens(flatten(dout) @ products.out, x), torch.empty_like(u)
+    if weights.out is not None:
+        dy, y = as_tokens(flatten(dout) @ weights.out, x), torch.empty_like(u)
     inner, delta, dinner, ddelta = (torch.empty_like(u) for _ in range(4))
     dxz = x.new_empty(*x.shape[:2], 2 * channels)
     du, dz = dxz.chunk(2, dim=-1)
-    of_directions = []
-    sides = zip(inputs.directions, projections, (state, back_state), strict=True)
-    for reverse, (weights, projected, entering) in enumerate(sides):
-        convolution = (u, weights.conv_weight, weights.conv_bias, True, bool(reverse))
+    columns, dprojected = Columns.of(inputs.sizes), torch.empty_like(projected[0])
+    ddt, dB, dC = columns.split(dprojected)
+    columns.clear_tail(dprojected)
+    dx_weight, ddt_weight, others = torch.empty_like(weights.x), torch.empty_like(weights.dt), []
+    for reverse, side in enumerate(inputs.directions):
+        convolution = (u, side.conv_weight, side.conv_bias, True, bool(reverse))
         convolve(*convolution, inner)
-        rank, x_weight, dt_weight = weights.dt_weight.shape[1], products.x[reverse], products.dt[reverse]
-        scan = _scan(inner, delta, z, projected, dt_weight, weights, bool(reverse))
-        dprojected = torch.empty_like(projected)
-        dB, dC = dprojected[..., rank:].chunk(2, dim=-1)
+        scan = _scan(inner, delta, z, projected[reverse], weights, inputs, reverse)
         written = {"du": dinner, "ddelta": ddelta, "dB": dB, "dC": dC, "dz": dz, "y": y}
-        dA, dD, dbias = run_scan_backward(scan, entering, dy, scale=0.5, accumulate=bool(reverse), **written)
-        flat_ddelta = flatten(ddelta)
-        flatten(dprojected)[:, :rank].copy_(flat_ddelta @ dt_weight)
-        ddt_weight = flat_ddelta.t() @ flatten(projected)[:, :rank]
-        flatten(dinner).addmm_(flatten(dprojected), x_weight)
-        dx_weight = flatten(dprojected).t() @ flatten(inner)
-        dconv_weight, dconv_bias = convolve_backward(dinner, *convolution, du, accumulate=bool(reverse))
-        grads = (dconv_weight, dconv_bias, dx_weight, ddt_weight, dbias, dA, dD)
-        of_directions.append([grad.to(weight.dtype) for grad, weight in zip(grads, weights, strict=True)])
-    flat, out_weight = flatten(dxz), inputs.out_weight
-    dout_weight = None if out_weight is None or y is None else (flatten(dout).t() @ flatten(y)).to(out_weight.dtype)
-    din_weight = (flat.t() @ tokens).to(inputs.in_weight.dtype)
-    return (flat @ products.into).view(x.shape), din_weight, of_directions[0], of_directions[1], dout_weight
+        dA, dD, dbias = run_scan_backward(scan, states[reverse], dy, scale=0.5, accumulate=bool(reverse), **written)
+        flat_ddelta, flat = flatten(ddelta), flatten(dprojected)
+        ddt.copy_(as_tokens(flat_ddelta @ weights.dt[reverse], x))
+        torch.mm(flat_ddelta.t(), flatten(projected[reverse])[:, : columns.dt], out=ddt_weight[reverse])
+        flatten(dinner).addmm_(flat, weights.x[reverse])
+        torch.mm(flat.t(), flatten(inner), out=dx_weight[reverse])
+        others.append((*convolve_backward(dinner, *convolution, du, accumulate=bool(reverse)), dbias, dA, dD))
+    flat, dout_weight = flatten(dxz), None if y is None else flatten(dout).t() @ flatten(y)
+    of_products = ProductWeights(flat.t() @ tokens, dx_weight, ddt_weight, dout_weight)
+    of_weights = of_products.as_given(inputs)
+    dx = (flat @ weights.into).view(x.shape)
+    return dx, of_weights.in_weight, *of_weights.with_others(others, inputs), of_weights.out_weight
 
 
 def _scan(
-    inner: Tensor, delta: Tensor, z: Tensor, projected: Tensor, dt_weight: Tensor, weights: Direction, reverse: bool
+    inner: Tensor,
+    delta: Tensor,
+    z: Tensor,
+    projected: Tensor,
+    weights: ProductWeights,
+    inputs: MixerInputs,
+    reverse: int,
 ) -> ScanInputs:
-    """Return the scan of `inner` for dt, B and C (b, l, r + 2 n), ready for the kernel; write its step sizes."""
-    rank = dt_weight.shape[1]
-    B, C = projected[..., rank:].chunk(2, dim=-1)
-    torch.mm(flatten(projected)[:, :rank], dt_weight.t(), out=flatten(delta))
-    return readable(ScanInputs(inner, delta, weights.A, B, C, weights.D, z, weights.dt_bias, True, reverse))
-
-
-def _shapes(sizes: MixerSizes) -> list[tuple[int, ...]]:
-    """Return the shapes of the products' weights, in their order, where they are cast; of none where they are not."""
-    if not sizes.cast:
-        return []
-    d = sizes.channels
-    direction = [(sizes.rank + 2 * sizes.states, d), (d, sizes.rank)]
-    return [(2 * d, sizes.d_model), *direction, *direction, *([] if sizes.out is None else [(sizes.out, d)])]
-
-
-class _Products(NamedTuple):
-    """Hold the weights of the matrix products in x's dtype: those cast, or the given ones."""
-
-    into: Tensor
-    x: tuple[Tensor, Tensor]
-    dt: tuple[Tensor, Tensor]
-    out: Tensor | None
-
-    @classmethod
-    def of(cls, inputs: MixerInputs, cast: Tensor) -> _Products:
-        """Find them in the memory of those cast."""
-        found = split_flat(cast, _shapes(inputs.sizes)) or list(inputs.product_weights())
-        into, x, dt, x_back, dt_back, *out = found
-        return cls(into, (x, x_back), (dt, dt_back), out[0] if out else None)
+    """Return the scan of `inner` in a direction, ready for the kernel; write its step sizes."""
+    dt, B, C = Columns.of(inputs.sizes).split(projected)
+    torch.mm(flatten(dt), weights.dt[reverse].t(), out=flatten(delta))
+    side = inputs.directions[reverse]
+    return readable(ScanInputs(inner, delta, side.A, B, C, side.D, z, side.dt_bias, True, bool(reverse)))

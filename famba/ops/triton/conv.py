@@ -7,13 +7,16 @@ forward: it works out again what entered silu, at each step as often as the kern
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from famba.ops.triton.launch import Configuration, Grid, activation, kernel, parameter
+from famba.ops.directional import Convolution
+from famba.ops.layout import optional_parameter, parameter
+from famba.ops.triton.launch import Configuration, Grid, kernel
 from famba.ops.triton.sums import column_sums
 
 
@@ -22,89 +25,45 @@ def tile_steps(width: int) -> int:
     return 64 if width <= 4 else 16
 
 
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
-    """Return y."""
-    return convolve(x, [weight], [bias], silu, (reverse,)).squeeze(0)
-
-
-def causal_conv1d_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the gradients of x, weight and bias, each in its input's dtype."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    (dweight,), (dbias,) = convolve_backward(dy.unsqueeze(0), x, [weight], [bias], silu, (reverse,), dx)
-    return dx, dweight, dbias
-
-
-def convolve(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], silu: bool, reverses: tuple[bool, ...]
-) -> Tensor:
-    """Convolve x (b, l, d) in one or two directions, to (directions, b, l, d) in x's dtype, in one launch.
-
-    weights: (d, width) for each direction, of one width; biases: (d,), or all None.
-    """
-    batch, length, channels = x.shape
-    y = torch.empty(len(weights), batch, length, channels, dtype=x.dtype, device=x.device)
-    if y.numel() == 0:
-        return y
-    tiles = batch * triton.cdiv(length, tile_steps(weights[0].shape[1]))
-    grid = _grid(tiles, channels)
-    _conv_forward.launch(grid, y=y, **_arguments(x, weights, biases, silu, reverses))
-    return y
+def convolve(convolution: Convolution, y: Tensor) -> None:
+    """Write results, in one launch."""
+    _conv_forward.launch(_grid(convolution), y=y, **_arguments(convolution))
 
 
 def convolve_backward(
-    dys: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    silu: bool,
-    reverses: tuple[bool, ...],
-    dx: Tensor,
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Write the gradient of x into dx; return those of weights and biases, in their dtypes.
-
-    dys: (directions, b, l, d), over which dx is a sum: (b, l, d) of x's dtype, rows at equal distances over images too.
-    One launch, and one that adds up the tiles' sums.
-    """
-    batch, length, channels = x.shape
-    width = weights[0].shape[1]
-    dweights = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
-    dbiases = [None if b is None else torch.empty_like(b, memory_format=torch.contiguous_format) for b in biases]
-    if channels == 0:
-        return dweights, dbiases
-    tiles = batch * triton.cdiv(length, tile_steps(width))
-    columns = len(weights) * (width + 1) * channels
-    partials = torch.empty(tiles, columns, dtype=torch.float32, device=x.device)
-    given = _arguments(x, weights, biases, silu, reverses)
-    if tiles:
-        taps = triton.next_power_of_2(len(weights) * (width + 1))
-        written = {"dx": dx, "DX_ROW": dx.stride(1), "partials": partials}
-        _conv_backward.launch(_grid(tiles, channels), dy=dys.to(x.dtype).contiguous(), **written, TAPS=taps, **given)
+    dys: Tensor, convolution: Convolution, dx: Tensor, dweights: Sequence[Tensor], dbiases: Sequence[Tensor | None]
+) -> None:
+    """Write gradients, in one launch, and one that adds up the tiles' sums."""
+    given = _arguments(convolution)
+    columns = len(dweights) * (given["WIDTH"] + 1) * given["CHANNELS"]
+    tiles = given["batch"] * triton.cdiv(given["length"], given["STEPS"])
+    partials = dx.new_empty(tiles, columns, dtype=torch.float32)
+    taps = triton.next_power_of_2(len(dweights) * (given["WIDTH"] + 1))
+    written = {"dx": dx, "DX_ROW": dx.stride(1), "partials": partials}
+    _conv_backward.launch(_grid(convolution), dy=dys, **written, TAPS=taps, **given)
     sums = {"dweight": dweights[0], "dbias": dbiases[0], "dweight2": dweights[-1], "dbias2": dbiases[-1]}
     known = {name: given[name] for name in ("CHANNELS", "WIDTH", "DIRECTIONS", "BIASED")}
     grid = lambda constants: (triton.cdiv(columns, constants["BLOCK"]),)  # noqa: E731 - as Triton writes grids
     _conv_sums.launch(grid, partials=partials, tiles=tiles, **sums, **known)
-    return dweights, dbiases
 
 
-def _grid(tiles: int, channels: int) -> Grid:
+def _grid(convolution: Convolution) -> Grid:
+    batch, length, channels = convolution.x.shape
+    tiles = batch * triton.cdiv(length, tile_steps(convolution.weights[0].shape[1]))
     return lambda constants: (tiles, triton.cdiv(channels, constants["BLOCK"]))
 
 
-def _arguments(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], silu: bool, reverses: tuple[bool, ...]
-) -> dict[str, object]:
+def _arguments(convolution: Convolution) -> dict[str, Any]:
     """Return what both kernels take. Of one direction alone the second is the first again, and not looked at."""
-    x = activation(x, x.dtype)
+    x, weights, biases, silu, reverses = convolution
     readable = [parameter(weight) for weight in weights]
-    shifts = [None if bias is None else parameter(bias) for bias in biases]
+    shifts = [optional_parameter(bias) for bias in biases]
     batch, length, channels = x.shape
-    width, biased = weights[0].shape[1], biases[0] is not None
+    width = weights[0].shape[1]
     tensors = {"x": x, "weight": readable[0], "bias": shifts[0], "weight2": readable[-1], "bias2": shifts[-1]}
     sizes = {"batch": batch, "length": length, "CHANNELS": channels, "X_ROW": x.stride(1), "WIDTH": width}
-    how = {"DIRECTIONS": len(weights), "REVERSE": reverses[0], "REVERSE2": reverses[-1], "BIASED": biased, "SILU": silu}
-    return {**tensors, **sizes, **how, "STEPS": tile_steps(width)}
+    how = {"DIRECTIONS": len(weights), "REVERSE": reverses[0], "REVERSE2": reverses[-1], "SILU": silu}
+    return {**tensors, **sizes, **how, "BIASED": biases[0] is not None, "STEPS": tile_steps(width)}
 
 
 @triton.jit
@@ -153,10 +112,9 @@ def _conv_forward(
     inside = (step < length)[:, None] & (channel < CHANNELS)[None, :]
     start = x + image * length * X_ROW
     for direction in tl.static_range(DIRECTIONS):
-        if direction == 0:
-            total = _convolved(start, step, channel, length, weight, bias, CHANNELS, X_ROW, WIDTH, REVERSE, BIASED)
-        else:
-            total = _convolved(start, step, channel, length, weight2, bias2, CHANNELS, X_ROW, WIDTH, REVERSE2, BIASED)
+        taps, shift = weight if direction == 0 else weight2, bias if direction == 0 else bias2
+        turned = REVERSE if direction == 0 else REVERSE2
+        total = _convolved(start, step, channel, length, taps, shift, CHANNELS, X_ROW, WIDTH, turned, BIASED)
         if SILU:
             total *= tl.sigmoid(total)
         out = y + (direction * batch + image) * length * CHANNELS
@@ -200,20 +158,15 @@ def _conv_backward(
     sums = tl.zeros([TAPS, BLOCK], tl.float32)
     for direction in tl.static_range(DIRECTIONS):
         begin = dy + (direction * batch + image) * length * CHANNELS
+        taps, shift = weight if direction == 0 else weight2, bias if direction == 0 else bias2
+        turned = REVERSE if direction == 0 else REVERSE2
         for k in tl.static_range(WIDTH):
             # Where the step of this program's tile is seen through tap k.
-            if direction == 0:
-                there = step + ((k - WIDTH + 1) if REVERSE else (WIDTH - 1 - k))
-                grad = _through_silu(
-                    begin, start, there, channel, length, weight, bias, CHANNELS, X_ROW, WIDTH, REVERSE, BIASED, SILU
-                )
-                total += grad * _tap(weight, channel, k, CHANNELS, WIDTH)
-            else:
-                there = step + ((k - WIDTH + 1) if REVERSE2 else (WIDTH - 1 - k))
-                grad = _through_silu(
-                    begin, start, there, channel, length, weight2, bias2, CHANNELS, X_ROW, WIDTH, REVERSE2, BIASED, SILU
-                )
-                total += grad * _tap(weight2, channel, k, CHANNELS, WIDTH)
+            there = step + ((k - WIDTH + 1) if turned else (WIDTH - 1 - k))
+            grad = _through_silu(
+                begin, start, there, channel, length, taps, shift, CHANNELS, X_ROW, WIDTH, turned, BIASED, SILU
+            )
+            total += grad * _tap(taps, channel, k, CHANNELS, WIDTH)
             sums = tl.where(slot == direction * (WIDTH + 1) + k, tl.sum(grad * seen, 0)[None, :], sums)
             if k == WIDTH - 1:
                 sums = tl.where(slot == direction * (WIDTH + 1) + WIDTH, tl.sum(grad, 0)[None, :], sums)
@@ -236,14 +189,8 @@ def _conv_sums(
     total = column_sums(partials, tiles, column, column < COLUMNS, COLUMNS, BLOCK_ROWS, BLOCK)
     slot, channel = column // CHANNELS, column % CHANNELS
     for direction in tl.static_range(DIRECTIONS):
+        taps, shift = dweight if direction == 0 else dweight2, dbias if direction == 0 else dbias2
         k = slot - direction * (WIDTH + 1)
-        tap = (k >= 0) & (k < WIDTH) & (column < COLUMNS)
-        shift = (k == WIDTH) & (column < COLUMNS)
-        if direction == 0:
-            tl.store(dweight + channel * WIDTH + k, total.to(dweight.dtype.element_ty), mask=tap)
-            if BIASED:
-                tl.store(dbias + channel, total.to(dbias.dtype.element_ty), mask=shift)
-        else:
-            tl.store(dweight2 + channel * WIDTH + k, total.to(dweight2.dtype.element_ty), mask=tap)
-            if BIASED:
-                tl.store(dbias2 + channel, total.to(dbias2.dtype.element_ty), mask=shift)
+        tl.store(taps + channel * WIDTH + k, total, mask=(k >= 0) & (k < WIDTH) & (column < COLUMNS))
+        if BIASED:
+            tl.store(shift + channel, total, mask=(k == WIDTH) & (column < COLUMNS))

@@ -116,17 +116,3 @@ def noted() -> Iterator[list[Launch]]:
         yield _noted
     finally:
         _noted = before
-
-
-def activation(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Give x (b, l, c) as the kernels read it: of `dtype`, rows contiguous and at equal distances over images too."""
-    x = x.to(dtype)
-    rows = x.stride(1)
-    even = x.stride(2) == 1 and x.stride(0) == x.shape[1] * rows and rows >= x.shape[2]
-    # Not `contiguous`: where a size is 1 it may leave strides that are no distance between rows.
-    return x if even else x.clone(memory_format=torch.contiguous_format)
-
-
-def parameter(x: Tensor) -> Tensor:
-    """Give what is no activation as the kernels read it: float32 and contiguous."""
-    return x.to(torch.float32).contiguous()

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from famba.errors import BackendError
-from famba.ops.triton.launch import Configuration, activation, kernel
+from famba.ops.layout import even_rows
+from famba.ops.triton.launch import Configuration, kernel
 
 # Half of them lie in the registers of one program.
 _MOST_TOKENS = 4096
@@ -32,46 +33,31 @@ def match_tokens(
             f"match_tokens: {length} tokens; backend 'triton' takes at most {_MOST_TOKENS}; "
             "use_backend('reference') takes any"
         )
-    places = torch.empty(batch, length, dtype=torch.int64, device=metric.device)
-    shares = torch.empty(batch, length, dtype=torch.float32, device=metric.device)
-    totals = torch.empty(batch, length - r, dtype=torch.float32, device=metric.device)
+    places = metric.new_empty(batch, length, dtype=torch.int64)
+    shares, totals = (metric.new_empty(batch, count, dtype=torch.float32) for count in (length, length - r))
     if batch == 0:
         return places, shares, totals
-    metric = activation(metric, metric.dtype)
+    metric = even_rows(metric)
     guards = leading if protected is None else protected.shape[1]
     in_a = (length - guards + 1 - guards % 2) // 2
-    closest = torch.empty(batch, in_a, dtype=torch.float32, device=metric.device)
-    partner = torch.empty(batch, in_a, dtype=torch.int32, device=metric.device)
+    closest, partner = (metric.new_empty(batch, in_a, dtype=dtype) for dtype in (torch.float32, torch.int32))
+    apart = 0 if protected is None or protected.shape[0] == 1 else guards
+    listed = {"protected": None if protected is None else protected.contiguous(), "LISTED": protected is not None}
     given = {
         "closest": closest,
         "partner": partner,
-        "protected": None if protected is None else protected.contiguous(),
         "guards": guards,
-        "guards_apart": 0 if protected is None or protected.shape[0] == 1 else guards,
+        "guards_apart": apart,
         "length": length,
-        "LISTED": protected is not None,
+        **listed,
     }
-    _closest_partners.launch(
-        lambda constants: (batch * triton.cdiv(in_a, constants["BLOCK_A"]),),
-        metric=metric,
-        CHANNELS=channels,
-        ROW=metric.stride(1),
-        **given,
-    )
+    grid = lambda constants: (batch * triton.cdiv(in_a, constants["BLOCK_A"]),)  # noqa: E731 - as Triton writes grids
+    _closest_partners.launch(grid, metric=metric, CHANNELS=channels, ROW=metric.stride(1), **given)
     block = max(16, triton.next_power_of_2(in_a))
-    _places.launch(
-        lambda constants: (batch,),
-        sizes=None if sizes is None else sizes.contiguous(),
-        places=places,
-        shares=shares,
-        totals=totals,
-        r=r,
-        SIZED=sizes is not None,
-        TOME=order == "tome",
-        BLOCK_A=block,
-        BLOCK=max(2, _PAIRS // block),
-        **given,
-    )
+    blocks = {"BLOCK_A": block, "BLOCK": max(2, _PAIRS // block)}
+    sized = {"sizes": None if sizes is None else sizes.contiguous(), "SIZED": sizes is not None}
+    results = {"places": places, "shares": shares, "totals": totals, "r": r, "TOME": order == "tome"}
+    _places.launch(lambda constants: (batch,), **results, **sized, **blocks, **given)
     return places, shares, totals
 
 
@@ -138,20 +124,10 @@ def _inverse_norm(metric, row, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
     key=["CHANNELS"],
 )
 def _closest_partners(
-    metric,
-    protected,
-    closest,
-    partner,
-    length,
-    guards,
-    guards_apart,
-    CHANNELS: tl.constexpr,
-    ROW: tl.constexpr,
-    LISTED: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_B: tl.constexpr,
+    metric, protected, closest, partner, length, guards, guards_apart,
+    CHANNELS: tl.constexpr, ROW: tl.constexpr, LISTED: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     # Free tokens are dealt out in turn; with an odd number of guards before them, to B first.
     odd = guards % 2
     in_a = (length - guards + 1 - odd) // 2
@@ -193,23 +169,9 @@ def _closest_partners(
 
 @kernel([Configuration(warps=4, registers=168)])
 def _places(
-    closest,
-    partner,
-    protected,
-    sizes,
-    places,
-    shares,
-    totals,
-    length,
-    guards,
-    guards_apart,
-    r,
-    LISTED: tl.constexpr,
-    SIZED: tl.constexpr,
-    TOME: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    closest, partner, protected, sizes, places, shares, totals, length, guards, guards_apart, r,
+    LISTED: tl.constexpr, SIZED: tl.constexpr, TOME: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     odd = guards % 2
     in_a = (length - guards + 1 - odd) // 2
     in_b = (length - guards + odd) // 2

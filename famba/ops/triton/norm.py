@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from famba.errors import BackendError
-from famba.ops.triton.launch import Configuration, activation, kernel, parameter
+from famba.ops.layout import even_rows, parameter
+from famba.ops.triton.launch import Configuration, kernel
 from famba.ops.triton.sums import column_sums
 
 # A row lies in the registers of one program.
@@ -26,8 +27,8 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     total = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return normed, total
-    x = activation(x, x.dtype)
-    residual = None if residual is None else activation(residual, residual.dtype)
+    x = even_rows(x)
+    residual = None if residual is None else even_rows(residual)
     rows, block, count = _blocks(x)
     tensors = {"x": x, "residual": residual, "weight": parameter(weight), "normed": normed, "total": total}
     sizes = {"rows": x.shape[0] * x.shape[1], "eps": eps, "CHANNELS": x.shape[2], "ROWS": rows, "BLOCK": block}
@@ -50,7 +51,7 @@ def add_rms_norm_backward(
     programs = min(count, _PROGRAMS)
     partials = torch.empty(programs, channels, dtype=torch.float32, device=total.device)
     if programs:
-        dnormed, dtotal = activation(dnormed, dnormed.dtype), activation(dtotal, dtotal.dtype)
+        dnormed, dtotal = even_rows(dnormed), even_rows(dtotal)
         tensors = {"dnormed": dnormed, "dtotal": dtotal, "total": parameter(total), "weight": parameter(weight)}
         sizes = {
             "rows": total.shape[0] * total.shape[1],

@@ -52,6 +52,24 @@ def _row(x, index):
     return tl.sum(bits, 0).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def _store_measures(
+    sums, size, out, step, steps, channels, blocks, MEASURE: tl.constexpr, MEASURED: tl.constexpr
+):  # fmt: skip
+    """Write the sums of step sizes and of positive results (channels,) of a step, over so many channels each."""
+    if MEASURE:
+        block = tl.program_id(0) % blocks
+        held = block * size.shape[0] + tl.arange(0, size.shape[0]) < channels
+        group = block * (size.shape[0] // MEASURED) + tl.arange(0, size.shape[0] // MEASURED)
+        groups = tl.cdiv(channels, MEASURED)
+        rows = tl.reshape(tl.where(held, size, 0.0), [size.shape[0] // MEASURED, MEASURED])
+        tl.store(sums + step * groups + group, tl.sum(rows, 1), mask=group < groups)
+        # NaN stays NaN.
+        rows = tl.reshape(tl.where(held & ~(out < 0.0), out, 0.0), [size.shape[0] // MEASURED, MEASURED])
+        step += (step * 0 + tl.num_programs(1)) * steps
+        tl.store(sums + step * groups + group, tl.sum(rows, 1), mask=group < groups)
+
+
 @kernel(
     [
         Configuration({"BLOCK": 128}, warps=4, stages=1),
@@ -62,9 +80,10 @@ def _row(x, index):
     key=["channels", "STATES", "ENTERING"],
 )
 def scan_forward(
-    u, delta, B, C, z, parameters, y, dy, dz, entering, batch, length, channels, z_row, dy_row, scale,
+    u, delta, B, C, z, parameters, y, dy, dz, entering, sums, batch, length, channels, z_row, dy_row, scale,
     STATES: tl.constexpr, B_ROW: tl.constexpr, C_ROW: tl.constexpr, REVERSE: tl.constexpr, REVERSE2: tl.constexpr,
-    SKIP: tl.constexpr, SOFTPLUS: tl.constexpr, GATE: tl.constexpr, OUTPUT: tl.constexpr,
+    SKIP: tl.constexpr, SOFTPLUS: tl.constexpr, GATE: tl.constexpr, OUTPUT: tl.constexpr, MEASURE: tl.constexpr,
+    MEASURED: tl.constexpr,
     GATE_GRADIENT: tl.constexpr, ENTERING: tl.constexpr, BLOCK_STATES: tl.constexpr, TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -120,6 +139,7 @@ def scan_forward(
         out = tl.sum(now_C[:, None] * h, 0)
         if SKIP:
             out += skip * now_u
+        _store_measures(sums, size, out, sequence * length + t, batch * length, channels, blocks, MEASURE, MEASURED)
         out *= scale
         if GATE:
             now_z = next_z.to(tl.float32)
@@ -271,25 +291,10 @@ def state_sums(
         tl.store(dC + row * C_ROW + state[None, :], total.to(dC.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _store_parameters(
-    dA, dD, dbias, total, row, channel,
-    CHANNELS: tl.constexpr, STATES: tl.constexpr, SKIP: tl.constexpr, BIASED: tl.constexpr,
-):  # fmt: skip
-    """Write sums of the rows of `parameters` where the gradients of A (d, n), D and delta_bias (d,) lie."""
-    held = channel < CHANNELS
-    tl.store(dA + channel * STATES + row, total.to(dA.dtype.element_ty), mask=held & (row < STATES))
-    if SKIP:
-        tl.store(dD + channel, total.to(dD.dtype.element_ty), mask=held & (row == STATES))
-    if BIASED:
-        tl.store(dbias + channel, total.to(dbias.dtype.element_ty), mask=held & (row == STATES + 1))
-
-
 @kernel([Configuration({"BLOCK": 32, "BLOCK_ROWS": 32}, warps=4)])
 def parameter_sums(
     partials, dA, dD, dbias, dA2, dD2, dbias2, batch,
-    CHANNELS: tl.constexpr, STATES: tl.constexpr, SKIP: tl.constexpr, BIASED: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Add up the parameters' gradients over the images, a row of `parameters` and a block of channels to a program."""
     COLUMNS: tl.constexpr = (STATES + 2) * CHANNELS
@@ -298,8 +303,10 @@ def parameter_sums(
     channel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     column = row * CHANNELS + channel
     mine = partials + tl.program_id(1).to(tl.int64) * batch * COLUMNS
-    total = column_sums(mine, batch, column, channel < CHANNELS, COLUMNS, BLOCK_ROWS, BLOCK)
-    if tl.program_id(1) == 0:
-        _store_parameters(dA, dD, dbias, total, row, channel, CHANNELS, STATES, SKIP, BIASED)
-    else:
-        _store_parameters(dA2, dD2, dbias2, total, row, channel, CHANNELS, STATES, SKIP, BIASED)
+    held = channel < CHANNELS
+    total = column_sums(mine, batch, column, held, COLUMNS, BLOCK_ROWS, BLOCK)
+    if tl.program_id(1) == 1:
+        dA, dD, dbias = dA2, dD2, dbias2
+    tl.store(dA + channel * STATES + row, total, mask=held & (row < STATES))
+    tl.store(dD + channel, total, mask=held & (row == STATES))
+    tl.store(dbias + channel, total, mask=held & (row == STATES + 1))
