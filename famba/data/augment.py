@@ -51,7 +51,9 @@ _EXAMPLES = ("rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2", "original-mstd0.5", "3a"
 class AugmentationOptions:
     """Holds the options that a recipe has under the same names."""
 
-    crop_padding: Annotated[int, Field(ge=0, le=1024)]  # "batch": black pixels on each side before a crop of that size
+    crop_padding: (
+        Annotated[int, Field(ge=0, le=1024)] | None
+    )  # "batch": black pixels on each side before a crop of that size
     hflip: Probability  # of a horizontal flip
     auto_augment: str | None  # "timm": a policy such as "rand-m9-mstd0.5-inc1"
     color_jitter: Annotated[float, Field(ge=0, le=1000)]  # "timm": strength; left out where `auto_augment` is on

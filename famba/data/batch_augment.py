@@ -71,8 +71,7 @@ class BatchAugmentation:
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    stream: Stream
-    key: tuple[int, ...]
+    seed: int
     policy: Policy | None
     geometry: Geometry
     dtype: torch.dtype  # of the arithmetic
@@ -84,27 +83,27 @@ class BatchAugmentation:
         image_size: int,
         mean: Sequence[float],
         std: Sequence[float],
-        stream: Stream,
-        key: tuple[int, ...],
+        seed: int,
         dtype: torch.dtype = torch.float32,
     ) -> BatchAugmentation:
         """Read the options of a recipe; where `crop_padding` is None, boxes are those of a random resized crop.
 
-        image_size: side of the results in pixels. mean, std: of the colours, in 0..1. stream, key: what draws depend on
-        beside epoch and position, the seed first. dtype: of the arithmetic. Raises ConfigError for a policy that has no
-        batched form.
+        image_size: side of the results in pixels. mean, std: of the colours, in 0..1. dtype: of the arithmetic. Raises
+        ConfigError for a policy that has no batched form.
         """
         policy = None if options.auto_augment is None else Policy.of(options.auto_augment)
         red, green, blue = (min(255, round(255 * value)) for value in mean)
         geometry = Geometry((red, green, blue), options.interpolation)
-        return cls(options, image_size, tuple(mean), tuple(std), stream, key, policy, geometry, dtype)
+        return cls(options, image_size, tuple(mean), tuple(std), seed, policy, geometry, dtype)
 
     def __call__(self, images: Images, epoch: int, start: int) -> Float[Tensor, "b 3 s s"]:
         """Augment uint8 (b, 3, h, w), on its device, or RGB images, at positions start, start + 1, ... of the epoch."""
-        given = images if isinstance(images, Tensor) else list(images)
-        at_once = _AT_ONCE if not isinstance(given, Tensor) or given.device.type == "cpu" else len(given)
-        starts = range(0, len(given), at_once)
-        return torch.cat([self._part(given[first : first + at_once], epoch, start + first) for first in starts])
+        if not isinstance(images, torch.Tensor):
+            crops = self.crop_each(list(images), epoch, start)
+            return self.finish(crops.to(self.dtype), self.draw(epoch, start, len(crops), self.size, self.size))
+        at_once = _AT_ONCE if images.device.type == "cpu" else len(images)
+        parts = zip(images.split(at_once), range(start, start + len(images), at_once), strict=True)
+        return torch.cat([self.apply(part, self._drawn_for(part, epoch, first)) for part, first in parts])
 
     def draw(self, epoch: int, start: int, count: int, height: int, width: int) -> Draws:
         """Draw for `count` images of height x width pixels, from position `start` of the epoch on."""
@@ -145,22 +144,18 @@ class BatchAugmentation:
             images.index_copy_(0, erasing.rows, erase(part, erasing.boxes, self._content(erasing, part)))
         return images
 
-    def _part(self, images: Tensor | Sequence[Image.Image], epoch: int, start: int) -> Tensor:
-        if not isinstance(images, Tensor):
-            crops = self.crop_each(images, epoch, start)
-            return self.finish(crops.to(self.dtype), self.draw(epoch, start, len(crops), self.size, self.size))
-        draws = self.draw(epoch, start, len(images), images.shape[2], images.shape[3])
-        return self.apply(images, draws.to(images.device))
+    def _drawn_for(self, images: Tensor, epoch: int, start: int) -> Draws:
+        return self.draw(epoch, start, len(images), images.shape[2], images.shape[3]).to(images.device)
 
     def _scaled(self, image: Image.Image, mode: InterpolationMode) -> Image.Image:
         return vision.center_crop(vision.resize(image, self.size, mode), [self.size, self.size])
 
     def _uniforms(self, part: int, epoch: int, start: int, count: int, numbers: int) -> Array:
-        return uniforms(Stream.BATCH, (part, int(self.stream), *self.key), epoch, start, count, numbers)
+        return uniforms(Stream.BATCH, (self.seed, part), epoch, start, count, numbers)
 
     def _crops(self, epoch: int, start: int, heights: Array, widths: Array) -> tuple[Array, Array]:
         """Return boxes, float64 (b, 4), and flips, bool (b,)."""
-        drawn = words(self.stream, self.key, epoch, start, len(heights))
+        drawn = words(Stream.AUGMENTATION, (self.seed,), epoch, start, len(heights))
         flip = (drawn[:, 2] >> np.uint64(11)) * 2.0**-53 < self.options.hflip
         if self.options.crop_padding is None:
             numbers = self._uniforms(_BOXES, epoch, start, len(heights), BOX_DRAWS)

@@ -184,7 +184,8 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
 
 def _filled(moved: Tensor, inside: Tensor, geometry: Geometry) -> Tensor:
     fill = column(geometry.fill, moved.dtype, moved.device)
-    return torch.where(inside[:, None], moved.clamp_(0, 255).floor_(), fill)
+    # Cut off as in Pillow, but a sum that rounding left just below a whole number is that number.
+    return torch.where(inside[:, None], moved.add_(2**-10).clamp_(0, 255).floor_(), fill)
 
 
 Operation = Callable[[Tensor, Tensor, Geometry], Tensor]

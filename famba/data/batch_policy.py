@@ -128,7 +128,7 @@ class _Drawn:
         return np.stack(np.broadcast_arrays(self.level * 0 + slope, offset), axis=1)
 
 
-_OPERATIONS: Mapping[str, tuple[str, Callable[[_Drawn], Array]]] = {
+BY_NAME: Mapping[str, tuple[str, Callable[[_Drawn], Array]]] = {
     "AutoContrast": ("autocontrast", lambda drawn: drawn.nothing),
     "Equalize": ("equalize", lambda drawn: drawn.nothing),
     "Invert": ("table", lambda drawn: _solarize(drawn.level * 0)),
@@ -202,29 +202,32 @@ class Policy:
             one.hparams.get("translate_pct", 0.45),
         )
 
-    def draw(self, uniform: Float64[np.ndarray, "b l {DRAWS}"], size: int) -> Iterator[Step]:
-        """Yield the steps of a batch of size x size images, from uniform numbers for each layer."""
-        chosen = self._choose(uniform[..., 0])
-        acts = uniform[..., 1] <= self.probability[chosen]
+    def choose(self, uniform: Float64[np.ndarray, "b l {DRAWS}"]) -> tuple[Array, Array, Array]:
+        """Return operations, their numbers in `names`; whether they act; and their magnitudes: (b, l) each."""
+        chosen = self._chosen(uniform[..., 0])
         magnitude = self.magnitude[chosen]
         if math.isinf(self.spread):
             magnitude = magnitude * uniform[..., 2]
         elif self.spread > 0:
             magnitude = magnitude + self.spread * ndtri(uniform[..., 2])
-        level = magnitude.clip(0, self.upper) / _LEVELS
-        sign = np.where(uniform[..., 3] > 0.5, -1, 1)
+        return chosen, uniform[..., 1] <= self.probability[chosen], magnitude.clip(0, self.upper)
+
+    def draw(self, uniform: Float64[np.ndarray, "b l {DRAWS}"], size: int) -> Iterator[Step]:
+        """Yield the steps of a batch of size x size images, from uniform numbers for each layer."""
+        chosen, acts, magnitude = self.choose(uniform)
         names = np.array(self.names)[chosen]
         for layer in range(self.layers):
             found = []
             for name in dict.fromkeys(self.names):
                 rows = np.flatnonzero(acts[:, layer] & (names[:, layer] == name))
                 if len(rows):
-                    kind, values = _OPERATIONS[name]
-                    own, signs, others = (part[rows, layer] for part in (level, sign, uniform[..., 3]))
-                    found.append((kind, rows, values(_Drawn(own, signs, others, size, self.translation))))
+                    kind, values = BY_NAME[name]
+                    level, last = magnitude[rows, layer] / _LEVELS, uniform[rows, layer, 3]
+                    drawn = _Drawn(level, np.where(last > 0.5, -1, 1), last, size, self.translation)
+                    found.append((kind, rows, values(drawn)))
             yield from _steps(found)
 
-    def _choose(self, uniform: Float64[np.ndarray, "b l"]) -> Int64[np.ndarray, "b l"]:
+    def _chosen(self, uniform: Float64[np.ndarray, "b l"]) -> Int64[np.ndarray, "b l"]:
         number = len(self.names)
         if self.tied:
             group = np.floor(uniform[:, :1] * (number // self.layers)).astype(np.int64)
