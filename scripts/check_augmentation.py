@@ -124,8 +124,10 @@ def draw_sheet(path: Path, photo: Image.Image) -> None:
             for side, picture in enumerate(both(name, magnitude, [photo])):
                 place = axes[row, start + 2 * turn + side]
                 place.imshow(picture[0].byte().permute(1, 2, 0).numpy())
-                label = f"{name}\n" if turn == side == 0 else "\n"
-                place.set_title(f"{label}{'timm' if side else 'batch'} {magnitude:g}", fontsize=6, pad=2)
+                place.set_title(f"{'timm' if side else 'batch'} {magnitude:g}", fontsize=6, pad=2)
+        axes[row, start].text(
+            -0.04, 0.5, name, transform=axes[row, start].transAxes, rotation=90, fontsize=6, ha="right", va="center"
+        )
     figure.tight_layout(pad=0.2)
     figure.savefig(path, dpi=110)
     sys.stdout.write(f"wrote {path}\n")

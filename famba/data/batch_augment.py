@@ -101,9 +101,13 @@ class BatchAugmentation:
         if not isinstance(images, torch.Tensor):
             crops = self.crop_each(list(images), epoch, start)
             return self.finish(crops.to(self.dtype), self.draw(epoch, start, len(crops), self.size, self.size))
+        done = torch.empty(len(images), 3, self.size, self.size, dtype=self.dtype, device=images.device)
         at_once = _AT_ONCE if images.device.type == "cpu" else len(images)
-        parts = zip(images.split(at_once), range(start, start + len(images), at_once), strict=True)
-        return torch.cat([self.apply(part, self._drawn_for(part, epoch, first)) for part, first in parts])
+        for first in range(0, len(images), at_once):
+            part = images[first : first + at_once]
+            draws = self.draw(epoch, start + first, len(part), part.shape[2], part.shape[3])
+            self.apply(part, draws.to(images.device), done[first : first + at_once])
+        return done
 
     def draw(self, epoch: int, start: int, count: int, height: int, width: int) -> Draws:
         """Draw for `count` images of height x width pixels, from position `start` of the epoch on."""
@@ -111,11 +115,13 @@ class BatchAugmentation:
         steps = tuple(self._steps(epoch, start, count))
         return Draws(torch.from_numpy(boxes), torch.from_numpy(flip), steps, self._erasing(epoch, start, count))
 
-    def apply(self, images: UInt8[Tensor, "b 3 h w"], draws: Draws) -> Float[Tensor, "b 3 s s"]:
-        """Augment images by draws on the same device."""
+    def apply(
+        self, images: UInt8[Tensor, "b 3 h w"], draws: Draws, out: Tensor | None = None
+    ) -> Float[Tensor, "b 3 s s"]:
+        """Augment images by draws on the same device, into `out` where it is given."""
         padding, interpolation = self.options.crop_padding or 0, self.options.interpolation
         pixels = crop(images, draws.boxes, draws.flip, self.size, interpolation, padding, self.dtype)
-        return self.finish(pixels, draws)
+        return self.finish(pixels, draws, out)
 
     def crop_each(self, images: Sequence[Image.Image], epoch: int, start: int) -> Tensor:
         """Crop, scale and flip RGB images of any size one by one by Pillow, as `apply` does with a batch."""
@@ -132,20 +138,19 @@ class BatchAugmentation:
             done.append(vision.pil_to_tensor(vision.hflip(part) if mirrored else part))
         return torch.stack(done)
 
-    def finish(self, images: Float[Tensor, "b 3 s s"], draws: Draws) -> Float[Tensor, "b 3 s s"]:
-        """Apply all that follows the crop, in place, on the device of the images, whole numbers in 0..255."""
+    def finish(
+        self, images: Float[Tensor, "b 3 s s"], draws: Draws, out: Tensor | None = None
+    ) -> Float[Tensor, "b 3 s s"]:
+        """Apply all that follows the crop to whole numbers in 0..255, which it changes; `out` as in `apply`."""
         for step in draws.steps:
             changed = OPERATIONS[step.kind](images.index_select(0, step.rows), step.values, self.geometry)
             images.index_copy_(0, step.rows, changed)
         mean, std = (column(values, images.dtype, images.device) * 255 for values in (self.mean, self.std))
-        images.sub_(mean).div_(std)
+        done = torch.sub(images, mean, out=images if out is None else out).div_(std)
         if (erasing := draws.erasing) is not None:
-            part = images.index_select(0, erasing.rows)
-            images.index_copy_(0, erasing.rows, erase(part, erasing.boxes, self._content(erasing, part)))
-        return images
-
-    def _drawn_for(self, images: Tensor, epoch: int, start: int) -> Draws:
-        return self.draw(epoch, start, len(images), images.shape[2], images.shape[3]).to(images.device)
+            part = done.index_select(0, erasing.rows)
+            done.index_copy_(0, erasing.rows, erase(part, erasing.boxes, self._content(erasing, part)))
+        return done
 
     def _scaled(self, image: Image.Image, mode: InterpolationMode) -> Image.Image:
         return vision.center_crop(vision.resize(image, self.size, mode), [self.size, self.size])

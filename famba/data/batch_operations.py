@@ -118,13 +118,14 @@ def affine(images: Float[Tensor, "n c h w"], matrix: Float64[Tensor, "n 6"], geo
     (column, columns), (row, rows) = (
         _neighbours(*pair, geometry, images.dtype) for pair in ((across, wide), (down, high))
     )
-    # Neighbours are at the same distance in memory for all pixels, so one index serves all sixteen.
-    padded = F.pad(images, (2,) * 4, mode="replicate").flatten(2)
+    # Neighbours are at the same distance in memory for all pixels, so one index serves all sixteen; bytes fit a cache.
+    padded = F.pad(images, (2,) * 4, mode="replicate").byte().flatten(2)
     corner = ((row + 1) * (wide + 4) + column + 1).flatten(1)[:, None].expand(-1, images.shape[1], -1)
     length = padded.shape[2] - 3 * (wide + 5)
 
     def neighbour(below: int, right: int) -> Tensor:
-        return padded.narrow(2, (below + 1) * (wide + 4) + right + 1, length).gather(2, corner).view_as(images)
+        start = (below + 1) * (wide + 4) + right + 1
+        return padded.narrow(2, start, length).gather(2, corner).to(images.dtype).view_as(images)
 
     lines = (_sum(neighbour(y, x).mul_(part) for x, part in columns.items()).mul_(weight) for y, weight in rows.items())
     return _filled(_sum(lines), inside, geometry)
