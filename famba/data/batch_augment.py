@@ -34,7 +34,7 @@ _ATTEMPTS = 10
 _ERASING_DRAWS = 1 + 2 * _ATTEMPTS + 2 + 3  # whether, sizes, place, colour
 _ERASED_AREA, _LOG_ERASED_ASPECT = (0.02, 1 / 3), (math.log(0.3), math.log(1 / 0.3))
 _NOISE_STARTS = 2**20  # places at which the noise of an image may start in the table
-_AT_ONCE = 16  # images whose values fit into a CPU's cache: four times as fast as 128 at once
+_AT_ONCE = 32  # images whose values fit into a CPU's caches: at once 128 take twice as long
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,12 @@ class BatchAugmentation:
         if not isinstance(images, torch.Tensor):
             crops = self.crop_each(list(images), epoch, start)
             return self.finish(crops.to(self.dtype), self.draw(epoch, start, len(crops), self.size, self.size))
-        done = torch.empty(len(images), 3, self.size, self.size, dtype=self.dtype, device=images.device)
+        done = self._empty(images)
         at_once = _AT_ONCE if images.device.type == "cpu" else len(images)
         for first in range(0, len(images), at_once):
             part = images[first : first + at_once]
             draws = self.draw(epoch, start + first, len(part), part.shape[2], part.shape[3])
-            self.apply(part, draws.to(images.device), done[first : first + at_once])
+            self._apply(part, draws.to(images.device), done[first : first + at_once])
         return done
 
     def draw(self, epoch: int, start: int, count: int, height: int, width: int) -> Draws:
@@ -115,13 +115,9 @@ class BatchAugmentation:
         steps = tuple(self._steps(epoch, start, count))
         return Draws(torch.from_numpy(boxes), torch.from_numpy(flip), steps, self._erasing(epoch, start, count))
 
-    def apply(
-        self, images: UInt8[Tensor, "b 3 h w"], draws: Draws, out: Tensor | None = None
-    ) -> Float[Tensor, "b 3 s s"]:
-        """Augment images by draws on the same device, into `out` where it is given."""
-        padding, interpolation = self.options.crop_padding or 0, self.options.interpolation
-        pixels = crop(images, draws.boxes, draws.flip, self.size, interpolation, padding, self.dtype)
-        return self.finish(pixels, draws, out)
+    def apply(self, images: UInt8[Tensor, "b 3 h w"], draws: Draws) -> Float[Tensor, "b 3 s s"]:
+        """Augment images by draws on the same device."""
+        return self._apply(images, draws, self._empty(images))
 
     def crop_each(self, images: Sequence[Image.Image], epoch: int, start: int) -> Tensor:
         """Crop, scale and flip RGB images of any size one by one by Pillow, as `apply` does with a batch."""
@@ -138,19 +134,24 @@ class BatchAugmentation:
             done.append(vision.pil_to_tensor(vision.hflip(part) if mirrored else part))
         return torch.stack(done)
 
-    def finish(
-        self, images: Float[Tensor, "b 3 s s"], draws: Draws, out: Tensor | None = None
-    ) -> Float[Tensor, "b 3 s s"]:
-        """Apply all that follows the crop to whole numbers in 0..255, which it changes; `out` as in `apply`."""
+    def finish(self, images: Float[Tensor, "b 3 s s"], draws: Draws) -> Float[Tensor, "b 3 s s"]:
+        """Apply all that follows the crop, in place, to whole numbers in 0..255."""
         for step in draws.steps:
             changed = OPERATIONS[step.kind](images.index_select(0, step.rows), step.values, self.geometry)
             images.index_copy_(0, step.rows, changed)
         mean, std = (column(values, images.dtype, images.device) * 255 for values in (self.mean, self.std))
-        done = torch.sub(images, mean, out=images if out is None else out).div_(std)
+        images.sub_(mean).div_(std)
         if (erasing := draws.erasing) is not None:
-            part = done.index_select(0, erasing.rows)
-            done.index_copy_(0, erasing.rows, erase(part, erasing.boxes, self._content(erasing, part)))
-        return done
+            part = images.index_select(0, erasing.rows)
+            images.index_copy_(0, erasing.rows, erase(part, erasing.boxes, self._content(erasing, part)))
+        return images
+
+    def _apply(self, images: Tensor, draws: Draws, out: Tensor) -> Tensor:
+        padding, interpolation = self.options.crop_padding or 0, self.options.interpolation
+        return self.finish(crop(images, draws.boxes, draws.flip, self.size, interpolation, padding, out), draws)
+
+    def _empty(self, images: Tensor) -> Tensor:
+        return torch.empty(len(images), 3, self.size, self.size, dtype=self.dtype, device=images.device)
 
     def _scaled(self, image: Image.Image, mode: InterpolationMode) -> Image.Image:
         return vision.center_crop(vision.resize(image, self.size, mode), [self.size, self.size])

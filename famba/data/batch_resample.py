@@ -58,12 +58,12 @@ def crop(
     size: int,
     interpolation: str,
     padding: int = 0,
-    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
 ) -> Float[Tensor, "b c {size} {size}"]:
     """Cut a box (top, left, height, width) out of each image, scale it to size x size, and mirror it where `flip` is.
 
     Boxes count from the corner of the image with `padding` black pixels on each side, and lie within. Results are whole
-    numbers in 0..255.
+    numbers in 0..255, float32, or in `out`, of whose dtype the arithmetic is then.
     """
     images = F.pad(images, (padding,) * 4)
     step = torch.arange(size, device=images.device, dtype=torch.float64)
@@ -75,7 +75,9 @@ def crop(
             (mirrored, boxes[:, 1], boxes[:, 3], images.shape[3]),
         )
     )
-    return _resample(images.to(dtype), rows, columns)
+    if out is None:
+        out = torch.empty(*images.shape[:2], size, size, device=images.device)
+    return _resample(images, rows, columns, out)
 
 
 def resize_and_crop(
@@ -89,7 +91,7 @@ def resize_and_crop(
         places = torch.arange(size, device=images.device, dtype=torch.float64) + round((scaled - size) / 2) + 0.5
         start, extent = (places.new_full((1,), value) for value in (0, source))
         parts.append(_weights(places[None], start, extent, scaled, source, max(1.0, source / scaled), interpolation))
-    return _resample(images.float(), *parts)
+    return _resample(images, *parts, torch.empty(*images.shape[:2], size, size, device=images.device))
 
 
 def _weights(
@@ -128,23 +130,27 @@ def _cubic(x: Tensor) -> Tensor:
 
 
 def _resample(
-    images: Float[Tensor, "b c h w"], rows: Float64[Tensor, "_ s h"], columns: Float64[Tensor, "_ t w"]
+    images: UInt8[Tensor, "b c h w"],
+    rows: Float64[Tensor, "_ s h"],
+    columns: Float64[Tensor, "_ t w"],
+    out: Float[Tensor, "b c s t"],
 ) -> Float[Tensor, "b c s t"]:
-    """Apply the weights of columns, round, then those of rows, and round again, as Pillow does.
+    """Apply the weights of columns, round, then those of rows, and round again, as Pillow does; fill and return `out`.
 
     A sum of 255 w is exact in float32 where the weights w have 15 bits after the point. Pillow's have 22: two products
-    of 11 bits each make rows as exact as Pillow's, the columns after them need no more to be at most 1 away.
+    of 11 bits each make columns as exact as Pillow's, the rows after them need no more to be at most 1 away.
     """
     number, channels, high, wide = images.shape
     exact = _to_bits(columns, 22)
     coarse = _to_bits(exact, 11)
     with _exact_products(images.device):
-        lines = images.reshape(number, channels * high, wide)
-        parts = [lines @ part.to(images.dtype).transpose(1, 2) for part in (coarse, exact - coarse)]
+        lines = images.to(out.dtype).view(number, channels * high, wide)
+        parts = [lines @ part.to(out.dtype).transpose(1, 2) for part in (coarse, exact - coarse)]
         whole = parts[0].add_(0.5).floor()
         across = parts[1].add_(parts[0].sub_(whole)).floor_().add_(whole).clamp_(0, 255)
-        down = _to_bits(rows, 15).to(images.dtype)[:, None] @ across.view(number, channels, high, -1)
-    return down.add_(0.5).floor_().clamp_(0, 255)
+        each = _to_bits(rows, 15).to(out.dtype)[:, None].expand(number, channels, -1, -1).flatten(0, 1)
+        torch.bmm(each, across.view(number * channels, high, -1), out=out.flatten(0, 1))
+    return out.add_(0.5).floor_().clamp_(0, 255)
 
 
 def _to_bits(weights: Tensor, bits: int) -> Tensor:
