@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,19 +82,3 @@ def write(root: Path, names: Iterable[str], content: bytes | None = None) -> Non
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encoded(number) if content is None else content)
-
-
-def tar_of(files: Mapping[str, bytes] | Iterable[str], links: Mapping[str, tuple[bytes, str]] | None = None) -> bytes:
-    """Return a tar file of files, or of images whose red is their number, and of links."""
-    held = files if isinstance(files, Mapping) else {name: encoded(number) for number, name in enumerate(files)}
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, content in held.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-        for name, (kind, target) in (links or {}).items():
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, target
-            tar.addfile(info)
-    return buffer.getvalue()

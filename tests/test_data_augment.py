@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from images_and_loaders import BATCH, PLAIN, arrays, training
+from images_and_loaders import PLAIN, arrays, training
+from PIL import Image
+from torchvision.transforms import functional as vision
 
 from famba.data import ArraySource, Augmentation
+from famba.data.augment import Scaling
 from famba.data.draws import WORDS, Stream, permutation, words
 from famba.errors import ConfigError
 
@@ -43,6 +46,7 @@ def test_pad_crop_cuts_each_image_out_of_the_padded_one_somewhere_else() -> None
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
 def test_flips_follow_their_probability(probability: float) -> None:
     data = arrays(1000, 2)
+    before = data.images.clone()
     images, labels = augmented(data, replace(PLAIN, hflip=probability), 2)
     same, flipped = (
         (images - given).abs().amax((1, 2, 3)) < 0.5
@@ -50,14 +54,7 @@ def test_flips_follow_their_probability(probability: float) -> None:
     )
     assert bool((same | flipped).all())
     assert float(flipped.float().mean()) == pytest.approx(probability, abs=0.05)
-
-
-def test_augmentation_leaves_the_source_as_it_was() -> None:
-    data = arrays(20, 7)
-    before = data.images.clone()
-    for padding in (0, 2):
-        augmented(data, replace(BATCH, hflip=1.0, crop_padding=padding), 7)
-    assert torch.equal(data.images, before)
+    assert torch.equal(data.images, before), "the source stays as it was"
 
 
 def test_bicubic_scaling_stays_in_range() -> None:
@@ -66,6 +63,22 @@ def test_bicubic_scaling_stays_in_range() -> None:
     assert images.shape == (4, 3, 20, 20)
     assert images.min() >= 0
     assert images.max() <= 255.01
+
+
+@pytest.mark.parametrize(("width", "height"), [(8, 60_000), (60_000, 8)])
+def test_a_very_long_image_is_cut_before_it_is_scaled(monkeypatch: pytest.MonkeyPatch, width: int, height: int) -> None:
+    made: list[int] = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *rest: made.append(size) or resize(self, size, *rest))
+    image = Image.effect_noise((width, height), 20).convert("RGB")
+    scaling = Scaling(256, 224, "bicubic")
+    found = scaling.image(image)
+    assert [max(size) for size in made] == [8 * 256]  # unscaled 2 MB, where the whole would be 1.5 GB
+    left, top = (width - 32) // 2, (height - 32) // 2
+    middle = image.crop((max(left, 0), max(top, 0), min(left + 32, width), min(top + 32, height)))
+    assert (found.int() - scaling.image(middle).int()).abs().max() <= 1
+    pixels = vision.pil_to_tensor(image)[None]
+    assert (scaling.batch(pixels)[0] - found).abs().max() < 2
 
 
 @pytest.mark.parametrize(
@@ -121,7 +134,7 @@ def test_draws_belong_to_positions(start: int, count: int, cut: int) -> None:
 def test_streams_seeds_and_epochs_draw_differently() -> None:
     drawn = [
         words(stream, key, epoch, 0, 8).tobytes()
-        for stream in (Stream.AUGMENTATION, Stream.STREAMED_AUGMENTATION)
+        for stream in (Stream.AUGMENTATION, Stream.STEP)
         for key in ((0,), (1,), (1, 0), (0, 1), (2**32,))
         for epoch in (0, 1)
     ]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import os
 import pickle
@@ -21,7 +20,6 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets import utils as torchvision_utils
 
 from famba.data import ArraySource, download, num_classes_of
-from famba.data.published import default_root
 from famba.errors import ConfigError, DataError
 
 NAMES = [f"class {number}" for number in range(100)]
@@ -94,18 +92,8 @@ def test_official_files_load_from_the_folder_or_the_one_above(official: Path) ->
         assert splits.train.labels.tolist() == [0, 1, 2, 3, 98, 99]
         assert (splits.test.num_classes, len(splits.test), splits.classes) == (100, 3, tuple(NAMES))
     (official / "test").unlink()
-    with pytest.raises(DataError, match="cifar-100-python: test of cifar100 is missing"):
+    with pytest.raises(DataError, match=r"no official files \(not in the first: test\) nor .* in .*cifar-100-python"):
         load("cifar100", official.parent)
-
-
-def test_cifar10_is_read_from_several_batches_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "cifar-10-batches-py"
-    train = [write_pickle(folder / f"data_batch_{i}", batch(pixels(2, i), [i, i + 1], "labels")) for i in range(1, 4)]
-    test = write_pickle(folder / "test_batch", batch(pixels(1, 9), [9], "labels"))
-    publish(monkeypatch, CIFAR10, train, [test], write_pickle(folder / "batches.meta", {"label_names": NAMES[:10]}))
-    found: Any = load("cifar10", tmp_path).train
-    assert found.labels.tolist() == [1, 2, 2, 3, 3, 4]
-    assert np.array_equal(shown(found), np.concatenate([pixels(2, i) for i in range(1, 4)]))
 
 
 class _Dangerous:
@@ -129,7 +117,8 @@ def test_a_file_that_was_not_published_is_named_and_its_code_does_not_run(
 @pytest.mark.parametrize(
     ("name", "below", "columns"),
     [
-        *(("cifar100", below, COLUMNS) for below in ("", "data", "cifar100")),
+        ("cifar100", "", COLUMNS),
+        ("cifar100", "cifar100", COLUMNS),
         ("cifar10", "plain_text", ("image", "label")),
     ],
 )
@@ -145,7 +134,7 @@ def test_parquet_shards_are_joined_in_order_and_must_be_complete(tmp_path: Path)
     write_splits(tmp_path, parts=("test",))
     for shard in (1, 0):
         path = tmp_path / f"train-{shard:05}-of-00002.parquet"
-        write_parquet(path, [*map(png, pixels(2, shard))], [10 * shard, 10 * shard + 1], ("img", "label"))
+        write_parquet(path, [*map(png, pixels(2, shard))], [10 * shard, 10 * shard + 1])
     train: Any = load("cifar100", tmp_path).train
     assert train.labels.tolist() == [0, 1, 10, 11]
     (tmp_path / "train-00000-of-00002.parquet").unlink()
@@ -158,11 +147,10 @@ def test_parquet_shards_are_joined_in_order_and_must_be_complete(tmp_path: Path)
     [
         (b"no image", 3, "not a readable image"),
         (png(pixels(1, 1)[0])[:-400], 3, "not a readable image"),
-        (None, 3, "holds no encoded image"),
-        (png(np.zeros((8, 9, 3), np.uint8)), 3, "the image is 9 x 8 pixels, not 32 x 32"),
-        (png(pixels(1, 1)[0]), 100, r"label 100 is not in 0\.\.99"),
-        (png(pixels(1, 1)[0]), -1, r"label -1 is not in 0\.\.99"),
-        (png(pixels(1, 1)[0]), None, r"label None is not in 0\.\.99"),
+        (None, 3, "of no kind that Pillow knows"),
+        (png(np.zeros((8, 9, 3), np.uint8)), 3, "9 x 8 pixels and label 3; allowed: 32 x 32"),
+        (png(pixels(1, 1)[0]), 100, r"label 100; allowed: 32 x 32, 0\.\.99"),
+        (png(pixels(1, 1)[0]), None, "label None; allowed"),
     ],
 )
 def test_a_bad_row_of_parquet_is_named(tmp_path: Path, image: Any, label: Any, message: str) -> None:
@@ -172,7 +160,7 @@ def test_a_bad_row_of_parquet_is_named(tmp_path: Path, image: Any, label: Any, m
         load("cifar100", tmp_path)
 
 
-@pytest.mark.parametrize("damage", [slice(0), slice(50), slice(-1000), None])
+@pytest.mark.parametrize("damage", [slice(0), slice(-1000), None])
 def test_a_damaged_parquet_file_is_named(tmp_path: Path, damage: slice | None) -> None:
     write_splits(tmp_path)
     path = tmp_path / SHARD
@@ -184,30 +172,14 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path, damage: slice | None) -
 
 def test_parquet_without_the_column_or_the_other_split_is_refused(tmp_path: Path) -> None:
     write_splits(tmp_path, ("img", "something"), ("train",))
-    with pytest.raises(DataError, match="holds parquet files, but no test-"):
+    with pytest.raises(DataError, match="nor train-.* To fetch cifar100: famba download"):
         load("cifar100", tmp_path)
     write_splits(tmp_path, parts=("test",))
-    with pytest.raises(DataError, match="no column 'fine_label' or 'label' among img, something"):
+    with pytest.raises(DataError, match=r"images \(img or image\) or labels \(fine_label\) among img, something"):
         load("cifar100", tmp_path)
 
 
-def name_classes(path: Path, names: list[str]) -> None:
-    features = {"label": {"names": names, "_type": "ClassLabel"}}
-    table = pq.read_table(path)
-    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})}), path)
-
-
-def test_classes_have_their_names_in_parquet_of_the_hub(tmp_path: Path) -> None:
-    write_splits(tmp_path, ("img", "label"))
-    assert load("cifar10", tmp_path).classes is None
-    name_classes(tmp_path / SHARD, NAMES[:10])
-    assert load("cifar10", tmp_path).classes == tuple(NAMES[:10])
-    name_classes(tmp_path / "test-00000-of-00001.parquet", NAMES[9::-1])
-    with pytest.raises(DataError, match="test-00000-of-00001.parquet: names 10 classes, which are not the 10"):
-        load("cifar10", tmp_path)
-
-
-@pytest.mark.parametrize(("options", "value"), [({}, 255), ({"background": "#404040"}, 64), ({"version": 1}, 0)])
+@pytest.mark.parametrize(("options", "value"), [({"background": "#404040"}, 64), ({"version": 1}, 0)])
 def test_transparent_images_of_parquet_have_a_background(tmp_path: Path, options: dict[str, Any], value: int) -> None:
     for split in ("train", "test"):
         write_parquet(tmp_path / f"{split}-00000-of-00001.parquet", [png(np.zeros((32, 32, 4), np.uint8))], [0])
@@ -282,31 +254,12 @@ def test_download_skips_what_is_there_and_mends_damage(counted_download: Path, t
     download("cifar100", root)
     assert counted_download.read_text().count("\n") == 2
     assert len(load("cifar100", root).test) == 3
-
-
-def test_the_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("FAMBA_DATA", str(tmp_path))
-    assert default_root() == tmp_path
-    monkeypatch.delenv("FAMBA_DATA")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_root() == tmp_path / ".cache" / "famba" / "data"
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("digits", "come with scikit-learn"),
-        ("folder", "yours to provide"),
-        ("cifar1000", "only cifar10, cifar100, did you mean 'cifar100'"),
-    ],
-)
-def test_what_has_no_download_says_why(tmp_path: Path, name: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        download(name, tmp_path)
+    with pytest.raises(ConfigError, match="only cifar10 and cifar100, did you mean 'cifar100'.* yours to provide"):
+        download("cifar1000", tmp_path)
 
 
 def test_classes_known_by_name() -> None:
-    names = ["cifar100", "cifar10", "digits", "folder", "torch/cifar10"]
+    names = ["cifar100", "cifar10", "digits", "folder", "hfds/x"]
     assert [num_classes_of(name) for name in names] == [100, 10, 10, None, None]
     with pytest.raises(ConfigError, match="num_classes is 10, but cifar100 has 100"):
         load("cifar100", None, num_classes=10)

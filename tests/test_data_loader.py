@@ -53,7 +53,7 @@ def test_an_epoch_shows_each_image_at_most_once_in_whole_steps() -> None:
 
 
 @given(count=st.integers(1, 60), seed=st.integers(0, 2**40))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_the_order_is_a_permutation_of_its_own_for_each_seed_and_epoch(count: int, seed: int) -> None:
     first, again, *others = (
         labels_in(training(arrays(count, side=2), PLAIN, batch_size=1, seed=one, image_size=2).epoch(epoch))
@@ -108,12 +108,6 @@ def test_augmentation_of_a_sample_depends_on_its_place_epoch_and_seed_alone(augm
     assert len({image.numpy().tobytes() for image in first}) > 8  # images differ within a batch
 
 
-def test_loading_leaves_the_training_loops_generator_alone_in_workers() -> None:
-    state = torch.get_rng_state()
-    list(training(arrays(), TIMM, workers=2).epoch(0))
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 @WORKERS
 def test_a_corrupt_image_ends_training_with_its_name(tmp_path: Path, workers: int) -> None:
     for part in ("train", "val"):
@@ -139,12 +133,14 @@ def test_batches_can_be_sent_to_workers_that_are_not_forked(folder: Source, augm
         assert_same(pickle.loads(pickle.dumps(batches)).epoch(0), batches.epoch(0))
 
 
-def test_workers_end_when_the_epoch_is_closed() -> None:
+def test_workers_end_when_the_epoch_is_closed_and_draw_nothing_here() -> None:
+    state = torch.get_rng_state()
     epoch = training(arrays(), TIMM, batch_size=2, workers=2).epoch(0)
     next(epoch)
     assert len(multiprocessing.active_children()) == 2
     epoch.close()
     assert multiprocessing.active_children() == []
+    assert torch.equal(torch.get_rng_state(), state), "the training loop's generator is its own"
 
 
 @pytest.mark.parametrize(
@@ -172,10 +168,10 @@ def test_numbers_that_do_not_fit_are_named(changes: dict[str, Any], message: str
             evaluation(arrays(26), **changes)
 
 
-@pytest.mark.parametrize(("epoch", "step"), [(0, 4), (0, -1), (-1, 0)])
-def test_there_is_no_step_outside_the_epoch(epoch: int, step: int) -> None:
-    with pytest.raises(ConfigError, match=f"no step {step} in epoch {epoch}: .* 3 steps"):
-        training(arrays(26)).epoch(epoch, step)
+def test_there_is_no_step_outside_the_epoch() -> None:
+    for epoch, step in ((0, 4), (0, -1), (-1, 0)):
+        with pytest.raises(ConfigError, match=f"no step {step} in epoch {epoch}: .* 3 steps"):
+            training(arrays(26)).epoch(epoch, step)
 
 
 def repeated(rank: int, **changes: Any) -> Any:
@@ -204,7 +200,7 @@ def test_repeated_augmentation_resumes_in_mid_epoch_and_rests_in_one_process() -
         training(arrays(300, side=2), batch_size=300, world_size=2, repeats=3)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 3])
 @WORKERS
 def test_evaluation_covers_each_image_once(folder: Source, world_size: int, workers: int) -> None:
     for source in (arrays(2), arrays(10), folder):  # of 2 images, a third process has none
@@ -213,14 +209,6 @@ def test_evaluation_covers_each_image_once(folder: Source, world_size: int, work
         assert_same([join(joined)], evaluation(source, batch_size=100))
         assert labels_in(joined) == labels_of(source).tolist()
         assert_same(shares[-1], shares[-1])
-
-
-def test_evaluation_leaves_images_of_the_right_size_alone() -> None:
-    source = arrays()
-    options: dict[str, Any] = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}
-    ((images, _),) = evaluation(source, batch_size=26, **options)
-    mean, std = (torch.tensor(options[name]).view(3, 1, 1) for name in ("mean", "std"))
-    assert torch.allclose(images, (source.images / 255 - mean) / std, atol=1e-5)
 
 
 @pytest.mark.parametrize(("size", "crop", "side"), [(8, 1.0, 8), (14, 0.875, 16), (9, 0.9, 10)])

@@ -35,7 +35,7 @@ from famba.training.weights import Trained, load_trained
 _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 _USUAL_BATCH, _USUAL_WORKERS = 100, 2
 _OPTIONS = {"name": "--data", "root": "--data-root", "num_classes": "data.num_classes"}
-Source = data.Source | data.StreamSource
+Source = data.Source
 
 
 @dataclass(frozen=True)
@@ -308,8 +308,6 @@ def _source(request: Request) -> Source:
     test = _numbered_as_trained(request, splits)
     if subset is None:
         return test
-    if isinstance(test, data.StreamSource):
-        raise ConfigError(f"--subset cannot be used with {test.name!r}: a stream has no random access")
     if subset > len(test):
         raise ConfigError(f"--subset is {subset}; allowed: 1 to {len(test)}, the test images of {wanted.name}")
     return data.sample(test, subset, reading.version)
@@ -333,8 +331,6 @@ def _numbered_as_trained(request: Request, splits: data.Splits) -> Source:
     numbers = tuple(known.index(name) for name in found)
     if numbers == tuple(range(len(found))):
         return test
-    if isinstance(test, data.StreamSource):
-        raise ConfigError(f"{test.name!r} numbers its classes otherwise than the network does: {some(found)}")
     return data.renumber(test, numbers, request.trained.classes)
 
 

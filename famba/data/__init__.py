@@ -5,7 +5,6 @@ from __future__ import annotations
 from famba.data.augment import Augmentation
 from famba.data.images import Reading, open_image
 from famba.data.loader import Batch, TrainBatches, eval_batches, train_batches
-from famba.data.named import StreamSource
 from famba.data.published import download
 from famba.data.sources import ArraySource, Source, Splits, labels_of, renumber, sample
 from famba.data.splits import (
@@ -28,7 +27,6 @@ __all__ = [
     "Reading",
     "Source",
     "Splits",
-    "StreamSource",
     "TrainBatches",
     "check_folder",
     "check_request",

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal, TypeAlias, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
 
 import numpy as np
 import torch
@@ -32,11 +32,11 @@ Transform: TypeAlias = Callable[[Images, int, int], torch.Tensor]
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
-# What each kind does not use, and so must be left at.
-_UNUSED: dict[str, dict[str, object]] = {
+_UNUSED: dict[str, dict[str, object]] = {  # by a kind, and so must be left at these values
     "batch": {"auto_augment": None, "color_jitter": 0, "random_erasing": 0},
     "timm": {"crop_padding": 0},
 }
+_LONGEST = 8  # times the shorter side that an image is scaled at
 _NUMBER = r"\d{1,2}(\.\d+)?"
 # timm's settings, with whole numbers where it reads whole numbers. More than 99 operations on an image is a slip.
 _POLICY = re.compile(
@@ -81,12 +81,8 @@ class Augmentation(AugmentationOptions):
                 raise ConfigError(f"{name} is {value!r}. {error.errors()[0]['msg']}.", name) from None
         for name, nothing in _UNUSED[self.kind].items():
             if (value := getattr(self, name)) != nothing:
-                off = "null" if nothing is None else nothing
-                raise ConfigError(
-                    f"{name} is {value!r}, but augmentation {self.kind!r} does not use it: set it to {off}, or use the "
-                    "other augmentation.",
-                    name,
-                )
+                said = f"{name} is {value!r}, but augmentation {self.kind!r} does not use it: set it to "
+                raise ConfigError(f"{said}{'null' if nothing is None else nothing}, or use the other one.", name)
         if self.kind == "timm":
             timm_transform(self, 8, (0.5,) * 3, (0.5,) * 3)  # a wrong policy shows here, before any work
 
@@ -105,13 +101,20 @@ class Scaling:
             return torch.stack([self.image(image) for image in images])
         if self.side == self.crop and images.shape[-2:] == (self.crop, self.crop):
             return images
-        scaled = vision.resize(images.float(), self.side, InterpolationMode(self.interpolation), antialias=True)
+        scaled = vision.resize(_without_ends(images).float(), self.side, InterpolationMode(self.interpolation))
         return vision.center_crop(scaled.clamp(0, 255), [self.crop, self.crop])  # bicubic weights overshoot at edges
 
     def image(self, image: Image.Image) -> torch.Tensor:
         """Return uint8 (3, s, s) for an RGB image."""
-        scaled = vision.resize(image, self.side, InterpolationMode(self.interpolation))
+        scaled = vision.resize(_without_ends(image), self.side, InterpolationMode(self.interpolation))
         return vision.pil_to_tensor(vision.center_crop(scaled, [self.crop, self.crop]))
+
+
+def _without_ends(image: Any) -> Any:
+    """Cut off the ends of a very long image: scaled, they would fill gigabytes, and no central crop shows them."""
+    sides = vision.get_dimensions(image)[1:]
+    longest = _LONGEST * min(sides)
+    return image if max(sides) <= longest else vision.center_crop(image, [min(side, longest) for side in sides])
 
 
 @dataclass(frozen=True)
@@ -141,14 +144,16 @@ def evaluation_transform(augmentation: Augmentation, image_size: int, normalize:
     return partial(_evaluated, evaluation_scaling(augmentation, image_size), normalize)
 
 
-def training_transform(
-    augmentation: Augmentation, image_size: int, normalize: Normalize, stream: Stream, key: tuple[int, ...]
-) -> Transform:
-    """Return the transform of training images; key: what draws depend on beside epoch and position, the seed first."""
+def _evaluated(scaling: Scaling, normalize: Normalize, images: Images, epoch: int, start: int) -> torch.Tensor:
+    return normalize(scaling.batch(images))
+
+
+def training_transform(augmentation: Augmentation, image_size: int, normalize: Normalize, seed: int) -> Transform:
+    """Return the transform of training images, whose draws depend on the seed, the epoch and the position."""
     if augmentation.kind == "timm":
-        return partial(_each, timm_transform(augmentation, image_size, normalize.mean, normalize.std), stream, key)
+        return partial(_each, timm_transform(augmentation, image_size, normalize.mean, normalize.std), seed)
     scaling = Scaling(image_size, image_size, augmentation.interpolation)
-    return partial(_cropped, augmentation, scaling, normalize, stream, key)
+    return partial(_cropped, augmentation, scaling, normalize, seed)
 
 
 def timm_transform(
@@ -177,23 +182,14 @@ def timm_transform(
         raise ConfigError(f"auto_augment {policy!r} is no policy ({error}){hint}", "auto_augment") from error
 
 
-def _evaluated(scaling: Scaling, normalize: Normalize, images: Images, epoch: int, start: int) -> torch.Tensor:
-    return normalize(scaling.batch(images))
-
-
 def _each(
-    transform: Callable[[Image.Image], torch.Tensor],
-    stream: Stream,
-    key: tuple[int, ...],
-    images: Images,
-    epoch: int,
-    start: int,
+    transform: Callable[[Image.Image], torch.Tensor], seed: int, images: Images, epoch: int, start: int
 ) -> torch.Tensor:
     """Transform images one by one as timm does, each seeded by its position, through the global CPU generators."""
     done = []
     for position, image in enumerate(images, start):
         rgb = vision.to_pil_image(image) if isinstance(image, torch.Tensor) else image
-        seed_global_generators(stream, key, epoch, position)
+        seed_global_generators(Stream.AUGMENTATION, (seed,), epoch, position)
         done.append(transform(rgb))
     return torch.stack(done)
 
@@ -202,15 +198,14 @@ def _cropped(
     augmentation: Augmentation,
     scaling: Scaling,
     normalize: Normalize,
-    stream: Stream,
-    key: tuple[int, ...],
+    seed: int,
     images: Images,
     epoch: int,
     start: int,
 ) -> torch.Tensor:
     """Pad-crop, flip, scale and normalise images; those that are not in memory are scaled first."""
     pixels = images if isinstance(images, torch.Tensor) else scaling.batch(images)
-    drawn = words(stream, key, epoch, start, len(pixels))
+    drawn = words(Stream.AUGMENTATION, (seed,), epoch, start, len(pixels))
     cropped = _pad_crop(pixels, augmentation.crop_padding, drawn[:, 0], drawn[:, 1])
     uniform = (drawn[:, 2] >> np.uint64(11)) * 2.0**-53
     flipped = torch.from_numpy(uniform < augmentation.hflip)

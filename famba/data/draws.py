@@ -22,8 +22,6 @@ class Stream(enum.IntEnum):
     REPEATED_ORDER = 2
     AUGMENTATION = 3
     SPLIT = 4
-    STREAMED_ORDER = 5
-    STREAMED_AUGMENTATION = 6
     WEIGHTS = 7
     STEP = 8
     SUBSET = 9

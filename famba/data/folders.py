@@ -2,95 +2,161 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import posixpath
 import re
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
-from famba.data.images import Colour, decode_rgb, naming
-from famba.errors import DataError
+from famba.data.images import Colour, Reading, read_file
+from famba.data.sources import Splits, check_num_classes
+from famba.errors import DataError, some
 
 # Formats that Pillow knows, but decodes not at all, or by another program alone.
 _NOT_DECODED = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"))
 _HIDDEN = frozenset(("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"))
-_SHOWN = 3
+_VALIDATION = {1: ("val", "validation"), 2: ("val", "valid", "validation")}
 _log = logging.getLogger(__name__)
-
-
-class Entry(NamedTuple):
-    """Names an image in a part of a data set."""
-
-    name: str  # its path in the part, "/" between
-    label: str  # its class; "" where it lies in none
-    span: tuple[int, int] | None = None  # first byte and size in a tar file
-
-
-@dataclass
-class Part:
-    """Lists what was found in a part of a data set (train, val, test); names are paths in it."""
-
-    path: Path
-    entries: list[Entry] = field(default_factory=list)
-    folders: set[str] = field(default_factory=set)  # that lie directly in it
-    skipped: list[str] = field(default_factory=list)  # files that are no images
-    hidden: list[str] = field(default_factory=list)  # not looked at
-    again: list[str] = field(default_factory=list)  # links to folders that were read already
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Return the names of the classes in order."""
-        return tuple(in_order({entry.label for entry in self.entries}))
 
 
 @dataclass(frozen=True, eq=False)
 class FileSource:
     """Gives the images of a part. Each is opened anew, so no open file is shared with another process."""
 
-    path: Path  # the folder or tar file that holds them
+    path: Path  # the folder that holds them
     names: list[str]  # their paths in it
     labels: npt.NDArray[np.int64]  # (n,)
-    spans: npt.NDArray[np.int64] | None  # first byte and size of each in the tar file, (n, 2); None for a folder
     num_classes: int
     background: Colour | None  # as in `images.to_rgb`
-
-    @classmethod
-    def of(cls, part: Part, classes: tuple[str, ...], background: Colour | None) -> FileSource:
-        """Return the images of a part; a class's number is its place among the names of all classes."""
-        numbers = {name: number for number, name in enumerate(classes)}
-        names = [entry.name for entry in part.entries]
-        labels = np.array([numbers[entry.label] for entry in part.entries], dtype=np.int64)
-        spans = [entry.span for entry in part.entries if entry.span is not None]
-        return cls(part.path, names, labels, np.array(spans, np.int64) if spans else None, len(classes), background)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def image(self, index: int) -> Image.Image:
         """Return an RGB image; DataError naming its file where that is missing or corrupt."""
-        with naming(lambda: self._where(index)), self._opened(index) as file:
-            return decode_rgb(file, self.background)
+        return read_file(self.path / self.names[index], self.background)
 
-    def _opened(self, index: int) -> IO[bytes]:
-        if self.spans is None:
-            return open(self.path / self.names[index], "rb")
-        first, size = self.spans[index].tolist()
-        with open(self.path, "rb") as file:
-            file.seek(first)
-            return io.BytesIO(file.read(size))
 
-    def _where(self, index: int) -> str:
-        return f"{self.path}{'/' if self.spans is None else ', '}{self.names[index]}"
+def load_folder(root: Path, num_classes: int | None, reading: Reading) -> Splits:
+    """Open the parts of a data set below a folder; classes have the same numbers in all of them.
+
+    Raises ConfigError where there are other than `num_classes`; DataError as `find_parts` and `read_part`, and where a
+    part has other classes than the training images.
+    """
+    places = find_parts(root, reading.version)
+    parts = {part: read_part(path, reading.version) for part, path in places.items()}
+    classes = in_order({*parts["train"].values()})
+    for part, images in parts.items():
+        missing, extra = {*classes} - {*images.values()}, {*images.values()} - {*classes}
+        if missing or extra:
+            said = [f"{how} {listed(names)}" for how, names in (("without", missing), ("with", extra)) if names]
+            raise DataError(f"{places[part]}: its classes are not those of {places['train']}: {', '.join(said)}.")
+    check_num_classes(num_classes, len(classes), str(root))
+    found, numbers = {}, {name: number for number, name in enumerate(classes)}
+    for part, images in parts.items():
+        labels = np.array([numbers[label] for label in images.values()], dtype=np.int64)
+        found[part] = FileSource(places[part], [*images], labels, len(classes), reading.colour)
+    return Splits(found["train"], found.get("validation"), found["test"], tuple(classes))
+
+
+def find_parts(root: Path, version: int) -> dict[str, Path]:
+    """Return where "train", "test" and "validation" lie; where there is one of the last two, it is the test set.
+
+    Raises DataError where a part is missing, or it is not clear which one is meant.
+    """
+    names = ("train", "test", *_VALIDATION[version])
+    train, test, *validations = (root / name if (root / name).is_dir() else None for name in names)
+    there = [path for path in validations if path is not None]
+    if train is None or not (test or there):
+        wanted = " or ".join(str(root / name) for name in (names[1:] if train else names[:1]))
+        raise DataError(f"no {wanted}: it holds one folder of images for each class.", "root")
+    parts = {"train": train, "test": test or there[0]}
+    if test and there:
+        parts["validation"] = there[0]
+    if version > 1 and len(there) > 1:
+        several = " and ".join(map(str, there))
+        raise DataError(f"{several}: one of them may hold the validation images. Rename the others.", "root")
+    if version > 1 and len({path.resolve() for path in parts.values()}) < len(parts):
+        raise DataError(f"{root}: two of {', '.join(parts)} are one folder, by a link. Remove the link.", "root")
+    return parts
+
+
+def read_part(path: Path, version: int) -> dict[str, str]:
+    """Map the images of a part, by their paths in it and in order, to the names of their classes.
+
+    Logs what was skipped. Raises DataError where a folder cannot be read, a link leads nowhere or to what was read
+    already, there are no images, some lie in no class, or a class has none.
+    """
+    found = _Found([], set(), [], [])
+    try:
+        if version == 1:
+            files, numbers = find_images_and_targets(str(path))
+            classes, top = list(numbers), os.path.join(path, "")
+            labels = {file.removeprefix(top): classes[number] for file, number in files}
+        else:
+            _walk(path, "", {_identity(above): above for above in path.resolve().parents}, found)
+            labels = {name: name.partition("/")[0] if "/" in name else "" for name in found.images}
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}).") from error
+    images = {name: labels[name] for name in in_order(labels)}
+    others = f"files of kinds that Pillow does not read: {listed(found.skipped)}" if found.skipped else ""
+    if not images:
+        raise DataError(f"{path}: no images in class folders. {others}")
+    if empty := found.folders - {*images.values()}:
+        said = f"classes without images: {listed(empty)}"
+        raise DataError(f"{path}: {said}. Add images, convert what is there, or remove the folders. {others}")
+    if strays := [name for name, label in images.items() if not label]:
+        raise DataError(f"{path}: images must lie in one folder for each class, but not so {listed(strays)}.")
+    if len(found.folders) == 1 and all(name.count("/") > 1 for name in images):
+        said = f"all images lie in folders of {found.folders.pop()!r}, so all are of one class"
+        raise DataError(f"{path}: {said}. If those folders are the classes, move them up into {path}.")
+    if others:  # they may be images that are missed; hidden names are meant to be left out
+        _log.warning("%s: skipped %s", path, others)
+    if found.hidden:
+        _log.info("%s: skipped hidden names: %s", path, listed(found.hidden))
+    return images
+
+
+class _Found(NamedTuple):
+    """Lists what lies in a part, as paths in it."""
+
+    images: list[str]
+    folders: set[str]  # that lie directly in it
+    skipped: list[str]  # files that are no images
+    hidden: list[str]  # not looked at
+
+
+def _walk(part: Path, folder: str, seen: dict[tuple[int, int], Path], found: _Found) -> None:
+    """Add what lies in a folder of the part; seen: the folders that were read, and those that hold the part."""
+    path = part / folder
+    if (earlier := seen.setdefault(_identity(path), path)) != path:
+        raise DataError(f"{path}: this is {earlier} once more, by a link. Remove the link.")
+    with os.scandir(path) as entries:
+        for entry in entries:
+            name = posixpath.join(folder, entry.name)
+            if entry.name.startswith(".") or entry.name in _HIDDEN:
+                found.hidden.append(name)
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                raise DataError(f"{entry.path}: this link leads nowhere. Mend or remove it.")
+            elif entry.is_dir():
+                found.folders.update(() if folder else (name,))
+                _walk(part, name, seen, found)
+            else:
+                is_image = entry.is_file() and os.path.splitext(name)[1].lower() in image_suffixes()
+                (found.images if is_image else found.skipped).append(name)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    return (found := os.stat(path)).st_dev, found.st_ino
 
 
 @cache
@@ -99,16 +165,6 @@ def image_suffixes() -> frozenset[str]:
     Image.init()
     kinds = Image.registered_extensions().items()
     return frozenset(suffix for suffix, kind in kinds if kind in Image.OPEN and kind not in _NOT_DECODED)
-
-
-def is_image(name: str) -> bool:
-    """Say whether a file's name is that of an image, in upper or lower case."""
-    return os.path.splitext(name)[1].lower() in image_suffixes()
-
-
-def is_hidden(name: str) -> bool:
-    """Say whether it is a name that systems and programs make for themselves."""
-    return name.startswith(".") or name in _HIDDEN
 
 
 def order(name: str) -> tuple[list[str | int], str]:
@@ -123,127 +179,6 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=order)
 
 
-def read_folder(path: Path, version: int) -> Part:
-    """Find the images of a part, with their classes.
-
-    Raises DataError as `checked`, and where a folder cannot be read or links lead in circles, nowhere, or to the images
-    of another class.
-    """
-    part = Part(path)
-    try:
-        if version == 1:
-            found, numbers = find_images_and_targets(str(path))
-            classes, top = list(numbers), os.path.join(path, "")
-            part.entries = [Entry(file.removeprefix(top), classes[number]) for file, number in found]
-            part.entries.sort(key=lambda entry: order(entry.name))
-            return checked(part)
-        walk = _Walk(part)
-        walk.read("", {_identity(folder): folder for folder in path.resolve().parents})
-        walk.drop_links()
-    except OSError as error:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror}).") from error
-    return checked(part, f"move their folders up into {path}")
-
-
-class _Walk:
-    """Walks through a part. Every folder is read once, whatever links lead to it."""
-
-    def __init__(self, part: Part) -> None:
-        self.part = part
-        self.folders: dict[tuple[int, int], str] = {}  # by device and inode, whatever path leads to them
-        self.links: set[str] = set()  # images that are links
-
-    def read(self, folder: str, above: dict[tuple[int, int], Path]) -> None:
-        """Add what lies in a folder to the part; above: the folders that hold it."""
-        path = self.part.path / folder
-        identity = _identity(path)
-        if identity in above:
-            raise DataError(f"{path}: this link leads to {above[identity]}, which contains it. Remove it.")
-        if not self._is_new(self.folders, folder, "folder"):
-            return
-        with os.scandir(path) as found:
-            entries = sorted(found, key=lambda entry: order(entry.name))
-        for entry in entries:
-            name = posixpath.join(folder, entry.name)
-            if is_hidden(entry.name):
-                self.part.hidden.append(name)
-            elif entry.is_symlink() and not os.path.exists(entry.path):
-                raise DataError(f"{entry.path}: this link leads nowhere. Mend or remove it.")
-            elif entry.is_dir():
-                if not folder:
-                    self.part.folders.add(name)
-                self.read(name, {**above, identity: path})
-            elif entry.is_file() and is_image(name):
-                if entry.is_symlink():
-                    self.links.add(name)
-                self.part.entries.append(Entry(name, folder.partition("/")[0]))
-            else:
-                self.part.skipped.append(name)
-
-    def drop_links(self) -> None:
-        """Leave out links to images that are in the part already."""
-        if self.links:
-            seen: dict[tuple[int, int], str] = {}
-            files_first = sorted(self.part.entries, key=lambda entry: entry.name in self.links)
-            self.part.entries = [entry for entry in files_first if self._is_new(seen, entry.name, "image")]
-
-    def _is_new(self, seen: dict[tuple[int, int], str], name: str, kind: str) -> bool:
-        """Say whether it was not met before. Raises DataError for what was met in another class."""
-        path = self.part.path / name
-        earlier = seen.setdefault(_identity(path), name)
-        if earlier == name:
-            return True
-        if earlier.split("/")[0] != name.split("/")[0]:
-            other = f"the {kind} {self.part.path / earlier}"
-            raise DataError(f"{path}: this is {other} once more, by a link, in two classes. Remove one of them.")
-        self.part.again.append(name)
-        return False
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    return (found := os.stat(path)).st_dev, found.st_ino
-
-
-def checked(part: Part, advice: str | None = None) -> Part:
-    """Return a part whose images all lie in classes, sorted but in version 1, and log what was skipped.
-
-    advice: how to mend a part whose classes lie one folder too deep; None where they may. Raises DataError for that,
-    where there are no images, where only some folders hold any, or where some images lie in no class.
-    """
-    if advice:
-        part.entries.sort(key=lambda entry: order(entry.name))
-    without = part.folders - {entry.label for entry in part.entries}
-    if without and part.entries:
-        skipped = [name for name in part.skipped if name.split("/")[0] in without]
-        held = f", but {listed('file', skipped)} of other kinds" if skipped else ""
-        lacking = f"{listed('class', without)} without any image that Pillow reads{held}"
-        raise DataError(f"{part.path}: {lacking}. Add images, convert what is there, or remove the folder.")
-    if not part.entries:
-        files = f"; it holds {listed('file', part.skipped)} of other kinds" if part.skipped else ""
-        raise DataError(f"{part.path}: holds no readable images in class folders{files}.")
-    strays = [entry.name for entry in part.entries if not entry.label]
-    if strays:
-        outside = listed("image", strays)
-        raise DataError(f"{part.path}: images must lie in one folder for each class, but some lie outside: {outside}.")
-    places = {posixpath.dirname(entry.name) for entry in part.entries}
-    common = posixpath.commonpath(places) if advice else ""
-    if common and common not in places:
-        inner = listed("folder", {place[len(common) + 1 :].partition("/")[0] for place in places})
-        said = f"all images lie in folders of {common!r}, so all are of one class"
-        raise DataError(f"{part.path}: {said}. If {inner} are the classes, {advice}.")
-    left_out = [f"{listed('file', part.skipped)} of kinds that Pillow does not read"] if part.skipped else []
-    left_out += [listed("hidden name", part.hidden)] if part.hidden else []
-    left_out += [f"{listed('link', part.again)} to what was read already"] if part.again else []
-    if left_out:
-        # Hidden names are meant to be left out; other files may be images that are missed.
-        _log.log(logging.WARNING if part.skipped else logging.INFO, "%s: skipped %s", part.path, ", ".join(left_out))
-    return part
-
-
-def listed(kind: str, names: Collection[str]) -> str:
-    """Say how many names there are and what the first ones are: "5 files (a.txt, b.txt, c.txt, ...)"."""
-    # File systems hold names that are no text; a log and a terminal cannot.
-    shown = [os.fsencode(name).decode(errors="replace") for name in in_order(names)[:_SHOWN]]
-    more = ", ..." if len(names) > _SHOWN else ""
-    ending = "" if len(names) == 1 else "es" if kind.endswith("s") else "s"
-    return f"{len(names):,} {kind}{ending} ({', '.join(shown)}{more})"
+def listed(names: Iterable[str]) -> str:
+    """Return the first few names in order; file systems hold names that are no text, and a log cannot."""
+    return some([os.fsencode(name).decode(errors="replace") for name in in_order(names)])

@@ -10,7 +10,6 @@ from typing import IO, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
-from PIL.PngImagePlugin import PngImageFile
 
 from famba.errors import ConfigError, DataError, near_miss
 
@@ -25,8 +24,8 @@ class Reading:
     """Says how folders and images are read.
 
     version: 2; or 1 for what Famba 0.1 did: innermost folders are classes, `.png`, `.jpg` and `.jpeg` alone are images,
-    transparency and EXIF orientation are dropped, 16 bits are cut off. background: the colour behind transparent
-    images, a name as in CSS or "#rrggbb"; version 1 has none. Raises ConfigError for anything else.
+    transparency and orientation are dropped, 16 bits are cut off. background: the colour behind transparent images, a
+    name as in CSS or "#rrggbb"; version 1 has none. Raises ConfigError for anything else.
     """
 
     version: int = 2
@@ -36,10 +35,10 @@ class Reading:
         if self.version not in (1, 2):
             raise ConfigError(f"version is {self.version}; allowed: 2, or 1 to read as Famba 0.1 did.", "version")
         if _colour(self.background) != (255, 255, 255) and self.version == 1:
-            given = f"background is {self.background!r}"
-            raise ConfigError(
-                f"{given}, but version 1 drops transparency; leave it out, or use version 2.", "background"
+            said = (
+                f"background is {self.background!r}, but version 1 drops transparency; leave it out, or use version 2."
             )
+            raise ConfigError(said, "background")
 
     @property
     def colour(self) -> Colour | None:
@@ -48,23 +47,18 @@ class Reading:
 
 
 def _colour(name: str) -> Colour:
-    try:
-        red, green, blue, *transparency = ImageColor.getrgb(name)
-        if transparency:
-            raise ValueError("a background is opaque")
-    except ValueError:
-        hint = near_miss(name, ImageColor.colormap)
-        said = f'background {name!r} is no colour; allowed: a name such as white or black, or "#rrggbb"{hint}'
-        raise ConfigError(said, "background") from None
-    return red, green, blue
+    with suppress(ValueError):
+        colour = ImageColor.getrgb(name)
+        if len(colour) == 3:  # a fourth value is transparency
+            return colour
+    hint = near_miss(name, ImageColor.colormap)
+    said = f'background {name!r} is no colour; allowed: a name such as white or black, or "#rrggbb"{hint}'
+    raise ConfigError(said, "background")
 
 
 @contextmanager
 def naming(where: Callable[[], str]) -> Iterator[None]:
-    """Turn every error of reading an image into a DataError that says which image it was.
-
-    `where` is called only then: some data sets must read an image to tell its name.
-    """
+    """Turn every error of reading an image into a DataError that says which image it was; `where` is called then."""
     try:
         yield
     except DataError:
@@ -101,12 +95,10 @@ def to_rgb(image: Image.Image, background: Colour | None) -> Image.Image:
     """Return an image, as `Image.open` gives it, upright and in RGB; raises as `decode_rgb` does.
 
     EXIF orientation is undone, transparent pixels show the background, more than 8 bits of grey are scaled to 8.
-    Integers and floats of no known range raise ValueError. Without a background it is `image.convert("RGB")` alone, as
-    in Famba 0.1.
+    Without a background it is `image.convert("RGB")` alone, as in Famba 0.1.
     """
     if background is None:
         return image.convert("RGB")
-    _scale_transparency(image)
     image.load()
     with suppress(Exception):  # damaged EXIF says nothing; the pixels are whole, and viewers show them as stored
         ImageOps.exif_transpose(image, in_place=True)
@@ -120,20 +112,8 @@ def to_rgb(image: Image.Image, background: Colour | None) -> Image.Image:
     return rgb
 
 
-def _scale_transparency(image: Image.Image) -> None:
-    """Bring the transparent colour of a PNG to the 8 bits that its pixels will have; Pillow leaves it as stored."""
-    given = image.info.get("transparency")
-    if given is None or not isinstance(image, PngImageFile) or not image.tile:
-        return
-    stored = image.tile[0][3]
-    if stored in ("L;2", "L;4"):
-        image.info["transparency"] = given * (85 if stored == "L;2" else 17)
-    elif stored == "RGB;16B":
-        image.info["transparency"] = tuple(value >> 8 for value in given)
-
-
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale grey of more than 8 bits by its range, with alpha where a value is transparent; leave other images."""
+    """Scale grey of more than 8 bits by its range; leave other images."""
     if image.mode[0] not in "IF":
         return image
     # 16 bits, which Pillow gives in 32 for PPM, and before Pillow 11 for PNG. FITS shifts them by what its header says.
@@ -143,12 +123,5 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         raise ValueError(f"its pixels are {kind} of no known range: scale them, and save it with 8 or 16 bits, as PNG")
     tags = getattr(image, "tag_v2", {})
     top = 4095 if tags.get(_TIFF_BITS) == (12,) else 65_535
-    values = np.asarray(image).astype(np.int64)
-    scaled = (values * 255 + top // 2) // top
-    if tags.get(_TIFF_PHOTOMETRIC) == _MIN_IS_WHITE:
-        scaled = 255 - scaled
-    grey = Image.fromarray(scaled.astype(np.uint8))
-    if "transparency" not in image.info:
-        return grey
-    alpha = np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)
-    return Image.merge("LA", (grey, Image.fromarray(alpha)))
+    scaled = (np.asarray(image).astype(np.int64) * 255 + top // 2) // top
+    return Image.fromarray((255 - scaled if tags.get(_TIFF_PHOTOMETRIC) == _MIN_IS_WHITE else scaled).astype(np.uint8))

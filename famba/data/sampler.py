@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +15,7 @@ from famba.data.draws import Stream, derived_integer, permutation
 from famba.errors import ConfigError
 
 
-@dataclass(frozen=True, eq=False)
-class MicroBatch:
+class MicroBatch(NamedTuple):
     """Names images that are loaded at once: `indices`, int64 (b,), at positions start .. start + b - 1."""
 
     epoch: int
@@ -52,11 +53,8 @@ class EpochSampler:
             raise ConfigError(f"batch_size is {self.batch_size}, but must be {fits}.", "batch_size")
         if self.batch_size > self.length or self.steps_per_epoch == 0:
             largest = min(self.length, self._images_per_process() * self.world_size)
-            raise ConfigError(
-                f"batch_size {self.batch_size} does not fit into the {self.length} training images: at most {largest}, "
-                f"and {fits}.",
-                "batch_size",
-            )
+            said = f"batch_size {self.batch_size} does not fit into the {self.length} training images"
+            raise ConfigError(f"{said}: at most {largest}, and {fits}.", "batch_size")
 
     @property
     def micro_batch(self) -> int:
@@ -81,23 +79,23 @@ class EpochSampler:
             there = f"epochs count from 0, each has {self.steps_per_epoch} steps"
             raise ConfigError(f"there is no step {start_step} in epoch {epoch}: {there}.")
 
+    @cached_property
     def _repeating(self) -> RepeatAugSampler | None:
         if self.repeats == 1 or self.world_size == 1:
             return None
         return RepeatAugSampler(range(self.length), self.world_size, self.rank, num_repeats=self.repeats)
 
     def _images_per_process(self) -> int:
-        sampler = self._repeating()
-        return self.length // self.world_size if sampler is None else sampler.num_selected_samples
+        repeating = self._repeating
+        return self.length // self.world_size if repeating is None else repeating.num_selected_samples
 
     def _indices(self, epoch: int) -> npt.NDArray[np.int64]:
-        sampler = self._repeating()
-        if sampler is None:
+        if self._repeating is None:
             used = permutation(Stream.ORDER, self.seed, epoch, self.length)[: self.steps_per_epoch * self.batch_size]
             return used.reshape(-1, self.world_size, self.micro_batch)[:, self.rank].reshape(-1)
         # The sampler seeds its order with the epoch alone; this makes it depend on the run's seed too.
-        sampler.set_epoch(derived_integer(Stream.REPEATED_ORDER, self.seed, epoch))
-        return np.fromiter(sampler, dtype=np.int64)
+        self._repeating.set_epoch(derived_integer(Stream.REPEATED_ORDER, self.seed, epoch))
+        return np.fromiter(self._repeating, dtype=np.int64)
 
 
 def check_rank(rank: int, world_size: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +14,6 @@ from torchvision.transforms import functional as vision
 
 from famba.data.draws import Stream, permutation
 from famba.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from famba.data.named import StreamSource
 
 Labels = npt.NDArray[np.int64]
 
@@ -42,9 +39,9 @@ class Source(Protocol):
 class Splits:
     """Holds the parts of a data set, all with the same class numbers."""
 
-    train: Source | StreamSource
-    validation: Source | StreamSource | None  # None unless it was held out or comes with the data
-    test: Source | StreamSource
+    train: Source
+    validation: Source | None  # None unless it was held out or comes with the data
+    test: Source
     classes: tuple[str, ...] | None = None  # names in the order of their numbers; None where the data does not tell
 
 
@@ -111,17 +108,9 @@ def labels_of(source: Source) -> Labels:
 
 def check_labels(labels: Labels, num_classes: int, where: Callable[[int], str]) -> Labels:
     """Return the labels, or raise DataError saying `where` the first wrong one was found, by its place."""
-    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
-    if len(wrong):
-        check_label(int(labels[wrong[0]]), num_classes, lambda: where(int(wrong[0])))
+    for place in np.flatnonzero((labels < 0) | (labels >= num_classes))[:1].tolist():
+        raise DataError(f"{where(place)}: label {labels[place]} is not in 0..{num_classes - 1}.")
     return labels
-
-
-def check_label(label: object, num_classes: int, where: Callable[[], str]) -> int:
-    """Return the label, or raise DataError saying `where` it was found."""
-    if not isinstance(label, int) or not 0 <= label < num_classes:
-        raise DataError(f"{where()}: label {label} is not in 0..{num_classes - 1} ({num_classes} classes).")
-    return label
 
 
 def check_num_classes(given: int | None, found: int | None, name: str) -> None:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from famba.data.draws import Stream, permutation
-from famba.data.folders import FileSource, is_hidden, listed, read_folder
+from famba.data.folders import find_parts, load_folder
 from famba.data.images import Reading
-from famba.data.named import StreamSource, check_named, load_named, needs_root
+from famba.data.named import load_named
 from famba.data.published import CIFAR, NUM_CLASSES, TRAINING_IMAGES, find_cifar, load_cifar, load_digits
-from famba.data.sources import Source, Splits, balanced_order, check_num_classes, labels_of, sample, take
-from famba.data.tar import read_tar
+from famba.data.sources import Splits, balanced_order, check_num_classes, labels_of, sample, take
 from famba.errors import ConfigError, DataError, near_miss
-
-_log = logging.getLogger(__name__)
 
 Loader: TypeAlias = Callable[[Path | None, int | None], Splits]
 """(data.root, data.num_classes) to the images, either None where it is not given."""
@@ -29,9 +24,6 @@ LOADERS: dict[str, Loader] = {}
 """Functions that open the data sets that were added to Famba's own. A new one is one more entry."""
 PUBLISHED = tuple(NUM_CLASSES)
 """Data sets that are the same wherever their files lie."""
-_PARTS = ("folder", "tar")
-_IMAGE_FOLDERS = ("torch/image_folder", "torch/folder")
-_VALIDATION = {1: ("val", "validation"), 2: ("val", "valid", "validation")}
 
 
 def load_splits(
@@ -47,8 +39,7 @@ def load_splits(
     """Open a data set.
 
     Args:
-        name: cifar10, cifar100, digits, folder, tar, one of `LOADERS`, or a name of timm's with a prefix
-            ("torch/cifar10", "hfds/...", "wds/...").
+        name: cifar10, cifar100, digits, folder, one of `LOADERS`, or "hfds/NAME" of the Hugging Face hub.
         root: folder that holds the data. None: CIFAR comes from `default_root()` and is downloaded where it
             is missing there; digits need no folder.
         subset: number of training images to use, None for all; the same for every seed, with every class in proportion.
@@ -63,9 +54,8 @@ def load_splits(
     reading = Reading(version, background)
     splits = _load(name, None if root is None else Path(root).expanduser(), num_classes, reading)
     if subset is not None:
-        train = _need_random_access(splits.train, "subset")
-        _check_subset(subset, len(train))
-        part = take(train, np.arange(subset)) if version == 1 else sample(train, subset, version)
+        _check_subset(subset, len(splits.train))
+        part = take(splits.train, np.arange(subset)) if version == 1 else sample(splits.train, subset, version)
         splits = replace(splits, train=part)
     return _hold_out(splits, val_fraction, version) if val_fraction else splits
 
@@ -77,17 +67,22 @@ def check_request(
     subset: int | None,
     val_fraction: float,
     num_classes: int | None,
-    background: str = Reading.background,
-    version: int = Reading.version,
+    **reading: Any,
 ) -> None:
     """Raise ConfigError for what `load_splits` could not open whatever lies on the disk; arguments as there."""
-    Reading(version, background)
+    Reading(**reading)
     if not 0 <= val_fraction < 1:
         raise ConfigError(f"val_fraction is {val_fraction}, but must be at least 0 and below 1.", "val_fraction")
-    _check_name(name, root)
+    known = (*PUBLISHED, "folder", *LOADERS)
+    if name == "digits" and root is not None:
+        raise ConfigError(f"digits come with scikit-learn, from no folder: leave out data.root (given {root}).", "root")
+    if name == "folder" and root is None:
+        raise ConfigError(f"data {name!r} needs data.root, the folder that holds train and val.", "root")
+    if name not in known and not name.startswith("hfds/"):
+        allowed = f"{', '.join(known)}, and hfds/NAME of the Hugging Face hub"
+        raise ConfigError(f"unknown data {name!r}{near_miss(name, known)}. Known are {allowed}.", "name")
     check_num_classes(num_classes, num_classes_of(name), name)
-    images = training_images_of(name)
-    if images is not None:
+    if (images := training_images_of(name)) is not None:
         _check_subset(subset, images)
 
 
@@ -96,15 +91,15 @@ def check_folder(name: str, root: str | Path | None, version: int = Reading.vers
 
     Other packages' caches and the folders of loaders that were added are not judged.
     """
-    if root is None or not (name in CIFAR or name in _PARTS or needs_root(name)):
+    if root is None or not (name in CIFAR or name == "folder"):
         return
     folder = Path(root).expanduser()
     if not folder.is_dir():
         raise DataError(f"root {folder} is no folder; give the one that holds the data.", "root")
     if name in CIFAR:
         find_cifar(name, folder)
-    elif _is_parts(name, version):
-        _find_parts(folder, ".tar" if name == "tar" else "", version)
+    elif name == "folder":
+        find_parts(folder, version)
 
 
 def num_classes_of(name: str) -> int | None:
@@ -122,27 +117,9 @@ def held_out(images: int, fraction: float) -> int:
     return min(max(round(images * fraction), 1), images - 1) if fraction else 0
 
 
-def _check_name(name: str, root: str | Path | None) -> None:
-    known = (*PUBLISHED, *_PARTS, *LOADERS)
-    if name == "digits" and root is not None:
-        raise ConfigError(f"digits come with scikit-learn, from no folder: leave out data.root (given {root}).", "root")
-    if name in _PARTS and root is None:
-        raise ConfigError(f"data {name!r} needs data.root, the folder that holds train and val.", "root")
-    if "/" in name and name not in known:
-        check_named(name, root)
-    elif name not in known:
-        allowed = f"{', '.join(known)}, and timm's names with a prefix, such as torch/cifar10"
-        raise ConfigError(f"unknown data {name!r}{near_miss(name, known)}. Known are {allowed}.", "name")
-
-
 def _check_subset(subset: int | None, images: int) -> None:
     if subset is not None and not 1 <= subset <= images:
         raise ConfigError(f"subset is {subset}, but must be from 1 to the {images} training images.", "subset")
-
-
-def _is_parts(name: str, version: int) -> bool:
-    """Say whether it is read part by part; torchvision's folders too, whose own reader has the faults of version 1."""
-    return name in _PARTS or (version > 1 and name.lower() in _IMAGE_FOLDERS)
 
 
 def _load(name: str, root: Path | None, num_classes: int | None, reading: Reading) -> Splits:
@@ -152,73 +129,15 @@ def _load(name: str, root: Path | None, num_classes: int | None, reading: Readin
         return load_digits()
     if name in CIFAR:
         return load_cifar(name, root, reading.colour)
-    if _is_parts(name, reading.version):
-        assert root is not None
-        return _load_parts(root, ".tar" if name == "tar" else "", num_classes, reading)
-    return load_named(name, root, num_classes=num_classes, reading=reading)
-
-
-def _load_parts(root: Path, suffix: str, num_classes: int | None, reading: Reading) -> Splits:
-    """Open the parts of a data set; classes have the same numbers in all of them."""
-    read = read_tar if suffix else read_folder
-    parts = {part: read(path, reading.version) for part, path in _find_parts(root, suffix, reading.version).items()}
-    if reading.version > 1:
-        _warn_of_others(root, suffix)
-    classes = parts["train"].classes
-    for part in parts.values():
-        differ = {"without": {*classes} - {*part.classes}, "with": {*part.classes} - {*classes}}
-        said = [f"{how} {listed('class', names)}" for how, names in differ.items() if names]
-        if said:
-            raise DataError(f"{part.path}: its classes are not those of {parts['train'].path}: {', '.join(said)}.")
-    check_num_classes(num_classes, len(classes), str(root))
-    found = {name: FileSource.of(part, classes, reading.colour) for name, part in parts.items()}
-    return Splits(found["train"], found.get("validation"), found["test"], classes)
-
-
-def _find_parts(root: Path, suffix: str, version: int) -> dict[str, Path]:
-    """Return where "train", "test" and "validation" lie; where there is one of the last two, it is the test set.
-
-    suffix: "" for folders, ".tar". Raises DataError where a part is missing, or it is not clear which one is meant.
-    """
-    validation = _VALIDATION[version]
-    train, tests, validations = (
-        [path for name in names if _is_part(path := root / (name + suffix), suffix)]
-        for names in (("train",), ("test",), validation)
-    )
-    if not train or not tests + validations:
-        wanted = " or ".join(str(root / (name + suffix)) for name in ((*validation, "test") if train else ("train",)))
-        raise DataError(f"no {wanted}: it holds one folder of images for each class.", "root")
-    if version > 1 and len(validations) > 1:
-        several = " and ".join(map(str, validations))
-        raise DataError(f"{several}: one of them may hold the validation images. Rename the others.", "root")
-    parts = {"train": train[0], "test": (tests + validations)[0]}
-    if tests and validations:
-        parts["validation"] = validations[0]
-    places = {path: path.resolve() for path in parts.values()}
-    for (first, one), (second, other) in combinations(places.items(), 2):
-        if version > 1 and (one == other or one in other.parents or other in one.parents):
-            raise DataError(f"{first} and {second} hold the same images, by a link. Remove one of them.", "root")
-    return parts
-
-
-def _is_part(path: Path, suffix: str) -> bool:
-    return path.suffix == suffix and path.is_file() if suffix else path.is_dir()
-
-
-def _warn_of_others(root: Path, suffix: str) -> None:
-    """Log what lies beside the parts of a data set and may have been meant as one."""
-    known = {name + suffix for name in ("train", "test", *_VALIDATION[2])}
-    names = [path.name for path in root.iterdir() if _is_part(path, suffix) and not is_hidden(path.name)]
-    others = [name for name in names if name not in known]
-    if others:
-        found, parts = listed("file" if suffix else "folder", others), ", ".join(_VALIDATION[2])
-        _log.warning("%s: left alone %s; the parts are train, %s and test, in lower case", root, found, parts)
+    if name == "folder" and root is not None:
+        return load_folder(root, num_classes, reading)
+    return load_named(name, root, num_classes, reading)
 
 
 def _hold_out(splits: Splits, fraction: float, version: int) -> Splits:
     if splits.validation is not None:
         raise ConfigError("the data comes with a validation set: set val_fraction to 0 to use it.", "val_fraction")
-    train = _need_random_access(splits.train, "val_fraction")
+    train = splits.train
     if len(train) < 2:
         raise ConfigError(f"val_fraction needs at least two training images, there is {len(train)}.", "val_fraction")
     if version == 1:
@@ -228,9 +147,3 @@ def _hold_out(splits: Splits, fraction: float, version: int) -> Splits:
     held = held_out(len(train), fraction)
     # Sorted, so that what is left is in the order of the data set.
     return replace(splits, train=take(train, np.sort(order[held:])), validation=take(train, np.sort(order[:held])))
-
-
-def _need_random_access(source: Source | StreamSource, setting: str) -> Source:
-    if isinstance(source, StreamSource):
-        raise ConfigError(f"{setting} cannot be used with {source.name!r}: a stream has no random access.", setting)
-    return source

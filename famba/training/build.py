@@ -105,9 +105,7 @@ def load_splits(config: RunConfig) -> data.Splits:
     return splits
 
 
-def _size(part: data.Source | data.StreamSource) -> str:
-    if isinstance(part, data.StreamSource):
-        return f"{len(part):,} in a stream, {part.num_classes:,} classes"
+def _size(part: data.Source) -> str:
     there = len(np.unique(data.labels_of(part)))
     of_all = "" if there == part.num_classes else f" of {part.num_classes:,}"
     return f"{len(part):,} in {there:,}{of_all} class{'' if there == 1 else 'es'}"

@@ -328,7 +328,7 @@ class TrainedOn:
     """Describe the data of a run.
 
     num_classes: number of classes in the data. classes: their names by number, None where the data does not tell them.
-    images: number of images by part, 0 where a stream does not say.
+    images: number of images by part.
     """
 
     num_classes: int

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from famba import data
 from famba.data.draws import Stream
-from famba.errors import CheckpointError, ConfigError, TrainingError
+from famba.errors import CheckpointError, TrainingError
 from famba.files import sha256
 from famba.fusion import tokens_per_layer
 from famba.fusion.schedules import Adapted
@@ -130,9 +130,7 @@ class Training:
         # Within the optimizer's step the state is neither that of the step before nor that of the step after.
         self._sound = True
 
-    def _plan_adapting(
-        self, train: data.Source | data.StreamSource, in_all_epochs: int
-    ) -> tuple[frozenset[int], Tensor]:
+    def _plan_adapting(self, train: data.Source, in_all_epochs: int) -> tuple[frozenset[int], Tensor]:
         """Return the steps before which an adaptive schedule is measured, and the images (n, 3, s, s) for it.
 
         The images are a sample of the training set with every class in proportion, which depends on the data alone.
@@ -141,11 +139,6 @@ class Training:
         shares, count = config.fusion.adapt_at, config.fusion.adapt_images
         if shares is None or count is None:
             return frozenset(), torch.empty(0)
-        if isinstance(train, data.StreamSource):
-            raise ConfigError(
-                f"fusion=adaptive measures on training images, and {train.name!r} is a stream without random access; "
-                "choose another strategy, or data in files"
-            )
         # Shares of all epochs: a run that continues with more max_steps measures at the same steps.
         steps = frozenset(int(share * in_all_epochs) for share in shares)
         if last is not None and last <= max(steps):
