@@ -97,7 +97,10 @@ class BatchAugmentation:
         return cls(options, image_size, tuple(mean), tuple(std), seed, policy, geometry, dtype)
 
     def __call__(self, images: Images, epoch: int, start: int) -> Float[Tensor, "b 3 s s"]:
-        """Augment uint8 (b, 3, h, w), on its device, or RGB images, at positions start, start + 1, ... of the epoch."""
+        """Augment uint8 (b, 3, h, w), on its device, or RGB images, at positions start, start + 1, ... of the epoch.
+
+        RGB images go without `crop_padding` alone.
+        """
         if not isinstance(images, torch.Tensor):
             crops = self.crop_each(list(images), epoch, start)
             return self.finish(crops.to(self.dtype), self.draw(epoch, start, len(crops), self.size, self.size))
@@ -120,13 +123,8 @@ class BatchAugmentation:
         return self._apply(images, draws, self._empty(images))
 
     def crop_each(self, images: Sequence[Image.Image], epoch: int, start: int) -> Tensor:
-        """Crop, scale and flip RGB images of any size one by one by Pillow, as `apply` does with a batch."""
+        """Crop, scale and flip RGB images of any size one by one by Pillow, as a batch without padding."""
         mode = InterpolationMode(self.options.interpolation)
-        if self.options.crop_padding is not None:
-            scaled = torch.stack([vision.pil_to_tensor(self._scaled(image, mode)) for image in images])
-            boxes, flip = self._crops(epoch, start, *np.full((2, len(images)), self.size))
-            drawn = torch.from_numpy(boxes), torch.from_numpy(flip)
-            return crop(scaled, *drawn, self.size, self.options.interpolation, self.options.crop_padding)
         boxes, flip = self._crops(epoch, start, *np.array([(image.height, image.width) for image in images]).T)
         done = []
         for image, box, mirrored in zip(images, boxes.astype(int).tolist(), flip, strict=True):
@@ -152,9 +150,6 @@ class BatchAugmentation:
 
     def _empty(self, images: Tensor) -> Tensor:
         return torch.empty(len(images), 3, self.size, self.size, dtype=self.dtype, device=images.device)
-
-    def _scaled(self, image: Image.Image, mode: InterpolationMode) -> Image.Image:
-        return vision.center_crop(vision.resize(image, self.size, mode), [self.size, self.size])
 
     def _uniforms(self, part: int, epoch: int, start: int, count: int, numbers: int) -> Array:
         return uniforms(Stream.BATCH, (self.seed, part), epoch, start, count, numbers)

@@ -176,14 +176,11 @@ class Policy:
 
     @classmethod
     def of(cls, text: str) -> Policy:
-        """Read one of timm's policies. Raises ConfigError for one that has no batched form or does not work."""
+        """Read a policy that timm can read. Raises ConfigError for one that has no batched form or cannot be drawn."""
         name, tied = text.split("-")[0], not text.startswith("rand")
         if name not in ("rand", *_NAMED):
             raise _unknown(text, f"known are rand and {', '.join(_NAMED)}, with their settings")
-        try:
-            transform = auto_augment_transform(text, {}) if tied else rand_augment_transform(text, {})
-        except (AssertionError, ValueError, KeyError, IndexError) as error:
-            raise _unknown(text, f"timm cannot read it ({error})") from error
+        transform = auto_augment_transform(text, {}) if tied else rand_augment_transform(text, {})
         groups = transform.policy if tied else [transform.ops]
         operations = [operation for group in groups for operation in group]
         layers, weights = (len(groups[0]), None) if tied else (transform.num_layers, transform.choice_weights)

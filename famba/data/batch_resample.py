@@ -85,13 +85,14 @@ def resize_and_crop(
 ) -> Float[Tensor, "b c {size} {size}"]:
     """Scale the shorter side to `side` pixels, at least `size`, and cut out the centre; results as those of `crop`."""
     high, wide = images.shape[2:]
-    parts = []
+    parts: list[Tensor] = []
     for source in (high, wide):
         scaled = int(side * source / min(high, wide))
         places = torch.arange(size, device=images.device, dtype=torch.float64) + round((scaled - size) / 2) + 0.5
         start, extent = (places.new_full((1,), value) for value in (0, source))
         parts.append(_weights(places[None], start, extent, scaled, source, max(1.0, source / scaled), interpolation))
-    return _resample(images, *parts, torch.empty(*images.shape[:2], size, size, device=images.device))
+    rows, columns = parts
+    return _resample(images, rows, columns, torch.empty(*images.shape[:2], size, size, device=images.device))
 
 
 def _weights(
