@@ -69,7 +69,7 @@ def tensor_of(images: list[Image.Image]) -> Tensor:
 
 def both(name: str, magnitude: float, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
     """Return the images after the batched operation and after timm's, with the same draws, as whole numbers."""
-    policy = Policy((name,), np.ones(1), np.array([magnitude]), 0.0, 10.0, 1, None, False, 0.45)
+    policy = Policy((name,), np.ones(1), np.array([magnitude]), 0.0, 10.0, 1, None, False)
     numbers = np.zeros((len(images), 1, DRAWS))
     numbers[:, 0, -1] = [random.Random(number).random() for number in range(len(images))]  # noqa: S311
     operation = AugmentOp(name, 1.0, magnitude, {"img_mean": _FILL, "interpolation": Image.Resampling.BICUBIC})

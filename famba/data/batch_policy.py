@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -90,67 +90,66 @@ def _solarize_add(added: Array) -> Array:
     return np.where(_VALUES < 128, more, _VALUES).astype(np.uint8)
 
 
-@dataclass(frozen=True)
-class _Drawn:
+class _Drawn(NamedTuple):
     """Holds what an operation draws, float64 (n,), and the side of the images in pixels."""
 
     level: Array  # magnitude over 10
-    sign: Array  # -1 or 1
+    signed: Array  # the same or its negative
     uniform: Array  # where there is no sign
     size: int
-    translation: float  # largest, as a share of the side
 
-    @property
-    def signed(self) -> Array:
-        return self.level * self.sign
 
-    @property
-    def enhanced(self) -> Array:
-        return self.level * 1.8 + 0.1
+def _nothing(drawn: _Drawn) -> Array:
+    return np.zeros((len(drawn.level), 0))
 
-    @property
-    def enhanced_increasing(self) -> Array:
-        return np.maximum(0.1, 1 + self.signed * 0.9)
 
-    @property
-    def bits(self) -> Array:
-        return np.trunc(self.level * 4)
+def _enhanced(drawn: _Drawn) -> Array:
+    return drawn.level * 1.8 + 0.1
 
-    @property
-    def threshold(self) -> Array:
-        return np.minimum(256, np.trunc(self.level * 256))
 
-    @property
-    def nothing(self) -> Array:
-        return np.zeros((len(self.level), 0))
+def _enhanced_increasing(drawn: _Drawn) -> Array:
+    return np.maximum(0.1, 1 + drawn.signed * 0.9)
 
-    def line(self, slope: Array | float, offset: Array | float) -> Array:
-        return np.stack(np.broadcast_arrays(self.level * 0 + slope, offset), axis=1)
+
+def _bits(drawn: _Drawn) -> Array:
+    return np.trunc(drawn.level * 4)
+
+
+def _threshold(drawn: _Drawn) -> Array:
+    return np.minimum(256, np.trunc(drawn.level * 256))
+
+
+def _sheared(drawn: _Drawn) -> Array:
+    return np.stack([drawn.signed * 0.3, drawn.level * 0], axis=1)
+
+
+def _moved(drawn: _Drawn) -> Array:
+    return np.stack([drawn.level * 0, drawn.signed * 0.45 * drawn.size], axis=1)
 
 
 BY_NAME: Mapping[str, tuple[str, Callable[[_Drawn], Array]]] = {
-    "AutoContrast": ("autocontrast", lambda drawn: drawn.nothing),
-    "Equalize": ("equalize", lambda drawn: drawn.nothing),
+    "AutoContrast": ("autocontrast", _nothing),
+    "Equalize": ("equalize", _nothing),
     "Invert": ("table", lambda drawn: _solarize(drawn.level * 0)),
     "Rotate": ("affine", lambda drawn: rotations(drawn.signed * 30, drawn.size)),
-    "Posterize": ("table", lambda drawn: _posterize(drawn.bits)),
-    "PosterizeIncreasing": ("table", lambda drawn: _posterize(4 - drawn.bits)),
-    "PosterizeOriginal": ("table", lambda drawn: _posterize(4 + drawn.bits)),
-    "Solarize": ("table", lambda drawn: _solarize(drawn.threshold)),
-    "SolarizeIncreasing": ("table", lambda drawn: _solarize(256 - drawn.threshold)),
+    "Posterize": ("table", lambda drawn: _posterize(_bits(drawn))),
+    "PosterizeIncreasing": ("table", lambda drawn: _posterize(4 - _bits(drawn))),
+    "PosterizeOriginal": ("table", lambda drawn: _posterize(4 + _bits(drawn))),
+    "Solarize": ("table", lambda drawn: _solarize(_threshold(drawn))),
+    "SolarizeIncreasing": ("table", lambda drawn: _solarize(256 - _threshold(drawn))),
     "SolarizeAdd": ("table", lambda drawn: _solarize_add(np.minimum(128, np.trunc(drawn.level * 110)))),
-    "Color": ("color", lambda drawn: drawn.enhanced),
-    "ColorIncreasing": ("color", lambda drawn: drawn.enhanced_increasing),
-    "Contrast": ("contrast", lambda drawn: drawn.enhanced),
-    "ContrastIncreasing": ("contrast", lambda drawn: drawn.enhanced_increasing),
-    "Brightness": ("table", lambda drawn: brightness_tables(drawn.enhanced)),
-    "BrightnessIncreasing": ("table", lambda drawn: brightness_tables(drawn.enhanced_increasing)),
-    "Sharpness": ("sharpness", lambda drawn: drawn.enhanced),
-    "SharpnessIncreasing": ("sharpness", lambda drawn: drawn.enhanced_increasing),
-    "ShearX": ("shift_rows", lambda drawn: drawn.line(drawn.signed * 0.3, 0)),
-    "ShearY": ("shift_columns", lambda drawn: drawn.line(drawn.signed * 0.3, 0)),
-    "TranslateXRel": ("shift_rows", lambda drawn: drawn.line(0, drawn.signed * drawn.translation * drawn.size)),
-    "TranslateYRel": ("shift_columns", lambda drawn: drawn.line(0, drawn.signed * drawn.translation * drawn.size)),
+    "Color": ("color", _enhanced),
+    "ColorIncreasing": ("color", _enhanced_increasing),
+    "Contrast": ("contrast", _enhanced),
+    "ContrastIncreasing": ("contrast", _enhanced_increasing),
+    "Brightness": ("table", lambda drawn: brightness_tables(_enhanced(drawn))),
+    "BrightnessIncreasing": ("table", lambda drawn: brightness_tables(_enhanced_increasing(drawn))),
+    "Sharpness": ("sharpness", _enhanced),
+    "SharpnessIncreasing": ("sharpness", _enhanced_increasing),
+    "ShearX": ("shift_rows", _sheared),
+    "ShearY": ("shift_columns", _sheared),
+    "TranslateXRel": ("shift_rows", _moved),
+    "TranslateYRel": ("shift_columns", _moved),
     "Desaturate": ("color", lambda drawn: 1 - np.clip(0.5 + drawn.level * 0.5, 0.5, 1)),
     "GaussianBlur": ("blur", lambda drawn: blur_weights(np.clip(0.1 + drawn.level * 1.9, 0.1, 2))),
     "GaussianBlurRand": (
@@ -172,7 +171,6 @@ class Policy:
     layers: int  # operations for each image
     weights: Array | None  # (o,), of operations that are drawn without repetition
     tied: bool  # whether the operations stand in groups of `layers`, one of which is drawn
-    translation: float
 
     @classmethod
     def of(cls, text: str) -> Policy:
@@ -196,7 +194,6 @@ class Policy:
             layers,
             weights,
             tied,
-            one.hparams.get("translate_pct", 0.45),
         )
 
     def choose(self, uniform: Float64[np.ndarray, "b l {DRAWS}"]) -> tuple[Array, Array, Array]:
@@ -220,8 +217,8 @@ class Policy:
                 if len(rows):
                     kind, values = BY_NAME[name]
                     level, last = magnitude[rows, layer] / _LEVELS, uniform[rows, layer, 3]
-                    drawn = _Drawn(level, np.where(last > 0.5, -1, 1), last, size, self.translation)
-                    found.append((kind, rows, values(drawn)))
+                    signed = np.where(last > 0.5, -level, level)
+                    found.append((kind, rows, values(_Drawn(level, signed, last, size))))
             yield from _steps(found)
 
     def _chosen(self, uniform: Float64[np.ndarray, "b l"]) -> Int64[np.ndarray, "b l"]:
