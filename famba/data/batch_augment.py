@@ -101,15 +101,17 @@ class BatchAugmentation:
 
         RGB images go without `crop_padding` alone.
         """
-        if not isinstance(images, torch.Tensor):
-            crops = self.crop_each(list(images), epoch, start)
-            return self.finish(crops.to(self.dtype), self.draw(epoch, start, len(crops), self.size, self.size))
-        done = self._empty(images)
-        at_once = _AT_ONCE if images.device.type == "cpu" else len(images)
-        for first in range(0, len(images), at_once):
-            part = images[first : first + at_once]
-            draws = self.draw(epoch, start + first, len(part), part.shape[2], part.shape[3])
-            self._apply(part, draws.to(images.device), done[first : first + at_once])
+        given = images if isinstance(images, Tensor) else list(images)
+        device = given.device if isinstance(given, Tensor) else torch.device("cpu")
+        done = torch.empty(len(given), 3, self.size, self.size, dtype=self.dtype, device=device)
+        at_once = _AT_ONCE if device.type == "cpu" else len(given)
+        for first in range(0, len(given), at_once):
+            part, place, position = given[first : first + at_once], done[first : first + at_once], start + first
+            if isinstance(part, Tensor):
+                self._apply(part, self.draw(epoch, position, len(part), *part.shape[2:]).to(device), place)
+            else:
+                place.copy_(self.crop_each(part, epoch, position))
+                self.finish(place, self.draw(epoch, position, len(part), self.size, self.size))
         return done
 
     def draw(self, epoch: int, start: int, count: int, height: int, width: int) -> Draws:
@@ -120,7 +122,8 @@ class BatchAugmentation:
 
     def apply(self, images: UInt8[Tensor, "b 3 h w"], draws: Draws) -> Float[Tensor, "b 3 s s"]:
         """Augment images by draws on the same device."""
-        return self._apply(images, draws, self._empty(images))
+        out = torch.empty(len(images), 3, self.size, self.size, dtype=self.dtype, device=images.device)
+        return self._apply(images, draws, out)
 
     def crop_each(self, images: Sequence[Image.Image], epoch: int, start: int) -> Tensor:
         """Crop, scale and flip RGB images of any size one by one by Pillow, as a batch without padding."""
@@ -147,9 +150,6 @@ class BatchAugmentation:
     def _apply(self, images: Tensor, draws: Draws, out: Tensor) -> Tensor:
         padding, interpolation = self.options.crop_padding or 0, self.options.interpolation
         return self.finish(crop(images, draws.boxes, draws.flip, self.size, interpolation, padding, out), draws)
-
-    def _empty(self, images: Tensor) -> Tensor:
-        return torch.empty(len(images), 3, self.size, self.size, dtype=self.dtype, device=images.device)
 
     def _uniforms(self, part: int, epoch: int, start: int, count: int, numbers: int) -> Array:
         return uniforms(Stream.BATCH, (self.seed, part), epoch, start, count, numbers)
@@ -187,6 +187,7 @@ class BatchAugmentation:
         corner = np.floor(place * (self.size - chosen + 1))
         rows = np.flatnonzero(fits.any(1) & (numbers[:, 0] <= self.options.random_erasing))
         boxes = np.concatenate([corner, chosen], axis=1).astype(np.int64)
+        # The last number serves twice: only one of the two modes uses it.
         starts = np.floor(numbers[:, -1] * _NOISE_STARTS).astype(np.int64)
         return Erasing(*(torch.from_numpy(x[rows]) for x in (np.arange(count), boxes, colours, starts)))
 
