@@ -26,6 +26,7 @@ BATCH = Augmentation(
 )
 PLAIN = replace(BATCH, crop_padding=0, hflip=0.0)
 TIMM = replace(PLAIN, kind="timm", hflip=0.5, auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.5)
+POLICY = replace(TIMM, kind="batch", crop_padding=None)
 _SHARED = {"image_size": 8, "mean": (0.0,) * 3, "std": (1.0,) * 3, "rank": 0, "world_size": 1, "workers": 0}
 
 

@@ -108,7 +108,12 @@ def test_each_option_of_timms_transform_acts(change: dict[str, Any]) -> None:
         ({"crop_padding": -1}, "crop_padding is -1"),
         ({"color_jitter": -1.0}, "color_jitter is -1.0"),
         ({"eval_crop": 0.0}, "eval_crop is 0.0"),
-        ({"random_erasing": 0.5}, "augmentation 'batch' does not use it: set it to 0"),
+        ({"random_erasing": 0.5, "crop_padding": 0}, "crop_padding is 0, which is no crop at all.*set it to null"),
+        ({"auto_augment": "rand-q9"}, "auto_augment 'rand-q9' is no policy"),
+        (
+            {"auto_augment": "augmix-m5"},
+            "auto_augment 'augmix-m5' does not work on whole batches.*recipe.augmentation=timm",
+        ),
         ({"kind": "timm"}, "crop_padding is 3, but augmentation 'timm' does not use it"),
         ({"kind": "timm", "crop_padding": 0, "auto_augment": "rnad-m9"}, "auto_augment 'rnad-m9' is no policy"),
         ({"kind": "timm", "crop_padding": 0, "auto_augment": "rand-q9"}, "auto_augment 'rand-q9' is no policy"),

@@ -11,14 +11,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from images_and_loaders import BATCH, PLAIN, TIMM, arrays, assert_same, evaluation, labels_in, load, training, write
+from images_and_loaders import (
+    BATCH,
+    PLAIN,
+    POLICY,
+    TIMM,
+    arrays,
+    assert_same,
+    evaluation,
+    labels_in,
+    load,
+    training,
+    write,
+)
 from PIL import Image
 
 from famba.data import ArraySource, Augmentation, Batch, Source, labels_of
 from famba.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-BOTH = pytest.mark.parametrize("augmentation", [BATCH, TIMM], ids=["batch", "timm"])
+BOTH = pytest.mark.parametrize("augmentation", [BATCH, TIMM, POLICY], ids=["batch", "timm", "policy"])
 WORKERS = pytest.mark.parametrize("workers", [0, 2])
 
 

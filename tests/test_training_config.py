@@ -157,7 +157,12 @@ REFUSED = [
     ("init_from=none.pth", "init_from=none.pth is no file"),
     ("init_from=LONG", "init_from=x", "is no file"),
     ("run_dir=/dev/null/run3", "run_dir=/dev/null/run3 cannot be written"),
-    ("recipe.random_erasing=0.5", "recipe.random_erasing", "augmentation 'batch' does not use it"),
+    ("recipe.random_erasing=0.5", "recipe.crop_padding is 0", "set it to null"),
+    ("recipe.auto_augment=augmix-m3", "recipe.crop_padding is 0"),
+    (
+        "recipe.crop_padding=null recipe.auto_augment=augmix-m3",
+        "recipe.auto_augment 'augmix-m3' does not work on whole",
+    ),
     ("recipe.augmentation=timm recipe.crop_padding=3", "recipe.crop_padding", "augmentation 'timm' does not use it"),
     ("recipe.augmentation=timm recipe.auto_augment=rand-n3000000", "recipe.auto_augment 'rand-n3000000' is no policy"),
     ("recipe.optimizer=adamx", "recipe.optimizer=adamx does not work with this recipe here, did you mean 'adam"),

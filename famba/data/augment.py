@@ -21,6 +21,8 @@ from timm.data import create_transform
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 
+from famba.data.batch_augment import BatchAugmentation
+from famba.data.batch_policy import Policy
 from famba.data.draws import Stream, seed_global_generators, words
 from famba.errors import ConfigError, near_miss
 
@@ -32,10 +34,6 @@ Transform: TypeAlias = Callable[[Images, int, int], torch.Tensor]
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
-_UNUSED: dict[str, dict[str, object]] = {  # by a kind, and so must be left at these values
-    "batch": {"auto_augment": None, "color_jitter": 0, "random_erasing": 0},
-    "timm": {"crop_padding": 0},
-}
 _LONGEST = 8  # times the shorter side that an image is scaled at
 _NUMBER = r"\d{1,2}(\.\d+)?"
 # timm's settings, with whole numbers where it reads whole numbers. More than 99 operations on an image is a slip.
@@ -51,12 +49,13 @@ _EXAMPLES = ("rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2", "original-mstd0.5", "3a"
 class AugmentationOptions:
     """Holds the options that a recipe has under the same names."""
 
-    crop_padding: Annotated[int, Field(ge=0, le=1024)]  # "batch": black pixels on each side before a crop of that size
+    crop_padding: Annotated[int, Field(ge=0, le=1024)] | None  # black pixels on each side before a crop of that size;
+    # None: a random resized crop, which "timm" has always
     hflip: Probability  # of a horizontal flip
-    auto_augment: str | None  # "timm": a policy such as "rand-m9-mstd0.5-inc1"
-    color_jitter: Annotated[float, Field(ge=0, le=1000)]  # "timm": strength; left out where `auto_augment` is on
-    random_erasing: Probability  # "timm": that a rectangle is erased
-    erasing_mode: Literal["pixel", "rand", "const"]  # "timm": filled with noise per pixel, one random colour, or zero
+    auto_augment: str | None  # a policy such as "rand-m9-mstd0.5-inc1"
+    color_jitter: Annotated[float, Field(ge=0, le=1000)]  # strength; left out where `auto_augment` is on
+    random_erasing: Probability  # that a rectangle is erased
+    erasing_mode: Literal["pixel", "rand", "const"]  # filled with noise per pixel, one random colour, or zero
     interpolation: Literal["bilinear", "bicubic"]  # in training and evaluation
     eval_crop: Annotated[float, Field(ge=0.1, le=1)]  # share of the shorter side: 0.875 scales to 256 and crops 224
 
@@ -65,10 +64,10 @@ class AugmentationOptions:
 class Augmentation(AugmentationOptions):
     """Says what training images go through, and how images are scaled for evaluation.
 
-    Raises ConfigError for a value out of range, one that this kind does not use, or a policy that timm cannot read.
+    Raises ConfigError for a value out of range, one that this kind does not use, or a policy that it cannot read.
     """
 
-    kind: Literal["batch", "timm"]  # pad-crop and flip of whole batches; or timm's random resized crop, flip and more
+    kind: Literal["batch", "timm"]  # whole batches at once; or image by image, by timm's own transforms
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(Augmentation, include_extras=True).items():
@@ -77,12 +76,23 @@ class Augmentation(AugmentationOptions):
                 TypeAdapter(kind).validate_python(value, strict=True)
             except ValidationError as error:
                 raise ConfigError(f"{name} is {value!r}. {error.errors()[0]['msg']}.", name) from None
-        for name, nothing in _UNUSED[self.kind].items():
-            if (value := getattr(self, name)) != nothing:
-                said = f"{name} is {value!r}, but augmentation {self.kind!r} does not use it: set it to "
-                raise ConfigError(f"{said}{'null' if nothing is None else nothing}, or use the other one.", name)
-        if self.kind == "timm":
-            timm_transform(self, 8, (0.5,) * 3, (0.5,) * 3)  # a wrong policy shows here, before any work
+        if self.kind == "timm" and self.crop_padding:
+            said = f"crop_padding is {self.crop_padding!r}, but augmentation 'timm' does not use it"
+            raise ConfigError(f"{said}: set it to 0, or use the other one.", "crop_padding")
+        if self.kind == "batch" and self.crop_padding == 0 and self.changes_pixels:
+            raise ConfigError(
+                "crop_padding is 0, which is no crop at all, but auto_augment, color_jitter or random_erasing is on: "
+                "set it to null for timm's random resized crop, or to a number of pixels above 0.",
+                "crop_padding",
+            )
+        timm_transform(self, 8, (0.5,) * 3, (0.5,) * 3)  # a wrong policy shows here, before any work
+        if self.kind == "batch" and self.auto_augment is not None:
+            Policy.of(self.auto_augment)
+
+    @property
+    def changes_pixels(self) -> bool:
+        """Return whether there is more than a crop and a flip."""
+        return self.auto_augment is not None or self.color_jitter > 0 or self.random_erasing > 0
 
 
 @dataclass(frozen=True)
@@ -151,6 +161,9 @@ def training_transform(augmentation: Augmentation, image_size: int, normalize: N
     if augmentation.kind == "timm":
         return partial(_each, timm_transform(augmentation, image_size, normalize.mean, normalize.std), seed)
     scaling = Scaling(image_size, image_size, augmentation.interpolation)
+    if augmentation.crop_padding is None or augmentation.changes_pixels:
+        whole = BatchAugmentation.of(augmentation, image_size, normalize.mean, normalize.std, seed)
+        return partial(_batched, augmentation, scaling, whole)
     return partial(_cropped, augmentation, scaling, normalize, seed)
 
 
@@ -192,6 +205,14 @@ def _each(
     return torch.stack(done)
 
 
+def _batched(
+    augmentation: Augmentation, scaling: Scaling, whole: BatchAugmentation, images: Images, epoch: int, start: int
+) -> torch.Tensor:
+    """Augment images at once; for a crop with padding, those that are not in memory are scaled first."""
+    pixels = images if augmentation.crop_padding is None else scaling.batch(images)
+    return whole(pixels, epoch, start)
+
+
 def _cropped(
     augmentation: Augmentation,
     scaling: Scaling,
@@ -201,10 +222,10 @@ def _cropped(
     epoch: int,
     start: int,
 ) -> torch.Tensor:
-    """Pad-crop, flip, scale and normalise images; those that are not in memory are scaled first."""
+    """Pad-crop, flip, scale and normalise images, bit by bit as Famba 0.1; those not in memory are scaled first."""
     pixels = images if isinstance(images, torch.Tensor) else scaling.batch(images)
     drawn = words(Stream.AUGMENTATION, (seed,), epoch, start, len(pixels))
-    cropped = _pad_crop(pixels, augmentation.crop_padding, drawn[:, 0], drawn[:, 1])
+    cropped = _pad_crop(pixels, augmentation.crop_padding or 0, drawn[:, 0], drawn[:, 1])
     uniform = (drawn[:, 2] >> np.uint64(11)) * 2.0**-53
     flipped = torch.from_numpy(uniform < augmentation.hflip)
     cropped[flipped] = cropped[flipped].flip(-1)

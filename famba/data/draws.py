@@ -26,6 +26,7 @@ class Stream(enum.IntEnum):
     STEP = 8
     SUBSET = 9
     HELD_OUT = 10
+    BATCH = 11
 
 
 def derive(stream: Stream, *values: int) -> np.random.SeedSequence:
@@ -54,6 +55,15 @@ def words(stream: Stream, values: tuple[int, ...], epoch: int, start: int, count
     """Return uint64 (count, WORDS): row i belongs to position start + i, whatever start and count are."""
     bits = np.random.Philox(key=_philox_key(stream, values, epoch), counter=[start, 0, 0, 0])
     return np.asarray(bits.random_raw(count * WORDS), dtype=np.uint64).reshape(count, WORDS)
+
+
+def uniforms(
+    stream: Stream, values: tuple[int, ...], epoch: int, start: int, count: int, numbers: int
+) -> npt.NDArray[np.float64]:
+    """Return float64 (count, numbers) above 0 and below 1: row i belongs to position start + i."""
+    blocks = -(-numbers // WORDS)
+    drawn = words(stream, values, epoch, start * blocks, count * blocks).reshape(count, blocks * WORDS)
+    return ((drawn[:, :numbers] >> np.uint64(12)) + 0.5) * 2.0**-52
 
 
 def seed_global_generators(stream: Stream, values: tuple[int, ...], epoch: int, position: int) -> None:

@@ -1,0 +1,209 @@
+"""Augment whole batches of images as timm's transforms do, with the same pictures on every device.
+
+Random crop, flip, policy, colour jitter, normalisation and erasing come in the order of `timm.data.create_transform`.
+Draws are made on the host from (seed, epoch, position) alone; nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float64, UInt8
+from PIL import Image
+from scipy.special import ndtri
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as vision
+
+from famba.data.batch_operations import OPERATIONS, Geometry, column, erase
+from famba.data.batch_policy import DRAWS, Array, Policy, Step, jitter
+from famba.data.batch_resample import BOX_DRAWS, crop, random_boxes
+from famba.data.draws import Stream, uniforms, words
+
+if TYPE_CHECKING:
+    from famba.data.augment import AugmentationOptions, Images
+
+_BOXES, _POLICY, _JITTER, _ERASING, _NOISE = range(5)  # parts of the stream of draws
+_ATTEMPTS = 10
+_ERASING_DRAWS = 1 + 2 * _ATTEMPTS + 2 + 3  # whether, sizes, place, colour
+_ERASED_AREA, _LOG_ERASED_ASPECT = (0.02, 1 / 3), (math.log(0.3), math.log(1 / 0.3))
+_NOISE_STARTS = 2**20  # places at which the noise of an image may start in the table
+_AT_ONCE = 32  # images whose values fit into a CPU's caches: at once 128 take twice as long
+
+
+@dataclass(frozen=True)
+class Erasing:
+    """Holds n erased boxes."""
+
+    rows: Tensor  # int64 (n,), the images' numbers in the batch
+    boxes: Tensor  # int64 (n, 4): top, left, height, width
+    colours: Tensor  # float64 (n, 3), standard normal, for boxes of one colour
+    starts: Tensor  # int64 (n,), where the noise of the image starts in the table
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Holds all that is drawn for a batch of b images."""
+
+    boxes: Float64[Tensor, "b 4"]  # top, left, height, width in pixels, from the padding's corner
+    flip: Bool[Tensor, " b"]
+    steps: tuple[Step, ...]  # in their order
+    erasing: Erasing | None
+
+    def to(self, device: torch.device) -> Draws:
+        """Return the same on a device, without waiting for it."""
+        boxes, flip = (x.to(device, non_blocking=True) for x in (self.boxes, self.flip))
+        erasing = self.erasing and Erasing(*(x.to(device, non_blocking=True) for x in vars(self.erasing).values()))
+        return Draws(boxes, flip, tuple(step.to(device) for step in self.steps), erasing)
+
+
+@dataclass(frozen=True, eq=False)
+class BatchAugmentation:
+    """Augments the training images of one run in whole batches."""
+
+    options: AugmentationOptions
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    seed: int
+    policy: Policy | None
+    geometry: Geometry
+    dtype: torch.dtype  # of the arithmetic
+
+    @classmethod
+    def of(
+        cls,
+        options: AugmentationOptions,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> BatchAugmentation:
+        """Read the options of a recipe; where `crop_padding` is None, boxes are those of a random resized crop.
+
+        image_size: side of the results in pixels. mean, std: of the colours, in 0..1. dtype: of the arithmetic. Raises
+        ConfigError for a policy that has no batched form.
+        """
+        policy = None if options.auto_augment is None else Policy.of(options.auto_augment)
+        red, green, blue = (min(255, round(255 * value)) for value in mean)
+        geometry = Geometry((red, green, blue), options.interpolation)
+        return cls(options, image_size, tuple(mean), tuple(std), seed, policy, geometry, dtype)
+
+    def __call__(self, images: Images, epoch: int, start: int) -> Float[Tensor, "b 3 s s"]:
+        """Augment uint8 (b, 3, h, w), on its device, or RGB images, at positions start, start + 1, ... of the epoch.
+
+        RGB images go without `crop_padding` alone.
+        """
+        given = images if isinstance(images, Tensor) else list(images)
+        device = given.device if isinstance(given, Tensor) else torch.device("cpu")
+        done = torch.empty(len(given), 3, self.size, self.size, dtype=self.dtype, device=device)
+        at_once = _AT_ONCE if device.type == "cpu" else len(given)
+        for first in range(0, len(given), at_once):
+            part, place, position = given[first : first + at_once], done[first : first + at_once], start + first
+            if isinstance(part, Tensor):
+                self._apply(part, self.draw(epoch, position, len(part), *part.shape[2:]).to(device), place)
+            else:
+                place.copy_(self.crop_each(part, epoch, position))
+                self.finish(place, self.draw(epoch, position, len(part), self.size, self.size))
+        return done
+
+    def draw(self, epoch: int, start: int, count: int, height: int, width: int) -> Draws:
+        """Draw for `count` images of height x width pixels, from position `start` of the epoch on."""
+        boxes, flip = self._crops(epoch, start, np.full(count, height), np.full(count, width))
+        steps = tuple(self._steps(epoch, start, count))
+        return Draws(torch.from_numpy(boxes), torch.from_numpy(flip), steps, self._erasing(epoch, start, count))
+
+    def apply(self, images: UInt8[Tensor, "b 3 h w"], draws: Draws) -> Float[Tensor, "b 3 s s"]:
+        """Augment images by draws on the same device."""
+        out = torch.empty(len(images), 3, self.size, self.size, dtype=self.dtype, device=images.device)
+        return self._apply(images, draws, out)
+
+    def crop_each(self, images: Sequence[Image.Image], epoch: int, start: int) -> Tensor:
+        """Crop, scale and flip RGB images of any size one by one by Pillow, as a batch without padding."""
+        mode = InterpolationMode(self.options.interpolation)
+        boxes, flip = self._crops(epoch, start, *np.array([(image.height, image.width) for image in images]).T)
+        done = []
+        for image, box, mirrored in zip(images, boxes.astype(int).tolist(), flip, strict=True):
+            part = vision.resized_crop(image, *box, [self.size, self.size], mode)
+            done.append(vision.pil_to_tensor(vision.hflip(part) if mirrored else part))
+        return torch.stack(done)
+
+    def finish(self, images: Float[Tensor, "b 3 s s"], draws: Draws) -> Float[Tensor, "b 3 s s"]:
+        """Apply all that follows the crop, in place, to whole numbers in 0..255."""
+        for step in draws.steps:
+            changed = OPERATIONS[step.kind](images.index_select(0, step.rows), step.values, self.geometry)
+            images.index_copy_(0, step.rows, changed)
+        mean, std = (column(values, images.dtype, images.device) * 255 for values in (self.mean, self.std))
+        images.sub_(mean).div_(std)
+        if (erasing := draws.erasing) is not None:
+            part = images.index_select(0, erasing.rows)
+            images.index_copy_(0, erasing.rows, erase(part, erasing.boxes, self._content(erasing, part)))
+        return images
+
+    def _apply(self, images: Tensor, draws: Draws, out: Tensor) -> Tensor:
+        padding, interpolation = self.options.crop_padding or 0, self.options.interpolation
+        return self.finish(crop(images, draws.boxes, draws.flip, self.size, interpolation, padding, out), draws)
+
+    def _uniforms(self, part: int, epoch: int, start: int, count: int, numbers: int) -> Array:
+        return uniforms(Stream.BATCH, (self.seed, part), epoch, start, count, numbers)
+
+    def _crops(self, epoch: int, start: int, heights: Array, widths: Array) -> tuple[Array, Array]:
+        """Return boxes, float64 (b, 4), and flips, bool (b,)."""
+        drawn = words(Stream.AUGMENTATION, (self.seed,), epoch, start, len(heights))
+        flip = (drawn[:, 2] >> np.uint64(11)) * 2.0**-53 < self.options.hflip
+        if self.options.crop_padding is None:
+            numbers = self._uniforms(_BOXES, epoch, start, len(heights), BOX_DRAWS)
+            return random_boxes(numbers, heights, widths), flip
+        corner = drawn[:, :2] % np.uint64(2 * self.options.crop_padding + 1)
+        return np.concatenate([corner, heights[:, None], widths[:, None]], axis=1).astype(np.float64), flip
+
+    def _steps(self, epoch: int, start: int, count: int) -> Iterator[Step]:
+        text, strength = self.options.auto_augment, self.options.color_jitter
+        if self.policy is not None and self.policy.layers:
+            numbers = self._uniforms(_POLICY, epoch, start, count, self.policy.layers * DRAWS)
+            yield from self.policy.draw(numbers.reshape(count, -1, DRAWS), self.size)
+        if strength and (text is None or "3a" in text):  # as timm has it
+            yield from jitter(self._uniforms(_JITTER, epoch, start, count, DRAWS), strength)
+
+    def _erasing(self, epoch: int, start: int, count: int) -> Erasing | None:
+        """Draw boxes as timm's RandomErasing does; an image into which ten of them do not fit is left whole."""
+        if not self.options.random_erasing:
+            return None
+        numbers = self._uniforms(_ERASING, epoch, start, count, _ERASING_DRAWS)
+        tries, place, colours = numbers[:, 1 : 1 + 2 * _ATTEMPTS], numbers[:, -5:-3], ndtri(numbers[:, -3:])
+        (small, large), (flat, tall) = _ERASED_AREA, _LOG_ERASED_ASPECT
+        area = (small + (large - small) * tries[:, ::2]) * self.size**2
+        aspect = np.exp(flat + (tall - flat) * tries[:, 1::2])
+        sides = np.rint(np.sqrt(np.stack([area * aspect, area / aspect], axis=2)))
+        fits = np.asarray((sides < self.size).all(2))
+        chosen: Array = sides[np.arange(count), fits.argmax(1)]
+        corner = np.floor(place * (self.size - chosen + 1))
+        rows = np.flatnonzero(fits.any(1) & (numbers[:, 0] <= self.options.random_erasing))
+        boxes = np.concatenate([corner, chosen], axis=1).astype(np.int64)
+        # The last number serves twice: only one of the two modes uses it.
+        starts = np.floor(numbers[:, -1] * _NOISE_STARTS).astype(np.int64)
+        return Erasing(*(torch.from_numpy(x[rows]) for x in (np.arange(count), boxes, colours, starts)))
+
+    def _content(self, erasing: Erasing, images: Tensor) -> Tensor:
+        """Return what erased boxes of images (n, 3, s, s) are filled with, as large as they or (n, 3, 1, 1)."""
+        if self.options.erasing_mode == "const":
+            return images.new_zeros(1, 3, 1, 1)
+        if self.options.erasing_mode == "rand":
+            return erasing.colours[..., None, None].to(images.dtype)
+        length = images.shape[1:].numel()
+        table = _noise(images.device, length)
+        return table.as_strided((_NOISE_STARTS, length), (1, 1)).index_select(0, erasing.starts).view_as(images)
+
+
+@functools.lru_cache(maxsize=2)
+def _noise(device: torch.device, length: int) -> Tensor:
+    """Return standard normal numbers, float32, of which `length` start at each of the places."""
+    numbers = uniforms(Stream.BATCH, (_NOISE,), 0, 0, 1, _NOISE_STARTS + length)
+    return torch.from_numpy(ndtri(numbers[0])).float().to(device)

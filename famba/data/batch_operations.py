@@ -1,0 +1,205 @@
+"""Change whole batches of images by Pillow's operations, with parameters of its own for each image.
+
+Images are (n, 3, h, w), whole numbers in 0..255 held as floats, on any device. Arithmetic is whole numbers, or single
+steps of IEEE arithmetic in Pillow's order, so every device makes the same picture.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float64, Int64, UInt8
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Says how moved images are filled and interpolated."""
+
+    fill: tuple[int, int, int]  # colour of pixels that come from outside of the image, 0..255
+    interpolation: str  # "bilinear" or "bicubic"
+
+
+def look_up(images: Float[Tensor, "n c h w"], tables: UInt8[Tensor, "n 256"]) -> Tensor:
+    """Replace every value by its entry in a table of the image."""
+    pixels = images.flatten(1).long()
+    return tables.to(images.dtype).gather(1, pixels).view_as(images)
+
+
+def equalize(images: Float[Tensor, "n c h w"]) -> Tensor:
+    """Spread the values of each channel evenly, as `ImageOps.equalize` does."""
+    pixels = images.flatten(2).long()
+    counts = pixels.new_zeros(*pixels.shape[:2], 256).scatter_add_(2, pixels, torch.ones_like(pixels))
+    last = counts.gather(2, pixels.amax(2, keepdim=True))
+    step = (pixels.shape[2] - last) // 255
+    table = (step // 2 + counts.cumsum(2) - counts) // step.clamp(min=1)
+    table = torch.where(step == 0, torch.arange(256, device=images.device), table.clamp(max=255))
+    return table.to(images.dtype).gather(2, pixels).view_as(images)
+
+
+def autocontrast(images: Float[Tensor, "n c h w"]) -> Tensor:
+    """Stretch each channel to 0..255, as `ImageOps.autocontrast` does, in float64 as there."""
+    low, high = (extreme(images, (2, 3), keepdim=True).double() for extreme in (torch.amin, torch.amax))
+    scale = low.new_full((), 255) / (high - low).clamp(min=1)  # a tensor: torch divides numbers inexactly
+    stretched = (images * scale).add_(-low * scale).clamp_(0, 255).floor_().to(images.dtype)
+    return torch.where(high > low, stretched, images)
+
+
+def color(images: Float[Tensor, "n c h w"], factor: Float64[Tensor, " n"]) -> Tensor:
+    """Blend with the grey picture; a factor of 0 gives grey, 1 the image."""
+    return _blend(_grey(images), images, factor)
+
+
+def contrast(images: Float[Tensor, "n c h w"], factor: Float64[Tensor, " n"]) -> Tensor:
+    """Blend with the mean grey; a factor of 0 gives one grey, 1 the image."""
+    mean = _grey(images).mean((1, 2, 3), keepdim=True, dtype=torch.float64)
+    return _blend((mean + 0.5).floor().to(images.dtype), images, factor)
+
+
+def sharpness(images: Float[Tensor, "n c h w"], factor: Float64[Tensor, " n"]) -> Tensor:
+    """Blend with a smooth picture, its border left as it was; a factor of 0 gives smooth, 1 the image."""
+    lines = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
+    total = lines[..., :-2] + lines[..., 1:-1] + lines[..., 2:] + 4 * images[:, :, 1:-1, 1:-1]
+    smooth = images.clone()
+    smooth[:, :, 1:-1, 1:-1] = total.div_(13).add_(0.5).floor_()
+    return _blend(smooth, images, factor)
+
+
+def blur(images: Float[Tensor, "n c h w"], weights: Int64[Tensor, "n 3"]) -> Tensor:
+    """Blur by three boxes each way, as `ImageFilter.GaussianBlur` does.
+
+    weights: of a pixel, its neighbours and those beyond, of 2**24 in all.
+    """
+    pixels = images.long()
+    own, near, far = weights.view(-1, 3, 1, 1, 1).unbind(1)
+    for _ in range(2):
+        for _ in range(3):
+            first, last = pixels[..., :1], pixels[..., -1:]
+            p = torch.cat([first, first, pixels, last, last], -1)
+            total = own * pixels + near * (p[..., 1:-3] + p[..., 3:-1]) + far * (p[..., :-4] + p[..., 4:])
+            pixels = (total + 2**23) >> 24
+        pixels = pixels.transpose(2, 3)
+    return pixels.to(images.dtype)
+
+
+def shift_rows(images: Float[Tensor, "n c h w"], line: Float64[Tensor, "n 2"], geometry: Geometry) -> Tensor:
+    """Move each row to the left by slope * (its centre) + offset pixels; line: (slope, offset).
+
+    So it shears and moves along x. All of a row moves alike, so it takes four neighbours where `affine` takes sixteen.
+    """
+    high, wide = images.shape[2:]
+    distance = line[:, :1] * _centres(high, images) + line[:, 1:]
+    whole = distance.floor()
+    taps = _taps((distance - whole).to(images.dtype)[:, None, :, None], geometry)
+    reach = torch.arange(min(taps), wide + max(taps), device=images.device)
+    index = (whole.long()[:, None, :, None] + reach).clamp_(0, wide - 1)
+    near = images.gather(3, index.expand(-1, images.shape[1], -1, -1))
+    moved = _sum(near.narrow(3, offset - min(taps), wide) * weight for offset, weight in taps.items())
+    centre = distance[..., None] + _centres(wide, images)
+    return _filled(moved, (centre >= 0) & (centre < wide), geometry)
+
+
+def shift_columns(images: Float[Tensor, "n c h w"], line: Float64[Tensor, "n 2"], geometry: Geometry) -> Tensor:
+    """Move each column up, as `shift_rows` moves rows."""
+    return shift_rows(images.transpose(2, 3), line, geometry).transpose(2, 3)
+
+
+def affine(images: Float[Tensor, "n c h w"], matrix: Float64[Tensor, "n 6"], geometry: Geometry) -> Tensor:
+    """Take the pixel at (x, y) from (a x + b y + c, d x + e y + f), as `Image.transform` does; matrix: a to f."""
+    high, wide = images.shape[2:]
+    a, b, c, d, e, f = matrix[..., None, None].unbind(1)
+    x, y = _centres(wide, images), _centres(high, images)[:, None]
+    across, down = a * x + b * y + c, d * x + e * y + f
+    inside = (across >= 0) & (across < wide) & (down >= 0) & (down < high)
+    (column, columns), (row, rows) = (
+        _neighbours(*pair, geometry, images.dtype) for pair in ((across, wide), (down, high))
+    )
+    # Neighbours are at the same distance in memory for all pixels, so one index serves all sixteen; bytes fit a cache.
+    padded = F.pad(images, (2,) * 4, mode="replicate").byte().flatten(2)
+    corner = ((row + 1) * (wide + 4) + column + 1).flatten(1)[:, None].expand(-1, images.shape[1], -1)
+    length = padded.shape[2] - 3 * (wide + 5)
+
+    def neighbour(below: int, right: int) -> Tensor:
+        start = (below + 1) * (wide + 4) + right + 1
+        return padded.narrow(2, start, length).gather(2, corner).to(images.dtype).view_as(images)
+
+    lines = (_sum(neighbour(y, x).mul_(part) for x, part in columns.items()).mul_(weight) for y, weight in rows.items())
+    return _filled(_sum(lines), inside, geometry)
+
+
+def _neighbours(
+    place: Float64[Tensor, "n h w"], length: int, geometry: Geometry, dtype: torch.dtype
+) -> tuple[Int64[Tensor, "n h w"], dict[int, Tensor]]:
+    """Return the pixel to the left of each place, -1 to length - 1, and the weights of its neighbours, (n, 1, h, w)."""
+    first = (place - 0.5).floor()
+    taps = _taps((place - 0.5 - first).to(dtype)[:, None], geometry)
+    return first.clamp_(-1, length - 1).long(), taps
+
+
+def erase(
+    images: Float[Tensor, "n c h w"], boxes: Int64[Tensor, "n 4"], content: Float[Tensor, "n _ _ _"]
+) -> Float[Tensor, "n c h w"]:
+    """Replace a box (top, left, height, width) of each image by its content."""
+    top, left, height, width = boxes.view(-1, 4, 1, 1).unbind(1)
+    y = torch.arange(images.shape[2], device=images.device)[:, None]
+    x = torch.arange(images.shape[3], device=images.device)
+    inside = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
+    return torch.where(inside[:, None], content, images)
+
+
+def column(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Float[Tensor, "c 1 1"]:
+    """Return one value for each channel, without a copy from the host that would have to wait for the device."""
+    return torch.stack([torch.full((1, 1), value, dtype=dtype, device=device) for value in values])
+
+
+def _grey(images: Tensor) -> Tensor:
+    red, green, blue = images.split(1, dim=1)  # sums stay below 2**24, so they are exact
+    return (red * 19595).add_(green * 38470).add_(blue * 7471).add_(32768).div_(65536).floor_()
+
+
+def _blend(other: Tensor, images: Tensor, factor: Tensor) -> Tensor:
+    mixed = (images - other).mul_(factor.to(images.dtype)[:, None, None, None]).add_(other)
+    return mixed.clamp_(0, 255).floor_()  # cut off, not rounded, as in Pillow
+
+
+def _centres(length: int, like: Tensor) -> Tensor:
+    return torch.arange(length, dtype=torch.float64, device=like.device) + 0.5
+
+
+def _taps(right: Tensor, geometry: Geometry) -> dict[int, Tensor]:
+    """Map neighbours to weights, for places that are `right` of a pixel to the right of the pixel at 0."""
+    left = 1 - right
+    if geometry.interpolation == "bilinear":
+        return {0: left, 1: right}
+    both = left * right  # the kernel of Keys (1981) with a = -1
+    return {-1: -both * left, 0: 1 - right * right * (1 + left), 1: 1 - left * left * (1 + right), 2: -both * right}
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(Tensor.add_, terms)
+
+
+def _filled(moved: Tensor, inside: Tensor, geometry: Geometry) -> Tensor:
+    fill = column(geometry.fill, moved.dtype, moved.device)
+    # Cut off as in Pillow, but a sum that rounding left just below a whole number is that number.
+    return torch.where(inside[:, None], moved.add_(2**-10).clamp_(0, 255).floor_(), fill)
+
+
+Operation = Callable[[Tensor, Tensor, Geometry], Tensor]
+OPERATIONS: Mapping[str, Operation] = {
+    "table": lambda images, values, _: look_up(images, values),
+    "equalize": lambda images, _, __: equalize(images),
+    "autocontrast": lambda images, _, __: autocontrast(images),
+    "color": lambda images, values, _: color(images, values),
+    "contrast": lambda images, values, _: contrast(images, values),
+    "sharpness": lambda images, values, _: sharpness(images, values),
+    "blur": lambda images, values, _: blur(images, values),
+    "shift_rows": shift_rows,
+    "shift_columns": shift_columns,
+    "affine": affine,
+}
+"""Map each kind of operation to a function of images, one row of values for each, and geometry."""

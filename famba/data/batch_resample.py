@@ -1,0 +1,169 @@
+"""Crop, flip and scale whole batches of images on any device, with the pictures that Pillow makes.
+
+Every output row and column is a weighted sum of input ones, so a batch takes two products. Weights are rounded so that
+these sums are exact in float32, in any order: every device makes the same picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Float64, UInt8
+from torch import Tensor
+
+_SUPPORT = {"bilinear": 1, "bicubic": 2}
+_KERNELS = {"bilinear": lambda x: (1 - x).clamp_(min=0), "bicubic": lambda x: _cubic(x)}
+_ATTEMPTS = 10
+BOX_DRAWS = 2 * _ATTEMPTS + 2
+"""Uniform numbers that one random box takes."""
+
+_AREA, _LOG_ASPECT = (0.08, 1.0), (math.log(3 / 4), math.log(4 / 3))
+
+
+def random_boxes(
+    uniform: Float64[np.ndarray, "b {BOX_DRAWS}"], heights: npt.ArrayLike, widths: npt.ArrayLike
+) -> Float64[np.ndarray, "b 4"]:
+    """Return boxes (top, left, height, width) of whole numbers, distributed as those of timm's random resized crop.
+
+    A box takes 0.08 to 1 of the area, with aspect ratios from 3/4 to 4/3; the central part where ten tries do not fit.
+    heights, widths: of the images, numbers or (b,).
+    """
+    high, wide = (np.broadcast_to(np.asarray(side, np.float64), len(uniform)) for side in (heights, widths))
+    tries = uniform[:, : 2 * _ATTEMPTS].reshape(-1, _ATTEMPTS, 2)
+    area = (_AREA[0] + (_AREA[1] - _AREA[0]) * tries[..., 0]) * (high * wide)[:, None]
+    aspect = np.exp(_LOG_ASPECT[0] + (_LOG_ASPECT[1] - _LOG_ASPECT[0]) * tries[..., 1])
+    height, width = np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))
+    fits = (height <= high[:, None]) & (width <= wide[:, None])
+    row, first, some = np.arange(len(uniform)), fits.argmax(1), fits.any(1)
+    low_aspect, high_aspect = np.exp(_LOG_ASPECT)
+    whole = np.minimum(high, np.rint(wide / low_aspect)), np.minimum(wide, np.rint(high * high_aspect))
+    height, width = (np.where(some, side[row, first], all_) for side, all_ in zip((height, width), whole, strict=True))
+    places = [
+        np.where(some, np.floor(u * (side - part + 1)), (side - part) // 2)
+        for u, side, part in zip(uniform[:, -2:].T, (high, wide), (height, width), strict=True)
+    ]
+    return np.stack([*places, height, width], axis=1)
+
+
+def crop(
+    images: UInt8[Tensor, "b c h w"],
+    boxes: Float64[Tensor, "b 4"],
+    flip: Bool[Tensor, " b"],
+    size: int,
+    interpolation: str,
+    padding: int = 0,
+    out: Tensor | None = None,
+) -> Float[Tensor, "b c {size} {size}"]:
+    """Cut a box (top, left, height, width) out of each image, scale it to size x size, and mirror it where `flip` is.
+
+    Boxes count from the corner of the image with `padding` black pixels on each side, and lie within. Results are whole
+    numbers in 0..255, float32, or in `out`, of whose dtype the arithmetic is then.
+    """
+    images = F.pad(images, (padding,) * 4)
+    step = torch.arange(size, device=images.device, dtype=torch.float64)
+    mirrored = torch.where(flip[:, None], size - 1 - step, step)
+    rows, columns = (
+        _weights(places + 0.5, start, extent, size, source, max(1.0, source / size), interpolation)
+        for places, start, extent, source in (
+            (step.expand(len(images), -1), boxes[:, 0], boxes[:, 2], images.shape[2]),
+            (mirrored, boxes[:, 1], boxes[:, 3], images.shape[3]),
+        )
+    )
+    if out is None:
+        out = torch.empty(*images.shape[:2], size, size, device=images.device)
+    return _resample(images, rows, columns, out)
+
+
+def resize_and_crop(
+    images: UInt8[Tensor, "b c h w"], side: int, size: int, interpolation: str
+) -> Float[Tensor, "b c {size} {size}"]:
+    """Scale the shorter side to `side` pixels, at least `size`, and cut out the centre; results as those of `crop`."""
+    high, wide = images.shape[2:]
+    parts: list[Tensor] = []
+    for source in (high, wide):
+        scaled = int(side * source / min(high, wide))
+        places = torch.arange(size, device=images.device, dtype=torch.float64) + round((scaled - size) / 2) + 0.5
+        start, extent = (places.new_full((1,), value) for value in (0, source))
+        parts.append(_weights(places[None], start, extent, scaled, source, max(1.0, source / scaled), interpolation))
+    rows, columns = parts
+    return _resample(images, rows, columns, torch.empty(*images.shape[:2], size, size, device=images.device))
+
+
+def _weights(
+    places: Float64[Tensor, "b s"],
+    start: Float64[Tensor, " b"],
+    extent: Float64[Tensor, " b"],
+    scaled: int,
+    source: int,
+    largest_scale: float,
+    interpolation: str,
+) -> Float64[Tensor, "b s n"]:
+    """Return the weights of `source` pixels in each output.
+
+    places: of outputs, in output pixels from `start`, `scaled` of which cover the extent. The kernel widens where it
+    shrinks, to `largest_scale` at most, and sees nothing outside of the extent.
+    """
+    support = _SUPPORT[interpolation]
+    taps = min(source, 2 * math.ceil(support * largest_scale) + 1)
+    scale = extent / extent.new_full((), scaled)  # a tensor: CUDA divides by a number inexactly
+    widened = scale.clamp(min=1)[:, None]
+    centre = start[:, None] + places * scale[:, None]
+    first = (centre - support * widened).floor().clamp(0, source - taps)
+    pixel = first[..., None] + torch.arange(taps, device=places.device)
+    distance = (pixel + 0.5 - centre[..., None]) / widened[..., None]
+    weight = _KERNELS[interpolation](distance.abs())
+    low, high = start[:, None, None], (start + extent)[:, None, None]
+    weight = weight * ((pixel >= low) & (pixel < high))
+    full = weight.new_zeros(*weight.shape[:-1], source)
+    return full.scatter_(-1, pixel.long(), weight / weight.sum(-1, keepdim=True))
+
+
+def _cubic(x: Tensor) -> Tensor:
+    """Return the kernel of Keys (1981) with a = -0.5, at distances of 0 or more."""
+    far = (((x - 5) * x + 8) * x - 4) * -0.5
+    return torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, torch.where(x < 2, far, 0))
+
+
+def _resample(
+    images: UInt8[Tensor, "b c h w"],
+    rows: Float64[Tensor, "_ s h"],
+    columns: Float64[Tensor, "_ t w"],
+    out: Float[Tensor, "b c s t"],
+) -> Float[Tensor, "b c s t"]:
+    """Apply the weights of columns, round, then those of rows, and round again, as Pillow does; fill and return `out`.
+
+    A sum of 255 w is exact in float32 where the weights w have 15 bits after the point. Pillow's have 22: two products
+    of 11 bits each make columns as exact as Pillow's, the rows after them need no more to be at most 1 away.
+    """
+    number, channels, high, wide = images.shape
+    exact = _to_bits(columns, 22)
+    coarse = _to_bits(exact, 11)
+    with _exact_products(images.device):
+        lines = images.to(out.dtype).view(number, channels * high, wide)
+        parts = [lines @ part.to(out.dtype).transpose(1, 2) for part in (coarse, exact - coarse)]
+        whole = parts[0].add_(0.5).floor()
+        across = parts[1].add_(parts[0].sub_(whole)).floor_().add_(whole).clamp_(0, 255)
+        each = _to_bits(rows, 15).to(out.dtype)[:, None].expand(number, channels, -1, -1).flatten(0, 1)
+        torch.bmm(each, across.view(number * channels, high, -1), out=out.flatten(0, 1))
+    return out.add_(0.5).floor_().clamp_(0, 255)
+
+
+def _to_bits(weights: Tensor, bits: int) -> Tensor:
+    return (weights * 2**bits).round() / 2**bits
+
+
+@contextmanager
+def _exact_products(device: torch.device) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
