@@ -58,9 +58,11 @@ def _value(name: str, text: str) -> Any:
     option, setting = f"--{FUSION[name]}", SETTINGS.get(name)
     if name == "strategy" or (setting is not None and setting.names):
         check_choice(option, text, strategy_names() if setting is None else setting.names)
-    if setting is not None or name == "strategy" or (name, text) == ("budget", PAPER):
-        return text if setting is None else setting.value(text)
+    if name == "strategy" or (name, text) == ("budget", PAPER):
+        return text
     try:
+        if setting is not None:
+            return setting.read(text)
         return int(text) if text.isdecimal() else float(text)
     except ValueError:
         budgets = "tokens in total, a share of the patches (between 0 and 1), or paper"

@@ -90,7 +90,8 @@ def _variant(trained: Trained, fusion: Fusion, asked: Asked) -> Variant:
     """Return one way of fusing, whose layers are still to be chosen."""
     model, mine, strategy, layers = trained.model, own(trained), fusion.strategy, asked.get("layers")
     if strategy == trained.strategy and not {"budget", "layers"} & set(asked):
-        counts, fusion = trained.schedule, replace(mine.fusion, **fusion.settings())
+        fusion = replace(mine.fusion, **fusion.settings())
+        counts = fusion.fitted(trained.schedule, model.num_tokens, model.protected, model.grid_size)
     else:
         if strategy == ADAPTIVE:
             raise ConfigError(
@@ -107,7 +108,7 @@ def _variant(trained: Trained, fusion: Fusion, asked: Asked) -> Variant:
                 f"(this network has layers 0 to {model.depth - 1})"
             )
         fusion = replace(fusion, layers=chosen)
-        counts = fusion.schedule(model.depth, model.num_tokens, model.protected)
+        counts = model.schedule_of(fusion)
     model.check_fusion(fusion)
     one = Variant(fusion.resolved(counts), counts, own=True)
     return one if one == mine else replace(one, own=False)

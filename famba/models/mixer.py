@@ -76,15 +76,6 @@ class VimMixer(nn.Module):
         forward, backward = self._sides()
         return (self._scan_by_calls(u, z, forward, False) + self._scan_by_calls(u, z, backward, True)) / 2
 
-    @torch.no_grad()
-    def step_sizes(self, x: Float[Tensor, "b l d_model"]) -> Float[Tensor, "b l d_inner"]:
-        """Compute the step sizes of the scans of normed tokens (b, l, d_model), the sum of both directions."""
-        u = self.in_proj(x).chunk(2, dim=-1)[0]
-        steps = []
-        for reverse, (conv, x_proj, dt_proj, _, _) in enumerate(self._sides()):
-            steps.append(F.softplus(dt_proj(x_proj(_convolved(u, conv, bool(reverse)))[..., : self.dt_rank])))
-        return steps[0] + steps[1]
-
     def _changed(self) -> str | None:
         """Name a layer before the output projection that has to be called; None where one op computes them all."""
         layers = self._modules  # an attribute of a module takes longer to find

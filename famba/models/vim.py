@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import timm
@@ -59,7 +58,7 @@ class VimBlock(nn.Module):
         normed, stream = self.norm(hidden, residual)
         if reduction is None:
             return self.mixer(normed), stream, tokens
-        known = {"features": normed, "step_sizes": partial(self.mixer.step_sizes, normed)}
+        known = {"features": normed, "hidden": hidden}
         if reduction.fusion.place == BEFORE_MIXER:
             (normed, stream), tokens = reduction(tokens, [normed, stream], normed, **known)
             return self.mixer(normed), stream, tokens
@@ -99,7 +98,10 @@ class Vim(Backbone):
 
     kind = "a Vim"
     layers_name = "layers"
-    places: ClassVar = {BEFORE_MIXER: frozenset({"step_sizes"}), AFTER_SCAN: frozenset({"step_sizes", "mixed"})}
+    places: ClassVar = {
+        BEFORE_MIXER: frozenset({"hidden"}),
+        AFTER_SCAN: frozenset({"hidden", "mixed"}),
+    }
     keys = frozenset({"d_state", "cls_position"})
     papers = ("zhu2024vision", "shen2024famba")
 
@@ -141,7 +143,7 @@ class Vim(Backbone):
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_tokens, embed_dim))
 
-        self.fusion = self.settings.schedule(depth, self.num_tokens, self.protected)
+        self.fusion = self.settings.schedule(depth, self.num_tokens, self.protected, self.grid_size)
         # A layer drops what the layer before it adds, the final norm what the last layer adds.
         rates = [0.0, *(drop_path_rate * i / max(1, depth - 1) for i in range(depth))]
         self.layers = nn.ModuleList(
