@@ -106,7 +106,7 @@ CALLS: dict[str, Callable[[Draw], object]] = {
     ),
     "causal_conv1d": lambda x: ops.causal_conv1d(*_conv(x)),
     "causal_conv1d_backward": lambda x: ops.causal_conv1d_backward(x(BATCH, LENGTH, D_INNER), *_conv(x)),
-    "mixer": lambda x: ops.mixer(_mixer(x)),
+    "mixer": lambda x: ops.mixer(_mixer(x), False),
     "mixer_backward": _mixer_backward,
     "add_rms_norm": lambda x: ops.add_rms_norm(
         x(BATCH, LENGTH, D_MODEL), torch.randn(BATCH, LENGTH, D_MODEL), torch.randn(D_MODEL), 1e-5

@@ -17,13 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ops_helpers import Backend, all_backends, assert_close, draw, examples, threads
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from famba.errors import ConfigError
 from famba.ops import Direction, availability, bidirectional_mixer, registry, use_backend
 from famba.ops.bidirectional_mixer import MixerKernels, compose_mixer
-from famba.ops.inputs import MixerInputs, MixerSizes
+from famba.ops.inputs import MixerInputs, MixerSizes, TokenMeasures
 
 one_op = all_backends("native", "triton", "mamba_ssm")
 # The interpreter cuts bfloat16 off instead of rounding it, which makes for several times the error.
@@ -240,12 +241,13 @@ def test_each_weight_is_cast_once_in_a_step(backend: Backend) -> None:
     dy = dy.to(backend.device)
     with backend.running():
         kernels: Any = registry.kernels(backend.name)
-        _, *uncast = kernels.mixer(inputs)
+        _, nothing, *uncast = kernels.mixer(inputs, False)
+        assert nothing is None
         inputs = inputs._replace(x=inputs.x.bfloat16())
         with Counted() as forward:
-            _, *kept = kernels.mixer(inputs)
+            _, _, *kept = kernels.mixer(inputs, False)
         with Counted() as backward:
-            kernels.mixer_backward(dy.bfloat16(), inputs, [*kept, *[dy.new_empty(0)] * (6 - len(kept))])
+            kernels.mixer_backward(dy.bfloat16(), inputs, [*kept, *[dy.new_empty(0)] * (5 - len(kept))])
     # In two parts each: the rows of dt, and those of B and C, which may lie apart.
     assert (forward.casts, backward.casts) == (6 if backend.name == "native" else 8, 0)
     # Without a cast, nothing but what is stacked is copied.
@@ -308,7 +310,7 @@ def test_launches_of_triton_and_torch_with_float32_weights_under_bfloat16_tokens
     inputs = built(cast(tensors))
     inputs, dy = inputs._replace(x=inputs.x.bfloat16()), dy.bfloat16()
     with launch.noted() as of_forward, Counted() as ahead:
-        _, *kept = mixer(inputs)
+        _, _, *kept = mixer(inputs, False)
     with launch.noted() as of_backward, Counted() as back:
         mixer_backward(dy, inputs, kept)
     assert [found.kernel.name for found in of_forward] == ["conv_forward", "scan_forward"]
@@ -360,6 +362,59 @@ def test_no_gradient_of_what_is_kept_is_made_and_without_one_of_the_result_there
     assert counted.counts == {}
 
 
+def measured(inputs: MixerInputs) -> TokenMeasures:
+    """Measure tokens by loops."""
+    u = inputs.x @ inputs.in_weight.chunk(2)[0].T
+    steps, outputs = [], []
+    for w, reverse in zip(inputs.directions, (False, True), strict=True):
+        v = naive.conv(u, w.conv_weight, w.conv_bias, silu=True, reverse=reverse)
+        states = w.A.shape[1]
+        dt, B, C = (v @ w.x_weight.T).split([w.dt_weight.shape[1], states, states], dim=-1)
+        delta = F.softplus(dt @ w.dt_weight.T + w.dt_bias)
+        steps.append(delta.mean(-1))
+        outputs.append(naive.scan(v, delta, w.A, B, C, w.D, reverse=reverse).clamp(min=0).sum(-1))
+    return TokenMeasures(torch.stack(steps, dim=-1), torch.stack(outputs, dim=-1))
+
+
+@all_backends()
+def test_measures_are_those_of_the_loops_and_leave_all_else_as_it_is(backend: Backend) -> None:
+    # Channels that fill a block of 32 and begin another; nothing at all; many images, whose channels share a task.
+    shapes = [(1, 3, 6, 33, 3, 2), (0, 3, 4, 5, 2, 1), (2, 0, 4, 5, 2, 1), (17, 3, 4, 5, 2, 1), (1, 1, 3, 2, 1, 1, 2)]
+    for number, sizes in enumerate(shapes[: 3 if backend.name == "triton" else 5]):
+        dtype = backend.dtypes[number % len(backend.dtypes)]
+        tolerance = 3 * BFLOAT16 if dtype.itemsize == 2 else 1e-5
+        drawn, dy = mixer_inputs(*sizes)
+        tensors, dy = backend.place(cast(drawn, dtype)), dy.to(backend.device)
+        found: list[TokenMeasures] = []
+
+        def mixer(*inputs: Any, found: list[TokenMeasures] = found) -> Tensor:
+            y, measures = bidirectional_mixer(*inputs, measure=True)
+            found.append(measures)
+            return y
+
+        with backend.running():
+            wanted, results = run(bidirectional_mixer, tensors, dy), run(mixer, tensors, dy)
+        assert backend.name == "reference" or torch.equal(results[0], wanted[0])
+        for a, b in zip(results, wanted, strict=True):
+            assert_close(a.double(), b.double(), tolerance, floor=1.0)
+        exact_ones = measured(built(cast(tensors, torch.float64)))
+        for name, a, b in zip(TokenMeasures._fields, found[0], exact_ones, strict=True):
+            assert a.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            assert not a.requires_grad
+            assert_close(a, b, tolerance, name)
+
+
+def test_a_compiled_mixer_gives_its_measures() -> None:
+    inputs = built(cast(mixer_inputs(2, 5)[0]))
+    compiled = torch.compile(
+        lambda *given: bidirectional_mixer(*given, measure=True), backend="aot_eager", fullgraph=True
+    )
+    with naive.as_users_run_it():
+        (out, found), (wanted, measures) = compiled(*inputs), bidirectional_mixer(*inputs, measure=True)
+    assert torch.equal(out, wanted)
+    assert all(torch.equal(a, b) for a, b in zip(found, measures, strict=True))
+
+
 @one_op
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_torch_accepts_the_op(backend: Backend, dtype: torch.dtype) -> None:
@@ -368,7 +423,7 @@ def test_torch_accepts_the_op(backend: Backend, dtype: torch.dtype) -> None:
     x = x.detach().to(dtype).requires_grad_()
     with warnings.catch_warnings(), naive.as_users_run_it(), backend.running():
         warnings.simplefilter("ignore")
-        arguments = (x, in_weight, list(forward), list(backward), out_weight, backend.name)
+        arguments = (x, in_weight, list(forward), list(backward), out_weight, dtype != torch.float32, backend.name)
         torch.library.opcheck(torch.ops.famba.bidirectional_mixer, arguments)
 
 

@@ -6,7 +6,7 @@ weights go in as they are: a backend casts them for its products, all at once, a
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,8 @@ from famba.errors import ConfigError
 from famba.ops.causal_conv1d import causal_conv1d
 from famba.ops.checks import check_rank, check_shapes
 from famba.ops.definition import define, fresh
-from famba.ops.inputs import Direction, MixerInputs, MixerSizes
+from famba.ops.inputs import Direction, MixerInputs, MixerSizes, TokenMeasures
+from famba.ops.reference import compute_dtype
 from famba.ops.registry import backend_of, kernels
 from famba.ops.selective_scan import scan_macs, selective_scan
 
@@ -27,8 +28,9 @@ from famba.ops.selective_scan import scan_macs, selective_scan
 class MixerKernels(Protocol):
     """List what a backend's module provides besides `Kernels` if it has the mixer as one op.
 
-    Products are in x's dtype, weights and their gradients each in a dtype of its own. `mixer` returns the result and
-    up to six tensors for the backward, of the shapes `mixer_kept_shapes`: first those of x's dtype, then those of
+    Products are in x's dtype, weights and their gradients each in a dtype of its own. `mixer` returns the result, the
+    measures (2, 2, b, l) in float32, of steps and of outputs in both directions, or None where they are not asked for,
+    and up to five tensors for the backward, of the shapes `mixer_kept_shapes`: first those of x's dtype, then those of
     float32. `mixer_backward` returns the gradients of the inputs in their order, each in its input's dtype.
     """
 
@@ -36,12 +38,35 @@ class MixerKernels(Protocol):
     def mixer_kept_shapes(sizes: MixerSizes) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]: ...
 
     @staticmethod
-    def mixer(inputs: MixerInputs) -> tuple[Tensor, ...]: ...
+    def mixer(inputs: MixerInputs, measure: bool) -> tuple[Tensor | None, ...]: ...
 
     @staticmethod
     def mixer_backward(
         dout: Tensor, inputs: MixerInputs, kept: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None]: ...
+
+
+@overload
+def bidirectional_mixer(
+    x: Tensor,
+    in_weight: Tensor,
+    forward: Direction,
+    backward: Direction,
+    out_weight: Tensor | None = None,
+    measure: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def bidirectional_mixer(
+    x: Tensor,
+    in_weight: Tensor,
+    forward: Direction,
+    backward: Direction,
+    out_weight: Tensor | None = None,
+    *,
+    measure: Literal[True],
+) -> tuple[Tensor, TokenMeasures]: ...
 
 
 def bidirectional_mixer(
@@ -50,7 +75,8 @@ def bidirectional_mixer(
     forward: Direction,
     backward: Direction,
     out_weight: Float[Tensor, "d_out d"] | None = None,
-) -> Float[Tensor, "b l d_out"]:
+    measure: bool = False,
+) -> Float[Tensor, "b l d_out"] | tuple[Float[Tensor, "b l d_out"], TokenMeasures]:
     """Mix tokens by a scan in each direction (Zhu et al. 2024, arXiv 2401.09417, Algorithm 1).
 
     u, z = x in_weight^T. For each direction: u' = silu(conv(u)); dt, B, C = u' x_weight^T; y = the selective scan of u'
@@ -63,9 +89,11 @@ def bidirectional_mixer(
         forward: weights of the scan from the first token to the last.
         backward: weights of the scan from the last token to the first.
         out_weight: (d_out, d); None for no output projection.
+        measure: also return what the scans did with each token; no gradient flows through that.
 
     Returns:
-        (b, l, d_out), or (b, l, d) without `out_weight`, in the dtype of the matrix products.
+        (b, l, d_out), or (b, l, d) without `out_weight`, in the dtype of the matrix products; with `measure` that and
+        the `TokenMeasures`.
 
     Raises:
         ConfigError: a shape, dtype or device does not fit.
@@ -75,28 +103,47 @@ def bidirectional_mixer(
     dtype = _product_dtype(x)
     backend = backend_of(x, dtype)
     if not _is_fused(backend):
-        return compose_mixer(x, in_weight, forward, backward, out_weight)
-    return _mixer(x.to(dtype), in_weight, list(forward), list(backward), out_weight, backend)[0]
+        return compose_mixer(x, in_weight, forward, backward, out_weight, measure)
+    out, measures, *_ = _mixer(x.to(dtype), in_weight, list(forward), list(backward), out_weight, measure, backend)
+    return (out, TokenMeasures.of(measures)) if measure else out
 
 
 def compose_mixer(
-    x: Tensor, in_weight: Tensor, forward: Direction, backward: Direction, out_weight: Tensor | None = None
-) -> Tensor:
+    x: Tensor,
+    in_weight: Tensor,
+    forward: Direction,
+    backward: Direction,
+    out_weight: Tensor | None = None,
+    measure: bool = False,
+) -> Any:
     """Run the parts of `bidirectional_mixer` one after the other, which is its meaning, each with its own backward."""
     u, z = F.linear(x, in_weight).chunk(2, dim=-1)
-    y = (_scan_direction(u, z, forward, reverse=False) + _scan_direction(u, z, backward, reverse=True)) / 2
-    return y if out_weight is None else F.linear(y, out_weight)
+    measures: list[Tensor] = []
+    ahead, back = (
+        _scan_direction(u, z, weights, reverse, measures if measure else None)
+        for weights, reverse in ((forward, False), (backward, True))
+    )
+    y = (ahead + back) / 2
+    out = y if out_weight is None else F.linear(y, out_weight)
+    return (out, TokenMeasures.of(torch.stack(measures, dim=1))) if measure else out
 
 
-def _scan_direction(u: Tensor, z: Tensor, weights: Direction, reverse: bool) -> Tensor:
+def _scan_direction(u: Tensor, z: Tensor, weights: Direction, reverse: bool, measures: list[Tensor] | None) -> Tensor:
+    """Scan one direction, and append its measures (2, b, l) where there is a list for them."""
     u = causal_conv1d(u, weights.conv_weight, weights.conv_bias, activation="silu", reverse=reverse)
     states = weights.A.shape[1]
     dt, B, C = F.linear(u, weights.x_weight).split([weights.dt_weight.shape[1], states, states], dim=-1)
     # The bias enters inside the scan, in float32, so that small steps survive bf16.
     delta = F.linear(dt, weights.dt_weight)
-    return selective_scan(
-        u, delta, weights.A, B, C, weights.D, z=z, delta_bias=weights.dt_bias, delta_softplus=True, reverse=reverse
-    )
+    how: dict[str, Any] = {"delta_bias": weights.dt_bias, "delta_softplus": True, "reverse": reverse}
+    if measures is None:
+        return selective_scan(u, delta, weights.A, B, C, weights.D, z, **how)
+    # The gate behind the scan instead of in it, in the scan's precision: the same numbers.
+    wide = compute_dtype(u)
+    y = selective_scan(u.to(wide), delta, weights.A, B, C, weights.D, **how)
+    steps = F.softplus(delta.detach().to(wide) + weights.dt_bias.detach().to(wide))
+    measures.append(torch.stack([steps.mean(-1), y.detach().relu().sum(-1)]))
+    return (y * F.silu(z.to(wide))).to(u.dtype)
 
 
 @torch.compiler.assume_constant_result
@@ -142,29 +189,38 @@ def _check(x: Tensor, in_weight: Tensor, forward: Direction, backward: Direction
     check_shapes(op, "x", x=(x, tuple(x.shape)), **shapes)
 
 
-_KEPT = 6
+_KEPT = 5
 _INPUTS = "Tensor x, Tensor in_weight, Tensor[] forward, Tensor[] backward, Tensor? out_weight"
 
 
-def _run(kernels: MixerKernels, *inputs: Any) -> tuple[Tensor | None, ...]:
-    return _filled_up(*kernels.mixer(MixerInputs.of(*inputs)))
+def _run(kernels: MixerKernels, *given: Any) -> tuple[Tensor | None, ...]:
+    *inputs, measure = given
+    return _filled_up(*kernels.mixer(MixerInputs.of(*inputs), measure))
 
 
 def _shape(kernels: MixerKernels, *given: Any) -> tuple[Tensor | None, ...]:
-    inputs = MixerInputs.of(*given)
+    *tensors, measure = given
+    inputs = MixerInputs.of(*tensors)
     x, sizes = inputs.x, inputs.sizes
     shapes, float_shapes = kernels.mixer_kept_shapes(sizes)
     out = x.new_empty(sizes.batch, sizes.length, sizes.channels if sizes.out is None else sizes.out)
+    measures = x.new_empty(2, 2, sizes.batch, sizes.length, dtype=torch.float32) if measure else None
     kept = [x.new_empty(shape) for shape in shapes]
-    return _filled_up(out, *kept, *(x.new_empty(shape, dtype=torch.float32) for shape in float_shapes))
+    return _filled_up(out, measures, *kept, *(x.new_empty(shape, dtype=torch.float32) for shape in float_shapes))
 
 
-def _filled_up(*results: Tensor) -> tuple[Tensor | None, ...]:
+def _filled_up(*results: Tensor | None) -> tuple[Tensor | None, ...]:
     """Add what a backend does not keep: an op returns the same number of tensors whatever the backend."""
-    return *results, *[None] * (1 + _KEPT - len(results))
+    return *results, *[None] * (2 + _KEPT - len(results))
 
 
-_mixer = define("bidirectional_mixer", _INPUTS, f"({', '.join(['Tensor'] * (1 + _KEPT))})", run=_run, fake=_shape)
+_mixer = define(
+    "bidirectional_mixer",
+    f"{_INPUTS}, bool measure",
+    f"({', '.join(['Tensor'] * (2 + _KEPT))})",
+    run=_run,
+    fake=_shape,
+)
 _mixer_backward = define(
     "bidirectional_mixer_backward",
     f"Tensor dout, {_INPUTS}, Tensor[] kept",
@@ -181,23 +237,23 @@ _mixer_backward = define(
 
 
 def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, in_weight, forward, backward, out_weight, ctx.backend = inputs
+    x, in_weight, forward, backward, out_weight, _, ctx.backend = inputs
     ctx.weights = len(forward)
-    ctx.save_for_backward(x, in_weight, out_weight, *forward, *backward, *output[1:])
-    # What is kept has no gradient, and none is to be filled with zeros for it in each backward.
+    ctx.save_for_backward(x, in_weight, out_weight, *forward, *backward, *output[2:])
+    # Measures and what is kept have no gradient, and none is to be filled with zeros for them in each backward.
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, dout, *_):  # type: ignore[no-untyped-def]
     if dout is None:
-        return None, None, [None] * ctx.weights, [None] * ctx.weights, None, None
+        return None, None, [None] * ctx.weights, [None] * ctx.weights, None, None, None
     x, in_weight, out_weight, *rest = ctx.saved_tensors
     forward, backward, kept = rest[: ctx.weights], rest[ctx.weights : 2 * ctx.weights], rest[2 * ctx.weights :]
     dx, din, dforward, dbackward, dout_weight = _mixer_backward(
         dout, x, in_weight, forward, backward, out_weight, kept, ctx.backend
     )
-    return dx, din, dforward, dbackward, None if out_weight is None else dout_weight, None
+    return dx, din, dforward, dbackward, None if out_weight is None else dout_weight, None, None
 
 
 _mixer.register_autograd(_gradients, setup_context=_keep)

@@ -58,6 +58,23 @@ class Direction(NamedTuple):
     D: Tensor
 
 
+class TokenMeasures(NamedTuple):
+    """Hold what a mixer's scans did with each token, forward and backward, (b, l, 2) in float32 (float64).
+
+    step: the mean over the channels of the step size softplus(delta + bias), by which Ma et al. 2025 (arXiv 2507.14042)
+    rank tokens. output: the sum over the channels of max(0, y), y being the scan's result with its skip D u and before
+    its gate, as Zhan et al. 2024 (arXiv 2409.18962) rank them.
+    """
+
+    step: Tensor
+    output: Tensor
+
+    @classmethod
+    def of(cls, measures: Tensor) -> TokenMeasures:
+        """Take them as an op has them: (2, 2, b, l), of each measure both directions."""
+        return cls(*measures.movedim(1, -1))
+
+
 class MixerSizes(NamedTuple):
     """Hold the sizes that decide what a mixer keeps for its backward.
 

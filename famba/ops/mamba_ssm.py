@@ -184,19 +184,21 @@ def mixer_kept_shapes(sizes: MixerSizes) -> tuple[list[tuple[int, ...]], list[tu
     return [projected, (channels, batch, length), ProductWeights.kept_shape(sizes)], [entering]
 
 
-def mixer(inputs: MixerInputs) -> tuple[Tensor, ...]:
-    """Return the result, and what the backward needs."""
+def mixer(inputs: MixerInputs, measure: bool) -> tuple[Tensor | None, ...]:
+    """Return the result, the measures where they are asked for, and what the backward needs."""
     check_equal_directions("mamba_ssm", *inputs.directions)
     products, copied = ProductWeights.copied(inputs)
     weights, x = _Weights(inputs, products), inputs.x
     u, z = _project(products.into, x).chunk(2)
     inner = weights.convolve(_both(u))
     projected = torch.bmm(products.x, _halves(inner)).unflatten(2, inner.shape[1:])
-    y, _, entering = _run_scan(weights.scan(inner, projected))
+    scan = weights.scan(inner, projected)
+    y, _, entering = _run_scan(scan)
+    measures = _measures(scan, y) if measure else None
     mean = torch.lerp(*_directions(y.transpose(0, 1)), 0.5)
     gated = (mean * F.silu(z)).flatten(1).t()
     out = gated.contiguous() if products.out is None else gated @ products.out.t()
-    return out.unflatten(0, x.shape[:2]), projected, mean, copied, entering
+    return out.unflatten(0, x.shape[:2]), measures, projected, mean, copied, entering
 
 
 def mixer_backward(
@@ -239,6 +241,17 @@ def _project(weight: Tensor | None, x: Tensor) -> Tensor:
     """Return the product of weight (d, c), where there is one, and x (b, l, c): (d, b, l)."""
     flat = flatten(x).t()
     return (flat.contiguous() if weight is None else weight @ flat).unflatten(1, x.shape[:2])
+
+
+def _measures(scan: ScanInputs, y: Tensor) -> Tensor:
+    """Return the measures (2, 2, b, l) of the scan of both directions, whose result is y (b, 2 d, l)."""
+    bias = scan.delta_bias
+    assert bias is not None
+    steps = F.softplus(scan.delta.float() + bias.unsqueeze(1)).unflatten(1, (2, -1)).mean(2)
+    outputs = y.float().relu().unflatten(1, (2, -1)).sum(2)
+    both = torch.stack([steps, outputs]).transpose(1, 2)
+    # The steps of the second direction are turned round.
+    return torch.stack([both[:, 0], both[:, 1].flip(2)], dim=1)
 
 
 class _Weights:

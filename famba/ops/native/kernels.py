@@ -137,9 +137,18 @@ def readable(inputs: ScanInputs) -> ScanInputs:
     return ScanInputs(u, delta, parameter(A), B, C, _parameter(D), z, _parameter(delta_bias), softplus, reverse)
 
 
-def run_scan(inputs: ScanInputs, state: Tensor, y: Tensor, scale: float = 1.0, accumulate: bool = False) -> None:
-    """Write the result of a scan as `readable` gives it, and the states that enter later chunks."""
-    call("scan_forward", Scan, y.dtype, **_scan(inputs, state, scale, accumulate), y=y)
+def run_scan(
+    inputs: ScanInputs,
+    state: Tensor,
+    y: Tensor,
+    scale: float = 1.0,
+    accumulate: bool = False,
+    measures: Tensor | None = None,
+) -> None:
+    """Write the result of a scan as `readable` gives it, the states that enter later chunks, and measures (2, b, l)."""
+    steps, outputs = (None, None) if measures is None else measures
+    given = _scan(inputs, state, scale, accumulate)
+    call("scan_forward", Scan, y.dtype, **given, y=y, step_means=steps, output_sums=outputs)
 
 
 def run_scan_backward(

@@ -47,7 +47,7 @@ Scan = _structure(
     (c_int32, "dtype threads softplus reverse accumulate"),
     (c_float, "scale"),
     (Array, "u delta B C z y"),
-    (c_void_p, "A D delta_bias state"),
+    (c_void_p, "A D delta_bias state step_means output_sums"),
     (Array, "dy du ddelta dB dC dz"),
     (c_void_p, "dA dD ddelta_bias"),
 )

@@ -22,15 +22,15 @@ from famba.ops.products import as_tokens, copy_each, flat_size, flatten, split_f
 
 
 def mixer_kept_shapes(sizes: MixerSizes) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """Return the shapes of u, of dt, B and C for both directions, of cast weights, and of both scans' kept states."""
+    """Return the shapes of u, of dt, B and C for both directions, of cast weights, and of the scans' kept states."""
     tokens = (sizes.batch, sizes.length)
     state = scan_state_shape(sizes.batch, sizes.length, sizes.channels, sizes.states)
     projected = (*tokens, sizes.rank + 2 * sizes.states)
-    return [(*tokens, sizes.channels), projected, projected, (flat_size(_shapes(sizes)),)], [state, state]
+    return [(*tokens, sizes.channels), projected, projected, (flat_size(_shapes(sizes)),)], [(2, *state)]
 
 
-def mixer(inputs: MixerInputs) -> tuple[Tensor, ...]:
-    """Return the result, and what the backward needs."""
+def mixer(inputs: MixerInputs, measure: bool) -> tuple[Tensor | None, ...]:
+    """Return the result, the measures where they are asked for, and what the backward needs."""
     x, sizes = inputs.x, inputs.sizes
     cast = x.new_zeros(flat_size(_shapes(sizes)))
     copy_each(zip(split_flat(cast, _shapes(sizes)), inputs.product_weights(), strict=False))
@@ -38,23 +38,25 @@ def mixer(inputs: MixerInputs) -> tuple[Tensor, ...]:
     tokens = flatten(x.contiguous())
     u, z = (as_tokens(tokens @ half.t(), x) for half in products.into.chunk(2))
     y, inner, delta = (torch.empty_like(u) for _ in range(3))
-    projections, entering = [], []
+    projections = []
+    entering = torch.empty(2, *scan_state_shape(sizes.batch, sizes.length, sizes.channels, sizes.states))
+    measures = torch.empty(2, 2, sizes.batch, sizes.length) if measure else None
     for reverse, weights in enumerate(inputs.directions):
         convolve(u, weights.conv_weight, weights.conv_bias, True, bool(reverse), inner)
         projections.append(as_tokens(flatten(inner) @ products.x[reverse].t(), x))
-        entering.append(torch.empty(scan_state_shape(sizes.batch, sizes.length, sizes.channels, sizes.states)))
         scan = _scan(inner, delta, z, projections[-1], products.dt[reverse], weights, bool(reverse))
         # The second direction adds to what the first has written.
-        run_scan(scan, entering[-1], y, scale=0.5, accumulate=bool(reverse))
+        of_direction = None if measures is None else measures[:, reverse]
+        run_scan(scan, entering[reverse], y, 0.5, bool(reverse), of_direction)
     out = y if products.out is None else as_tokens(flatten(y) @ products.out.t(), x)
-    return out, u, *projections, cast, *entering
+    return out, measures, u, *projections, cast, entering
 
 
 def mixer_backward(
     dout: Tensor, inputs: MixerInputs, kept: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None]:
     """Return the gradients of x, in_weight, both directions' weights and out_weight, each in its input's dtype."""
-    u, *projections, cast, state, back_state = kept
+    u, *projections, cast, states = kept
     x, channels, products = inputs.x, u.shape[2], _Products.of(inputs, cast)
     tokens, dout = flatten(x.contiguous()), activation(dout, x.dtype).contiguous()
     # The gate is worked out again: keeping it would cost a third more memory, its product 4 % of a step's.
@@ -66,7 +68,7 @@ def mixer_backward(
     dxz = x.new_empty(*x.shape[:2], 2 * channels)
     du, dz = dxz.chunk(2, dim=-1)
     of_directions = []
-    sides = zip(inputs.directions, projections, (state, back_state), strict=True)
+    sides = zip(inputs.directions, projections, states, strict=True)
     for reverse, (weights, projected, entering) in enumerate(sides):
         convolution = (u, weights.conv_weight, weights.conv_bias, True, bool(reverse))
         convolve(*convolution, inner)

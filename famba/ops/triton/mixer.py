@@ -27,8 +27,8 @@ def mixer_kept_shapes(sizes: MixerSizes) -> tuple[list[tuple[int, ...]], list[tu
     return [(2, sizes.batch, sizes.length, Columns.of(sizes).width), ProductWeights.kept_shape(sizes)], []
 
 
-def mixer(inputs: MixerInputs) -> tuple[Tensor, ...]:
-    """Return the result, and what the backward needs."""
+def mixer(inputs: MixerInputs, measure: bool) -> tuple[Tensor | None, ...]:
+    """Return the result, the measures where they are asked for, and what the backward needs."""
     check_equal_directions("triton", *inputs.directions)
     x = inputs.x
     weights, copied = ProductWeights.copied(inputs)
@@ -36,9 +36,10 @@ def mixer(inputs: MixerInputs) -> tuple[Tensor, ...]:
     inner = _convolved(u, inputs)
     projected = inner.new_empty(*inner.shape[:3], weights.x.shape[1])
     torch.bmm(_both(inner), weights.x.mT, out=_both(projected))
-    y = scan(_scans(inner, projected, z, weights, inputs))
+    y, measures = scan(_scans(inner, projected, z, weights, inputs), measure)
     y = y[0] + y[1]
-    return y if weights.out is None else as_tokens(flatten(y) @ weights.out.t(), x), projected, copied
+    out = y if weights.out is None else as_tokens(flatten(y) @ weights.out.t(), x)
+    return out, measures, projected, copied
 
 
 def mixer_backward(

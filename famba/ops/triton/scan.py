@@ -23,6 +23,8 @@ _TILE = 8
 # Channels of a program in the backward, which decide how many partial sums there are. A thread for each: a row then
 # lies in one thread's registers, and walking over a tile costs no exchange between threads.
 _BLOCK = 128
+# Channels over which the forward adds up a token's measures; torch adds up the rest.
+_MEASURED = 32
 
 
 def scan_state_shape(batch: int, length: int, channels: int, states: int) -> tuple[int, ...]:
@@ -32,7 +34,7 @@ def scan_state_shape(batch: int, length: int, channels: int, states: int) -> tup
 
 def selective_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """Return y, and an empty tensor."""
-    return scan(Scans.single(inputs)).squeeze(0), inputs.u.new_empty(0, dtype=torch.float32)
+    return scan(Scans.single(inputs))[0].squeeze(0), inputs.u.new_empty(0, dtype=torch.float32)
 
 
 def selective_scan_backward(dy: Tensor, inputs: ScanInputs, state: Tensor) -> ScanGradients:
@@ -73,6 +75,11 @@ class Scans:
         z = None if z is None else activation(z, z.dtype)
         parameters = stack_parameters([A], [D], [delta_bias])
         return cls(u, delta, B, C, z, parameters, (reverse,), skip=D is not None, softplus=softplus)
+
+    def measured(self) -> Tensor:
+        """Return memory for measures, summed up over 32 channels each: (2, k, b, l, blocks)."""
+        *sizes, channels = self.u.shape
+        return self.u.new_empty(2, *sizes, -(-channels // _MEASURED), dtype=torch.float32)
 
     def arguments(self) -> dict[str, object]:
         """Return what both kernels take."""
@@ -127,12 +134,20 @@ def stack_parameters(As: Sequence[Tensor], Ds: Sequence[Tensor | None], biases: 
     return torch.cat([row.to(torch.float32) for row in rows]).view(len(As), states + 2, channels)
 
 
-def scan(scans: Scans) -> Tensor:
-    """Return the results (k, b, l, d) in u's dtype, in one launch."""
+def scan(scans: Scans, measure: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Return the results (k, b, l, d) in u's dtype, in one launch, and the measures (2, k, b, l) where asked for."""
     y = torch.empty_like(scans.u)
+    sums = scans.measured() if measure else None
     if y.numel():
-        _walk(scans, y=y)
-    return y
+        _walk(scans, y=y, sums=sums)
+    return y, None if sums is None else measures_of(sums, scans.u.shape[3])
+
+
+def measures_of(sums: Tensor, channels: int) -> Tensor:
+    """Return the measures (2, k, b, l) whose sums over 32 channels each are (2, k, b, l, blocks)."""
+    measures = sums.sum(-1)
+    measures[0] /= channels
+    return measures
 
 
 def scan_backward(
@@ -193,10 +208,12 @@ def _walk(
     dy: Tensor | None = None,
     dz: Tensor | None = None,
     entering: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> None:
     """Walk over the length and write what is there to write to."""
     directions, batch, _, channels = scans.u.shape
     given = {"y": y, "dy": dy, "dy_row": 0 if dy is None else dy.stride(1), "dz": dz, "entering": entering}
+    given |= {"sums": sums, "MEASURE": sums is not None, "MEASURED": _MEASURED}
     asked = {"OUTPUT": y is not None, "GATE_GRADIENT": dz is not None, "ENTERING": entering is not None}
     states = triton.next_power_of_2(max(1, scans.B.shape[3]))
     scan_kernels.scan_forward.launch(

@@ -52,6 +52,24 @@ def _row(x, index):
     return tl.sum(bits, 0).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def _store_measures(
+    sums, size, out, step, steps, channels, blocks, MEASURE: tl.constexpr, MEASURED: tl.constexpr
+):  # fmt: skip
+    """Write the sums of step sizes and of positive results (channels,) of a step, over so many channels each."""
+    if MEASURE:
+        block = tl.program_id(0) % blocks
+        held = block * size.shape[0] + tl.arange(0, size.shape[0]) < channels
+        group = block * (size.shape[0] // MEASURED) + tl.arange(0, size.shape[0] // MEASURED)
+        groups = tl.cdiv(channels, MEASURED)
+        rows = tl.reshape(tl.where(held, size, 0.0), [size.shape[0] // MEASURED, MEASURED])
+        tl.store(sums + step * groups + group, tl.sum(rows, 1), mask=group < groups)
+        # NaN stays NaN.
+        rows = tl.reshape(tl.where(held & ~(out < 0.0), out, 0.0), [size.shape[0] // MEASURED, MEASURED])
+        step += (step * 0 + tl.num_programs(1)) * steps
+        tl.store(sums + step * groups + group, tl.sum(rows, 1), mask=group < groups)
+
+
 @kernel(
     [
         Configuration({"BLOCK": 128}, warps=4, stages=1),
@@ -62,9 +80,10 @@ def _row(x, index):
     key=["channels", "STATES", "ENTERING"],
 )
 def scan_forward(
-    u, delta, B, C, z, parameters, y, dy, dz, entering, batch, length, channels, z_row, dy_row, scale,
+    u, delta, B, C, z, parameters, y, dy, dz, entering, sums, batch, length, channels, z_row, dy_row, scale,
     STATES: tl.constexpr, B_ROW: tl.constexpr, C_ROW: tl.constexpr, REVERSE: tl.constexpr, REVERSE2: tl.constexpr,
-    SKIP: tl.constexpr, SOFTPLUS: tl.constexpr, GATE: tl.constexpr, OUTPUT: tl.constexpr,
+    SKIP: tl.constexpr, SOFTPLUS: tl.constexpr, GATE: tl.constexpr, OUTPUT: tl.constexpr, MEASURE: tl.constexpr,
+    MEASURED: tl.constexpr,
     GATE_GRADIENT: tl.constexpr, ENTERING: tl.constexpr, BLOCK_STATES: tl.constexpr, TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -120,6 +139,7 @@ def scan_forward(
         out = tl.sum(now_C[:, None] * h, 0)
         if SKIP:
             out += skip * now_u
+        _store_measures(sums, size, out, sequence * length + t, batch * length, channels, blocks, MEASURE, MEASURED)
         out *= scale
         if GATE:
             now_z = next_z.to(tl.float32)

@@ -28,6 +28,9 @@ typedef struct {
     famba_array u, delta, B, C, z, y;
     const float *A, *D, *delta_bias;  // (channels, states), (channels), (channels)
     float *state;                     // (batch, chunks - 1, channels, states), states that enter chunks 1, 2, ...
+    // Forward only, both or none: (batch, length), the mean step size, and the sum of the positive results before scale
+    // and gate.
+    float *step_means, *output_sums;
     // Backward only. y may be asked for there too.
     famba_array dy, du, ddelta, dB, dC, dz;
     float *dA, *dD, *ddelta_bias;

@@ -155,10 +155,11 @@ FAMBA_INLINE void load_states(float *h, const float *kept, int64_t channel, int 
 template <class T>
 class ForwardTask {
   public:
-    ForwardTask(const famba_scan &scan, const Rates &rates, const Blocks &blocks, int64_t task)
+    // `sums`: for the measures of each task, (tasks, 2, length); or null.
+    ForwardTask(const famba_scan &scan, const Rates &rates, const Blocks &blocks, float *sums, int64_t task)
         : p_(scan), rates_(rates), image_(task / blocks.groups), first_(blocks.begin(task % blocks.groups)),
           last_(blocks.begin(task % blocks.groups + 1)), u_(scan.u, image_), delta_(scan.delta, image_),
-          z_(scan.z, image_), y_(scan.y, image_) {
+          z_(scan.z, image_), y_(scan.y, image_), sums_(sums ? sums + task * 2 * scan.length : nullptr) {
         const int64_t line = FORWARD_STEPS * W, n = p_.states;
         carve(task_scratch(),
               {(last_ - first_) * n * W, FORWARD_STEPS * n * SPREAD, FORWARD_STEPS * n * SPREAD, line, line, line},
@@ -167,6 +168,7 @@ class ForwardTask {
 
     void run() {
         std::fill(h_, h_ + (last_ - first_) * p_.states * W, 0.f);
+        if (sums_) std::fill(sums_, sums_ + 2 * p_.length, 0.f);
         for (int64_t begin = 0; begin < p_.length;) {
             const int64_t chunk = begin / p_.chunk;
             const int64_t count = std::min({FORWARD_STEPS, (chunk + 1) * p_.chunk - begin, p_.length - begin});
@@ -204,6 +206,7 @@ class ForwardTask {
             const V u = load(u_.at(t, channel), lanes);
             const V delta = step_size(load(delta_.at(t, channel), lanes) + bias, p_.softplus);
             most = maximum(absolute(delta), most);
+            if (sums_) sums_[t] += sum(delta, lanes);
             store(steps_.delta + s * W, delta);
             store(steps_.drive + s * W, delta * u);
             store(steps_.y + s * W, skip * u);
@@ -214,7 +217,9 @@ class ForwardTask {
     void leave(int64_t begin, int64_t count, int64_t channel, int lanes) {
         for (int64_t s = 0; s < count; ++s) {
             const int64_t t = position(p_, begin + s);
-            V y = load(steps_.y + s * W) * p_.scale;
+            V y = load(steps_.y + s * W);
+            if (sums_) sums_[p_.length + t] += sum(maximum(splat(0.f), y), lanes);
+            y *= p_.scale;
             if (z_) y *= silu(load(z_.at(t, channel), lanes));
             T *out = y_.at(t, channel);
             if (p_.accumulate) y += load(out, lanes);
@@ -227,20 +232,36 @@ class ForwardTask {
     int64_t image_, first_, last_;
     Rows<const T> u_, delta_, z_;
     Rows<T> y_;
-    float *h_, *B_, *C_;
+    float *sums_, *h_, *B_, *C_;
     Steps steps_;
 };
+
+// Adds the measures that the channel groups of an image gathered.
+inline void add_measures(const famba_scan &p, const Blocks &blocks, const float *sums, int64_t image) {
+    for (int64_t t = 0; t < p.length; ++t) {
+        float steps = 0.f, outputs = 0.f;
+        for (int64_t task = image * blocks.groups; task < (image + 1) * blocks.groups; ++task) {
+            steps += sums[task * 2 * p.length + t];
+            outputs += sums[(task * 2 + 1) * p.length + t];
+        }
+        p.step_means[image * p.length + t] = steps / static_cast<float>(p.channels);
+        p.output_sums[image * p.length + t] = outputs;
+    }
+}
 
 template <class T>
 void scan_forward(const famba_scan &p) {
     const Blocks blocks(p.batch, p.channels);
     Rates rates;
-    carve(call_scratch(), {blocks.count * p.states * W, blocks.count}, {&rates.vectors, &rates.largest});
+    float *sums;
+    const int64_t measured = p.step_means ? p.batch * blocks.groups * 2 * p.length : 0;
+    carve(call_scratch(), {blocks.count * p.states * W, blocks.count, measured}, {&rates.vectors, &rates.largest, &sums});
     rates.fill(p, blocks);
     for_each(p.threads, p.batch * blocks.groups, [&](int64_t task) {
         const FlushDenormals flush;
-        ForwardTask<T>(p, rates, blocks, task).run();
+        ForwardTask<T>(p, rates, blocks, p.step_means ? sums : nullptr, task).run();
     });
+    if (p.step_means) for_each(p.threads, p.batch, [&](int64_t image) { add_measures(p, blocks, sums, image); });
 }
 
 }  // namespace FAMBA_ISA

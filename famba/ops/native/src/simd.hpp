@@ -102,6 +102,13 @@ FAMBA_INLINE float sum(V x) {
     return part[0];
 }
 
+// The same over the first lanes.
+FAMBA_INLINE float sum(V x, int lanes) {
+    float part[W] = {};
+    std::memcpy(part, &x, lanes * sizeof(float));
+    return sum(load(part));
+}
+
 // Four sums at once, as far as lanes of four go: lane 4 i + k holds the sum of x[k] over lanes 4 i to 4 i + 3.
 FAMBA_INLINE V sum_fours(const V (&x)[4]) {
 #if FAMBA_LANES == 4
