@@ -17,7 +17,7 @@ from famba.models import backbone
 from famba.models.backbone import CLS_POSITIONS, Backbone, Reduction, Run, Tokens, one_number, timm_cfg
 from famba.models.mixer import VimMixer
 from famba.models.weights import WEIGHTS, fitting_weights, fusion_of_training
-from famba.ops import add_rms_norm
+from famba.ops import TokenMeasures, add_rms_norm
 
 BEFORE_MIXER, AFTER_SCAN = "before_mixer", "after_scan"
 
@@ -63,12 +63,15 @@ class VimBlock(nn.Module):
             (normed, stream), tokens = reduction(tokens, [normed, stream], normed, **known)
             return self.mixer(normed), stream, tokens
 
-        def reduce_mixed(mixed: Tensor) -> Tensor:
+        def reduce_mixed(mixed: Tensor, measures: TokenMeasures | None) -> Tensor:
             nonlocal stream, tokens
-            (mixed, stream), tokens = reduction(tokens, [mixed, stream], mixed, mixed=mixed, **known)
+            known["mixed"] = mixed
+            if measures is not None:
+                known["step_sizes"], known["outputs"] = measures
+            (mixed, stream), tokens = reduction(tokens, [mixed, stream], mixed, **known)
             return mixed
 
-        return self.mixer(normed, reduce_mixed), stream, tokens
+        return self.mixer(normed, reduce_mixed, reduction.measures), stream, tokens
 
 
 @backbone.register_backbone
@@ -100,7 +103,7 @@ class Vim(Backbone):
     layers_name = "layers"
     places: ClassVar = {
         BEFORE_MIXER: frozenset({"hidden"}),
-        AFTER_SCAN: frozenset({"hidden", "mixed"}),
+        AFTER_SCAN: frozenset({"hidden", "mixed", "step_sizes", "outputs"}),
     }
     keys = frozenset({"d_state", "cls_position"})
     papers = ("zhu2024vision", "shen2024famba")
