@@ -80,7 +80,7 @@ def important(image: Image, r: int, keep_most: bool) -> Found:
     targets = ranked[r : count - min(r, count - 2 * r)] if keep_most else ranked[count // 2 :]
     joins = list(range(len(image.vectors)))
     for token in ranked[:r]:
-        joins[token] = max(targets, key=lambda other: cosine(image.vectors[token], image.vectors[other]))
+        joins[token] = max(sorted(targets), key=lambda other: cosine(image.vectors[token], image.vectors[other]))
     return in_order(joins)
 
 

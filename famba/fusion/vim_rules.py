@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from famba.fusion.joining import Free, unit
+from famba.fusion.joining import Free
 from famba.fusion.rules import LayerTokens, register_rule
 from famba.fusion.token_map import TokenMap
 from famba.ops import match_tokens
+from famba.ops.reference import compute_dtype
 
 
 @register_rule("r_meeto", needs=["hidden"], orders=["sequence"])
@@ -61,24 +65,30 @@ def _by_importance(
 ) -> TokenMap:
     """Let the r least important tokens join those at `targets` of the ascending order.
 
-    Of equal importance the first in the sequence is the least important; of equal cosines the least important wins.
+    Of equal importance the first in the sequence is the least important; of equal cosines the first wins.
     """
     ascending = free.take(measured.sum(2)).argsort(dim=1, stable=True)
-    sources, others = ascending[:, :r], ascending[:, targets]
-    metric = free.take(tokens.metric)
-    chosen = others.gather(1, _closest(_rows(metric, sources), _rows(metric, others)))
-    joins = torch.zeros_like(ascending, dtype=torch.bool).scatter(1, sources, True)
+    sources, nothing = ascending[:, :r], torch.zeros_like(ascending, dtype=torch.bool)
+    is_target = nothing.scatter(1, ascending[:, targets], True)
+    joins = nothing.scatter(1, sources, True)
+    chosen = _closest(free.take(tokens.metric), sources, is_target)
     ranks = (~joins).long().cumsum(1) - 1
     return free.join(joins, ranks.scatter(1, sources, ranks.gather(1, chosen)), r, tokens.mode)
 
 
-def _rows(x: Float[Tensor, "b m c"], numbers: Int[Tensor, "b k"]) -> Float[Tensor, "b k c"]:
-    return unit(x.gather(1, numbers.unsqueeze(2).expand(-1, -1, x.shape[2])))
+def _closest(
+    x: Float[Tensor, "b m c"], sources: Int[Tensor, "b r"], is_target: Bool[Tensor, "b m"]
+) -> Int[Tensor, "b r"]:
+    """Return for each source the target of the highest cosine."""
+    x = x.to(compute_dtype(x))
+    rows = x.gather(1, sources.unsqueeze(2).expand(-1, -1, x.shape[2]))
+    # Of the lengths those of the targets alone matter; dividing the products is cheaper than the tokens.
+    scale = x.norm(dim=2).clamp(min=torch.finfo(x.dtype).tiny).reciprocal()
+    with _in_full_precision(x.device.type):
+        cosines = (rows @ x.transpose(1, 2)) * scale.unsqueeze(1)
+    return cosines.nan_to_num().masked_fill(~is_target.unsqueeze(1), -torch.inf).argmax(dim=2)
 
 
-def _closest(these: Float[Tensor, "b k c"], those: Float[Tensor, "b t c"]) -> Int[Tensor, "b k"]:
-    """Return for each of these unit vectors which of those has the highest cosine, the first of equal ones."""
-    if torch.is_autocast_enabled(these.device.type):
-        with torch.autocast(these.device.type, enabled=False):
-            return (these @ those.transpose(1, 2)).argmax(dim=2)
-    return (these @ those.transpose(1, 2)).argmax(dim=2)
+def _in_full_precision(kind: str) -> AbstractContextManager[Any]:
+    """Leave autocast, where a kind of device is in it: tracing would note it otherwise."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
