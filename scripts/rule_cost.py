@@ -14,12 +14,11 @@ import time
 from collections.abc import Callable
 
 import pandas as pd
-import timm
 import torch
 from torch.nn import functional as F
 
 from famba.fusion import RULES, Fusion
-from famba.models import Backbone
+from famba.models import Backbone, create_network
 from famba.models.backbone import Reduction, Tokens
 
 CHANNELS, INNER = 192, 384
@@ -36,7 +35,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     autocast = torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
-    model = timm.create_model("vim_tiny_patch16_224", num_classes=100, fusion="all").to(options.device)
+    model = create_network("vim_tiny_patch16_224", num_classes=100, fusion="all").to(options.device)
     optimizer = torch.optim.AdamW(model.parameters())
     images, labels = torch.randn(options.batch, 3, 224, 224), torch.randint(0, 100, (options.batch,))
     images, labels = images.to(options.device), labels.to(options.device)

@@ -43,7 +43,7 @@ def as_markdown(rows: pd.DataFrame) -> str:
         f"{row.top1:.2f} ({signed(row.difference_low95)} to {signed(row.difference_high95)})"
         for row in found.itertuples()
     ]
-    lines = {"rule": [], "mode": [], **{str(budget): [] for budget in found["removed"].unique()}}
+    lines: dict[str, list[str]] = {"rule": [], "mode": [], **{str(budget): [] for budget in found["removed"].unique()}}
     for (rule, mode), own in found.groupby(["rule", "mode"], sort=False):
         for name, cell in {
             "rule": f"`{rule}`",

@@ -33,6 +33,7 @@ def _steps(grid: Grid) -> dict[int, Grid]:
     return found
 
 
+@torch.compiler.assume_constant_result
 def grid_after(grid: Grid, r: int) -> Grid:
     """Return the rows and columns that are left where r tokens go, or raise ConfigError where these are not whole."""
     steps = _steps(grid)
