@@ -122,15 +122,6 @@ def test_rules_see_what_the_scans_did(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(fused.hidden, model.embed(x).hidden)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rule", NAMES)
-def test_compile_traces_a_rule_as_a_whole(rule: str) -> None:
-    torch.compiler.reset()
-    model, x = vim(rule, cls_position="middle", depth=2).eval(), images()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("rule", ["bipartite", "neighbours", "grid"])
 @pytest.mark.parametrize("mode", ["fuse", "prune"])
 def test_a_transformer_fuses_by_the_rules_that_need_no_scan(rule: str, mode: str) -> None:
