@@ -107,6 +107,22 @@ for way in ({}, {"mode": "prune"}, {"order": "sequence", "weighting": "mean", "p
 
 
 @pytest.mark.slow
+def test_every_rule_is_traced_as_a_whole(tmp_path: Path) -> None:
+    script = """
+warnings.simplefilter("error", UserWarning)
+for rule in ("r_meeto", "neighbours", "grid", "delta", "output"):
+    torch._dynamo.reset()
+    way = {"fusion_rule": rule, "fusion_place": "after_scan", "fusion_weighting": "size", "cls_position": "middle"}
+    model = make((4, 0, 3), **way)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    agrees(compiled, model, images())
+    agrees(compiled, model, images(3))
+    print(rule)
+"""
+    assert run(script, tmp_path).split() == ["r_meeto", "neighbours", "grid", "delta", "output"]
+
+
+@pytest.mark.slow
 def test_another_backend_is_taken_after_compiling(tmp_path: Path) -> None:
     script = """
 calls = []

@@ -53,15 +53,13 @@ def read_fusion(options: argparse.Namespace) -> dict[str, list[Any]]:
 def _value(name: str, text: str) -> Any:
     """Return the value of a field that a text means."""
     option, setting = f"--{FUSION[name]}", SETTINGS.get(name)
-    if setting is not None:
-        if setting.names:
-            check_choice(option, text, setting.names)
-        return setting.value(text)
-    if name == "strategy":
-        check_choice(option, text, strategy_names())
+    if name == "strategy" or (setting is not None and setting.names):
+        check_choice(option, text, strategy_names() if setting is None else setting.names)
     if name == "strategy" or (name, text) == ("budget", PAPER):
         return text
     try:
+        if setting is not None:
+            return setting.read(text)
         return int(text) if text.isdecimal() else float(text)
     except ValueError:
         allowed = "tokens in total, a share of the patches (between 0 and 1), or paper"

@@ -88,7 +88,8 @@ def _variant(trained: Trained, fusion: Fusion, asked: Asked) -> Variant:
     """Return one way of fusing, in the layers of the training where its strategy is that of the training."""
     model, mine, strategy = trained.model, own(trained), fusion.strategy
     if strategy == trained.strategy and "budget" not in asked:
-        counts, fusion = trained.schedule, replace(mine.fusion, **fusion.settings())
+        fusion = replace(mine.fusion, **fusion.settings())
+        counts = fusion.fitted(trained.schedule, model.num_tokens, model.protected, model.grid_size)
     else:
         if strategy == ADAPTIVE or (strategy == CUSTOM and strategy != trained.strategy):
             raise ConfigError(
@@ -96,7 +97,7 @@ def _variant(trained: Trained, fusion: Fusion, asked: Asked) -> Variant:
                 f"{trained.strategy}; name another strategy, or leave out --budget where it was trained so"
             )
         fusion = replace(fusion, layers=trained.fusion.layers if strategy == trained.strategy else None)
-        counts = fusion.schedule(model.depth, model.num_tokens, model.protected)
+        counts = model.schedule_of(fusion)
     model.check_fusion(fusion)
     one = Variant(fusion.resolved(counts), counts, own=True)
     return one if one == mine else replace(one, own=False)

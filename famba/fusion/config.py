@@ -6,12 +6,12 @@ follow from its fields. A new field is added here and in `configs/fusion/_base.y
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from famba.errors import ConfigError, check_choice, near_miss
-from famba.fusion.rules import BIPARTITE, MODES, ORDERS, RULES
+from famba.fusion.rules import BIPARTITE, MODES, ORDERS, RULES, Layout
 from famba.fusion.schedules import ADAPTIVE, COUNTED, CUSTOM, NONE, PAPER, fusing_layers, schedule, strategy_names
 
 WEIGHTINGS = ("mean", "size")
@@ -24,16 +24,14 @@ _MOST_IMAGES = 10**5
 class Setting(NamedTuple):
     """Describe a field of `Fusion` for command lines and labels: allowed values as text, its name there, and a help.
 
-    names are empty where each backbone has its own.
+    names are empty where each backbone has its own, or for a number. read returns the field's value for a text, or
+    raises ValueError.
     """
 
     names: Collection[str]
     option: str
     help: str
-
-    def value(self, name: str) -> str | bool:
-        """Return the field's value for a text."""
-        return name == _ATTENTIONS[1] if self.names is _ATTENTIONS else name
+    read: Callable[[str], Any] = str
 
 
 SETTINGS = {
@@ -42,7 +40,13 @@ SETTINGS = {
     "weighting": Setting(WEIGHTINGS, "weighting", "how tokens are weighed"),
     "place": Setting((), "place", "where a layer reduces tokens, one of the network's places"),
     "mode": Setting(MODES, "mode", "whether tokens fuse or are pruned"),
-    "proportional": Setting(_ATTENTIONS, "attention", "how a transformer attends, plain or in proportion to sizes"),
+    "guard": Setting((), "guard", "for rule neighbours: tokens beside the class token that are left alone", int),
+    "proportional": Setting(
+        _ATTENTIONS,
+        "attention",
+        "how a transformer attends, plain or in proportion to sizes",
+        lambda text: text == _ATTENTIONS[1],
+    ),
 }
 """Fields of `Fusion` that say how tokens are reduced, whatever the schedule, in the order of labels."""
 
@@ -61,6 +65,7 @@ class Fusion:
             where tokens are pruned.
         place: where a layer reduces tokens; each backbone has its own places.
         mode: "fuse", or "prune": the tokens that would fuse into another are dropped, as a baseline.
+        guard: how many tokens on each side of a special token are left alone; for the rules that can.
         proportional: whether tokens are attended to in proportion to their sizes; for backbones with attention.
         adapt_at: for "adaptive", when training measures the schedule, as shares of all steps.
         adapt_images: for "adaptive", on how many training images.
@@ -80,6 +85,7 @@ class Fusion:
     weighting: str = "mean"
     place: str = "before_mixer"
     mode: str = "fuse"
+    guard: int = 0
     proportional: bool = False
     adapt_at: tuple[float, ...] | None = None
     adapt_images: int | None = None
@@ -94,6 +100,11 @@ class Fusion:
         for name, value, known in (("order", self.order, rule.orders), ("mode", self.mode, rule.modes)):
             if value not in known:
                 raise ConfigError(f"{name} is {value!r}; rule {self.rule!r} knows {', '.join(known)} alone", name)
+        if self.guard and (self.guard < 0 or not rule.guards):
+            able = ", ".join(name for name, one in RULES.items() if one.guards)
+            raise ConfigError(
+                f"guard is {self.guard} with rule {self.rule!r}; allowed: 0, or more with {able}", "guard"
+            )
         if self.strategy == ADAPTIVE and self.rule != BIPARTITE:
             told = f"measures the pairs that rule {BIPARTITE!r} makes, and the rule is {self.rule!r}"
             told = f"strategy {ADAPTIVE!r} {told}; choose another strategy, or rule={BIPARTITE}"
@@ -120,9 +131,32 @@ class Fusion:
         """True where the schedule removes as many tokens as those of the other strategies with this budget."""
         return self.budget != PAPER and not isinstance(self.budget, tuple)
 
-    def schedule(self, depth: int, tokens: int, protected: int = 1) -> tuple[int, ...]:
-        """Return the tokens to remove in each layer, as `famba.fusion.schedule` works them out, or raise as it does."""
-        return schedule(self.strategy, depth, tokens, self.budget, self.layers, protected)
+    def schedule(
+        self, depth: int, tokens: int, protected: int = 1, grid: tuple[int, int] | None = None
+    ) -> tuple[int, ...]:
+        """Return the tokens to remove in each layer, as `famba.fusion.schedule` works them out, or raise as it does.
+
+        grid has the rows and columns of patches. For a rule that cannot spend every schedule it is the nearest that the
+        rule can spend, with the same total; ConfigError is raised for counts in a list that it cannot.
+        """
+        wanted = schedule(self.strategy, depth, tokens, self.budget, self.layers, protected)
+        counts = self.fitted(wanted, tokens, protected, grid)
+        if isinstance(self.budget, tuple) and counts != wanted:
+            told = f"cannot remove {list(wanted)} tokens layer by layer; the nearest that it can is {list(counts)}"
+            raise ConfigError(f"rule {self.rule!r} {told}", "budget")
+        return counts
+
+    def fitted(
+        self, counts: tuple[int, ...], tokens: int, protected: int = 1, grid: tuple[int, int] | None = None
+    ) -> tuple[int, ...]:
+        """Return the schedule that the rule can spend nearest to `counts`, of the same total.
+
+        tokens, protected and grid are as in `schedule`. Raises ConfigError where there is none.
+        """
+        plan = RULES[self.rule].plan
+        if plan is None or not any(counts):
+            return counts
+        return plan(counts, Layout(tokens - protected, protected, grid, self.guard))
 
     def changed(self, **changes: Any) -> Fusion:
         """Return a copy with other values in some fields; None leaves a field as it is.

@@ -1,7 +1,8 @@
 """Rules: functions that choose which tokens of a layer are reduced.
 
 `register_rule` adds one to `RULES`, from this package or another; fusion.rule=NAME chooses it. "bipartite" is ToMe's
-bipartite soft matching (Bolya et al. 2023, arXiv 2210.09461, section 3), with a choice of the order of tokens.
+bipartite soft matching (Bolya et al. 2023, arXiv 2210.09461, section 3), with a choice of the order of tokens; the
+other rules stand in modules of their own. All are written from what the papers say, none from their code.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from famba.errors import ConfigError, check_choice
-from famba.fusion.token_map import Protected, Shares, TokenMap, protected_count
+from famba.fusion.joining import Free, split_protected, unit
+from famba.fusion.token_map import Protected, Shares, TokenMap
 from famba.ops import match_tokens
 from famba.ops.reference import split_alternately
 
@@ -31,12 +32,14 @@ class LayerTokens:
 
     metric: what similarity is measured on (b, l, c), as each backbone says. features: the normed tokens before the
     mixer or the attention (b, l, d). protected: places of the special tokens, which are never reduced. grid: rows and
-    columns of the patches that enter the first layer. sizes: the weights that `TokenMap.fuse` will be given (b, l),
-    None for equal ones. order, mode: as in `match`.
+    columns of the patches that enter the layer where the rule keeps a grid, else of those that enter the first layer.
+    sizes: the weights that `TokenMap.fuse` will be given (b, l), None for equal ones. order, mode: as in `match`.
+    guard: as in `Fusion`.
 
     The others are None where the backbone has none at this place; a rule that needs one says so when it is registered.
-    mixed: output of the mixer or the attention (b, l, d_out). keys: of the attention (b, heads, l, c). step_sizes:
-    computes those of a selective scan, the sum of both directions (b, l, d_inner), without gradient.
+    hidden: what the layer before adds to the residual stream (b, l, d). mixed: output of the mixer or the attention
+    (b, l, d_out). keys: of the attention (b, heads, l, c). step_sizes, outputs: of selective scans, the members of
+    `famba.ops.TokenMeasures` (b, l, 2), for a scan in each direction, without gradient.
     """
 
     metric: Float[Tensor, "b l c"]
@@ -46,24 +49,52 @@ class LayerTokens:
     sizes: Float[Tensor, "b l"] | None = None
     order: str = "sequence"
     mode: str = "fuse"
+    guard: int = 0
+    hidden: Float[Tensor, "b l d"] | None = None
     mixed: Float[Tensor, "b l d_out"] | None = None
     keys: Float[Tensor, "b heads l k"] | None = None
-    step_sizes: Callable[[], Tensor] | None = None
+    step_sizes: Float[Tensor, "b l 2"] | None = None
+    outputs: Float[Tensor, "b l 2"] | None = None
+
+    @property
+    def free(self) -> Free:
+        """The tokens that may be reduced."""
+        return Free.of(self.protected, self.metric)
 
 
-NEEDS = ("mixed", "keys", "step_sizes")
+NEEDS = ("hidden", "mixed", "keys", "step_sizes", "outputs")
 """Members of `LayerTokens` that not every backbone has at every place."""
 
 RuleFunction = Callable[[LayerTokens, int], TokenMap]
 
 
+class Layout(NamedTuple):
+    """Hold the shape of the sequence that enters the first layer, for rules that cannot spend every schedule.
+
+    patches: tokens that may be reduced, special: those that may not. grid: rows and columns of patches, None where they
+    are not known. guard: as in `Fusion`.
+    """
+
+    patches: int
+    special: int
+    grid: tuple[int, int] | None
+    guard: int
+
+
+Plan = Callable[[tuple[int, ...], Layout], tuple[int, ...]]
+GridAfter = Callable[[tuple[int, int], int], tuple[int, int]]
+
+
 class Rule(NamedTuple):
-    """Hold a rule's function, the `NEEDS` that it has, and the orders and modes that it knows."""
+    """Hold a rule's function and what it can do, as `register_rule` says."""
 
     choose: RuleFunction
     needs: frozenset[str]
     orders: tuple[str, ...]
     modes: tuple[str, ...]
+    guards: bool
+    plan: Plan | None
+    grid_after: GridAfter | None
 
 
 RULES: dict[str, Rule] = {}
@@ -71,18 +102,30 @@ RULES: dict[str, Rule] = {}
 
 
 def register_rule(
-    name: str, *, needs: Collection[str] = (), orders: Sequence[str] = ORDERS, modes: Sequence[str] = MODES
+    name: str,
+    *,
+    needs: Collection[str] = (),
+    orders: Sequence[str] = ORDERS,
+    modes: Sequence[str] = MODES,
+    guards: bool = False,
+    plan: Plan | None = None,
+    grid_after: GridAfter | None = None,
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Add a function to `RULES`: (tokens, r) -> map from the l tokens to l - r places.
 
-    The function never reduces tokens at `protected`, leaves those at the head of the sequence where they are, and draws
-    no gradient. r is at most half of the tokens that are not protected.
+    The function never reduces tokens at `protected`, and leaves those at the head of the sequence where they are. It is
+    called without gradients. r is at most half of the tokens that are not protected.
 
     Args:
         name: the value of fusion.rule that chooses it.
         needs: those of `NEEDS` that it cannot do without.
         orders: those of `ORDERS` that it can keep.
         modes: those of `MODES` that it can do.
+        guards: whether it leaves tokens beside special ones alone, as many as `LayerTokens.guard` says.
+        plan: for a rule that cannot spend every schedule: (tokens to remove in each layer, layout) -> the nearest
+            schedule of the same total that it can spend, the very same where it can spend that. It raises ConfigError,
+            with "budget" as the argument, where there is none.
+        grid_after: for a rule that keeps a grid: (rows and columns, r) -> rows and columns afterwards.
 
     Raises:
         ConfigError: the name is taken, or a need, order or mode does not exist.
@@ -94,7 +137,7 @@ def register_rule(
             check_choice("requirement of a rule", one, allowed)
 
     def register(choose: RuleFunction) -> RuleFunction:
-        RULES[name] = Rule(choose, frozenset(needs), tuple(orders), tuple(modes))
+        RULES[name] = Rule(choose, frozenset(needs), tuple(orders), tuple(modes), guards, plan, grid_after)
         return choose
 
     return register
@@ -114,7 +157,7 @@ def match(
     sizes: Float[Tensor, "b l"] | None = None,
     mode: str = "fuse",
 ) -> TokenMap:
-    """RuleFunction the r tokens that are most similar to another, and the token that each joins.
+    """Choose the r tokens that are most similar to another, and the token that each joins.
 
     The tokens that may fuse are split alternately into two sets, A and B, beginning as if the protected tokens stood
     first (so that a class token at the head gives ToMe's even and odd places). Each of A is paired with its most
@@ -139,7 +182,7 @@ def match(
     check_choice("order", order, ORDERS)
     check_choice("mode", mode, MODES)
     batch, length, _ = metric.shape
-    leading, others = _split_protected(protected, batch, length, metric.device)
+    leading, others = split_protected(protected, batch, length, metric.device)
     free = length - (leading if others is None else others.shape[1])
     if type(r) is not int or not 0 <= r <= free // 2:
         allowed = f"of {free} tokens that may fuse, 0 to {free // 2} can be removed in one layer"
@@ -161,8 +204,8 @@ def match(
 
 def cosines(metric: Float[Tensor, "b l c"]) -> Float[Tensor, "b l l"]:
     """Return the cosine of every token with every other, in float32 at least."""
-    unit = _unit(metric)
-    return unit @ unit.transpose(1, 2)
+    units = unit(metric)
+    return units @ units.transpose(1, 2)
 
 
 def closest_cosines(metric: Float[Tensor, "b l c"], protected: Protected) -> Float[Tensor, "b a"]:
@@ -171,30 +214,8 @@ def closest_cosines(metric: Float[Tensor, "b l c"], protected: Protected) -> Flo
     Arguments and sets are those of `match`; a is half of the tokens that may fuse.
     """
     batch, length, _ = metric.shape
-    split = _split_protected(protected, batch, length, metric.device)
+    split = split_protected(protected, batch, length, metric.device)
     in_a, in_b = (places.expand(batch, -1) for places in split_alternately(*split, length, metric.device))
     between = cosines(metric).gather(1, in_a.unsqueeze(2).expand(-1, -1, length))
     between = between.gather(2, in_b.unsqueeze(1).expand(-1, in_a.shape[1], -1))
     return between.amax(2).sort(dim=1, descending=True).values
-
-
-def _unit(metric: Tensor) -> Tensor:
-    return F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
-
-
-def _split_protected(protected: Protected, batch: int, length: int, device: torch.device) -> tuple[int, Tensor | None]:
-    """Return how many protected tokens stand at the head, or else their places, (1, p) if equal for all or (b, p)."""
-    if isinstance(protected, Tensor):
-        # Whether the places lie in the sequence is not looked at: that would make a device wait.
-        if protected.ndim not in (1, 2) or protected.shape[0] != batch or protected.is_floating_point():
-            given, wanted = f"{protected.dtype} tensor of shape {tuple(protected.shape)}", f"({batch},) or ({batch}, p)"
-            raise ConfigError(f"protected is a {given}; expected whole numbers of shape {wanted}")
-        return 0, protected.to(device).reshape(batch, protected_count(protected))
-    places = [protected] if isinstance(protected, int) else list(protected or ())
-    wrong = any(isinstance(p, bool) or not 0 <= p < length for p in places)
-    if wrong or len(set(places)) != len(places):
-        raise ConfigError(f"protected places {places} are not distinct places of a sequence of {length} tokens")
-    if all(place < len(places) for place in places):
-        return len(places), None
-    # Built on the device: a copy from the host would make it wait.
-    return 0, torch.stack([torch.full((1,), p, device=device) for p in places], dim=1)

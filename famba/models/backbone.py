@@ -49,8 +49,13 @@ class Reduction(NamedTuple):
 
     fusion: Fusion
     r: int
-    grid: tuple[int, int]  # rows and columns of patches
+    grid: tuple[int, int]  # as in `LayerTokens`
     choose: Choose | None = None
+
+    @property
+    def measures(self) -> bool:
+        """Whether the rule reads what the scans did with each token."""
+        return not RULES[self.fusion.rule].needs.isdisjoint(("step_sizes", "outputs"))
 
     def __call__(
         self, tokens: Tokens, streams: Sequence[Tensor], metric: Tensor, **known: Any
@@ -58,12 +63,13 @@ class Reduction(NamedTuple):
         """Reduce the streams (b, l, c) of a layer by one map; metric and known are members of `LayerTokens`."""
         fusion, special = self.fusion, tokens.special
         weights = tokens.sizes if fusion.weighting == "size" else None
-        known |= {"protected": special, "grid": self.grid, "sizes": weights, "order": fusion.order, "mode": fusion.mode}
-        seen = LayerTokens(metric, **known)
+        known |= {"protected": special, "grid": self.grid, "sizes": weights}
+        seen = LayerTokens(metric, **known, order=fusion.order, mode=fusion.mode, guard=fusion.guard)
         r = self.r if self.choose is None else self.choose(seen, self.r)
         if not r:
             return list(streams), tokens
-        found = RULES[fusion.rule].choose(seen, r)
+        with torch.no_grad():
+            found = RULES[fusion.rule].choose(seen, r)
         # At the head they stay where they are: places known beforehand are cheaper.
         if isinstance(special, Tensor) or tuple(special) != tuple(range(len(special))):
             special = found.moved(special)  # type: ignore[assignment]
@@ -218,8 +224,12 @@ class Backbone(nn.Module):
         settings = fusion if isinstance(fusion, Fusion) else with_schedule(self.settings, fusion)
         settings = settings.changed(**changes)
         self.check_fusion(settings)
-        schedule = settings.schedule(self.depth, self.num_tokens, self.protected)
-        self.settings, self.fusion = settings, schedule
+        self.settings, self.fusion = settings, self.schedule_of(settings)
+
+    @torch.jit.ignore
+    def schedule_of(self, fusion: Fusion) -> tuple[int, ...]:
+        """Return the tokens that each layer is to remove. Raises ConfigError where they do not fit."""
+        return fusion.schedule(self.depth, self.num_tokens, self.protected, self.grid_size)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -247,9 +257,12 @@ class Backbone(nn.Module):
         """
         stream, tokens = self.embed(x), Tokens(self.special)
         maps, kept = [], {}
+        grid, grid_after = self.grid_size, RULES[self.settings.rule].grid_after
         mark()
         for index, r in enumerate(self.fusion[:depth]):
-            reduction = Reduction(self.settings, r, self.grid_size, choose) if r or choose is not None else None
+            reduction = Reduction(self.settings, r, grid, choose) if r or choose is not None else None
+            if grid_after is not None and r:
+                grid = grid_after(grid, r)
             stream, tokens = self.layer(index, stream, Tokens(tokens.special, tokens.sizes), reduction)
             maps.append(tokens.map)
             if index in taken:

@@ -13,11 +13,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from famba.ops import Direction, bidirectional_mixer, causal_conv1d, selective_scan
+from famba.ops import Direction, TokenMeasures, bidirectional_mixer, causal_conv1d
+from famba.ops.bidirectional_mixer import gated_scan
 
 _DELTA_RANGE, _DELTA_FLOOR = (0.001, 0.1), 1e-4
 _log = logging.getLogger(__name__)
 
+Between = Callable[[Tensor, TokenMeasures | None], Tensor]
+"""Callback (the mean of the gated scans, what was measured) -> what is projected instead."""
 _Side = tuple[Any, Any, Any, Tensor, Tensor]  # one direction's conv1d, x_proj, dt_proj, A_log and D
 
 
@@ -58,32 +61,32 @@ class VimMixer(nn.Module):
             self.out_proj.weight /= math.sqrt(depth)
 
     def forward(
-        self, x: Float[Tensor, "b l d_model"], between: Callable[[Tensor], Tensor] | None = None
+        self, x: Float[Tensor, "b l d_model"], between: Between | None = None, measure: bool = False
     ) -> Float[Tensor, "b left d_model"]:
         """Mix normed tokens (b, l, d_model); `between` changes what `scan` returns before the output projection."""
         if between is None and _is_linear(self.out_proj, False) and self._changed() is None:
             return bidirectional_mixer(x, self.in_proj.weight, *self._directions(), self.out_proj.weight)
-        scanned = self.scan(x)
-        return self.out_proj(scanned if between is None else between(scanned))
+        scanned, measures = self.scan(x, measure)
+        return self.out_proj(scanned if between is None else between(scanned, measures))
 
-    def scan(self, x: Float[Tensor, "b l d_model"]) -> Float[Tensor, "b l d_inner"]:
-        """Compute all but the output projection: the mean of the two gated scans (b, l, d_inner)."""
+    def scan(
+        self, x: Float[Tensor, "b l d_model"], measure: bool = False
+    ) -> tuple[Float[Tensor, "b l d_inner"], TokenMeasures | None]:
+        """Compute all but the output projection: the mean of the two gated scans (b, l, d_inner).
+
+        With `measure` also what the scans did with each token, else None.
+        """
         changed = self._changed()
         if changed is None:
-            return bidirectional_mixer(x, self.in_proj.weight, *self._directions())
+            if measure:
+                return bidirectional_mixer(x, self.in_proj.weight, *self._directions(), measure=True)
+            return bidirectional_mixer(x, self.in_proj.weight, *self._directions()), None
         _tell_slower(changed)
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        forward, backward = self._sides()
-        return (self._scan_by_calls(u, z, forward, False) + self._scan_by_calls(u, z, backward, True)) / 2
-
-    @torch.no_grad()
-    def step_sizes(self, x: Float[Tensor, "b l d_model"]) -> Float[Tensor, "b l d_inner"]:
-        """Compute the step sizes of the scans of normed tokens (b, l, d_model), the sum of both directions."""
-        u = self.in_proj(x).chunk(2, dim=-1)[0]
-        steps = []
-        for reverse, (conv, x_proj, dt_proj, _, _) in enumerate(self._sides()):
-            steps.append(F.softplus(dt_proj(x_proj(_convolved(u, conv, bool(reverse)))[..., : self.dt_rank])))
-        return steps[0] + steps[1]
+        measures: list[Tensor] | None = [] if measure else None
+        ahead, back = (self._scan_by_calls(u, z, side, bool(i), measures) for i, side in enumerate(self._sides()))
+        mean = (ahead + back) / 2
+        return mean, None if measures is None else TokenMeasures.of(torch.stack(measures, dim=1))
 
     def _changed(self) -> str | None:
         """Name a layer before the output projection that has to be called; None where one op computes them all."""
@@ -104,16 +107,15 @@ class VimMixer(nn.Module):
         ]
         return forward, backward
 
-    def _scan_by_calls(self, u: Tensor, z: Tensor, side: _Side, reverse: bool) -> Tensor:
-        """Scan in one direction, as the op does, by calls of the layers."""
+    def _scan_by_calls(self, u: Tensor, z: Tensor, side: _Side, reverse: bool, measures: list[Tensor] | None) -> Tensor:
+        """Scan in one direction, as the op does, by calls of the layers; append measures where there is a list."""
         conv, x_proj, dt_proj, A_log, D = side
         u = _convolved(u, conv, reverse)
         dt, B, C = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         # The bias enters inside the scan, in float32, so that small steps survive bf16.
         plain = is_plain(dt_proj, nn.Linear)
         delta, bias = (F.linear(dt, dt_proj.weight), dt_proj.bias) if plain else (dt_proj(dt), None)
-        A = _rates(A_log)
-        return selective_scan(u, delta, A, B, C, D, z=z, delta_bias=bias, delta_softplus=True, reverse=reverse)
+        return gated_scan(u, delta, _rates(A_log), B, C, D, z, bias, reverse, measures)
 
 
 def _rates(A_log: Tensor) -> Tensor:

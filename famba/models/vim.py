@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from inspect import signature
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,7 +19,7 @@ from famba.models import backbone
 from famba.models.backbone import CLS_POSITIONS, Backbone, Reduction, Run, Tokens, one_number, timm_cfg
 from famba.models.mixer import VimMixer
 from famba.models.weights import WEIGHTS, Fit, Origin, fit_pos_embed, fitting_weights, fusion_of_training
-from famba.ops import add_rms_norm
+from famba.ops import TokenMeasures, add_rms_norm
 
 BEFORE_MIXER, AFTER_SCAN = "before_mixer", "after_scan"
 
@@ -61,17 +60,20 @@ class VimBlock(nn.Module):
         normed, stream = self.norm(hidden, residual)
         if reduction is None:
             return self.mixer(normed), stream, tokens
-        known = {"features": normed, "step_sizes": partial(self.mixer.step_sizes, normed)}
+        known = {"features": normed, "hidden": hidden}
         if reduction.fusion.place == BEFORE_MIXER:
             (normed, stream), tokens = reduction(tokens, [normed, stream], normed, **known)
             return self.mixer(normed), stream, tokens
 
-        def reduce_mixed(mixed: Tensor) -> Tensor:
+        def reduce_mixed(mixed: Tensor, measures: TokenMeasures | None) -> Tensor:
             nonlocal stream, tokens
-            (mixed, stream), tokens = reduction(tokens, [mixed, stream], mixed, mixed=mixed, **known)
+            known["mixed"] = mixed
+            if measures is not None:
+                known["step_sizes"], known["outputs"] = measures
+            (mixed, stream), tokens = reduction(tokens, [mixed, stream], mixed, **known)
             return mixed
 
-        return self.mixer(normed, reduce_mixed), stream, tokens
+        return self.mixer(normed, reduce_mixed, reduction.measures), stream, tokens
 
 
 @backbone.register_backbone
@@ -105,7 +107,10 @@ class Vim(Backbone):
 
     kind = "a Vim"
     layers_name = "layers"
-    places: ClassVar = {BEFORE_MIXER: frozenset({"step_sizes"}), AFTER_SCAN: frozenset({"step_sizes", "mixed"})}
+    places: ClassVar = {
+        BEFORE_MIXER: frozenset({"hidden"}),
+        AFTER_SCAN: frozenset({"hidden", "mixed", "step_sizes", "outputs"}),
+    }
     keys = frozenset({"d_state", "cls_position"})
     papers = ("zhu2024vision", "shen2024famba")
 
@@ -152,7 +157,7 @@ class Vim(Backbone):
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_tokens, embed_dim))
 
-        self.fusion = self.settings.schedule(depth, self.num_tokens, self.protected)
+        self.fusion = self.settings.schedule(depth, self.num_tokens, self.protected, self.grid_size)
         # A layer drops what the layer before it adds, the final norm what the last layer adds.
         rates = [0.0, *(drop_path_rate * i / max(1, depth - 1) for i in range(depth))]
         self.layers = nn.ModuleList(

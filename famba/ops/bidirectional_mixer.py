@@ -135,13 +135,30 @@ def _scan_direction(u: Tensor, z: Tensor, weights: Direction, reverse: bool, mea
     dt, B, C = F.linear(u, weights.x_weight).split([weights.dt_weight.shape[1], states, states], dim=-1)
     # The bias enters inside the scan, in float32, so that small steps survive bf16.
     delta = F.linear(dt, weights.dt_weight)
-    how: dict[str, Any] = {"delta_bias": weights.dt_bias, "delta_softplus": True, "reverse": reverse}
+    return gated_scan(u, delta, weights.A, B, C, weights.D, z, weights.dt_bias, reverse, measures)
+
+
+def gated_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    delta_bias: Tensor | None,
+    reverse: bool,
+    measures: list[Tensor] | None,
+) -> Tensor:
+    """Scan with a gate, and append the measures (2, b, l) where there is a list for them."""
+    how: dict[str, Any] = {"delta_bias": delta_bias, "delta_softplus": True, "reverse": reverse}
     if measures is None:
-        return selective_scan(u, delta, weights.A, B, C, weights.D, z, **how)
+        return selective_scan(u, delta, A, B, C, D, z, **how)
     # The gate behind the scan instead of in it, in the scan's precision: the same numbers.
     wide = compute_dtype(u)
-    y = selective_scan(u.to(wide), delta, weights.A, B, C, weights.D, **how)
-    steps = F.softplus(delta.detach().to(wide) + weights.dt_bias.detach().to(wide))
+    y = selective_scan(u.to(wide), delta, A, B, C, D, **how)
+    raw = delta.detach().to(wide)
+    steps = F.softplus(raw if delta_bias is None else raw + delta_bias.detach().to(wide))
     measures.append(torch.stack([steps.mean(-1), y.detach().relu().sum(-1)]))
     return (y * F.silu(z.to(wide))).to(u.dtype)
 

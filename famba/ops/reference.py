@@ -170,7 +170,7 @@ def split_alternately(
     Of the tokens that belong to neither, `leading` stand at the head, or `protected` has their places (1 or b, p).
     """
     count = leading if protected is None else protected.shape[1]
-    free = _free_places(leading, protected, length, device)
+    free = free_places(leading, protected, length, device)
     return free[:, count % 2 :: 2], free[:, 1 - count % 2 :: 2]
 
 
@@ -187,7 +187,7 @@ def _closest_pairs(metric: Tensor, in_a: Tensor, in_b: Tensor, r: int) -> tuple[
     """Return the places (b, r) of the tokens of A that fuse, and of the tokens of B that they join."""
     batch = metric.shape[0]
     unit = F.normalize(metric.to(compute_dtype(metric)), dim=-1)
-    similarity = _take(unit, in_a) @ _take(unit, in_b).transpose(1, 2)
+    similarity = take(unit, in_a) @ take(unit, in_b).transpose(1, 2)
     closest, partner = similarity.max(dim=2)  # of equal values the first, by torch's definition
     chosen = closest.argsort(dim=1, descending=True, stable=True)[:, :r]
     source = in_a.expand(batch, -1).gather(1, chosen)
@@ -195,7 +195,7 @@ def _closest_pairs(metric: Tensor, in_a: Tensor, in_b: Tensor, r: int) -> tuple[
     return source, target
 
 
-def _free_places(leading: int, protected: Tensor | None, length: int, device: torch.device) -> Tensor:
+def free_places(leading: int, protected: Tensor | None, length: int, device: torch.device) -> Tensor:
     """Return the places of the tokens that may fuse, ascending, (1 or b, length - p)."""
     if protected is None:
         return torch.arange(leading, length, device=device).unsqueeze(0)
@@ -205,7 +205,7 @@ def _free_places(leading: int, protected: Tensor | None, length: int, device: to
     return free
 
 
-def _take(x: Tensor, places: Tensor) -> Tensor:
+def take(x: Tensor, places: Tensor) -> Tensor:
     """Return the rows of x (b, l, c) at places (1 or b, k)."""
     if places.shape[0] == 1:
         return x.index_select(1, places[0])

@@ -159,6 +159,7 @@ ADDED_KEYS: dict[str, Any] = {
     "fusion.mode": "fuse",
     "fusion.rule": "bipartite",
     "fusion.proportional": False,
+    "fusion.guard": 0,
     "data.version": 1,
     "data.background": "white",
     "recipe.layer_decay": None,

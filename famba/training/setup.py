@@ -62,7 +62,7 @@ def prepare(config: RunConfig, processes: int | None = None) -> Setup:
     augmentation(config)
     outline, arguments = _outline(config)
     with named("fusion.{}"):
-        schedule = config.fusion.schedule(outline.depth, outline.num_tokens, outline.protected)
+        schedule = outline.schedule_of(config.fusion)
     size = outline.image_size
     if size[0] != size[1]:
         raise ConfigError(f"{config.model.name} takes {size[0]} x {size[1]} images; loaders make square ones")

@@ -15,8 +15,8 @@ from famba.models import Backbone, register_backbone
 from famba.models.backbone import Reduction, Run, Tokens
 
 
-@register_rule("neighbours", orders=["sequence"], modes=["fuse"])
-def neighbours(tokens: LayerTokens, r: int) -> TokenMap:
+@register_rule("twos", orders=["sequence"], modes=["fuse"])
+def twos(tokens: LayerTokens, r: int) -> TokenMap:
     """Fuse each second token that may fuse into the one before it, until r are gone."""
     batch, length, _ = tokens.metric.shape
     device, protected = tokens.metric.device, tokens.protected
