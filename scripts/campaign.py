@@ -47,14 +47,14 @@ class Run(NamedTuple):
 def table_run(name: str, *arguments: str, seed: int = 0, epochs: int = 30) -> Run:
     """Return a run of experiment=small_table."""
     given = ("experiment=small_table", *arguments, f"seed={seed}", f"trainer.epochs={epochs}")
-    return Run(f"{name}/seed={seed}", "gpu_runs.csv", given, epochs * TRAINING_IMAGES)
+    return Run(f"{name}/seed{seed}", "gpu_runs.csv", given, epochs * TRAINING_IMAGES)
 
 
 def cost_run(model: str, strategy: str) -> Run:
     """Return some steps of experiment=paper_table, for the time of an epoch and the peak memory."""
     steps = (f"trainer.max_steps={COST_STEPS}", f"trainer.batch_size={COST_BATCH}", "trainer.precision=bf16")
     given = ("experiment=paper_table", f"model={model}", f"fusion={strategy}", *steps, "data.subset=30000")
-    return Run(f"cost/{model},{strategy}", "gpu_costs.csv", given, COST_STEPS * COST_BATCH)
+    return Run(f"cost/{model}/{strategy}", "gpu_costs.csv", given, COST_STEPS * COST_BATCH)
 
 
 def campaign() -> list[Run]:
@@ -68,9 +68,9 @@ def campaign() -> list[Run]:
         *(cost_run(model, one) for model in ("vim_ti", "vim_s") for one in STRATEGIES),
         *(table_run("smaller", *smaller, seed=seed) for seed in range(3)),
         *(table_run("adaptive", "fusion=adaptive", seed=seed) for seed in range(3)),
-        *(table_run(f"rule={r}", *rule(r), seed=seed) for r in ("neighbours", "delta") for seed in range(3)),
-        *(table_run("order=tome", "fusion=upper", "fusion.order=tome", seed=seed) for seed in range(3)),
-        *(table_run("weighting=size", "fusion=upper", "fusion.weighting=size", seed=seed) for seed in range(3)),
+        *(table_run(f"rule-{r}", *rule(r), seed=seed) for r in ("neighbours", "delta") for seed in range(3)),
+        *(table_run("order-tome", "fusion=upper", "fusion.order=tome", seed=seed) for seed in range(3)),
+        *(table_run("weighting-size", "fusion=upper", "fusion.weighting=size", seed=seed) for seed in range(3)),
         *(table_run(one, f"fusion={one}", seed=seed) for seed in (3, 4) for one in STRATEGIES),
         *(table_run(f"long/{one}", f"fusion={one}", epochs=100) for one in STRATEGIES),
     ]
@@ -88,7 +88,9 @@ def reduced(run: Run) -> Run:
     if run.table == "gpu_costs.csv":
         return run._replace(arguments=(*run.arguments, *small, "data.image_size=32", "trainer.max_steps=5"), images=320)
     arguments = [one for one in run.arguments if not one.startswith("model")]
-    return run._replace(arguments=(*arguments, *small, "model.depth=4", "trainer.epochs=1"), images=2000)
+    return run._replace(
+        arguments=(*arguments, *small, "model.depth=4", "trainer.epochs=1", "recipe.warmup_epochs=0.3"), images=2000
+    )
 
 
 def kept(path: Path) -> pd.DataFrame:

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from famba.analysis.report import Report, difference, interval, spread, tabulated, write_report
+from famba.analysis.report import Report, difference, gather, interval, spread, tabulated, write_report
 from famba.analysis.runs import read_runs, runs_csv
 from famba.errors import DataError, FambaError
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "docs/results"
-RUNS = KEPT / "runs.csv"
+RUNS, GPU_RUNS, GPU_COSTS = (KEPT / f"{name}.csv" for name in ("runs", "gpu_runs", "gpu_costs"))
+NOT_RUN = "Not run yet: `python scripts/campaign.py`."
 RESULTS, README = ROOT / "docs/results.md", ROOT / "README.md"
 TIMES = ("train_time_s", "eval_time_s", "images_per_s")
 PRIVATE = ("/home/", "/root/", "/tmp/", "/mnt/", "/Users/")  # noqa: S108
@@ -94,6 +95,8 @@ def texts(report: Report) -> dict[tuple[Path, str], str]:
         (RESULTS, "shares"): tabulated(shares, "github"),
         (RESULTS, "ways"): tabulated(pd.DataFrame(ways, columns=headers), "github"),
         (RESULTS, "shelf"): "\n\n".join(map(shelf, SHELF)),
+        (RESULTS, "gpu runs"): gpu_runs(),
+        (RESULTS, "gpu costs"): gpu_costs(),
         (README, "results"): tabulated(results.iloc[:, list(README_COLUMNS)], "github"),
     }
 
@@ -110,6 +113,32 @@ def shelf(name: str) -> str:
     return tabulated(
         table.assign(**{"images/s, fused": [f"{s:.0f} ({s / speed[0]:.2f} of none)" for s in speed]}), "github"
     )
+
+
+def gpu_runs() -> str:
+    """Return the results of scripts/campaign.py, a table for each network and length of training."""
+    if not GPU_RUNS.exists():
+        return NOT_RUN
+    named = {f"{table.model}, {table.runs['epochs'].iloc[0]} epochs": table for table in gather([GPU_RUNS]).tables}
+    return "\n\n".join(f"{name}:\n\n{tabulated(one.sheets['Results'], 'github')}" for name, one in named.items())
+
+
+def gpu_costs() -> str:
+    """Return the paper's columns of cost, projected from the steps that scripts/campaign.py timed."""
+    if not GPU_COSTS.exists():
+        return NOT_RUN
+    runs = read_runs([GPU_COSTS])
+    rates = pd.to_numeric(runs["images_per_s"])
+    costs = {
+        "model": runs["model"],
+        "fusion": runs["strategy"],
+        "images/s": rates.map("{:,.0f}".format),
+        "an epoch, s": (50_000 / rates).map("{:.1f}".format),
+        "300 epochs, hours": (300 * 50_000 / rates / 3600).map("{:.1f}".format),
+        "peak memory, MiB": pd.to_numeric(runs["peak_memory_mib"]).map("{:,.0f}".format),
+        "Top-1, %": "",
+    }
+    return tabulated(pd.DataFrame(costs), "github")
 
 
 def parts(document: Path, name: str) -> tuple[str, str, str]:
