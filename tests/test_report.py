@@ -159,6 +159,16 @@ def test_the_same_folder_given_twice_is_one_run(tmp_path: Path) -> None:
     assert len(table_of(tmp_path / "runs", tmp_path / "runs" / "none0", tmp_path / "link").runs) == 6
 
 
+def test_a_smaller_network_without_fusion_stands_beside_the_fused_ones(tmp_path: Path) -> None:
+    write_pair(tmp_path / "whole")
+    for seed in range(3):
+        folder, config = tmp_path / f"smaller{seed}", {"model.depth": 3}
+        write_run(folder, seed=seed, top1=11.0 + NONE[seed], config=config, schedule=[0, 0, 0], parameters=250_000)
+    rows = table_of(tmp_path).rows
+    assert list(rows.index) == ["none", "none, depth 3", "upper"]
+    assert rows["top1_difference_to_none_points"]["none, depth 3"] == pytest.approx(11.0)
+
+
 def test_models_have_tables_of_their_own(tmp_path: Path) -> None:
     write_pair(tmp_path)
     write_run(tmp_path / "deep", "upper", 0, 20.0, config={"model.depth": 8})

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 import pandas as pd
@@ -178,8 +178,10 @@ def _tables(runs: pd.DataFrame, left_out: list[tuple[str, str, str]]) -> list[Ta
     what = [name for name in runs if name.startswith("config.") and not name.startswith(free)] + _OUTCOME
     place = [*_PLACE, *(name for name in runs if name.startswith("provenance.packages."))]
     tables = []
-    for key, own in runs.groupby(_MODEL):
-        alike = runs.loc[runs["model"] == key[0], _MODEL].nunique() > 1
+    models = _with_smaller(dict(list(runs.assign(smaller="").groupby(_MODEL))))
+    keys = pd.DataFrame(list(models), columns=_MODEL)
+    for key, own in models.items():
+        alike = keys[keys["model"] == key[0]].nunique() > 1
         told = [f"{name[13:]} {key[i] or 'as registered'}" for i, name in enumerate(_MODEL) if alike[name]]
         chosen = _largest(own, what)
         first, others = chosen.iloc[0], own.drop(chosen.index)
@@ -195,6 +197,29 @@ def _tables(runs: pd.DataFrame, left_out: list[tuple[str, str, str]]) -> list[Ta
         left_out += [("elsewhere", run["run"], _differences(here, run)) for _, run in moved.iterrows()]
         tables.append(_table(", ".join([key[0], *told]), chosen, first[what], here))
     return sorted(tables, key=lambda table: (table.rows["parameters"].min(), table.model))
+
+
+def _with_smaller(models: dict[Any, pd.DataFrame]) -> dict[Any, pd.DataFrame]:
+    """Put networks without fusion beside the fused one that they are a smaller form of; smaller is in their labels.
+
+    A reduction of tokens that loses to a smaller network is worth nothing.
+    """
+    for key, own in list(models.items()):
+        sizes = {
+            name: place for place, name in enumerate(_MODEL) if name in ("config.model.depth", "config.model.embed_dim")
+        }
+        alike = [
+            other
+            for other, runs in models.items()
+            if set(own["strategy"]) == {NONE} != set(runs["strategy"])
+            and own["parameters"].max() < runs["parameters"].min()
+            and all(key[i] == other[i] for i in range(len(key)) if i not in sizes.values())
+        ]
+        if alike:
+            fused = min(alike, key=lambda other: models[other]["parameters"].min())
+            told = [f"{name[13:]} {key[i]}" for name, i in sizes.items() if key[i] != fused[i]]
+            models[fused] = pd.concat([models[fused], models.pop(key).assign(smaller=", ".join(told))])
+    return models
 
 
 def _largest(runs: pd.DataFrame, names: list[str]) -> pd.DataFrame:
@@ -214,8 +239,11 @@ def _labels(runs: pd.DataFrame) -> pd.Series:
     for _, alike in runs.groupby(["strategy", *common]):
         differs = [name for name in ("adapt_at", "adapt_images", "schedule") if alike[name].nunique() > 1]
         told |= {i: [*told[i], *differs] for i in alike.index}
-    labels = {i: [runs.at[i, "strategy"], *(f"{name} {runs.at[i, name]}" for name in told[i])] for i in runs.index}
-    return pd.Series({i: ", ".join(parts) for i, parts in labels.items()})
+    labels = {
+        i: [runs.at[i, "strategy"], runs.at[i, "smaller"], *(f"{name} {runs.at[i, name]}" for name in told[i])]
+        for i in runs.index
+    }
+    return pd.Series({i: ", ".join(filter(None, parts)) for i, parts in labels.items()})
 
 
 def _usual(runs: pd.DataFrame) -> dict[str, str]:
@@ -240,7 +268,9 @@ def _differences(table: pd.Series, run: pd.Series) -> str:
 
 def _table(model: str, runs: pd.DataFrame, what: pd.Series, here: pd.Series) -> Table:
     order = {name: place for place, name in enumerate(strategy_names())}
-    runs = runs.assign(rank=runs["strategy"].map(order).fillna(len(order))).sort_values(["rank", *_SETTING, "seed"])
+    runs = runs.assign(rank=runs["strategy"].map(order).fillna(len(order))).sort_values(
+        ["rank", "smaller", *_SETTING, "seed"]
+    )
 
     def by_seed(value: str) -> pd.DataFrame:
         of = runs[runs["here"]] if value in COSTS else runs
