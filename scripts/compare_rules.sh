@@ -3,7 +3,7 @@
 # Top-1 has paired intervals over images. Nothing is trained.
 #
 # Usage: scripts/compare_rules.sh WEIGHTS FOLDER [options of famba evaluate ...]
-#   scripts/compare_rules.sh vim_micro_patch4_32 rules --data cifar100
+#   scripts/compare_rules.sh vim_micro_patch4_32 rules --data-root data/cifar100
 #   BUDGETS=28,56,96,132,168 scripts/compare_rules.sh runs/mine rules     # 224 x 224 pixels, patches of 16
 #
 # Every rule reduces after the scan, in every layer, so that all of them can see what the scans did. The budgets have to
