@@ -10,11 +10,11 @@ import pytest
 import torch
 from runs import check_command
 
-from famba.analysis.plan import plan
+from famba.analysis.plan import cost, plan
 from famba.cli import main
 from famba.errors import ConfigError
 from famba.ops import backends, use_backend
-from famba.training.measure import cost, macs_per_image, saved_bytes_per_image
+from famba.training.measure import macs_per_image, saved_bytes_per_image
 from famba.training.setup import build_model, prepare
 
 Printed = pytest.CaptureFixture[str]

@@ -12,13 +12,13 @@ import timm
 from PIL import Image
 from runs import last_checkpoint
 
+from famba.analysis.trained import load_trained
 from famba.cli import main as famba
 from famba.errors import CheckpointError
 from famba.training.app import train
 from famba.training.checkpoint import load
 from famba.training.compose import compose
 from famba.training.interrupts import Interrupted
-from famba.training.weights import load_trained
 
 COLOURS = {"ant": (255, 0, 0), "bee": (0, 255, 0), "cat": (0, 0, 255), "dog": (255, 255, 0)}
 

@@ -1,4 +1,4 @@
-"""Launch the runs of a command line with -m, in this process or as jobs of Slurm.
+"""Launch the runs of a command line with -m, in this process, in several here, or as jobs of Slurm.
 
 The fields of a launcher are its settings; configs/hydra/launcher holds their defaults and explains them.
 """
@@ -8,16 +8,22 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
+import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
 from dataclasses import asdict, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
+from subprocess import DEVNULL, STDOUT, Popen
 from typing import Annotated, Any, NamedTuple
 
+import torch
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -27,8 +33,9 @@ from pydantic.dataclasses import dataclass
 from famba.errors import ConfigError, FambaError, TrainingError
 from famba.files import write_whole
 from famba.training.checkpoint import changes_weights
-from famba.training.compose import Command, parse_overrides, run_config, swept_by_config
+from famba.training.compose import Command, parse_overrides, quoted, run_config, swept_by_config
 from famba.training.config import STRICT, Count, Positive, RunConfig, Text, checked, parse, plain
+from famba.training.interrupts import Interrupted, StopRequest
 from famba.training.records import SWEEP, queue, recorded, remembered
 from famba.training.run_folder import RunFolder, finished
 
@@ -37,6 +44,9 @@ NotNegative = Annotated[int, Field(ge=0, le=10**9)]
 _PLAIN = "A-Za-z0-9_.,=+@:\\[\\]-"  # characters of a folder's name
 _LONGEST = 200  # bytes of a name; file systems allow 255
 _SUBMITITS = ("name", "timeout_min", "nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "mem_gb")
+_OUTPUT = "output.log"
+_SHOWN = 500  # characters of an error
+_LOOK_S = 0.1
 
 # Names
 
@@ -83,7 +93,7 @@ class Sweep:
         kept = sorted(str(item.input_line) for item in fixed if changes_weights(item.key_or_group))
         name = f"{experiment}-{_short_hash(json.dumps([kept, sorted(swept)]))}"
         self.folder = Path(str(shared.run_dir)) if "run_dir" in keys else Path("runs", name)
-        self.launcher = choose(shared.hydra.get("launcher"))
+        self.launcher, self.config_dir = choose(shared.hydra.get("launcher")), command.config_dir
         self.runs: dict[str, Run] = {}
         for job in command.jobs():
             overrides = [line for line in job if not _key(line).startswith("hydra")]
@@ -110,29 +120,83 @@ class Sweep:
 
 @dataclass(frozen=True, config=STRICT)
 class Local:
-    """One run after the other in this process."""
+    """Runs on this machine: one after the other in this process, or several at once in processes with a GPU each."""
+
+    jobs: Count | None
 
     def check(self, config: RunConfig) -> tuple[RunConfig, int | None]:
         """Return a configuration without what cannot be checked here, and the processes of a run, None for its own."""
         return config, None
 
+    def places(self) -> list[str | None]:
+        """Return CUDA_VISIBLE_DEVICES for each run that goes on at once, None to leave it as it is."""
+        count = torch.cuda.device_count()
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+        return [*gpus.split(",")[: self.jobs]] if count else [None] * (self.jobs or 1)
+
     def launch(self, sweep: Sweep, train: Train) -> list[str]:
         """Do the runs of a sweep that are left, and return the errors of those that failed."""
-        errors = []
-        for run in sweep.left:
-            print(f"{run.name}: started", flush=True)
-            try:
-                train(run.config)
-            except Exception as error:
-                if not isinstance(error, FambaError):
-                    traceback.print_exception(error)
-                print(f"{run.name}: failed, {error}", flush=True)
-                errors.append(f"{run.name}: {error}")
-        return errors
+        places = self.places()[: len(sweep.left)]
+        return _in_turn(sweep.left, train) if len(places) == 1 else _at_once(sweep, places)
+
+
+def _in_turn(runs: list[Run], train: Train) -> list[str]:
+    errors = []
+    for run in runs:
+        print(f"{run.name}: started", flush=True)
+        try:
+            train(run.config)
+        except Exception as error:
+            if not isinstance(error, FambaError):
+                traceback.print_exception(error)
+            print(f"{run.name}: failed, {error}", flush=True)
+            errors.append(f"{run.name}: {error}")
+    return errors
+
+
+def _at_once(sweep: Sweep, places: list[str | None]) -> list[str]:
+    # A run must not put the job of the whole sweep back into Slurm's queue.
+    shared = {key: value for key, value in os.environ.items() if key != "SLURM_JOB_ID"}
+    shared.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // len(places))))
+
+    def do(run: Run) -> str | None:
+        """Do a run in a process of its own, and return its error."""
+        if stop.number:
+            return None
+        gpu, log = places.pop(), run.folder / _OUTPUT
+        environment = shared if gpu is None else {**shared, "CUDA_VISIBLE_DEVICES": gpu}
+        # In a session of its own it does not get the terminal's Ctrl-C, too.
+        own: dict[str, Any] = {"env": environment, "stdin": DEVNULL, "stderr": STDOUT, "start_new_session": True}
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with open(log, "w") as output:
+            process = Popen(command_of(run, sweep.config_dir), stdout=output, **own)  # noqa: S603
+        print(f"{run.name}: started, output in {log}", flush=True)
+        while process.poll() is None:
+            time.sleep(_LOOK_S)
+            if stop.number > 0:  # it saves itself
+                process.terminate()
+                process.wait()
+        places.append(gpu)
+        error = f"{run.name}: {log.read_text(errors='replace').rsplit('error: ', 1)[-1].strip()[-_SHOWN:]} ({log})"
+        print(error if process.returncode else f"{run.name}: finished", flush=True)
+        return error if process.returncode else None
+
+    with StopRequest() as stop, ThreadPoolExecutor(len(places)) as pool:
+        errors = [error for error in pool.map(do, sweep.left) if error is not None]
+    if stop.number:
+        raise Interrupted("stopped and saved; the same command continues the runs", stop.number)
+    return errors
+
+
+def command_of(run: Run, config_dir: Path | None) -> list[str]:
+    """Return the command that does a run by itself."""
+    own = [] if config_dir is None else ["--config-dir", str(config_dir)]
+    overrides = [line for line in run.overrides if _key(line) != "run_dir"]
+    return [sys.executable, "-m", "famba", "train", *own, *overrides, f"run_dir={quoted(run.config.run_dir)}"]
 
 
 @dataclass(frozen=True, config=STRICT)
-class Slurm(Local):
+class Slurm:
     """Each run a job of a Slurm cluster, all in one array.
 
     submitit writes the batch script and starts the processes. The end of a job shows in squeue and in its run's folder:
@@ -160,6 +224,7 @@ class Slurm(Local):
     max_num_timeout: NotNegative
 
     def check(self, config: RunConfig) -> tuple[RunConfig, int | None]:
+        """Return a configuration without what a login node lacks, and the processes of a run."""
         if find_spec("submitit") is None:
             raise ConfigError("hydra/launcher=slurm needs submitit; pip install 'famba[slurm]'")
         if absent := [name for name in ("sbatch", "srun", "squeue") if which(name) is None]:
@@ -211,7 +276,7 @@ class Slurm(Local):
         return {run.name: job.job_id for run, job in zip(runs, jobs, strict=True)}
 
 
-def choose(settings: DictConfig | None) -> Local:
+def choose(settings: DictConfig | None) -> Local | Slurm:
     """Return the launcher of hydra.launcher. Raises ConfigError for one that is not famba's, and for wrong settings."""
     try:
         given: Any = OmegaConf.to_container(settings, resolve=True) if settings is not None else {}
