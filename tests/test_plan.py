@@ -14,8 +14,9 @@ from famba.analysis.plan import cost, plan
 from famba.cli import main
 from famba.errors import ConfigError
 from famba.ops import backends, use_backend
+from famba.training.build import build_model
 from famba.training.measure import macs_per_image, saved_bytes_per_image
-from famba.training.setup import build_model, prepare
+from famba.training.setup import prepare
 
 Printed = pytest.CaptureFixture[str]
 USABLE = [name for name in ("native", "reference") if backends()[name] is None]
@@ -100,7 +101,7 @@ def test_a_run_for_a_gpu_is_planned_where_there_is_none(without_gpu: None, capsy
 
 
 def test_bf16_is_planned_on_a_processor_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("famba.training.devices._cpu_has_bf16", lambda: False)
+    monkeypatch.setattr("famba.training.devices.has_bf16", lambda device: False)
     overrides = ["model=vim_micro", "fusion=upper", "trainer.device=cpu", "trainer.precision=bf16"]
     assert {one.setup.dtype for one in plan(overrides)} == {torch.bfloat16}
 

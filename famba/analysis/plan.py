@@ -21,11 +21,12 @@ from famba.fusion import Fusion, labels, tokens_per_layer
 from famba.fusion.schedules import ADAPTIVE, NONE
 from famba.models import Backbone
 from famba.ops.registry import AUTO, backends, counting_as, resolve
-from famba.training.compose import compose_all
+from famba.training.build import build_model
+from famba.training.compose import Command, run_config
 from famba.training.config import RunConfig, flatten, plain
 from famba.training.devices import choose_device, choose_precision
 from famba.training.measure import FEW, MANY, count
-from famba.training.setup import Setup, build_model, check_cuda_graphs, prepare
+from famba.training.setup import Setup, check_cuda_graphs, prepare
 
 # Weights, gradients and AdamW's two moments, in float32.
 _BYTES_PER_PARAMETER = 16
@@ -147,8 +148,9 @@ def plan(overrides: Sequence[str], config_dir: Path | None = None) -> list[Plann
     Raises FambaError for what cannot work on any machine, as train.py does.
     """
     asked: list[RunConfig] = []
-    for config in compose_all(overrides, config_dir):
-        config = replace(config, seed=0, run_dir="planned")
+    command = Command(tuple(overrides), multirun=True, config_dir=config_dir)
+    for job in command.jobs():
+        config = replace(run_config(command.compose(job)), seed=0, run_dir="planned")
         wanted = [] if config.fusion.strategy == NONE else [config]
         asked += [one for one in (_unfused(config), *wanted) if one not in asked]
     return [_planned(name, config) for name, config in zip(_names(asked), asked, strict=True)]

@@ -188,10 +188,8 @@ def load(path: Path) -> dict[str, Any]:
         raise
     if "format" not in content or "step" not in content:
         raise CheckpointError(f"{path} is no checkpoint of a run; to start from its weights use init_from")
-    if (version := content["format"]) != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {version}, this release reads {FORMAT}; use the release that wrote it"
-        )
+    if (found := content["format"]) != FORMAT:
+        raise CheckpointError(f"{path} has format {found}, this release reads {FORMAT}; use the release that wrote it")
     if not content.keys() >= _CONTENT or not read_seal(path):
         raise DamagedError(f"{path} is damaged: its end, which seals it, is missing or changed")
     return content
@@ -218,8 +216,7 @@ def find_checkpoint(config: RunConfig, folder: Checkpoints, process: Process) ->
     """Read the checkpoint to continue from, the same in all processes; None if the run starts anew."""
     if config.resume == "never" and not interrupts.restarts():
         return None
-    path = process.from_main(folder.find_last() if process.is_main else None)
-    if path is None:
+    if (path := process.from_main(folder.find_last() if process.is_main else None)) is None:
         return None
     found = load(path)
     check_same_run(found, plain(config), process.world_size)
@@ -253,11 +250,7 @@ def check_same_run(content: dict[str, Any], config: dict[str, Any], world_size: 
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """Describe the data of a run.
-
-    num_classes: number of classes. classes: their names by number, None if the data does not tell them. images: number
-    of images by part.
-    """
+    """Describe the data of a run: its classes, their names by number if they are known, and the images of each part."""
 
     num_classes: int
     classes: tuple[str, ...] | None
@@ -272,7 +265,7 @@ class TrainedOn:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, as checkpoints hold them."""
-        return {**asdict(self), "classes": None if self.classes is None else list(self.classes)}
+        return {**asdict(self), "classes": self.classes and list(self.classes)}
 
 
 def check_same_data(content: Mapping[str, Any], now: TrainedOn) -> None:

@@ -102,12 +102,6 @@ def compose(arguments: Sequence[str]) -> RunConfig:
     return Command.parse(arguments).config()
 
 
-def compose_all(overrides: Sequence[str], own: Path | None = None) -> list[RunConfig]:
-    """Compose every configuration that overrides ask for, those with several values by commas in all combinations."""
-    command = Command(tuple(overrides), multirun=True, config_dir=own)
-    return [run_config(command.compose(job)) for job in command.jobs()]
-
-
 def run_config(values: DictConfig) -> RunConfig:
     """Return the part of a composed configuration that is famba's."""
     with _explained():
@@ -202,34 +196,14 @@ def _check_names(overrides: Sequence[Override], own: Path | None) -> None:
             raise ConfigError(f"unknown key {key!r}{near}; `python train.py --help` lists all")
 
 
-_HELP = """\
-Train a Vision Mamba with cross-layer token fusion.
-
-Usage
-  python train.py [GROUP=CHOICE ...] [KEY=VALUE ...]     one run
-  python train.py -m fusion=none,upper seed=0,1,2        a run for each combination; again: the runs that are left
-  python train.py --cfg job [...]                        print the configuration and end
-  Groups and keys are below; several values of one need -m. model.KEY=null keeps the value of the model.
-  Your own choices: a file in DIR/GROUP/ with --config-dir DIR.
-
-Examples
-  python train.py model=vim_s fusion=upper
-  python train.py model=vim_micro recipe=light fusion=all fusion.budget=0.5 data.root=/data/cifar100
-  python train.py experiment=demo
-  python train.py -m experiment=paper_table hydra/launcher=slurm
-  python train.py run_dir=runs/mine                      again: continues where it stopped
-  famba status runs                                      the progress of runs
-
-Data ahead of time, for machines without network: famba download cifar100
-"""
-
 # The files that explain the keys of a group, if not its _base.
 _EXPLAINED = {"recipe": ["_base", "paper"], "logger": ["none"], LAUNCHER: ["slurm"]}
 
 
 def help_text(own: Path | None = None) -> str:
     """Return the text of --help: every group, choice and key with their comments; own: a folder with more choices."""
-    sections, main = [_HELP.rstrip()], (config_dir() / "config.yaml").read_text()
+    main = (config_dir() / "config.yaml").read_text()
+    sections = [Path(__file__).with_name("help.txt").read_text().rstrip()]
     for group, choices in groups(own).items():
         default = re.search(rf"- (?:override )?{group}: (?!null)(\S+)", main)
         lines = [group + (f" (default: {default[1]})" if default else "")]
@@ -239,10 +213,8 @@ def help_text(own: Path | None = None) -> str:
             comments = re.findall(r"^# *([^@\s].*)", text, re.MULTILINE)  # directives of Hydra begin with @
             lines.append(f"  {group}={choice:15} {next(iter(comments), '')}")
         for name in _EXPLAINED.get(group, ["_base"]):
-            file, prefix = (
-                config_dir() / group / f"{name}.yaml",
-                "" if name == "paper" else f"{group}.".replace("/", "."),
-            )
+            file = config_dir() / group / f"{name}.yaml"
+            prefix = "" if name == "paper" else f"{group}.".replace("/", ".")
             lines += ["  keys", *_keys(file, prefix)] if file.is_file() else []
         sections.append("\n".join(lines))
     return "\n\n".join([*sections, "\n".join(["Other keys", *_keys(config_dir() / "config.yaml", "")])]) + "\n"

@@ -22,8 +22,6 @@ from famba.training.graph import obstacle
 from famba.training.optimizer import check_optimizer
 from famba.training.weights import check_initial
 
-__all__ = ["Setup", "build_model", "prepare"]
-
 
 @dataclass(frozen=True)
 class Setup:
