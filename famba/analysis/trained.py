@@ -18,7 +18,7 @@ from famba.models import Backbone
 from famba.models.backbone import network_names
 from famba.models.weights import Origin, load_weights
 from famba.training import checkpoint
-from famba.training.build import augmentation, build_model, check_model, model_arguments, reading
+from famba.training.build import augmentation, build_model, check_model, model_arguments
 from famba.training.config import RunConfig, parse, with_added_keys
 from famba.training.run_folder import CONFIG, RunFolder
 from famba.training.summary import SUMMARY
@@ -62,7 +62,9 @@ class Trained:
     @property
     def reading(self) -> data.Reading:
         """Return how images are read, as in training."""
-        return data.Reading() if self.config is None else reading(self.config)
+        if self.config is None:
+            return data.Reading()
+        return data.Reading(self.config.data.version, self.config.data.background)
 
     @property
     def classes(self) -> int:

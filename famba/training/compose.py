@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import famba
 from famba import plugins
-from famba.errors import ConfigError, near_miss
+from famba.errors import ConfigError, check_choice
 from famba.training.config import RunConfig, keys, parse
 
 LAUNCHER = "hydra/launcher"
@@ -138,21 +138,20 @@ def quoted(value: str) -> str:
     return f"'{escaped}'"
 
 
-def _ending(name: str, names: Iterable[str]) -> list[str]:
-    """Return the names that are this one, or end with it behind a dot."""
-    return [key for key in names if name in (key, key.rsplit(".", 1)[-1])]
+def _nearest(name: str, names: Sequence[str]) -> list[str]:
+    """Return the names that end with this one behind a dot, else the one that looks most like it."""
+    ends = {key.rsplit(".", 1)[-1]: key for key in reversed(names)}
+    same = [key for key in names if name in (key, key.rsplit(".", 1)[-1])]
+    return same or [ends.get(found, found) for found in get_close_matches(name, [*names, *ends], 1)]
 
 
 def _as_override(option: str, arguments: list[str]) -> str:
     """Say which override stands for an option that programs of others take, such as --epochs 5."""
-    name, _, value = option.lstrip("-").replace("-", "_").partition("=")
-    value = option.partition("=")[2] or next(iter(arguments[arguments.index(option) + 1 :]), "")
-    names = [*keys(), *groups()]
-    same = _ending(name, names)
-    ends = {key.rsplit(".", 1)[-1]: key for key in reversed(names)}
-    close = same or [ends.get(found, found) for found in get_close_matches(name, [*ends, *names], 1, 0.6)]
+    name, _, value = option.lstrip("-").partition("=")
+    value = value or next(iter(arguments[arguments.index(option) + 1 :]), "")
     given = "VALUE" if not value or value.startswith("-") else value
-    known = f"give {' or '.join(f'{key}={given}' for key in close[:3])}" if close else "train.py --help lists all"
+    close = [f"{key}={given}" for key in _nearest(name.replace("-", "_"), [*keys(), *groups()])[:3]]
+    known = f"give {' or '.join(close)}" if close else "train.py --help lists all"
     return f"{option} is no option; settings are given as KEY=VALUE: {known}"
 
 
@@ -162,10 +161,8 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     try:
         return [OverridesParser.create().parse_override(given := item) for item in overrides]
     except (HydraException, ValueError, RecursionError) as error:  # the latter for endless numbers and lists
-        raise ConfigError(
-            f"{given[:_SHOWN]!r} cannot be read ({str(error).splitlines()[0]}); "
-            "overrides look like fusion=upper or trainer.epochs=10, text with special characters like \"key='a,b'\""
-        ) from error
+        reason = f"{given[:_SHOWN]!r} cannot be read ({str(error).splitlines()[0]})"
+        raise ConfigError(f"{reason}; overrides look like fusion=upper or \"key='a,b'\"") from error
 
 
 @contextmanager
@@ -183,21 +180,19 @@ def _check_names(overrides: Sequence[Override], own: Path | None) -> None:
     for item in overrides:
         key, allowed = item.key_or_group, choices.get(item.key_or_group)
         if allowed is not None:
-            if not item.is_delete() and (value := item.value()) not in allowed:
-                near = near_miss(str(value), allowed)
-                raise ConfigError(f"unknown {key} {value!r}{near}; allowed: {', '.join(allowed)}")
+            if not item.is_delete():
+                check_choice(key, str(item.value()), allowed)
         elif re.match("hydra[./]", key):
             if not key.startswith(_OF_HYDRA):
                 raise ConfigError(f"{key} is not taken; allowed of Hydra's: {LAUNCHER}, {', '.join(_OF_HYDRA)}")
         elif key not in known and key not in sections:
-            names = [*known, *choices]
-            same = " or ".join(map(repr, _ending(key, names)))
-            near = f", did you mean {same}?" if same else near_miss(key, names)
+            close = " or ".join(map(repr, _nearest(key, [*known, *choices])))
+            near = f", did you mean {close}?" if close else ""
             raise ConfigError(f"unknown key {key!r}{near}; `python train.py --help` lists all")
 
 
 # The files that explain the keys of a group, if not its _base.
-_EXPLAINED = {"recipe": ["_base", "paper"], "logger": ["none"], LAUNCHER: ["slurm"]}
+_EXPLAINED = {"recipe": ["_base", "paper"], "logger": ["none"], LAUNCHER: ["local", "slurm"]}
 
 
 def help_text(own: Path | None = None) -> str:

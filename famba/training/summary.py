@@ -77,9 +77,8 @@ class Summary:
         except ValidationError as error:
             first = error.errors()[0]
             name, given = ".".join(map(str, first["loc"])), repr(first["input"])[:100]
-            raise ValueError(
-                f"{name} is {given}: {first['msg']}" if name else f"it is no summary: {first['msg']}"
-            ) from None
+            start = f"{name} is {given}" if name else "it is no summary"
+            raise ValueError(f"{start}: {first['msg']}") from None
         if found.format > FORMAT:
             raise ValueError(f"its format is {found.format}, this version of Famba reads up to {FORMAT}; update Famba")
         return found

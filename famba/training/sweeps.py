@@ -48,8 +48,6 @@ _OUTPUT = "output.log"
 _SHOWN = 500  # characters of an error
 _LOOK_S = 0.1
 
-# Names
-
 
 def folder_name(overrides: Iterable[str], excluded: Iterable[str] = ()) -> str:
     """Return the name of a run's folder: its overrides except the `excluded` keys, with a hash if it was changed."""
@@ -68,9 +66,6 @@ def _key(override: str) -> str:
     return override.split("=", 1)[0].lstrip("+~").split("@", 1)[0]
 
 
-# Runs
-
-
 class Run(NamedTuple):
     """One run of a sweep."""
 
@@ -81,7 +76,7 @@ class Run(NamedTuple):
 
 
 class Sweep:
-    """The runs that a command line asks for, composed and not yet checked; `left` are those that are not finished."""
+    """The runs that a command line asks for, composed and not yet checked."""
 
     def __init__(self, command: Command) -> None:
         shared, given = command.shared(), parse_overrides(command.overrides)
@@ -100,22 +95,18 @@ class Sweep:
             folder = self.folder / folder_name(overrides, keys)
             config = replace(run_config(command.compose(job)), run_dir=str(folder.absolute()))
             self.runs[folder.name] = Run(folder.name, folder, overrides, config)
-        self.left: list[Run] = []
 
     def launch(self, train: Train) -> None:
         """Do the runs that are not finished. Raises FambaError if a folder holds another run, or a run failed."""
-        self.left = [r for r in self.runs.values() if not finished(RunFolder(r.folder, writes=False), r.config)]
+        left = [r for r in self.runs.values() if not finished(RunFolder(r.folder, writes=False), r.config)]
         known = {run["folder"]: run for run in recorded(self.folder)}
         known |= {run.name: {"folder": run.name, "overrides": run.overrides} for run in self.runs.values()}
         _write(self.folder / SWEEP, {"runs": list(known.values())})
-        done = len(self.runs) - len(self.left)
+        done = len(self.runs) - len(left)
         print(f"sweep of {len(self.runs)} run(s) in {self.folder}, {done} finished already", flush=True)
-        if errors := self.launcher.launch(self, train) if self.left else []:
+        if errors := self.launcher.launch(self, left, train) if left else []:
             listed = "\n  ".join([f"{len(errors)} of {len(self.runs)} runs failed:", *errors])
             raise TrainingError(f"{listed}\nThe same command runs these again, and no others")
-
-
-# Launchers
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -134,10 +125,10 @@ class Local:
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
         return [*gpus.split(",")[: self.jobs]] if count else [None] * (self.jobs or 1)
 
-    def launch(self, sweep: Sweep, train: Train) -> list[str]:
-        """Do the runs of a sweep that are left, and return the errors of those that failed."""
-        places = self.places()[: len(sweep.left)]
-        return _in_turn(sweep.left, train) if len(places) == 1 else _at_once(sweep, places)
+    def launch(self, sweep: Sweep, runs: list[Run], train: Train) -> list[str]:
+        """Do these runs of a sweep, and return the errors of those that failed."""
+        places = self.places()[: len(runs)]
+        return _in_turn(runs, train) if len(places) == 1 else _at_once(runs, sweep.config_dir, places)
 
 
 def _in_turn(runs: list[Run], train: Train) -> list[str]:
@@ -154,7 +145,7 @@ def _in_turn(runs: list[Run], train: Train) -> list[str]:
     return errors
 
 
-def _at_once(sweep: Sweep, places: list[str | None]) -> list[str]:
+def _at_once(runs: list[Run], config_dir: Path | None, places: list[str | None]) -> list[str]:
     # A run must not put the job of the whole sweep back into Slurm's queue.
     shared = {key: value for key, value in os.environ.items() if key != "SLURM_JOB_ID"}
     shared.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // len(places))))
@@ -169,7 +160,7 @@ def _at_once(sweep: Sweep, places: list[str | None]) -> list[str]:
         own: dict[str, Any] = {"env": environment, "stdin": DEVNULL, "stderr": STDOUT, "start_new_session": True}
         run.folder.mkdir(parents=True, exist_ok=True)
         with open(log, "w") as output:
-            process = Popen(command_of(run, sweep.config_dir), stdout=output, **own)  # noqa: S603
+            process = Popen(command_of(run, config_dir), stdout=output, **own)  # noqa: S603
         print(f"{run.name}: started, output in {log}", flush=True)
         while process.poll() is None:
             time.sleep(_LOOK_S)
@@ -182,7 +173,7 @@ def _at_once(sweep: Sweep, places: list[str | None]) -> list[str]:
         return error if process.returncode else None
 
     with StopRequest() as stop, ThreadPoolExecutor(len(places)) as pool:
-        errors = [error for error in pool.map(do, sweep.left) if error is not None]
+        errors = [error for error in pool.map(do, runs) if error is not None]
     if stop.number:
         raise Interrupted("stopped and saved; the same command continues the runs", stop.number)
     return errors
@@ -224,30 +215,27 @@ class Slurm:
     max_num_timeout: NotNegative
 
     def check(self, config: RunConfig) -> tuple[RunConfig, int | None]:
-        """Return a configuration without what a login node lacks, and the processes of a run."""
         if find_spec("submitit") is None:
             raise ConfigError("hydra/launcher=slurm needs submitit; pip install 'famba[slurm]'")
-        if absent := [name for name in ("sbatch", "srun", "squeue") if which(name) is None]:
-            raise ConfigError(
-                f"hydra/launcher=slurm needs Slurm's commands, {', '.join(absent)} not found; start it on a login node "
-                "of the cluster, outside of containers, or use hydra/launcher=local"
-            )
+        if absent := ", ".join(name for name in ("sbatch", "srun", "squeue") if which(name) is None):
+            told = f"hydra/launcher=slurm needs Slurm's commands, {absent} not found"
+            raise ConfigError(f"{told}; start it on a login node, outside of containers, or use hydra/launcher=local")
         # A login node has neither the GPU nor its precisions and kernels.
         trainer = replace(config.trainer, device="cpu", precision="fp32", cuda_graphs="auto")
         config = replace(config, trainer=trainer, ops=replace(config.ops, backend="auto"))
         return config, self.nodes * self.tasks_per_node
 
-    def launch(self, sweep: Sweep, train: Train) -> list[str]:
-        """Submit the runs that are left and not yet in the queue; their failures show in their folders."""
+    def launch(self, sweep: Sweep, runs: list[Run], train: Train) -> list[str]:
+        """Submit the runs that are not yet in the queue; their failures show in their folders."""
         folder = (sweep.folder / "slurm").absolute()
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
             known, queued = remembered(folder), queue()
-            jobs = {run.name: known[run.name] for run in sweep.left if known.get(run.name) in queued}
-            if new := [run for run in sweep.left if run.name not in jobs]:
+            jobs = {run.name: known[run.name] for run in runs if known.get(run.name) in queued}
+            if new := [run for run in runs if run.name not in jobs]:
                 jobs |= self.submit(new, folder, train)
                 _write(folder / "jobs.json", {**known, **jobs})
-        print(f"{len(sweep.left)} job(s) in Slurm; `famba status {sweep.folder}` shows them", flush=True)
+        print(f"{len(runs)} job(s) in Slurm; `famba status {sweep.folder}` shows them", flush=True)
         return []
 
     def submit(self, runs: list[Run], folder: Path, train: Train) -> dict[str, str]:
@@ -285,10 +273,8 @@ def choose(settings: DictConfig | None) -> Local | Slurm:
     target = given.pop("_target_", None)
     kind = {f"famba.training.sweeps.{kind.__name__}": kind for kind in (Local, Slurm)}.get(target)
     if kind is None:
-        raise ConfigError(
-            f"hydra.launcher._target_={target!r} does not use run folders; allowed: local, slurm, and "
-            "files of your own that begin with one of them (defaults: [slurm, _self_])"
-        )
+        told = "allowed: local, slurm, and files of your own that begin with one of them (defaults: [slurm, _self_])"
+        raise ConfigError(f"hydra.launcher._target_={target!r} does not use run folders; {told}")
     return checked(kind, given, [f"hydra.launcher.{field.name}" for field in fields(kind)], "hydra.launcher.")
 
 

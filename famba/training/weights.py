@@ -64,7 +64,6 @@ def class_names(content: Mapping[str, Any], file: Path) -> tuple[str, ...] | Non
 class Initial:
     """Hold weights that init_from names, with their file, what it says of their network, and names of classes."""
 
-    given: str
     file: Path
     weights: dict[str, Any]
     origin: Origin
@@ -82,20 +81,17 @@ def read_initial(given: str) -> Initial:
     file = find_file(place)
     if file is None:
         near = near_miss(place, bundled()) or f"; these are {', '.join(names_with_weights())}"
-        raise CheckpointError(
-            f"init_from={given} is no file, no run folder and no timm model with bundled weights{near}"
-        )
+        told = "is no file, no run folder and no timm model with bundled weights"
+        raise CheckpointError(f"init_from={given} {told}{near}")
     if averaged and Path(place).is_dir():
         # Averaged weights are kept in checkpoints alone.
         file = next(iter(Checkpoints(Path(place) / "checkpoints").newest_first()), file)
     content = read_file(file)
     weights = weights_in(content, file, averaged=averaged)
     if averaged and not weights:
-        raise CheckpointError(
-            f"init_from={given}: {file} holds no averaged weights; give a run with recipe.ema_decay, or leave out "
-            f"{AVERAGED}"
-        )
-    return Initial(given, file, weights, saved_origin(content, file), class_names(content, file))
+        told = f"give a run with recipe.ema_decay, or leave out {AVERAGED}"
+        raise CheckpointError(f"init_from={given}: {file} holds no averaged weights; {told}")
+    return Initial(file, weights, saved_origin(content, file), class_names(content, file))
 
 
 def check_initial(config: RunConfig, outline: Backbone) -> None:
