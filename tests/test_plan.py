@@ -111,8 +111,8 @@ def test_bf16_is_planned_on_a_processor_without_it(monkeypatch: pytest.MonkeyPat
     [
         ("fusion=uper", "unknown fusion 'uper', did you mean 'upper'"),
         ("ops.backend=nativ", "unknown ops.backend 'nativ', did you mean 'native'?"),
-        ("trainer.device=cudo", "unknown trainer.device 'cudo'"),
-        ("trainer.device=mps trainer.precision=fp16", "fp16 is not supported on mps"),
+        ("trainer.device=cudo", "trainer.device 'cudo' is not on this machine"),
+        ("trainer.device=mps trainer.precision=fp16", "this mps device has no trainer.precision=fp16"),
         ("trainer.cuda_graphs=true", "cannot be: the device is cpu"),
         ("fusion=all fusion.budget=5000", "a budget of 5000 tokens does not fit"),
         ("model=vim_micro --out file", "is a file; name a folder to write to"),

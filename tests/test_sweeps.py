@@ -116,7 +116,7 @@ REFUSED = [
     (["-m", "+hydra.launcher.job=2"], "did you mean 'hydra.launcher.jobs'"),
     (["-m", "hydra.launcher.jobs=0"], "^hydra.launcher.jobs is 0: "),
     (["-m", _SLURM, "+hydra.launcher.partitoin=gpu"], "did you mean 'hydra.launcher.partition'"),
-    (["-m", _SLURM, "hydra.launcher.name=${oc.env:NOT_THERE}"], "^hydra.launcher: .* 'NOT_THERE' not found"),
+    (["-m", _SLURM, "hydra.launcher.name=${oc.env:NOT_THERE}"], "'NOT_THERE' not found(?s:.*)hydra.launcher.name"),
 ]
 WRONG = "name=null nodes=1.5 nodes=0 tasks_per_node=true mem_gb=.inf setup=[3] additional_parameters=requeue"
 for _setting in WRONG.split():

@@ -83,14 +83,14 @@ class Command:
             if item.is_sweep_override() and item.key_or_group.startswith(("run_dir", "hydra")):
                 raise ConfigError(f"{item.input_line!r} is the same for all runs of a sweep; give one value")
         by_config = [f"{key}={value}" for key, value in swept_by_config(self.shared()).items()]
-        with _explained():
+        with explained():
             return BasicSweeper.split_arguments([*parse_overrides(by_config), *parsed], None)[0]
 
     def compose(self, overrides: Sequence[str]) -> DictConfig:
         """Compose the whole configuration, with Hydra's own part."""
         _check_names(parse_overrides(overrides), self.config_dir)
         search = [] if self.config_dir is None else [f"hydra.searchpath=[{quoted(f'file://{self.config_dir}')}]"]
-        with _explained(), hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        with explained(), hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
             values = hydra.compose("config", overrides=[*search, *overrides], return_hydra_config=True)
         given = values.plugins or []
         plugins.load([given] if isinstance(given, str) else map(str, given), self.config_dir)
@@ -104,7 +104,7 @@ def compose(arguments: Sequence[str]) -> RunConfig:
 
 def run_config(values: DictConfig) -> RunConfig:
     """Return the part of a composed configuration that is famba's."""
-    with _explained():
+    with explained():
         own = OmegaConf.masked_copy(values, [str(key) for key in values if key not in _NOT_OF_A_RUN])
         return parse(OmegaConf.to_container(own, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
 
@@ -166,7 +166,8 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def explained() -> Iterator[None]:
+    """Turn errors of Hydra and OmegaConf in a `with` block into ConfigError."""
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:

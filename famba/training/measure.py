@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-
-def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
-    """Both products of attention; shapes (b, heads, l, channels)."""
-    batch, heads, length, channels = query
-    return 2 * batch * heads * length * key[2] * (channels + value[3])
-
-
-# Attention as torch has it on a CPU: its own counter knows those of GPUs alone.
-_NOT_COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+# torch's own counter knows attention on GPUs alone.
+_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_NOT_COUNTED = {_ON_CPU: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
 # Autograd keeps the same for any batch besides what it keeps of each image: two sizes tell the two apart.
 FEW, MANY = 2, 4
 

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -26,15 +26,14 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from famba.errors import ConfigError, FambaError, TrainingError
 from famba.files import write_whole
 from famba.training.checkpoint import changes_weights
-from famba.training.compose import Command, parse_overrides, quoted, run_config, swept_by_config
-from famba.training.config import STRICT, Count, Positive, RunConfig, Text, checked, parse, plain
+from famba.training.compose import Command, explained, parse_overrides, quoted, run_config, swept_by_config
+from famba.training.config import STRICT, Count, Positive, RunConfig, Text, checked, keys, parse, plain
 from famba.training.interrupts import Interrupted, StopRequest
 from famba.training.records import SWEEP, queue, recorded, remembered
 from famba.training.run_folder import RunFolder, finished
@@ -82,17 +81,17 @@ class Sweep:
         shared, given = command.shared(), parse_overrides(command.overrides)
         swept = {item.key_or_group for item in given if item.is_sweep_override()} | swept_by_config(shared).keys()
         fixed = [item for item in given if item.key_or_group not in swept and not item.key_or_group.startswith("hydra")]
-        keys = {item.key_or_group for item in fixed}
+        given_once = {item.key_or_group for item in fixed}
         experiment = next((str(item.value()) for item in fixed if item.key_or_group == "experiment"), "sweep")
         # Without the values of swept keys a sweep can grow in its folder; settings such as data.root change no weights.
         kept = sorted(str(item.input_line) for item in fixed if changes_weights(item.key_or_group))
         name = f"{experiment}-{_short_hash(json.dumps([kept, sorted(swept)]))}"
-        self.folder = Path(str(shared.run_dir)) if "run_dir" in keys else Path("runs", name)
+        self.folder = Path(str(shared.run_dir)) if "run_dir" in given_once else Path("runs", name)
         self.launcher, self.config_dir = choose(shared.hydra.get("launcher")), command.config_dir
         self.runs: dict[str, Run] = {}
         for job in command.jobs():
             overrides = [line for line in job if not _key(line).startswith("hydra")]
-            folder = self.folder / folder_name(overrides, keys)
+            folder = self.folder / folder_name(overrides, given_once)
             config = replace(run_config(command.compose(job)), run_dir=str(folder.absolute()))
             self.runs[folder.name] = Run(folder.name, folder, overrides, config)
 
@@ -266,16 +265,14 @@ class Slurm:
 
 def choose(settings: DictConfig | None) -> Local | Slurm:
     """Return the launcher of hydra.launcher. Raises ConfigError for one that is not famba's, and for wrong settings."""
-    try:
+    with explained():
         given: Any = OmegaConf.to_container(settings, resolve=True) if settings is not None else {}
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"hydra.launcher: {str(error).splitlines()[0]}") from error
     target = given.pop("_target_", None)
     kind = {f"famba.training.sweeps.{kind.__name__}": kind for kind in (Local, Slurm)}.get(target)
     if kind is None:
         told = "allowed: local, slurm, and files of your own that begin with one of them (defaults: [slurm, _self_])"
         raise ConfigError(f"hydra.launcher._target_={target!r} does not use run folders; {told}")
-    return checked(kind, given, [f"hydra.launcher.{field.name}" for field in fields(kind)], "hydra.launcher.")
+    return checked(kind, given, keys(kind, "hydra.launcher."), "hydra.launcher.")
 
 
 def _write(path: Path, content: Any) -> None:
