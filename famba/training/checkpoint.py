@@ -163,17 +163,17 @@ class Checkpoints:
 
     def find_last(self) -> Path | None:
         """Return the newest checkpoint that is whole, None without any; rename damaged later ones unless all are."""
-        damaged: list[Path] = []
-        for path in self.newest_first():
+        paths = self.newest_first()
+        for number, path in enumerate(paths):
             try:
                 load(path)
-                for later in damaged:
-                    later.rename(later.with_suffix(".damaged"))
-                return path
             except DamagedError as error:
                 _log.warning("%s; trying the one before it", error)
-                damaged.append(path)
-        if damaged:
+                continue
+            for later in paths[:number]:
+                later.rename(later.with_suffix(".damaged"))
+            return path
+        if paths:
             raise CheckpointError(f"no checkpoint in {self.folder} can be read; start anew in another run_dir")
         return None
 
@@ -270,8 +270,7 @@ class TrainedOn:
 
 def check_same_data(content: Mapping[str, Any], now: TrainedOn) -> None:
     """Raise CheckpointError if a run would continue on other classes or images; version 0.1 did not keep them."""
-    before, own = content.get("data"), now.as_dict()
-    if before is not None and before != own:
-        differ = [f"{key}: {before.get(key)} before, {own[key]} now" for key in own if before.get(key) != own[key]]
+    before = content.get("data")
+    if before is not None and (differ := differences(before, now.as_dict())):
         listed = "\n  ".join(["the checkpoint is of a run on other data:", *(line[:_SHOWN] for line in differ)])
         raise CheckpointError(f"{listed}\nRestore the data to continue, or start a new run_dir with init_from=RUN")
