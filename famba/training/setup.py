@@ -114,11 +114,9 @@ def check_batch(config: RunConfig, processes: int) -> None:
     batch, accumulation = config.trainer.batch_size, config.trainer.accumulation
     parts = processes * accumulation
     if batch % parts:
-        near, told = (
-            max(parts, round(batch / parts) * parts),
-            f"{processes} processes x trainer.accumulation={accumulation}",
-        )
-        raise ConfigError(f"trainer.batch_size={batch} is not divisible by {told}; {near} is")
+        near = max(parts, round(batch / parts) * parts)
+        told = f"is not divisible by {processes} processes x trainer.accumulation={accumulation}"
+        raise ConfigError(f"trainer.batch_size={batch} {told}; {near} is")
     if (config.recipe.mixup > 0 or config.recipe.cutmix > 0) and batch // parts % 2:
         told = f"mixup and cutmix pair the images of a micro-batch, but {batch // parts} is odd"
         raise ConfigError(f"{told}; choose an even trainer.batch_size, or recipe.mixup=0 recipe.cutmix=0")
