@@ -18,13 +18,13 @@ from PIL import Image
 from runs import TINY
 from safetensors.torch import load_file
 
+from famba.analysis.trained import load_trained
 from famba.cli import main as famba
 from famba.data.augment import Normalize, evaluation_scaling
 from famba.data.images import read_file
 from famba.models.weights import weights_folder
 from famba.ops.registry import resolve
 from famba.training.app import main as train
-from famba.training.weights import load_trained
 
 ROOT = Path(__file__).parents[1]
 CLASSES = (weights_folder("vim_micro_patch4_32") / "classes.txt").read_text().split()  # type: ignore[operator]

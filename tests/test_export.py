@@ -19,12 +19,12 @@ from runs import run
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from famba.analysis.trained import load_trained
 from famba.cli import main as famba
 from famba.errors import CheckpointError
 from famba.export import check, export, folder
 from famba.export.check import ExportError
 from famba.export.folder import find_summary
-from famba.training.weights import load_trained
 
 Trained = tuple[Path, dict[str, Any]]
 Printed = pytest.CaptureFixture[str]

@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import famba
+from famba.analysis.trained import load_trained
 from famba.errors import CheckpointError, ConfigError
 from famba.models import Vim, load_vim_checkpoint
 from famba.models.weights import weights_folder
 from famba.training.checkpoint import differences
 from famba.training.compose import compose
 from famba.training.config import plain
-from famba.training.weights import load_trained
 
 NAME = "vim_micro_patch4_32"
 FOLDER = Path(famba.__file__).parent / "models" / "weights" / NAME

@@ -10,12 +10,13 @@ import pytest
 import torch
 from runs import check_command
 
-from famba.analysis.plan import plan
+from famba.analysis.plan import cost, plan
 from famba.cli import main
 from famba.errors import ConfigError
 from famba.ops import backends, use_backend
-from famba.training.measure import cost, macs_per_image, saved_bytes_per_image
-from famba.training.setup import build_model, prepare
+from famba.training.build import build_model
+from famba.training.measure import macs_per_image, saved_bytes_per_image
+from famba.training.setup import prepare
 
 Printed = pytest.CaptureFixture[str]
 USABLE = [name for name in ("native", "reference") if backends()[name] is None]
@@ -100,7 +101,7 @@ def test_a_run_for_a_gpu_is_planned_where_there_is_none(without_gpu: None, capsy
 
 
 def test_bf16_is_planned_on_a_processor_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("famba.training.devices._cpu_has_bf16", lambda: False)
+    monkeypatch.setattr("famba.training.devices.has_bf16", lambda device: False)
     overrides = ["model=vim_micro", "fusion=upper", "trainer.device=cpu", "trainer.precision=bf16"]
     assert {one.setup.dtype for one in plan(overrides)} == {torch.bfloat16}
 
@@ -110,8 +111,8 @@ def test_bf16_is_planned_on_a_processor_without_it(monkeypatch: pytest.MonkeyPat
     [
         ("fusion=uper", "unknown fusion 'uper', did you mean 'upper'"),
         ("ops.backend=nativ", "unknown ops.backend 'nativ', did you mean 'native'?"),
-        ("trainer.device=cudo", "trainer.device 'cudo' is unknown or not on this machine"),
-        ("trainer.device=mps trainer.precision=fp16", "trainer.precision=fp16, but this mps device has no float16"),
+        ("trainer.device=cudo", "trainer.device 'cudo' is not on this machine"),
+        ("trainer.device=mps trainer.precision=fp16", "this mps device has no trainer.precision=fp16"),
         ("trainer.cuda_graphs=true", "cannot be: the device is cpu"),
         ("fusion=all fusion.budget=5000", "a budget of 5000 tokens does not fit"),
         ("model=vim_micro --out file", "is a file; name a folder to write to"),

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from runs import run
 from torch import Tensor
 
+from famba.analysis.trained import load_trained
 from famba.analysis.visualize import normalized, read_images
 from famba.cli import main as famba
 from famba.data import train_batches
@@ -21,7 +22,6 @@ from famba.data.folders import in_order
 from famba.export import export
 from famba.training.build import load_images, load_splits
 from famba.training.setup import prepare
-from famba.training.weights import load_trained
 
 BACKGROUND = "#336699"
 CLASSES = ("A", "a", "b")

@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from filelock import FileLock
 from runs import TINY, check_command
 
 from famba.errors import ConfigError, TrainingError
@@ -16,7 +22,8 @@ from famba.training import sweeps
 from famba.training.app import main, train
 from famba.training.compose import Command, compose
 from famba.training.config import RunConfig
-from famba.training.sweeps import Run, Slurm, Sweep, choose, folder_name
+from famba.training.interrupts import Interrupted
+from famba.training.sweeps import Local, Run, Slurm, Sweep, choose, folder_name
 
 TABLE = ["-m", "experiment=paper_table"]
 
@@ -106,9 +113,10 @@ REFUSED = [
     (["-m", _SLURM], "needs Slurm's commands, sbatch, srun, squeue not found"),
     (["-m", "run_dir=a,b"], "'run_dir=a,b' is the same for all runs of a sweep"),
     (["-m", "--config-dir", "/nowhere", "seed=0"], "--config-dir /nowhere is no folder"),
-    (["-m", "+hydra.launcher.jobs=2"], "^unknown key 'hydra.launcher.jobs'$"),
+    (["-m", "+hydra.launcher.job=2"], "did you mean 'hydra.launcher.jobs'"),
+    (["-m", "hydra.launcher.jobs=0"], "^hydra.launcher.jobs is 0: "),
     (["-m", _SLURM, "+hydra.launcher.partitoin=gpu"], "did you mean 'hydra.launcher.partition'"),
-    (["-m", _SLURM, "hydra.launcher.name=${oc.env:NOT_THERE}"], "^hydra.launcher: .* 'NOT_THERE' not found"),
+    (["-m", _SLURM, "hydra.launcher.name=${oc.env:NOT_THERE}"], "'NOT_THERE' not found(?s:.*)hydra.launcher.name"),
 ]
 WRONG = "name=null nodes=1.5 nodes=0 tasks_per_node=true mem_gb=.inf setup=[3] additional_parameters=requeue"
 for _setting in WRONG.split():
@@ -210,3 +218,66 @@ def test_a_run_that_fails_leaves_the_others_alone_and_the_same_command_does_what
     assert "1 finished already" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="which resume=never would overwrite"):
         Sweep(Command((*command.overrides, "resume=never"), True)).launch(train)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "jobs", "places"),
+    [
+        (3, None, None, ["0", "1", "2"]),
+        (2, "5,7", None, ["5", "7"]),
+        (2, "GPU-a,GPU-b", 1, ["GPU-a"]),
+        (0, None, None, [None]),
+        (0, "", 2, [None, None]),
+    ],
+)
+def test_each_run_gets_its_own_gpu(
+    gpus: int, visible: str | None, jobs: int | None, places: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert Local(jobs).places() == places
+
+
+def test_runs_go_on_at_once_and_one_that_fails_leaves_the_others_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sweep" / "seed=0").mkdir(parents=True)
+    command = ["-m", *TINY, "trainer.max_steps=1", "seed=0,1", "hydra.launcher.jobs=2", f"run_dir={tmp_path}/sweep"]
+    with FileLock(tmp_path / "sweep" / "seed=0" / ".lock"):
+        assert main(command) == 2
+    said = capsys.readouterr()
+    assert "seed=1: finished" in said.out
+    assert "error: 1 of 2 runs failed:\n  seed=0: another run is writing to" in said.err
+    assert json.loads((tmp_path / "sweep" / "seed=1" / "summary.json").read_text())["status"] == "finished"
+
+
+def test_runs_that_go_on_at_once_are_stopped_with_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = """
+import os, pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+def save(number, frame):
+    (folder / "saved").write_text(os.environ.get("SLURM_JOB_ID", "no job"))
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+(folder / "ready").touch()
+time.sleep(60)"""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(sweeps, "command_of", lambda run, _: [sys.executable, "-c", script, run.config.run_dir])
+
+    def stop() -> None:
+        while len(list(tmp_path.glob("sweep/*/ready"))) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(Interrupted) as stopped:
+        Sweep(Command.parse(["-m", *TINY, "seed=0,1,2", "hydra.launcher.jobs=2", f"run_dir={tmp_path}/sweep"])).launch(
+            train
+        )
+    assert stopped.value.signal == signal.SIGTERM
+    assert {path.parent.name: path.read_text() for path in tmp_path.glob("sweep/*/saved")} == {
+        "seed=0": "no job",
+        "seed=1": "no job",
+    }

@@ -13,10 +13,11 @@ import torch
 from runs import last_checkpoint, run
 from torch import Tensor
 
+from famba.analysis import trained
+from famba.analysis.trained import load_trained
 from famba.errors import CheckpointError
 from famba.models import Vim
 from famba.training import weights
-from famba.training.weights import load_trained
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +165,7 @@ def test_a_timm_name_brings_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> 
         return plain
 
     monkeypatch.setattr(weights, "weights_folder", lambda name: None)
-    monkeypatch.setattr(weights, "build_model", build)
+    monkeypatch.setattr(trained, "build_model", build)
     found = load_trained(name)
     assert (found.config, found.strategy, found.classes, found.image_size) == (None, "none", 7, 32)
     assert (found.mean, found.std, found.scaling.eval_crop) == ((0.5,) * 3, (0.25,) * 3, 1.0)

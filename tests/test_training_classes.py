@@ -12,13 +12,13 @@ import timm
 from PIL import Image
 from runs import last_checkpoint
 
+from famba.analysis.trained import load_trained
 from famba.cli import main as famba
 from famba.errors import CheckpointError
 from famba.training.app import train
 from famba.training.checkpoint import load
 from famba.training.compose import compose
 from famba.training.interrupts import Interrupted
-from famba.training.weights import load_trained
 
 COLOURS = {"ant": (255, 0, 0), "bee": (0, 255, 0), "cat": (0, 0, 255), "dog": (255, 255, 0)}
 
@@ -73,7 +73,9 @@ def test_a_run_keeps_its_classes_and_the_sizes_of_its_sets(finished: Path) -> No
     assert load_trained(finished).class_names == load_trained(last).class_names == tuple(COLOURS)
 
 
-@pytest.mark.parametrize(("change", "reason"), [("rename", "zebra"), ("remove an image", "'train': 24")])
+@pytest.mark.parametrize(
+    ("change", "reason"), [("rename", "zebra"), ("remove an image", "images.train: 24 before, 23 now")]
+)
 def test_a_run_does_not_go_on_with_other_data(stopped: Path, change: str, reason: str) -> None:
     images = stopped.parent / "images"
     if change == "rename":

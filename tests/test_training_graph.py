@@ -196,9 +196,7 @@ def test_a_step_that_cannot_be_captured_says_what_to_do(
             raise RuntimeError("capture failed")  # noqa: B904 - as torch's own context manager does
 
     monkeypatch.setattr(graph, "captured", broken)
-    with pytest.raises(
-        TrainingError, match=r"\(operation not permitted .*\); start again with trainer\.cuda_graphs=false"
-    ):
+    with pytest.raises(TrainingError, match=r"\(operation not permitted .*\); use trainer\.cuda_graphs=false"):
         run(tmp_path, *everything(device))
 
 

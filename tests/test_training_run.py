@@ -19,13 +19,13 @@ from famba.errors import TrainingError
 from famba.models import Vim
 from famba.ops.registry import resolve
 from famba.training import provenance, step, trainer
-from famba.training.build import load_splits, make_loaders
+from famba.training.build import build_model, load_splits, make_loaders
 from famba.training.checkpoint import TrainedOn, load
 from famba.training.compose import compose
 from famba.training.distributed import Process
 from famba.training.evaluation import evaluate
 from famba.training.measure import macs_per_image, saved_bytes_per_image
-from famba.training.setup import build_model, prepare
+from famba.training.setup import prepare
 from famba.training.trainer import new_state
 
 ROOT = Path(__file__).parents[1]

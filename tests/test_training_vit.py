@@ -11,12 +11,12 @@ import torch
 from runs import metrics, run, weights
 from safetensors.torch import load_file
 
+from famba.analysis.trained import load_trained
 from famba.errors import ConfigError
 from famba.fusion import schedule
 from famba.models import apply_tome
 from famba.training.compose import compose
 from famba.training.setup import prepare
-from famba.training.weights import load_trained
 
 VIT = ("model=vit_micro", "model.d_state=null", "fusion.budget=8")
 SHAPE: dict[str, Any] = {"patch_size": 8, "depth": 2, "embed_dim": 16, "num_classes": 10}

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from famba import data
 from famba.analysis import options as shared
 from famba.analysis.options import CHECKPOINT, add_fusion_options, count, prepare_folder, write_files
+from famba.analysis.trained import Trained, load_trained
 from famba.analysis.variants import Variant, label_variants, own, unfused, variants
 from famba.errors import ConfigError, FambaError, TrainingError, check_choice, named, some
 from famba.fusion import tokens_per_layer
@@ -31,7 +32,6 @@ from famba.training.interrupts import StopRequest
 from famba.training.logging import signed
 from famba.training.measure import macs_per_image
 from famba.training.provenance import provenance
-from famba.training.weights import Trained, load_trained
 
 _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 Source = data.Source

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from famba.analysis.options import prepare_folder, write_files
 from famba.errors import ConfigError, check_choice
-from famba.fusion import Fusion, labels
+from famba.fusion import Fusion, labels, tokens_per_layer
 from famba.fusion.schedules import ADAPTIVE, NONE
+from famba.models import Backbone
 from famba.ops.registry import AUTO, backends, counting_as, resolve
-from famba.training.compose import compose_all
+from famba.training.build import build_model
+from famba.training.compose import Command, run_config
 from famba.training.config import RunConfig, flatten, plain
 from famba.training.devices import choose_device, choose_precision
-from famba.training.measure import Cost, cost
-from famba.training.setup import Setup, build_model, check_cuda_graphs, prepare
+from famba.training.measure import FEW, MANY, count
+from famba.training.setup import Setup, check_cuda_graphs, prepare
 
 # Weights, gradients and AdamW's two moments, in float32.
 _BYTES_PER_PARAMETER = 16
@@ -65,6 +69,56 @@ def run(options: argparse.Namespace) -> int:
 
 
 @dataclass(frozen=True)
+class LayerCost:
+    """Hold the costs of a layer per image; entering and leaving count the tokens around its fusion."""
+
+    entering: int
+    leaving: int
+    macs: int
+    saved_bytes: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Hold the costs of a model with its schedule, per image; embedding and head as (macs, saved bytes)."""
+
+    layers: tuple[LayerCost, ...]
+    embedding: tuple[int, int]
+    head: tuple[int, int]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of a forward pass, which papers call FLOPs; norms, activations and sums do not count."""
+        return sum(layer.macs for layer in self.layers) + self.embedding[0] + self.head[0]
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes that autograd keeps of a forward pass for the backward, parameters not counted."""
+        return sum(layer.saved_bytes for layer in self.layers) + self.embedding[1] + self.head[1]
+
+    @property
+    def token_layers(self) -> int:
+        """Tokens left after each layer's fusion, summed over the layers."""
+        return sum(layer.leaving for layer in self.layers)
+
+
+def cost(model: Backbone, autocast: torch.dtype | None = None) -> Cost:
+    """Count what each layer of a model costs in training, exactly, on any device, a fake one too."""
+
+    def run(images: Tensor, mark: Callable[[], None]) -> None:
+        model.classify(model.run(images, mark=mark))
+
+    few, many = (count(model, (batch, 3, *model.image_size), autocast, run) for batch in (FEW, MANY))
+    more = MANY - FEW
+    # Operations count multiplications and additions apart.
+    marks = [((b[0] - a[0]) // more // 2, (b[1] - a[1]) // more) for a, b in zip(few, many, strict=True)]
+    parts = [(after[0] - before[0], after[1] - before[1]) for before, after in pairwise([(0, 0), *marks])]
+    left = [model.num_tokens, *tokens_per_layer(model.fusion, model.num_tokens)]
+    layers = [LayerCost(*tokens, *part) for tokens, part in zip(pairwise(left), parts[1:-1], strict=True)]
+    return Cost(tuple(layers), parts[0], parts[-1])
+
+
+@dataclass(frozen=True)
 class Planned:
     """Hold one configuration, where it would run, and what it costs. backend: what computes the ops."""
 
@@ -94,8 +148,9 @@ def plan(overrides: Sequence[str], config_dir: Path | None = None) -> list[Plann
     Raises FambaError for what cannot work on any machine, as train.py does.
     """
     asked: list[RunConfig] = []
-    for config in compose_all(overrides, config_dir):
-        config = replace(config, seed=0, run_dir="planned")
+    command = Command(tuple(overrides), multirun=True, config_dir=config_dir)
+    for job in command.jobs():
+        config = replace(run_config(command.compose(job)), seed=0, run_dir="planned")
         wanted = [] if config.fusion.strategy == NONE else [config]
         asked += [one for one in (_unfused(config), *wanted) if one not in asked]
     return [_planned(name, config) for name, config in zip(_names(asked), asked, strict=True)]

@@ -14,12 +14,12 @@ import torch
 from tabulate import tabulate
 
 from famba.analysis import options as shared
+from famba.analysis.trained import Trained, load_trained
 from famba.data.augment import Normalize, evaluation_scaling
 from famba.data.folders import is_hidden, is_image, order
 from famba.data.images import read_file
 from famba.errors import DataError
 from famba.models.weights import WEIGHTS
-from famba.training.weights import Trained, load_trained
 
 _MOST, _AT_ONCE = 5, 16
 

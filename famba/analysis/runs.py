@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import yaml
 
 from famba.analysis.status import Status, status
 from famba.errors import DataError
-from famba.training.summary import SUMMARY, Summary, from_row, to_row
+from famba.training.config import flatten, with_added_keys
+from famba.training.summary import SUMMARY, Summary
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # What is added to the columns of a row; folder is empty for a row of a CSV file, problem for a run that is usable.
 _OWN = ("run", "folder", "state", "kind", "problem")
+_CONFIG = "config."
 _NEEDED = ("model", "strategy", "top1", "tokens", "schedule", "tokens_per_layer")
 
 
@@ -24,7 +27,7 @@ def read_runs(paths: Iterable[str | Path]) -> pd.DataFrame:
 
     Returns a row for each run, all text, with an empty cell for what is not known: run (a name that does not depend on
     where the folders lie), folder, state (as `famba status` names it), kind and problem (why a run cannot be used:
-    "unfinished" or "damaged", and the reason), and the columns of `famba.training.summary.to_row`.
+    "unfinished" or "damaged", and the reason), and the columns of `to_row`.
 
     Raises DataError for a path without runs and for a file that is no table of runs.
     """
@@ -59,6 +62,38 @@ def run_table(runs: pd.DataFrame) -> str:
     text = table.to_markdown(index=False, tablefmt="simple", disable_numparse=True, colalign=sides)
     damaged = runs[runs["kind"] == "damaged"]
     return "\n".join([text, *(damaged["run"] + ": " + damaged["problem"])])
+
+
+def to_row(summary: Summary, config: Mapping[str, Any]) -> dict[str, str]:
+    """Return a run as one flat row of text, for CSV files: its summary and, behind "config.", its settings."""
+    known = {name: value for name, value in summary.values().items() if value is not None}
+    settings = flatten(with_added_keys(config), _CONFIG)
+    return {name: _to_cell(value) for name, value in [*flatten(known).items(), *settings.items()]}
+
+
+def from_row(row: Mapping[str, str]) -> tuple[Summary, dict[str, Any]]:
+    """Return the summary and the configuration that `to_row` made a row of. Raises ValueError if it is none."""
+    values: dict[str, Any] = {}
+    for name, cell in row.items():
+        if cell == "":
+            continue
+        *groups, last = name.split(".")
+        place = values
+        for group in groups:
+            place = place.setdefault(group, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"column {name} contradicts column {group}")
+        place[last] = from_cell(cell)
+    config = values.pop(_CONFIG.removesuffix("."), {})
+    return Summary.parse(json.dumps(values)), with_added_keys(config)
+
+
+def from_cell(cell: str) -> Any:
+    """Return the value that a cell of a row stands for."""
+    try:
+        return json.loads(cell)
+    except ValueError:
+        return cell
 
 
 def printable(text: str) -> str:
@@ -132,3 +167,8 @@ def _config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not config.keys() >= {"model", "fusion", "data", "trainer"}:
         raise ValueError("config.yaml is damaged: it holds no configuration")
     return config
+
+
+def _to_cell(value: Any) -> str:
+    is_plain = isinstance(value, str) and value != "" and from_cell(value) is value
+    return value if is_plain else json.dumps(value, ensure_ascii=False)

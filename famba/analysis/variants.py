@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from famba.analysis.options import FUSION
+from famba.analysis.trained import Trained
 from famba.errors import ConfigError, named
 from famba.fusion import SETTINGS, Fusion, labels
 from famba.fusion.schedules import ADAPTIVE, CUSTOM, NONE
 from famba.models import Backbone
-from famba.training.weights import Trained
 
 Asked = Mapping[str, Sequence[Any]]  # values to compare by fields of `Fusion`
 

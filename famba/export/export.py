@@ -11,11 +11,11 @@ import tempfile
 from pathlib import Path
 
 from famba.analysis.options import CHECKPOINT, add_fusion_options, prepare_folder, read_fusion
+from famba.analysis.trained import Trained, load_trained
 from famba.analysis.variants import Variant, own, variants
 from famba.errors import ConfigError, check_choice
 from famba.export.check import check_file
 from famba.export.folder import FILES, describe, find_summary, write_folder
-from famba.training.weights import Trained, load_trained
 
 FORMATS = {"safetensors": None, "torch_export": ".pt2", "onnx": ".onnx"}
 """Each format's name, and how its files' names end; None where it is a folder."""

@@ -14,6 +14,7 @@ from safetensors.torch import save
 from tabulate import tabulate
 
 import famba
+from famba.analysis.trained import Trained
 from famba.analysis.variants import Variant
 from famba.data.augment import evaluation_scaling
 from famba.errors import CheckpointError
@@ -22,7 +23,6 @@ from famba.fusion import tokens_per_layer
 from famba.models.weights import weights_folder
 from famba.training.build import model_arguments
 from famba.training.summary import SUMMARY, Summary
-from famba.training.weights import Trained
 
 FILES = ("config.json", "model.safetensors", "README.md")
 _SAID_ABOVE = ("num_classes", "classes")

@@ -76,12 +76,6 @@ def augmentation(config: RunConfig) -> data.Augmentation:
         return data.Augmentation(**{argument: getattr(config.recipe, key) for argument, key in keys.items()})
 
 
-def reading(config: RunConfig) -> data.Reading:
-    """Return how folders and images are read."""
-    with named("data.{}"):
-        return data.Reading(config.data.version, config.data.background)
-
-
 def requested_data(config: RunConfig) -> dict[str, Any]:
     """Return the arguments that name a part of a data set."""
     keys = ("subset", "val_fraction", "num_classes", "background", "version")

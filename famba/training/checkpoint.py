@@ -163,17 +163,17 @@ class Checkpoints:
 
     def find_last(self) -> Path | None:
         """Return the newest checkpoint that is whole, None without any; rename damaged later ones unless all are."""
-        damaged: list[Path] = []
-        for path in self.newest_first():
+        paths = self.newest_first()
+        for number, path in enumerate(paths):
             try:
                 load(path)
-                for later in damaged:
-                    later.rename(later.with_suffix(".damaged"))
-                return path
             except DamagedError as error:
                 _log.warning("%s; trying the one before it", error)
-                damaged.append(path)
-        if damaged:
+                continue
+            for later in paths[:number]:
+                later.rename(later.with_suffix(".damaged"))
+            return path
+        if paths:
             raise CheckpointError(f"no checkpoint in {self.folder} can be read; start anew in another run_dir")
         return None
 
@@ -188,10 +188,8 @@ def load(path: Path) -> dict[str, Any]:
         raise
     if "format" not in content or "step" not in content:
         raise CheckpointError(f"{path} is no checkpoint of a run; to start from its weights use init_from")
-    if (version := content["format"]) != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {version}, this release reads {FORMAT}; use the release that wrote it"
-        )
+    if (found := content["format"]) != FORMAT:
+        raise CheckpointError(f"{path} has format {found}, this release reads {FORMAT}; use the release that wrote it")
     if not content.keys() >= _CONTENT or not read_seal(path):
         raise DamagedError(f"{path} is damaged: its end, which seals it, is missing or changed")
     return content
@@ -218,8 +216,7 @@ def find_checkpoint(config: RunConfig, folder: Checkpoints, process: Process) ->
     """Read the checkpoint to continue from, the same in all processes; None if the run starts anew."""
     if config.resume == "never" and not interrupts.restarts():
         return None
-    path = process.from_main(folder.find_last() if process.is_main else None)
-    if path is None:
+    if (path := process.from_main(folder.find_last() if process.is_main else None)) is None:
         return None
     found = load(path)
     check_same_run(found, plain(config), process.world_size)
@@ -253,11 +250,7 @@ def check_same_run(content: dict[str, Any], config: dict[str, Any], world_size: 
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """Describe the data of a run.
-
-    num_classes: number of classes. classes: their names by number, None if the data does not tell them. images: number
-    of images by part.
-    """
+    """Describe the data of a run: its classes, their names by number if they are known, and the images of each part."""
 
     num_classes: int
     classes: tuple[str, ...] | None
@@ -272,13 +265,12 @@ class TrainedOn:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, as checkpoints hold them."""
-        return {**asdict(self), "classes": None if self.classes is None else list(self.classes)}
+        return {**asdict(self), "classes": self.classes and list(self.classes)}
 
 
 def check_same_data(content: Mapping[str, Any], now: TrainedOn) -> None:
     """Raise CheckpointError if a run would continue on other classes or images; version 0.1 did not keep them."""
-    before, own = content.get("data"), now.as_dict()
-    if before is not None and before != own:
-        differ = [f"{key}: {before.get(key)} before, {own[key]} now" for key in own if before.get(key) != own[key]]
+    before = content.get("data")
+    if before is not None and (differ := differences(before, now.as_dict())):
         listed = "\n  ".join(["the checkpoint is of a run on other data:", *(line[:_SHOWN] for line in differ)])
         raise CheckpointError(f"{listed}\nRestore the data to continue, or start a new run_dir with init_from=RUN")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import famba
 from famba import plugins
-from famba.errors import ConfigError, near_miss
+from famba.errors import ConfigError, check_choice
 from famba.training.config import RunConfig, keys, parse
 
 LAUNCHER = "hydra/launcher"
@@ -83,14 +83,14 @@ class Command:
             if item.is_sweep_override() and item.key_or_group.startswith(("run_dir", "hydra")):
                 raise ConfigError(f"{item.input_line!r} is the same for all runs of a sweep; give one value")
         by_config = [f"{key}={value}" for key, value in swept_by_config(self.shared()).items()]
-        with _explained():
+        with explained():
             return BasicSweeper.split_arguments([*parse_overrides(by_config), *parsed], None)[0]
 
     def compose(self, overrides: Sequence[str]) -> DictConfig:
         """Compose the whole configuration, with Hydra's own part."""
         _check_names(parse_overrides(overrides), self.config_dir)
         search = [] if self.config_dir is None else [f"hydra.searchpath=[{quoted(f'file://{self.config_dir}')}]"]
-        with _explained(), hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        with explained(), hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
             values = hydra.compose("config", overrides=[*search, *overrides], return_hydra_config=True)
         given = values.plugins or []
         plugins.load([given] if isinstance(given, str) else map(str, given), self.config_dir)
@@ -102,15 +102,9 @@ def compose(arguments: Sequence[str]) -> RunConfig:
     return Command.parse(arguments).config()
 
 
-def compose_all(overrides: Sequence[str], own: Path | None = None) -> list[RunConfig]:
-    """Compose every configuration that overrides ask for, those with several values by commas in all combinations."""
-    command = Command(tuple(overrides), multirun=True, config_dir=own)
-    return [run_config(command.compose(job)) for job in command.jobs()]
-
-
 def run_config(values: DictConfig) -> RunConfig:
     """Return the part of a composed configuration that is famba's."""
-    with _explained():
+    with explained():
         own = OmegaConf.masked_copy(values, [str(key) for key in values if key not in _NOT_OF_A_RUN])
         return parse(OmegaConf.to_container(own, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
 
@@ -144,21 +138,20 @@ def quoted(value: str) -> str:
     return f"'{escaped}'"
 
 
-def _ending(name: str, names: Iterable[str]) -> list[str]:
-    """Return the names that are this one, or end with it behind a dot."""
-    return [key for key in names if name in (key, key.rsplit(".", 1)[-1])]
+def _nearest(name: str, names: Sequence[str]) -> list[str]:
+    """Return the names that end with this one behind a dot, else the one that looks most like it."""
+    ends = {key.rsplit(".", 1)[-1]: key for key in reversed(names)}
+    same = [key for key in names if name in (key, key.rsplit(".", 1)[-1])]
+    return same or [ends.get(found, found) for found in get_close_matches(name, [*names, *ends], 1)]
 
 
 def _as_override(option: str, arguments: list[str]) -> str:
     """Say which override stands for an option that programs of others take, such as --epochs 5."""
-    name, _, value = option.lstrip("-").replace("-", "_").partition("=")
-    value = option.partition("=")[2] or next(iter(arguments[arguments.index(option) + 1 :]), "")
-    names = [*keys(), *groups()]
-    same = _ending(name, names)
-    ends = {key.rsplit(".", 1)[-1]: key for key in reversed(names)}
-    close = same or [ends.get(found, found) for found in get_close_matches(name, [*ends, *names], 1, 0.6)]
+    name, _, value = option.lstrip("-").partition("=")
+    value = value or next(iter(arguments[arguments.index(option) + 1 :]), "")
     given = "VALUE" if not value or value.startswith("-") else value
-    known = f"give {' or '.join(f'{key}={given}' for key in close[:3])}" if close else "train.py --help lists all"
+    close = [f"{key}={given}" for key in _nearest(name.replace("-", "_"), [*keys(), *groups()])[:3]]
+    known = f"give {' or '.join(close)}" if close else "train.py --help lists all"
     return f"{option} is no option; settings are given as KEY=VALUE: {known}"
 
 
@@ -168,14 +161,13 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     try:
         return [OverridesParser.create().parse_override(given := item) for item in overrides]
     except (HydraException, ValueError, RecursionError) as error:  # the latter for endless numbers and lists
-        raise ConfigError(
-            f"{given[:_SHOWN]!r} cannot be read ({str(error).splitlines()[0]}); "
-            "overrides look like fusion=upper or trainer.epochs=10, text with special characters like \"key='a,b'\""
-        ) from error
+        reason = f"{given[:_SHOWN]!r} cannot be read ({str(error).splitlines()[0]})"
+        raise ConfigError(f"{reason}; overrides look like fusion=upper or \"key='a,b'\"") from error
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def explained() -> Iterator[None]:
+    """Turn errors of Hydra and OmegaConf in a `with` block into ConfigError."""
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
@@ -189,47 +181,25 @@ def _check_names(overrides: Sequence[Override], own: Path | None) -> None:
     for item in overrides:
         key, allowed = item.key_or_group, choices.get(item.key_or_group)
         if allowed is not None:
-            if not item.is_delete() and (value := item.value()) not in allowed:
-                near = near_miss(str(value), allowed)
-                raise ConfigError(f"unknown {key} {value!r}{near}; allowed: {', '.join(allowed)}")
+            if not item.is_delete():
+                check_choice(key, str(item.value()), allowed)
         elif re.match("hydra[./]", key):
             if not key.startswith(_OF_HYDRA):
                 raise ConfigError(f"{key} is not taken; allowed of Hydra's: {LAUNCHER}, {', '.join(_OF_HYDRA)}")
         elif key not in known and key not in sections:
-            names = [*known, *choices]
-            same = " or ".join(map(repr, _ending(key, names)))
-            near = f", did you mean {same}?" if same else near_miss(key, names)
+            close = " or ".join(map(repr, _nearest(key, [*known, *choices])))
+            near = f", did you mean {close}?" if close else ""
             raise ConfigError(f"unknown key {key!r}{near}; `python train.py --help` lists all")
 
 
-_HELP = """\
-Train a Vision Mamba with cross-layer token fusion.
-
-Usage
-  python train.py [GROUP=CHOICE ...] [KEY=VALUE ...]     one run
-  python train.py -m fusion=none,upper seed=0,1,2        a run for each combination; again: the runs that are left
-  python train.py --cfg job [...]                        print the configuration and end
-  Groups and keys are below; several values of one need -m. model.KEY=null keeps the value of the model.
-  Your own choices: a file in DIR/GROUP/ with --config-dir DIR.
-
-Examples
-  python train.py model=vim_s fusion=upper
-  python train.py model=vim_micro recipe=light fusion=all fusion.budget=0.5 data.root=/data/cifar100
-  python train.py experiment=demo
-  python train.py -m experiment=paper_table hydra/launcher=slurm
-  python train.py run_dir=runs/mine                      again: continues where it stopped
-  famba status runs                                      the progress of runs
-
-Data ahead of time, for machines without network: famba download cifar100
-"""
-
 # The files that explain the keys of a group, if not its _base.
-_EXPLAINED = {"recipe": ["_base", "paper"], "logger": ["none"], LAUNCHER: ["slurm"]}
+_EXPLAINED = {"recipe": ["_base", "paper"], "logger": ["none"], LAUNCHER: ["local", "slurm"]}
 
 
 def help_text(own: Path | None = None) -> str:
     """Return the text of --help: every group, choice and key with their comments; own: a folder with more choices."""
-    sections, main = [_HELP.rstrip()], (config_dir() / "config.yaml").read_text()
+    main = (config_dir() / "config.yaml").read_text()
+    sections = [Path(__file__).with_name("help.txt").read_text().rstrip()]
     for group, choices in groups(own).items():
         default = re.search(rf"- (?:override )?{group}: (?!null)(\S+)", main)
         lines = [group + (f" (default: {default[1]})" if default else "")]
@@ -239,10 +209,8 @@ def help_text(own: Path | None = None) -> str:
             comments = re.findall(r"^# *([^@\s].*)", text, re.MULTILINE)  # directives of Hydra begin with @
             lines.append(f"  {group}={choice:15} {next(iter(comments), '')}")
         for name in _EXPLAINED.get(group, ["_base"]):
-            file, prefix = (
-                config_dir() / group / f"{name}.yaml",
-                "" if name == "paper" else f"{group}.".replace("/", "."),
-            )
+            file = config_dir() / group / f"{name}.yaml"
+            prefix = "" if name == "paper" else f"{group}.".replace("/", ".")
             lines += ["  keys", *_keys(file, prefix)] if file.is_file() else []
         sections.append("\n".join(lines))
     return "\n\n".join([*sections, "\n".join(["Other keys", *_keys(config_dir() / "config.yaml", "")])]) + "\n"

@@ -211,32 +211,34 @@ def keys(cls: type = RunConfig, prefix: str = "") -> tuple[str, ...]:
     return tuple(names)
 
 
-def explain(error: ValidationError, known: Sequence[str], prefix: str = "") -> list[str]:
-    """Return a line for each key at fault; known: all keys; prefix: stands before the names that `error` has."""
-    found: dict[str, list[str]] = {}
-    for problem in error.errors():
-        key, fault = prefix + ".".join(map(str, problem["loc"])), problem.get("ctx", {}).get("error")
-        # Behind the key stands the member of a union, or the place in a list.
-        named = next((k for k in sorted(known, key=len, reverse=True) if f"{key}.".startswith(f"{k}.")), key)
-        shown, reason = without_credentials(repr(problem["input"]))[:_SHOWN], problem["msg"]
-        if isinstance(fault, ConfigError):  # `Fusion` checks itself
-            start, reason = f"{key}.", str(fault)
-            start += "" if reason.startswith(f"{fault.argument} ") else f"{fault.argument}: "
-        elif problem["type"] == "unexpected_keyword_argument":
-            start, reason = f"unknown key {key!r}{near_miss(key, known)}", ""
-        elif problem["type"] == "missing":
-            start, reason = f"{named} is missing", ""
-        else:
-            reason = reason.removeprefix("Value error, ").replace("tuple", "list")
-            start, reason = f"{named} is {shown}: ", f"{reason[:1].lower()}{reason[1:]}"
-        found.setdefault(start, []).append(reason)
-    same = " or input should be "  # from the members of a union
-    return sorted(start + " or ".join(dict.fromkeys(said)).replace(same, " or ") for start, said in found.items())
-
-
 def checked(kind: Any, values: Mapping[str, Any], known: Sequence[str], prefix: str = "") -> Any:
-    """Build a dataclass from plain values. Raises ConfigError with every key at fault."""
+    """Build a dataclass from plain values. Raises ConfigError with every key at fault.
+
+    known: all keys; prefix: stands before the names of `kind`'s fields.
+    """
     try:
         return _adapter(kind).validate_json(json.dumps(values))  # strict validation builds them from JSON alone
     except ValidationError as error:
-        raise ConfigError("\n".join(explain(error, known, prefix))) from None
+        found: dict[str, list[str]] = {}
+        for problem in error.errors():
+            start, reason = _explain(problem, known, prefix)
+            found.setdefault(start, []).append(reason)
+    same = " or input should be "  # from the members of a union
+    lines = [start + " or ".join(dict.fromkeys(reasons)).replace(same, " or ") for start, reasons in found.items()]
+    raise ConfigError("\n".join(sorted(lines)))
+
+
+def _explain(problem: Any, known: Sequence[str], prefix: str) -> tuple[str, str]:
+    """Return the start of a line for one of pydantic's errors, the same for all of a key, and its reason."""
+    key, fault = prefix + ".".join(map(str, problem["loc"])), problem.get("ctx", {}).get("error")
+    # Behind the key stands the member of a union, or the place in a list.
+    named = next((k for k in sorted(known, key=len, reverse=True) if f"{key}.".startswith(f"{k}.")), key)
+    if isinstance(fault, ConfigError):  # `Fusion` checks itself
+        reason = str(fault)
+        return f"{key}." + ("" if reason.startswith(f"{fault.argument} ") else f"{fault.argument}: "), reason
+    if problem["type"] == "unexpected_keyword_argument":
+        return f"unknown key {key!r}{near_miss(key, known)}", ""
+    if problem["type"] == "missing":
+        return f"{named} is missing", ""
+    reason = problem["msg"].removeprefix("Value error, ").replace("tuple", "list")
+    return f"{named} is {without_credentials(repr(problem['input']))[:_SHOWN]}: ", reason[:1].lower() + reason[1:]

@@ -21,18 +21,12 @@ _MIB = 2**20
 
 def choose_device(name: str) -> torch.device:
     """Return the device of this name; "auto" is the first of CUDA, MPS and CPU that is here."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    present = ["cpu"] + ["mps"] * torch.backends.mps.is_available()
+    present = ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
     if torch.cuda.is_available():
-        present += ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
-    if name not in present:
-        raise ConfigError(
-            f"trainer.device {name!r} is unknown or not on this machine; usable here: {', '.join(present)}"
-        )
-    return torch.device(name)
+        present = ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count())), *present]
+    if name not in ("auto", *present):
+        raise ConfigError(f"trainer.device {name!r} is not on this machine; allowed here: auto, {', '.join(present)}")
+    return torch.device(present[0] if name == "auto" else name)
 
 
 def make_current(device: torch.device) -> None:
@@ -46,12 +40,8 @@ def has_bf16(device: torch.device) -> bool:
     """Return whether the device computes in bfloat16 natively."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and _cpu_has_bf16()
-
-
-def _cpu_has_bf16() -> bool:
     questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # which some releases of torch lack
-    return any(getattr(torch.cpu, question, lambda: False)() for question in questions)
+    return device.type == "cpu" and any(getattr(torch.cpu, question, lambda: False)() for question in questions)
 
 
 def choose_precision(precision: str, device: torch.device) -> torch.dtype | None:
@@ -59,11 +49,7 @@ def choose_precision(precision: str, device: torch.device) -> torch.dtype | None
     if precision == "auto":
         return torch.bfloat16 if has_bf16(device) else None
     if (precision == "bf16" and not has_bf16(device)) or (precision == "fp16" and device.type == "mps"):
-        kind = "bfloat16" if precision == "bf16" else "float16"
-        raise ConfigError(
-            f"trainer.precision={precision}, but this {device.type} device has no {kind} instructions; "
-            "use trainer.precision=fp32 or auto"
-        )
+        raise ConfigError(f"this {device.type} device has no trainer.precision={precision}; use fp32 or auto")
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
@@ -106,18 +92,16 @@ def synchronize(device: torch.device) -> None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory ran out, on a GPU or a CPU."""
-    words = ("can't allocate memory", "out of memory")
-    told = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
-    return told or isinstance(error, torch.OutOfMemoryError | MemoryError)
+    told = re.search("can't allocate memory|out of memory", str(error), re.IGNORECASE) is not None
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (isinstance(error, RuntimeError) and told)
 
 
 def memory_error(error: BaseException, batch: int, accumulation: int) -> TrainingError:
     """Return an error that says which settings need less memory."""
-    reason = str(error).splitlines()[0] if str(error) else repr(error)
+    reason = (str(error) or repr(error)).splitlines()[0]
     return TrainingError(
-        f"out of memory with {batch} images at once ({reason}). Less memory: trainer.accumulation={2 * accumulation} "
-        "(the same step in smaller parts), trainer.grad_checkpointing=true, trainer.precision=bf16, data.image_size, a "
-        "larger fusion.budget, or a smaller model"
+        f"out of memory with {batch} images at once ({reason}). Less memory: trainer.accumulation={2 * accumulation}, "
+        "trainer.grad_checkpointing=true, trainer.precision=bf16, a larger fusion.budget, or a smaller model"
     )
 
 

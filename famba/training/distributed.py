@@ -111,9 +111,8 @@ def start_process(device: torch.device) -> Process:
         store, rank, size = next(dist.rendezvous("env://", timeout=_JOIN_TIMEOUT))
     except (ValueError, RuntimeError) as error:
         why = str(error).splitlines()[0]
-        raise ConfigError(
-            f"the {size} processes cannot meet: {why}; start them by torchrun or srun, or unset WORLD_SIZE"
-        ) from error
+        told = f"the {size} processes cannot meet: {why}; start them by torchrun or srun, or unset WORLD_SIZE"
+        raise ConfigError(told) from error
     on_gpu = device.type == "cuda"
     if on_gpu:  # Slurm may show each process its own GPU alone, as number 0
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())

@@ -128,7 +128,11 @@ class GraphStep(Step):
                 if self.parts == 1:
                     self._finish = self._captured(self._whole)
                 else:
-                    self._keep_gradients()
+                    # Gradients get fixed places.
+                    self._micro_batch()
+                    for parameter in state.model.parameters():
+                        if parameter.grad is not None:
+                            parameter.grad = torch.zeros_like(parameter.grad)
                     self._add = self._captured(self._micro_batch)
                     self._finish = self._captured(self._update)
         finally:
@@ -148,20 +152,12 @@ class GraphStep(Step):
             while cause.__context__ is not None:  # the end of the capture fails after what made it fail
                 cause = cause.__context__
             reason = (str(cause) or repr(cause)).splitlines()[0]
-            raise TrainingError(
-                f"the step cannot be captured as a CUDA graph ({reason}); start again with trainer.cuda_graphs=false"
-            ) from error
+            told = f"the step cannot be captured as a CUDA graph ({reason}); use trainer.cuda_graphs=false"
+            raise TrainingError(told) from error
 
     def _whole(self) -> None:
         self._micro_batch()
         self._update()
-
-    def _keep_gradients(self) -> None:
-        """Give the gradients fixed places."""
-        self._micro_batch()
-        for parameter in self.state.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad = torch.zeros_like(parameter.grad)
 
     def _micro_batch(self) -> None:
         self._loss += self.backward(self._images, self._targets)

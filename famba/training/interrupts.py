@@ -88,9 +88,8 @@ def requeue() -> None:
         subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=True)  # noqa: S603, S607
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip()
-        raise TrainingError(
-            f"the run is saved, but Slurm does not requeue job {job}: {reason}. Submit the same command again"
-        ) from error
+        told = f"the run is saved, but Slurm does not requeue job {job}: {reason}. Submit the same command again"
+        raise TrainingError(told) from error
 
 
 def wait_for_the_end(stop: StopRequest) -> NoReturn:

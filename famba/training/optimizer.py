@@ -35,10 +35,9 @@ def check_optimizer(config: RunConfig, device: torch.device) -> None:
     except Exception as error:  # each optimizer has its own way to fail
         known = [str(name) for name in list_optimizers()]
         near = "" if recipe.optimizer in known else near_miss(recipe.optimizer, known)
-        raise ConfigError(
-            f"recipe.optimizer={recipe.optimizer} does not work with this recipe here{near} "
-            f"({str(error) or type(error).__name__}); use adamw, or change recipe.betas and recipe.eps"
-        ) from error
+        told = f"does not work with this recipe here{near} ({str(error) or type(error).__name__})"
+        told = f"recipe.optimizer={recipe.optimizer} {told}; use adamw, or change recipe.betas and recipe.eps"
+        raise ConfigError(told) from error
 
 
 def has_fused_form(name: str) -> bool:

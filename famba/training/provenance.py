@@ -6,7 +6,6 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime, timezone
 from importlib import metadata
@@ -25,12 +24,16 @@ _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "hydra-core", "t
 
 def provenance(device: torch.device, seed: int, world_size: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """Return versions, machine, commit, seed and backend of this run; no names of users or hosts."""
+    packages: dict[str, str] = {}
+    for name in _PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            packages[name] = metadata.version(name)
     return {
         "started": now(),
         "famba": famba.__version__,
         "git_commit": git_commit(),
         "python": platform.python_version(),
-        "packages": dict(_versions()),
+        "packages": packages,
         "platform": platform.platform(),
         "device": describe_device(device),
         "processes": world_size,
@@ -39,12 +42,6 @@ def provenance(device: torch.device, seed: int, world_size: int, dtype: torch.dt
         "seed": seed,
         "arguments": [without_credentials(item) for item in sys.argv[1:]],
     }
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for name in _PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            yield name, metadata.version(name)
 
 
 def git_commit() -> str | None:

@@ -22,8 +22,6 @@ from famba.training.graph import obstacle
 from famba.training.optimizer import check_optimizer
 from famba.training.weights import check_initial
 
-__all__ = ["Setup", "build_model", "prepare"]
-
 
 @dataclass(frozen=True)
 class Setup:
@@ -107,27 +105,21 @@ def _check_data(config: RunConfig) -> None:
     images = wanted.subset or data.training_images_of(wanted.name)
     left = None if images is None else images - data.held_out(images, wanted.val_fraction)
     if left is not None and config.trainer.batch_size > left:
-        raise ConfigError(
-            f"trainer.batch_size={config.trainer.batch_size} does not fit into the {left} training images that "
-            f"{wanted.name}, data.subset and data.val_fraction leave; choose {left} or fewer"
-        )
+        told = f"does not fit into the {left} training images that data.subset and data.val_fraction leave"
+        raise ConfigError(f"trainer.batch_size={config.trainer.batch_size} {told}; choose {left} or fewer")
 
 
 def check_batch(config: RunConfig, processes: int) -> None:
     """Raise ConfigError if a step cannot be dealt out to `processes` and micro-batches."""
-    trainer = config.trainer
-    parts = processes * trainer.accumulation
-    if trainer.batch_size % parts:
-        near = max(parts, round(trainer.batch_size / parts) * parts)
-        raise ConfigError(
-            f"trainer.batch_size={trainer.batch_size} is not divisible by {processes} processes x "
-            f"trainer.accumulation={trainer.accumulation}; {near} is"
-        )
-    if (config.recipe.mixup > 0 or config.recipe.cutmix > 0) and trainer.batch_size // parts % 2:
-        raise ConfigError(
-            f"mixup and cutmix pair the images of a micro-batch, but {trainer.batch_size // parts} is odd; "
-            "choose an even trainer.batch_size, or recipe.mixup=0 recipe.cutmix=0"
-        )
+    batch, accumulation = config.trainer.batch_size, config.trainer.accumulation
+    parts = processes * accumulation
+    if batch % parts:
+        near = max(parts, round(batch / parts) * parts)
+        told = f"is not divisible by {processes} processes x trainer.accumulation={accumulation}"
+        raise ConfigError(f"trainer.batch_size={batch} {told}; {near} is")
+    if (config.recipe.mixup > 0 or config.recipe.cutmix > 0) and batch // parts % 2:
+        told = f"mixup and cutmix pair the images of a micro-batch, but {batch // parts} is odd"
+        raise ConfigError(f"{told}; choose an even trainer.batch_size, or recipe.mixup=0 recipe.cutmix=0")
 
 
 def _check_schedules(config: RunConfig) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -12,7 +10,6 @@ from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 SUMMARY = "summary.json"
 FORMAT = 1
-_CONFIG = "config."
 
 # NaN and infinity stand for a number that is not known, as in the loss of a run that diverged.
 Number = Annotated[float | None, AfterValidator(lambda value: value if value is None or math.isfinite(value) else None)]
@@ -80,9 +77,8 @@ class Summary:
         except ValidationError as error:
             first = error.errors()[0]
             name, given = ".".join(map(str, first["loc"])), repr(first["input"])[:100]
-            raise ValueError(
-                f"{name} is {given}: {first['msg']}" if name else f"it is no summary: {first['msg']}"
-            ) from None
+            start = f"{name} is {given}" if name else "it is no summary"
+            raise ValueError(f"{start}: {first['msg']}") from None
         if found.format > FORMAT:
             raise ValueError(f"its format is {found.format}, this version of Famba reads up to {FORMAT}; update Famba")
         return found
@@ -93,44 +89,3 @@ class Summary:
 
 
 _ADAPTER = TypeAdapter(Summary)
-
-
-def to_row(summary: Summary, config: Mapping[str, Any]) -> dict[str, str]:
-    """Return a run as one flat row of text, for CSV files: its summary and, behind "config.", its settings."""
-    from famba.training.config import flatten, with_added_keys  # imports torch, which reading a summary does without
-
-    known = {name: value for name, value in summary.values().items() if value is not None}
-    settings = flatten(with_added_keys(config), _CONFIG)
-    return {name: _to_cell(value) for name, value in [*flatten(known).items(), *settings.items()]}
-
-
-def from_row(row: Mapping[str, str]) -> tuple[Summary, dict[str, Any]]:
-    """Return the summary and the configuration that `to_row` made a row of. Raises ValueError if it is none."""
-    from famba.training.config import with_added_keys
-
-    values: dict[str, Any] = {}
-    for name, cell in row.items():
-        if cell == "":
-            continue
-        *groups, last = name.split(".")
-        place = values
-        for group in groups:
-            place = place.setdefault(group, {})
-            if not isinstance(place, dict):
-                raise ValueError(f"column {name} contradicts column {group}")
-        place[last] = from_cell(cell)
-    config = values.pop(_CONFIG.removesuffix("."), {})
-    return Summary.parse(json.dumps(values)), with_added_keys(config)
-
-
-def from_cell(cell: str) -> Any:
-    """Return the value that a cell of a row stands for."""
-    try:
-        return json.loads(cell)
-    except ValueError:
-        return cell
-
-
-def _to_cell(value: Any) -> str:
-    is_plain = isinstance(value, str) and value != "" and from_cell(value) is value
-    return value if is_plain else json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Launch the runs of a command line with -m, in this process or as jobs of Slurm.
+"""Launch the runs of a command line with -m, in this process, in several here, or as jobs of Slurm.
 
 The fields of a launcher are its settings; configs/hydra/launcher holds their defaults and explains them.
 """
@@ -8,27 +8,33 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
+import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
+from subprocess import DEVNULL, STDOUT, Popen
 from typing import Annotated, Any, NamedTuple
 
+import torch
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from famba.errors import ConfigError, FambaError, TrainingError
 from famba.files import write_whole
 from famba.training.checkpoint import changes_weights
-from famba.training.compose import Command, parse_overrides, run_config, swept_by_config
-from famba.training.config import STRICT, Count, Positive, RunConfig, Text, checked, parse, plain
+from famba.training.compose import Command, explained, parse_overrides, quoted, run_config, swept_by_config
+from famba.training.config import STRICT, Count, Positive, RunConfig, Text, checked, keys, parse, plain
+from famba.training.interrupts import Interrupted, StopRequest
 from famba.training.records import SWEEP, queue, recorded, remembered
 from famba.training.run_folder import RunFolder, finished
 
@@ -37,8 +43,9 @@ NotNegative = Annotated[int, Field(ge=0, le=10**9)]
 _PLAIN = "A-Za-z0-9_.,=+@:\\[\\]-"  # characters of a folder's name
 _LONGEST = 200  # bytes of a name; file systems allow 255
 _SUBMITITS = ("name", "timeout_min", "nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "mem_gb")
-
-# Names
+_OUTPUT = "output.log"
+_SHOWN = 500  # characters of an error
+_LOOK_S = 0.1
 
 
 def folder_name(overrides: Iterable[str], excluded: Iterable[str] = ()) -> str:
@@ -58,9 +65,6 @@ def _key(override: str) -> str:
     return override.split("=", 1)[0].lstrip("+~").split("@", 1)[0]
 
 
-# Runs
-
-
 class Run(NamedTuple):
     """One run of a sweep."""
 
@@ -71,68 +75,118 @@ class Run(NamedTuple):
 
 
 class Sweep:
-    """The runs that a command line asks for, composed and not yet checked; `left` are those that are not finished."""
+    """The runs that a command line asks for, composed and not yet checked."""
 
     def __init__(self, command: Command) -> None:
         shared, given = command.shared(), parse_overrides(command.overrides)
         swept = {item.key_or_group for item in given if item.is_sweep_override()} | swept_by_config(shared).keys()
         fixed = [item for item in given if item.key_or_group not in swept and not item.key_or_group.startswith("hydra")]
-        keys = {item.key_or_group for item in fixed}
+        given_once = {item.key_or_group for item in fixed}
         experiment = next((str(item.value()) for item in fixed if item.key_or_group == "experiment"), "sweep")
         # Without the values of swept keys a sweep can grow in its folder; settings such as data.root change no weights.
         kept = sorted(str(item.input_line) for item in fixed if changes_weights(item.key_or_group))
         name = f"{experiment}-{_short_hash(json.dumps([kept, sorted(swept)]))}"
-        self.folder = Path(str(shared.run_dir)) if "run_dir" in keys else Path("runs", name)
-        self.launcher = choose(shared.hydra.get("launcher"))
+        self.folder = Path(str(shared.run_dir)) if "run_dir" in given_once else Path("runs", name)
+        self.launcher, self.config_dir = choose(shared.hydra.get("launcher")), command.config_dir
         self.runs: dict[str, Run] = {}
         for job in command.jobs():
             overrides = [line for line in job if not _key(line).startswith("hydra")]
-            folder = self.folder / folder_name(overrides, keys)
+            folder = self.folder / folder_name(overrides, given_once)
             config = replace(run_config(command.compose(job)), run_dir=str(folder.absolute()))
             self.runs[folder.name] = Run(folder.name, folder, overrides, config)
-        self.left: list[Run] = []
 
     def launch(self, train: Train) -> None:
         """Do the runs that are not finished. Raises FambaError if a folder holds another run, or a run failed."""
-        self.left = [r for r in self.runs.values() if not finished(RunFolder(r.folder, writes=False), r.config)]
+        left = [r for r in self.runs.values() if not finished(RunFolder(r.folder, writes=False), r.config)]
         known = {run["folder"]: run for run in recorded(self.folder)}
         known |= {run.name: {"folder": run.name, "overrides": run.overrides} for run in self.runs.values()}
         _write(self.folder / SWEEP, {"runs": list(known.values())})
-        done = len(self.runs) - len(self.left)
+        done = len(self.runs) - len(left)
         print(f"sweep of {len(self.runs)} run(s) in {self.folder}, {done} finished already", flush=True)
-        if errors := self.launcher.launch(self, train) if self.left else []:
+        if errors := self.launcher.launch(self, left, train) if left else []:
             listed = "\n  ".join([f"{len(errors)} of {len(self.runs)} runs failed:", *errors])
             raise TrainingError(f"{listed}\nThe same command runs these again, and no others")
 
 
-# Launchers
-
-
 @dataclass(frozen=True, config=STRICT)
 class Local:
-    """One run after the other in this process."""
+    """Runs on this machine: one after the other in this process, or several at once in processes with a GPU each."""
+
+    jobs: Count | None
 
     def check(self, config: RunConfig) -> tuple[RunConfig, int | None]:
         """Return a configuration without what cannot be checked here, and the processes of a run, None for its own."""
         return config, None
 
-    def launch(self, sweep: Sweep, train: Train) -> list[str]:
-        """Do the runs of a sweep that are left, and return the errors of those that failed."""
-        errors = []
-        for run in sweep.left:
-            print(f"{run.name}: started", flush=True)
-            try:
-                train(run.config)
-            except Exception as error:
-                if not isinstance(error, FambaError):
-                    traceback.print_exception(error)
-                print(f"{run.name}: failed, {error}", flush=True)
-                errors.append(f"{run.name}: {error}")
-        return errors
+    def places(self) -> list[str | None]:
+        """Return CUDA_VISIBLE_DEVICES for each run that goes on at once, None to leave it as it is."""
+        count = torch.cuda.device_count()
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+        return [*gpus.split(",")[: self.jobs]] if count else [None] * (self.jobs or 1)
+
+    def launch(self, sweep: Sweep, runs: list[Run], train: Train) -> list[str]:
+        """Do these runs of a sweep, and return the errors of those that failed."""
+        places = self.places()[: len(runs)]
+        return _in_turn(runs, train) if len(places) == 1 else _at_once(runs, sweep.config_dir, places)
+
+
+def _in_turn(runs: list[Run], train: Train) -> list[str]:
+    errors = []
+    for run in runs:
+        print(f"{run.name}: started", flush=True)
+        try:
+            train(run.config)
+        except Exception as error:
+            if not isinstance(error, FambaError):
+                traceback.print_exception(error)
+            print(f"{run.name}: failed, {error}", flush=True)
+            errors.append(f"{run.name}: {error}")
+    return errors
+
+
+def _at_once(runs: list[Run], config_dir: Path | None, places: list[str | None]) -> list[str]:
+    # A run must not put the job of the whole sweep back into Slurm's queue.
+    shared = {key: value for key, value in os.environ.items() if key != "SLURM_JOB_ID"}
+    shared.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // len(places))))
+
+    def do(run: Run) -> str | None:
+        """Do a run in a process of its own, and return its error."""
+        if stop.number:
+            return None
+        gpu, log = places.pop(), run.folder / _OUTPUT
+        environment = shared if gpu is None else {**shared, "CUDA_VISIBLE_DEVICES": gpu}
+        # In a session of its own it does not get the terminal's Ctrl-C, too.
+        own: dict[str, Any] = {"env": environment, "stdin": DEVNULL, "stderr": STDOUT, "start_new_session": True}
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with open(log, "w") as output:
+            process = Popen(command_of(run, config_dir), stdout=output, **own)  # noqa: S603
+        print(f"{run.name}: started, output in {log}", flush=True)
+        while process.poll() is None:
+            time.sleep(_LOOK_S)
+            if stop.number > 0:  # it saves itself
+                process.terminate()
+                process.wait()
+        places.append(gpu)
+        error = f"{run.name}: {log.read_text(errors='replace').rsplit('error: ', 1)[-1].strip()[-_SHOWN:]} ({log})"
+        print(error if process.returncode else f"{run.name}: finished", flush=True)
+        return error if process.returncode else None
+
+    with StopRequest() as stop, ThreadPoolExecutor(len(places)) as pool:
+        errors = [error for error in pool.map(do, runs) if error is not None]
+    if stop.number:
+        raise Interrupted("stopped and saved; the same command continues the runs", stop.number)
+    return errors
+
+
+def command_of(run: Run, config_dir: Path | None) -> list[str]:
+    """Return the command that does a run by itself."""
+    own = [] if config_dir is None else ["--config-dir", str(config_dir)]
+    overrides = [line for line in run.overrides if _key(line) != "run_dir"]
+    return [sys.executable, "-m", "famba", "train", *own, *overrides, f"run_dir={quoted(run.config.run_dir)}"]
 
 
 @dataclass(frozen=True, config=STRICT)
-class Slurm(Local):
+class Slurm:
     """Each run a job of a Slurm cluster, all in one array.
 
     submitit writes the batch script and starts the processes. The end of a job shows in squeue and in its run's folder:
@@ -162,27 +216,25 @@ class Slurm(Local):
     def check(self, config: RunConfig) -> tuple[RunConfig, int | None]:
         if find_spec("submitit") is None:
             raise ConfigError("hydra/launcher=slurm needs submitit; pip install 'famba[slurm]'")
-        if absent := [name for name in ("sbatch", "srun", "squeue") if which(name) is None]:
-            raise ConfigError(
-                f"hydra/launcher=slurm needs Slurm's commands, {', '.join(absent)} not found; start it on a login node "
-                "of the cluster, outside of containers, or use hydra/launcher=local"
-            )
+        if absent := ", ".join(name for name in ("sbatch", "srun", "squeue") if which(name) is None):
+            told = f"hydra/launcher=slurm needs Slurm's commands, {absent} not found"
+            raise ConfigError(f"{told}; start it on a login node, outside of containers, or use hydra/launcher=local")
         # A login node has neither the GPU nor its precisions and kernels.
         trainer = replace(config.trainer, device="cpu", precision="fp32", cuda_graphs="auto")
         config = replace(config, trainer=trainer, ops=replace(config.ops, backend="auto"))
         return config, self.nodes * self.tasks_per_node
 
-    def launch(self, sweep: Sweep, train: Train) -> list[str]:
-        """Submit the runs that are left and not yet in the queue; their failures show in their folders."""
+    def launch(self, sweep: Sweep, runs: list[Run], train: Train) -> list[str]:
+        """Submit the runs that are not yet in the queue; their failures show in their folders."""
         folder = (sweep.folder / "slurm").absolute()
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
             known, queued = remembered(folder), queue()
-            jobs = {run.name: known[run.name] for run in sweep.left if known.get(run.name) in queued}
-            if new := [run for run in sweep.left if run.name not in jobs]:
+            jobs = {run.name: known[run.name] for run in runs if known.get(run.name) in queued}
+            if new := [run for run in runs if run.name not in jobs]:
                 jobs |= self.submit(new, folder, train)
                 _write(folder / "jobs.json", {**known, **jobs})
-        print(f"{len(sweep.left)} job(s) in Slurm; `famba status {sweep.folder}` shows them", flush=True)
+        print(f"{len(runs)} job(s) in Slurm; `famba status {sweep.folder}` shows them", flush=True)
         return []
 
     def submit(self, runs: list[Run], folder: Path, train: Train) -> dict[str, str]:
@@ -211,20 +263,16 @@ class Slurm(Local):
         return {run.name: job.job_id for run, job in zip(runs, jobs, strict=True)}
 
 
-def choose(settings: DictConfig | None) -> Local:
+def choose(settings: DictConfig | None) -> Local | Slurm:
     """Return the launcher of hydra.launcher. Raises ConfigError for one that is not famba's, and for wrong settings."""
-    try:
+    with explained():
         given: Any = OmegaConf.to_container(settings, resolve=True) if settings is not None else {}
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"hydra.launcher: {str(error).splitlines()[0]}") from error
     target = given.pop("_target_", None)
     kind = {f"famba.training.sweeps.{kind.__name__}": kind for kind in (Local, Slurm)}.get(target)
     if kind is None:
-        raise ConfigError(
-            f"hydra.launcher._target_={target!r} does not use run folders; allowed: local, slurm, and "
-            "files of your own that begin with one of them (defaults: [slurm, _self_])"
-        )
-    return checked(kind, given, [f"hydra.launcher.{field.name}" for field in fields(kind)], "hydra.launcher.")
+        told = "allowed: local, slurm, and files of your own that begin with one of them (defaults: [slurm, _self_])"
+        raise ConfigError(f"hydra.launcher._target_={target!r} does not use run folders; {told}")
+    return checked(kind, given, keys(kind, "hydra.launcher."), "hydra.launcher.")
 
 
 def _write(path: Path, content: Any) -> None:
