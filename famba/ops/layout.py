@@ -18,6 +18,12 @@ def even_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x if even else x.clone(memory_format=torch.contiguous_format)
 
 
+def common_dtype(*activations: Tensor | None) -> torch.dtype:
+    """Return the dtype of all of these, or float32 where they differ: nothing is rounded to the coarsest."""
+    dtypes = {x.dtype for x in activations if x is not None}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
 def parameter(x: Tensor) -> Tensor:
     """Return what is no activation as kernels read it: float32 and contiguous."""
     return x.to(torch.float32).contiguous()

@@ -57,12 +57,13 @@ def selective_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
 def selective_scan_backward(dy: Tensor, inputs: ScanInputs, state: Tensor) -> ScanGradients:
     """Return the gradients; `state` is the forward's empty tensor."""
     scan = _Scan(inputs)
-    # Those of activations are written in their own dtypes, those of parameters added up and then cast.
     grads = _ScanBackward(scan)
     for rows in scan.row_tiles():
-        entering = _entering_states(scan, rows)
         carry = scan.initial_state(rows)
-        for steps, start in reversed(list(zip(scan.chunks(), entering, strict=True))):
+        entering = [carry]
+        for steps in scan.chunks()[:-1]:
+            entering.append(scan.run(scan.load(rows, steps), entering[-1])[0][-1].clone())
+        for steps, start in reversed(list(zip(scan.chunks(), entering, strict=False))):
             chunk = scan.load(rows, steps)
             out = dy[rows, steps].transpose(0, 1).to(scan.dtype)
             carry = grads.add(rows, steps, chunk, out.flip(0) if inputs.reverse else out, start, carry)
@@ -237,14 +238,12 @@ class _Scan:
         self._rows = max(1, min(inputs.u.shape[0], _STEP_ELEMENTS // step))
         self._steps = max(1, min(inputs.u.shape[1], _CHUNK_ELEMENTS // (step * self._rows)))
 
-    def row_tiles(self) -> Iterator[slice]:
-        for start in range(0, self.inputs.u.shape[0], self._rows):
-            yield slice(start, min(start + self._rows, self.inputs.u.shape[0]))
+    def row_tiles(self) -> list[slice]:
+        return _pieces(self.inputs.u.shape[0], self._rows)
 
     def chunks(self) -> list[slice]:
         """Return the chunks of time steps in the order in which the scan meets them."""
-        length = self.inputs.u.shape[1]
-        chunks = [slice(i, min(i + self._steps, length)) for i in range(0, length, self._steps)]
+        chunks = _pieces(self.inputs.u.shape[1], self._steps)
         return chunks[::-1] if self.inputs.reverse else chunks
 
     def initial_state(self, rows: slice) -> Tensor:
@@ -298,16 +297,8 @@ class _Scan:
         return out if self.D is None else out + self.D * chunk.u
 
 
-def _entering_states(scan: _Scan, rows: slice) -> list[Tensor]:
-    """Return the states with which the scan enters each chunk."""
-    entering = [scan.initial_state(rows)]
-    for steps in scan.chunks()[:-1]:
-        entering.append(scan.run(scan.load(rows, steps), entering[-1])[0][-1].clone())
-    return entering[: len(scan.chunks())]
-
-
 class _ScanBackward:
-    """Gather the gradients of a scan chunk by chunk; A's is (n, d)."""
+    """Gather the gradients of a scan chunk by chunk; those of parameters are added up and then cast. A's is (n, d)."""
 
     def __init__(self, scan: _Scan) -> None:
         self._scan = scan
@@ -358,12 +349,12 @@ class _ScanBackward:
     def results(self) -> ScanGradients:
         """Return all in their inputs' dtypes."""
         inputs = self._scan.inputs
-        dA = self._A.t().to(inputs.A.dtype).contiguous()
-        dD, dbias = (
-            None if x is None else total.to(x.dtype, copy=True)
-            for x, total in ((inputs.D, self._D), (inputs.delta_bias, self._bias))
-        )
-        return ScanGradients(self._u, self._delta, dA, self._B, self._C, dD, self._z, dbias)
+        dA, D, bias = self._A.t().contiguous(), self._D.clone(), self._bias.clone()
+        return ScanGradients.cast(inputs, self._u, self._delta, dA, self._B, self._C, D, self._z, bias)
+
+
+def _pieces(count: int, most: int) -> list[slice]:
+    return [slice(i, min(i + most, count)) for i in range(0, count, most)]
 
 
 def _like(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from famba.ops.directional import Convolution
 from famba.ops.layout import optional_parameter, parameter
 from famba.ops.triton.launch import Configuration, Grid, kernel
-from famba.ops.triton.sums import column_sums
+from famba.ops.triton.scan_kernels import column_sums
 
 
 def tile_steps(width: int) -> int:
