@@ -21,9 +21,9 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "compile_kernels.py"
 MOST_SHARED = 48 * 1024
 # A thread can have 255; a kernel that is near them spills with the next change.
 MOST_REGISTERS = 224
-KERNELS = set(
-    ["scan_forward", "scan_backward", "state_sums", "parameter_sums", "conv_forward", "conv_backward", "conv_sums", "norm_forward", "norm_backward", "closest_partners", "places", "fuse_forward", "fuse_backward"]
-)
+SCAN = {"scan_forward", "scan_backward", "state_sums", "parameter_sums"}
+OTHERS = {"conv_forward", "conv_backward", "conv_sums", "norm_forward", "norm_backward", "closest_partners", "places"}
+KERNELS = SCAN | OTHERS | {"fuse_forward", "fuse_backward"}
 
 
 def compiled(folder: Path, *options: str) -> list[dict[str, Any]]:

@@ -71,11 +71,6 @@ class Scans:
         z = None if z is None else even_rows(z, dtype)
         return cls(u, delta, B, C, z, stack_parameters([(A, D, bias)]), (reverse,), D is not None, softplus)
 
-    @property
-    def states(self) -> int:
-        """Count the states of a channel."""
-        return self.B.shape[3]
-
     def floats(self, *shape: int) -> Tensor:
         """Return memory in float32."""
         return self.u.new_empty(shape, dtype=torch.float32)
@@ -102,7 +97,7 @@ class Gradients:
         channels = scans.u.shape[3]
         u, delta = torch.empty_like(scans.u), torch.empty_like(scans.u)
         z, y = (torch.empty_like(u) if wanted else None for wanted in (scans.z is not None, with_y))
-        A = [scans.floats(channels, scans.states) for _ in scans.reverses]
+        A = [scans.floats(channels, scans.B.shape[3]) for _ in scans.reverses]
         D, bias = ([scans.floats(channels) for _ in scans.reverses] for _ in range(2))
         return cls(u, delta, z, y, A, D, bias)
 
@@ -238,14 +233,12 @@ class Directional:
         self, dys: Tensor, convolution: Convolution, dx: Tensor
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """Write the gradient of x; return those of weights and biases."""
-        fresh = torch.empty if dx.numel() else torch.zeros
-        dweights, dbiases = (
-            [None if p is None else fresh(p.shape, dtype=torch.float32, device=p.device) for p in parameters]
-            for parameters in (convolution.weights, convolution.biases)
-        )
+        fresh = dx.new_empty if dx.numel() else dx.new_zeros
+        dweights = [fresh(weight.shape, dtype=torch.float32) for weight in convolution.weights]
+        dbiases = [None if bias is None else fresh(bias.shape, dtype=torch.float32) for bias in convolution.biases]
         if dx.numel():
-            self.convolve_backward(dys, convolution, dx, dweights, dbiases)  # type: ignore[arg-type]
-        return dweights, dbiases  # type: ignore[return-value]
+            self.convolve_backward(dys, convolution, dx, dweights, dbiases)
+        return dweights, dbiases
 
     def _scan(self, scans: Scans, measure: bool) -> tuple[Tensor, Tensor | None]:
         """Return the results (k, b, l, d), and the measures (2, k, b, l) where they are asked for."""

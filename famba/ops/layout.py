@@ -7,10 +7,7 @@ from torch import Tensor
 
 
 def even_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return x (b, l, c) in a dtype, its rows contiguous and at equal distances, over images too; itself where it is.
-
-    dtype: x's where it is None.
-    """
+    """Return x (b, l, c) in a dtype, else in its own, with contiguous rows at equal distances, over images too."""
     x = x.to(x.dtype if dtype is None else dtype)
     rows = x.stride(1)
     even = x.stride(2) == 1 and x.stride(0) == x.shape[1] * rows and rows >= x.shape[2]

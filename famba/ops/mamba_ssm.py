@@ -107,10 +107,8 @@ def _check_size(op: str, x: Tensor, package: str) -> None:
 
 
 def _parameter(x: Tensor) -> Tensor:
-    """Return what is no activation as the extensions take it: float32 and contiguous.
-
-    A copy: causal-conv1d wants adjacent numbers even where there is one only, which `contiguous` lets pass.
-    """
+    """Return what is no activation as the extensions take it: float32 and contiguous."""
+    # Always a copy: causal-conv1d wants adjacent numbers even where there is one only, which `contiguous` lets pass.
     return x.to(torch.float32).clone(memory_format=torch.contiguous_format)
 
 
@@ -119,10 +117,8 @@ def _optional(x: Tensor | None) -> Tensor | None:
 
 
 def _turned(x: Tensor, reverse: bool, dtype: torch.dtype) -> Tensor:
-    """Return (b, l, c) as (b, c, l), the last step first where `reverse`.
-
-    Always a copy: the kernels read 16 bytes at once, and a view may begin anywhere.
-    """
+    """Return (b, l, c) as (b, c, l), the last step first where `reverse`."""
+    # Always a copy: the kernels read 16 bytes at once, and a view may begin anywhere.
     x = x.to(dtype).transpose(1, 2)
     return (x.flip(2) if reverse else x).clone(memory_format=torch.contiguous_format)
 

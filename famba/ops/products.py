@@ -96,12 +96,15 @@ class ProductWeights(NamedTuple):
         """Take these gradients apart: new tensors of the weights' shapes and dtypes, in the weights' places."""
         # All are copied at once only where their numbers are adjacent, so those of dt without the zeros first.
         narrow = self.dt[..., : inputs.forward.dt_weight.shape[1]].contiguous()
+
+        def empty(x: Tensor) -> Tensor:
+            return x.new_empty(x.shape)
+
         forward, backward = (
-            side._replace(x_weight=_empty(side.x_weight), dt_weight=_empty(side.dt_weight))
-            for side in inputs.directions
+            side._replace(x_weight=empty(side.x_weight), dt_weight=empty(side.dt_weight)) for side in inputs.directions
         )
-        out = None if inputs.out_weight is None else _empty(inputs.out_weight)
-        found = MixerInputs(inputs.x, _empty(inputs.in_weight), forward, backward, out)
+        out = None if inputs.out_weight is None else empty(inputs.out_weight)
+        found = MixerInputs(inputs.x, empty(inputs.in_weight), forward, backward, out)
         _copy_each((theirs, ours) for ours, theirs in self._pairs(narrow, found))
         return found
 
@@ -139,10 +142,6 @@ def _copy_each(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         kinds[into.dtype, source.dtype].append((into, source))
     for alike in kinds.values():
         torch._foreach_copy_([into for into, _ in alike], [source for _, source in alike])
-
-
-def _empty(like: Tensor) -> Tensor:
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _rounded_up(count: int) -> int:

@@ -150,8 +150,13 @@ def match_tokens(
     """
     batch, length, _ = metric.shape
     in_a, in_b = split_alternately(leading, protected, length, metric.device)
-    source, target = _closest_pairs(metric, in_a, in_b, r)
-
+    unit = F.normalize(metric.to(compute_dtype(metric)), dim=-1)
+    similarity = _take(unit, in_a) @ _take(unit, in_b).transpose(1, 2)
+    closest, partner = similarity.max(dim=2)  # of equal values the first, by torch's definition
+    chosen = closest.argsort(dim=1, descending=True, stable=True)[:, :r]
+    # The tokens of A that fuse, and those of B that they join.
+    source = in_a.expand(batch, -1).gather(1, chosen)
+    target = in_b.expand(batch, -1).gather(1, partner.gather(1, chosen))
     kept = torch.ones(batch, length, dtype=torch.bool, device=metric.device).scatter_(1, source, False)
     if order == "sequence":
         places = kept.cumsum(1) - 1
@@ -182,18 +187,6 @@ def group_shares(places: Tensor, sizes: Tensor | None, length: int, dtype: torch
     sizes = sizes.to(dtype)
     totals = sizes.new_zeros(sizes.shape[0], length).scatter_add(1, places, sizes)
     return sizes / totals.gather(1, places), totals
-
-
-def _closest_pairs(metric: Tensor, in_a: Tensor, in_b: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Return the places (b, r) of the tokens of A that fuse, and of the tokens of B that they join."""
-    batch = metric.shape[0]
-    unit = F.normalize(metric.to(compute_dtype(metric)), dim=-1)
-    similarity = _take(unit, in_a) @ _take(unit, in_b).transpose(1, 2)
-    closest, partner = similarity.max(dim=2)  # of equal values the first, by torch's definition
-    chosen = closest.argsort(dim=1, descending=True, stable=True)[:, :r]
-    source = in_a.expand(batch, -1).gather(1, chosen)
-    target = in_b.expand(batch, -1).gather(1, partner.gather(1, chosen))
-    return source, target
 
 
 def _free_places(leading: int, protected: Tensor | None, length: int, device: torch.device) -> Tensor:
@@ -248,7 +241,7 @@ class _Scan:
 
     def initial_state(self, rows: slice) -> Tensor:
         """Return a state (b, n, d) of zeros."""
-        return torch.zeros(rows.stop - rows.start, *self.A.shape, dtype=self.dtype, device=self.A.device)
+        return self.A.new_zeros(rows.stop - rows.start, *self.A.shape)
 
     def load(self, rows: slice, steps: slice) -> _Chunk:
         def take(x: Tensor) -> Tensor:
@@ -267,8 +260,7 @@ class _Scan:
     def buffer(self, name: str, steps: int, rows: int) -> Tensor:
         """Return memory (steps, rows, n, d) that each chunk uses again: fresh pages cost more than the arithmetic."""
         if name not in self._buffers:
-            size = (self._steps + 1) * self._rows * self.A.numel()
-            self._buffers[name] = torch.empty(size, dtype=self.dtype, device=self.A.device)
+            self._buffers[name] = self.A.new_empty((self._steps + 1) * self._rows * self.A.numel())
         shape = (steps, rows, *self.A.shape)
         return self._buffers[name][: math.prod(shape)].view(shape)
 

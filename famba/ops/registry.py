@@ -80,9 +80,8 @@ class Backend:
             return None
         if device in self.on_request():
             return self.obstacle() or "taken only by name where TRITON_INTERPRET=1 is set; unset it"
-        return self.obstacle() or (
-            None if self.serves_dtype(dtype) else f"serves {self.dtype_names()} alone; cast the tensors"
-        )
+        unserved = None if self.serves_dtype(dtype) else f"serves {self.dtype_names()} alone; cast the tensors"
+        return self.obstacle() or unserved
 
 
 _HALF = (torch.float32, torch.bfloat16, torch.float16)
@@ -110,8 +109,8 @@ class use_backend:  # noqa: N801 - called like a function, and a context manager
     """Choose the backend of all ops in this process: by itself for good, in a `with` block until its end.
 
     name: "cuda", "triton", "mamba_ssm", "native", "reference", or "auto" (the fastest usable one for a tensor's
-    device). A `with` block takes a fresh call. Raises BackendError for an unknown name, or for a backend that cannot
-    be used here, with reason and remedy.
+    device, never mamba_ssm). A `with` block takes a fresh call. Raises BackendError, with reason and remedy, for an
+    unknown name or a backend that cannot be used here.
     """
 
     def __init__(self, name: str) -> None:

@@ -34,7 +34,7 @@ def scan_backward(scans: Scans, dy: Tensor, dB: Tensor, dC: Tensor, grads: Gradi
     """Write gradients, in four launches."""
     _check(scans, dy)
     directions, batch, length, channels = scans.u.shape
-    states, blocks, constants = scans.states, -(-channels // _block(channels)), _constants(scans, dy)
+    states, blocks, constants = scans.B.shape[3], -(-channels // _block(channels)), _constants(scans, dy)
     entering = scans.floats(directions, batch, -(-length // _BACKWARD_TILE), states, channels)
     replay = constants | {"REPLAY": True, "OUTPUT": grads.y is not None, "MEASURE": False}
     _launch("scan_forward", scans, replay, dy=dy, y=grads.y, dz=grads.z, entering=entering)
@@ -69,7 +69,7 @@ def _block(channels: int) -> int:
 
 def _constants(scans: Scans, dy: Tensor | None) -> dict[str, int | float | str]:
     """Return what the kernels have compiled in."""
-    states, channels = scans.states, scans.u.shape[3]
+    states, channels = scans.B.shape[3], scans.u.shape[3]
     chunk, few = 16 if 8 < states <= _MANY_STATES else 8, states <= 16
     threads = _MORE_THREADS if few and dy is None and scans.u.dtype != torch.float32 else _THREADS
     rows = {"BC_ROW": scans.B.stride(2), "Z_ROW": 0 if scans.z is None else scans.z.stride(1)}
@@ -93,7 +93,7 @@ def _launch(kernel: str, scans: Scans, constants: Constants, **written: Tensor |
 
 
 def _check(scans: Scans, *rows: Tensor | None) -> None:
-    states, length = scans.states, scans.u.shape[2]
+    states, length = scans.B.shape[3], scans.u.shape[2]
     if not 1 <= states <= MAX_STATES:
         limits = f"{states} states, backend 'cuda' takes 1 to {MAX_STATES}"
         raise ConfigError(f"selective_scan: {limits}; use backend 'triton' or 'reference'")

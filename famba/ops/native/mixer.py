@@ -42,7 +42,7 @@ def mixer(inputs: MixerInputs, measure: bool) -> tuple[Tensor | None, ...]:
     for reverse, side in enumerate(inputs.directions):
         convolve(u, side.conv_weight, side.conv_bias, True, bool(reverse), inner)
         torch.mm(flatten(inner), weights.x[reverse].t(), out=flatten(projected[reverse]))
-        scan = _scan(inner, delta, z, projected[reverse], weights, inputs, reverse)
+        scan = _scan((inner, delta, z, projected[reverse]), weights, inputs, reverse)
         # The second direction adds to what the first has written.
         steps, outputs = (None, None) if measures is None else measures[:, reverse]
         more = {"accumulate": bool(reverse), "step_means": steps, "output_sums": outputs}
@@ -73,7 +73,7 @@ def mixer_backward(
     for reverse, side in enumerate(inputs.directions):
         convolution = (u, side.conv_weight, side.conv_bias, True, bool(reverse))
         convolve(*convolution, inner)
-        scan = _scan(inner, delta, z, projected[reverse], weights, inputs, reverse)
+        scan = _scan((inner, delta, z, projected[reverse]), weights, inputs, reverse)
         written = {"du": dinner, "ddelta": ddelta, "dB": dB, "dC": dC, "dz": dz, "y": y}
         dA, dD, dbias = run_scan_backward(scan, states[reverse], dy, scale=0.5, accumulate=bool(reverse), **written)
         flat_ddelta, flat = flatten(ddelta), flatten(dprojected)
@@ -89,16 +89,9 @@ def mixer_backward(
     return dx, of_weights.in_weight, *of_weights.with_others(others, inputs), of_weights.out_weight
 
 
-def _scan(
-    inner: Tensor,
-    delta: Tensor,
-    z: Tensor,
-    projected: Tensor,
-    weights: ProductWeights,
-    inputs: MixerInputs,
-    reverse: int,
-) -> ScanInputs:
-    """Return the scan of `inner` in a direction, ready for the kernel; write its step sizes."""
+def _scan(tensors: Sequence[Tensor], weights: ProductWeights, inputs: MixerInputs, reverse: int) -> ScanInputs:
+    """Return the scan of a direction, ready for the kernel; write its step sizes."""
+    inner, delta, z, projected = tensors
     dt, B, C = Columns.of(inputs).split(projected)
     torch.mm(flatten(dt), weights.dt[reverse].t(), out=flatten(delta))
     side = inputs.directions[reverse]
