@@ -50,8 +50,7 @@ def compare(op: Op, oracle: Op, inputs: list[Tensor | None], tolerance: float, f
     """Outputs and gradients of all inputs under a random weighting of the outputs."""
     given_inputs = [None if x is None else x.detach().requires_grad_() for x in inputs]
     exact_inputs = [None if x is None else x.detach().double().clone().requires_grad_() for x in inputs]
-    outs, exact = op(*given_inputs), oracle(*exact_inputs)
-    outs, exact = [(x,) if isinstance(x, Tensor) else x for x in (outs, exact)]
+    outs, exact = ([x] if isinstance(x, Tensor) else x for x in (op(*given_inputs), oracle(*exact_inputs)))
     weights = [torch.randn(x.shape, dtype=torch.float64).to(x) for x in outs]
     for out, wanted in zip(outs, exact, strict=True):
         assert_close(out.detach(), wanted.detach(), tolerance, floor=floor)

@@ -149,7 +149,7 @@ def replace_gpu_backends(monkeypatch: pytest.MonkeyPatch, **obstacles: str | Non
     """Let backends of GPUs be usable, or hindered by what is given."""
     for name, obstacle in obstacles.items():
         known = registry._BACKENDS[name]
-        usable = replace(known, obstacle=lambda obstacle=obstacle: obstacle)
+        usable = replace(known, obstacle=lambda obstacle=obstacle: obstacle, on_request=tuple)
         monkeypatch.setitem(registry._BACKENDS, name, usable)
 
 

@@ -75,17 +75,6 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(
 
 
 @needs_compiler
-@pytest.mark.slow
-def test_several_processes_at_once_keep_one_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(launch.ENVIRONMENT_VARIABLE, str(tmp_path))
-    script = f"from famba.ops.cuda import launch; launch.cubin('sums.cu', {SUMS!r}, 80)"
-    processes = [subprocess.Popen([sys.executable, "-c", script], cwd=ROOT) for _ in range(3)]
-    assert [process.wait() for process in processes] == [0, 0, 0]
-    (file,) = tmp_path.iterdir()
-    assert file.read_bytes() == launch.cubin("sums.cu", SUMS, 80)
-
-
-@needs_compiler
 def test_what_the_compiler_says_is_told() -> None:
     with pytest.raises(BackendError, match=r"(?s)wrong.cu does not compile by NVRTC \(.*expected an expression"):
         nvrtc.compile_source("int x = ;", "wrong.cu", ["--gpu-architecture=sm_80"])

@@ -119,14 +119,6 @@ def test_zeros_and_nans_choose_as_the_reference_does() -> None:
             assert torch.equal(found[0], wanted[0])
 
 
-def test_the_same_bits_twice_and_for_views() -> None:
-    torch.manual_seed(0)
-    metric = torch.randn(2, 40, 2 * 6, device=DEVICE)[..., 6:]
-    first = on_triton({"metric": metric, "r": 15, "protected": 0, "order": "sequence"})
-    second = on_triton({"metric": metric.contiguous(), "r": 15, "protected": 0, "order": "sequence"})
-    assert torch.equal(first.places, second.places)
-
-
 def test_more_tokens_than_it_takes_are_refused_with_a_remedy() -> None:
     with use_backend("triton"), pytest.raises(BackendError, match=r"4097 tokens.* at most 4096; use_backend\('ref"):
         match(torch.zeros(1, 4097, 1, device=DEVICE), 1)
