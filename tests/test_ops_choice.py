@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -40,22 +39,14 @@ def no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the functions called on a further backend, "counted", which is the reference's otherwise."""
     called: list[str] = []
-    module = types.ModuleType("counted_kernels")
 
-    def counting(name: str) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            called.append(name)
-            return getattr(reference, name)(*args)
+    class Counting(types.ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            function = getattr(reference, name)
+            return lambda *args: (called.append(name), function(*args))[1]
 
-        return run
-
-    module.scan_state_shape = reference.scan_state_shape  # type: ignore[attr-defined]
-    module.match_tokens = counting("match_tokens")  # type: ignore[attr-defined]
-    for name in ("selective_scan", "causal_conv1d", "add_rms_norm", "fuse_tokens"):
-        setattr(module, name, counting(name))
-        setattr(module, f"{name}_backward", counting(f"{name}_backward"))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(registry._BACKENDS, "counted", registry.Backend(module.__name__, ("cpu",), lambda: None))
+    monkeypatch.setitem(sys.modules, "counted_kernels", Counting("counted_kernels"))
+    monkeypatch.setitem(registry._BACKENDS, "counted", registry.Backend("counted_kernels", ("cpu",), lambda: None))
     return called
 
 
