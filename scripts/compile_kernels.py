@@ -85,7 +85,7 @@ def _mixer(x: Draw) -> MixerInputs:
 
 def _mixer_backward(x: Draw) -> None:
     inputs = _mixer(x)
-    shapes, _ = ops.mixer_kept_shapes(inputs.sizes)
+    shapes, _ = ops.mixer_kept_shapes(inputs)
     ops.mixer_backward(x(BATCH, LENGTH, D_MODEL), inputs, [x(*shape) for shape in shapes])
 
 

@@ -17,15 +17,14 @@ from extension_stand_ins import forget_caches, use_stand_ins
 from hypothesis import settings
 from torch import Tensor
 
-from famba.ops import add_rms_norm, causal_conv1d, registry, selective_scan, use_backend
+from famba.ops import add_rms_norm, availability, causal_conv1d, registry, selective_scan, use_backend
 from famba.ops.availability import triton_obstacle
-from famba.ops.cuda import obstacle as cuda
 from famba.ops.cuda.launch import Launch
 from famba.ops.native import library
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+Op = Callable[..., Any]
 LAYOUTS = ("contiguous", "transposed", "strided", "expanded")
-EXAMPLES = settings(max_examples=40, deadline=None)
 
 
 def draw(*shape: int, layout: str = "contiguous", dtype: torch.dtype = torch.float64) -> Tensor:
@@ -47,27 +46,18 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, name: str =
     assert error <= tolerance * max(scale, floor), f"{name}: error {error} where the largest value is {scale}"
 
 
-def compare(
-    op: Callable[..., Any],
-    oracle: Callable[..., Any],
-    inputs: list[Tensor | None],
-    tolerance: float,
-    floor: float = 1e-3,
-) -> None:
+def compare(op: Op, oracle: Op, inputs: list[Tensor | None], tolerance: float, floor: float = 1e-3) -> None:
     """Outputs and gradients of all inputs under a random weighting of the outputs."""
     given_inputs = [None if x is None else x.detach().requires_grad_() for x in inputs]
     exact_inputs = [None if x is None else x.detach().double().clone().requires_grad_() for x in inputs]
-    outs, exact = op(*given_inputs), oracle(*exact_inputs)
-    outs, exact = [(x,) if isinstance(x, Tensor) else x for x in (outs, exact)]
+    outs, exact = ([x] if isinstance(x, Tensor) else x for x in (op(*given_inputs), oracle(*exact_inputs)))
     weights = [torch.randn(x.shape, dtype=torch.float64).to(x) for x in outs]
     for out, wanted in zip(outs, exact, strict=True):
         assert_close(out.detach(), wanted.detach(), tolerance, floor=floor)
-    present = [x for x in given_inputs if x is not None]
+    present, present_exact = ([x for x in given if x is not None] for given in (given_inputs, exact_inputs))
     grads = torch.autograd.grad(outs, present, weights)
-    present_exact = [x for x in exact_inputs if x is not None]
-    wanted_grads = torch.autograd.grad(
-        exact, present_exact, [w.double() for w in weights], allow_unused=True, materialize_grads=True
-    )
+    wide = [w.double() for w in weights]
+    wanted_grads = torch.autograd.grad(exact, present_exact, wide, allow_unused=True, materialize_grads=True)
     for number, (x, grad, wanted) in enumerate(zip(present, grads, wanted_grads, strict=True)):
         assert grad.dtype == x.dtype
         assert_close(grad, wanted, tolerance, f"gradient {number}", floor)
@@ -108,15 +98,14 @@ def positive_steps(inputs: list[Tensor | None]) -> list[Tensor | None]:
 
 def cuda_obstacle() -> str | None:
     """Say why the CUDA kernels run neither on a GPU here nor by the emulator."""
-    return cuda.obstacle() if torch.cuda.is_available() else triton_obstacle() or cuda_emulator.obstacle
+    return availability.cuda_obstacle() if torch.cuda.is_available() else triton_obstacle() or cuda_emulator.obstacle
 
 
 needs_kernels = pytest.mark.skipif(library.obstacle() is not None, reason=f"native kernels: {library.obstacle()}")
 
 
-def usable_isas() -> list[str]:
-    """Instruction sets to test; none where the kernels were not built."""
-    return [] if library.obstacle() else library.isas()
+# Instruction sets to test; none where the kernels were not built.
+USABLE_ISAS = [] if library.obstacle() else library.isas()
 
 
 @contextmanager
@@ -175,19 +164,18 @@ class Backend:
         if self.name == "mamba_ssm" and importlib.util.find_spec("triton") is None:
             pytest.skip("mamba-ssm needs Triton, which is for Linux alone")
         if self.installed and not all(importlib.util.find_spec(name) for name in ("mamba_ssm", "causal_conv1d")):
-            pytest.skip(
-                "scripts/install_extension_python.sh installs the Python of mamba-ssm and causal-conv1d for this"
-            )
+            pytest.skip("scripts/install_extension_python.sh installs the Python of both packages for this")
         obstacles = {"native": library.obstacle, "triton": triton_obstacle, "cuda": cuda_obstacle}
         obstacle = obstacles.get(self.name, lambda: None)()
         if obstacle is not None:
             pytest.skip(f"{self.name}: {obstacle}")
 
     @contextmanager
-    def running(self, tile: dict[str, int] | None = None) -> Iterator[Any]:
-        """Let it serve all ops; gives the stand-ins of mamba_ssm."""
+    def running(self, tile: dict[str, int] | None = None) -> Iterator[None]:
+        """Let it serve all ops."""
         with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
-            made = use_stand_ins(patch, self.installed) if self.name == "mamba_ssm" else None
+            if self.name == "mamba_ssm":
+                use_stand_ins(patch, self.installed)
             if self.name == "cuda" and self.device == "cpu":
                 patch.setattr(Launch, "run", cuda_emulator.run)
                 served = replace(registry._BACKENDS["cuda"], devices=("cpu",), obstacle=lambda: None)
@@ -195,18 +183,11 @@ class Backend:
             for name, value in (tile or {}).items():
                 patch.setattr(name, value)
             stack.enter_context(native(self.isa) if self.name == "native" else use_backend(self.name))
-            yield made
+            yield
         if self.name == "mamba_ssm":
             forget_caches()
 
-    def check(
-        self,
-        op: Callable[..., Any],
-        loop: Callable[..., Any],
-        inputs: list[Tensor | None],
-        tile: dict[str, int] | None = None,
-        tolerance: float | None = None,
-    ) -> None:
+    def check(self, op: Op, loop: Op, inputs: list[Tensor | None], tile: Any = None, tolerance: Any = None) -> None:
         """Compare an op with a loop in float64, outputs and all gradients."""
         assert inputs[0] is not None
         # Sums of terms of size 1 that happen to cancel are as exact as their terms.
@@ -236,7 +217,7 @@ NATIVE = [
         tiles=tuple({"famba.ops.native.kernels._CHUNK": chunk} for chunk in (1, 4, 16, 33, 384)),
         isa=isa,
     )
-    for isa in usable_isas()
+    for isa in USABLE_ISAS
 ]
 # Its interpreter takes a while for each state of each tile of steps.
 TRITON = Backend(
@@ -302,7 +283,7 @@ def examples(backend: Backend, share: float = 1.0) -> Any:
     return settings(max_examples=max(1, round(share * backend.examples)), deadline=None)
 
 
-def loop_scan(softplus: bool = True, reverse: bool = False) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def loop_scan(softplus: bool = True, reverse: bool = False) -> tuple[Op, Op]:
     """The op, and the loop that it is compared with."""
     return (
         lambda *x: selective_scan(*x, delta_softplus=softplus, reverse=reverse),
@@ -310,12 +291,12 @@ def loop_scan(softplus: bool = True, reverse: bool = False) -> tuple[Callable[..
     )
 
 
-def loop_conv(silu: bool = True, reverse: bool = False) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def loop_conv(silu: bool = True, reverse: bool = False) -> tuple[Op, Op]:
     return (
         lambda *x: causal_conv1d(*x, activation="silu" if silu else None, reverse=reverse),
         lambda *x: naive.conv(*x, silu=silu, reverse=reverse),
     )
 
 
-def loop_norm(eps: float = 1e-5) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def loop_norm(eps: float = 1e-5) -> tuple[Op, Op]:
     return lambda *x: add_rms_norm(*x, eps), lambda *x: naive.add_rms_norm(*x, eps)

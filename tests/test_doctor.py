@@ -110,7 +110,7 @@ def test_a_backend_that_computes_something_else_fails(capsys: Printed, monkeypat
 
 
 def test_without_kernels_reason_and_remedy_are_shown(capsys: Printed, monkeypatch: Patch, tmp_path: Path) -> None:
-    monkeypatch.setattr(library, "_loaded", None)
+    monkeypatch.setattr(library, "_loaded", library._loaded.__wrapped__)
     monkeypatch.setattr(library, "PATH", tmp_path / "libfamba_kernels.so")
     monkeypatch.setattr(library, "FAILURE", tmp_path / "build_failure.txt")
     library.FAILURE.write_text("the kernels could not be compiled at installation: No such file: 'c++'\n")

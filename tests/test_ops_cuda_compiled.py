@@ -1,4 +1,4 @@
-"""The CUDA kernels compiled by NVRTC, which needs no GPU; how they are kept on disk; and what hinders them."""
+"""The CUDA kernels compiled by NVRTC, which needs no GPU; how they are kept on disk, and what the compiler lacks."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from famba.errors import BackendError, ConfigError
-from famba.ops.cuda import driver, launch, nvrtc, obstacle, scan
+from famba.ops.cuda import launch, nvrtc, scan
 from famba.ops.directional import Scans
 
 ROOT = Path(__file__).parents[1]
@@ -76,17 +75,6 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(
 
 
 @needs_compiler
-@pytest.mark.slow
-def test_several_processes_at_once_keep_one_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(launch.ENVIRONMENT_VARIABLE, str(tmp_path))
-    script = f"from famba.ops.cuda import launch; launch.cubin('sums.cu', {SUMS!r}, 80)"
-    processes = [subprocess.Popen([sys.executable, "-c", script], cwd=ROOT) for _ in range(3)]
-    assert [process.wait() for process in processes] == [0, 0, 0]
-    (file,) = tmp_path.iterdir()
-    assert file.read_bytes() == launch.cubin("sums.cu", SUMS, 80)
-
-
-@needs_compiler
 def test_what_the_compiler_says_is_told() -> None:
     with pytest.raises(BackendError, match=r"(?s)wrong.cu does not compile by NVRTC \(.*expected an expression"):
         nvrtc.compile_source("int x = ;", "wrong.cu", ["--gpu-architecture=sm_80"])
@@ -103,32 +91,6 @@ def test_a_device_takes_what_was_compiled_for_its_elders_of_the_same_generation(
         BackendError, match="NVRTC 12.4 does not compile for compute capability 10.0, only for 7.5, 8.0"
     ):
         nvrtc.architecture((10, 0))
-
-
-def test_each_obstacle_is_told_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> None:
-        raise BackendError("no driver; install it")
-
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "sees no CUDA device; use 'auto', or a Linux" in str(obstacle.obstacle())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert "is interpreted (TRITON_INTERPRET=1); unset TRITON_INTERPRET" in str(obstacle.obstacle())
-    monkeypatch.delenv("TRITON_INTERPRET")
-    monkeypatch.setattr(obstacle.importlib.util, "find_spec", lambda name: None)
-    assert "which is not installed; pip install triton" in str(obstacle.obstacle())
-    monkeypatch.setattr(obstacle.importlib.util, "find_spec", lambda name: SimpleNamespace())
-    assert "compute capability 8.0 or more, this one has 7.5; use 'triton'" in str(obstacle.obstacle())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    monkeypatch.setattr(driver, "library", missing)
-    assert obstacle.obstacle() == "no driver; install it"
-    monkeypatch.setattr(driver, "library", lambda: None)
-    monkeypatch.setattr(nvrtc, "architectures", lambda: (80, 90))
-    assert obstacle.obstacle() is None
-    monkeypatch.setattr(nvrtc, "architectures", missing)
-    assert obstacle.obstacle() == "no driver; install it"
 
 
 def test_torch_without_cuda_has_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,29 +29,15 @@ from famba.ops import (
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
 PLACES = torch.tensor([[0, 1, 1], [0, 0, 1]])
-SIDE = {
-    "conv_weight": (4, 3),
-    "conv_bias": (4,),
-    "x_weight": (6, 4),
-    "dt_weight": (4, 2),
-    "dt_bias": (4,),
-    "A": (4, 2),
-    "D": (4,),
-}
+SIDE = [(4, 3), (4,), (6, 4), (4, 2), (4,), (4, 2), (4,)]
 MIXER = {
     "x": (2, 3, 5),
     "in_weight": (8, 5),
-    **{f"{side}.{field}": shape for side in ("forward", "backward") for field, shape in SIDE.items()},
+    **{f"{side}.{f}": s for side in ("forward", "backward") for f, s in zip(Direction._fields, SIDE, strict=True)},
     "out_weight": (5, 4),
 }
-SCAN = {
-    **dict.fromkeys(("u", "delta"), (2, 3, 4)),
-    "A": (4, 2),
-    **dict.fromkeys(("B", "C"), (2, 3, 2)),
-    "D": (4,),
-    "z": (2, 3, 4),
-    "delta_bias": (4,),
-}
+SCAN = {**dict.fromkeys(("u", "delta"), (2, 3, 4)), "A": (4, 2), **dict.fromkeys(("B", "C"), (2, 3, 2))}
+SCAN |= {"D": (4,), "z": (2, 3, 4), "delta_bias": (4,)}
 
 
 def mixer(x: Tensor, in_weight: Tensor, *rest: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import naive
@@ -119,12 +118,3 @@ def test_wrong_places_are_refused(backend: Backend) -> None:
             fuse_tokens(x, torch.zeros(1, 3, dtype=torch.int64), weights[:, :2], 2)
         with pytest.raises((ConfigError, RuntimeError), match=r"places from 0 to 2, expected 0 to 1|out of bounds"):
             fuse_tokens(x, torch.tensor([[0, 1, 2]]), weights, 2)
-
-
-@all_backends("reference", "native")
-def test_torch_accepts_the_op(backend: Backend) -> None:
-    x = torch.randn(2, 4, 3, requires_grad=True)
-    places, weights = torch.tensor([[0, 1, 1, 2]] * 2), torch.rand(2, 4)
-    with warnings.catch_warnings(), naive.as_users_run_it():
-        warnings.simplefilter("ignore")
-        torch.library.opcheck(torch.ops.famba.fuse_tokens, (x, places, weights, 3, backend.name))

@@ -13,9 +13,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ops_helpers import draw, native, needs_kernels, scan_inputs, threads, usable_isas
+from ops_helpers import USABLE_ISAS, native, needs_kernels, scan_inputs, threads
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from famba.errors import BackendError
 from famba.ops import add_rms_norm, backends, causal_conv1d, registry, selective_scan, use_backend
@@ -72,15 +71,13 @@ def test_the_kernels_are_built_where_there_is_a_compiler() -> None:
 def test_equal_input_gives_equal_bits_on_any_number_of_threads() -> None:
     for batch in (1, 3, 17):
         inputs = inputs_of(batch)
-        for isa in usable_isas():
+        for isa in USABLE_ISAS:
             with native(isa):
                 with threads(1):
                     alone = run_all(inputs)
-                    assert same_bits(run_all(inputs), alone), isa
-                with threads(2):
-                    assert same_bits(run_all(inputs), alone), isa
-                with threads(5):
-                    assert same_bits(run_all(inputs), alone), isa
+                for count in (1, 2, 5):
+                    with threads(count):
+                        assert same_bits(run_all(inputs), alone), f"{isa}, {count} threads"
 
 
 @needs_kernels
@@ -166,27 +163,6 @@ def test_a_forked_child_may_be_the_first_to_call() -> None:
     assert done.returncode == 0, done.stderr
 
 
-class Scans(Dataset[Tensor]):
-    """Each item is a scan that the worker runs."""
-
-    def __len__(self) -> int:
-        return 6
-
-    def __getitem__(self, index: int) -> Tensor:
-        inputs = inputs_of(batch=1, length=20 + index, channels=9)
-        return torch.cat([x.flatten() for x in forward(inputs)])
-
-
-@ALLOW_FORK
-@needs_kernels
-def test_workers_of_a_loader_compute_the_same() -> None:
-    data = Scans()
-    with threads(2), native():
-        wanted = [data[i] for i in range(len(data))]
-        loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
-        assert same_bits(list(loader), wanted)
-
-
 @needs_kernels
 def test_inputs_are_never_written_to() -> None:
     torch.manual_seed(0)
@@ -195,7 +171,7 @@ def test_inputs_are_never_written_to() -> None:
         whole = [torch.randn(*(n + 2 for n in x.shape)).to(dtype) for x in inputs_of(2, 11, 9)]
         inner = [x[tuple(slice(1, -1) for _ in x.shape)] for x in whole]
         before = [x.clone() for x in whole]
-        for isa in usable_isas():
+        for isa in USABLE_ISAS:
             with native(isa):
                 run_all(inner)
         assert same_bits(whole, before)
@@ -215,16 +191,14 @@ def test_states_kept_by_the_forward_are_not_changed_by_the_backward(monkeypatch:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_dtypes_that_are_not_served_go_to_the_reference_or_are_refused(dtype: torch.dtype) -> None:
     inputs = [x.to(dtype) for x in inputs_of(1, 5, 3)]
-    calls = [
+    for call in (
         lambda: selective_scan(*inputs, delta_softplus=True),
         lambda: causal_conv1d(inputs[0], inputs[2]),
         lambda: add_rms_norm(inputs[0], None, inputs[5], 1e-5)[0],
-    ]
-    for call in calls:
-        with native(), pytest.raises(BackendError, match="only float32 and bfloat16; use 'auto'") as caught:
+    ):
+        named = f"'native' does not serve {str(dtype).removeprefix('torch.')} .*only float32 and bfloat16; use 'auto'"
+        with native(), pytest.raises(BackendError, match=named):
             call()
-        assert "native" in str(caught.value)
-        assert str(dtype).removeprefix("torch.") in str(caught.value)
         with use_backend("auto"):
             found = call()
         with use_backend("reference"):
@@ -251,12 +225,3 @@ def test_instruction_sets_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) ->
     finally:
         monkeypatch.undo()
         library.use_isa(None)
-
-
-@needs_kernels
-def test_results_are_contiguous_and_of_their_own() -> None:
-    x = draw(2, 5, 7, layout="transposed", dtype=torch.float32)
-    with native():
-        for out in (causal_conv1d(x, torch.ones(7, 3)), *add_rms_norm(x, None, torch.ones(7), 1e-5)):
-            assert out.is_contiguous()
-            assert out.data_ptr() != x.data_ptr()

@@ -40,15 +40,6 @@ def test_it_agrees_with_the_loop(backend: Backend) -> None:
     check()
 
 
-@all_backends()
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_each_dtype_and_layout(backend: Backend, layout: str) -> None:
-    for number, dtype in enumerate(backend.dtypes):
-        x, stream = draw(3, 17, 33, layout=layout, dtype=dtype), draw(3, 17, 33, layout=layout).float()
-        stream = stream.to(torch.promote_types(dtype, torch.float32))
-        backend.check(*loop_norm(), [x, stream if number % 2 == 0 else None, draw(33, dtype=dtype)])
-
-
 @all_backends(*OWN)
 @pytest.mark.parametrize("shape", [(3, 300, 9), (5, 90, 5), (1, 3, 1000), (1, 3, 8192)], ids=str)
 def test_more_rows_than_a_task_takes_and_many_channels(backend: Backend, shape: tuple[int, int, int]) -> None:

@@ -47,18 +47,11 @@ def autocast() -> Iterator[None]:
 
 def make(device: str, strategy: str, position: str) -> Vim:
     guards = int(position != "none")
+    fusion = schedule(strategy, 4, 16 + guards, 6, protected=guards)
+    weighting = "size" if position == "middle" else "mean"
+    how: dict[str, Any] = {"cls_position": position, "fusion_weighting": weighting, "drop_path_rate": 0.1}
     with torch.device(device):
-        return Vim(
-            img_size=8,
-            patch_size=2,
-            embed_dim=16,
-            depth=4,
-            num_classes=5,
-            fusion=schedule(strategy, 4, 16 + guards, 6, protected=guards),
-            cls_position=position,
-            fusion_weighting="size" if position == "middle" else "mean",
-            drop_path_rate=0.1,
-        )
+        return Vim(img_size=8, patch_size=2, embed_dim=16, depth=4, num_classes=5, fusion=fusion, **how)
 
 
 def on_gpu(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,4 +1,7 @@
-"""Find out whether Triton, and mamba-ssm's and causal-conv1d's extensions, can run here; without importing Triton."""
+"""Find out whether the kernels for GPUs and mamba-ssm's and causal-conv1d's extensions can run here.
+
+Triton is not imported for that.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,11 @@ from typing import Any
 
 import torch
 
-_OLDEST_CAPABILITY = (7, 0)  # of those that Triton compiles for; bf16 wants (8, 0)
+from famba.errors import BackendError
+from famba.ops.cuda import driver, nvrtc
+
+_OLDEST_OF_TRITON = (7, 0)
+_OLDEST_OF_CUDA = (8, 0)  # the first with instructions for bfloat16
 
 
 def interpreted() -> bool:
@@ -35,12 +42,10 @@ def triton_obstacle() -> str | None:
     if torch.version.hip is not None:
         return "torch is built for ROCm, for which these kernels are not made; use 'reference'"
     if not torch.cuda.is_available():
-        return (
-            f"{no_device()}; use 'auto', or set TRITON_INTERPRET=1 before Python starts to try the kernels on a CPU, "
-            "thousands of times slower"
-        )
-    if torch.cuda.get_device_capability() < _OLDEST_CAPABILITY:
-        major, minor = torch.cuda.get_device_capability()
+        slowly = "set TRITON_INTERPRET=1 before Python starts to try the kernels on a CPU, thousands of times slower"
+        return f"{no_device()}; use 'auto', or {slowly}"
+    major, minor = capability = torch.cuda.get_device_capability()
+    if capability < _OLDEST_OF_TRITON:
         return f"Triton needs a GPU of compute capability 7.0 or more, this one has {major}.{minor}; use 'reference'"
     return None
 
@@ -48,6 +53,27 @@ def triton_obstacle() -> str | None:
 def triton_on_request() -> tuple[str, ...]:
     """Return the device types for whoever asks for Triton by name: the interpreter takes CPU tensors too, slowly."""
     return ("cpu", "cuda") if interpreted() else ()
+
+
+def cuda_obstacle() -> str | None:
+    """Say what hinders the CUDA kernels here, with the remedy behind a semicolon; compiles nothing."""
+    if torch.version.hip is not None:
+        return "torch is built for ROCm, for which these kernels are not made; use 'reference'"
+    if not torch.cuda.is_available():
+        return f"{no_device()}; use 'auto', or a Linux machine with an NVIDIA GPU"
+    if interpreted() or importlib.util.find_spec("triton") is None:
+        reason = "is interpreted (TRITON_INTERPRET=1); unset TRITON_INTERPRET"
+        reason = reason if interpreted() else "is not installed; pip install triton"
+        return f"norms, matching and fusing are left to Triton, which {reason}"
+    major, minor = capability = torch.cuda.get_device_capability()
+    if capability < _OLDEST_OF_CUDA:
+        return f"these kernels need a GPU of compute capability 8.0 or more, this one has {major}.{minor}; use 'triton'"
+    try:
+        driver.library()
+        nvrtc.architecture(capability)
+    except BackendError as error:
+        return str(error)
+    return None
 
 
 @dataclass(frozen=True)
@@ -82,10 +108,9 @@ class Extension:
         except (ImportError, OSError) as error:
             if isinstance(error, ModuleNotFoundError) and error.name == self.module:
                 return f"{self.package} {version} is installed without its extension {self.module}"
-            return (
-                f"the extension {self.module} of {self.package} {version} is built for another torch or CUDA than "
-                f"torch {torch.__version__} of CUDA {torch.version.cuda}: {_first_line(error)}"
-            )
+            named = f"the extension {self.module} of {self.package} {version}"
+            built = f"torch {torch.__version__} of CUDA {torch.version.cuda}"
+            return f"{named} is built for another torch or CUDA than {built}: {_first_line(error)}"
         return None
 
 
@@ -153,5 +178,6 @@ def _first_line(error: Exception) -> str:
 
 def no_device() -> str:
     """Say that torch sees no GPU, and for what it is built."""
-    built = "is built without CUDA" if torch.version.cuda is None else f"is built for CUDA {torch.version.cuda}, but"
-    return f"torch {torch.__version__} {built} {'and ' if torch.version.cuda is None else ''}sees no CUDA device"
+    cuda = torch.version.cuda
+    built = "is built without CUDA and" if cuda is None else f"is built for CUDA {cuda}, but"
+    return f"torch {torch.__version__} {built} sees no CUDA device"

@@ -5,7 +5,7 @@ what else a backend finds too dear to work out again; the rest is worked out aga
 weights go in as they are: a backend casts them for its products, all at once, and keeps what it has cast.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import torch
@@ -18,7 +18,7 @@ from famba.errors import ConfigError
 from famba.ops.causal_conv1d import causal_conv1d
 from famba.ops.checks import check_rank, check_shapes
 from famba.ops.definition import define, fresh
-from famba.ops.inputs import Direction, MixerInputs, MixerSizes, TokenMeasures
+from famba.ops.inputs import Direction, MixerInputs, TokenMeasures
 from famba.ops.reference import compute_dtype
 from famba.ops.registry import backend_of, kernels
 from famba.ops.selective_scan import scan_macs, selective_scan
@@ -34,26 +34,16 @@ class MixerKernels(Protocol):
     float32. `mixer_backward` returns the gradients of the inputs in their order, each in its input's dtype.
     """
 
-    @staticmethod
-    def mixer_kept_shapes(sizes: MixerSizes) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]: ...
-
-    @staticmethod
-    def mixer(inputs: MixerInputs, measure: bool) -> tuple[Tensor | None, ...]: ...
-
-    @staticmethod
-    def mixer_backward(
-        dout: Tensor, inputs: MixerInputs, kept: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None]: ...
+    mixer_kept_shapes: Callable[[MixerInputs], tuple[list[tuple[int, ...]], list[tuple[int, ...]]]]
+    mixer: Callable[[MixerInputs, bool], tuple[Tensor | None, ...]]
+    mixer_backward: Callable[
+        [Tensor, MixerInputs, Sequence[Tensor]], tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None]
+    ]
 
 
 @overload
 def bidirectional_mixer(
-    x: Tensor,
-    in_weight: Tensor,
-    forward: Direction,
-    backward: Direction,
-    out_weight: Tensor | None = None,
-    measure: Literal[False] = False,
+    x: Tensor, in_weight: Tensor, forward: Direction, backward: Direction, out_weight: Tensor | None = None
 ) -> Tensor: ...
 
 
@@ -210,18 +200,13 @@ _KEPT = 5
 _INPUTS = "Tensor x, Tensor in_weight, Tensor[] forward, Tensor[] backward, Tensor? out_weight"
 
 
-def _run(kernels: MixerKernels, *given: Any) -> tuple[Tensor | None, ...]:
-    *inputs, measure = given
-    return _filled_up(*kernels.mixer(MixerInputs.of(*inputs), measure))
-
-
 def _shape(kernels: MixerKernels, *given: Any) -> tuple[Tensor | None, ...]:
     *tensors, measure = given
     inputs = MixerInputs.of(*tensors)
-    x, sizes = inputs.x, inputs.sizes
-    shapes, float_shapes = kernels.mixer_kept_shapes(sizes)
-    out = x.new_empty(sizes.batch, sizes.length, sizes.channels if sizes.out is None else sizes.out)
-    measures = x.new_empty(2, 2, sizes.batch, sizes.length, dtype=torch.float32) if measure else None
+    x, out_weight = inputs.x, inputs.out_weight
+    shapes, float_shapes = kernels.mixer_kept_shapes(inputs)
+    out = x.new_empty(*x.shape[:2], len(inputs.forward.A if out_weight is None else out_weight))
+    measures = x.new_empty(2, 2, *x.shape[:2], dtype=torch.float32) if measure else None
     kept = [x.new_empty(shape) for shape in shapes]
     return _filled_up(out, measures, *kept, *(x.new_empty(shape, dtype=torch.float32) for shape in float_shapes))
 
@@ -235,7 +220,7 @@ _mixer = define(
     "bidirectional_mixer",
     f"{_INPUTS}, bool measure",
     f"({', '.join(['Tensor'] * (2 + _KEPT))})",
-    run=_run,
+    run=lambda kernels, *given: _filled_up(*kernels.mixer(MixerInputs.of(*given[:-1]), given[-1])),
     fake=_shape,
 )
 _mixer_backward = define(
@@ -243,12 +228,8 @@ _mixer_backward = define(
     f"Tensor dout, {_INPUTS}, Tensor[] kept",
     "(Tensor, Tensor, Tensor[], Tensor[], Tensor)",
     run=lambda kernels, dout, *rest: kernels.mixer_backward(dout, MixerInputs.of(*rest[:-1]), rest[-1]),
-    fake=lambda kernels, dout, x, in_weight, forward, backward, out_weight, kept: (
-        fresh(x),
-        fresh(in_weight),
-        [fresh(weight) for weight in forward],
-        [fresh(weight) for weight in backward],
-        fresh(out_weight),
+    fake=lambda kernels, dout, *inputs: tuple(
+        [fresh(weight) for weight in x] if isinstance(x, list) else fresh(x) for x in inputs[:-1]
     ),
 )
 
@@ -276,16 +257,12 @@ def _gradients(ctx, dout, *_):  # type: ignore[no-untyped-def]
 _mixer.register_autograd(_gradients, setup_context=_keep)
 
 
-def _direction_macs(d_inner: int, d_conv: int, projected: int, dt_rank: int, d_state: int) -> int:
-    """Count the multiply-adds of one direction, per token."""
-    return d_inner * (d_conv + projected + dt_rank) + scan_macs(1, 1, d_inner, d_state, skip=True, gate=True)
-
-
 @register_flop_formula(torch.ops.famba.bidirectional_mixer)
 def _mixer_flops(x, in_weight, forward, backward, out_weight, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
     batch, length, d_model = x
     d_inner = in_weight[0] // 2
     macs = in_weight[0] * d_model + (0 if out_weight is None else out_weight[0] * d_inner)
     for conv_weight, _, x_weight, dt_weight, _, A, _ in (forward, backward):
-        macs += _direction_macs(d_inner, conv_weight[1], x_weight[0], dt_weight[1], A[1])
+        macs += d_inner * (conv_weight[1] + x_weight[0] + dt_weight[1])
+        macs += scan_macs(1, 1, d_inner, A[1], skip=True, gate=True)
     return 2 * batch * length * macs

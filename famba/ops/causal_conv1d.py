@@ -36,16 +36,10 @@ def causal_conv1d(
     """
     check_rank("causal_conv1d", "x", x, "(b, l, d)")
     check_rank("causal_conv1d", "weight", weight, "(d, width)")
-    channels = x.shape[2]
     if weight.shape[1] == 0:
         raise ConfigError(f"causal_conv1d: weight has shape {tuple(weight.shape)}, expected a width of at least 1")
-    check_shapes(
-        "causal_conv1d",
-        "x",
-        x=(x, tuple(x.shape)),
-        weight=(weight, (channels, weight.shape[1])),
-        bias=(bias, (channels,)),
-    )
+    parameters = {"weight": (weight, (x.shape[2], weight.shape[1])), "bias": (bias, (x.shape[2],))}
+    check_shapes("causal_conv1d", "x", x=(x, tuple(x.shape)), **parameters)
     if activation not in (None, "silu"):
         raise ConfigError(f"causal_conv1d: unknown activation {activation!r}; allowed: None, 'silu'")
     return _conv(x, weight, bias, activation == "silu", reverse, backend_of(x))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -37,16 +35,6 @@ def check_shapes(op: str, device_of: str, **expected: tuple[Tensor | None, tuple
             raise ConfigError(
                 f"{op}: {name} carries a tangent, and forward-mode differentiation (torch.func.jvp, jacfwd) is not "
                 "supported, only reverse mode: use torch.autograd.grad, or torch.autograd.functional.jacobian"
-            )
-
-
-def check_equal_directions(backend: str, forward: Sequence[Tensor], backward: Sequence[Tensor]) -> None:
-    """Raise ConfigError where a mixer's directions differ in shape, which kernels that take both at once cannot do."""
-    for ours, theirs in zip(forward, backward, strict=True):
-        if ours.shape != theirs.shape:
-            raise ConfigError(
-                f"bidirectional_mixer: weights of {tuple(ours.shape)} forward and {tuple(theirs.shape)} backward, "
-                f"backend {backend!r} needs the same; use backend 'reference'"
             )
 
 

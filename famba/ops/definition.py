@@ -17,18 +17,12 @@ Results = Sequence[Any] | Tensor
 def define(
     name: str, arguments: str, results: str, run: Callable[..., Results], fake: Callable[..., Results]
 ) -> CustomOpDef:
-    """Define the custom op famba::name, whose last argument is the backend's name.
+    """Define and return the custom op famba::name, whose last argument is the backend's name.
 
-    Args:
-        name: of the op.
-        arguments: all others, as a torch schema writes them; the first is a tensor.
-        results: as a torch schema writes them.
-        run: called with a backend's functions and the arguments, outside autocast.
-        fake: called alike, for fresh tensors of the results' shapes and dtypes.
-
-    Returns:
-        The op. Where `run` or `fake` returns None for a tensor, as for the gradient of an input that is None, the op
-        returns an empty tensor: it can return tensors only.
+    arguments: all others, the first a tensor, and results: as a torch schema writes them. run: called with a backend's
+    functions and the arguments, outside autocast. fake: called alike, for fresh tensors of the results' shapes and
+    dtypes. Where one returns None for a tensor, as for the gradient of an input that is None, the op returns an empty
+    tensor: it can return tensors only.
     """
 
     def on_backend(*given: Any) -> Results:

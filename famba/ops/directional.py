@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from famba.ops.checks import check_equal_directions
-from famba.ops.inputs import MixerInputs, MixerSizes, ScanGradients, ScanInputs
-from famba.ops.layout import as_tokens, even_rows, flatten
+from famba.errors import ConfigError
+from famba.ops.inputs import MixerInputs, ScanGradients, ScanInputs
+from famba.ops.layout import as_tokens, common_dtype, even_rows, flatten
 from famba.ops.products import Columns, ProductWeights
 
 MEASURED = 32
@@ -29,8 +29,7 @@ _REVERSES = (False, True)
 class Convolution(NamedTuple):
     """Hold convolutions of the same x (b, l, d), one or two, of one width.
 
-    weights (d, width) and biases (d,), or all None, of each direction. x has rows at equal distances. Of two the second
-    is the reversed one.
+    weights (d, width) and biases (d,), or all None, of each direction. x has rows at equal distances.
     """
 
     x: Tensor
@@ -62,20 +61,15 @@ class Scans:
 
     @classmethod
     def single(cls, inputs: ScanInputs) -> Scans:
-        """Take one scan. Where activations have different dtypes nothing is rounded to the coarsest."""
+        """Take one scan."""
         u, delta, A, B, C, D, z, bias, softplus, reverse = inputs
-        dtype = u.dtype if all(x is None or x.dtype == u.dtype for x in (delta, B, C, z)) else torch.float32
+        dtype = common_dtype(u, delta, B, C, z)
         u, delta = (x.to(dtype).contiguous().unsqueeze(0) for x in (u, delta))
         B, C = (even_rows(x, dtype).unsqueeze(0) for x in (B, C))
         if B.stride(2) != C.stride(2):
             B, C = (x.clone(memory_format=torch.contiguous_format) for x in (B, C))
         z = None if z is None else even_rows(z, dtype)
         return cls(u, delta, B, C, z, stack_parameters([(A, D, bias)]), (reverse,), D is not None, softplus)
-
-    @property
-    def states(self) -> int:
-        """Count the states of a channel."""
-        return self.B.shape[3]
 
     def floats(self, *shape: int) -> Tensor:
         """Return memory in float32."""
@@ -101,12 +95,9 @@ class Gradients:
     def empty(cls, scans: Scans, with_y: bool) -> Gradients:
         """Return memory for them."""
         channels = scans.u.shape[3]
-        u, delta, z, y = (
-            torch.empty_like(scans.u) if wanted else None for wanted in (True, True, scans.z is not None, with_y)
-        )
-        assert u is not None
-        assert delta is not None
-        A = [scans.floats(channels, scans.states) for _ in scans.reverses]
+        u, delta = torch.empty_like(scans.u), torch.empty_like(scans.u)
+        z, y = (torch.empty_like(u) if wanted else None for wanted in (scans.z is not None, with_y))
+        A = [scans.floats(channels, scans.B.shape[3]) for _ in scans.reverses]
         D, bias = ([scans.floats(channels) for _ in scans.reverses] for _ in range(2))
         return cls(u, delta, z, y, A, D, bias)
 
@@ -150,8 +141,9 @@ class Directional:
         dB, dC = (scans.u.new_empty(x.shape) for x in (inputs.B, inputs.C))
         dy = even_rows(dy, scans.u.dtype)
         grads = self._scan_backward(scans, dy, dB.unsqueeze(0), dC.unsqueeze(0), False)
-        du, ddelta, dz = (None if x is None else x.squeeze(0) for x in (grads.u, grads.delta, grads.z))
-        return ScanGradients.cast(inputs, du, ddelta, grads.A[0], dB, dC, grads.D[0], dz, grads.delta_bias[0])
+        dz = None if grads.z is None else grads.z[0]
+        first = grads.u[0], grads.delta[0], grads.A[0], dB, dC, grads.D[0], dz, grads.delta_bias[0]
+        return ScanGradients.cast(inputs, *first)
 
     def causal_conv1d(self, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
         """Return y."""
@@ -166,13 +158,18 @@ class Directional:
         (dweight,), (dbias,) = self._convolve_backward(dys, convolution, dx)
         return dx, dweight.to(weight.dtype), None if bias is None or dbias is None else dbias.to(bias.dtype)
 
-    def mixer_kept_shapes(self, sizes: MixerSizes) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    def mixer_kept_shapes(self, inputs: MixerInputs) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
         """Return the shapes of dt, B and C of both directions, padded as `Columns` says, and of the copied weights."""
-        return [(2, sizes.batch, sizes.length, Columns.of(sizes).width), ProductWeights.kept_shape(sizes)], []
+        return [(2, *inputs.x.shape[:2], Columns.of(inputs).width), ProductWeights.kept_shape(inputs)], []
 
     def mixer(self, inputs: MixerInputs, measure: bool) -> tuple[Tensor | None, ...]:
         """Return the result, the measures where they are asked for, and what the backward needs."""
-        check_equal_directions(self.name, *inputs.directions)
+        for ours, theirs in zip(*inputs.directions, strict=True):
+            if ours.shape != theirs.shape:
+                raise ConfigError(
+                    f"bidirectional_mixer: weights of {tuple(ours.shape)} forward and {tuple(theirs.shape)} backward, "
+                    f"backend {self.name!r} needs the same; use backend 'reference'"
+                )
         x = inputs.x
         weights, copied = ProductWeights.copied(inputs)
         u, z = as_tokens(flatten(x) @ weights.into.t(), x).chunk(2, dim=2)
@@ -199,7 +196,7 @@ class Directional:
         inner = self._convolve(convolution)
         scans = _scans(inner, projected, z, weights, inputs)
 
-        columns, dprojected = Columns.of(inputs.sizes), torch.empty_like(projected)
+        columns, dprojected = Columns.of(inputs), torch.empty_like(projected)
         ddt, dB, dC = columns.split(dprojected)
         grads = self._scan_backward(scans, dy, dB, dC, weights.out is not None)
         torch.bmm(_both(grads.delta), weights.dt, out=_both(ddt))
@@ -236,14 +233,12 @@ class Directional:
         self, dys: Tensor, convolution: Convolution, dx: Tensor
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """Write the gradient of x; return those of weights and biases."""
-        fresh = torch.empty if dx.numel() else torch.zeros
-        dweights, dbiases = (
-            [None if p is None else fresh(p.shape, dtype=torch.float32, device=p.device) for p in parameters]
-            for parameters in (convolution.weights, convolution.biases)
-        )
+        fresh = dx.new_empty if dx.numel() else dx.new_zeros
+        dweights = [fresh(weight.shape, dtype=torch.float32) for weight in convolution.weights]
+        dbiases = [None if bias is None else fresh(bias.shape, dtype=torch.float32) for bias in convolution.biases]
         if dx.numel():
-            self.convolve_backward(dys, convolution, dx, dweights, dbiases)  # type: ignore[arg-type]
-        return dweights, dbiases  # type: ignore[return-value]
+            self.convolve_backward(dys, convolution, dx, dweights, dbiases)
+        return dweights, dbiases
 
     def _scan(self, scans: Scans, measure: bool) -> tuple[Tensor, Tensor | None]:
         """Return the results (k, b, l, d), and the measures (2, k, b, l) where they are asked for."""
@@ -276,7 +271,7 @@ def _convolution(u: Tensor, inputs: MixerInputs) -> Convolution:
 
 def _scans(inner: Tensor, projected: Tensor, z: Tensor, weights: ProductWeights, inputs: MixerInputs) -> Scans:
     """Return both scans, each of which gives half of the result; work out the step sizes."""
-    dt, B, C = Columns.of(inputs.sizes).split(projected)
+    dt, B, C = Columns.of(inputs).split(projected)
     delta = torch.empty_like(inner)
     torch.bmm(_both(dt), weights.dt.mT, out=_both(delta))
     parameters = stack_parameters([(w.A, w.D, w.dt_bias) for w in inputs.directions])

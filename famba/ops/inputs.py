@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -75,23 +75,6 @@ class TokenMeasures(NamedTuple):
         return cls(*measures.movedim(1, -1))
 
 
-class MixerSizes(NamedTuple):
-    """Hold the sizes that decide what a mixer keeps for its backward.
-
-    out: width of the output projection, None without one. cast: whether the products are in another dtype than a
-    weight of theirs, so that their weights are copied.
-    """
-
-    batch: int
-    length: int
-    d_model: int
-    channels: int
-    states: int
-    rank: int
-    out: int | None
-    cast: bool
-
-
 class MixerInputs(NamedTuple):
     """Hold the inputs of a mixer: x (b, l, d_model), in_weight (2 d, d_model), out_weight (d_out, d) or None."""
 
@@ -102,15 +85,9 @@ class MixerInputs(NamedTuple):
     out_weight: Tensor | None
 
     @classmethod
-    def of(
-        cls,
-        x: Tensor,
-        in_weight: Tensor,
-        forward: Sequence[Tensor],
-        backward: Sequence[Tensor],
-        out_weight: Tensor | None,
-    ) -> MixerInputs:
-        """Take the directions as lists, which is how an op has them."""
+    def of(cls, *given: Any) -> MixerInputs:
+        """Take the fields as an op has them, the directions as lists."""
+        x, in_weight, forward, backward, out_weight = given
         return cls(x, in_weight, Direction(*forward), Direction(*backward), out_weight)
 
     @property
@@ -118,34 +95,17 @@ class MixerInputs(NamedTuple):
         """Return the weights of the scan forward and of that backward."""
         return self.forward, self.backward
 
-    @property
-    def sizes(self) -> MixerSizes:
-        """Read the sizes off the tensors."""
-        out = None if self.out_weight is None else self.out_weight.shape[0]
-        states, rank = self.forward.A.shape[1], self.forward.dt_weight.shape[1]
-        cast = any(weight.dtype != self.x.dtype for weight in self.product_weights())
-        batch, length, d_model = self.x.shape
-        return MixerSizes(batch, length, d_model, self.in_weight.shape[0] // 2, states, rank, out, cast)
-
     def with_others(self, others: Sequence[Sequence[Tensor]], inputs: MixerInputs) -> tuple[list[Tensor], list[Tensor]]:
         """Return each direction's gradients in its weights' dtypes: those of products are held here.
 
         others: for each direction those of conv_weight, conv_bias, dt_bias, A and D.
         """
+        sides = zip(others, self.directions, inputs.directions, strict=True)
         forward, backward = (
             [
                 grad.to(weight.dtype)
-                for grad, weight in zip((*other[:2], side.x_weight, side.dt_weight, *other[2:]), given, strict=True)
+                for grad, weight in zip((*other[:2], ours.x_weight, ours.dt_weight, *other[2:]), given, strict=True)
             ]
-            for other, side, given in zip(others, self.directions, inputs.directions, strict=True)
+            for other, ours, given in sides
         )
         return forward, backward
-
-    def product_weights(self) -> Iterator[Tensor]:
-        """Give the weights of the matrix products, in the order of the fields."""
-        yield self.in_weight
-        for direction in self.directions:
-            yield direction.x_weight
-            yield direction.dt_weight
-        if self.out_weight is not None:
-            yield self.out_weight

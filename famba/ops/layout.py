@@ -7,15 +7,18 @@ from torch import Tensor
 
 
 def even_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return x (b, l, c) in a dtype, its rows contiguous and at equal distances, over images too; itself where it is.
-
-    dtype: x's where it is None.
-    """
+    """Return x (b, l, c) in a dtype, else in its own, with contiguous rows at equal distances, over images too."""
     x = x.to(x.dtype if dtype is None else dtype)
     rows = x.stride(1)
     even = x.stride(2) == 1 and x.stride(0) == x.shape[1] * rows and rows >= x.shape[2]
     # Not `contiguous`: where a size is 1 it may leave strides that are no distance between rows.
     return x if even else x.clone(memory_format=torch.contiguous_format)
+
+
+def common_dtype(*activations: Tensor | None) -> torch.dtype:
+    """Return the dtype of all of these, or float32 where they differ: nothing is rounded to the coarsest."""
+    dtypes = {x.dtype for x in activations if x is not None}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def parameter(x: Tensor) -> Tensor:

@@ -9,57 +9,44 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from famba.ops.inputs import MixerInputs, MixerSizes
+from famba.ops.inputs import MixerInputs
 
 _MULTIPLE = 8
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Lay out dt, B and C among the columns that a token is projected to, for dt_rank `rank` and `states` states.
+class Columns(NamedTuple):
+    """Lay out dt, B and C among the columns that a token is projected to: [dt | zeros | B | C | zeros].
 
-    [dt | zeros | B | C | zeros]: the zeros make the columns of dt, and all of them, a multiple of 8.
+    dt: columns of dt and the zeros behind it, states: of B, and of C, used: up to the last of C, width: all of them.
+    The zeros make `dt` and `width` multiples of 8.
     """
 
-    rank: int
+    dt: int
     states: int
+    used: int
+    width: int
 
     @classmethod
-    def of(cls, sizes: MixerSizes) -> Columns:
-        """Read off a mixer's sizes."""
-        return cls(sizes.rank, sizes.states)
+    def of(cls, inputs: MixerInputs) -> Columns:
+        """Read the sizes off a mixer's weights."""
+        dt, states = _rounded_up(inputs.forward.dt_weight.shape[1]), inputs.forward.A.shape[1]
+        return cls(dt, states, dt + 2 * states, _rounded_up(dt + 2 * states))
 
-    @property
-    def dt(self) -> int:
-        """Count the columns of dt and the zeros behind it."""
-        return _rounded_up(self.rank)
-
-    @property
-    def used(self) -> int:
-        """Count the columns up to the last of C."""
-        return self.dt + 2 * self.states
-
-    @property
-    def width(self) -> int:
-        """Count all columns."""
-        return _rounded_up(self.used)
-
-    def split(self, projected: Tensor, dim: int = -1) -> tuple[Tensor, Tensor, Tensor]:
-        """Return views of dt with its zeros, B and C, which lie along `dim`."""
-        dt, B, C, _ = projected.split([self.dt, self.states, self.states, self.width - self.used], dim)
+    def split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return views of dt with its zeros, B and C."""
+        dt, B, C, _ = projected.split([self.dt, self.states, self.states, self.width - self.used], dim=-1)
         return dt, B, C
 
-    def clear_tail(self, projected: Tensor, dim: int = -1) -> None:
+    def clear_tail(self, projected: Tensor) -> None:
         """Write zeros behind C, where nothing else writes."""
         if self.width > self.used:
-            projected.narrow(dim, self.used, self.width - self.used).zero_()
+            projected[..., self.used :].zero_()
 
 
 class ProductWeights(NamedTuple):
@@ -75,9 +62,9 @@ class ProductWeights(NamedTuple):
     out: Tensor | None
 
     @staticmethod
-    def kept_shape(sizes: MixerSizes) -> tuple[int, ...]:
-        """Return the shape of what `copied` keeps."""
-        return (flat_size(_shapes(sizes)),)
+    def kept_shape(inputs: MixerInputs) -> tuple[int, ...]:
+        """Return the shape of what `copied` keeps, each weight at a multiple of 8 numbers."""
+        return (sum(_rounded_up(math.prod(shape)) for shape in _shapes(inputs)),)
 
     @classmethod
     def copied(cls, inputs: MixerInputs) -> tuple[ProductWeights, Tensor]:
@@ -85,37 +72,40 @@ class ProductWeights(NamedTuple):
 
         Returns them, and the memory that `kept` finds them in. Without a cast `into` and `out` are not copied.
         """
-        sizes = inputs.sizes
-        flat = inputs.x.new_zeros(ProductWeights.kept_shape(sizes))
+        flat = inputs.x.new_zeros(ProductWeights.kept_shape(inputs))
         stacked = cls.kept(flat, inputs)
-        narrow = stacked.dt
-        if narrow.shape[2] > sizes.rank:
-            narrow = flat.new_empty(2, sizes.channels, sizes.rank)
-        copy_each((ours, theirs) for ours, theirs in stacked._pairs(narrow, inputs) if ours is not theirs)
+        narrow, shape = stacked.dt, inputs.forward.dt_weight.shape
+        if narrow.shape[1:] != shape:
+            narrow = flat.new_empty(2, *shape)
+        _copy_each((ours, theirs) for ours, theirs in stacked._pairs(narrow, inputs) if ours is not theirs)
         if narrow is not stacked.dt:
-            stacked.dt[..., : sizes.rank].copy_(narrow)
+            stacked.dt[..., : shape[1]].copy_(narrow)
         return stacked, flat
 
     @classmethod
     def kept(cls, flat: Tensor, inputs: MixerInputs) -> ProductWeights:
         """Find the weights that `copied` has left in its memory."""
-        sizes = inputs.sizes
-        x, dt, *others = split_flat(flat, _shapes(sizes))
-        if sizes.cast:
-            return cls(others[0], x, dt, None if sizes.out is None else others[1])
+        shapes = _shapes(inputs)
+        parts = flat.split([_rounded_up(math.prod(shape)) for shape in shapes])
+        x, dt, *others = (part[: math.prod(shape)].view(shape) for part, shape in zip(parts, shapes, strict=True))
+        if others:
+            return cls(others[0], x, dt, others[1] if len(others) > 1 else None)
         return cls(inputs.in_weight, x, dt, inputs.out_weight)
 
     def as_given(self, inputs: MixerInputs) -> MixerInputs:
         """Take these gradients apart: new tensors of the weights' shapes and dtypes, in the weights' places."""
         # All are copied at once only where their numbers are adjacent, so those of dt without the zeros first.
-        narrow = self.dt[..., : inputs.sizes.rank].contiguous()
+        narrow = self.dt[..., : inputs.forward.dt_weight.shape[1]].contiguous()
+
+        def empty(x: Tensor) -> Tensor:
+            return x.new_empty(x.shape)
+
         forward, backward = (
-            side._replace(x_weight=_empty(side.x_weight), dt_weight=_empty(side.dt_weight))
-            for side in inputs.directions
+            side._replace(x_weight=empty(side.x_weight), dt_weight=empty(side.dt_weight)) for side in inputs.directions
         )
-        out = None if inputs.out_weight is None else _empty(inputs.out_weight)
-        found = MixerInputs(inputs.x, _empty(inputs.in_weight), forward, backward, out)
-        copy_each((theirs, ours) for ours, theirs in self._pairs(narrow, found))
+        out = None if inputs.out_weight is None else empty(inputs.out_weight)
+        found = MixerInputs(inputs.x, empty(inputs.in_weight), forward, backward, out)
+        _copy_each((theirs, ours) for ours, theirs in self._pairs(narrow, found))
         return found
 
     def _pairs(self, narrow: Tensor, inputs: MixerInputs) -> Iterator[tuple[Tensor, Tensor]]:
@@ -130,27 +120,18 @@ class ProductWeights(NamedTuple):
             yield self.out, inputs.out_weight
 
 
-def _shapes(sizes: MixerSizes) -> list[tuple[int, ...]]:
-    """Return the shapes of what is copied: x, dt, and where the products' dtype is another also into and out."""
-    d, columns = sizes.channels, Columns.of(sizes)
+def _shapes(inputs: MixerInputs) -> list[tuple[int, ...]]:
+    """Return the shapes of what is copied: x, dt, and where a weight has another dtype than x also into and out."""
+    d, columns, out = inputs.forward.A.shape[0], Columns.of(inputs), inputs.out_weight
     shapes: list[tuple[int, ...]] = [(2, columns.width, d), (2, d, columns.dt)]
-    if sizes.cast:
-        shapes += [(2 * d, sizes.d_model), *([] if sizes.out is None else [(sizes.out, d)])]
+    weights = [inputs.in_weight, *([] if out is None else [out])]
+    of_directions = [weight for side in inputs.directions for weight in (side.x_weight, side.dt_weight)]
+    if any(weight.dtype != inputs.x.dtype for weight in (*weights, *of_directions)):
+        shapes += [tuple(weight.shape) for weight in weights]
     return shapes
 
 
-def flat_size(shapes: Sequence[tuple[int, ...]]) -> int:
-    """Count the numbers of a piece of memory for tensors of these shapes, each at a multiple of 8 numbers."""
-    return sum(_rounded_up(math.prod(shape)) for shape in shapes)
-
-
-def split_flat(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """Return views of such memory, one of each shape."""
-    parts = flat.split([_rounded_up(math.prod(shape)) for shape in shapes])
-    return [part[: math.prod(shape)].view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def copy_each(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+def _copy_each(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Copy tensors, given as (into, from), by one launch for those of the same two dtypes.
 
     torch needs one launch for each where sizes or strides of a pair differ, or numbers of a tensor are not adjacent.
@@ -161,10 +142,6 @@ def copy_each(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         kinds[into.dtype, source.dtype].append((into, source))
     for alike in kinds.values():
         torch._foreach_copy_([into for into, _ in alike], [source for _, source in alike])
-
-
-def _empty(like: Tensor) -> Tensor:
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _rounded_up(count: int) -> int:

@@ -57,12 +57,13 @@ def selective_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
 def selective_scan_backward(dy: Tensor, inputs: ScanInputs, state: Tensor) -> ScanGradients:
     """Return the gradients; `state` is the forward's empty tensor."""
     scan = _Scan(inputs)
-    # Those of activations are written in their own dtypes, those of parameters added up and then cast.
     grads = _ScanBackward(scan)
     for rows in scan.row_tiles():
-        entering = _entering_states(scan, rows)
         carry = scan.initial_state(rows)
-        for steps, start in reversed(list(zip(scan.chunks(), entering, strict=True))):
+        entering = [carry]
+        for steps in scan.chunks()[:-1]:
+            entering.append(scan.run(scan.load(rows, steps), entering[-1])[0][-1].clone())
+        for steps, start in reversed(list(zip(scan.chunks(), entering, strict=False))):
             chunk = scan.load(rows, steps)
             out = dy[rows, steps].transpose(0, 1).to(scan.dtype)
             carry = grads.add(rows, steps, chunk, out.flip(0) if inputs.reverse else out, start, carry)
@@ -149,8 +150,13 @@ def match_tokens(
     """
     batch, length, _ = metric.shape
     in_a, in_b = split_alternately(leading, protected, length, metric.device)
-    source, target = _closest_pairs(metric, in_a, in_b, r)
-
+    unit = F.normalize(metric.to(compute_dtype(metric)), dim=-1)
+    similarity = _take(unit, in_a) @ _take(unit, in_b).transpose(1, 2)
+    closest, partner = similarity.max(dim=2)  # of equal values the first, by torch's definition
+    chosen = closest.argsort(dim=1, descending=True, stable=True)[:, :r]
+    # The tokens of A that fuse, and those of B that they join.
+    source = in_a.expand(batch, -1).gather(1, chosen)
+    target = in_b.expand(batch, -1).gather(1, partner.gather(1, chosen))
     kept = torch.ones(batch, length, dtype=torch.bool, device=metric.device).scatter_(1, source, False)
     if order == "sequence":
         places = kept.cumsum(1) - 1
@@ -181,18 +187,6 @@ def group_shares(places: Tensor, sizes: Tensor | None, length: int, dtype: torch
     sizes = sizes.to(dtype)
     totals = sizes.new_zeros(sizes.shape[0], length).scatter_add(1, places, sizes)
     return sizes / totals.gather(1, places), totals
-
-
-def _closest_pairs(metric: Tensor, in_a: Tensor, in_b: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Return the places (b, r) of the tokens of A that fuse, and of the tokens of B that they join."""
-    batch = metric.shape[0]
-    unit = F.normalize(metric.to(compute_dtype(metric)), dim=-1)
-    similarity = take(unit, in_a) @ take(unit, in_b).transpose(1, 2)
-    closest, partner = similarity.max(dim=2)  # of equal values the first, by torch's definition
-    chosen = closest.argsort(dim=1, descending=True, stable=True)[:, :r]
-    source = in_a.expand(batch, -1).gather(1, chosen)
-    target = in_b.expand(batch, -1).gather(1, partner.gather(1, chosen))
-    return source, target
 
 
 def free_places(leading: int, protected: Tensor | None, length: int, device: torch.device) -> Tensor:
@@ -237,19 +231,17 @@ class _Scan:
         self._rows = max(1, min(inputs.u.shape[0], _STEP_ELEMENTS // step))
         self._steps = max(1, min(inputs.u.shape[1], _CHUNK_ELEMENTS // (step * self._rows)))
 
-    def row_tiles(self) -> Iterator[slice]:
-        for start in range(0, self.inputs.u.shape[0], self._rows):
-            yield slice(start, min(start + self._rows, self.inputs.u.shape[0]))
+    def row_tiles(self) -> list[slice]:
+        return _pieces(self.inputs.u.shape[0], self._rows)
 
     def chunks(self) -> list[slice]:
         """Return the chunks of time steps in the order in which the scan meets them."""
-        length = self.inputs.u.shape[1]
-        chunks = [slice(i, min(i + self._steps, length)) for i in range(0, length, self._steps)]
+        chunks = _pieces(self.inputs.u.shape[1], self._steps)
         return chunks[::-1] if self.inputs.reverse else chunks
 
     def initial_state(self, rows: slice) -> Tensor:
         """Return a state (b, n, d) of zeros."""
-        return torch.zeros(rows.stop - rows.start, *self.A.shape, dtype=self.dtype, device=self.A.device)
+        return self.A.new_zeros(rows.stop - rows.start, *self.A.shape)
 
     def load(self, rows: slice, steps: slice) -> _Chunk:
         def take(x: Tensor) -> Tensor:
@@ -268,8 +260,7 @@ class _Scan:
     def buffer(self, name: str, steps: int, rows: int) -> Tensor:
         """Return memory (steps, rows, n, d) that each chunk uses again: fresh pages cost more than the arithmetic."""
         if name not in self._buffers:
-            size = (self._steps + 1) * self._rows * self.A.numel()
-            self._buffers[name] = torch.empty(size, dtype=self.dtype, device=self.A.device)
+            self._buffers[name] = self.A.new_empty((self._steps + 1) * self._rows * self.A.numel())
         shape = (steps, rows, *self.A.shape)
         return self._buffers[name][: math.prod(shape)].view(shape)
 
@@ -298,16 +289,8 @@ class _Scan:
         return out if self.D is None else out + self.D * chunk.u
 
 
-def _entering_states(scan: _Scan, rows: slice) -> list[Tensor]:
-    """Return the states with which the scan enters each chunk."""
-    entering = [scan.initial_state(rows)]
-    for steps in scan.chunks()[:-1]:
-        entering.append(scan.run(scan.load(rows, steps), entering[-1])[0][-1].clone())
-    return entering[: len(scan.chunks())]
-
-
 class _ScanBackward:
-    """Gather the gradients of a scan chunk by chunk; A's is (n, d)."""
+    """Gather the gradients of a scan chunk by chunk; those of parameters are added up and then cast. A's is (n, d)."""
 
     def __init__(self, scan: _Scan) -> None:
         self._scan = scan
@@ -358,12 +341,12 @@ class _ScanBackward:
     def results(self) -> ScanGradients:
         """Return all in their inputs' dtypes."""
         inputs = self._scan.inputs
-        dA = self._A.t().to(inputs.A.dtype).contiguous()
-        dD, dbias = (
-            None if x is None else total.to(x.dtype, copy=True)
-            for x, total in ((inputs.D, self._D), (inputs.delta_bias, self._bias))
-        )
-        return ScanGradients(self._u, self._delta, dA, self._B, self._C, dD, self._z, dbias)
+        dA, D, bias = self._A.t().contiguous(), self._D.clone(), self._bias.clone()
+        return ScanGradients.cast(inputs, self._u, self._delta, dA, self._B, self._C, D, self._z, bias)
+
+
+def _pieces(count: int, most: int) -> list[slice]:
+    return [slice(i, min(i + most, count)) for i in range(0, count, most)]
 
 
 def _like(x: Tensor) -> Tensor:

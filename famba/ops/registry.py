@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from famba.errors import BackendError, near_miss
-from famba.ops.availability import mamba_ssm_obstacle, triton_obstacle, triton_on_request
-from famba.ops.cuda import obstacle as cuda
+from famba.ops.availability import cuda_obstacle, mamba_ssm_obstacle, triton_obstacle, triton_on_request
 from famba.ops.inputs import ScanGradients, ScanInputs
 from famba.ops.native import library
 
@@ -28,47 +27,24 @@ _log = logging.getLogger(__name__)
 
 @runtime_checkable
 class Kernels(Protocol):
-    """List what a backend's module provides; `famba.ops.reference` says what each function means.
+    """List what a backend's module provides; `famba.ops.reference` says what each function takes and means.
 
     `selective_scan` returns its result and a state for its backward, of shape `scan_state_shape`, in float32, or in
     float64 where u is.
     """
 
-    @staticmethod
-    def scan_state_shape(batch: int, length: int, channels: int, states: int) -> tuple[int, ...]: ...
-
-    @staticmethod
-    def selective_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]: ...
-
-    @staticmethod
-    def selective_scan_backward(dy: Tensor, inputs: ScanInputs, state: Tensor) -> ScanGradients: ...
-
-    @staticmethod
-    def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor: ...
-
-    @staticmethod
-    def causal_conv1d_backward(
-        dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]: ...
-
-    @staticmethod
-    def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...
-
-    @staticmethod
-    def add_rms_norm_backward(
-        dnormed: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]: ...
-
-    @staticmethod
-    def match_tokens(
-        metric: Tensor, leading: int, protected: Tensor | None, sizes: Tensor | None, r: int, order: str
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-
-    @staticmethod
-    def fuse_tokens(x: Tensor, places: Tensor, weights: Tensor, length: int) -> Tensor: ...
-
-    @staticmethod
-    def fuse_tokens_backward(dy: Tensor, places: Tensor, weights: Tensor) -> Tensor: ...
+    scan_state_shape: Callable[[int, int, int, int], tuple[int, ...]]
+    selective_scan: Callable[[ScanInputs], tuple[Tensor, Tensor]]
+    selective_scan_backward: Callable[[Tensor, ScanInputs, Tensor], ScanGradients]
+    causal_conv1d: Callable[[Tensor, Tensor, Tensor | None, bool, bool], Tensor]
+    causal_conv1d_backward: Callable[
+        [Tensor, Tensor, Tensor, Tensor | None, bool, bool], tuple[Tensor, Tensor, Tensor | None]
+    ]
+    add_rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
+    add_rms_norm_backward: Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    match_tokens: Callable[[Tensor, int, Tensor | None, Tensor | None, int, str], tuple[Tensor, Tensor, Tensor]]
+    fuse_tokens: Callable[[Tensor, Tensor, Tensor, int], Tensor]
+    fuse_tokens_backward: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -86,17 +62,37 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] | None = None
     on_request: Callable[[], tuple[str, ...]] = tuple
 
+    def serves_device(self, device: str) -> bool:
+        """Return whether "auto" may choose it for a device type."""
+        return (self.devices is None or device in self.devices) and device not in self.on_request()
+
+    def serves_dtype(self, dtype: torch.dtype) -> bool:
+        """Return whether it takes tensors of a dtype."""
+        return self.dtypes is None or dtype in self.dtypes
+
+    def dtype_names(self) -> str:
+        """List the dtypes that it takes."""
+        return " and ".join(str(kind).removeprefix("torch.") for kind in self.dtypes or ())
+
+    def passed_over(self, device: str, dtype: torch.dtype) -> str | None:
+        """Say why "auto" passes over it for a device type, the remedy behind a semicolon; None if not made for that."""
+        if self.devices is not None and device not in self.devices:
+            return None
+        if device in self.on_request():
+            return self.obstacle() or "taken only by name where TRITON_INTERPRET=1 is set; unset it"
+        unserved = None if self.serves_dtype(dtype) else f"serves {self.dtype_names()} alone; cast the tensors"
+        return self.obstacle() or unserved
+
 
 _HALF = (torch.float32, torch.bfloat16, torch.float16)
 
-
-# In the order in which "auto" prefers them.
+# In the order in which "auto" prefers them. The reference serves everything: what stands behind it is taken by name.
 _BACKENDS: dict[str, Backend] = {
-    "cuda": Backend("famba.ops.cuda.backend", ("cuda",), cuda.obstacle, _HALF),
+    "cuda": Backend("famba.ops.cuda.backend", ("cuda",), cuda_obstacle, _HALF),
     "triton": Backend("famba.ops.triton", ("cuda",), triton_obstacle, _HALF, triton_on_request),
-    "mamba_ssm": Backend("famba.ops.mamba_ssm", ("cuda",), mamba_ssm_obstacle, _HALF),
-    "native": Backend("famba.ops.native", ("cpu",), library.obstacle, dtypes=(torch.float32, torch.bfloat16)),
+    "native": Backend("famba.ops.native", ("cpu",), library.obstacle, (torch.float32, torch.bfloat16)),
     "reference": Backend("famba.ops.reference", None, lambda: None),
+    "mamba_ssm": Backend("famba.ops.mamba_ssm", ("cuda",), mamba_ssm_obstacle, _HALF),
 }
 
 _chosen: str | None = None
@@ -113,8 +109,8 @@ class use_backend:  # noqa: N801 - called like a function, and a context manager
     """Choose the backend of all ops in this process: by itself for good, in a `with` block until its end.
 
     name: "cuda", "triton", "mamba_ssm", "native", "reference", or "auto" (the fastest usable one for a tensor's
-    device). A `with` block takes a fresh call. Raises BackendError for an unknown name, or for a backend that cannot
-    be used here, with reason and remedy.
+    device, never mamba_ssm). A `with` block takes a fresh call. Raises BackendError, with reason and remedy, for an
+    unknown name or a backend that cannot be used here.
     """
 
     def __init__(self, name: str) -> None:
@@ -125,9 +121,7 @@ class use_backend:  # noqa: N801 - called like a function, and a context manager
 
     def __enter__(self) -> None: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         global _chosen
         _chosen = self._previous
 
@@ -152,17 +146,19 @@ def resolve(device: str, dtype: torch.dtype = torch.float32) -> str:
         return _counted
     name = _asked_for()
     if name == AUTO:
-        return next(n for n, b in _BACKENDS.items() if _serves(b, device, dtype) and _obstacle(n) is None)
+        fitting = (n for n, b in _BACKENDS.items() if b.serves_device(device) and b.serves_dtype(dtype))
+        return next(name for name in fitting if _obstacle(name) is None)
     _check(name)
     backend = _BACKENDS[name]
-    if not _serves_device(backend, device) and device not in backend.on_request():
+    if not backend.serves_device(device) and device not in backend.on_request():
         raise BackendError(
             f"backend {name!r} does not serve {device!r} tensors, only {', '.join(backend.devices or ())}; "
             "use 'auto', or move the tensors"
         )
-    if not _serves_dtype(backend, dtype):
+    if not backend.serves_dtype(dtype):
+        given = str(dtype).removeprefix("torch.")
         raise BackendError(
-            f"backend {name!r} does not serve {str(dtype).removeprefix('torch.')} tensors, only {_dtypes(backend)}; "
+            f"backend {name!r} does not serve {given} tensors, only {backend.dtype_names()}; "
             "use 'auto', or cast the tensors"
         )
     return name
@@ -183,9 +179,9 @@ def backend_of(x: Tensor, dtype: torch.dtype | None = None) -> str:
 def explain(device: str, dtype: torch.dtype = torch.float32) -> str:
     """Say in one line which backend serves a device type and dtype, and why none that "auto" would prefer does."""
     name = resolve(device, dtype)
-    faster = list(_BACKENDS)[: list(_BACKENDS).index(name)]
-    reasons = {n: _passed_over(_BACKENDS[n], device, dtype) for n in faster}
-    told = "; ".join(f"{n}: {reason.split(';')[0]}" for n, reason in reasons.items() if reason is not None)
+    faster = itertools.takewhile(lambda known: known != name, _BACKENDS)
+    reasons = {known: _BACKENDS[known].passed_over(device, dtype) for known in faster}
+    told = "; ".join(f"{known}: {reason.split(';')[0]}" for known, reason in reasons.items() if reason is not None)
     return f"{name} ({told})" if told else name
 
 
@@ -193,10 +189,8 @@ def slow_choice(device: str, dtype: torch.dtype = torch.float32) -> str | None:
     """Say what is wrong, and what to do, where "auto" finds nothing but the reference for a GPU; else return None."""
     if device != "cuda" or _asked_for() != AUTO or resolve(device, dtype) != "reference":
         return None
-    return (
-        "the ops run in plain torch (backend 'reference') on the GPU, hundreds of times slower than by Triton's "
-        f"kernels; triton: {_passed_over(_BACKENDS['triton'], device, dtype)}"
-    )
+    slow = "the ops run in plain torch (backend 'reference') on the GPU, hundreds of times slower than by kernels"
+    return f"{slow}; triton: {_BACKENDS['triton'].passed_over(device, dtype)}"
 
 
 @torch.compiler.assume_constant_result
@@ -207,18 +201,6 @@ def _warn_if_slow(device: str, dtype: torch.dtype) -> None:
     if text is not None and not _warned:
         _warned = True
         _log.warning("%s", text)
-
-
-def _passed_over(backend: Backend, device: str, dtype: torch.dtype) -> str | None:
-    """Say why "auto" passes over a backend made for a device type, the remedy behind a semicolon; else return None."""
-    if backend.devices is not None and device not in backend.devices:
-        return None
-    obstacle = backend.obstacle()
-    if obstacle is not None:
-        return obstacle
-    if device in backend.on_request():
-        return "taken only by name where TRITON_INTERPRET=1 is set; unset it"
-    return None if _serves_dtype(backend, dtype) else f"serves {_dtypes(backend)} alone; cast the tensors"
 
 
 def kernels(name: str) -> Kernels:
@@ -234,23 +216,6 @@ def _asked_for() -> str:
 def _obstacle(name: str) -> str | None:
     """Say what hinders a backend; not traced by torch.compile, since it looks at files."""
     return _BACKENDS[name].obstacle()
-
-
-def _serves_device(backend: Backend, device: str) -> bool:
-    """Return whether "auto" may choose a backend for a device type."""
-    return (backend.devices is None or device in backend.devices) and device not in backend.on_request()
-
-
-def _serves(backend: Backend, device: str, dtype: torch.dtype = torch.float32) -> bool:
-    return _serves_device(backend, device) and _serves_dtype(backend, dtype)
-
-
-def _serves_dtype(backend: Backend, dtype: torch.dtype) -> bool:
-    return backend.dtypes is None or dtype in backend.dtypes
-
-
-def _dtypes(backend: Backend) -> str:
-    return " and ".join(str(kind).removeprefix("torch.") for kind in backend.dtypes or ())
 
 
 def _check(name: str) -> None:

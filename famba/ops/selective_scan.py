@@ -53,19 +53,10 @@ def selective_scan(
     check_rank("selective_scan", "u", u, "(b, l, d)")
     check_rank("selective_scan", "A", A, "(d, n)")
     batch, length, channels = u.shape
-    states = A.shape[1]
-    check_shapes(
-        "selective_scan",
-        "u",
-        u=(u, (batch, length, channels)),
-        delta=(delta, (batch, length, channels)),
-        A=(A, (channels, states)),
-        B=(B, (batch, length, states)),
-        C=(C, (batch, length, states)),
-        D=(D, (channels,)),
-        z=(z, (batch, length, channels)),
-        delta_bias=(delta_bias, (channels,)),
-    )
+    tokens, weights = (batch, length, channels), (batch, length, A.shape[1])
+    activations = {"u": (u, tokens), "delta": (delta, tokens), "B": (B, weights), "C": (C, weights), "z": (z, tokens)}
+    parameters = {"A": (A, (channels, A.shape[1])), "D": (D, (channels,)), "delta_bias": (delta_bias, (channels,))}
+    check_shapes("selective_scan", "u", **activations, **parameters)
     return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend_of(u))[0]
 
 

@@ -77,8 +77,8 @@ def compile_for(file: str, constants: Constants, architecture: int) -> bytes:
 def cubin(file: str, constants: Constants, architecture: int) -> bytes:
     """Compile a source for constants and a compute capability (times ten), or find what was compiled before.
 
-    Cubins lie in $FAMBA_CUBINS, else ~/.cache/famba/cubins, under names made of sources, constants, architecture and
-    version. Processes may do this at the same time: a file is whole as soon as it has its name.
+    Cubins have names made of sources, constants, architecture and version. Processes may do this at the same time: a
+    file is whole as soon as it has its name.
     """
     known = (text_of(file, constants), _sources(), nvrtc.version(), architecture)
     name = hashlib.sha256(repr(known).encode()).hexdigest()
@@ -98,7 +98,7 @@ def cubin(file: str, constants: Constants, architecture: int) -> bytes:
 
 
 def folder() -> Path:
-    """Return the folder of compiled kernels."""
+    """Return the folder of compiled kernels: $FAMBA_CUBINS, else ~/.cache/famba/cubins."""
     given = os.environ.get(ENVIRONMENT_VARIABLE)
     return Path(given).expanduser() if given else Path.home() / ".cache" / "famba" / "cubins"
 

@@ -34,7 +34,7 @@ def scan_backward(scans: Scans, dy: Tensor, dB: Tensor, dC: Tensor, grads: Gradi
     """Write gradients, in four launches."""
     _check(scans, dy)
     directions, batch, length, channels = scans.u.shape
-    states, blocks, constants = scans.states, -(-channels // _block(channels)), _constants(scans, dy)
+    states, blocks, constants = scans.B.shape[3], -(-channels // _block(channels)), _constants(scans, dy)
     entering = scans.floats(directions, batch, -(-length // _BACKWARD_TILE), states, channels)
     replay = constants | {"REPLAY": True, "OUTPUT": grads.y is not None, "MEASURE": False}
     _launch("scan_forward", scans, replay, dy=dy, y=grads.y, dz=grads.z, entering=entering)
@@ -57,9 +57,8 @@ def column_sums(partials: Tensor, first: Sequence[Tensor], *others: Sequence[Ten
     rows, slots = partials.shape[0] // directions, partials.shape[1]
     outputs = [x for each in (first, *others, [None])[:3] for x in (each[0], each[-1])]
     arguments = (partials, *outputs, rows, slots, channels, taps)
-    Launch(
-        "sums.cu", "column_sums", {"T": "float", "STATES": 1}, (-(-slots * channels // 32), directions), 256, arguments
-    ).run()
+    grid = (-(-slots * channels // 32), directions)
+    Launch("sums.cu", "column_sums", {"T": "float", "STATES": 1}, grid, 256, arguments).run()
 
 
 def _block(channels: int) -> int:
@@ -70,28 +69,17 @@ def _block(channels: int) -> int:
 
 def _constants(scans: Scans, dy: Tensor | None) -> dict[str, int | float | str]:
     """Return what the kernels have compiled in."""
-    states, channels = scans.states, scans.u.shape[3]
+    states, channels = scans.B.shape[3], scans.u.shape[3]
     chunk, few = 16 if 8 < states <= _MANY_STATES else 8, states <= 16
-    return {
-        "T": TYPES[scans.u.dtype],
-        "STATES": states,
-        "CHANNELS": channels,
-        "BC_ROW": scans.B.stride(2),
-        "Z_ROW": 0 if scans.z is None else scans.z.stride(1),
-        "DY_ROW": 0 if dy is None else dy.stride(1),
-        "REVERSE": scans.reverses[0],
-        "REVERSE2": scans.reverses[-1],
-        "SKIP": scans.skip,
-        "SOFTPLUS": scans.softplus,
-        "GATE": scans.z is not None,
-        "SCALE": f"{scans.scale}f",
-        "BLOCK": _block(channels),
-        "CHUNK": chunk,
-        "ROOM": -(-states // chunk) * chunk,
-        "FORWARD_TILE": _FORWARD_TILE,
-        "BACKWARD_TILE": _BACKWARD_TILE,
-        "FORWARD_THREADS": _MORE_THREADS if few and dy is None and scans.u.dtype != torch.float32 else _THREADS,
-    }
+    threads = _MORE_THREADS if few and dy is None and scans.u.dtype != torch.float32 else _THREADS
+    rows = {"BC_ROW": scans.B.stride(2), "Z_ROW": 0 if scans.z is None else scans.z.stride(1)}
+    rows |= {"DY_ROW": 0 if dy is None else dy.stride(1)}
+    how = {"REVERSE": scans.reverses[0], "REVERSE2": scans.reverses[-1], "SKIP": scans.skip}
+    how |= {"SOFTPLUS": scans.softplus, "GATE": scans.z is not None}
+    blocks = {"BLOCK": _block(channels), "CHUNK": chunk, "ROOM": -(-states // chunk) * chunk}
+    tiles = {"FORWARD_TILE": _FORWARD_TILE, "BACKWARD_TILE": _BACKWARD_TILE, "FORWARD_THREADS": threads}
+    sizes = {"STATES": states, "CHANNELS": channels}
+    return {"T": TYPES[scans.u.dtype], **sizes, **rows, **how, "SCALE": f"{scans.scale}f", **blocks, **tiles}
 
 
 def _launch(kernel: str, scans: Scans, constants: Constants, **written: Tensor | None) -> None:
@@ -105,12 +93,10 @@ def _launch(kernel: str, scans: Scans, constants: Constants, **written: Tensor |
 
 
 def _check(scans: Scans, *rows: Tensor | None) -> None:
-    states, length = scans.states, scans.u.shape[2]
+    states, length = scans.B.shape[3], scans.u.shape[2]
     if not 1 <= states <= MAX_STATES:
-        raise ConfigError(
-            f"selective_scan: {states} states, backend 'cuda' takes 1 to {MAX_STATES}; "
-            "use backend 'triton' or 'reference'"
-        )
+        limits = f"{states} states, backend 'cuda' takes 1 to {MAX_STATES}"
+        raise ConfigError(f"selective_scan: {limits}; use backend 'triton' or 'reference'")
     longest = max(x.stride(-2) for x in (scans.u, scans.B, scans.z, *rows) if x is not None)
     if length * max(longest, states * scans.u.shape[3]) >= 2**31:
         raise ConfigError(

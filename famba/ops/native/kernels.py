@@ -9,7 +9,7 @@ from torch import Tensor
 
 from famba.errors import ConfigError
 from famba.ops.inputs import ScanGradients, ScanInputs
-from famba.ops.layout import optional_parameter, parameter
+from famba.ops.layout import common_dtype, optional_parameter, parameter
 from famba.ops.native.library import Conv, Fuse, Norm, Scan, call
 
 # The scan keeps the states that enter each chunk of at most this many steps; shorter sequences keep none.
@@ -60,7 +60,7 @@ def causal_conv1d_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the gradients of x, weight and bias, each in its input's dtype."""
     dx = torch.empty(x.shape, dtype=x.dtype)
-    dweight, dbias = convolve_backward(dy, x, weight, bias, silu, reverse, dx)
+    dweight, dbias = convolve_backward(dy, (x, weight, bias, silu, reverse), dx)
     return dx, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype)
 
 
@@ -121,9 +121,7 @@ def activation(x: Tensor, dtype: torch.dtype) -> Tensor:
 def readable(inputs: ScanInputs) -> ScanInputs:
     """Return a scan as the kernel reads it: activations of one dtype, parameters in float32."""
     u, delta, A, B, C, D, z, delta_bias, softplus, reverse = inputs
-    dtypes = {x.dtype for x in (u, delta, B, C, z) if x is not None}
-    # Where they differ nothing is rounded to the coarsest.
-    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    dtype = common_dtype(u, delta, B, C, z)
     u, delta, B, C = (activation(x, dtype) for x in (u, delta, B, C))
     z = None if z is None else activation(z, dtype)
     return ScanInputs(
@@ -131,43 +129,29 @@ def readable(inputs: ScanInputs) -> ScanInputs:
     )
 
 
-def run_scan(
-    inputs: ScanInputs,
-    state: Tensor,
-    y: Tensor,
-    scale: float = 1.0,
-    accumulate: bool = False,
-    measures: Tensor | None = None,
-) -> None:
-    """Write the result of a scan as `readable` gives it, the states that enter later chunks, and measures (2, b, l)."""
-    steps, outputs = (None, None) if measures is None else measures
-    given = _scan(inputs, state, scale, accumulate)
-    call("scan_forward", Scan, y.dtype, **given, y=y, step_means=steps, output_sums=outputs)
+def run_scan(inputs: ScanInputs, state: Tensor, y: Tensor, **more: Any) -> None:
+    """Write the result of a scan as `readable` gives it, and the states that enter later chunks.
+
+    more: further fields of `Scan`: scale, accumulate, step_means, output_sums.
+    """
+    call("scan_forward", Scan, y.dtype, **_scan(inputs, state) | more, y=y)
 
 
-def run_scan_backward(
-    inputs: ScanInputs,
-    state: Tensor,
-    dy: Tensor,
-    scale: float = 1.0,
-    accumulate: bool = False,
-    **written: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def run_scan_backward(inputs: ScanInputs, state: Tensor, dy: Tensor, **more: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of A, D and delta_bias; write du, ddelta, dB, dC, dz, and y again, where memory is given."""
     A, dtype = inputs.A, inputs.u.dtype
     dA, dD, dbias = torch.empty(A.shape), torch.empty(A.shape[0]), torch.empty(A.shape[0])
     sums = {"dA": dA, "dD": dD, "ddelta_bias": dbias}
-    given = _scan(inputs, state, scale, accumulate)
-    call("scan_backward", Scan, dtype, **given, dy=activation(dy, dtype), **written, **sums)
+    call("scan_backward", Scan, dtype, **_scan(inputs, state) | more, dy=activation(dy, dtype), **sums)
     return dA, dD, dbias
 
 
-def _scan(inputs: ScanInputs, state: Tensor, scale: float, accumulate: bool) -> dict[str, Any]:
+def _scan(inputs: ScanInputs, state: Tensor) -> dict[str, Any]:
     batch, length, channels = inputs.u.shape
     sizes = {"batch": batch, "length": length, "channels": channels, "states": inputs.A.shape[1]}
     given = inputs._asdict()
-    how = {"softplus": given.pop("delta_softplus"), "scale": scale, "accumulate": accumulate}
-    return {**sizes, "chunk": scan_chunk(length), **how, **given, "state": state}
+    how = {"chunk": scan_chunk(length), "softplus": given.pop("delta_softplus"), "scale": 1.0}
+    return {**sizes, **how, **given, "state": state}
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool, y: Tensor) -> None:
@@ -176,20 +160,16 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse
 
 
 def convolve_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    silu: bool,
-    reverse: bool,
-    dx: Tensor,
-    accumulate: bool = False,
+    dy: Tensor, convolution: tuple[Any, ...], dx: Tensor, accumulate: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Write the input's gradient, or add it to dx; return those of weight and bias in float32."""
+    """Write the input's gradient, or add it to dx; return those of weight and bias in float32.
+
+    convolution: x, weight, bias, silu and reverse.
+    """
+    x, weight, *_ = convolution
     dweight, dbias = torch.empty(weight.shape), torch.empty(weight.shape[0])
     written = {"dx": dx, "dweight": dweight, "dbias": dbias, "accumulate": accumulate}
-    given = _conv(x, weight, bias, silu, reverse)
-    call("conv_backward", Conv, x.dtype, **given, dy=activation(dy, x.dtype), **written)
+    call("conv_backward", Conv, x.dtype, **_conv(*convolution), dy=activation(dy, x.dtype), **written)
     return dweight, dbias
 
 

@@ -6,6 +6,7 @@ The interface is `src/interface.h`; the structures below mirror it field by fiel
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import sysconfig
 from ctypes import c_float, c_int32, c_int64, c_void_p
@@ -73,18 +74,14 @@ Fuse = _structure(
 )
 
 
-_loaded: ctypes.CDLL | str | None = None
 _isa: int | None = None
 _is_forked_child = False
 
 
 def obstacle() -> str | None:
     """Return None where the kernels can be used, else the reason and behind a semicolon the remedy."""
-    try:
-        _library()
-    except BackendError as error:
-        return str(error)
-    return None
+    found = _loaded()
+    return found if isinstance(found, str) else None
 
 
 def isas() -> list[str]:
@@ -145,26 +142,27 @@ def _isa_number() -> int:
 def _checked_isa(name: str) -> int:
     usable = isas()
     if name not in usable:
-        guess = "" if name in ISAS else near_miss(name.lower(), ISAS)
-        fault = "cannot be used on this processor" if name in ISAS else "is unknown"
-        raise BackendError(
-            f"instruction set {name!r}{guess} {fault}; usable: {', '.join(usable)} "
-            f"(chosen by {ENVIRONMENT_VARIABLE} where that is set)"
-        )
+        unknown = f"{near_miss(name.lower(), ISAS)} is unknown"
+        fault = " cannot be used on this processor" if name in ISAS else unknown
+        where = f"(chosen by {ENVIRONMENT_VARIABLE} where that is set)"
+        raise BackendError(f"instruction set {name!r}{fault}; usable: {', '.join(usable)} {where}")
     return ISAS.index(name)
 
 
 def _library() -> ctypes.CDLL:
-    global _loaded
-    if _loaded is None:
-        # What hinders is kept as well: every op asks, and the answer does not change.
-        try:
-            _loaded = _load()
-        except BackendError as error:
-            _loaded = str(error)
-    if isinstance(_loaded, str):
-        raise BackendError(_loaded)
-    return _loaded
+    found = _loaded()
+    if isinstance(found, str):
+        raise BackendError(found)
+    return found
+
+
+@functools.cache
+def _loaded() -> ctypes.CDLL | str:
+    """Load the library, or say what hinders that, which is kept as well: every op asks."""
+    try:
+        return _load()
+    except BackendError as error:
+        return str(error)
 
 
 def _load() -> ctypes.CDLL:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from famba.ops.inputs import MixerInputs, MixerSizes, ScanInputs
+from famba.ops.inputs import MixerInputs, ScanInputs
 from famba.ops.layout import as_tokens, flatten
 from famba.ops.native.kernels import (
     activation,
@@ -21,31 +21,32 @@ from famba.ops.native.kernels import (
 from famba.ops.products import Columns, ProductWeights
 
 
-def mixer_kept_shapes(sizes: MixerSizes) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+def mixer_kept_shapes(inputs: MixerInputs) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """Return the shapes of u, of dt, B and C for both directions, of copied weights, and of the scans' kept states."""
-    tokens = (sizes.batch, sizes.length)
-    states = scan_state_shape(*tokens, sizes.channels, sizes.states)
-    projected = (2, *tokens, Columns.of(sizes).width)
-    return [(*tokens, sizes.channels), projected, ProductWeights.kept_shape(sizes)], [(2, *states)]
+    (batch, length, _), (channels, states) = inputs.x.shape, inputs.forward.A.shape
+    projected = (2, batch, length, Columns.of(inputs).width)
+    shapes = [(batch, length, channels), projected, ProductWeights.kept_shape(inputs)]
+    return shapes, [(2, *scan_state_shape(batch, length, channels, states))]
 
 
 def mixer(inputs: MixerInputs, measure: bool) -> tuple[Tensor | None, ...]:
     """Return the result, the measures where they are asked for, and what the backward needs."""
-    x, sizes = inputs.x, inputs.sizes
+    x = inputs.x
     weights, copied = ProductWeights.copied(inputs)
     tokens = flatten(x.contiguous())
     u, z = (as_tokens(tokens @ half.t(), x) for half in weights.into.chunk(2))
     y, inner, delta = (torch.empty_like(u) for _ in range(3))
     projected = u.new_empty(2, *u.shape[:2], weights.x.shape[1])
-    states = torch.empty(2, *scan_state_shape(sizes.batch, sizes.length, sizes.channels, sizes.states))
+    states = torch.empty(mixer_kept_shapes(inputs)[1][0])
     measures = torch.empty(2, 2, *u.shape[:2]) if measure else None
     for reverse, side in enumerate(inputs.directions):
         convolve(u, side.conv_weight, side.conv_bias, True, bool(reverse), inner)
         torch.mm(flatten(inner), weights.x[reverse].t(), out=flatten(projected[reverse]))
-        scan = _scan(inner, delta, z, projected[reverse], weights, inputs, reverse)
+        scan = _scan((inner, delta, z, projected[reverse]), weights, inputs, reverse)
         # The second direction adds to what the first has written.
-        of_direction = None if measures is None else measures[:, reverse]
-        run_scan(scan, states[reverse], y, 0.5, bool(reverse), of_direction)
+        steps, outputs = (None, None) if measures is None else measures[:, reverse]
+        more = {"accumulate": bool(reverse), "step_means": steps, "output_sums": outputs}
+        run_scan(scan, states[reverse], y, scale=0.5, **more)
     out = y if weights.out is None else as_tokens(flatten(y) @ weights.out.t(), x)
     return out, measures, u, projected, copied, states
 
@@ -65,14 +66,14 @@ def mixer_backward(
     inner, delta, dinner, ddelta = (torch.empty_like(u) for _ in range(4))
     dxz = x.new_empty(*x.shape[:2], 2 * channels)
     du, dz = dxz.chunk(2, dim=-1)
-    columns, dprojected = Columns.of(inputs.sizes), torch.empty_like(projected[0])
+    columns, dprojected = Columns.of(inputs), torch.empty_like(projected[0])
     ddt, dB, dC = columns.split(dprojected)
     columns.clear_tail(dprojected)
     dx_weight, ddt_weight, others = torch.empty_like(weights.x), torch.empty_like(weights.dt), []
     for reverse, side in enumerate(inputs.directions):
         convolution = (u, side.conv_weight, side.conv_bias, True, bool(reverse))
         convolve(*convolution, inner)
-        scan = _scan(inner, delta, z, projected[reverse], weights, inputs, reverse)
+        scan = _scan((inner, delta, z, projected[reverse]), weights, inputs, reverse)
         written = {"du": dinner, "ddelta": ddelta, "dB": dB, "dC": dC, "dz": dz, "y": y}
         dA, dD, dbias = run_scan_backward(scan, states[reverse], dy, scale=0.5, accumulate=bool(reverse), **written)
         flat_ddelta, flat = flatten(ddelta), flatten(dprojected)
@@ -80,7 +81,7 @@ def mixer_backward(
         torch.mm(flat_ddelta.t(), flatten(projected[reverse])[:, : columns.dt], out=ddt_weight[reverse])
         flatten(dinner).addmm_(flat, weights.x[reverse])
         torch.mm(flat.t(), flatten(inner), out=dx_weight[reverse])
-        others.append((*convolve_backward(dinner, *convolution, du, accumulate=bool(reverse)), dbias, dA, dD))
+        others.append((*convolve_backward(dinner, convolution, du, accumulate=bool(reverse)), dbias, dA, dD))
     flat, dout_weight = flatten(dxz), None if y is None else flatten(dout).t() @ flatten(y)
     of_products = ProductWeights(flat.t() @ tokens, dx_weight, ddt_weight, dout_weight)
     of_weights = of_products.as_given(inputs)
@@ -88,17 +89,10 @@ def mixer_backward(
     return dx, of_weights.in_weight, *of_weights.with_others(others, inputs), of_weights.out_weight
 
 
-def _scan(
-    inner: Tensor,
-    delta: Tensor,
-    z: Tensor,
-    projected: Tensor,
-    weights: ProductWeights,
-    inputs: MixerInputs,
-    reverse: int,
-) -> ScanInputs:
-    """Return the scan of `inner` in a direction, ready for the kernel; write its step sizes."""
-    dt, B, C = Columns.of(inputs.sizes).split(projected)
+def _scan(tensors: Sequence[Tensor], weights: ProductWeights, inputs: MixerInputs, reverse: int) -> ScanInputs:
+    """Return the scan of a direction, ready for the kernel; write its step sizes."""
+    inner, delta, z, projected = tensors
+    dt, B, C = Columns.of(inputs).split(projected)
     torch.mm(flatten(dt), weights.dt[reverse].t(), out=flatten(delta))
     side = inputs.directions[reverse]
     return readable(ScanInputs(inner, delta, side.A, B, C, side.D, z, side.dt_bias, True, bool(reverse)))

@@ -17,7 +17,7 @@ from torch import Tensor
 from famba.ops.directional import Convolution
 from famba.ops.layout import optional_parameter, parameter
 from famba.ops.triton.launch import Configuration, Grid, kernel
-from famba.ops.triton.sums import column_sums
+from famba.ops.triton.scan_kernels import column_sums
 
 
 def tile_steps(width: int) -> int:
@@ -58,8 +58,7 @@ def _arguments(convolution: Convolution) -> dict[str, Any]:
     x, weights, biases, silu, reverses = convolution
     readable = [parameter(weight) for weight in weights]
     shifts = [optional_parameter(bias) for bias in biases]
-    batch, length, channels = x.shape
-    width = weights[0].shape[1]
+    (batch, length, channels), width = x.shape, weights[0].shape[1]
     tensors = {"x": x, "weight": readable[0], "bias": shifts[0], "weight2": readable[-1], "bias2": shifts[-1]}
     sizes = {"batch": batch, "length": length, "CHANNELS": channels, "X_ROW": x.stride(1), "WIDTH": width}
     how = {"DIRECTIONS": len(weights), "REVERSE": reverses[0], "REVERSE2": reverses[-1], "SILU": silu}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -13,14 +15,13 @@ from famba.ops.triton.launch import Configuration, Grid, kernel
 
 def fuse_tokens(x: Tensor, places: Tensor, weights: Tensor, length: int) -> Tensor:
     """Return the fused tokens (b, length, c), in one launch; a token whose place is outside is left out."""
-    batch, tokens, channels = x.shape
+    batch, _, channels = x.shape
     y = torch.empty(batch, length, channels, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
     x = even_rows(x)
-    given = {"places": places.contiguous(), "weights": weights.contiguous(), "tokens": tokens, "length": length}
-    grid = _grid(batch, length, channels)
-    _fuse_forward.launch(grid, x=x, y=y, CHANNELS=channels, X_ROW=x.stride(1), **given)
+    given = _arguments(places, weights, length, channels)
+    _fuse_forward.launch(_grid(batch, length, channels), x=x, y=y, X_ROW=x.stride(1), **given)
     return y
 
 
@@ -32,10 +33,15 @@ def fuse_tokens_backward(dy: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     if dx.numel() == 0:
         return dx
     dy = even_rows(dy)
-    given = {"places": places.contiguous(), "weights": weights.contiguous(), "tokens": tokens, "length": length}
-    grid = _grid(batch, tokens, channels)
-    _fuse_backward.launch(grid, dy=dy, dx=dx, CHANNELS=channels, DY_ROW=dy.stride(1), **given)
+    given = _arguments(places, weights, length, channels)
+    _fuse_backward.launch(_grid(batch, tokens, channels), dy=dy, dx=dx, DY_ROW=dy.stride(1), **given)
     return dx
+
+
+def _arguments(places: Tensor, weights: Tensor, length: int, channels: int) -> dict[str, Any]:
+    """Return what both kernels take."""
+    sizes = {"tokens": places.shape[1], "length": length, "CHANNELS": channels}
+    return {"places": places.contiguous(), "weights": weights.contiguous(), **sizes}
 
 
 def _grid(batch: int, rows: int, channels: int) -> Grid:
@@ -105,8 +111,5 @@ def _fuse_backward(
     grad = tl.load(start + place[:, None] * DY_ROW + channel[None, :], mask=inside, other=0.0).to(tl.float32)
     out = dx + image * tokens * CHANNELS
     inside = (token < tokens)[:, None] & (channel < CHANNELS)[None, :]
-    tl.store(
-        out + token[:, None] * CHANNELS + channel[None, :],
-        (grad * weight[:, None]).to(dx.dtype.element_ty),
-        mask=inside,
-    )
+    grad *= weight[:, None]
+    tl.store(out + token[:, None] * CHANNELS + channel[None, :], grad.to(dx.dtype.element_ty), mask=inside)

@@ -79,11 +79,8 @@ class Kernel:
         given = {name: value for name, value in arguments.items() if name not in self.constants}
         numbers = [name for name, value in given.items() if isinstance(value, (int, float))]
         jit = triton.jit(self._function, do_not_specialize=numbers)
-        return self._with_tuning(jit) if self._tuned else jit
-
-    def _with_tuning(self, jit: Any) -> Any:
-        configs = [triton.Config(dict(c.constants), **c.options()) for c in self.configurations]
-        return triton.autotune(configs, self._key)(jit)
+        configurations = [triton.Config(dict(c.constants), **c.options()) for c in self.configurations]
+        return triton.autotune(configurations, self._key)(jit) if self._tuned else jit
 
     def launch(self, grid: Grid, **arguments: Any) -> None:
         """Run over a grid, a function of the constants, on the device of the first tensor."""

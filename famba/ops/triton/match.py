@@ -29,10 +29,8 @@ def match_tokens(
     """Return places, shares and sums of sizes; of at most 4096 tokens."""
     batch, length, channels = metric.shape
     if length > _MOST_TOKENS:
-        raise BackendError(
-            f"match_tokens: {length} tokens; backend 'triton' takes at most {_MOST_TOKENS}; "
-            "use_backend('reference') takes any"
-        )
+        limits = f"{length} tokens; backend 'triton' takes at most {_MOST_TOKENS}"
+        raise BackendError(f"match_tokens: {limits}; use_backend('reference') takes any")
     places = metric.new_empty(batch, length, dtype=torch.int64)
     shares, totals = (metric.new_empty(batch, count, dtype=torch.float32) for count in (length, length - r))
     if batch == 0:

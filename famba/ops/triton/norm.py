@@ -10,7 +10,6 @@ from torch import Tensor
 from famba.errors import BackendError
 from famba.ops.layout import even_rows, parameter
 from famba.ops.triton.launch import Configuration, kernel
-from famba.ops.triton.sums import column_sums
 
 # A row lies in the registers of one program.
 _MOST_CHANNELS = 8192
@@ -22,7 +21,9 @@ _PROGRAMS = 512
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return the normed sum in x's dtype and the sum in float32; at most 8192 channels."""
-    _check_channels(x)
+    if x.shape[2] > _MOST_CHANNELS:
+        limits = f"{x.shape[2]} channels; backend 'triton' takes at most {_MOST_CHANNELS}"
+        raise BackendError(f"add_rms_norm: {limits}; use_backend('reference') takes any")
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     if x.numel() == 0:
@@ -40,40 +41,20 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
 def add_rms_norm_backward(
     dnormed: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the sum, float32, and of weight; one launch, and one that adds up the programs' sums."""
-    _check_channels(total)
+    """Return the gradients of the sum, float32, and of weight, whose partial sums torch adds up."""
     grad = torch.empty(total.shape, dtype=torch.float32, device=total.device)
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    channels = total.shape[2]
-    if channels == 0:
-        return grad, dweight
     rows, block, count = _blocks(total)
     programs = min(count, _PROGRAMS)
-    partials = torch.empty(programs, channels, dtype=torch.float32, device=total.device)
-    if programs:
+    partials = grad.new_empty(programs, total.shape[2])
+    if grad.numel():
         dnormed, dtotal = even_rows(dnormed), even_rows(dtotal)
         tensors = {"dnormed": dnormed, "dtotal": dtotal, "total": parameter(total), "weight": parameter(weight)}
-        sizes = {
-            "rows": total.shape[0] * total.shape[1],
-            "eps": eps,
-            "CHANNELS": channels,
-            "ROWS": rows,
-            "BLOCK": block,
-        }
+        tokens = total.shape[0] * total.shape[1]
+        sizes = {"rows": tokens, "eps": eps, "CHANNELS": total.shape[2], "ROWS": rows, "BLOCK": block}
         strides = {"DNORMED_ROW": dnormed.stride(1), "DTOTAL_ROW": dtotal.stride(1)}
         written = {"grad": grad, "partials": partials, "programs": programs}
         _norm_backward.launch(lambda constants: (programs,), **tensors, **sizes, **strides, **written)
-    grid = lambda constants: (triton.cdiv(channels, constants["BLOCK"]),)  # noqa: E731 - as Triton writes grids
-    _norm_sums.launch(grid, partials=partials, programs=programs, dweight=dweight, CHANNELS=channels)
-    return grad, dweight
-
-
-def _check_channels(x: Tensor) -> None:
-    if x.shape[2] > _MOST_CHANNELS:
-        raise BackendError(
-            f"add_rms_norm: {x.shape[2]} channels; backend 'triton' takes at most {_MOST_CHANNELS}; "
-            "use_backend('reference') takes any"
-        )
+    return grad, partials.sum(0).to(weight.dtype)
 
 
 def _blocks(x: Tensor) -> tuple[int, int, int]:
@@ -134,14 +115,3 @@ def _norm_backward(
         place = row[:, None] * CHANNELS + channel[None, :]
         tl.store(grad + first * CHANNELS + place, out, mask=inside)
     tl.store(partials + tl.program_id(0) * CHANNELS + channel, tl.sum(dweight, 0), mask=channel < CHANNELS)
-
-
-@kernel([Configuration({"BLOCK": 32, "BLOCK_ROWS": 32}, warps=4)])
-def _norm_sums(
-    partials, programs, dweight,
-    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = channel < CHANNELS
-    total = column_sums(partials, programs, channel, inside, CHANNELS, BLOCK_ROWS, BLOCK)
-    tl.store(dweight + channel, total.to(dweight.dtype.element_ty), mask=inside)

@@ -25,7 +25,7 @@ def scan(scans: Scans, y: Tensor, sums: Tensor | None) -> None:
 def scan_backward(scans: Scans, dy: Tensor, dB: Tensor, dC: Tensor, grads: Gradients) -> None:
     """Write gradients, in four launches."""
     directions, batch, length, channels = scans.u.shape
-    states, blocks = scans.states, triton.cdiv(channels, _BLOCK)
+    states, blocks = scans.B.shape[3], triton.cdiv(channels, _BLOCK)
     entering = scans.floats(directions, batch, triton.cdiv(length, _TILE), states, channels)
     carried = scans.floats(directions, batch, states, channels)
     partials = scans.floats(directions, batch, states + 2, channels)
@@ -58,26 +58,21 @@ def _arguments(scans: Scans) -> dict[str, Any]:
     # takes the channels of a thread from it.
     z_row = 0 if scans.z is None else scans.z.stride(1)
     sizes = {"batch": batch, "length": length, "channels": channels, "z_row": z_row, "scale": scans.scale}
-    strides = {"STATES": scans.states, "B_ROW": scans.B.stride(2), "C_ROW": scans.C.stride(2)}
+    strides = {"STATES": scans.B.shape[3], "B_ROW": scans.B.stride(2), "C_ROW": scans.C.stride(2)}
     how = {"SKIP": scans.skip, "SOFTPLUS": scans.softplus, "GATE": scans.z is not None}
     return {**tensors, **sizes, **strides, **how, "REVERSE": scans.reverses[0], "REVERSE2": scans.reverses[-1]}
 
 
-def _walk(
-    scans: Scans,
-    y: Tensor | None = None,
-    dy: Tensor | None = None,
-    dz: Tensor | None = None,
-    entering: Tensor | None = None,
-    sums: Tensor | None = None,
-) -> None:
-    """Walk over the length and write what is there to write to."""
+def _walk(scans: Scans, **written: Tensor | None) -> None:
+    """Walk over the length and write what is there to write to: y, dz (for dy), entering, sums."""
     directions, batch, _, channels = scans.u.shape
-    given = {"y": y, "dy": dy, "dy_row": 0 if dy is None else dy.stride(1), "dz": dz, "entering": entering}
-    given |= {"sums": sums, "MEASURE": sums is not None, "MEASURED": MEASURED}
-    asked = {"OUTPUT": y is not None, "GATE_GRADIENT": dz is not None, "ENTERING": entering is not None}
-    states = triton.next_power_of_2(max(1, scans.states))
+    given = {name: written.get(name) for name in ("y", "dy", "dz", "entering", "sums")}
+    dy = given["dy"]
+    asked = {"OUTPUT": "y", "GATE_GRADIENT": "dz", "ENTERING": "entering", "MEASURE": "sums"}
+    how: dict[str, Any] = {constant: given[name] is not None for constant, name in asked.items()}
+    how |= {"dy_row": 0 if dy is None else dy.stride(1), "MEASURED": MEASURED}
+    states = triton.next_power_of_2(max(1, scans.B.shape[3]))
     scan_kernels.scan_forward.launch(
         lambda constants: (batch * triton.cdiv(channels, constants["BLOCK"]), directions),
-        **{**given, **asked, "BLOCK_STATES": states, "TILE": _TILE, **_arguments(scans)},
+        **{**given, **how, "BLOCK_STATES": states, "TILE": _TILE, **_arguments(scans)},
     )

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from famba.ops.triton.launch import Configuration, kernel
-from famba.ops.triton.sums import column_sums
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -83,9 +82,8 @@ def scan_forward(
     u, delta, B, C, z, parameters, y, dy, dz, entering, sums, batch, length, channels, z_row, dy_row, scale,
     STATES: tl.constexpr, B_ROW: tl.constexpr, C_ROW: tl.constexpr, REVERSE: tl.constexpr, REVERSE2: tl.constexpr,
     SKIP: tl.constexpr, SOFTPLUS: tl.constexpr, GATE: tl.constexpr, OUTPUT: tl.constexpr, MEASURE: tl.constexpr,
-    MEASURED: tl.constexpr,
-    GATE_GRADIENT: tl.constexpr, ENTERING: tl.constexpr, BLOCK_STATES: tl.constexpr, TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    MEASURED: tl.constexpr, GATE_GRADIENT: tl.constexpr, ENTERING: tl.constexpr, BLOCK_STATES: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Walk over the length; write results, or what the backward needs, whichever is asked for."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -266,6 +264,20 @@ def scan_backward(
         tl.debug_barrier()
     tl.store(partials + STATES * channels, total_skip, mask=held)
     tl.store(partials + (STATES + 1) * channels, total_bias, mask=held)
+
+
+@triton.jit
+def column_sums(
+    partials, rows, column, inside,
+    COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add up the rows of a float32 matrix (rows, COLUMNS), in a fixed order, at some columns (BLOCK,)."""
+    total = tl.zeros([BLOCK_ROWS, BLOCK], tl.float32)
+    for first in range(0, rows, BLOCK_ROWS):
+        row = first + tl.arange(0, BLOCK_ROWS)
+        held = (row[:, None] < rows) & inside[None, :]
+        total += tl.load(partials + row[:, None].to(tl.int64) * COLUMNS + column[None, :], mask=held, other=0.0)
+    return tl.sum(total, 0)
 
 
 @kernel([Configuration({"BLOCK": 64}, warps=4)])

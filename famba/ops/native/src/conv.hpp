@@ -59,8 +59,7 @@ template <class T, int WIDTH>
 class ConvBlock {
   public:
     ConvBlock(const famba_conv &conv, int64_t image, int64_t block)
-        : p_(conv), channel_(block * W), lanes_(static_cast<int>(std::min<int64_t>(W, conv.channels - channel_))),
-          x_(conv.x, image) {
+        : p_(conv), channel_(block * W), lanes_(lanes_of(block, conv.channels)), x_(conv.x, image) {
         const int64_t steps = (p_.length + p_.width - 1) * W;
         carve(task_scratch(), {steps, steps, p_.width * W}, {&inputs_, &grads_, &taps_});
         for (int64_t k = 0; k < p_.width; ++k) {
@@ -125,13 +124,19 @@ class ConvBlock {
     V bias_;
 };
 
-template <class T, int WIDTH>
-void conv_forward_of(const famba_conv &p) {
-    const Blocks blocks(p.batch, p.channels);
+// Calls work(image, block) for every block of channels, those of a group in one task.
+template <class Work>
+void for_each_block(const famba_conv &p, const Blocks &blocks, const Work &work) {
     for_each(p.threads, p.batch * blocks.groups, [&](int64_t task) {
         const int64_t image = task / blocks.groups, group = task % blocks.groups;
-        for (int64_t block = blocks.begin(group); block < blocks.begin(group + 1); ++block)
-            ConvBlock<T, WIDTH>(p, image, block).forward(Rows<T>(p.y, image));
+        for (int64_t block = blocks.begin(group); block < blocks.begin(group + 1); ++block) work(image, block);
+    });
+}
+
+template <class T, int WIDTH>
+void conv_forward_of(const famba_conv &p) {
+    for_each_block(p, Blocks(p.batch, p.channels), [&](int64_t image, int64_t block) {
+        ConvBlock<T, WIDTH>(p, image, block).forward(Rows<T>(p.y, image));
     });
 }
 
@@ -140,16 +145,13 @@ void conv_backward_of(const famba_conv &p) {
     const Blocks blocks(p.batch, p.channels);
     const int64_t size = (p.width + 1) * W;
     float *partial = call_scratch().take(p.batch * blocks.count * size);
-    for_each(p.threads, p.batch * blocks.groups, [&](int64_t task) {
-        const int64_t image = task / blocks.groups, group = task % blocks.groups;
-        for (int64_t block = blocks.begin(group); block < blocks.begin(group + 1); ++block)
-            ConvBlock<T, WIDTH>(p, image, block)
-                .backward(Rows<const T>(p.dy, image), Rows<T>(p.dx, image),
-                          partial + (image * blocks.count + block) * size);
+    for_each_block(p, blocks, [&](int64_t image, int64_t block) {
+        float *own = partial + (image * blocks.count + block) * size;
+        ConvBlock<T, WIDTH>(p, image, block).backward(Rows<const T>(p.dy, image), Rows<T>(p.dx, image), own);
     });
     for_each(p.threads, blocks.count, [&](int64_t block) {
         const int64_t channel = block * W;
-        const int lanes = static_cast<int>(std::min<int64_t>(W, p.channels - channel));
+        const int lanes = lanes_of(block, p.channels);
         for (int64_t k = 0; k <= p.width; ++k) {
             V total{};
             for (int64_t image = 0; image < p.batch; ++image)

@@ -95,8 +95,7 @@ int famba_isa_best(void) {
 }
 
 int famba_isa_lanes(int isa) {
-    const famba::Table *table = famba::find_table(isa);
-    return table ? table->lanes : 0;
+    return famba_isa_built(isa) ? famba::find_table(isa)->lanes : 0;
 }
 
 #define FAMBA_DEFINE(name, arguments) \

@@ -7,10 +7,7 @@
 namespace famba {
 namespace FAMBA_ISA {
 
-template <class Params>
-using Kernel = void (*)(const Params &);
-
-template <class Params, Kernel<Params> Float32, Kernel<Params> BFloat16>
+template <class Params, void (*Float32)(const Params &), void (*BFloat16)(const Params &)>
 void by_dtype(const Params &p) {
     (p.dtype == FAMBA_BFLOAT16 ? BFloat16 : Float32)(p);
 }

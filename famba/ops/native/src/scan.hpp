@@ -43,6 +43,11 @@ struct Blocks {
     int64_t begin(int64_t group) const { return count * group / groups; }
 };
 
+// The lanes of a block that hold channels: the last may have less than W.
+FAMBA_INLINE int lanes_of(int64_t block, int64_t channels) {
+    return static_cast<int>(std::min<int64_t>(W, channels - block * W));
+}
+
 // The position of a step.
 FAMBA_INLINE int64_t position(const famba_scan &p, int64_t step) { return p.reverse ? p.length - 1 - step : step; }
 
@@ -51,12 +56,13 @@ FAMBA_INLINE int64_t row_ahead(const famba_scan &p, int64_t begin, int64_t s, in
     return position(p, begin + std::min(s + 12, count - 1));
 }
 
-// B or C of some steps of an image in the order of the scan, (count, states).
-template <class T>
+// B or C of some steps of an image in the order of the scan, (count, states), each number `Times` times.
+template <int Times, class T>
 void gather_states(float *out, const Rows<T> &rows, int64_t begin, int64_t count, const famba_scan &p) {
     for (int64_t s = 0; s < count; ++s) {
         const T *row = rows.at(position(p, begin + s), 0);
-        for (int64_t n = 0; n < p.states; ++n) out[s * p.states + n] = load_one(row + n);
+        for (int64_t n = 0; n < p.states; ++n)
+            for (int i = 0; i < Times; ++i) out[(s * p.states + n) * Times + i] = load_one(row + n);
     }
 }
 
@@ -66,15 +72,6 @@ constexpr int SPREAD = FAMBA_LANES == 16 ? 1 : W;
 
 FAMBA_INLINE V coefficient(const float *spread, int64_t index) {
     return SPREAD == 1 ? splat(spread[index]) : load(spread + index * W);
-}
-
-template <class T>
-void spread_states(float *out, const Rows<T> &rows, int64_t begin, int64_t count, const famba_scan &p) {
-    for (int64_t s = 0; s < count; ++s) {
-        const T *row = rows.at(position(p, begin + s), 0);
-        for (int64_t n = 0; n < p.states; ++n)
-            for (int i = 0; i < SPREAD; ++i) out[(s * p.states + n) * SPREAD + i] = load_one(row + n);
-    }
 }
 
 // A times log2(e) as vectors, (blocks, states, W), and the largest magnitude in each block.
@@ -87,7 +84,7 @@ struct Rates {
     void fill(const famba_scan &p, const Blocks &blocks) {
         states = p.states;
         for (int64_t block = 0; block < blocks.count; ++block) {
-            const int lanes = static_cast<int>(std::min<int64_t>(W, p.channels - block * W));
+            const int lanes = lanes_of(block, p.channels);
             V most{};
             for (int64_t n = 0; n < states; ++n) {
                 V a{};
@@ -136,9 +133,6 @@ void forward_states(const Steps &steps, int64_t count, const float *A, float *h,
     for (; n < states; ++n) forward_group<1, Safe>(steps, count, A + n * W, h + n * W, B + n * SPREAD, C + n * SPREAD, states);
 }
 
-// What the scan does to one step's delta, before the exponent.
-FAMBA_INLINE V step_size(V raw, bool soft) { return soft ? softplus(raw) : raw; }
-
 // Whether 2^(delta A) needs no clamping, for the largest magnitudes of both.
 FAMBA_INLINE bool is_safe(V largest_delta, float largest_rate) { return largest(largest_delta) * largest_rate < 125.f; }
 
@@ -172,8 +166,8 @@ class ForwardTask {
         for (int64_t begin = 0; begin < p_.length;) {
             const int64_t chunk = begin / p_.chunk;
             const int64_t count = std::min({FORWARD_STEPS, (chunk + 1) * p_.chunk - begin, p_.length - begin});
-            spread_states(B_, Rows<const T>(p_.B, image_), begin, count, p_);
-            spread_states(C_, Rows<const T>(p_.C, image_), begin, count, p_);
+            gather_states<SPREAD>(B_, Rows<const T>(p_.B, image_), begin, count, p_);
+            gather_states<SPREAD>(C_, Rows<const T>(p_.C, image_), begin, count, p_);
             for (int64_t block = first_; block < last_; ++block) run_block(block, begin, count);
             begin += count;
         }
@@ -182,7 +176,7 @@ class ForwardTask {
   private:
     void run_block(int64_t block, int64_t begin, int64_t count) {
         const int64_t channel = block * W, n = p_.states;
-        const int lanes = static_cast<int>(std::min<int64_t>(W, p_.channels - channel));
+        const int lanes = lanes_of(block, p_.channels);
         float *h = h_ + (block - first_) * n * W;
         if (begin && begin % p_.chunk == 0) {
             const int64_t chunks = (p_.length + p_.chunk - 1) / p_.chunk;
@@ -204,7 +198,7 @@ class ForwardTask {
             __builtin_prefetch(u_.at(ahead, channel));
             __builtin_prefetch(delta_.at(ahead, channel));
             const V u = load(u_.at(t, channel), lanes);
-            const V delta = step_size(load(delta_.at(t, channel), lanes) + bias, p_.softplus);
+            const V raw = load(delta_.at(t, channel), lanes) + bias, delta = p_.softplus ? softplus(raw) : raw;
             most = maximum(absolute(delta), most);
             if (sums_) sums_[t] += sum(delta, lanes);
             store(steps_.delta + s * W, delta);

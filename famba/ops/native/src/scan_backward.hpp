@@ -128,8 +128,8 @@ class BackwardTask {
         for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
             const int64_t begin = chunk * p_.chunk, count = std::min(p_.length - begin, p_.chunk);
             const int64_t gathered = count * W * (n / BACKWARD_GROUP + n % BACKWARD_GROUP);
-            gather_states(B_, Rows<const T>(p_.B, image_), begin, count, p_);
-            gather_states(C_, Rows<const T>(p_.C, image_), begin, count, p_);
+            gather_states<1>(B_, Rows<const T>(p_.B, image_), begin, count, p_);
+            gather_states<1>(C_, Rows<const T>(p_.C, image_), begin, count, p_);
             std::fill(dB_, dB_ + gathered, 0.f);
             std::fill(dC_, dC_ + gathered, 0.f);
             for (int64_t block = first_; block < last_; block += TILE<T>) {
@@ -179,7 +179,7 @@ class BackwardTask {
         return_group<G>(steps, count, m, p_.states);
     }
 
-    int lanes(int64_t block) const { return static_cast<int>(std::min<int64_t>(W, p_.channels - block * W)); }
+    int lanes(int64_t block) const { return lanes_of(block, p_.channels); }
 
     // Blocks whose numbers share lines of memory are read and written together. `most` is each block's largest
     // magnitude of delta.
@@ -213,7 +213,7 @@ class BackwardTask {
                 const int64_t from = channel + i * W;
                 const int width = i + 1 < N ? W : lanes;
                 const V u = load(u_rows.at(t, from), width);
-                Softplus delta{load(delta_rows.at(t, from), width) + bias[i], splat(1.f)};
+                Sloped delta{load(delta_rows.at(t, from), width) + bias[i], splat(1.f)};
                 if (p.softplus) delta = softplus_with_slope(delta.value);
                 V dy = load(dy_rows.at(t, from), width) * p.scale;
                 if (z_rows) dy *= silu(load(z_rows.at(t, from), width));
@@ -282,7 +282,7 @@ class BackwardTask {
 
         FAMBA_INLINE void gate(int64_t t, int64_t channel, int lanes, V value) const {
             if (z) {
-                const Silu by = silu_with_slope(load(z.at(t, channel), lanes));
+                const Sloped by = silu_with_slope(load(z.at(t, channel), lanes));
                 put(dz.at(t, channel), load(dy.at(t, channel), lanes) * value * by.slope, lanes);
                 if (y) put(y.at(t, channel), value * by.value, lanes);
             } else if (y) {
@@ -324,7 +324,7 @@ class BackwardTask {
 // Adds the images' gradients of A, D and the bias for one channel block.
 inline void add_images(const famba_scan &p, const Blocks &blocks, const Partial &partial, int64_t block) {
     const int64_t channel = block * W, n = p.states;
-    const int lanes = static_cast<int>(std::min<int64_t>(W, p.channels - channel));
+    const int lanes = lanes_of(block, p.channels);
     const auto total = [&](const float *part, int64_t stride) {
         V x{};
         for (int64_t image = 0; image < p.batch; ++image) x += load(part + image * stride);

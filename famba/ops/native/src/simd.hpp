@@ -201,7 +201,7 @@ FAMBA_INLINE V log1p_unit(V e) {
 
 // silu(x) = x sigmoid(x), and its slope sigmoid(x) (1 + x sigmoid(-x)). Far out a sigmoid is 0 exactly, so that its
 // product with any number is.
-struct Silu {
+struct Sloped {
     V value, slope;
 };
 
@@ -209,19 +209,15 @@ FAMBA_INLINE V silu(V x) {
     return x * (x < -86.f ? V{} : reciprocal(1.f + bounded_exponential(-x)));
 }
 
-FAMBA_INLINE Silu silu_with_slope(V x) {
+FAMBA_INLINE Sloped silu_with_slope(V x) {
     const V e = bounded_exponential(-x), inverse = reciprocal(1.f + e);
     const V gate = x < -86.f ? V{} : inverse, rest = x > 86.f ? V{} : e * inverse;
     return {x * gate, gate * (1.f + x * rest)};
 }
 
-struct Softplus {
-    V value, slope;
-};
-
 FAMBA_INLINE V softplus(V x) { return maximum(x, splat(0.f)) + log1p_unit(bounded_exponential(-absolute(x))); }
 
-FAMBA_INLINE Softplus softplus_with_slope(V x) {
+FAMBA_INLINE Sloped softplus_with_slope(V x) {
     const V e = bounded_exponential(-absolute(x));
     const V inverse = reciprocal(1.f + e);
     return {maximum(x, splat(0.f)) + log1p_unit(e), x > 0.f ? inverse : e * inverse};
