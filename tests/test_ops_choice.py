@@ -25,7 +25,7 @@ from famba.ops import (
 )
 from famba.ops.checks import check_shapes
 
-NAMES = ["cuda", "triton", "native", "reference", "mamba_ssm"]
+NAMES = ["cuda", "triton", "mamba_ssm", "native", "reference"]
 
 
 @pytest.fixture(autouse=True)
@@ -151,10 +151,7 @@ def test_auto_takes_what_is_fastest_on_a_gpu(monkeypatch: pytest.MonkeyPatch) ->
     replace_gpu_backends(monkeypatch, cuda="no compiler; install one")
     assert registry.explain("cuda", torch.bfloat16) == "triton (cuda: no compiler)"
     replace_gpu_backends(monkeypatch, triton="too old a GPU; buy another")
-    # Never mamba_ssm, which is there for whoever asks for it.
-    assert registry.explain("cuda", torch.bfloat16) == "reference (cuda: no compiler; triton: too old a GPU)"
-    with use_backend("mamba_ssm"):
-        assert registry.resolve("cuda", torch.bfloat16) == "mamba_ssm"
+    assert registry.explain("cuda", torch.bfloat16) == "mamba_ssm (cuda: no compiler; triton: too old a GPU)"
 
 
 def run_on_a_gpu_without_values(dtype: torch.dtype) -> None:

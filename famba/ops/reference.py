@@ -151,7 +151,7 @@ def match_tokens(
     batch, length, _ = metric.shape
     in_a, in_b = split_alternately(leading, protected, length, metric.device)
     unit = F.normalize(metric.to(compute_dtype(metric)), dim=-1)
-    similarity = _take(unit, in_a) @ _take(unit, in_b).transpose(1, 2)
+    similarity = take(unit, in_a) @ take(unit, in_b).transpose(1, 2)
     closest, partner = similarity.max(dim=2)  # of equal values the first, by torch's definition
     chosen = closest.argsort(dim=1, descending=True, stable=True)[:, :r]
     # The tokens of A that fuse, and those of B that they join.

@@ -86,13 +86,13 @@ class Backend:
 
 _HALF = (torch.float32, torch.bfloat16, torch.float16)
 
-# In the order in which "auto" prefers them. The reference serves everything: what stands behind it is taken by name.
+# In the order in which "auto" prefers them.
 _BACKENDS: dict[str, Backend] = {
     "cuda": Backend("famba.ops.cuda.backend", ("cuda",), cuda_obstacle, _HALF),
     "triton": Backend("famba.ops.triton", ("cuda",), triton_obstacle, _HALF, triton_on_request),
+    "mamba_ssm": Backend("famba.ops.mamba_ssm", ("cuda",), mamba_ssm_obstacle, _HALF),
     "native": Backend("famba.ops.native", ("cpu",), library.obstacle, (torch.float32, torch.bfloat16)),
     "reference": Backend("famba.ops.reference", None, lambda: None),
-    "mamba_ssm": Backend("famba.ops.mamba_ssm", ("cuda",), mamba_ssm_obstacle, _HALF),
 }
 
 _chosen: str | None = None
