@@ -118,7 +118,7 @@ def test_interrupted_it_keeps_what_all_contestants_have_had(
         ("--subset 361", "--subset is 361; allowed: 1 to 360"),
         ("--subset 0", "argument --subset: 0; allowed: whole numbers from 1"),
         ("--precision fp8", "unknown --precision 'fp8', did you mean 'fp32' or 'fp16'"),
-        ("--device tpu", "unknown --device 'tpu'"),
+        ("--device tpu", "--device 'tpu' is unknown"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_image(

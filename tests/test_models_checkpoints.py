@@ -194,23 +194,6 @@ def test_an_official_file_a_run_or_an_export_says_where_its_rows_belong(where: s
     assert torch.equal(told.pos_embed, source.pos_embed)
 
 
-def test_what_timm_loads_from_a_folder_comes_back_as_it_was(tmp_path: Path) -> None:
-    shape = {"img_size": [8, 32], "patch_size": 4, "embed_dim": 16, "depth": 2, "cls_position": "middle"}
-    source = make(seed=1, **{**shape, "img_size": (8, 32)})
-    save_file(source.state_dict(), tmp_path / "model.safetensors")
-    cfg = {"input_size": [3, 8, 32], "fixed_input_size": True, "num_classes": 3}
-    config = {"architecture": "vim_micro_patch4_32", "num_classes": 3, "model_args": shape, "pretrained_cfg": cfg}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with naive.as_users_run_it():  # lists for tuples
-        model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
-        assert_equal_weights(model.state_dict(), source.state_dict())
-        moved = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, cls_position="head")
-        assert torch.equal(moved.pos_embed[:, 0], source.pos_embed[:, 8])
-        square = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=16)
-    others = rows(source.pos_embed, 8)[1][None]
-    assert torch.equal(rows(square.pos_embed, 8)[1][None], resampled(others, (4, 4), (2, 8), 0))
-
-
 def test_what_lies_beside_a_file_and_is_of_others_says_nothing(tmp_path: Path, source: Vim) -> None:
     path = save(tmp_path / "w.pt", source.state_dict())
     for name, foreign in (

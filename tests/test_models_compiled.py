@@ -107,37 +107,6 @@ for way in ({}, {"mode": "prune"}, {"order": "sequence", "weighting": "mean", "p
 
 
 @pytest.mark.slow
-def test_another_backend_is_taken_after_compiling(tmp_path: Path) -> None:
-    script = """
-calls = []
-module = types.ModuleType("counted_kernels")
-for name in dir(reference):
-    setattr(module, name, getattr(reference, name))
-module.causal_conv1d = lambda *args: (calls.append(1), reference.causal_conv1d(*args))[1]
-sys.modules["counted_kernels"] = module
-registry._BACKENDS["counted"] = registry.Backend("counted_kernels", None, lambda: None)
-
-model = make(depth=2)
-run = torch.compile(model, fullgraph=True, backend="aot_eager")
-first = run(images())
-assert not calls
-with use_backend("counted"):
-    again = run(images())
-assert len(calls) == 4, len(calls)
-run(images())
-assert len(calls) == 4
-torch.testing.assert_close(first, again)
-# Compiled, but for the last step to machine code; the kernels themselves in Triton's interpreter.
-torch._dynamo.reset()
-model = make((3,), depth=1)
-with use_backend("triton"):
-    agrees(torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager"), model, images())
-print("done")
-"""
-    assert run(script, tmp_path).split() == ["done"]
-
-
-@pytest.mark.slow
 def test_layers_that_are_called_are_in_the_graph_too(tmp_path: Path) -> None:
     script = """
 class Doubled(torch.nn.Sequential):

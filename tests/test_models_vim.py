@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import famba  # noqa: F401 - registers the models
 from famba.errors import ConfigError
-from famba.fusion import schedule, unfuse
+from famba.fusion import schedule
 from famba.models import Vim, create_network, load_vim_checkpoint
 
 ROWS, COLUMNS = 4, 3
@@ -106,19 +106,6 @@ def test_logits_features_and_gradients_agree_with_the_equations(
         model.forward_head(final[:, 1:])
 
 
-def test_each_patch_gets_its_tokens_features_and_gives_back_its_gradient() -> None:
-    tokens = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
-    places = torch.tensor([[0, 3, 3, 1, 2, 0], [2, 2, 2, 2, 0, 1]])
-    found = unfuse(tokens, places)
-    for image, patch in itertools.product(range(2), range(6)):
-        assert torch.equal(found[image, patch], tokens[image, int(places[image, patch])])
-    assert unfuse(tokens.bfloat16(), places).dtype == torch.bfloat16
-    assert unfuse(tokens[:0], places[:0]).shape == (0, 6, 3)
-    assert torch.autograd.gradcheck(lambda t: unfuse(t, places), (tokens,))
-    with naive.as_users_run_it(), pytest.raises(ConfigError, match="tokens of 4 images and places of 2"):
-        unfuse(torch.randn(4, 3, 2), torch.zeros(2, 5, dtype=torch.int64))
-
-
 COUNTS = {"micro_patch4_32": 340_068, "tiny_patch16_224": 6_974_308, "small_patch16_224": 25_450_084}
 COUNTS |= {"base_patch16_224": 96_906_340}
 
@@ -203,22 +190,6 @@ def test_drop_path_is_off_unless_asked_for_and_in_evaluation() -> None:
     assert torch.equal(maps[2], maps[1])
     _, whole = model.eval().forward_intermediates(images())
     assert not torch.equal(whole[2], whole[1])
-
-
-@pytest.mark.parametrize("options", [{}, {"fusion": SCHEDULE, "cls_position": "middle"}, {"drop_path_rate": 0.5}])
-def test_checkpointing_keeps_less_and_changes_nothing(options: dict[str, Any]) -> None:
-    kept, found = [], []
-    for enable in (False, True):
-        model, sizes = tiny(**options).train(), []
-        model.set_grad_checkpointing(enable)
-        torch.manual_seed(3)
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: (s.append(x.nbytes), x)[1], lambda x: x):
-            final, maps = model.forward_intermediates(images(), [0, 1])
-        (final.square().sum() + sum(m.square().sum() for m in maps)).backward()
-        kept.append(sum(sizes))
-        found.append([final, *maps, *(p.grad for p in model.parameters() if p.grad is not None)])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert kept[1] < 0.6 * kept[0]
 
 
 @pytest.mark.parametrize(

@@ -152,8 +152,6 @@ def test_the_original_is_left_as_it_was_and_shares_its_weights_by_their_own_name
     way: dict[str, Any] = {"order": "sequence", "weighting": "mean", "mode": "prune", "proportional": False}
     model.set_fusion((4, 4, 0), **way)
     assert torch.equal(model.eval()(images()), apply_tome(vit, (4, 4, 0), **way)(images()))
-    with pytest.raises(ConfigError, match="unknown fusion mode"):
-        model.set_fusion((0, 0, 0), mode="drop")
     with pytest.raises(ConfigError, match="place is 'before_mixer', where a vision transformer"):
         model.set_fusion((0, 0, 0), place="before_mixer")
     assert model.fusion == (4, 4, 0)
@@ -208,16 +206,11 @@ def test_it_follows_the_transformer_to_another_image_size() -> None:
 REFUSED: list[tuple[Any, Any, dict[str, Any], str]] = [
     (nn.Linear(2, 2), FUSION, {}, "Linear is no timm VisionTransformer; allowed: the ViT and DeiT models"),
     ({"block_fn": ParallelScalingBlock}, FUSION, {}, "block 0 is a ParallelScalingBlock"),
-    ({"global_pool": "map"}, FUSION, {}, "pools by global_pool='map'"),
     ({"patch_drop_rate": 0.5}, FUSION, {}, "drops patches"),
     ({"dynamic_img_size": True}, FUSION, {}, "create it with img_size instead"),
-    ({}, (1, 1), {}, "the schedule has 2 entries, but the model has 3 layers"),
     ({}, (9, 0, 0), {}, "layer 0 removes 9 tokens of the 16 that may fuse there; at most half of them"),
     ({}, 8, {}, r"tokens to remove in each block, such as \[8\] \* 3"),
-    ({}, "al", {}, "unknown fusion strategy 'al', did you mean 'all'"),
     ({}, FUSION, {"order": "random"}, "unknown fusion order 'random'.*allowed: "),
-    ({}, FUSION, {"weighting": "area"}, "unknown fusion weighting 'area'.*allowed: "),
-    ({}, FUSION, {"mode": "merge"}, "unknown fusion mode 'merge'.*allowed: "),
 ]
 
 
@@ -261,32 +254,12 @@ def test_hooks_act_as_without_fusion(name: str) -> None:
     part.register_forward_hook(lambda _, given, output: output * 1.5 + 0.1)
     assert not torch.allclose(fused(images()), before, atol=1e-4)
     torch.testing.assert_close(plain(images()), vit(images()), rtol=1e-5, atol=1e-5)
-    # What is called once stays a module as it was, also where a hook fails.
-    assert "forward" not in vars(part)
-    part.register_forward_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        fused(images())
-    assert "forward" not in vars(part)
     if name not in ("", "attn"):
         replaced = build("normed queries and keys", init_values=0.5)
         plain, fused = apply_tome(replaced, (0, 0, 0)), apply_tome(replaced, FUSION)
         replaced.blocks[1].set_submodule(name, Doubled(replaced.blocks[1].get_submodule(name)))
         assert not torch.allclose(fused(images()), before, atol=1e-4)
         torch.testing.assert_close(plain(images()), replaced(images()), rtol=1e-5, atol=1e-5)
-
-
-def test_hooks_see_a_blocks_tokens_its_attention_weights_and_the_transformers_logits() -> None:
-    vit, lengths, weights = build("class token"), [], []
-    before = apply_tome(vit, FUSION)(images())
-    for block in vit.blocks:
-        block.register_forward_hook(lambda _, given, output: lengths.append(output.shape[1]))
-        block.attn.fused_attn = False  # so timm is told to compute the weights
-        block.attn.attn_drop.register_forward_hook(lambda _, given, output: weights.append(output))
-    vit.register_forward_hook(lambda _, given, output: -output)
-    torch.testing.assert_close(-apply_tome(vit, FUSION)(images()), before, rtol=1e-5, atol=1e-5)
-    assert lengths == [12, 12, 8]
-    assert [tuple(found.shape) for found in weights] == [(3, 3, 17, 17), (3, 3, 12, 12), (3, 3, 12, 12)]
-    assert torch.allclose(weights[1].sum(-1), torch.ones(()))
 
 
 class Doubled(nn.Module):

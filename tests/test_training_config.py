@@ -10,14 +10,11 @@ import pytest
 import torch
 from runs import check_command
 
-from famba.errors import CheckpointError, ConfigError
-from famba.files import write_whole
+from famba.errors import ConfigError
 from famba.training import app, devices
-from famba.training.checkpoint import save_weights
 from famba.training.compose import compose, groups
 from famba.training.config import flatten, keys, parse, plain
-from famba.training.devices import choose_device, choose_precision
-from famba.training.logging import duration
+from famba.training.devices import choose_precision
 from famba.training.setup import prepare
 
 
@@ -231,40 +228,9 @@ def test_bf16_is_refused_where_the_device_has_none(monkeypatch: pytest.MonkeyPat
     assert choose_precision("fp32", cpu) is None
 
 
-def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="trainer.device 'cuda' is unknown or not on this machine; usable here: cpu"):
-        choose_device("cuda")
-
-
 def test_torchrun_and_sweeps_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="-m does not go with torchrun"):
         check_command(["-m", "fusion=none,upper"])
     with pytest.raises(ConfigError, match="trainer.batch_size=9 is not divisible by 2 processes"):
         prepare(compose(["trainer.batch_size=9"]))
-
-
-def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    write_whole(path, lambda file: Path(file).write_text("old"))
-    plain = path.with_name("plain")
-    plain.touch()
-    save_weights(path.with_name("weights"), {"x": torch.zeros(1)})
-    assert path.with_name("weights").stat().st_mode == path.stat().st_mode == plain.stat().st_mode
-
-    def fail(file: str) -> None:
-        Path(file).write_text("half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(CheckpointError, match="No space left on device; the file before it is unharmed"):
-        write_whole(path, fail)
-    assert path.read_text() == "old"
-    assert {p.name for p in tmp_path.iterdir()} == {"file", "plain", "weights"}
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(44.6, "45 s"), (600, "10 min"), (12000, "3 h 20 min"), (200000, "2 d 7 h")]
-)
-def test_durations_are_written_for_people(seconds: float, text: str) -> None:
-    assert duration(seconds) == text

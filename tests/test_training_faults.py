@@ -9,16 +9,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from runs import TINY, assert_same_run, run
-from torch import nn
-
-from famba.errors import TrainingError
-from famba.training import step, trainer
-from famba.training.checkpoint import load
+from runs import TINY, assert_same_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,27 +62,3 @@ def test_a_signal_to_the_whole_group_reaches_training_before_its_loaders_end(tmp
     assert "stopped after step" in errors
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)  # no loader is left behind
-
-
-def test_no_checkpoint_holds_what_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Test that a checkpoint looks at the losses first, where they are looked at now and then, as on a GPU."""
-    calls = []
-
-    def broken(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        calls.append(1)
-        loss = nn.functional.cross_entropy(logits, targets)
-        return loss * float("nan") if len(calls) >= 2 else loss
-
-    start = trainer.Training.__init__
-
-    def rarely(self: trainer.Training, *arguments: Any) -> None:
-        start(self, *arguments)
-        self._look_every = 10
-
-    monkeypatch.setattr(step, "create_loss", lambda recipe: broken)
-    monkeypatch.setattr(trainer.Training, "__init__", rarely)
-    with pytest.raises(TrainingError, match="the loss is nan at step 2"):
-        run(tmp_path, "trainer.save_every_min=1e-9", "trainer.log_every=10")
-    kept = [load(path) for path in (tmp_path / "checkpoints").glob("step_*.pt")]
-    assert [content["step"] for content in kept] == [1]
-    assert all(torch.isfinite(value).all() for value in kept[0]["model"].values())

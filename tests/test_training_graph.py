@@ -10,7 +10,7 @@ import pytest
 import torch
 from runs import last_checkpoint, metrics, run
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from famba.errors import TrainingError
 from famba.training import graph, step, trainer
@@ -220,12 +220,3 @@ def test_what_is_no_graph_says_why(
     config = compose(["model=vim_micro", "recipe=quick", "run_dir=unused", *overrides])
     found = obstacle(config, torch.device("cuda"), processes, backend)
     assert (found is None) if reason is None else (found is not None and reason in found)
-
-
-def test_the_average_moves_by_a_share_that_lies_on_the_device() -> None:
-    torch.manual_seed(0)
-    averaged, model = nn.Linear(3, 2), nn.Linear(3, 2)
-    expected = [old.lerp(new, 0.25) for old, new in zip(averaged.parameters(), model.parameters(), strict=True)]
-    graph.average(averaged, model, torch.tensor(0.25))
-    for found, value in zip(averaged.parameters(), expected, strict=True):
-        torch.testing.assert_close(found, value)

@@ -141,7 +141,7 @@ def test_without_images_the_samples_are_drawn_and_their_authors_named(
         ("--fusion uper", "did you mean 'upper'"),
         ("--fusion all --budget 17", "--budget"),
         ("--fusion adaptive", "no fixed schedule"),
-        ("--device tpu", "unknown --device"),
+        ("--device tpu", "--device 'tpu' is unknown"),
     ],
 )
 def test_what_cannot_be_drawn_is_said_before_any_folder_is_made(
