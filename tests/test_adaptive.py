@@ -8,15 +8,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from runs import metrics, run
 from torch.nn import functional as F
 
 from famba.errors import ConfigError
 from famba.fusion import match, schedule
 from famba.fusion.rules import closest_cosines, cosines
-from famba.fusion.schedules import check_schedule, similar_pairs, spend
+from famba.fusion.schedules import similar_pairs, spend
 from famba.training.compose import compose
 from famba.training.setup import prepare
 
@@ -52,28 +50,6 @@ def test_pairs_are_counted_on_average_and_at_most_half() -> None:
     # More than one layer has: half of the budget comes from the next most similar, in proportion.
     assert [found for found, _ in spent] == [(0, 10, 0), (0, 10, 5)]
     assert 0.5 < spent[0].threshold <= 0.9
-
-
-@given(
-    st.lists(st.lists(st.floats(-1, 1), min_size=1, max_size=40), min_size=1, max_size=8), st.integers(4, 80), st.data()
-)
-@settings(deadline=None)
-def test_a_budget_is_spent_to_the_token(layers: list[list[float]], free: int, data: st.DataObject) -> None:
-    """Layers that hold pairs of given similarities, at most half of what is left fusing in each."""
-
-    def counts_at(threshold: float) -> list[int]:
-        left, counts = free, []
-        for pairs in layers:
-            reached = left // 2 if threshold == -1 else min(sum(pair >= threshold for pair in pairs), left // 2)
-            counts.append(reached)
-            left -= reached
-        return counts
-
-    budget = data.draw(st.integers(0, sum(counts_at(-1.0))))
-    found, threshold = spend(counts_at, free, budget)
-    assert sum(found) == budget
-    check_schedule(found, len(layers), free + 1)
-    assert -1 <= threshold <= 1
 
 
 def test_a_model_tells_where_its_images_would_spend_and_takes_the_schedule() -> None:

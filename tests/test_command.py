@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -126,25 +125,6 @@ def test_importing_famba_registers_its_models_whenever_timm_is_imported(code: st
     assert told.stdout.startswith("4 dict_keys(['bipartite'"), told.stderr
 
 
-def test_a_script_beside_a_clone_called_famba_finds_the_package_in_it(tmp_path: Path) -> None:
-    clone = tmp_path / "famba"
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in listed.split("\0"):
-        if name.startswith(("famba/", "configs/")) or name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-            (clone / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, clone / name)
-    build = f"import setuptools.build_meta as b; b.build_editable({str(tmp_path)!r})"
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"CXX": "false"}
-    subprocess.run([sys.executable, "-c", build], cwd=clone, env=clean, capture_output=True, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    shutil.unpack_archive(wheel, tmp_path / "site", "zip")
-    (tmp_path / "script.py").write_text(
-        f"import site; site.addsitedir({str(tmp_path / 'site')!r})\nimport famba.cli; print(famba.__file__)\n"
-    )
-    told = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=clean, capture_output=True, text=True)
-    assert told.stdout.strip() == str(clone / "famba" / "__init__.py"), told.stderr
-
-
 def test_files_of_a_run_have_the_mode_of_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o007)
     try:
@@ -201,9 +181,8 @@ def test_predict_names_what_is_in_images_and_folders(tmp_path: Path, capsys: pyt
         assert likely["probability"] == pytest.approx(wanted[likely["number"]].item(), abs=1e-5)
         assert f"{100 * likely['probability']:.1f} %  {likely['class']}" in told
     assert [likely["class"] for likely in found[0]["classes"]] == [CLASSES[number] for number in numbers]
-    for place, message in ((tmp_path / "x.png", "is not there"), (tmp_path / "empty", "is a folder without images")):
-        assert famba(["predict", name, str(images[0]), str(place)]) == 2
-        assert f"error: {place} {message}; give image files" in capsys.readouterr().err
+    assert famba(["predict", name, str(images[0]), str(tmp_path / "empty")]) == 2
+    assert f"error: {tmp_path / 'empty'} is a folder without images; give image files" in capsys.readouterr().err
     assert famba(["predict", name, other]) == 2
     assert f"error: {other}: not a readable image" in capsys.readouterr().err
 

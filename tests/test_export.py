@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from famba.cli import main as famba
-from famba.errors import CheckpointError
 from famba.export import check, export, folder
 from famba.export.check import ExportError
 from famba.export.folder import find_summary
@@ -129,8 +128,6 @@ def test_a_transformer_goes_into_a_folder_and_fuses_again(tmp_path: Path, capsys
         ("torch_export folder.pt2", "is a folder; name a file in it"),
         ("torch_export file/m.pt2", "is a file; name a folder to write to"),
         ("onnx m.onnx --fusion all,lower --budget 4", "ask for 2 ways of fusing"),
-        ("onnx m.onnx --fusion al", "unknown --fusion 'al', did you mean 'all'"),
-        ("onnx m.onnx --fusion all --budget 99", "--budget"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work(
@@ -192,22 +189,14 @@ def test_a_file_that_does_not_run_is_told_with_what_was_said(tmp_path: Path) -> 
 @pytest.mark.usefixtures("unchecked")
 def test_results_are_those_of_the_very_weights(upper: Trained, tmp_path: Path) -> None:
     path, summary = upper
-    known = find_summary(str(path))
-    assert known is not None
-    assert known["top1"] == summary["top1"]
-    assert find_summary(str(path / "model.safetensors")) == known
-    assert find_summary("vim_micro_patch4_32")["data"] == "cifar100"  # type: ignore[index]
+    assert find_summary(str(path))["top1"] == summary["top1"]  # type: ignore[index]
     (checkpoint, *_) = sorted((path / "checkpoints").glob("*.pt"))
-    assert find_summary(str(checkpoint)) is None
     assert exported(checkpoint, "safetensors", tmp_path) == 0
     assert "None are known of these very weights" in (tmp_path / "README.md").read_text()
     copy = shutil.copytree(path, tmp_path / "copy")
     with (copy / "model.safetensors").open("ab") as file:
         file.write(b"more")
     assert find_summary(str(copy)) is None
-    (copy / "summary.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"summary\.json cannot be read"):
-        find_summary(str(copy))
 
 
 @pytest.mark.parametrize(("wrong", "passes"), [([0, 0], True), ([1, 0], True), ([1, 1], False), ([2, 0], False)])

@@ -107,16 +107,10 @@ def test_scan(backend: str, dtype: torch.dtype, reverse: bool, length: int, chan
 
 @each_backend
 @pytest.mark.parametrize(("dtype", "reverse"), list(zip(DTYPES, [False, True, False], strict=True)), ids=str)
-def test_convolution(backend: str, dtype: torch.dtype, reverse: bool) -> None:
+def test_convolution_and_norm(backend: str, dtype: torch.dtype, reverse: bool) -> None:
     torch.manual_seed(0)
     inputs = [draw(8, 197, 384, dtype=dtype), draw(384, 4).float(), draw(384).float()]
     check(backend, lambda x, w, b: causal_conv1d(x, w, b, "silu", reverse), inputs, dtype)
-
-
-@each_backend
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_norm(backend: str, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
     inputs = [draw(8, 197, 192, dtype=dtype), draw(8, 197, 192).float(), draw(192).float()]
     check(backend, lambda x, residual, weight: add_rms_norm(x, residual, weight, 1e-5), inputs, dtype)
 

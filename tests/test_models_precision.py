@@ -1,4 +1,4 @@
-"""Training in half precision on extreme inputs: everything stays finite, and what must be float32 is."""
+"""Training in half precision on extreme inputs: everything stays finite."""
 
 from __future__ import annotations
 

@@ -160,18 +160,15 @@ def test_labels_say_only_what_differs(runs: list[tuple[str, Any]], labels: list[
 # Conclusions
 
 
-@pytest.mark.parametrize(
-    ("top1", "said"),
-    [
-        ([11.5, 12.2, 12.3], "Against none, no difference shown: upper."),
-        ([9.98, 11.0, 10.52], "Against none, less accurate: upper."),
-        ([13.98, 15.0, 14.52], "Against none, more accurate: upper."),
-    ],
-)
-def test_no_conclusion_rests_on_an_interval_around_0(top1: list[float], said: str, tmp_path: Path) -> None:
-    write_seeds(tmp_path, "none", list(NONE.values()))
-    write_seeds(tmp_path, "upper", top1)
-    assert table_of(tmp_path).conclusion == said
+def test_no_conclusion_rests_on_an_interval_around_0(tmp_path: Path) -> None:
+    for name, top1, said in (
+        ("a", [11.5, 12.2, 12.3], "no difference shown: upper."),
+        ("b", [9.98, 11.0, 10.52], "less accurate: upper."),
+        ("c", [13.98, 15.0, 14.52], "more accurate: upper."),
+    ):
+        write_seeds(tmp_path / name, "none", list(NONE.values()))
+        write_seeds(tmp_path / name, "upper", top1)
+        assert table_of(tmp_path / name).conclusion == f"Against none, {said}"
 
 
 # Files
@@ -267,10 +264,9 @@ def test_a_row_that_is_damaged_is_listed(tmp_path: Path, capsys: Printed) -> Non
     (tmp_path / "runs.csv").write_text(text.replace("12.3,", "high,"))
     (_, reason) = left_out(tmp_path / "runs.csv")["upper2"]
     assert reason.startswith("its row in runs.csv is damaged: top1 is 'high'")
-    for content in ("", "a,b\n1,2\n", "\xff"):
-        (tmp_path / "other.csv").write_bytes(content.encode("latin-1"))
-        assert famba(["report", str(tmp_path / "other.csv")]) == 2
-        assert "other.csv is no table of runs" in capsys.readouterr().err
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    assert famba(["report", str(tmp_path / "other.csv")]) == 2
+    assert "other.csv is no table of runs" in capsys.readouterr().err
 
 
 def test_a_run_of_an_earlier_version_is_read() -> None:

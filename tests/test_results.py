@@ -31,12 +31,6 @@ def test_the_documents_hold_the_report_of_the_kept_runs() -> None:
     assert not any(start in RUNS.read_text() for start in script.PRIVATE)
 
 
-def test_every_picture_and_file_of_the_document_is_there() -> None:
-    targets = [part.split(")")[0] for part in (DOCS / "results.md").read_text().split("](")[1:]]
-    assert any(target.endswith(".png") for target in targets)
-    assert all((DOCS / target).exists() for target in targets if not target.startswith("http"))
-
-
 def test_the_steps_of_the_xeon_are_those_that_were_measured() -> None:
     lines = (DOCS / "performance.md").read_text().partition("## With AVX-512")[2].splitlines()
     rows = {

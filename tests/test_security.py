@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from runs import TINY, check_command, run
+from runs import TINY, Hostile, check_command, run
 
 from famba.data.published import unpack
 from famba.errors import CheckpointError, ConfigError, DataError, FambaError
@@ -25,16 +25,6 @@ from famba.training.compose import compose
 from famba.training.setup import prepare
 
 REPOSITORY = Path(__file__).parents[1]
-
-
-class Hostile:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return os.mkdir, (str(self.marker),)
 
 
 def test_the_hostile_pickle_works_where_nothing_stops_it(tmp_path: Path) -> None:
@@ -60,18 +50,14 @@ def test_a_hostile_checkpoint_is_refused_and_its_code_does_not_run(
     model = timm.create_model("vim_micro_patch4_32", depth=1, embed_dim=16)
     with pytest.raises(CheckpointError):
         load_vim_checkpoint(model, path)
-    for key in ("resume", "init_from"):
-        with pytest.raises(FambaError):
-            run(tmp_path / f"run_{key}", f"{key}={path}")
-    assert not marker.exists()
-
-
-def test_a_hostile_checkpoint_in_the_run_folder_is_refused(tmp_path: Path) -> None:
-    marker, checkpoints = tmp_path / "ran", tmp_path / "run" / "checkpoints"
-    checkpoints.mkdir(parents=True)
-    by_torch({"format": 1, "model": Hostile(marker)}, checkpoints / "step_00000001.pt")
     with pytest.raises(FambaError):
-        run(tmp_path / "run")
+        run(tmp_path / "begun", f"init_from={path}")
+    if suffix == ".pt":
+        checkpoints = tmp_path / "run" / "checkpoints"
+        checkpoints.mkdir(parents=True)
+        path.rename(checkpoints / "step_00000001.pt")
+        with pytest.raises(FambaError):
+            run(tmp_path / "run")
     assert not marker.exists()
 
 
@@ -127,13 +113,7 @@ def test_an_absolute_name_in_an_archive_lands_in_the_folder(tmp_path: Path) -> N
     assert (tmp_path / "data" / str(target).lstrip("/")).read_bytes() == b"evil"
 
 
-def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
-    (tmp_path / "archive.tar.gz").write_bytes(b"\x1f\x8bnothing")
-    with pytest.raises(DataError, match=r"archive\.tar\.gz cannot be unpacked .*fetch it again"):
-        unpack(tmp_path / "archive.tar.gz", tmp_path / "data")
-
-
-@pytest.mark.parametrize("choice", ["../cifar10", "/etc/passwd", "..", "cifar10/../cifar100", "_base"])
+@pytest.mark.parametrize("choice", ["../cifar10", "/etc/passwd", "_base"])
 def test_a_choice_is_a_name_and_no_path(choice: str) -> None:
     for group in ("data", "model", "experiment"):
         with pytest.raises(ConfigError, match=f"unknown {group}"):

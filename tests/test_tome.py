@@ -238,7 +238,7 @@ def test_multiply_adds_are_those_of_the_tokens_that_are_left(proportional: bool)
     assert macs_per_image(model, 16) == total
 
 
-@pytest.mark.parametrize("name", ["", "attn", "attn.qkv", "attn.k_norm", "attn.proj", "ls1", "norm2", "mlp.fc1"])
+@pytest.mark.parametrize("name", ["", "attn", "attn.qkv", "attn.proj", "mlp.fc1"])
 def test_hooks_act_as_without_fusion(name: str) -> None:
     vit = build("normed queries and keys", init_values=0.5)
     plain, fused = apply_tome(vit, (0, 0, 0)), apply_tome(vit, FUSION)
@@ -254,12 +254,6 @@ def test_hooks_act_as_without_fusion(name: str) -> None:
     part.register_forward_hook(lambda _, given, output: output * 1.5 + 0.1)
     assert not torch.allclose(fused(images()), before, atol=1e-4)
     torch.testing.assert_close(plain(images()), vit(images()), rtol=1e-5, atol=1e-5)
-    if name not in ("", "attn"):
-        replaced = build("normed queries and keys", init_values=0.5)
-        plain, fused = apply_tome(replaced, (0, 0, 0)), apply_tome(replaced, FUSION)
-        replaced.blocks[1].set_submodule(name, Doubled(replaced.blocks[1].get_submodule(name)))
-        assert not torch.allclose(fused(images()), before, atol=1e-4)
-        torch.testing.assert_close(plain(images()), replaced(images()), rtol=1e-5, atol=1e-5)
 
 
 class Doubled(nn.Module):
@@ -280,7 +274,6 @@ OtherTransformer = type("OtherTransformer", (VisionTransformer,), {"forward_feat
     [
         ("blocks.1", OtherBlock(24, 3), "block 1 is a OtherBlock; allowed: timm's Block"),
         ("blocks.1.attn", Doubled(nn.Identity()), "block 1 attends by Doubled; allowed: timm's Attention"),
-        ("blocks.1", None, "block 1 had its forward replaced"),
         ("blocks.1.attn", None, "the attention of block 1 had its forward replaced"),
         ("", None, "the transformer had its forward replaced"),
     ],

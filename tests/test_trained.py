@@ -116,13 +116,6 @@ def test_damaged_files_are_named(copied: Path, name: str, text: str) -> None:
         load_trained(copied)
 
 
-def test_a_configuration_of_another_release_is_refused(copied: Path) -> None:
-    with open(copied / "config.yaml", "a") as file:
-        file.write("novelty: 3\n")
-    with pytest.raises(CheckpointError, match=r"cannot be set up by this installation.*novelty"):
-        load_trained(copied)
-
-
 def test_a_schedule_that_does_not_fit_is_refused(copied: Path) -> None:
     summary = json.loads((copied / "summary.json").read_text())
     (copied / "summary.json").write_text(json.dumps(summary | {"schedule": [4, 4, 4]}))

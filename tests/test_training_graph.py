@@ -85,14 +85,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        (),
-        ("trainer.accumulation=2",),
-        ("trainer.precision=fp16",),
-        pytest.param(("recipe.mixup=0", "recipe.cutmix=0"), marks=pytest.mark.slow),
-    ],
-    ids=["one graph", "accumulation", "fp16", "hard labels"],
+    "options", [(), ("trainer.accumulation=2",), ("trainer.precision=fp16",)], ids=["one graph", "accumulation", "fp16"]
 )
 def test_twenty_steps_are_those_of_the_usual_way(device: str, tmp_path: Path, options: tuple[str, ...]) -> None:
     if device == "cuda" and "trainer.precision=fp16" in options:
@@ -102,19 +95,13 @@ def test_twenty_steps_are_those_of_the_usual_way(device: str, tmp_path: Path, op
     assert_same_run(tmp_path / "graphed", tmp_path / "eager")
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    ["upper", "adaptive", pytest.param("all", marks=pytest.mark.slow)],
-)
-def test_every_strategy_and_one_that_adapts(device: str, tmp_path: Path, strategy: str) -> None:
-    options = everything(device, "trainer.epochs=2", f"fusion={strategy}")
+def test_a_schedule_that_adapts(device: str, tmp_path: Path) -> None:
+    options = everything(device, "trainer.epochs=2", "fusion=adaptive")
     summary = run(tmp_path / "graphed", *options)
     expected = eager(tmp_path / "eager", *options)
-    first, wanted = metrics(tmp_path / "graphed"), metrics(tmp_path / "eager")
-    assert [line["kind"] for line in first] == [line["kind"] for line in wanted]
-    assert first[0].pop("kind") == wanted[0].pop("kind")
-    assert first[0] == pytest.approx(wanted[0], rel=1e-3, abs=1e-4)
-    if device == "cpu" or strategy == "none":
+    kinds = [[line["kind"] for line in metrics(tmp_path / name)] for name in ("graphed", "eager")]
+    assert kinds[0] == kinds[1]
+    if device == "cpu":
         assert summary["schedule"] == expected["schedule"]
         assert_same_run(tmp_path / "graphed", tmp_path / "eager")
 
@@ -132,15 +119,10 @@ def test_stopped_and_resumed_is_bit_equal(device: str, tmp_path: Path, stop: int
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("first", ["graphed", "eager"])
-def test_a_checkpoint_goes_on_on_either_kind_of_device(
-    tmp_path: Path, first: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a run does that begins on a GPU and ends on a CPU, or the other way round."""
-    devices = {"graphed": ["cpu"], "eager": []}
-    second = "eager" if first == "graphed" else "graphed"
-    for kind, options in ((first, ("trainer.max_steps=9",)), (second, ())):
-        monkeypatch.setattr(graph, "_DEVICES", devices[kind])
+def test_a_checkpoint_goes_on_on_either_kind_of_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a run does that begins on a GPU, continues on a CPU, and ends on a GPU."""
+    for devices, options in ((["cpu"], ("trainer.max_steps=6",)), ([], ("trainer.max_steps=12",)), (["cpu"], ())):
+        monkeypatch.setattr(graph, "_DEVICES", devices)
         run(tmp_path / "mixed", *everything("cpu"), *options)
         groups = last(tmp_path / "mixed")["optimizer"]["param_groups"]
         assert all(isinstance(group["lr"], float) and not group["fused"] for group in groups)

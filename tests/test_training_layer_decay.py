@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import timm
 from runs import TINY
-from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from famba.models import Vim, apply_tome
@@ -71,17 +70,3 @@ def test_every_parameter_has_the_rate_of_its_layer(kind: str) -> None:
                 spared = parameter.ndim == 1 or name in model.no_weight_decay()
                 assert group["weight_decay"] == (0 if spared else 0.1), name
         assert seen == set(names.values())
-
-
-def test_a_transformer_that_fuses_has_the_rates_that_timm_gives_it() -> None:
-    vit = transformer(qk_norm=True, init_values=0.1)
-    fused = apply_tome(vit, (0, 1, 1))  # type: ignore[arg-type]
-    scales = [
-        {
-            id(p): group["lr_scale"]
-            for group in param_groups_layer_decay(each, layer_decay=DECAY)
-            for p in group["params"]
-        }
-        for each in (vit, fused)
-    ]
-    assert scales[0] == scales[1]

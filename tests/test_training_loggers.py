@@ -7,14 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import TINY, run
+from runs import run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from famba.training.compose import compose
-from famba.training.config import plain
 from famba.training.interrupts import Interrupted
-from famba.training.logging import Metrics
-from famba.training.run_folder import RunFolder
 
 
 def test_tensorboard_has_the_metrics_and_an_interruption_leaves_no_gap(tmp_path: Path, stop_after: Any) -> None:
@@ -102,13 +98,3 @@ def test_runs_of_a_sweep_are_one_group(tmp_path: Path, wandb: FakeWandb) -> None
     run(tmp_path / "alone", "logger=wandb", "trainer.max_steps=1")
     run(sweep / "named", "logger=wandb", "logger.group=mine", "trainer.max_steps=1")
     assert [asked["group"] for asked in wandb.asked] == ["strategies", None, "mine"]
-
-
-def test_only_the_main_process_has_loggers(tmp_path: Path, wandb: FakeWandb) -> None:
-    config = compose([*TINY, f"run_dir={tmp_path}", "logger=wandb"])
-    other = Metrics(RunFolder(tmp_path, writes=False), config.logger, plain(config), 0)
-    other.log("train", 1, 0, {"loss": 1.0})
-    other.sync()
-    other.finish({"status": "finished"})
-    assert not wandb.asked
-    assert not list(tmp_path.iterdir())

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 from runs import run
 
@@ -16,12 +14,9 @@ from famba.analysis.visualize import (
     PRUNED,
     Grid,
     Row,
-    borders,
     draw_patches,
-    draw_tags,
     mean_colours,
     shown_layers,
-    tagged,
 )
 from famba.cli import main as famba
 
@@ -40,21 +35,6 @@ def grid(text: str) -> Grid:
     return np.array([[ord(letter) for letter in line] for line in text.split()], dtype=np.int64)
 
 
-def lines_of(held: Grid) -> set[Any]:
-    found = [tuple(map(tuple, line)) for line in borders(held).tolist()]
-    assert len(set(found)) == len(found)
-    return set(found)
-
-
-def test_borders_lie_around_tokens_that_hold_several_patches() -> None:
-    # A holds three patches in an angle, the others stand alone.
-    across = [((0, 0), (1, 0)), ((1, 0), (2, 0)), ((1, 1), (2, 1)), ((0, 2), (1, 2))]
-    down = [((2, 0), (2, 1)), ((1, 1), (1, 2)), ((0, 0), (0, 1)), ((0, 1), (0, 2))]
-    assert lines_of(grid("AAb Acd")) == {*across, *down}
-    assert lines_of(grid("abc def")) == set()
-    assert len(lines_of(grid("AA AA"))) == 8, "a token has no border inside"
-
-
 def test_patches_of_a_token_have_their_mean_colour_and_lone_ones_their_pixels() -> None:
     image = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     filled = mean_colours(image, grid("AbA cAd"))
@@ -66,36 +46,12 @@ def test_patches_of_a_token_have_their_mean_colour_and_lone_ones_their_pixels() 
     assert filled.dtype == np.uint8
 
 
-def test_tokens_whose_patches_lie_apart_are_marked_in_each_part() -> None:
-    held = grid("BBAcA BBAdA AcBBB")
-    found = [places for _, places in tagged(held)]
-    # B first, which holds the most; then A, then c, in the order of their first patches.
-    assert [[chr(held[place]) for place in token] for token in found] == [["B", "B"], ["A", "A", "A"], ["c", "c"]]
-    assert found[0][1] == (2, 3), "the middle of a row of three"
-    assert found[2] == [(0, 3), (2, 1)]
-    assert tagged(grid("aabb ccbb")) == []
-
-
-def test_every_token_in_several_parts_has_a_tag_of_its_own_in_the_picture() -> None:
-    held = (np.random.default_rng(0).permutation(196) % 72).reshape(14, 14)  # most in parts that do not touch
-    found = tagged(held)
-    assert len({tag for tag, _ in found}) == len(found) > 60
-    assert all(len({held[place] for place in places}) == 1 for _, places in found)
-    assert [found[0][0], found[51][0], found[52][0]] == ["a", "Z", "1"], "letters, then numbers"
-    axes = Figure().add_subplot()
-    draw_tags(axes, held, pixels=16, points=10.0)
-    assert [text.get_text() for text in axes.texts] == [tag for tag, places in found for _ in places]
-    (row, column), at = found[0][1][0], axes.texts[0].get_position()
-    assert at == (16 * (column + 0.5) - 0.5, 16 * (row + 0.5) - 0.5), "on a patch's middle"
-
-
 @pytest.mark.parametrize(
     ("schedules", "count", "expected"),
     [
         ([(1, 1, 1)], 8, [0, 1, 2]),
         ([(0,) * 6 + (9,) * 18], 4, [6, 12, 17, 23]),
         ([(0,) * 6 + (9,) * 18, (7,) * 24], 3, [0, 12, 23]),
-        ([(0,) * 24], 2, [0, 23]),
         ([(0,) * 23 + (4,)], 5, [23]),
     ],
 )
@@ -139,8 +95,6 @@ def test_without_images_the_samples_are_drawn_and_their_authors_named(
         ("broken.png", "broken.png: not a readable image"),
         ("text.png", "text.png is no image of a kind that Pillow knows"),
         ("--fusion uper", "did you mean 'upper'"),
-        ("--fusion all --budget 17", "--budget"),
-        ("--fusion adaptive", "no fixed schedule"),
         ("--device tpu", "--device 'tpu' is unknown"),
     ],
 )
