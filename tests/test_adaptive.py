@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from famba.errors import ConfigError
 from famba.fusion import match, schedule
 from famba.fusion.rules import closest_cosines, cosines
-from famba.fusion.schedules import similar_pairs, spend
 from famba.training.compose import compose
 from famba.training.setup import prepare
 
@@ -38,18 +37,6 @@ def test_similarity_is_that_of_the_pairs_that_fuse(protected: int | torch.Tensor
         places = match(metric, 1, protected).places[image]
         (pair,) = [(i, j) for i in range(9) for j in range(i + 1, 9) if places[i] == places[j]]
         assert float(cosines(metric)[image][pair]) == pytest.approx(float(found[image, 0]))
-
-
-def test_pairs_are_counted_on_average_and_at_most_half() -> None:
-    alike, unlike = torch.ones(1, 9, 9), torch.eye(9).unsqueeze(0)
-    metrics = (alike, unlike, torch.cat([alike, unlike]))
-    assert [similar_pairs(metric, 0, 0.99) for metric in metrics] == [4, 0, 2]
-    assert similar_pairs(alike[:, :8], None, -1.0) == 4
-    pairs = {0: [0.1] * 10, 1: [0.9] * 10, 2: [0.5] * 10}
-    spent = [spend(lambda t: [sum(p >= t for p in pairs[n]) for n in range(3)], 40, budget) for budget in (10, 15)]
-    # More than one layer has: half of the budget comes from the next most similar, in proportion.
-    assert [found for found, _ in spent] == [(0, 10, 0), (0, 10, 5)]
-    assert 0.5 < spent[0].threshold <= 0.9
 
 
 def test_a_model_tells_where_its_images_would_spend_and_takes_the_schedule() -> None:

@@ -13,10 +13,9 @@ import torch
 
 from famba.analysis.benchmark import ops, steps, timing
 from famba.analysis.benchmark.report import BEGIN, END, filled
-from famba.analysis.benchmark.steps import Contestant, TimedStep
+from famba.analysis.benchmark.steps import Contestant
 from famba.analysis.benchmark.timing import Race
 from famba.cli import main as famba
-from famba.training import graph
 
 Patch, Printed = pytest.MonkeyPatch, pytest.CaptureFixture[str]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -102,23 +101,6 @@ def test_strategies_are_told_against_none(tmp_path: Path) -> None:
     assert upper["saved_bytes_per_image"] < none["saved_bytes_per_image"]
 
 
-def small(*more: str) -> Contestant:
-    return Contestant("none", "vim_micro_patch4_32", "upper", 4, 32, "fp32", (*TINY, "fusion.budget=4", *more))
-
-
-def test_a_replay_does_the_step_once_more(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(graph, "_DEVICES", ["cuda", "cpu"])
-    once, twice = (TimedStep(small("recipe.mixup=0", "model.drop_path=0").config(CPU)) for _ in range(2))
-    before = [p.detach().clone() for p in once.model.parameters()]
-    once.train()
-    twice.train()
-    assert not any(torch.equal(p, q) for p, q in zip(once.model.parameters(), before, strict=True)), "it learns"
-    assert all(torch.equal(p, q) for p, q in zip(once.model.parameters(), twice.model.parameters(), strict=True))
-    once.train()
-    twice.step.replay()
-    assert all(torch.equal(p, q) for p, q in zip(once.model.parameters(), twice.model.parameters(), strict=True))
-
-
 def page(tmp_path: Path) -> Path:
     file = tmp_path / "page.md"
     file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
@@ -158,15 +140,6 @@ def test_the_tables_of_a_gpu_are_those_of_the_documents() -> None:
         for one in contestants:
             one._replace(precision="fp32").config(CPU)
     filled(DOCS, "")
-
-
-@pytest.mark.parametrize("text", ["", f"{BEGIN}\n", f"{END}\n{BEGIN}\n", f"{BEGIN}\n{END}\n{BEGIN}\n{END}\n"])
-def test_a_page_without_the_markers_is_left_alone(text: str, tmp_path: Path, capsys: Printed) -> None:
-    file = tmp_path / "page.md"
-    file.write_text(text)
-    assert famba(["benchmark", "gpu", "--fill", str(file)]) == 2
-    assert f"expected one line {BEGIN} and below it one line {END}" in capsys.readouterr().err
-    assert file.read_text() == text
 
 
 @pytest.mark.parametrize(

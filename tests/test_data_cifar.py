@@ -168,13 +168,6 @@ def test_parquet_without_the_column_or_the_other_split_is_refused(tmp_path: Path
         load("cifar100", tmp_path)
 
 
-@pytest.mark.parametrize(("options", "value"), [({"background": "#404040"}, 64), ({"version": 1}, 0)])
-def test_transparent_images_of_parquet_have_a_background(tmp_path: Path, options: dict[str, Any], value: int) -> None:
-    for split in ("train", "test"):
-        write_parquet(tmp_path / f"{split}-00000-of-00001.parquet", [png(np.zeros((32, 32, 4), np.uint8))], [0])
-    assert np.unique(shown(load("cifar100", tmp_path, **options).train)).tolist() == [value]
-
-
 def test_a_given_folder_without_data_is_never_downloaded_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchvision_utils, "download_url", lambda *_, **__: pytest.fail("got"))
     for root in (tmp_path, tmp_path / "absent"):

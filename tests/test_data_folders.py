@@ -133,26 +133,11 @@ def test_a_part_that_cannot_be_meant_so_is_refused(
         load("folder", root)
 
 
-@pytest.mark.parametrize(
-    ("names", "said"),
-    [
-        (("images/cat/1.png", "images/dog/1.png"), "folders of 'images', so all are of one class.*move them up into"),
-        (("cat/1.png", "dog/1.heic"), r"classes without images: dog\..*Pillow does not read: dog/1\.heic"),
-        (("cat/1.heic",), r"no images in class folders\. .*Pillow does not read: cat/1\.heic"),
-    ],
-)
-def test_images_that_tell_no_classes_are_refused(tmp_path: Path, names: tuple[str, ...], said: str) -> None:
+def test_images_that_tell_no_classes_are_refused(tmp_path: Path) -> None:
     for part in ("train", "test"):
-        write(tmp_path / part, names)
-    with pytest.raises(DataError, match=said):
+        write(tmp_path / part, ("images/cat/1.png", "images/dog/1.png"))
+    with pytest.raises(DataError, match="folders of 'images', so all are of one class.*move them up into"):
         load("folder", tmp_path)
-
-
-@pytest.mark.parametrize("target", ["test", "train"])
-def test_parts_that_are_the_same_by_a_link_are_refused(root: Path, target: str) -> None:
-    (root / "val").symlink_to(target)
-    with pytest.raises(DataError, match="are one folder, by a link"):
-        load("folder", root)
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])

@@ -100,20 +100,6 @@ def test_images_stand_upright(tmp_path: Path, suffix: str) -> None:
         assert tuple(reds[::-1]) == corner, orientation
 
 
-def test_an_image_that_was_turned_is_not_turned_again(tmp_path: Path) -> None:
-    path, again = tmp_path / "turned.jpg", tmp_path / "again.png"
-    Image.fromarray(CORNER).save(path, exif=exif(6))
-    once = open_image(path)
-    once.save(again, exif=once.getexif())
-    assert open_image(again).size == once.size == (4, 6)
-
-
-def test_damaged_exif_turns_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "odd.jpg"
-    Image.fromarray(CORNER).save(path, exif=b"Exif\0\0not EXIF at all")
-    assert open_image(path).size == (6, 4)
-
-
 @pytest.mark.parametrize("background", ["wihte", "#12345", "#11223344", "", "12"])
 def test_a_background_that_is_no_colour_is_refused(tmp_path: Path, background: str) -> None:
     with pytest.raises(ConfigError, match="is no colour; allowed: a name such as white") as caught:

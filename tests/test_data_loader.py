@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,13 +119,6 @@ def test_a_corrupt_image_ends_training_with_its_name(tmp_path: Path, workers: in
         assert str(caught.value).startswith(f"{path}: not a readable image")
         assert "Traceback" not in str(caught.value)
         assert multiprocessing.active_children() == []
-
-
-@BOTH
-def test_batches_can_be_sent_to_workers_that_are_not_forked(folder: Source, augmentation: Augmentation) -> None:
-    for source in (arrays(18), folder):
-        batches = training(source, augmentation)
-        assert_same(pickle.loads(pickle.dumps(batches)).epoch(0), batches.epoch(0))
 
 
 def test_workers_end_when_the_epoch_is_closed_and_draw_nothing_here() -> None:

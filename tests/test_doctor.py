@@ -104,17 +104,3 @@ def test_without_kernels_reason_and_remedy_are_shown(capsys: Printed, monkeypatc
     assert "remedy: install a C++ compiler (g++ or clang++) and install famba again" in text
     assert not results(text, "native")
     assert results(text, "reference", "ok")
-
-
-@pytest.mark.parametrize(
-    ("variable", "value"), [("FAMBA_BACKEND", "nativ"), pytest.param("FAMBA_ISA", "avx3", marks=needs_kernels)]
-)
-def test_a_choice_that_cannot_be_followed_is_shown(
-    variable: str, value: str, capsys: Printed, monkeypatch: Patch
-) -> None:
-    monkeypatch.setenv(variable, value)
-    status, text = doctor(capsys)
-    assert status == 1
-    assert variable in text
-    assert f"'{value}', did you mean" in text
-    assert results(text, "reference", "ok"), "the checks run all the same"

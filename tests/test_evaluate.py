@@ -157,18 +157,6 @@ def test_its_own_layers_and_counts_are_kept(upper: Trained) -> None:
     assert [one.removed for one in variants(counted, {"strategy": ["custom", "all"]})] == [8, 8]
 
 
-def test_without_fusion_nothing_else_is_of_any_matter(upper: Trained) -> None:
-    found = variants(load_trained(upper[0]), {"strategy": ["none", "upper"], "order": ["tome"], "weighting": ["size"]})
-    assert label_variants([own(load_trained(upper[0])), *found]) == [
-        "upper, order sequence, weighting mean",
-        "none",
-        "upper, order tome, weighting size",
-    ]
-    plain = fused_by(upper[0], [0, 0, 0, 0], strategy="none")
-    with pytest.raises(ConfigError, match="trained without fusion: name the strategies"):
-        variants(plain, {"budget": [8]})
-
-
 def evaluated(folder: Path | str, *options: str) -> evaluation.Evaluation:
     parser = argparse.ArgumentParser()
     add_options(parser)

@@ -178,14 +178,6 @@ def test_a_file_that_computes_something_else_is_not_kept(
     assert (tmp_path / "config.json").read_text() == "before"
 
 
-@pytest.mark.slow
-def test_a_file_that_does_not_run_is_told_with_what_was_said(tmp_path: Path) -> None:
-    file = tmp_path / "m.onnx"
-    file.write_bytes(b"no graph")
-    with pytest.raises(ExportError, match=r"(?s)does not run in a fresh process \(status 1\):\n.*m.onnx"):
-        check.check_file("onnx", file, nn.Linear(2, 2).eval(), (2,))
-
-
 @pytest.mark.usefixtures("unchecked")
 def test_results_are_those_of_the_very_weights(upper: Trained, tmp_path: Path) -> None:
     path, summary = upper

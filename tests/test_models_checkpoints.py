@@ -6,7 +6,6 @@ import argparse
 import itertools
 import json
 import logging
-import os
 import pickle
 import re
 from pathlib import Path
@@ -17,9 +16,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from famba.errors import CheckpointError, ConfigError
@@ -167,17 +165,6 @@ def test_an_official_file_a_run_or_an_export_says_where_its_rows_belong(where: s
     assert torch.equal(told.pos_embed, source.pos_embed)
 
 
-def test_what_lies_beside_a_file_and_is_of_others_says_nothing(tmp_path: Path, source: Vim) -> None:
-    path = save(tmp_path / "w.pt", source.state_dict())
-    for name, text in (("config.yaml", "model: resnet"), ("config.json", '{"architectures": ["Llama"]}')):
-        (tmp_path / name).write_text(text)
-        assert_equal_weights(load_vim_checkpoint(make(), path).state_dict(), source.state_dict())
-        (tmp_path / name).write_text("{")
-        with pytest.raises(CheckpointError, match=f"{name}, which would say what network .* mend it, or move"):
-            load_vim_checkpoint(make(), path)
-        (tmp_path / name).unlink()
-
-
 def refused(model: Vim, path: Path, **options: Any) -> str:
     """The refusal; nothing of the model may have changed."""
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -254,19 +241,6 @@ def test_known_keys_and_prefixes_are_taken_off_and_said(
     assert all(f"under {key!r}" in caplog.text or key == "state_dict" for key in keys)
 
 
-def test_wrappers_inside_names_counters_and_other_copies_are_left_out(tmp_path: Path, source: Vim) -> None:
-    own, other = source.state_dict(), make(seed=2).state_dict()
-    wrapped = {name.replace("mixer.", "_checkpoint_wrapped_module.mixer."): value for name, value in own.items()}
-    lightning = {f"{part}.{name}": w[name] for part, w in (("ema_model", other), ("model", own)) for name in own}
-    dino = {"teacher": {f"backbone.{name}": value for name, value in own.items()}, "student": other}
-    swa = {
-        "model": {"name": "vim"},
-        "model_ema": {"n_averaged": torch.tensor(3)} | {f"module.{k}": own[k] for k in own},
-    }
-    for content in (wrapped, {"state_dict": lightning}, dino, swa, {"model": own, "ema": other}):
-        assert_equal_weights(load_vim_checkpoint(make(), save(tmp_path / "w.pth", content)).state_dict(), own)
-
-
 def test_a_file_of_another_network_is_refused_in_one_line(tmp_path: Path) -> None:
     for name in ("resnet18", "test_convnext", "test_vit"):  # the last with a class token, too
         message = refused(make(), save(tmp_path / "w.pth", {"net": timm.create_model(name).state_dict()}))
@@ -284,39 +258,24 @@ def test_weights_that_are_not_finite_are_refused_by_name(value: float, tmp_path:
         assert "layers.1.mixer.D: holds NaN or infinity" in message
 
 
-@pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize(
     ("extra", "refused_type"),
     [
         (np.zeros(2), r"numpy\.\w+\.multiarray\._reconstruct"),
-        (OmegaConf.create({"lr": [1]}), r"omegaconf\.dictconfig\.DictConfig"),
         (tmp := Path("runs"), rf"pathlib\S*\.{type(tmp).__name__}"),
         (None, r"famba\.models\.vim\.Vim"),
     ],
-    ids=["array", "OmegaConf", "path", "whole module"],
+    ids=["array", "path", "whole module"],
 )
 def test_a_refused_type_is_named_and_the_code_shown_converts_the_file(
-    extra: Any, refused_type: str, legacy: bool, tmp_path: Path, source: Vim
+    extra: Any, refused_type: str, tmp_path: Path, source: Vim
 ) -> None:
     content = source if extra is None else {"model": source.state_dict(), "best": extra, "epoch": 3}
-    torch.save(content, tmp_path / "it's.pth", _use_new_zipfile_serialization=not legacy)
+    torch.save(content, tmp_path / "it's.pth")
     message, code = refused(make(), tmp_path / "it's.pth").split(":\n", 1)
     assert re.search(rf"holds an object of the type {refused_type}, .*it's\.weights\.pt by this", message)
     exec(code, {})
     assert_equal_weights(load_vim_checkpoint(make(), tmp_path / "it's.weights.pt").state_dict(), source.state_dict())
-
-
-@pytest.mark.filterwarnings("ignore")  # of torch.jit
-def test_calls_and_programs_in_place_of_weights_are_named(tmp_path: Path) -> None:
-    class Command:
-        def __reduce__(self) -> Any:
-            return os.getcwd, ()
-
-    message = refused(make(), save(tmp_path / "w.pth", {"model": Command()}))
-    assert re.search(r"would call \w+\.getcwd when it is read.*do not trust", message)
-    assert "weights_only=False" not in message
-    torch.jit.trace(nn.Linear(1, 1), torch.ones(1)).save(tmp_path / "w.pth")
-    assert "is a TorchScript program; give its weights" in refused(make(), tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
@@ -332,19 +291,13 @@ def test_truncated_files_are_refused(kind: str, tmp_path: Path, source: Vim) -> 
         assert "truncated or no checkpoint" in refused(model, path), f"{length} of {len(data)} bytes"
 
 
-TEXTS = b"hello world\n", b"<html>Not found</html>", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"
-FOREIGN = [*TEXTS, b"\x89PNG\r\n\x1a\n" + bytes(100), b"\x1f\x8b" + bytes(50), bytes(1000)]
-FOREIGN += [pickle.dumps({"a": 1}, protocol=protocol) for protocol in (2, 4)]
-
-
 def test_files_of_another_kind_or_without_weights_are_refused(tmp_path: Path) -> None:
     model, path = make(), tmp_path / "other.pth"
     assert "no checkpoint at" in refused(model, tmp_path / "absent.pth")
     assert "no checkpoint at" in refused(model, tmp_path)
-    for content in FOREIGN:
-        for suffix in (".pth", ".safetensors"):
-            path.with_suffix(suffix).write_bytes(content)
-            assert "truncated or no checkpoint" in refused(model, path.with_suffix(suffix))
-    for other in ([1, 2], torch.ones(2), None, {}, {"model": None}, {0: torch.ones(1)}, {"a": 1}):
+    for suffix in (".pth", ".safetensors"):
+        path.with_suffix(suffix).write_bytes(b"<html>Not found</html>")
+        assert "truncated or no checkpoint" in refused(model, path.with_suffix(suffix))
+    for other in ([1, 2], None, {}, {"model": None}, {0: torch.ones(1)}):
         for reset_head in (False, True):
             refused(model, save(path, other), reset_head=reset_head)

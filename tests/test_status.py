@@ -100,14 +100,6 @@ def test_a_sweep_lists_nothing_outside_its_folder(folder: str, tmp_path: Path) -
     assert states(tmp_path / "sweep") == {"later": "not started", "run": "stopped"}
 
 
-def test_links_lead_nowhere_twice(tmp_path: Path) -> None:
-    write_run(tmp_path / "sweep" / "run", EPOCH)
-    write_run(tmp_path / "elsewhere" / "linked", EPOCH)
-    for name, target in (("self", "sweep"), ("broken", "sweep/broken"), ("linked", "elsewhere/linked")):
-        (tmp_path / "sweep" / name).symlink_to(tmp_path / target)
-    assert sorted(states(tmp_path / "sweep")) == ["linked", "run"]
-
-
 def test_json_and_folders_without_runs(tmp_path: Path, capsys: Printed) -> None:
     write_run(tmp_path / "run", EPOCH, status="finished", top1=30.0)
     assert famba(["status", str(tmp_path / "rum")]) == 2

@@ -7,7 +7,6 @@ from typing import Any
 
 import naive
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.models.deit import VisionTransformerDistilled
@@ -15,7 +14,7 @@ from timm.models.vision_transformer import Block, ParallelScalingBlock, VisionTr
 from torch import Tensor, nn
 
 from famba.errors import ConfigError
-from famba.fusion import schedule, tokens_per_layer
+from famba.fusion import tokens_per_layer
 from famba.models import apply_tome, remove_tome
 from famba.training.measure import macs_per_image
 
@@ -191,16 +190,6 @@ def test_any_batch_and_recomputation_change_nothing() -> None:
     model.set_grad_checkpointing()
     model(x).sum().backward()
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), kept, strict=True) if p.grad is not None)
-
-
-def test_it_follows_the_transformer_to_another_image_size() -> None:
-    vit = timm.create_model("deit_tiny_distilled_patch16_224", img_size=64, depth=3, num_classes=3)
-    model = apply_tome(vit, "all", budget=8)
-    assert model.fusion == schedule("all", 3, 18, 8, protected=2)
-    assert (model.training, model(torch.randn(1, 3, 64, 64)).shape) == (True, (1, 3))
-    model.vit.set_input_size((96, 96))
-    x = torch.randn(2, 3, 96, 96)
-    assert (model.num_tokens, model.trace(x)[-1].shape, model.forward_features(x).shape) == (38, (2, 36), (2, 38, 192))
 
 
 REFUSED: list[tuple[Any, Any, dict[str, Any], str]] = [

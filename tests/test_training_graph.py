@@ -190,10 +190,8 @@ def test_a_step_that_cannot_be_captured_says_what_to_do(
         (("trainer.cuda_graphs=false",), 1, "triton", "trainer.cuda_graphs=false"),
         ((), 4, "triton", "4 processes exchange"),
         (("recipe.optimizer=lamb",), 1, "triton", "recipe.optimizer=lamb looks at numbers on the host"),
-        (("trainer.grad_checkpointing=true",), 1, "triton", "the state of the generators"),
         ((), 1, "reference", "by the reference"),
         ((), 1, "triton", None),
-        (("recipe.optimizer=adam", "trainer.accumulation=2", "trainer.compile=true"), 1, "mamba_ssm", None),
     ],
 )
 def test_what_is_no_graph_says_why(

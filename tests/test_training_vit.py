@@ -87,10 +87,3 @@ def test_what_a_transformer_cannot_do_is_refused(overrides: list[str], message: 
     with pytest.raises(ConfigError) as caught:
         prepare(compose([*overrides, "data=digits"]))
     assert message in str(caught.value)
-
-
-def test_any_vit_of_timms_can_be_named() -> None:
-    config = compose(["model=vit_tiny", "model.name=deit_tiny_distilled_patch16_224", "fusion=decreasing"])
-    setup = prepare(config)
-    assert (setup.tokens, sum(setup.schedule)) == (198, 168)
-    assert list(setup.schedule) == sorted(setup.schedule, reverse=True)

@@ -16,7 +16,6 @@ from famba.analysis.visualize import (
     Row,
     draw_patches,
     mean_colours,
-    shown_layers,
 )
 from famba.cli import main as famba
 
@@ -44,21 +43,6 @@ def test_patches_of_a_token_have_their_mean_colour_and_lone_ones_their_pixels() 
     for rows, columns in ((slice(0, 2), slice(2, 4)), (slice(2, 4), slice(0, 2)), (slice(2, 4), slice(4, 6))):
         assert (filled[rows, columns] == image[rows, columns]).all()
     assert filled.dtype == np.uint8
-
-
-@pytest.mark.parametrize(
-    ("schedules", "count", "expected"),
-    [
-        ([(1, 1, 1)], 8, [0, 1, 2]),
-        ([(0,) * 6 + (9,) * 18], 4, [6, 12, 17, 23]),
-        ([(0,) * 6 + (9,) * 18, (7,) * 24], 3, [0, 12, 23]),
-        ([(0,) * 23 + (4,)], 5, [23]),
-    ],
-)
-def test_layers_are_chosen_from_the_first_that_fuses_to_the_last(
-    schedules: list[tuple[int, ...]], count: int, expected: list[int]
-) -> None:
-    assert shown_layers(schedules, count) == expected
 
 
 def test_images_of_any_kind_and_size_become_pictures(upper: Path, tmp_path: Path, capsys: Printed) -> None:
