@@ -140,26 +140,3 @@ def test_the_tables_of_a_gpu_are_those_of_the_documents() -> None:
         for one in contestants:
             one._replace(precision="fp32").config(CPU)
     filled(DOCS, "")
-
-
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        ("ops --rounds 0", "argument --rounds: 0; allowed: whole numbers from 1"),
-        ("ops --op selective_scam", "invalid choice: 'selective_scam'"),
-        ("ops --precision fp16 --device cpu", "error: fp16 is timed on CUDA devices alone, this is a cpu device"),
-        ("ops --length 2", "error: --length is 2; match_tokens and fuse_tokens need 3 tokens"),
-        ("model --device tpu", "error: --device 'tpu' is unknown"),
-        ("model --json /nowhere/found.json", "error: --json /nowhere/found.json cannot be written"),
-        ("gpu --fill /nowhere.md", "error: --fill /nowhere.md cannot be read"),
-        ("gpu --device cpu", "error: famba benchmark gpu measures a CUDA device, and was given cpu"),
-    ],
-)
-def test_what_cannot_be_is_said(command: str, message: str, capsys: Printed) -> None:
-    try:
-        status = famba(["benchmark", *command.split()])
-    except SystemExit as error:  # of the parser
-        status = error.code  # type: ignore[assignment]
-    err = capsys.readouterr().err
-    assert (status, err.count("\n") == 1) == (2, message.startswith("error: "))
-    assert message in err

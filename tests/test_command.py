@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,14 +19,17 @@ from PIL import Image
 from runs import TINY
 from safetensors.torch import load_file
 
+from famba.analysis import evaluate
 from famba.cli import main as famba
 from famba.data.augment import Normalize, evaluation_scaling
 from famba.data.images import read_file
+from famba.export import export
 from famba.models.weights import weights_folder
 from famba.ops.registry import resolve
 from famba.training.app import main as train
 from famba.training.weights import load_trained
 
+Trained, Patch = tuple[Path, dict[str, Any]], pytest.MonkeyPatch
 ROOT = Path(__file__).parents[1]
 CLASSES = (weights_folder("vim_micro_patch4_32") / "classes.txt").read_text().split()  # type: ignore[operator]
 
@@ -147,6 +152,65 @@ def test_options_of_other_programs_are_answered_with_the_override(
     error = capsys.readouterr().err
     assert error.startswith(f"error: {given.split()[0]} is no option" if given[0] == "-" else "error: unknown key")
     assert OPTIONS[given] in error
+
+
+# Arguments, where RUN stands for the folder of a run, and what the error says.
+REFUSED = [
+    ("evaluate RUN --fusion uper", "did you mean 'upper'"),
+    (
+        "evaluate RUN --fusion adaptive --budget 8",
+        "no fixed schedule.*This network was trained with upper; name another",
+    ),
+    ("evaluate RUN --fusion all --budget 65", "--budget.*does not fit"),
+    ("evaluate RUN --order tom", "unknown --order 'tom', did you mean 'tome'"),
+    ("evaluate RUN --subset 361", "--subset is 361; allowed: 1 to 360"),
+    ("evaluate RUN --device tpu", "--device 'tpu' is unknown"),
+    ("visualize RUN absent.png", "absent.png is not there"),
+    ("visualize RUN .", "is a folder; give the image files in it"),
+    ("visualize RUN broken.png", "broken.png: not a readable image"),
+    ("visualize RUN text.png", "text.png is no image of a kind that Pillow knows"),
+    ("export RUN --format onyx --out m.onnx", "unknown --format 'onyx', did you mean 'onnx'"),
+    (
+        "export RUN --format onnx --out m.pt2",
+        "m.pt2 does not end in .onnx, as --format onnx does, such as m/model.onnx",
+    ),
+    ("export RUN --format safetensors --out m.onnx", "--format safetensors writes a folder"),
+    ("export RUN --format torch_export --out folder.pt2", "is a folder; name a file in it"),
+    ("export RUN --format torch_export --out text.png/m.pt2", "is a file; name a folder to write to"),
+    ("export RUN --format onnx --out m.onnx --fusion all,lower --budget 4", "ask for 2 ways of fusing"),
+    ("plan trainer.device=cudo", "trainer.device 'cudo' is unknown or not on this machine"),
+    ("plan trainer.device=mps trainer.precision=fp16", "trainer.precision=fp16, but this mps device has no float16"),
+    ("plan trainer.cuda_graphs=true", "cannot be: the device is cpu"),
+    ("plan fusion=all fusion.budget=5000", "a budget of 5000 tokens does not fit"),
+    ("plan model=vim_micro --out text.png", "is a file; name a folder to write to"),
+    ("benchmark ops --rounds 0", "argument --rounds: 0; allowed: whole numbers from 1"),
+    ("benchmark ops --precision fp16 --device cpu", "fp16 is timed on CUDA devices alone, this is a cpu device"),
+    ("benchmark ops --length 2", "--length is 2; match_tokens and fuse_tokens need 3 tokens"),
+    ("benchmark model --json /nowhere/found.json", "--json /nowhere/found.json cannot be written"),
+    ("benchmark gpu --fill /nowhere.md", "--fill /nowhere.md cannot be read"),
+    ("benchmark gpu --device cpu", "famba benchmark gpu measures a CUDA device, and was given cpu"),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), REFUSED)
+def test_what_cannot_work_is_refused_before_any_work(
+    given: str, said: str, upper: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Patch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "_race", None)
+    monkeypatch.setattr(export, "_WRITERS", None)
+    Path("folder.pt2").mkdir()
+    Path("text.png").write_text("no image")
+    Image.effect_noise((64, 64), 50).save("whole.png")
+    Path("broken.png").write_bytes(Path("whole.png").read_bytes()[:1000])
+    try:
+        status = famba(given.replace("RUN", str(upper[0])).split())
+    except SystemExit as error:  # of the parser
+        status = error.code  # type: ignore[assignment]
+    error = capsys.readouterr().err.replace("\n", " ")
+    assert status == 2
+    assert re.search(said, error), error
+    assert {path.name for path in tmp_path.iterdir()} == {"broken.png", "folder.pt2", "text.png", "whole.png"}
 
 
 def test_predict_names_what_is_in_images_and_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -150,15 +150,6 @@ def test_a_bad_row_of_parquet_is_named(tmp_path: Path, image: Any, label: Any, m
         load("cifar100", tmp_path)
 
 
-@pytest.mark.parametrize("damage", [slice(0), slice(-1000)])
-def test_a_damaged_parquet_file_is_named(tmp_path: Path, damage: slice) -> None:
-    write_splits(tmp_path)
-    path = tmp_path / SHARD
-    path.write_bytes(path.read_bytes()[damage])
-    with pytest.raises(DataError, match=f"{SHARD}: not a readable parquet file"):
-        load("cifar100", tmp_path)
-
-
 def test_parquet_without_the_column_or_the_other_split_is_refused(tmp_path: Path) -> None:
     write_splits(tmp_path, ("img", "something"), ("train",))
     with pytest.raises(DataError, match="nor train-.* To fetch cifar100: famba download"):

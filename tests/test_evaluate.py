@@ -7,7 +7,6 @@ import csv
 import json
 import math
 import os
-import re
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,12 +28,6 @@ from famba.training.weights import load_trained
 
 Trained = tuple[Path, dict[str, Any]]
 Printed = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module")
-def upper(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    folder = tmp_path_factory.mktemp("upper")
-    return folder, run(folder, "fusion=upper", "fusion.budget=8", "model.depth=4", "model.patch_size=4")
 
 
 def test_its_own_schedule_gives_what_the_run_gave_and_others_are_beside_it(
@@ -103,30 +96,6 @@ def test_interrupted_it_keeps_what_all_contestants_have_had(
     assert "Interrupted" in capsys.readouterr().out
     found = json.loads((tmp_path / "evaluate.json").read_text())
     assert (found["images"], found["interrupted"], len(found["results"])) == (60, True, 3), "the batch is done"
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ("--fusion uper", "did you mean 'upper'"),
-        ("--fusion adaptive --budget 8", "no fixed schedule.*This network was trained with upper; name another"),
-        ("--fusion all --budget 65", "--budget.*does not fit"),
-        ("--order tom", "unknown --order 'tom', did you mean 'tome'"),
-        ("--subset 361", "--subset is 361; allowed: 1 to 360"),
-        ("--device tpu", "--device 'tpu' is unknown"),
-    ],
-)
-def test_what_cannot_work_is_refused_before_any_image(
-    upper: Trained, options: str, said: str, capsys: Printed, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(evaluation, "_race", None)
-    try:
-        status = famba(["evaluate", str(upper[0]), *options.split()])
-    except SystemExit as error:  # of the parser
-        status = error.code  # type: ignore[assignment]
-    assert status == 2
-    error = capsys.readouterr().err
-    assert re.search(said, error.replace("\n", " ")), error
 
 
 def test_a_timm_model_has_no_data_to_be_evaluated_on(upper: Trained, monkeypatch: pytest.MonkeyPatch) -> None:

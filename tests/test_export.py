@@ -119,30 +119,6 @@ def test_a_transformer_goes_into_a_folder_and_fuses_again(tmp_path: Path, capsys
     assert namespace["model"].fusion == (2, 2)
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ("onyx m.onnx", "unknown --format 'onyx', did you mean 'onnx'"),
-        ("onnx m.pt2", "m.pt2 does not end in .onnx, as --format onnx does, such as m/model.onnx"),
-        ("safetensors m.onnx", "--format safetensors writes a folder"),
-        ("torch_export folder.pt2", "is a folder; name a file in it"),
-        ("torch_export file/m.pt2", "is a file; name a folder to write to"),
-        ("onnx m.onnx --fusion all,lower --budget 4", "ask for 2 ways of fusing"),
-    ],
-)
-def test_what_cannot_work_is_refused_before_any_work(
-    upper: Trained, options: str, said: str, tmp_path: Path, capsys: Printed, monkeypatch: Patch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(export, "_WRITERS", None)
-    Path("folder.pt2").mkdir()
-    Path("file").touch()
-    target, out, *more = options.split()
-    assert exported(upper[0], target, Path(out), *more) == 2
-    assert said in capsys.readouterr().err
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "folder.pt2"]
-
-
 @pytest.mark.parametrize("package", ["onnxscript", "onnxruntime"])
 def test_a_missing_package_is_named_with_what_installs_it(
     package: str, upper: Trained, tmp_path: Path, capsys: Printed, monkeypatch: Patch

@@ -78,26 +78,6 @@ def test_a_run_for_a_gpu_is_planned_where_there_is_none(without_gpu: None, capsy
     assert f"computed in bfloat16 by {upper.backend}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("fusion=uper", "unknown fusion 'uper', did you mean 'upper'"),
-        ("trainer.device=cudo", "unknown trainer.device 'cudo'"),
-        ("trainer.device=mps trainer.precision=fp16", "fp16 is not supported on mps"),
-        ("trainer.cuda_graphs=true", "cannot be: the device is cpu"),
-        ("fusion=all fusion.budget=5000", "a budget of 5000 tokens does not fit"),
-        ("model=vim_micro --out file", "is a file; name a folder to write to"),
-    ],
-)
-def test_what_cannot_be_planned_is_refused(
-    arguments: str, message: str, tmp_path: Path, capsys: Printed, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("file").touch()
-    assert main(["plan", *arguments.split()]) == 2
-    assert message in capsys.readouterr().err
-
-
 def test_cpu_table_is_thirty_runs_of_equal_budgets() -> None:
     asked = check_command(["-m", "experiment=cpu_table"])
     counts = Counter(config.fusion.strategy for config in asked)

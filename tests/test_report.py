@@ -37,12 +37,6 @@ def test_the_interval_is_that_of_a_paired_t_test_over_the_seeds_that_both_have()
     assert math.isnan(interval(pd.Series({0: 1.0}), pd.Series({1: 1.0}))[""])
 
 
-def test_shares_of_time_are_over_the_seeds_that_both_have(tmp_path: Path) -> None:
-    write_seeds(tmp_path, "none", [12.0] * 3, train_time_s=[100.0, 200.0, 900.0])
-    write_seeds(tmp_path, "upper", [12.0] * 2, train_time_s=[60.0, 90.0])
-    assert table_of(tmp_path).rows["train_time_share_of_none"].to_dict() == {"none": 1.0, "upper": 150 / 300}
-
-
 def test_one_seed_has_no_interval_and_nothing_is_claimed(tmp_path: Path) -> None:
     for strategy, top1 in (("none", 10.0), ("upper", 20.0), ("adaptive", 30.0)):
         write_run(tmp_path / strategy, strategy, 0, top1)
@@ -257,16 +251,6 @@ def test_a_csv_file_reports_as_the_folders_that_it_was_made_of(mixed: tuple[Path
     write_run(tmp_path / "more", "upper", 4, 12.0)
     both = gather([tmp_path / "runs.csv", tmp_path / "more"]).tables[0]
     assert both.rows.loc["upper", "seeds"] == "0 1 2 4"
-
-
-def test_a_row_that_is_damaged_is_listed(tmp_path: Path, capsys: Printed) -> None:
-    text = runs_csv(read_runs([write_pair(tmp_path / "runs")]))
-    (tmp_path / "runs.csv").write_text(text.replace("12.3,", "high,"))
-    (_, reason) = left_out(tmp_path / "runs.csv")["upper2"]
-    assert reason.startswith("its row in runs.csv is damaged: top1 is 'high'")
-    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    assert famba(["report", str(tmp_path / "other.csv")]) == 2
-    assert "other.csv is no table of runs" in capsys.readouterr().err
 
 
 def test_a_run_of_an_earlier_version_is_read() -> None:

@@ -178,11 +178,7 @@ def test_any_batch_and_recomputation_change_nothing() -> None:
     one_by_one = torch.cat([model(image[None]) for image in x])
     torch.testing.assert_close(model(x), one_by_one, rtol=1e-10, atol=1e-10)
     assert model(x[:0]).shape == (0, 5)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded = model.float()(x.float())
-    assert rounded.dtype == torch.bfloat16
-    torch.testing.assert_close(rounded.double(), one_by_one, rtol=0.2, atol=0.2)
-    model.double().train()
+    model.train()
     model.vit.blocks[1].attn.register_forward_hook(lambda _, given, output: 2 * output)
     model(x).sum().backward()
     kept = [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -213,9 +209,8 @@ def test_what_cannot_fuse_is_refused(changes: Any, fusion: Any, way: dict[str, A
             remove_tome(vit)
 
 
-@pytest.mark.parametrize("proportional", [True, False])
-def test_multiply_adds_are_those_of_the_tokens_that_are_left(proportional: bool) -> None:
-    model = apply_tome(build("class token"), FUSION, proportional=proportional)
+def test_multiply_adds_are_those_of_the_tokens_that_are_left() -> None:
+    model = apply_tome(build("class token"), FUSION)
     width, patch = 24, 3 * 4 * 4
     total = 16 * width * patch + width * 5  # patches and classifier
     tokens = 17

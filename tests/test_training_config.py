@@ -13,7 +13,7 @@ from runs import check_command
 from famba.errors import ConfigError
 from famba.training import app, devices
 from famba.training.compose import compose, groups
-from famba.training.config import flatten, keys, parse, plain
+from famba.training.config import flatten, keys, plain
 from famba.training.devices import choose_precision
 from famba.training.setup import prepare
 
@@ -97,17 +97,14 @@ REFUSED = [
     ("fuson=upper", "unknown key 'fuson', did you mean 'fusion'?"),
     ("trainer.epochs=many", "trainer.epochs is 'many': input should be a valid integer"),
     ("trainer.epochs=0", "trainer.epochs is 0: input should be greater than or equal to 1"),
-    ("trainer.epochs=[1,2", "'trainer.epochs=[1,2' cannot be read"),
     ("fusion", "overrides look like fusion=upper"),
     ("fusion=upper fusion.budget=500", "fusion.budget", "the largest that fits is 48"),
     ("fusion=upper fusion.layers=25", "fusion.layers is 25; allowed: 1 to 2"),
-    ("fusion=all fusion.layers=3", "strategy 'all' takes no layers"),
     ("fusion=custom", "needs a list of layers"),
     ("data.image_size=389", "data.image_size", "is not divisible by patch size"),
     ("model.num_classes=7", "the data has 10 classes, but model.num_classes is 7"),
     ("trainer.batch_size=32 trainer.accumulation=33", "trainer.batch_size=32 is not divisible by 1 processes x", "=33"),
     ("trainer.batch_size=7 recipe.mixup=1.0", "mixup and cutmix pair", "7 is odd", "recipe.mixup"),
-    ("data=cifar10 trainer.batch_size=60000", "trainer.batch_size=60000 does not fit into the 50000 training images"),
     ("data.val_fraction=0.99", "trainer.batch_size", "data.val_fraction"),
     ("trainer.epochs=3 recipe.warmup_epochs=3", "recipe.warmup_epochs=3.0 leaves nothing of trainer.epochs=3"),
     ("trainer.device=tpu", "trainer.device 'tpu' is unknown or not on this machine; usable here: cpu"),
@@ -115,20 +112,17 @@ REFUSED = [
     ("ops.backend=mamba_ssm", "backend 'mamba_ssm' cannot be used: "),
     ("ops.backend=native trainer.precision=fp16", "ops.backend", "'native' does not serve float16", "use 'auto'"),
     ("trainer.cuda_graphs=true", "trainer.cuda_graphs=true cannot be: the device is cpu; leave it at auto"),
-    ("resume=ato", "resume is 'ato': input should be 'auto' or 'never'"),
     ("init_from=LONG", "init_from=x", "is no file"),
     ("run_dir=/dev/null/run3", "run_dir=/dev/null/run3 cannot be written"),
     ("recipe.random_erasing=0.5", "recipe.random_erasing", "augmentation 'batch' does not use it"),
     ("recipe.augmentation=timm recipe.crop_padding=3", "recipe.crop_padding", "augmentation 'timm' does not use it"),
     ("recipe.augmentation=timm recipe.auto_augment=rand-n3000000", "recipe.auto_augment 'rand-n3000000' is no policy"),
     ("recipe.optimizer=adamx", "recipe.optimizer=adamx does not work with this recipe here, did you mean 'adam"),
-    ("recipe.lr=nan", "recipe.lr is nan: input should be a finite number"),
     ("data=cifar100 data.root=absent", "data.root absent is no folder; give the one that holds the data"),
     ("data=folder", "data 'folder' needs data.root, the folder that holds"),
     ("data=cifar100 data.num_classes=80", "data.num_classes is 80, but cifar100 has 100 classes"),
     ("--config-name=other", "--config-name is not taken; add your own files by --config-dir"),
     ("fusion=none,upper", "add -m for a run with each"),
-    ("-m fusion=none,uper", "unknown fusion 'uper'"),
     ("-m fusion=upper fusion.layers=20 model.depth=24,8", "fusion.layers is 20; allowed: 1 to 8"),
 ]
 SMALL = ("model=vim_micro", "model.depth=2", "data=digits", "recipe=quick", "fusion.budget=8")
@@ -165,13 +159,6 @@ def test_what_is_misspelt_is_named_with_what_is_near(capsys: pytest.CaptureFixtu
         for sign in ("", "+", "++"):
             message = refusal([f"{sign}{wrong}=3"], capsys)
             assert re.match(f"error: unknown key '{wrong}', did you mean '[^?]*{key}'", message), message
-
-
-def test_a_key_that_is_missing_is_named() -> None:
-    values = plain(compose([]))
-    del values["recipe"]["lr"]
-    with pytest.raises(ConfigError, match="recipe.lr is missing"):
-        parse(values)
 
 
 def test_bf16_is_refused_where_the_device_has_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,10 +106,9 @@ def test_a_schedule_that_adapts(device: str, tmp_path: Path) -> None:
         assert_same_run(tmp_path / "graphed", tmp_path / "eager")
 
 
-@pytest.mark.parametrize("stop", [1, 9])
-def test_stopped_and_resumed_is_bit_equal(device: str, tmp_path: Path, stop: int, stop_after: Any) -> None:
+def test_stopped_and_resumed_is_bit_equal(device: str, tmp_path: Path, stop_after: Any) -> None:
     run(tmp_path / "whole", *everything(device))
-    stop_after(stop)
+    stop_after(9)
     with pytest.raises(Interrupted):
         run(tmp_path / "parts", *everything(device))
     stop_after(-1)
@@ -166,22 +165,6 @@ def test_a_loss_that_is_not_finite_leaves_the_state_of_the_step_before(
         assert all(torch.equal(state[part][name].cpu(), value) for name, value in expected[part].items())
     for number, values in expected["optimizer"]["state"].items():
         assert all(torch.equal(state["optimizer"]["state"][number][name].cpu(), v) for name, v in values.items())
-
-
-def test_a_step_that_cannot_be_captured_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
-) -> None:
-    def broken(function: object, memory: object) -> None:
-        try:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        except RuntimeError:
-            raise RuntimeError("capture failed")  # noqa: B904 - as torch's own context manager does
-
-    monkeypatch.setattr(graph, "captured", broken)
-    with pytest.raises(
-        TrainingError, match=r"\(operation not permitted .*\); start again with trainer\.cuda_graphs=false"
-    ):
-        run(tmp_path, *everything(device))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,10 +27,6 @@ def vim(**changes: Any) -> Vim:
     return Vim(img_size=8, patch_size=4, embed_dim=16, depth=3, num_classes=2, **changes)
 
 
-def transformer(name: str = "vit_micro_patch4_32", **changes: Any) -> nn.Module:
-    return timm.create_model(name, depth=3, num_classes=2, **changes)
-
-
 def depth_of(name: str) -> int:
     """Groups between a parameter and the patches, of a network of three layers, by its name."""
     name = name.removeprefix("vit.")
@@ -41,12 +38,10 @@ def depth_of(name: str) -> int:
     return 3 if name in ("norm_f.weight", "norm.weight", "norm.bias") else 0
 
 
-NETWORKS = {
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "vim": vim,
-    "vim with its class token in the middle": lambda: vim(cls_position="middle"),
     "vim without class token": lambda: vim(cls_position="none"),
-    "transformer": lambda: apply_tome(transformer(), (0, 1, 1)),  # type: ignore[arg-type]
-    "distilled": lambda: apply_tome(transformer("deit_tiny_distilled_patch16_224", img_size=32), (0, 0, 0)),  # type: ignore[arg-type]
+    "transformer": lambda: apply_tome(timm.create_model("vit_micro_patch4_32", depth=3, num_classes=2), (0, 1, 1)),
 }
 
 

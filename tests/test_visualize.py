@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from runs import run
 
 from famba.analysis.visualize import (
     PRUNED,
@@ -20,14 +19,7 @@ from famba.analysis.visualize import (
 from famba.cli import main as famba
 
 Printed = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module")
-def upper(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("upper")
-    chosen = ("fusion=upper", "fusion.budget=12", "model.depth=3", "model.patch_size=8")
-    run(folder, *chosen, "model.cls_position=middle", "trainer.max_steps=1")
-    return folder
+Trained = tuple[Path, dict[str, Any]]
 
 
 def grid(text: str) -> Grid:
@@ -45,54 +37,30 @@ def test_patches_of_a_token_have_their_mean_colour_and_lone_ones_their_pixels() 
     assert filled.dtype == np.uint8
 
 
-def test_images_of_any_kind_and_size_become_pictures(upper: Path, tmp_path: Path, capsys: Printed) -> None:
+def test_images_of_any_kind_and_size_become_pictures(upper: Trained, tmp_path: Path, capsys: Printed) -> None:
     images = []
     for name, mode, size in (("tall (1).png", "RGBA", (20, 70)), ("grey.jpg", "L", (50, 40)), ("one.png", "P", (1, 1))):
         pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
         Image.fromarray(pixels).convert(mode).save(tmp_path / name)
         images.append(str(tmp_path / name))
     options = ["--fusion", "none,upper,all", "--budget", "0.5", "--out", str(tmp_path / "out")]
-    assert famba(["visualize", str(upper), *images, images[2], *options]) == 0
+    assert famba(["visualize", str(upper[0]), *images, images[2], *options]) == 0
     printed = [Path(line) for line in capsys.readouterr().out.splitlines()]
     names = ("tall_1_", "grey", "one", "one_2")
     assert [file.name for file in printed] == [f"tokens_{name}.png" for name in names]
     with Image.open(printed[0]) as picture:
         assert picture.width > 500
     first = [file.read_bytes() for file in printed]
-    assert famba(["visualize", str(upper), *images, images[2], *options]) == 0
+    assert famba(["visualize", str(upper[0]), *images, images[2], *options]) == 0
     assert [file.read_bytes() for file in printed] == first, "equal pictures are equal bytes"
 
 
 def test_without_images_the_samples_are_drawn_and_their_authors_named(
-    upper: Path, tmp_path: Path, capsys: Printed
+    upper: Trained, tmp_path: Path, capsys: Printed
 ) -> None:
-    assert famba(["visualize", str(upper), "--out", str(tmp_path)]) == 0
+    assert famba(["visualize", str(upper[0]), "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("tokens_china.png", "danielbuechele", "CC BY 2.0"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ("absent.png", "absent.png is not there"),
-        (".", "is a folder; give the image files in it"),
-        ("broken.png", "broken.png: not a readable image"),
-        ("text.png", "text.png is no image of a kind that Pillow knows"),
-        ("--fusion uper", "did you mean 'upper'"),
-        ("--device tpu", "--device 'tpu' is unknown"),
-    ],
-)
-def test_what_cannot_be_drawn_is_said_before_any_folder_is_made(
-    upper: Path, arguments: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("text.png").write_text("no image")
-    whole = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(whole, "png")
-    Path("broken.png").write_bytes(whole.getvalue()[:3000])
-    assert famba(["visualize", str(upper), *arguments.split(), "--out", "out"]) == 2
-    assert said in capsys.readouterr().err
-    assert not Path("out").exists()
 
 
 def test_pruned_patches_are_grey_and_the_others_as_they_are() -> None:
