@@ -54,14 +54,6 @@ def test_flips_follow_their_probability(probability: float) -> None:
     assert torch.equal(data.images, before), "the source stays as it was"
 
 
-def test_bicubic_scaling_stays_in_range() -> None:
-    data = ArraySource(torch.eye(8, dtype=torch.uint8).mul(255).expand(4, 3, 8, 8), torch.arange(4), 4)
-    images, _ = augmented(data, PLAIN, 20)
-    assert images.shape == (4, 3, 20, 20)
-    assert images.min() >= 0
-    assert images.max() <= 255.01
-
-
 @pytest.mark.parametrize(("width", "height"), [(8, 60_000), (60_000, 8)])
 def test_a_very_long_image_is_cut_before_it_is_scaled(monkeypatch: pytest.MonkeyPatch, width: int, height: int) -> None:
     made: list[int] = []

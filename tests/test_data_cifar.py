@@ -134,22 +134,6 @@ def test_parquet_shards_are_joined_in_order_and_must_be_complete(tmp_path: Path)
         load("cifar100", tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("image", "label", "message"),
-    [
-        (b"no image", 3, "not a readable image"),
-        (None, 3, "of no kind that Pillow knows"),
-        (png(np.zeros((8, 9, 3), np.uint8)), 3, "9 x 8 pixels and label 3; allowed: 32 x 32"),
-        (png(pixels(1, 1)[0]), 100, r"label 100; allowed: 32 x 32, 0\.\.99"),
-    ],
-)
-def test_a_bad_row_of_parquet_is_named(tmp_path: Path, image: Any, label: Any, message: str) -> None:
-    write_splits(tmp_path)
-    write_parquet(tmp_path / SHARD, [*map(png, pixels(2, 0)), image], [0, 1, label])
-    with pytest.raises(DataError, match=f"{SHARD}, row 2: .*{message}"):
-        load("cifar100", tmp_path)
-
-
 def test_parquet_without_the_column_or_the_other_split_is_refused(tmp_path: Path) -> None:
     write_splits(tmp_path, ("img", "something"), ("train",))
     with pytest.raises(DataError, match="nor train-.* To fetch cifar100: famba download"):

@@ -74,19 +74,6 @@ def test_what_is_transparent_shows_the_background(
     assert half == pytest.approx([value * 127 / 255 for value in colour], abs=1)
 
 
-@pytest.mark.parametrize(
-    ("name", "given", "last"), [("a.gif", 1, 255), ("a.png", 1, 255), ("b.png", b"\xff\0\x80", 128)]
-)
-def test_palettes_may_be_transparent(tmp_path: Path, name: str, given: Any, last: int) -> None:
-    image = Image.new("P", (3, 1))
-    image.putpalette([0, 0, 0, 10, 20, 30, 200, 100, 50])
-    image.putdata([0, 1, 2])
-    image.save(tmp_path / name, transparency=given)
-    ((*first, third),) = pixels(tmp_path / name)
-    assert first == [[0, 0, 0], [255, 255, 255]]
-    assert third == pytest.approx([(value * last + 255 * (255 - last)) / 255 for value in (200, 100, 50)], abs=1)
-
-
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
 def test_images_stand_upright(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"turned.{suffix}"

@@ -98,13 +98,6 @@ def test_interrupted_it_keeps_what_all_contestants_have_had(
     assert (found["images"], found["interrupted"], len(found["results"])) == (60, True, 3), "the batch is done"
 
 
-def test_a_timm_model_has_no_data_to_be_evaluated_on(upper: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = replace(load_trained(upper[0]), config=None)
-    monkeypatch.setattr(evaluation, "load_trained", lambda path: alone)
-    with pytest.raises(ConfigError, match="says no data set to evaluate it on"):
-        evaluated(upper[0])
-
-
 def fused_by(folder: Path, counts: list[int], **chosen: Any) -> Any:
     """A network as if it had been trained with these counts and these keys of fusion."""
     trained = load_trained(folder)

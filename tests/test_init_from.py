@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from famba.errors import CheckpointError
 from famba.models.weights import weights_folder
-from famba.training.app import main
 from famba.training.checkpoint import TrainedOn, TrainingState, load
 from famba.training.compose import compose
 from famba.training.setup import prepare
@@ -95,32 +94,12 @@ def test_the_average_is_taken_where_it_is_asked_for(source: Path) -> None:
     assert all(torch.equal(value, raw[name]) for name, value in own.ema.module.state_dict().items())
 
 
-def test_averages_that_nobody_kept_are_refused(source: Path, tmp_path: Path) -> None:
-    assert "holds no averaged weights" in refused(f"ema:{source / 'model.safetensors'}")
-    run(tmp_path / "plain", "trainer.max_steps=1")
-    message = refused(f"ema:{tmp_path / 'plain'}")
-    assert "step_00000001.pt holds no averaged weights" in message
-    assert "leave out ema:" in message
-
-
-def test_what_is_not_there_is_refused(source: Path, tmp_path: Path) -> None:
+def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
     message = refused(tmp_path / "absent.pt")
     assert "absent.pt is no file, no run folder and no timm model with bundled weights" in message
     assert "these are vim_micro_patch4_32.famba_cifar100" in message
     assert "did you mean 'vim_micro_patch4_32'" in refused("vim_micro_patch4_3")
     assert "holds no trained network" in refused(tmp_path)
-    broken = shutil.copytree(source, tmp_path / "broken")
-    (broken / "model.safetensors").unlink()
-    assert "has lost its model.safetensors; give " in refused(broken)
-
-
-def test_nothing_is_made_where_weights_are_missing_or_unfit(source: Path, tmp_path: Path) -> None:
-    absent = tmp_path / "absent"
-    for change in (f"init_from={absent}", "model.depth=3"):
-        arguments = [*TINY, f"init_from={source}", change, f"run_dir={tmp_path / 'run'}"]
-        assert main(arguments) == 2
-        assert main(["-m", *arguments, "fusion=none,upper", "fusion.budget=4"]) == 2
-    assert not list(tmp_path.iterdir())
 
 
 # What may differ from the run that they come from

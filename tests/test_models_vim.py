@@ -161,23 +161,6 @@ def test_first_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("image", "patch", "patches"),
-    [(8, 4, 4), ((8, 4), 4, 2), ((6, 10), (3, 2), 10), (4, 4, 1)],
-)
-def test_images_and_patches_of_any_size_and_number(image: Any, patch: Any, patches: int) -> None:
-    cls = CLS_POSITIONS[patches % 3]
-    model = tiny(img_size=image, patch_size=patch, depth=2, cls_position=cls, fusion=(patches // 2, 0))
-    size = (image, image) if isinstance(image, int) else image
-    assert model.num_patches == patches
-    assert model.trace(images(1, size))[-1].max() < patches - patches // 2 + (cls != "none")
-    for batch in (0, 1, 3):
-        assert model(images(batch, size)).shape == (batch, 3)
-        assert model.forward_features(images(batch, size)).shape == (batch, patches + (cls != "none"), 20)
-    alone = torch.cat([model(one[None]) for one in images(3, size)])
-    torch.testing.assert_close(alone, model(images(3, size)), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
     ("cls", "dtype"), [("head", torch.bfloat16), ("middle", torch.float16), ("none", torch.float64)], ids=str
 )
 def test_weights_of_any_dtype_train(cls: str, dtype: torch.dtype) -> None:

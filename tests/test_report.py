@@ -125,12 +125,6 @@ def test_of_repeated_seeds_the_first_counts(tmp_path: Path) -> None:
     assert (rows.loc["upper", "top1_percent_mean"], others["other"][1]) == (pytest.approx(12.0), "seed 1 of upper")
 
 
-def test_the_same_folder_given_twice_is_one_run(tmp_path: Path) -> None:
-    write_pair(tmp_path / "runs")
-    (tmp_path / "link").symlink_to(tmp_path / "runs")
-    assert len(table_of(tmp_path / "runs", tmp_path / "runs" / "none0", tmp_path / "link").runs) == 6
-
-
 # Labels and looks
 
 

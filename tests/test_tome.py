@@ -240,26 +240,14 @@ def test_hooks_act_as_without_fusion(name: str) -> None:
     torch.testing.assert_close(plain(images()), vit(images()), rtol=1e-5, atol=1e-5)
 
 
-class Doubled(nn.Module):
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base = base
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * self.base(x)
-
-
 OtherBlock = type("OtherBlock", (Block,), {})
-OtherTransformer = type("OtherTransformer", (VisionTransformer,), {"forward_features": lambda self, x: x})
 
 
 @pytest.mark.parametrize(
     ("name", "part", "message"),
     [
         ("blocks.1", OtherBlock(24, 3), "block 1 is a OtherBlock; allowed: timm's Block"),
-        ("blocks.1.attn", Doubled(nn.Identity()), "block 1 attends by Doubled; allowed: timm's Attention"),
         ("blocks.1.attn", None, "the attention of block 1 had its forward replaced"),
-        ("", None, "the transformer had its forward replaced"),
     ],
 )
 def test_what_fusion_would_leave_out_is_refused_whenever_it_comes(name: str, part: Any, message: str) -> None:
@@ -273,5 +261,3 @@ def test_what_fusion_would_leave_out_is_refused_whenever_it_comes(name: str, par
     for ask in (lambda: apply_tome(early, FUSION), lambda: model(images())):
         with naive.as_users_run_it(), pytest.raises(ConfigError, match=message):
             ask()
-    with naive.as_users_run_it(), pytest.raises(ConfigError, match="OtherTransformer has a forward or forward_"):
-        apply_tome(OtherTransformer(**SHAPE), FUSION)

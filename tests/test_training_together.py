@@ -11,12 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from runs import TINY, assert_same_run
 
-from famba.errors import CheckpointError, ConfigError
+from famba.errors import CheckpointError
 from famba.training.checkpoint import check_same_run
-from famba.training.distributed import adopt_slurm, start_process, world_size
+from famba.training.distributed import adopt_slurm, world_size
 
 ROOT = Path(__file__).parents[1]
 # Lets the process of a rank do something once a number of steps is done.
@@ -113,14 +112,6 @@ def test_tasks_of_srun_find_one_another(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("SLURM_STEP_ID", "1")
     adopt_slurm()
     assert os.environ["MASTER_PORT"] != first, "two steps on a node do not meet"
-
-
-@pytest.mark.usefixtures("no_ranks")
-def test_processes_without_a_place_to_meet_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ConfigError, match="the 2 processes cannot meet: .*MASTER_ADDR expected.*; start them by"):
-        start_process(torch.device("cpu"))
 
 
 @pytest.mark.slow
