@@ -62,8 +62,6 @@ def test_a_model_tells_where_its_images_would_spend_and_takes_the_schedule() -> 
 
 def test_a_run_adapts_when_it_is_told_to_and_says_so(tmp_path: Path) -> None:
     summary = run(tmp_path, *ADAPTIVE)
-    again = run(tmp_path / "again", *ADAPTIVE)
-    assert (again["adapted"], again["weights_sha256"]) == (summary["adapted"], summary["weights_sha256"])
     assert [entry["step"] for entry in summary["adapted"]] == [1, 3]
     assert summary["schedule"] == summary["adapted"][-1]["schedule"]
     assert all(sum(entry["schedule"]) == 8 for entry in summary["adapted"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from runs import metrics, run, weights
+from runs import run
 from safetensors.torch import load_file
 
 from famba.errors import ConfigError
@@ -39,17 +39,6 @@ def test_a_transformer_trains_by_the_same_schedules(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 32, 32)
     by_hand = apply_tome(vit, (4, 4), proportional=False)  # type: ignore[arg-type]
     torch.testing.assert_close(by_hand(images), trained.model(images))
-
-
-def test_a_transformers_run_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None:
-    asked = (*VIT, "fusion=adaptive", "fusion.adapt_at=[0.4]", "fusion.adapt_images=16")
-    whole = run(tmp_path / "whole", *asked)
-    run(tmp_path / "parts", *asked, "trainer.max_steps=4")
-    parts = run(tmp_path / "parts", *asked)
-    assert whole["adapted"] == parts["adapted"] is not None
-    assert sum(whole["schedule"]) == 8
-    assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
-    assert metrics(tmp_path / "whole")[-1]["test_loss"] == metrics(tmp_path / "parts")[-1]["test_loss"]
 
 
 @pytest.mark.parametrize("model", ["vim_micro", "vit_micro"])
