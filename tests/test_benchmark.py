@@ -115,6 +115,15 @@ def test_one_command_measures_a_gpu_and_fills_the_page(tmp_path: Path) -> None:
     assert "| none " in text
 
 
+@pytest.mark.usefixtures("stand_in")
+def test_a_gpu_is_measured_for_as_long_as_is_asked(tmp_path: Path, monkeypatch: Patch) -> None:
+    now = iter(range(0, 10_000, 50))
+    monkeypatch.setattr(steps.time, "monotonic", lambda: float(next(now)))
+    told = found(tmp_path, "gpu", "--device", "cpu", "--rounds", "1", "--minutes", "3")
+    assert [row["contestant"] for row in told["tables"]["Vim-Ti, 2 images of 32 pixels"]] == ["none"]
+    assert told["left_out"]["causal_conv1d"] == "no time was left of --minutes 3"
+
+
 def test_the_tables_of_a_gpu_are_those_of_the_documents() -> None:
     titles = [title for title, _ in steps.blocks(CPU)]
     assert titles == ["Vim-Ti", "timm's DeiT-Ti", "Ops", "Vim-Ti, patches of 4", "Vim-Ti, 785 tokens", "Vim-S"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,19 +46,18 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
-def test_train_py_trains_and_says_so(tmp_path: Path) -> None:
+def test_train_py_trains_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*TINY, "trainer.max_steps=2", "fusion=upper", "fusion.budget=5", f"run_dir={tmp_path}/r"]
     done = command("train.py", *arguments)
     assert done.returncode == 0, done.stderr
     assert "fusion upper: 17 tokens, 5 removed, 12 left" in done.stdout
     assert f"ops by {resolve('cpu')}" in done.stdout
     assert json.loads((tmp_path / "r" / "summary.json").read_text())["status"] == "finished"
-    again = command("train.py", *arguments)
-    assert again.returncode == 0
-    assert "is finished already" in again.stdout
+    assert train(arguments) == 0
+    assert "is finished already" in capsys.readouterr().out
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [sys.executable, "train.py", *TINY, f"run_dir={tmp_path}/r", "trainer.epochs=40"]
     process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "r" / "metrics.jsonl"
@@ -72,9 +72,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert summary["status"] == "interrupted"
     more = f"trainer.max_steps={summary['step'] + 1}"
-    again = command("train.py", *TINY, f"run_dir={tmp_path}/r", "trainer.epochs=40", more)
-    assert again.returncode == 0, again.stderr
-    assert f"continuing after step {summary['step']}" in again.stdout
+    assert train([*TINY, f"run_dir={tmp_path}/r", "trainer.epochs=40", more]) == 0
+    assert f"continuing after step {summary['step']}" in capsys.readouterr().out
 
 
 def test_help_explains_every_group() -> None:
@@ -114,12 +113,31 @@ print(sorted(sys.modules.keys() & {{"torch", "timm", "hydra", "pandas", "matplot
 
 
 @pytest.mark.parametrize(
-    "code",
-    ["import famba, timm", "import timm, famba", "import famba; from timm.models import create_model; import timm"],
+    "code", ["import timm, famba", "import famba; from timm.models import create_model; import timm"]
 )
 def test_importing_famba_registers_its_models_whenever_timm_is_imported(code: str) -> None:
     told = command("-W", "error", "-c", f"{code}; print(len(timm.list_models('vim_*')), famba.fusion.RULES.keys())")
     assert told.stdout.startswith("4 dict_keys(['bipartite'"), told.stderr
+
+
+@pytest.mark.slow
+def test_a_script_beside_a_clone_called_famba_finds_the_package_in_it(tmp_path: Path) -> None:
+    clone = tmp_path / "famba"
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in listed.split("\0"):
+        if name.startswith(("famba/", "configs/")) or name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, clone / name)
+    build = f"import setuptools.build_meta as b; b.build_editable({str(tmp_path)!r})"
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"CXX": "false"}
+    subprocess.run([sys.executable, "-c", build], cwd=clone, env=clean, capture_output=True, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    shutil.unpack_archive(wheel, tmp_path / "site", "zip")
+    (tmp_path / "script.py").write_text(
+        f"import site; site.addsitedir({str(tmp_path / 'site')!r})\nimport famba.cli; print(famba.__file__)\n"
+    )
+    told = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=clean, capture_output=True, text=True)
+    assert told.stdout.strip() == str(clone / "famba" / "__init__.py"), told.stderr
 
 
 def test_files_of_a_run_have_the_mode_of_the_umask(tmp_path: Path) -> None:

@@ -238,6 +238,13 @@ def test_known_keys_and_prefixes_are_taken_off_and_said(
     assert all(f"under {key!r}" in caplog.text or key == "state_dict" for key in keys)
 
 
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, source: Vim) -> None:
+    source.layers[1].mixer.D.data[3] = float("nan")
+    message = refused(make(), save(tmp_path / "w.pth", source.state_dict()))
+    assert message.count("NaN or infinity") == 1
+    assert "layers.1.mixer.D: holds NaN or infinity" in message
+
+
 def test_a_file_of_another_network_is_refused_in_one_line(tmp_path: Path) -> None:
     for name in ("resnet18", "test_convnext", "test_vit"):  # the last with a class token, too
         message = refused(make(), save(tmp_path / "w.pth", {"net": timm.create_model(name).state_dict()}))

@@ -63,9 +63,8 @@ for strategy, position in cases.items():
     counts = schedule(strategy, 2, 16 + protected, 5, None, protected)
     model = make(counts, depth=2, cls_position=position, fusion_weighting="size")
     torch._dynamo.reset()
-    # Machine code takes a minute for each, and does not depend on where the token stands.
-    backend = "inductor" if strategy == "all" else "aot_eager"
-    agrees(torch.compile(model, fullgraph=True, backend=backend), model, images())
+    # Without the last step to machine code, which takes a minute.
+    agrees(torch.compile(model, fullgraph=True, backend="aot_eager"), model, images())
     print(strategy)
 """
     assert run(script, tmp_path).split() == ["none", "all", "interleaved"]

@@ -10,12 +10,12 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.layers import Format
+from timm.layers import DropPath, Format
 from torch import Tensor, nn
 
 import famba  # noqa: F401 - registers the models
 from famba.errors import ConfigError
-from famba.fusion import schedule
+from famba.fusion import schedule, unfuse
 from famba.models import Vim, create_network, load_vim_checkpoint
 
 ROWS, COLUMNS = 4, 3
@@ -104,6 +104,12 @@ def test_logits_features_and_gradients_agree_with_the_equations(
     close(model.head(model.forward_head(final, pre_logits=True)), expected)
     with pytest.raises(ConfigError, match=f"given {model.num_tokens - 1} tokens per image; allowed: .*"):
         model.forward_head(final[:, 1:])
+
+
+def test_each_patch_gets_its_tokens_features() -> None:
+    tokens, places = torch.randn(2, 4, 3), torch.tensor([[0, 3, 3, 1, 2, 0], [2, 2, 2, 2, 0, 1]])
+    expected = torch.stack([features[at] for features, at in zip(tokens, places, strict=True)])
+    assert torch.equal(unfuse(tokens, places), expected)
 
 
 COUNTS = {"micro_patch4_32": 340_068, "tiny_patch16_224": 6_974_308, "small_patch16_224": 25_450_084}
@@ -267,6 +273,24 @@ def test_pooling_is_that_of_timms_vits(cls: str) -> None:
         assert torch.equal(usual(x), mean(x))
     with pytest.raises(ConfigError, match="global_pool is 'map'; allowed with cls_position="):
         mean.reset_classifier(3, "map")
+
+
+def test_drop_path_is_off_unless_asked_for_and_in_evaluation() -> None:
+    model, dropping = tiny(), tiny(drop_path_rate=0.5)
+    assert not [m for m in model.modules() if isinstance(m, DropPath)]
+    assert torch.equal(model.train()(images()), model.eval()(images()))
+    assert torch.equal(dropping.eval()(images()), model(images()))
+    deep = tiny(depth=5, drop_path_rate=0.4)
+    # What layer 1 adds is dropped on the way into layer 2; what the last one adds, on the way to the final norm.
+    assert [layer.drop_path.drop_prob for layer in deep.layers[2:]] == pytest.approx([0.1, 0.2, 0.3])
+    assert deep.drop_path.drop_prob == pytest.approx(0.4)
+
+
+def test_dropout_before_the_classifier() -> None:
+    off, on = tiny(drop_rate=0.0), tiny(drop_rate=0.5)
+    assert torch.equal(off.train()(images()), tiny()(images()))
+    assert torch.equal(on.eval()(images()), off(images()))
+    assert 0.3 < (on.train().forward_head(torch.ones(200, 13, 20), pre_logits=True) == 0).float().mean() < 0.7
 
 
 @pytest.mark.parametrize("cls", CLS_POSITIONS)

@@ -61,7 +61,7 @@ def test_every_recipe_composes_with_every_logger(recipe: str) -> None:
 
 def test_every_experiment_composes() -> None:
     for experiment in GROUPS["experiment"]:
-        for strategy in STRATEGIES:
+        for strategy in ("none", "adaptive"):
             prepare(compose([f"experiment={experiment}", f"fusion={strategy}", "model=vim_micro", "seed=0"]))
 
 

@@ -29,7 +29,7 @@ EVERYTHING = (
     "fusion.budget=4",
     "data.val_fraction=0.25",
     "trainer.batch_size=12",
-    "trainer.epochs=5",
+    "trainer.epochs=3",
     "recipe.warmup_epochs=1",
 )
 
@@ -87,10 +87,10 @@ def assert_same_run(found: Path, expected: Path) -> None:
 @pytest.mark.parametrize(
     "options", [(), ("trainer.accumulation=2",), ("trainer.precision=fp16",)], ids=["one graph", "accumulation", "fp16"]
 )
-def test_twenty_steps_are_those_of_the_usual_way(device: str, tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_steps_are_those_of_the_usual_way(device: str, tmp_path: Path, options: tuple[str, ...]) -> None:
     if device == "cuda" and "trainer.precision=fp16" in options:
-        pytest.skip("over twenty steps the rounding of float16 grows")
-    assert run(tmp_path / "graphed", *comparable(device, *options))["steps"] == 20
+        pytest.skip("over several steps the rounding of float16 grows")
+    assert run(tmp_path / "graphed", *comparable(device, *options))["steps"] == 12
     eager(tmp_path / "eager", *comparable(device, *options))
     assert_same_run(tmp_path / "graphed", tmp_path / "eager")
 
@@ -120,7 +120,7 @@ def test_stopped_and_resumed_is_bit_equal(device: str, tmp_path: Path, stop_afte
 
 def test_a_checkpoint_goes_on_on_either_kind_of_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a run does that begins on a GPU, continues on a CPU, and ends on a GPU."""
-    for devices, options in ((["cpu"], ("trainer.max_steps=6",)), ([], ("trainer.max_steps=12",)), (["cpu"], ())):
+    for devices, options in ((["cpu"], ("trainer.max_steps=3",)), ([], ("trainer.max_steps=7",)), (["cpu"], ())):
         monkeypatch.setattr(graph, "_DEVICES", devices)
         run(tmp_path / "mixed", *everything("cpu"), *options)
         groups = last(tmp_path / "mixed")["optimizer"]["param_groups"]
