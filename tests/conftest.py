@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,16 @@ install_import_hook(
     [*CHECKED, "famba.fusion", "famba.models"],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
+
+
+@pytest.fixture(scope="session")
+def upper(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Return the folder and the summary of a finished run that fuses, for tests that only read it."""
+    from runs import run
+
+    folder = tmp_path_factory.mktemp("upper")
+    chosen = ("fusion=upper", "fusion.budget=8", "model.depth=4", "model.patch_size=4", "model.cls_position=middle")
+    return folder, run(folder, *chosen)
 
 
 @pytest.fixture

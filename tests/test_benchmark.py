@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
 
 from famba.analysis.benchmark import ops, steps, timing
-from famba.analysis.benchmark.report import BEGIN, END, filled, table
-from famba.analysis.benchmark.steps import Contestant, TimedStep
+from famba.analysis.benchmark.report import BEGIN, END, filled
+from famba.analysis.benchmark.steps import Contestant
 from famba.analysis.benchmark.timing import Race
 from famba.cli import main as famba
-from famba.training import graph
 
 Patch, Printed = pytest.MonkeyPatch, pytest.CaptureFixture[str]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -43,72 +40,20 @@ def tiny(monkeypatch: Patch) -> None:
     )
 
 
-class Clock:
-    """A host and a device whose time contestants set forward; the device falls behind unless it is waited for."""
-
-    def __init__(self, monkeypatch: Patch) -> None:
-        self.host = self.device = 0.0
-        self.calls: list[str] = []
-        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.host)
-        monkeypatch.setattr(timing, "synchronize", self.wait)
-        monkeypatch.setattr(torch.cuda, "Event", self.event)
-
-    def wait(self, device: torch.device) -> None:
-        self.host = self.device = max(self.host, self.device)
-
-    def event(self, enable_timing: bool) -> SimpleNamespace:
-        made = SimpleNamespace(elapsed_time=lambda end: 1000 * (end.at - made.at))
-        made.record = lambda: setattr(made, "at", max(self.host, self.device))
-        return made
-
-    def contestant(self, name: str, launch: Iterator[float], work: float = 0.0) -> Callable[[], None]:
-        """Take the host so many seconds to launch, call by call, and the device so many to work."""
-
-        def run() -> None:
-            self.calls.append(name)
-            self.host += next(launch)
-            self.device = max(self.host, self.device) + work
-
-        return run
-
-
 def test_contestants_take_turns_and_the_warm_up_does_not_count(monkeypatch: Patch) -> None:
-    clock = Clock(monkeypatch)
-    race = Race("race", CPU)
-    race.enter("a", [clock.contestant("a", iter([9.0, 0.001, 0.003, 0.100]))])
-    race.enter("b", [clock.contestant("b", iter([9.0, 0.010, 0.020, 0.040]))])
+    now, calls, race = [0.0], list[str](), Race("race", torch.device("cpu"))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def contestant(name: str, *seconds: float) -> Callable[[], None]:
+        left = iter(seconds)
+        return lambda: (calls.append(name), now.append(now.pop() + next(left)))[1]
+
+    race.enter("a", [contestant("a", 9.0, 0.001, 0.003, 0.100)])
+    race.enter("b", [contestant("b", 9.0, 0.010, 0.020, 0.040)])
     race.run(3)
-    assert clock.calls == ["a", "a", "b", "b", "a", "b", "a", "b"]
+    assert calls == ["a", "a", "b", "b", "a", "b", "a", "b"]
     assert race.samples["a"]["ms"] == pytest.approx([1, 3, 100])
     assert race.entries("a")["ms"] == pytest.approx(3), "one slow round does not move the median"
-
-
-def test_on_cuda_kernels_calls_and_launches_are_told_apart(monkeypatch: Patch) -> None:
-    """An op whose kernels take 1 ms and whose launch takes 4 ms, on three copies of its inputs."""
-    clock = Clock(monkeypatch)
-    forever = iter(lambda: 0.004, None)
-    calls = [clock.contestant("eager", forever, work=0.001) for _ in range(3)]
-    replay = clock.contestant("graph", iter(lambda: 0.0001, None), work=0.003)
-    monkeypatch.setattr(timing, "captured", lambda function, memory: replay)
-    monkeypatch.setattr(timing, "graph_memory", lambda device: None)
-    race = Race("race", CUDA)
-    race.enter("op", calls)
-    race.run(2)
-    row = race.entries("op")
-    assert row["ms"] == pytest.approx(1, rel=0.1), "a replay holds one call for each copy"
-    assert row["eager_ms"] == pytest.approx(4, rel=0.1), "between two calls the device waits for the host"
-    race.enter("step", calls[:1], graph=clock.contestant("step", iter(lambda: 0.0, None), work=0.002))
-    assert race.entries("step")["ms"] == pytest.approx(2), "a graph that is given is not captured anew"
-
-
-def test_inputs_rotate_among_copies_that_exceed_the_cache(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=10_000))
-    tensors = [torch.randn(100, requires_grad=True), torch.randn(150)]
-    copies = ops._copies(tensors, CUDA)
-    assert len(copies) * 1000 > 2 * 10_000
-    assert len({copy[0].data_ptr() for copy in copies}) == len(copies)
-    assert all(copy[0].requires_grad and not copy[1].requires_grad for copy in copies)
-    assert len(ops._copies([torch.randn(1)], CUDA)) == 256
 
 
 def test_ops_are_timed_on_every_usable_backend(tmp_path: Path, capsys: Printed) -> None:
@@ -124,23 +69,6 @@ def test_ops_are_timed_on_every_usable_backend(tmp_path: Path, capsys: Printed) 
     assert "selective_scan 2 9 384 16 fp32: reference, both" in progress
 
 
-@pytest.mark.parametrize(
-    ("error", "status"), [(KeyboardInterrupt(), 130), (torch.OutOfMemoryError("out of memory: tried 9 GiB"), 2)]
-)
-def test_what_ends_it_loses_nothing(
-    error: BaseException, status: int, tmp_path: Path, monkeypatch: Patch, capsys: Printed
-) -> None:
-    monkeypatch.setitem(ops.OPS, "causal_conv1d", Mock(side_effect=error))
-    file = tmp_path / "found.json"
-    assert famba(["benchmark", *OPS, "--json", str(file)]) == status
-    told = json.loads(file.read_text())
-    assert not told["complete"]
-    assert {row["op"] for row in told["tables"]["Ops"]} == {"selective_scan"}
-    out, err = capsys.readouterr()
-    assert "Stopped before the end" in out
-    assert status == 130 or "tried 9 GiB" in err
-
-
 @pytest.mark.usefixtures("tiny")
 def test_strategies_are_told_against_none(tmp_path: Path) -> None:
     asked = ["--batch", "2", "--rounds", "2", "--precision", "fp32", "--model", "vim_tiny_patch16_224"]
@@ -153,23 +81,6 @@ def test_strategies_are_told_against_none(tmp_path: Path) -> None:
     # Of 4 patches and a class token one goes in each layer.
     assert (none["token_layers"], upper["token_layers"]) == (1, pytest.approx((4 + 3) / 10))
     assert upper["saved_bytes_per_image"] < none["saved_bytes_per_image"]
-
-
-def small(*more: str) -> Contestant:
-    return Contestant("none", "vim_micro_patch4_32", "upper", 4, 32, "fp32", (*TINY, "fusion.budget=4", *more))
-
-
-def test_a_replay_does_the_step_once_more(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(graph, "_DEVICES", ["cuda", "cpu"])
-    once, twice = (TimedStep(small("recipe.mixup=0", "model.drop_path=0").config(CPU)) for _ in range(2))
-    before = [p.detach().clone() for p in once.model.parameters()]
-    once.train()
-    twice.train()
-    assert not any(torch.equal(p, q) for p, q in zip(once.model.parameters(), before, strict=True)), "it learns"
-    assert all(torch.equal(p, q) for p, q in zip(once.model.parameters(), twice.model.parameters(), strict=True))
-    once.train()
-    twice.step.replay()
-    assert all(torch.equal(p, q) for p, q in zip(once.model.parameters(), twice.model.parameters(), strict=True))
 
 
 def page(tmp_path: Path) -> Path:
@@ -220,41 +131,3 @@ def test_the_tables_of_a_gpu_are_those_of_the_documents() -> None:
         for one in contestants:
             one._replace(precision="fp32").config(CPU)
     filled(DOCS, "")
-
-
-@pytest.mark.parametrize("text", ["", f"{BEGIN}\n", f"{END}\n{BEGIN}\n", f"{BEGIN}\n{END}\n{BEGIN}\n{END}\n"])
-def test_a_page_without_the_markers_is_left_alone(text: str, tmp_path: Path, capsys: Printed) -> None:
-    file = tmp_path / "page.md"
-    file.write_text(text)
-    assert famba(["benchmark", "gpu", "--fill", str(file)]) == 2
-    assert f"expected one line {BEGIN} and below it one line {END}" in capsys.readouterr().err
-    assert file.read_text() == text
-
-
-def test_a_table_leaves_out_what_no_row_has() -> None:
-    rows = [{"name": "a", "ms": 12.345, "ms_samples": [1.0, 2.0], "n": 1234567}, {"name": "b", "ms": 1234.5, "x": None}]
-    lines = [line.split() for line in table(rows, "simple").splitlines()]
-    assert lines == [["name", "ms", "n"], lines[1], ["a", "12.345", "1,234,567"], ["b", "1,234", "-"]]
-
-
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        ("ops --rounds 0", "argument --rounds: 0; allowed: whole numbers from 1"),
-        ("ops --op selective_scam", "invalid choice: 'selective_scam'"),
-        ("ops --precision fp16 --device cpu", "error: fp16 is timed on CUDA devices alone, this is a cpu device"),
-        ("ops --length 2", "error: --length is 2; match_tokens and fuse_tokens need 3 tokens"),
-        ("model --device tpu", "error: unknown --device 'tpu'"),
-        ("model --json /nowhere/found.json", "error: --json /nowhere/found.json cannot be written"),
-        ("gpu --fill /nowhere.md", "error: --fill /nowhere.md cannot be read"),
-        ("gpu --device cpu", "error: famba benchmark gpu measures a CUDA device, and was given cpu"),
-    ],
-)
-def test_what_cannot_be_is_said(command: str, message: str, capsys: Printed) -> None:
-    try:
-        status = famba(["benchmark", *command.split()])
-    except SystemExit as error:  # of the parser
-        status = error.code  # type: ignore[assignment]
-    err = capsys.readouterr().err
-    assert (status, err.count("\n") == 1) == (2, message.startswith("error: "))
-    assert message in err

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,14 +20,17 @@ from PIL import Image
 from runs import TINY
 from safetensors.torch import load_file
 
+from famba.analysis import evaluate
 from famba.analysis.trained import load_trained
 from famba.cli import main as famba
 from famba.data.augment import Normalize, evaluation_scaling
 from famba.data.images import read_file
+from famba.export import export
 from famba.models.weights import weights_folder
 from famba.ops.registry import resolve
 from famba.training.app import main as train
 
+Trained, Patch = tuple[Path, dict[str, Any]], pytest.MonkeyPatch
 ROOT = Path(__file__).parents[1]
 CLASSES = (weights_folder("vim_micro_patch4_32") / "classes.txt").read_text().split()  # type: ignore[operator]
 
@@ -41,44 +46,18 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
-def test_train_py_trains_and_says_so(tmp_path: Path) -> None:
-    done = command("train.py", *TINY, "trainer.max_steps=2", "fusion=upper", "fusion.budget=5", f"run_dir={tmp_path}/r")
+def test_train_py_trains_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*TINY, "trainer.max_steps=2", "fusion=upper", "fusion.budget=5", f"run_dir={tmp_path}/r"]
+    done = command("train.py", *arguments)
     assert done.returncode == 0, done.stderr
     assert "fusion upper: 17 tokens, 5 removed, 12 left" in done.stdout
     assert f"ops by {resolve('cpu')}" in done.stdout
     assert json.loads((tmp_path / "r" / "summary.json").read_text())["status"] == "finished"
-    again = command(
-        "train.py", *TINY, "trainer.max_steps=2", "fusion=upper", "fusion.budget=5", f"run_dir={tmp_path}/r"
-    )
-    assert again.returncode == 0
-    assert "is finished already" in again.stdout
+    assert train(arguments) == 0
+    assert "is finished already" in capsys.readouterr().out
 
 
-def test_errors_are_one_line_and_status_2(tmp_path: Path) -> None:
-    done = command("train.py", "fusion=uper", f"run_dir={tmp_path}/r")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: unknown fusion 'uper', did you mean 'upper'?")
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "r").exists()
-
-
-def test_a_sweep_is_a_run_for_each_and_one_that_fails_leaves_the_others_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["-m", *TINY, "recipe.optimizer=sgd", "recipe.lr=1000,0.004", "fusion=upper", "fusion.budget=5"]
-    done = command("train.py", *arguments, f"run_dir={tmp_path}")
-    assert done.returncode == 2
-    assert "recipe.lr=1000: the loss is" in done.stderr
-    assert "Traceback" not in done.stderr
-    states = {p.parent.name: json.loads(p.read_text())["status"] for p in tmp_path.glob("*/summary.json")}
-    assert states == {"recipe.lr=1000": "failed", "recipe.lr=0.004": "finished"}
-    assert famba(["report", str(tmp_path)]) == 0
-    table = capsys.readouterr().out
-    assert "Top-1" in table
-    assert "12 of 17" in table
-
-
-def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [sys.executable, "train.py", *TINY, f"run_dir={tmp_path}/r", "trainer.epochs=40"]
     process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "r" / "metrics.jsonl"
@@ -93,9 +72,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert summary["status"] == "interrupted"
     more = f"trainer.max_steps={summary['step'] + 1}"
-    again = command("train.py", *TINY, f"run_dir={tmp_path}/r", "trainer.epochs=40", more)
-    assert again.returncode == 0, again.stderr
-    assert f"continuing after step {summary['step']}" in again.stdout
+    assert train([*TINY, f"run_dir={tmp_path}/r", "trainer.epochs=40", more]) == 0
+    assert f"continuing after step {summary['step']}" in capsys.readouterr().out
 
 
 def test_help_explains_every_group() -> None:
@@ -135,8 +113,7 @@ print(sorted(sys.modules.keys() & {{"torch", "timm", "hydra", "pandas", "matplot
 
 
 @pytest.mark.parametrize(
-    "code",
-    ["import famba, timm", "import timm, famba", "import famba; from timm.models import create_model; import timm"],
+    "code", ["import timm, famba", "import famba; from timm.models import create_model; import timm"]
 )
 def test_importing_famba_registers_its_models_whenever_timm_is_imported(code: str) -> None:
     told = command("-W", "error", "-c", f"{code}; print(len(timm.list_models('vim_*')), famba.fusion.RULES.keys())")
@@ -155,9 +132,11 @@ def test_a_script_beside_a_clone_called_famba_finds_the_package_in_it(tmp_path: 
     subprocess.run([sys.executable, "-c", build], cwd=clone, env=clean, capture_output=True, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     shutil.unpack_archive(wheel, tmp_path / "site", "zip")
-    (tmp_path / "script.py").write_text(
-        f"import site; site.addsitedir({str(tmp_path / 'site')!r})\nimport famba.cli; print(famba.__file__)\n"
-    )
+    # As if this clone alone were installed.
+    alone = "sys.path[1:] = [path for path in sys.path[1:] if not os.path.exists(path + '/famba/cli.py')]"
+    added = f"site.addsitedir({str(tmp_path / 'site')!r})"
+    script = ["import os, site, sys", alone, added, "import famba.cli", "print(famba.__file__)"]
+    (tmp_path / "script.py").write_text("\n".join(script))
     told = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=clean, capture_output=True, text=True)
     assert told.stdout.strip() == str(clone / "famba" / "__init__.py"), told.stderr
 
@@ -175,16 +154,12 @@ def test_files_of_a_run_have_the_mode_of_the_umask(tmp_path: Path) -> None:
 
 OPTIONS = {
     "--epochs 5": "give trainer.epochs=5",
-    "--lr=1e-3": "give recipe.lr=1e-3",
     "--batch-size 64": "give trainer.batch_size=64",
-    "--model vim_s": "give model=vim_s",
-    "--epoch 3": "give trainer.epochs=3",
     "--seeds 1 --cfg job": "give seed=1",
     "--name x": "give model.name=x or data.name=x or logger.name=x",
     "--precision": "give trainer.precision=VALUE",
     "--amp": "train.py --help lists all",
     "epochs=5": "did you mean 'trainer.epochs'?",
-    "lr=1": "did you mean 'recipe.lr'?",
 }
 
 
@@ -196,6 +171,65 @@ def test_options_of_other_programs_are_answered_with_the_override(
     error = capsys.readouterr().err
     assert error.startswith(f"error: {given.split()[0]} is no option" if given[0] == "-" else "error: unknown key")
     assert OPTIONS[given] in error
+
+
+# Arguments, where RUN stands for the folder of a run, and what the error says.
+REFUSED = [
+    ("evaluate RUN --fusion uper", "did you mean 'upper'"),
+    (
+        "evaluate RUN --fusion adaptive --budget 8",
+        "no fixed schedule.*This network was trained with upper; name another",
+    ),
+    ("evaluate RUN --fusion all --budget 65", "--budget.*does not fit"),
+    ("evaluate RUN --order tom", "unknown --order 'tom', did you mean 'tome'"),
+    ("evaluate RUN --subset 361", "--subset is 361; allowed: 1 to 360"),
+    ("evaluate RUN --device tpu", "--device 'tpu' is .*on this machine"),
+    ("visualize RUN absent.png", "absent.png is not there"),
+    ("visualize RUN .", "is a folder; give the image files in it"),
+    ("visualize RUN broken.png", "broken.png: not a readable image"),
+    ("visualize RUN text.png", "text.png is no image of a kind that Pillow knows"),
+    ("export RUN --format onyx --out m.onnx", "unknown --format 'onyx', did you mean 'onnx'"),
+    (
+        "export RUN --format onnx --out m.pt2",
+        "m.pt2 does not end in .onnx, as --format onnx does, such as m/model.onnx",
+    ),
+    ("export RUN --format safetensors --out m.onnx", "--format safetensors writes a folder"),
+    ("export RUN --format torch_export --out folder.pt2", "is a folder; name a file in it"),
+    ("export RUN --format torch_export --out text.png/m.pt2", "is a file; name a folder to write to"),
+    ("export RUN --format onnx --out m.onnx --fusion all,lower --budget 4", "ask for 2 ways of fusing"),
+    ("plan trainer.device=cudo", "trainer.device 'cudo' is .*on this machine"),
+    ("plan trainer.device=mps trainer.precision=fp16", "this mps device has no .*16"),
+    ("plan trainer.cuda_graphs=true", "cannot be: the device is cpu"),
+    ("plan fusion=all fusion.budget=5000", "a budget of 5000 tokens does not fit"),
+    ("plan model=vim_micro --out text.png", "is a file; name a folder to write to"),
+    ("benchmark ops --rounds 0", "argument --rounds: 0; allowed: whole numbers from 1"),
+    ("benchmark ops --precision fp16 --device cpu", "fp16 is timed on CUDA devices alone, this is a cpu device"),
+    ("benchmark ops --length 2", "--length is 2; match_tokens and fuse_tokens need 3 tokens"),
+    ("benchmark model --json /nowhere/found.json", "--json /nowhere/found.json cannot be written"),
+    ("benchmark gpu --fill /nowhere.md", "--fill /nowhere.md cannot be read"),
+    ("benchmark gpu --device cpu", "famba benchmark gpu measures a CUDA device, and was given cpu"),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), REFUSED)
+def test_what_cannot_work_is_refused_before_any_work(
+    given: str, said: str, upper: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Patch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "_race", None)
+    monkeypatch.setattr(export, "_WRITERS", None)
+    Path("folder.pt2").mkdir()
+    Path("text.png").write_text("no image")
+    Image.effect_noise((64, 64), 50).save("whole.png")
+    Path("broken.png").write_bytes(Path("whole.png").read_bytes()[:1000])
+    try:
+        status = famba(given.replace("RUN", str(upper[0])).split())
+    except SystemExit as error:  # of the parser
+        status = error.code  # type: ignore[assignment]
+    error = capsys.readouterr().err.replace("\n", " ")
+    assert status == 2
+    assert re.search(said, error), error
+    assert {path.name for path in tmp_path.iterdir()} == {"broken.png", "folder.pt2", "text.png", "whole.png"}
 
 
 def test_predict_names_what_is_in_images_and_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,35 +255,11 @@ def test_predict_names_what_is_in_images_and_folders(tmp_path: Path, capsys: pyt
     for likely in found[0]["classes"]:
         assert likely["probability"] == pytest.approx(wanted[likely["number"]].item(), abs=1e-5)
         assert f"{100 * likely['probability']:.1f} %  {likely['class']}" in told
-    assert sorted(CLASSES) == CLASSES
     assert [likely["class"] for likely in found[0]["classes"]] == [CLASSES[number] for number in numbers]
-    for place, message in ((tmp_path / "x.png", "is not there"), (tmp_path / "empty", "is a folder without images")):
-        assert famba(["predict", name, str(images[0]), str(place)]) == 2
-        assert f"error: {place} {message}; give image files" in capsys.readouterr().err
+    assert famba(["predict", name, str(images[0]), str(tmp_path / "empty")]) == 2
+    assert f"error: {tmp_path / 'empty'} is a folder without images; give image files" in capsys.readouterr().err
     assert famba(["predict", name, other]) == 2
     assert f"error: {other}: not a readable image" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_famba_train_is_train_py(tmp_path: Path) -> None:
-    assert command("-m", "famba", "train", "fusion=uper").stderr == command("train.py", "fusion=uper").stderr
-
-
-def test_download_of_what_has_none_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    assert famba(["download", "digits"]) == 2
-    assert "digits" in capsys.readouterr().err
-
-
-def test_pandas_is_imported_for_reports_alone() -> None:
-    told = command("-c", "import sys, famba.cli, famba.training.app; print('pandas' in sys.modules)")
-    assert told.stdout == "False\n"
-
-
-def test_missing_data_names_folders_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train(["data=cifar100", f"data.root={tmp_path}", f"run_dir={tmp_path}/r"]) == 2
-    message = capsys.readouterr().err
-    assert str(tmp_path) in message
-    assert f"famba download cifar100 --root {tmp_path}" in message
 
 
 @pytest.mark.slow

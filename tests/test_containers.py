@@ -59,13 +59,6 @@ def test_pinned_versions_are_those_that_famba_asks_for() -> None:
         assert requirement.specifier.contains(pinned[requirement.name]), requirement
 
 
-@pytest.mark.parametrize("path", DOCKERFILES)
-def test_base_images_are_pinned_by_version(path: str) -> None:
-    assert bases(path)
-    for image in bases(path):
-        assert re.fullmatch(r"[\w/.-]+:\d+\.\d+\.\d+-[\w.-]+", image)
-
-
 def test_apptainer_builds_the_same_image() -> None:
     path = "docker/Dockerfile"
     assert set(re.findall(r"^From: (\S+)", APPTAINER, re.MULTILINE)) == set(bases(path))
@@ -84,11 +77,7 @@ def test_what_is_copied_is_there_and_not_ignored(path: str) -> None:
     for source in sources(path):
         assert (ROOT / source).exists()
         assert Path(source).parts[0] in context
-
-
-def test_data_runs_and_history_stay_out_of_the_images() -> None:
-    kept = {line[1:] for line in joined((ROOT / ".dockerignore").read_text()) if line.startswith("!")}
-    assert kept == {"configs", "docker", "famba", "LICENSE", "pyproject.toml", "README.md", "setup.py", "train.py"}
+    assert context == {"configs", "docker", "famba", "LICENSE", "pyproject.toml", "README.md", "setup.py", "train.py"}
 
 
 @pytest.mark.parametrize("path", DOCKERFILES)

@@ -7,15 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from images_and_loaders import PLAIN, arrays, training
 from PIL import Image
 from torchvision.transforms import functional as vision
 
 from famba.data import ArraySource, Augmentation
 from famba.data.augment import Scaling
-from famba.data.draws import WORDS, Stream, permutation, words
 from famba.errors import ConfigError
 
 TIMM = replace(PLAIN, kind="timm", interpolation="bilinear")
@@ -57,14 +54,6 @@ def test_flips_follow_their_probability(probability: float) -> None:
     assert torch.equal(data.images, before), "the source stays as it was"
 
 
-def test_bicubic_scaling_stays_in_range() -> None:
-    data = ArraySource(torch.eye(8, dtype=torch.uint8).mul(255).expand(4, 3, 8, 8), torch.arange(4), 4)
-    images, _ = augmented(data, PLAIN, 20)
-    assert images.shape == (4, 3, 20, 20)
-    assert images.min() >= 0
-    assert images.max() <= 255.01
-
-
 @pytest.mark.parametrize(("width", "height"), [(8, 60_000), (60_000, 8)])
 def test_a_very_long_image_is_cut_before_it_is_scaled(monkeypatch: pytest.MonkeyPatch, width: int, height: int) -> None:
     made: list[int] = []
@@ -88,7 +77,6 @@ def test_a_very_long_image_is_cut_before_it_is_scaled(monkeypatch: pytest.Monkey
         {"auto_augment": "rand-m9-mstd0.5-inc1"},
         {"color_jitter": 0.4},
         {"random_erasing": 1.0},
-        {"random_erasing": 1.0, "erasing_mode": "const"},
         {"interpolation": "bicubic"},
     ],
 )
@@ -104,9 +92,6 @@ def test_each_option_of_timms_transform_acts(change: dict[str, Any]) -> None:
         ({"erasing_mode": "noise"}, "erasing_mode is 'noise'. Input should be 'pixel', 'rand' or 'const'"),
         ({"interpolation": "cubic"}, "interpolation is 'cubic'"),
         ({"hflip": 1.5}, "hflip is 1.5. Input should be less than or equal to 1"),
-        ({"random_erasing": -0.1}, "random_erasing is -0.1"),
-        ({"crop_padding": -1}, "crop_padding is -1"),
-        ({"color_jitter": -1.0}, "color_jitter is -1.0"),
         ({"eval_crop": 0.0}, "eval_crop is 0.0"),
         ({"random_erasing": 0.5, "crop_padding": 0}, "crop_padding is 0, which is no crop at all.*set it to null"),
         ({"auto_augment": "rand-q9"}, "auto_augment 'rand-q9' is no policy"),
@@ -122,27 +107,3 @@ def test_each_option_of_timms_transform_acts(change: dict[str, Any]) -> None:
 def test_values_out_of_range_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(CROP, **change)
-
-
-@given(start=st.integers(0, 2**40), count=st.integers(1, 50), cut=st.integers(0, 50))
-@settings(deadline=None)
-def test_draws_belong_to_positions(start: int, count: int, cut: int) -> None:
-    cut = min(cut, count)
-    whole, *parts = (
-        words(Stream.AUGMENTATION, (5,), 1, first, size)
-        for first, size in ((start, count), (start, cut), (start + cut, count - cut))
-    )
-    assert whole.shape == (count, WORDS)
-    assert np.array_equal(whole, np.concatenate(parts))
-
-
-def test_streams_seeds_and_epochs_draw_differently() -> None:
-    drawn = [
-        words(stream, key, epoch, 0, 8).tobytes()
-        for stream in (Stream.AUGMENTATION, Stream.STEP)
-        for key in ((0,), (1,), (1, 0), (0, 1), (2**32,))
-        for epoch in (0, 1)
-    ]
-    assert len(set(drawn)) == len(drawn)
-    orders = [tuple(permutation(stream, 0, 0, 50)) for stream in (Stream.ORDER, Stream.SPLIT)]
-    assert orders[0] != orders[1]

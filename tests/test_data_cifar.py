@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-import os
 import pickle
 import shutil
 import tarfile
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from images_and_loaders import load, saved
 from PIL import Image
+from runs import Hostile
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets import utils as torchvision_utils
 
@@ -96,19 +96,11 @@ def test_official_files_load_from_the_folder_or_the_one_above(official: Path) ->
         load("cifar100", official.parent)
 
 
-class _Dangerous:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.target),)
-
-
 @pytest.mark.parametrize("name", ["test", "meta"])
 def test_a_file_that_was_not_published_is_named_and_its_code_does_not_run(
     tmp_path: Path, official: Path, name: str
 ) -> None:
-    write_pickle(official / name, {"data": _Dangerous(tmp_path / "ran")})
+    write_pickle(official / name, {"data": Hostile(tmp_path / "ran")})
     with pytest.raises(DataError, match=f"cifar-100-python: {name}: damaged or not the published file"):
         load("cifar100", official)
     assert not (tmp_path / "ran").exists()
@@ -142,34 +134,6 @@ def test_parquet_shards_are_joined_in_order_and_must_be_complete(tmp_path: Path)
         load("cifar100", tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("image", "label", "message"),
-    [
-        (b"no image", 3, "not a readable image"),
-        (png(pixels(1, 1)[0])[:-400], 3, "not a readable image"),
-        (None, 3, "of no kind that Pillow knows"),
-        (png(np.zeros((8, 9, 3), np.uint8)), 3, "9 x 8 pixels and label 3; allowed: 32 x 32"),
-        (png(pixels(1, 1)[0]), 100, r"label 100; allowed: 32 x 32, 0\.\.99"),
-        (png(pixels(1, 1)[0]), None, "label None; allowed"),
-    ],
-)
-def test_a_bad_row_of_parquet_is_named(tmp_path: Path, image: Any, label: Any, message: str) -> None:
-    write_splits(tmp_path)
-    write_parquet(tmp_path / SHARD, [*map(png, pixels(2, 0)), image], [0, 1, label])
-    with pytest.raises(DataError, match=f"{SHARD}, row 2: .*{message}"):
-        load("cifar100", tmp_path)
-
-
-@pytest.mark.parametrize("damage", [slice(0), slice(-1000), None])
-def test_a_damaged_parquet_file_is_named(tmp_path: Path, damage: slice | None) -> None:
-    write_splits(tmp_path)
-    path = tmp_path / SHARD
-    data = path.read_bytes()
-    path.write_bytes(data[:4] + b"\xff" * 1996 + data[2000:] if damage is None else data[damage])
-    with pytest.raises(DataError, match=SHARD if damage is None else f"{SHARD}: not a readable parquet file"):
-        load("cifar100", tmp_path)
-
-
 def test_parquet_without_the_column_or_the_other_split_is_refused(tmp_path: Path) -> None:
     write_splits(tmp_path, ("img", "something"), ("train",))
     with pytest.raises(DataError, match="nor train-.* To fetch cifar100: famba download"):
@@ -177,13 +141,6 @@ def test_parquet_without_the_column_or_the_other_split_is_refused(tmp_path: Path
     write_splits(tmp_path, parts=("test",))
     with pytest.raises(DataError, match=r"images \(img or image\) or labels \(fine_label\) among img, something"):
         load("cifar100", tmp_path)
-
-
-@pytest.mark.parametrize(("options", "value"), [({"background": "#404040"}, 64), ({"version": 1}, 0)])
-def test_transparent_images_of_parquet_have_a_background(tmp_path: Path, options: dict[str, Any], value: int) -> None:
-    for split in ("train", "test"):
-        write_parquet(tmp_path / f"{split}-00000-of-00001.parquet", [png(np.zeros((32, 32, 4), np.uint8))], [0])
-    assert np.unique(shown(load("cifar100", tmp_path, **options).train)).tolist() == [value]
 
 
 def test_a_given_folder_without_data_is_never_downloaded_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

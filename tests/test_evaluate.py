@@ -7,7 +7,6 @@ import csv
 import json
 import math
 import os
-import re
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,12 +28,6 @@ from famba.export import export
 
 Trained = tuple[Path, dict[str, Any]]
 Printed = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module")
-def upper(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    folder = tmp_path_factory.mktemp("upper")
-    return folder, run(folder, "fusion=upper", "fusion.budget=8", "model.depth=4", "model.patch_size=4")
 
 
 def test_its_own_schedule_gives_what_the_run_gave_and_others_are_beside_it(
@@ -105,56 +98,6 @@ def test_interrupted_it_keeps_what_all_contestants_have_had(
     assert (found["images"], found["interrupted"], len(found["results"])) == (60, True, 3), "the batch is done"
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ("--fusion uper", "did you mean 'upper'"),
-        ("--fusion all,", "--fusion is 'all,'"),
-        ("--fusion adaptive --budget 8", "no fixed schedule.*This network was trained with upper; name another"),
-        ("--fusion custom", "no fixed schedule"),
-        ("--fusion all --budget 65", "--budget.*does not fit"),
-        ("--fusion all --budget many", "--budget holds 'many'"),
-        ("--order tom", "unknown --order 'tom', did you mean 'tome'"),
-        ("--subset 361", "--subset is 361; allowed: 1 to 360"),
-        ("--subset 0", "argument --subset: 0; allowed: whole numbers from 1"),
-        ("--precision fp8", "unknown --precision 'fp8', did you mean 'fp32' or 'fp16'"),
-        ("--device tpu", "unknown --device 'tpu'"),
-    ],
-)
-def test_what_cannot_work_is_refused_before_any_image(
-    upper: Trained, options: str, said: str, capsys: Printed, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(evaluation, "_race", None)
-    try:
-        status = famba(["evaluate", str(upper[0]), *options.split()])
-    except SystemExit as error:  # of the parser
-        status = error.code  # type: ignore[assignment]
-    assert status == 2
-    error = capsys.readouterr().err
-    assert re.search(said, error.replace("\n", " ")), error
-
-
-def test_a_timm_model_has_no_data_to_be_evaluated_on(upper: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = replace(load_trained(upper[0]), config=None)
-    monkeypatch.setattr(evaluation, "load_trained", lambda path: alone)
-    with pytest.raises(ConfigError, match="says no data set to evaluate it on"):
-        evaluated(upper[0])
-
-
-def test_variants_say_what_they_are(upper: Trained) -> None:
-    trained = load_trained(upper[0])
-    assert variants(trained, {}) == []
-    assert variants(trained, {"strategy": ["upper"]}) == [own(trained)]
-    (tome,) = variants(trained, {"order": ["tome"]})
-    assert (tome.schedule, tome.fusion.order, tome.own) == (trained.schedule, "tome", False)
-    both = [own(trained), tome]
-    assert label_variants(both) == ["upper, order sequence", "upper, order tome"]
-    # Without a budget, the run's own; the layers of upper are its own as well.
-    found = variants(trained, {"strategy": ["all", "lower"]})
-    assert [one.removed for one in found] == [8, 8]
-    assert found[1].schedule == (2, 3, 3, 0)
-
-
 def fused_by(folder: Path, counts: list[int], **chosen: Any) -> Any:
     """A network as if it had been trained with these counts and these keys of fusion."""
     trained = load_trained(folder)
@@ -168,7 +111,6 @@ def test_its_own_layers_and_counts_are_kept(upper: Trained) -> None:
     assert variants(few, {"strategy": ["upper"]}) == [own(few)]
     (less,) = variants(few, {"budget": [4]})
     assert less.schedule == (0, 0, 2, 2)
-    assert label_variants([own(few), less]) == ["upper", "upper"], "another budget needs no more words"
     adapted = fused_by(upper[0], [1, 0, 0, 7], strategy="adaptive")
     assert variants(adapted, {"strategy": ["adaptive"]}) == [own(adapted)], "as it ended"
     with pytest.raises(ConfigError, match="no fixed schedule"):
@@ -177,30 +119,10 @@ def test_its_own_layers_and_counts_are_kept(upper: Trained) -> None:
     assert [one.removed for one in variants(counted, {"strategy": ["custom", "all"]})] == [8, 8]
 
 
-def test_without_fusion_nothing_else_is_of_any_matter(upper: Trained) -> None:
-    found = variants(load_trained(upper[0]), {"strategy": ["none", "upper"], "order": ["tome"], "weighting": ["size"]})
-    assert label_variants([own(load_trained(upper[0])), *found]) == [
-        "upper, order sequence, weighting mean",
-        "none",
-        "upper, order tome, weighting size",
-    ]
-    plain = fused_by(upper[0], [0, 0, 0, 0], strategy="none")
-    with pytest.raises(ConfigError, match="trained without fusion: name the strategies"):
-        variants(plain, {"budget": [8]})
-
-
 def evaluated(folder: Path | str, *options: str) -> evaluation.Evaluation:
     parser = argparse.ArgumentParser()
     add_options(parser)
     return evaluation.evaluate(evaluation.check(parser.parse_args([str(folder), "--subset", "40", *options])))
-
-
-def test_every_way_is_evaluated_beside_none(upper: Trained) -> None:
-    found = evaluated(upper[0], "--fusion", "upper,all", "--budget", "4,16", "--order", "sequence,tome")
-    assert [(row["strategy"], row["order"], row["removed"]) for row in found.rows][:4] == [
-        ("upper", "sequence", 8), ("none", "sequence", 0), ("upper", "sequence", 4), ("upper", "sequence", 16)
-    ]  # fmt: skip
-    assert len(found.rows) == 10
 
 
 def test_the_interval_of_a_difference_is_paired() -> None:
@@ -244,8 +166,6 @@ def test_several_ways_are_compared_in_one_command(upper: Trained) -> None:
     assert len({replace(one.fusion, budget=0) for one in found}) == 4
     with pytest.raises(ConfigError, match="--attention is about attention, and a Vim has none; leave it out"):
         variants(trained, {"proportional": [True]})
-    both = variants(trained, {"budget": [4], "mode": ["prune"], "weighting": ["mean", "size"]})
-    assert [one.fusion.mode for one in both] == ["prune"], "what is pruned is not weighed"
 
 
 def test_a_transformer_attends_in_proportion_off_the_shelf_and_as_trained_else(tmp_path: Path) -> None:
@@ -255,13 +175,9 @@ def test_a_transformer_attends_in_proportion_off_the_shelf_and_as_trained_else(t
     plain, fused = (load_trained(tmp_path / name) for name in ("plain", "fused"))
     (found,) = variants(plain, {"strategy": ["all"], "budget": [8]})
     assert (found.fusion.proportional, found.fusion.place, found.fusion.order) == (True, "after_attention", "tome")
-    found.put_into(plain.model)
-    assert plain.model.settings.proportional
     (found,) = variants(fused, {"budget": [4]})
     assert not found.fusion.proportional
     both = variants(fused, {"budget": [4], "proportional": [False, True]})
     assert label_variants(both) == ["all, attention plain", "all, attention proportional"]
-    pruned = {"strategy": ["all"], "budget": [4], "mode": ["prune"], "proportional": [False, True]}
-    assert len(variants(plain, pruned)) == 1
     with pytest.raises(ConfigError, match="place is 'before_mixer', where a vision transformer"):
         variants(fused, {"place": ["before_mixer"]})

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from famba.analysis.trained import load_trained
 from famba.cli import main as famba
-from famba.errors import CheckpointError
 from famba.export import check, export, folder
 from famba.export.check import ExportError
 from famba.export.folder import find_summary
@@ -120,32 +119,6 @@ def test_a_transformer_goes_into_a_folder_and_fuses_again(tmp_path: Path, capsys
     assert namespace["model"].fusion == (2, 2)
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ("onyx m.onnx", "unknown --format 'onyx', did you mean 'onnx'"),
-        ("onnx m.pt2", "m.pt2 does not end in .onnx, as --format onnx does, such as m/model.onnx"),
-        ("safetensors m.onnx", "--format safetensors writes a folder"),
-        ("torch_export folder.pt2", "is a folder; name a file in it"),
-        ("torch_export file/m.pt2", "is a file; name a folder to write to"),
-        ("onnx m.onnx --fusion all,lower --budget 4", "ask for 2 ways of fusing"),
-        ("onnx m.onnx --fusion al", "unknown --fusion 'al', did you mean 'all'"),
-        ("onnx m.onnx --fusion all --budget 99", "--budget"),
-    ],
-)
-def test_what_cannot_work_is_refused_before_any_work(
-    upper: Trained, options: str, said: str, tmp_path: Path, capsys: Printed, monkeypatch: Patch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(export, "_WRITERS", None)
-    Path("folder.pt2").mkdir()
-    Path("file").touch()
-    target, out, *more = options.split()
-    assert exported(upper[0], target, Path(out), *more) == 2
-    assert said in capsys.readouterr().err
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "folder.pt2"]
-
-
 @pytest.mark.parametrize("package", ["onnxscript", "onnxruntime"])
 def test_a_missing_package_is_named_with_what_installs_it(
     package: str, upper: Trained, tmp_path: Path, capsys: Printed, monkeypatch: Patch
@@ -181,33 +154,17 @@ def test_a_file_that_computes_something_else_is_not_kept(
     assert (tmp_path / "config.json").read_text() == "before"
 
 
-@pytest.mark.slow
-def test_a_file_that_does_not_run_is_told_with_what_was_said(tmp_path: Path) -> None:
-    file = tmp_path / "m.onnx"
-    file.write_bytes(b"no graph")
-    with pytest.raises(ExportError, match=r"(?s)does not run in a fresh process \(status 1\):\n.*m.onnx"):
-        check.check_file("onnx", file, nn.Linear(2, 2).eval(), (2,))
-
-
 @pytest.mark.usefixtures("unchecked")
 def test_results_are_those_of_the_very_weights(upper: Trained, tmp_path: Path) -> None:
     path, summary = upper
-    known = find_summary(str(path))
-    assert known is not None
-    assert known["top1"] == summary["top1"]
-    assert find_summary(str(path / "model.safetensors")) == known
-    assert find_summary("vim_micro_patch4_32")["data"] == "cifar100"  # type: ignore[index]
+    assert find_summary(str(path))["top1"] == summary["top1"]  # type: ignore[index]
     (checkpoint, *_) = sorted((path / "checkpoints").glob("*.pt"))
-    assert find_summary(str(checkpoint)) is None
     assert exported(checkpoint, "safetensors", tmp_path) == 0
     assert "None are known of these very weights" in (tmp_path / "README.md").read_text()
     copy = shutil.copytree(path, tmp_path / "copy")
     with (copy / "model.safetensors").open("ab") as file:
         file.write(b"more")
     assert find_summary(str(copy)) is None
-    (copy / "summary.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"summary\.json cannot be read"):
-        find_summary(str(copy))
 
 
 @pytest.mark.parametrize(("wrong", "passes"), [([0, 0], True), ([1, 0], True), ([1, 1], False), ([2, 0], False)])

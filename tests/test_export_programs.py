@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -158,13 +157,6 @@ def test_a_fresh_process_computes_what_the_model_does(
 
 
 @pytest.mark.slow
-def test_files_hold_nothing_of_this_machine(outputs: tuple[Path, str]) -> None:
-    folder, suffix = outputs
-    for file in folder.glob(f"*.{suffix}"):
-        assert str(ROOT).encode() not in file.read_bytes(), file.name
-
-
-@pytest.mark.slow
 def test_graphs_are_of_standard_operators(graphs: Path) -> None:
     for name in MODELS:
         message = onnx.load(graphs / f"{name}.onnx")
@@ -227,10 +219,3 @@ def test_what_cannot_be_traced_is_said_in_one_line() -> None:
 
     with pytest.raises(ExportError, match=r"cannot trace the model: [^\n]+$"):
         trace_program(Branching().eval(), (2,))
-
-
-def test_ops_without_a_plain_form_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program, "PlainOps", lambda recurrence: nullcontext())
-    model = Vim(img_size=8, patch_size=4, num_classes=2, embed_dim=4, depth=1, d_state=1).eval()
-    with as_users_run_it(), pytest.raises(ExportError, match=r"famba\.selective_scan.*no form"):
-        trace_program(model, (3, 8, 8))

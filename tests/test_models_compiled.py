@@ -63,9 +63,8 @@ for strategy, position in cases.items():
     counts = schedule(strategy, 2, 16 + protected, 5, None, protected)
     model = make(counts, depth=2, cls_position=position, fusion_weighting="size")
     torch._dynamo.reset()
-    # Machine code takes a minute for each, and does not depend on where the token stands.
-    backend = "inductor" if strategy == "all" else "aot_eager"
-    agrees(torch.compile(model, fullgraph=True, backend=backend), model, images())
+    # Without the last step to machine code, which takes a minute.
+    agrees(torch.compile(model, fullgraph=True, backend="aot_eager"), model, images())
     print(strategy)
 """
     assert run(script, tmp_path).split() == ["none", "all", "interleaved"]
@@ -120,57 +119,3 @@ for rule in ("r_meeto", "neighbours", "grid", "delta", "output"):
     print(rule)
 """
     assert run(script, tmp_path).split() == ["r_meeto", "neighbours", "grid", "delta", "output"]
-
-
-@pytest.mark.slow
-def test_another_backend_is_taken_after_compiling(tmp_path: Path) -> None:
-    script = """
-calls = []
-module = types.ModuleType("counted_kernels")
-for name in dir(reference):
-    setattr(module, name, getattr(reference, name))
-module.causal_conv1d = lambda *args: (calls.append(1), reference.causal_conv1d(*args))[1]
-sys.modules["counted_kernels"] = module
-registry._BACKENDS["counted"] = registry.Backend("counted_kernels", None, lambda: None)
-
-model = make(depth=2)
-run = torch.compile(model, fullgraph=True, backend="aot_eager")
-first = run(images())
-assert not calls
-with use_backend("counted"):
-    again = run(images())
-assert len(calls) == 4, len(calls)
-run(images())
-assert len(calls) == 4
-torch.testing.assert_close(first, again)
-# Compiled, but for the last step to machine code; the kernels themselves in Triton's interpreter.
-torch._dynamo.reset()
-model = make((3,), depth=1)
-with use_backend("triton"):
-    agrees(torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager"), model, images())
-print("done")
-"""
-    assert run(script, tmp_path).split() == ["done"]
-
-
-@pytest.mark.slow
-def test_layers_that_are_called_are_in_the_graph_too(tmp_path: Path) -> None:
-    script = """
-class Doubled(torch.nn.Sequential):
-    def forward(self, x):
-        return super().forward(x) * 2
-
-for place in ("before_mixer", "after_scan"):
-    for name in ("in_proj", "conv1d_b", "dt_proj", "out_proj"):
-        torch._dynamo.reset()
-        model = make((2, 3), depth=2, fusion_place=place)
-        mixer = model.layers[0].mixer
-        setattr(mixer, name, Doubled(getattr(mixer, name)))
-        model.layers[1].mixer.x_proj.register_forward_hook(lambda module, given, output: output * 3)
-        run = torch.compile(model, fullgraph=True, backend="aot_eager")
-        agrees(run, model, images())
-        program = torch.export.export(model, (images(),)).module()
-        torch.testing.assert_close(program(images()), model(images()))
-    print(place)
-"""
-    assert run(script, tmp_path).split() == ["before_mixer", "after_scan"]

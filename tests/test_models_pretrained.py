@@ -18,7 +18,7 @@ from torch import Tensor
 
 import famba
 from famba.analysis.trained import load_trained
-from famba.errors import CheckpointError, ConfigError
+from famba.errors import ConfigError
 from famba.models import Vim, load_vim_checkpoint
 from famba.models.weights import weights_folder
 from famba.training.checkpoint import differences
@@ -64,8 +64,6 @@ def test_another_head_or_size_takes_what_fits() -> None:
     moved = timm.create_model(NAME, pretrained=True, cls_position="middle")
     assert torch.equal(moved.pos_embed[:, 32], own.pos_embed[:, 0])
     assert torch.equal(moved.pos_embed[:, :32], own.pos_embed[:, 1:33])
-    with pytest.raises(CheckpointError, match="layers.4: not in the model .17 of its weights"):
-        timm.create_model(NAME, pretrained=True, depth=4)
     assert timm.create_model(NAME, pretrained=True, num_classes=0)(torch.zeros(1, 3, 32, 32)).shape == (1, 64)
 
 
@@ -80,8 +78,6 @@ def test_other_input_channels_take_the_weights_as_in_timms_vits(
     torch.testing.assert_close(model.patch_embed.proj.weight, wanted)
     if channels == 1:
         torch.testing.assert_close(model(grey), own(grey.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
-    larger = timm.create_model(NAME, pretrained=True, in_chans=channels, img_size=64, patch_size=8)
-    assert larger.patch_embed.proj.weight.shape == (64, channels, 8, 8)
     # A file and timm agree; the file's own channels are taken as they are.
     shape = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 8, "num_classes": 100, "in_chans": channels}
     for source in (FOLDER / "model.safetensors", tmp_path / "own.safetensors"):
@@ -135,10 +131,6 @@ def test_a_size_that_their_schedule_does_not_fit_is_refused_with_the_argument() 
             timm.create_model(NAME, pretrained=True, img_size=16)
         assert caught.value.argument == "fusion"
         assert timm.create_model(NAME, pretrained=True, img_size=16, fusion=[0] * 8).num_tokens == 17
-        with pytest.raises(ConfigError, match="the schedule has 2 entries, but the model has 8 layers"):
-            timm.create_model(NAME, pretrained=True, fusion=[1, 1])
-        with pytest.raises(ConfigError, match="image height 30 is not divisible"):
-            timm.create_model(NAME, pretrained=True, img_size=30)
 
 
 def test_weights_of_another_run_fuse_as_that_run_did(tmp_path: Path) -> None:
@@ -152,13 +144,6 @@ def test_weights_of_another_run_fuse_as_that_run_did(tmp_path: Path) -> None:
     overlay = {"file": str(weights)}
     model = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay)
     assert (model.fusion, model.settings.order, model.settings.weighting) == ((0, 8) * 4, "tome", "size")
-    # Of other images, too.
-    (run / "config.yaml").write_text(config.replace("image_size: null", "image_size: 64"))
-    larger = timm.create_model(NAME, pretrained=True, img_size=64).state_dict()
-    save_file(larger, weights)
-    model = timm.create_model(NAME, pretrained=True, img_size=64, pretrained_cfg_overlay=overlay)
-    assert torch.equal(model.pos_embed, larger["pos_embed"])
-    assert timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay).pos_embed.shape == (1, 65, 64)
     # Weights alone say nothing of it.
     alone = shutil.copy(weights, tmp_path / "alone.safetensors")
     assert not any(timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"file": str(alone)}).fusion)

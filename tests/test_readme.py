@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from famba.analysis.report import gather
 from famba.errors import ConfigError
 from famba.fusion import schedule, tokens_per_layer
 from famba.training import compose as composing
@@ -72,11 +75,11 @@ def test_plugins_that_cannot_be_imported_are_named(tmp_path: Path, monkeypatch: 
             with pytest.raises(ConfigError, match=message):
                 composing.compose(["--config-dir", str(tmp_path), given])
     assert "broken_plugin" not in sys.modules
-    for command in (["train.py", "model=vim_micro"], ["-m", "famba", "plan", "model=vim_micro"]):
-        environment = {**os.environ, "FAMBA_PLUGINS": str(tmp_path / "broken_plugin.py")}
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 2
-        assert re.fullmatch("error: plugin .*broken_plugin.py' cannot be imported .*\n", done.stderr)
+    environment = {**os.environ, "FAMBA_PLUGINS": str(tmp_path / "broken_plugin.py")}
+    command = [sys.executable, "train.py", "model=vim_micro"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch("error: plugin .*broken_plugin.py' cannot be imported .*\n", done.stderr)
 
 
 def test_the_five_lines_run() -> None:
@@ -128,3 +131,28 @@ def test_keys_and_choices_named_in_the_documents_exist() -> None:
     known = set(keys())
     for key in re.findall(r"(?<![\w./])((?:model|fusion|data|recipe|trainer|logger|ops)\.\w+)=", text):
         assert key in known, key
+
+
+def test_the_documents_hold_the_report_of_the_kept_runs() -> None:
+    spec = importlib.util.spec_from_file_location("keep_runs", ROOT / "scripts" / "keep_runs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    kept = ROOT / "docs" / "results" / "runs.csv"
+    report = gather([kept])
+    for (document, name), text in script.texts(report).items():
+        assert script.parts(document, name)[1] == text, f"{name} in {document.name}"
+    for name in script.PLOTS:
+        assert any(plot.name.endswith(name) for plot in report.tables[0].plots)
+    assert not any(start in kept.read_text() for start in script.PRIVATE)
+
+
+def test_the_steps_of_the_xeon_are_those_that_were_measured() -> None:
+    lines = (ROOT / "docs" / "performance.md").read_text().partition("## With AVX-512")[2].splitlines()
+    rows = {
+        cells[1].strip("` ").removeprefix("timm's `"): cells for line in lines if len(cells := line.split("|")) == 9
+    }
+    for row in pd.read_csv(ROOT / "docs" / "results" / "avx512_vim_tiny_step.csv").itertuples():
+        step, of_none = (rows[row.contestant][i + 3 * (row.precision == "bf16")] for i in (2, 3))
+        assert (step.strip(), of_none.strip()) == (f"{row.step_ms / 1000:.2f} s", f"{row.step_of_none:.3f}")

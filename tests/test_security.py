@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import io
 import os
 import pickle
-import re
 import subprocess
 import sys
 import tarfile
@@ -17,10 +15,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-import yaml
-from runs import TINY, check_command, run
+from runs import TINY, Hostile, run
 
-from famba.analysis import runs
 from famba.data.published import unpack
 from famba.errors import CheckpointError, ConfigError, DataError, FambaError
 from famba.models import load_vim_checkpoint
@@ -29,17 +25,6 @@ from famba.training.compose import compose
 from famba.training.setup import prepare
 
 REPOSITORY = Path(__file__).parents[1]
-SOURCES = sorted([*REPOSITORY.glob("famba/**/*.py"), REPOSITORY / "train.py"])
-
-
-class Hostile:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return os.mkdir, (str(self.marker),)
 
 
 def test_the_hostile_pickle_works_where_nothing_stops_it(tmp_path: Path) -> None:
@@ -65,18 +50,14 @@ def test_a_hostile_checkpoint_is_refused_and_its_code_does_not_run(
     model = timm.create_model("vim_micro_patch4_32", depth=1, embed_dim=16)
     with pytest.raises(CheckpointError):
         load_vim_checkpoint(model, path)
-    for key in ("resume", "init_from"):
-        with pytest.raises(FambaError):
-            run(tmp_path / f"run_{key}", f"{key}={path}")
-    assert not marker.exists()
-
-
-def test_a_hostile_checkpoint_in_the_run_folder_is_refused(tmp_path: Path) -> None:
-    marker, checkpoints = tmp_path / "ran", tmp_path / "run" / "checkpoints"
-    checkpoints.mkdir(parents=True)
-    by_torch({"format": 1, "model": Hostile(marker)}, checkpoints / "step_00000001.pt")
     with pytest.raises(FambaError):
-        run(tmp_path / "run")
+        run(tmp_path / "begun", f"init_from={path}")
+    if suffix == ".pt":
+        checkpoints = tmp_path / "run" / "checkpoints"
+        checkpoints.mkdir(parents=True)
+        path.rename(checkpoints / "step_00000001.pt")
+        with pytest.raises(FambaError):
+            run(tmp_path / "run")
     assert not marker.exists()
 
 
@@ -123,34 +104,6 @@ def test_nothing_in_an_archive_gets_out_of_its_folder(tmp_path: Path, members: l
     assert not any(path.is_symlink() or path.is_fifo() or path.is_char_device() for path in folder.iterdir())
 
 
-def test_an_absolute_name_in_an_archive_lands_in_the_folder(tmp_path: Path) -> None:
-    target = tmp_path / "elsewhere"
-    with tarfile.open(tmp_path / "archive.tar", "w") as tar:
-        tar.addfile(member(str(target)), io.BytesIO(b"evil"))
-    unpack(tmp_path / "archive.tar", tmp_path / "data")
-    assert not target.exists()
-    assert (tmp_path / "data" / str(target).lstrip("/")).read_bytes() == b"evil"
-
-
-def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
-    (tmp_path / "archive.tar.gz").write_bytes(b"\x1f\x8bnothing")
-    with pytest.raises(DataError, match=r"archive\.tar\.gz cannot be unpacked .*fetch it again"):
-        unpack(tmp_path / "archive.tar.gz", tmp_path / "data")
-
-
-def test_a_python_that_cannot_unpack_safely_says_which_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(tarfile, "data_filter")
-    with pytest.raises(DataError, match=r"use 3\.10\.12"):
-        unpack(tmp_path / "archive.tar", tmp_path)
-
-
-@pytest.mark.parametrize("choice", ["../cifar10", "/etc/passwd", "..", "cifar10/../cifar100", "_base"])
-def test_a_choice_is_a_name_and_no_path(choice: str) -> None:
-    for group in ("data", "model", "experiment"):
-        with pytest.raises(ConfigError, match=f"unknown {group}"):
-            check_command([f"{group}={choice}"])
-
-
 SECRETS = {
     "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
     "HF_TOKEN": "hf_secretsecretsecretsecretsecret",
@@ -195,16 +148,3 @@ def test_provenance_keeps_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     kept = provenance.provenance(torch.device("cpu"), seed=1, world_size=1)["arguments"]
     assert kept == ["seed=1", "hydra.x=https://***@example.org/data", "data.root=https://***@example.org"]
-
-
-def test_nothing_is_read_in_a_way_that_can_run_code() -> None:
-    """Beyond ruff's rules on pickle, eval, shells, archives and YAML, which `ruff check` holds everywhere."""
-    for path in SOURCES:
-        text = path.read_text()
-        # Calls, not the code that an error shows to whoever trusts a file.
-        for call in (ast.unparse(node) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)):
-            if re.match(r"torch\.load\(|\w+\.extractall\(", call):
-                assert "weights_only=True" in call or "filter='data'" in call, f"{path}: {call}"
-        assert not re.search(r"(allow_pickle|trust_remote_code)=True|Unpickler|torch\.hub\.load", text), path
-        assert set(re.findall(r"yaml\.load\(.*, (\w+)\)", text)) <= {"LOADER"}, path
-    assert runs.LOADER in (yaml.SafeLoader, getattr(yaml, "CSafeLoader", None))

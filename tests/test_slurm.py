@@ -172,21 +172,3 @@ def send(number: signal.Signals, processes: list[int]) -> None:
     for process in processes:
         with suppress(ProcessLookupError):
             os.kill(process, number)
-
-
-@pytest.mark.slow
-def test_two_processes_that_are_preempted_train_to_the_same_weights(slurm: None, tmp_path: Path) -> None:
-    # The group is a name in a logger: two runs of the same settings.
-    sweep = Sweep(tmp_path / "sweep", *LONG, "fusion=upper", "logger.group=a,b", "hydra.launcher.tasks_per_node=2")
-    sweep.submit()
-    wait_for(lambda: sweep.logged("logger.group=a") > 5)
-    processes = sweep.processes("logger.group=a")
-    assert len(processes) == 2
-    send(signal.SIGSTOP, processes)
-    subprocess.run(["scancel", "--signal=USR2", sweep.job("logger.group=a")], check=True)
-    send(signal.SIGCONT, processes)
-    sweep.wait()
-    one, other = (sweep.folder / f"logger.group={group}" for group in "ab")
-    assert "continuing after step" in (one / "train.log").read_text()
-    assert sweep.summary("logger.group=a")["provenance"]["processes"] == 2
-    assert_same_run(one, other)

@@ -84,22 +84,12 @@ def test_jobs_that_wait_in_slurm_are_told_from_those_that_never_were(
     assert states(tmp_path) == {**waiting, **never}
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"status": 3}', '{"status": "x", "format": 99}'])
+@pytest.mark.parametrize("text", ["", '{"status": 3}'])
 def test_a_damaged_summary_is_marked(tmp_path: Path, text: str, capsys: Printed) -> None:
     (write_run(tmp_path / "bad", EPOCH) / "summary.json").write_text(text)
     assert states(tmp_path) == {"bad": "damaged"}
     assert famba(["status", str(tmp_path)]) == 0
     assert "summary.json is damaged" in capsys.readouterr().out
-
-
-def test_other_damage_leaves_the_rest_readable(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", EPOCH, train_line(40))
-    with open(run / "metrics.jsonl", "ab") as file:
-        file.write(b'{"kind": "train", "st\xff')
-    (tmp_path / "sweep.json").write_text('{"runs": [3]}')
-    with FileLock(run / ".lock"):
-        (found,) = looking.status([tmp_path])
-    assert (found.run, found.state, found.step, found.top1) == ("run", "running", 40, 12.5)
 
 
 @pytest.mark.parametrize("folder", ["/etc", "a/../../escape", "", "a\0b"])
@@ -108,24 +98,6 @@ def test_a_sweep_lists_nothing_outside_its_folder(folder: str, tmp_path: Path) -
     write_run(tmp_path / "sweep" / "run", EPOCH)
     write_sweep(tmp_path / "sweep", folder, "later")
     assert states(tmp_path / "sweep") == {"later": "not started", "run": "stopped"}
-
-
-def test_links_lead_nowhere_twice(tmp_path: Path) -> None:
-    write_run(tmp_path / "sweep" / "run", EPOCH)
-    write_run(tmp_path / "elsewhere" / "linked", EPOCH)
-    for name, target in (("self", "sweep"), ("broken", "sweep/broken"), ("linked", "elsewhere/linked")):
-        (tmp_path / "sweep" / name).symlink_to(tmp_path / target)
-    assert sorted(states(tmp_path / "sweep")) == ["linked", "run"]
-
-
-def test_looking_takes_no_lock_and_leaves_nothing(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run")
-    before = sorted(run.iterdir())
-    looking.status([run])
-    assert sorted(run.iterdir()) == before
-    with FileLock(run / ".lock", timeout=0):
-        looking.status([run])
-    FileLock(run / ".lock", timeout=0).acquire().lock.release()
 
 
 def test_json_and_folders_without_runs(tmp_path: Path, capsys: Printed) -> None:

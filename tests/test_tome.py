@@ -7,7 +7,6 @@ from typing import Any
 
 import naive
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.models.deit import VisionTransformerDistilled
@@ -15,7 +14,7 @@ from timm.models.vision_transformer import Block, ParallelScalingBlock, VisionTr
 from torch import Tensor, nn
 
 from famba.errors import ConfigError
-from famba.fusion import schedule, tokens_per_layer
+from famba.fusion import tokens_per_layer
 from famba.models import apply_tome, remove_tome
 from famba.training.measure import macs_per_image
 
@@ -152,8 +151,6 @@ def test_the_original_is_left_as_it_was_and_shares_its_weights_by_their_own_name
     way: dict[str, Any] = {"order": "sequence", "weighting": "mean", "mode": "prune", "proportional": False}
     model.set_fusion((4, 4, 0), **way)
     assert torch.equal(model.eval()(images()), apply_tome(vit, (4, 4, 0), **way)(images()))
-    with pytest.raises(ConfigError, match="unknown fusion mode"):
-        model.set_fusion((0, 0, 0), mode="drop")
     with pytest.raises(ConfigError, match="place is 'before_mixer', where a vision transformer"):
         model.set_fusion((0, 0, 0), place="before_mixer")
     assert model.fusion == (4, 4, 0)
@@ -181,11 +178,7 @@ def test_any_batch_and_recomputation_change_nothing() -> None:
     one_by_one = torch.cat([model(image[None]) for image in x])
     torch.testing.assert_close(model(x), one_by_one, rtol=1e-10, atol=1e-10)
     assert model(x[:0]).shape == (0, 5)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded = model.float()(x.float())
-    assert rounded.dtype == torch.bfloat16
-    torch.testing.assert_close(rounded.double(), one_by_one, rtol=0.2, atol=0.2)
-    model.double().train()
+    model.train()
     model.vit.blocks[1].attn.register_forward_hook(lambda _, given, output: 2 * output)
     model(x).sum().backward()
     kept = [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -195,29 +188,14 @@ def test_any_batch_and_recomputation_change_nothing() -> None:
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), kept, strict=True) if p.grad is not None)
 
 
-def test_it_follows_the_transformer_to_another_image_size() -> None:
-    vit = timm.create_model("deit_tiny_distilled_patch16_224", img_size=64, depth=3, num_classes=3)
-    model = apply_tome(vit, "all", budget=8)
-    assert model.fusion == schedule("all", 3, 18, 8, protected=2)
-    assert (model.training, model(torch.randn(1, 3, 64, 64)).shape) == (True, (1, 3))
-    model.vit.set_input_size((96, 96))
-    x = torch.randn(2, 3, 96, 96)
-    assert (model.num_tokens, model.trace(x)[-1].shape, model.forward_features(x).shape) == (38, (2, 36), (2, 38, 192))
-
-
 REFUSED: list[tuple[Any, Any, dict[str, Any], str]] = [
     (nn.Linear(2, 2), FUSION, {}, "Linear is no timm VisionTransformer; allowed: the ViT and DeiT models"),
     ({"block_fn": ParallelScalingBlock}, FUSION, {}, "block 0 is a ParallelScalingBlock"),
-    ({"global_pool": "map"}, FUSION, {}, "pools by global_pool='map'"),
     ({"patch_drop_rate": 0.5}, FUSION, {}, "drops patches"),
     ({"dynamic_img_size": True}, FUSION, {}, "create it with img_size instead"),
-    ({}, (1, 1), {}, "the schedule has 2 entries, but the model has 3 layers"),
     ({}, (9, 0, 0), {}, "layer 0 removes 9 tokens of the 16 that may fuse there; at most half of them"),
     ({}, 8, {}, r"tokens to remove in each block, such as \[8\] \* 3"),
-    ({}, "al", {}, "unknown fusion strategy 'al', did you mean 'all'"),
     ({}, FUSION, {"order": "random"}, "unknown fusion order 'random'.*allowed: "),
-    ({}, FUSION, {"weighting": "area"}, "unknown fusion weighting 'area'.*allowed: "),
-    ({}, FUSION, {"mode": "merge"}, "unknown fusion mode 'merge'.*allowed: "),
 ]
 
 
@@ -231,9 +209,8 @@ def test_what_cannot_fuse_is_refused(changes: Any, fusion: Any, way: dict[str, A
             remove_tome(vit)
 
 
-@pytest.mark.parametrize("proportional", [True, False])
-def test_multiply_adds_are_those_of_the_tokens_that_are_left(proportional: bool) -> None:
-    model = apply_tome(build("class token"), FUSION, proportional=proportional)
+def test_multiply_adds_are_those_of_the_tokens_that_are_left() -> None:
+    model = apply_tome(build("class token"), FUSION)
     width, patch = 24, 3 * 4 * 4
     total = 16 * width * patch + width * 5  # patches and classifier
     tokens = 17
@@ -245,7 +222,7 @@ def test_multiply_adds_are_those_of_the_tokens_that_are_left(proportional: bool)
     assert macs_per_image(model, 16) == total
 
 
-@pytest.mark.parametrize("name", ["", "attn", "attn.qkv", "attn.k_norm", "attn.proj", "ls1", "norm2", "mlp.fc1"])
+@pytest.mark.parametrize("name", ["", "attn", "attn.qkv", "attn.proj", "mlp.fc1"])
 def test_hooks_act_as_without_fusion(name: str) -> None:
     vit = build("normed queries and keys", init_values=0.5)
     plain, fused = apply_tome(vit, (0, 0, 0)), apply_tome(vit, FUSION)
@@ -261,55 +238,16 @@ def test_hooks_act_as_without_fusion(name: str) -> None:
     part.register_forward_hook(lambda _, given, output: output * 1.5 + 0.1)
     assert not torch.allclose(fused(images()), before, atol=1e-4)
     torch.testing.assert_close(plain(images()), vit(images()), rtol=1e-5, atol=1e-5)
-    # What is called once stays a module as it was, also where a hook fails.
-    assert "forward" not in vars(part)
-    part.register_forward_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        fused(images())
-    assert "forward" not in vars(part)
-    if name not in ("", "attn"):
-        replaced = build("normed queries and keys", init_values=0.5)
-        plain, fused = apply_tome(replaced, (0, 0, 0)), apply_tome(replaced, FUSION)
-        replaced.blocks[1].set_submodule(name, Doubled(replaced.blocks[1].get_submodule(name)))
-        assert not torch.allclose(fused(images()), before, atol=1e-4)
-        torch.testing.assert_close(plain(images()), replaced(images()), rtol=1e-5, atol=1e-5)
-
-
-def test_hooks_see_a_blocks_tokens_its_attention_weights_and_the_transformers_logits() -> None:
-    vit, lengths, weights = build("class token"), [], []
-    before = apply_tome(vit, FUSION)(images())
-    for block in vit.blocks:
-        block.register_forward_hook(lambda _, given, output: lengths.append(output.shape[1]))
-        block.attn.fused_attn = False  # so timm is told to compute the weights
-        block.attn.attn_drop.register_forward_hook(lambda _, given, output: weights.append(output))
-    vit.register_forward_hook(lambda _, given, output: -output)
-    torch.testing.assert_close(-apply_tome(vit, FUSION)(images()), before, rtol=1e-5, atol=1e-5)
-    assert lengths == [12, 12, 8]
-    assert [tuple(found.shape) for found in weights] == [(3, 3, 17, 17), (3, 3, 12, 12), (3, 3, 12, 12)]
-    assert torch.allclose(weights[1].sum(-1), torch.ones(()))
-
-
-class Doubled(nn.Module):
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base = base
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * self.base(x)
 
 
 OtherBlock = type("OtherBlock", (Block,), {})
-OtherTransformer = type("OtherTransformer", (VisionTransformer,), {"forward_features": lambda self, x: x})
 
 
 @pytest.mark.parametrize(
     ("name", "part", "message"),
     [
         ("blocks.1", OtherBlock(24, 3), "block 1 is a OtherBlock; allowed: timm's Block"),
-        ("blocks.1.attn", Doubled(nn.Identity()), "block 1 attends by Doubled; allowed: timm's Attention"),
-        ("blocks.1", None, "block 1 had its forward replaced"),
         ("blocks.1.attn", None, "the attention of block 1 had its forward replaced"),
-        ("", None, "the transformer had its forward replaced"),
     ],
 )
 def test_what_fusion_would_leave_out_is_refused_whenever_it_comes(name: str, part: Any, message: str) -> None:
@@ -323,5 +261,3 @@ def test_what_fusion_would_leave_out_is_refused_whenever_it_comes(name: str, par
     for ask in (lambda: apply_tome(early, FUSION), lambda: model(images())):
         with naive.as_users_run_it(), pytest.raises(ConfigError, match=message):
             ask()
-    with naive.as_users_run_it(), pytest.raises(ConfigError, match="OtherTransformer has a forward or forward_"):
-        apply_tome(OtherTransformer(**SHAPE), FUSION)

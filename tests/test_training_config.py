@@ -10,14 +10,11 @@ import pytest
 import torch
 from runs import check_command
 
-from famba.errors import CheckpointError, ConfigError
-from famba.files import write_whole
+from famba.errors import ConfigError
 from famba.training import app, devices
-from famba.training.checkpoint import save_weights
 from famba.training.compose import compose, groups
-from famba.training.config import flatten, keys, parse, plain
-from famba.training.devices import choose_device, choose_precision
-from famba.training.logging import duration
+from famba.training.config import flatten, keys, plain
+from famba.training.devices import choose_precision
 from famba.training.setup import prepare
 
 
@@ -64,7 +61,7 @@ def test_every_recipe_composes_with_every_logger(recipe: str) -> None:
 
 def test_every_experiment_composes() -> None:
     for experiment in GROUPS["experiment"]:
-        for strategy in STRATEGIES:
+        for strategy in ("none", "adaptive"):
             prepare(compose([f"experiment={experiment}", f"fusion={strategy}", "model=vim_micro", "seed=0"]))
 
 
@@ -72,34 +69,13 @@ def test_the_paper_recipe_is_the_released_one() -> None:
     config = compose(["model=vim_s", "fusion=upper"])
     assert (config.trainer.epochs, config.trainer.batch_size, config.trainer.precision) == (300, 512, "fp32")
     assert asdict(config.recipe) == {
-        "optimizer": "adamw",
-        "betas": [0.9, 0.999],
-        "eps": 1e-8,
-        "lr": 5e-4,
-        "lr_batch": 512,
-        "weight_decay": 0.1,
-        "layer_decay": None,
-        "clip_grad": None,
-        "warmup_epochs": 5,
-        "warmup_lr": 1e-6,
-        "min_lr": 1e-5,
-        "lr_steps": "epoch",
-        "mixup": 0.8,
-        "cutmix": 1.0,
-        "mixup_switch": 0.5,
-        "label_smoothing": 0.1,
-        "ema_decay": 0.99996,
-        "augmentation": "timm",
-        "crop_padding": 0,
-        "hflip": 0.5,
-        "auto_augment": "rand-m9-mstd0.5-inc1",
-        "color_jitter": 0.3,
-        "random_erasing": 0.25,
-        "erasing_mode": "pixel",
-        "interpolation": "bicubic",
-        "eval_crop": 0.875,
-        "repeats": 3,
-    }
+        "optimizer": "adamw", "betas": [0.9, 0.999], "eps": 1e-8, "lr": 5e-4, "lr_batch": 512, "weight_decay": 0.1,
+        "layer_decay": None, "clip_grad": None, "warmup_epochs": 5, "warmup_lr": 1e-6, "min_lr": 1e-5,
+        "lr_steps": "epoch", "mixup": 0.8, "cutmix": 1.0, "mixup_switch": 0.5, "label_smoothing": 0.1,
+        "ema_decay": 0.99996, "augmentation": "timm", "crop_padding": 0, "hflip": 0.5,
+        "auto_augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.3, "random_erasing": 0.25, "erasing_mode": "pixel",
+        "interpolation": "bicubic", "eval_crop": 0.875, "repeats": 3,
+    }  # fmt: skip
     assert config.model.drop_path == 0
     assert config.data.mean == [0.485, 0.456, 0.406]
     assert config.data.std == [0.229, 0.224, 0.225]
@@ -118,34 +94,17 @@ def test_the_literal_counts_of_the_paper_are_named_as_not_matched() -> None:
 LONG = "x" * 300
 REFUSED = [
     ("fusion=uper", "unknown fusion 'uper', did you mean 'upper'?; allowed: adaptive, all, custom"),
-    ("model=vim_tiny", "unknown model 'vim_tiny', did you mean 'vit_tiny' or 'vim_ti'?"),
-    ("trainer.epoch=3", "unknown key 'trainer.epoch', did you mean 'trainer.epochs'?"),
     ("fuson=upper", "unknown key 'fuson', did you mean 'fusion'?"),
-    ("+trainer.extra=1", "unknown key 'trainer.extra'"),
     ("trainer.epochs=many", "trainer.epochs is 'many': input should be a valid integer"),
     ("trainer.epochs=0", "trainer.epochs is 0: input should be greater than or equal to 1"),
-    ("trainer.epochs=[1,2", "'trainer.epochs=[1,2' cannot be read"),
     ("fusion", "overrides look like fusion=upper"),
-    ("model.cls_position=tail", "model.cls_position is 'tail': input should be 'head', 'middle' or"),
-    ("model.name=vim_huge", "unknown model.name 'vim_huge'"),
-    ("fusion.strategy=uper", "unknown fusion strategy 'uper', did you mean 'upper'?"),
     ("fusion=upper fusion.budget=500", "fusion.budget", "the largest that fits is 48"),
-    ("fusion.budget=inf", "fusion.budget is inf: input should be a valid integer or a finite number"),
     ("fusion=upper fusion.layers=25", "fusion.layers is 25; allowed: 1 to 2"),
-    ("fusion=all fusion.layers=3", "strategy 'all' takes no layers"),
     ("fusion=custom", "needs a list of layers"),
-    ("fusion=custom fusion.layers=[3]", "fusion.layers holds 3; allowed: 0 to 1"),
     ("data.image_size=389", "data.image_size", "is not divisible by patch size"),
     ("model.num_classes=7", "the data has 10 classes, but model.num_classes is 7"),
-    ("model.depth=10000", "model.depth is 10000: input should be less than or equal to 512"),
-    (
-        "trainer.batch_size=32 trainer.accumulation=33",
-        "trainer.batch_size=32 is not divisible by 1 processes x",
-        "=33; 33",
-    ),
+    ("trainer.batch_size=32 trainer.accumulation=33", "trainer.batch_size=32 is not divisible by 1 processes x", "=33"),
     ("trainer.batch_size=7 recipe.mixup=1.0", "mixup and cutmix pair", "7 is odd", "recipe.mixup"),
-    ("data=cifar10 trainer.batch_size=60000", "trainer.batch_size=60000 does not fit into the 50000 training images"),
-    ("data=cifar100 data.subset=60000", "data.subset is 60000, but must be from 1 to the 50000 training images"),
     ("data.val_fraction=0.99", "trainer.batch_size", "data.val_fraction"),
     ("trainer.epochs=3 recipe.warmup_epochs=3", "recipe.warmup_epochs=3.0 leaves nothing of trainer.epochs=3"),
     ("trainer.device=tpu", "trainer.device 'tpu' is not on this machine; allowed here: auto, cpu"),
@@ -153,8 +112,6 @@ REFUSED = [
     ("ops.backend=mamba_ssm", "backend 'mamba_ssm' cannot be used: "),
     ("ops.backend=native trainer.precision=fp16", "ops.backend", "'native' does not serve float16", "use 'auto'"),
     ("trainer.cuda_graphs=true", "trainer.cuda_graphs=true cannot be: the device is cpu; leave it at auto"),
-    ("resume=ato", "resume is 'ato': input should be 'auto' or 'never'"),
-    ("init_from=none.pth", "init_from=none.pth is no file"),
     ("init_from=LONG", "init_from=x", "is no file"),
     ("run_dir=/dev/null/run3", "run_dir=/dev/null/run3 cannot be written"),
     ("recipe.random_erasing=0.5", "recipe.crop_padding is 0", "set it to null"),
@@ -166,20 +123,11 @@ REFUSED = [
     ("recipe.augmentation=timm recipe.crop_padding=3", "recipe.crop_padding", "augmentation 'timm' does not use it"),
     ("recipe.augmentation=timm recipe.auto_augment=rand-n3000000", "recipe.auto_augment 'rand-n3000000' is no policy"),
     ("recipe.optimizer=adamx", "recipe.optimizer=adamx does not work with this recipe here, did you mean 'adam"),
-    ("recipe.optimizer=adan", "recipe.optimizer=adan does not work with this recipe here"),
-    ("recipe.lr=nan", "recipe.lr is nan: input should be a finite number"),
-    ("data.std=[0,0,0]", "data.std is 0"),
-    ("data.root=''", "data.root is '': string should have at least 1 character"),
     ("data=cifar100 data.root=absent", "data.root absent is no folder; give the one that holds the data"),
     ("data=folder", "data 'folder' needs data.root, the folder that holds"),
-    ("data=folder data.root=/absent/3", "data.root"),
-    ("data.name=wds/", "data.name: unknown data 'wds/'"),
     ("data=cifar100 data.num_classes=80", "data.num_classes is 80, but cifar100 has 100 classes"),
     ("--config-name=other", "--config-name is not taken; add your own files by --config-dir"),
-    ("--experimental-rerun=run.pickle", "--experimental-rerun is not taken"),
     ("fusion=none,upper", "add -m for a run with each"),
-    ("~trainer.epochs", "trainer"),
-    ("-m fusion=none,uper", "unknown fusion 'uper'"),
     ("-m fusion=upper fusion.layers=20 model.depth=24,8", "fusion.layers is 20; allowed: 1 to 8"),
 ]
 SMALL = ("model=vim_micro", "model.depth=2", "data=digits", "recipe=quick", "fusion.budget=8")
@@ -218,13 +166,6 @@ def test_what_is_misspelt_is_named_with_what_is_near(capsys: pytest.CaptureFixtu
             assert re.match(f"error: unknown key '{wrong}', did you mean '[^?]*{key}'", message), message
 
 
-def test_a_key_that_is_missing_is_named() -> None:
-    values = plain(compose([]))
-    del values["recipe"]["lr"]
-    with pytest.raises(ConfigError, match="recipe.lr is missing"):
-        parse(values)
-
-
 def test_bf16_is_refused_where_the_device_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "has_bf16", lambda device: False)
     cpu = torch.device("cpu")
@@ -236,40 +177,9 @@ def test_bf16_is_refused_where_the_device_has_none(monkeypatch: pytest.MonkeyPat
     assert choose_precision("fp32", cpu) is None
 
 
-def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="trainer.device 'cuda' is not on this machine; allowed here: auto, cpu"):
-        choose_device("cuda")
-
-
 def test_torchrun_and_sweeps_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="-m does not go with torchrun"):
         check_command(["-m", "fusion=none,upper"])
     with pytest.raises(ConfigError, match="trainer.batch_size=9 is not divisible by 2 processes"):
         prepare(compose(["trainer.batch_size=9"]))
-
-
-def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    write_whole(path, lambda file: Path(file).write_text("old"))
-    plain = path.with_name("plain")
-    plain.touch()
-    save_weights(path.with_name("weights"), {"x": torch.zeros(1)})
-    assert path.with_name("weights").stat().st_mode == path.stat().st_mode == plain.stat().st_mode
-
-    def fail(file: str) -> None:
-        Path(file).write_text("half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(CheckpointError, match="No space left on device; the file before it is unharmed"):
-        write_whole(path, fail)
-    assert path.read_text() == "old"
-    assert {p.name for p in tmp_path.iterdir()} == {"file", "plain", "weights"}
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(44.6, "45 s"), (600, "10 min"), (12000, "3 h 20 min"), (200000, "2 d 7 h")]
-)
-def test_durations_are_written_for_people(seconds: float, text: str) -> None:
-    assert duration(seconds) == text

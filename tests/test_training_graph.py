@@ -10,7 +10,7 @@ import pytest
 import torch
 from runs import last_checkpoint, metrics, run
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from famba.errors import TrainingError
 from famba.training import graph, step, trainer
@@ -29,7 +29,7 @@ EVERYTHING = (
     "fusion.budget=4",
     "data.val_fraction=0.25",
     "trainer.batch_size=12",
-    "trainer.epochs=5",
+    "trainer.epochs=3",
     "recipe.warmup_epochs=1",
 )
 
@@ -85,44 +85,30 @@ def assert_same_run(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        (),
-        ("trainer.accumulation=2",),
-        ("trainer.precision=fp16",),
-        pytest.param(("recipe.mixup=0", "recipe.cutmix=0"), marks=pytest.mark.slow),
-    ],
-    ids=["one graph", "accumulation", "fp16", "hard labels"],
+    "options", [(), ("trainer.accumulation=2",), ("trainer.precision=fp16",)], ids=["one graph", "accumulation", "fp16"]
 )
-def test_twenty_steps_are_those_of_the_usual_way(device: str, tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_steps_are_those_of_the_usual_way(device: str, tmp_path: Path, options: tuple[str, ...]) -> None:
     if device == "cuda" and "trainer.precision=fp16" in options:
-        pytest.skip("over twenty steps the rounding of float16 grows")
-    assert run(tmp_path / "graphed", *comparable(device, *options))["steps"] == 20
+        pytest.skip("over several steps the rounding of float16 grows")
+    assert run(tmp_path / "graphed", *comparable(device, *options))["steps"] == 12
     eager(tmp_path / "eager", *comparable(device, *options))
     assert_same_run(tmp_path / "graphed", tmp_path / "eager")
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    ["upper", "adaptive", pytest.param("all", marks=pytest.mark.slow)],
-)
-def test_every_strategy_and_one_that_adapts(device: str, tmp_path: Path, strategy: str) -> None:
-    options = everything(device, "trainer.epochs=2", f"fusion={strategy}")
+def test_a_schedule_that_adapts(device: str, tmp_path: Path) -> None:
+    options = everything(device, "trainer.epochs=2", "fusion=adaptive")
     summary = run(tmp_path / "graphed", *options)
     expected = eager(tmp_path / "eager", *options)
-    first, wanted = metrics(tmp_path / "graphed"), metrics(tmp_path / "eager")
-    assert [line["kind"] for line in first] == [line["kind"] for line in wanted]
-    assert first[0].pop("kind") == wanted[0].pop("kind")
-    assert first[0] == pytest.approx(wanted[0], rel=1e-3, abs=1e-4)
-    if device == "cpu" or strategy == "none":
+    kinds = [[line["kind"] for line in metrics(tmp_path / name)] for name in ("graphed", "eager")]
+    assert kinds[0] == kinds[1]
+    if device == "cpu":
         assert summary["schedule"] == expected["schedule"]
         assert_same_run(tmp_path / "graphed", tmp_path / "eager")
 
 
-@pytest.mark.parametrize("stop", [1, 9])
-def test_stopped_and_resumed_is_bit_equal(device: str, tmp_path: Path, stop: int, stop_after: Any) -> None:
+def test_stopped_and_resumed_is_bit_equal(device: str, tmp_path: Path, stop_after: Any) -> None:
     run(tmp_path / "whole", *everything(device))
-    stop_after(stop)
+    stop_after(9)
     with pytest.raises(Interrupted):
         run(tmp_path / "parts", *everything(device))
     stop_after(-1)
@@ -132,15 +118,10 @@ def test_stopped_and_resumed_is_bit_equal(device: str, tmp_path: Path, stop: int
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("first", ["graphed", "eager"])
-def test_a_checkpoint_goes_on_on_either_kind_of_device(
-    tmp_path: Path, first: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a run does that begins on a GPU and ends on a CPU, or the other way round."""
-    devices = {"graphed": ["cpu"], "eager": []}
-    second = "eager" if first == "graphed" else "graphed"
-    for kind, options in ((first, ("trainer.max_steps=9",)), (second, ())):
-        monkeypatch.setattr(graph, "_DEVICES", devices[kind])
+def test_a_checkpoint_goes_on_on_either_kind_of_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a run does that begins on a GPU, continues on a CPU, and ends on a GPU."""
+    for devices, options in ((["cpu"], ("trainer.max_steps=3",)), ([], ("trainer.max_steps=7",)), (["cpu"], ())):
+        monkeypatch.setattr(graph, "_DEVICES", devices)
         run(tmp_path / "mixed", *everything("cpu"), *options)
         groups = last(tmp_path / "mixed")["optimizer"]["param_groups"]
         assert all(isinstance(group["lr"], float) and not group["fused"] for group in groups)
@@ -206,10 +187,8 @@ def test_a_step_that_cannot_be_captured_says_what_to_do(
         (("trainer.cuda_graphs=false",), 1, "triton", "trainer.cuda_graphs=false"),
         ((), 4, "triton", "4 processes exchange"),
         (("recipe.optimizer=lamb",), 1, "triton", "recipe.optimizer=lamb looks at numbers on the host"),
-        (("trainer.grad_checkpointing=true",), 1, "triton", "the state of the generators"),
         ((), 1, "reference", "by the reference"),
         ((), 1, "triton", None),
-        (("recipe.optimizer=adam", "trainer.accumulation=2", "trainer.compile=true"), 1, "mamba_ssm", None),
     ],
 )
 def test_what_is_no_graph_says_why(
@@ -218,12 +197,3 @@ def test_what_is_no_graph_says_why(
     config = compose(["model=vim_micro", "recipe=quick", "run_dir=unused", *overrides])
     found = obstacle(config, torch.device("cuda"), processes, backend)
     assert (found is None) if reason is None else (found is not None and reason in found)
-
-
-def test_the_average_moves_by_a_share_that_lies_on_the_device() -> None:
-    torch.manual_seed(0)
-    averaged, model = nn.Linear(3, 2), nn.Linear(3, 2)
-    expected = [old.lerp(new, 0.25) for old, new in zip(averaged.parameters(), model.parameters(), strict=True)]
-    graph.average(averaged, model, torch.tensor(0.25))
-    for found, value in zip(averaged.parameters(), expected, strict=True):
-        torch.testing.assert_close(found, value)

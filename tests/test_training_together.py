@@ -1,22 +1,23 @@
-"""Processes that train together stop together, fail together and name the failure that came first."""
+"""Processes stop and fail together, name the failure that came first, and go on as if nothing had been."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-import torch
 from runs import TINY, assert_same_run
 
-from famba.errors import CheckpointError, ConfigError, TrainingError
-from famba.training import interrupts
+from famba.errors import CheckpointError
 from famba.training.checkpoint import check_same_run
-from famba.training.distributed import adopt_slurm, start_process, world_size
+from famba.training.distributed import adopt_slurm, world_size
 
+ROOT = Path(__file__).parents[1]
 # Lets the process of a rank do something once a number of steps is done.
 PROGRAM = """
 import os, signal, sys
@@ -113,44 +114,6 @@ def test_tasks_of_srun_find_one_another(monkeypatch: pytest.MonkeyPatch) -> None
     assert os.environ["MASTER_PORT"] != first, "two steps on a node do not meet"
 
 
-@pytest.mark.usefixtures("no_ranks")
-@pytest.mark.parametrize(
-    ("given", "size"),
-    [
-        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, 1),  # a batch script without srun
-        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "WORLD_SIZE": "8"}, 8),  # torchrun inside a job
-        ({"WORLD_SIZE": "two"}, None),
-        ({"WORLD_SIZE": "0"}, None),
-    ],
-)
-def test_the_number_of_processes(given: dict[str, str], size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    if size is not None:
-        assert world_size() == size
-        return
-    with pytest.raises(ConfigError, match=f"WORLD_SIZE is '{given['WORLD_SIZE']}'; torchrun sets it"):
-        world_size()
-
-
-def test_a_job_that_slurm_does_not_requeue_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    refusing = tmp_path / "scontrol"
-    refusing.write_text("#!/bin/sh\necho 'Requested operation is presently disabled' >&2\nexit 1\n")
-    refusing.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_JOB_ID", "5")
-    with pytest.raises(TrainingError, match="does not requeue job 5: Requested operation is .* disabled. Submit"):
-        interrupts.requeue()
-
-
-@pytest.mark.usefixtures("no_ranks")
-def test_processes_without_a_place_to_meet_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ConfigError, match="the 2 processes cannot meet: .*MASTER_ADDR expected.*; start them by"):
-        start_process(torch.device("cpu"))
-
-
 @pytest.mark.slow
 def test_processes_take_the_same_measured_schedule(tmp_path: Path) -> None:
     adaptive = ("fusion=adaptive", "fusion.budget=8", "fusion.adapt_at=[0.2,0.5]", "fusion.adapt_images=16")
@@ -160,3 +123,54 @@ def test_processes_take_the_same_measured_schedule(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert found["status"] == "finished", done.stderr
     assert f"schedule {' '.join(map(str, found['adapted'][0]['schedule']))}" in done.stdout
+
+
+# Runs of one process that are killed or told to stop
+
+
+def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "train.py", *TINY, f"run_dir={folder}", *overrides]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for_lines(folder: Path, count: int) -> None:
+    """Wait until a run has logged so many lines, of steps and epochs."""
+    path, deadline = folder / "metrics.jsonl", time.monotonic() + 120
+    while not (path.exists() and path.read_text().count("\n") >= count):
+        assert time.monotonic() < deadline, "the run does not train"
+        time.sleep(0.001)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_nobody_killed(tmp_path: Path) -> None:
+    # A checkpoint after each step: at most of these moments one is being written.
+    settings = ("trainer.epochs=8", "trainer.save_every_min=1e-9", "recipe.ema_decay=0.9", "recipe.mixup=0.8")
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    for lines in (1, 12, 26):
+        process = start(killed, *settings)
+        wait_for_lines(killed, lines)
+        time.sleep(0.01 * (lines % 3))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "it was killed before its end"
+    for folder in (killed, whole):
+        process = start(folder, *settings)
+        errors = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, errors
+    assert_same_run(killed, whole)
+    results = [json.loads((folder / "summary.json").read_text()) for folder in (killed, whole)]
+    assert [results[0][key] for key in ("top1", "ema_top1", "loss")] == [
+        results[1][key] for key in ("top1", "ema_top1", "loss")
+    ]
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_group_reaches_training_before_its_loaders_end(tmp_path: Path) -> None:
+    process = start(tmp_path, "recipe.augmentation=timm", "data.workers=2", "trainer.epochs=400")
+    wait_for_lines(tmp_path, 3)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "stopped after step" in errors
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # no loader is left behind

@@ -2,57 +2,28 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
-from runs import run
 
 from famba.analysis.visualize import (
     PRUNED,
     Grid,
     Row,
-    borders,
     draw_patches,
-    draw_tags,
     mean_colours,
-    shown_layers,
-    tagged,
 )
 from famba.cli import main as famba
 
 Printed = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module")
-def upper(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("upper")
-    chosen = ("fusion=upper", "fusion.budget=12", "model.depth=3", "model.patch_size=8")
-    run(folder, *chosen, "model.cls_position=middle", "trainer.max_steps=1")
-    return folder
+Trained = tuple[Path, dict[str, Any]]
 
 
 def grid(text: str) -> Grid:
     return np.array([[ord(letter) for letter in line] for line in text.split()], dtype=np.int64)
-
-
-def lines_of(held: Grid) -> set[Any]:
-    found = [tuple(map(tuple, line)) for line in borders(held).tolist()]
-    assert len(set(found)) == len(found)
-    return set(found)
-
-
-def test_borders_lie_around_tokens_that_hold_several_patches() -> None:
-    # A holds three patches in an angle, the others stand alone.
-    across = [((0, 0), (1, 0)), ((1, 0), (2, 0)), ((1, 1), (2, 1)), ((0, 2), (1, 2))]
-    down = [((2, 0), (2, 1)), ((1, 1), (1, 2)), ((0, 0), (0, 1)), ((0, 1), (0, 2))]
-    assert lines_of(grid("AAb Acd")) == {*across, *down}
-    assert lines_of(grid("abc def")) == set()
-    assert len(lines_of(grid("AA AA"))) == 8, "a token has no border inside"
 
 
 def test_patches_of_a_token_have_their_mean_colour_and_lone_ones_their_pixels() -> None:
@@ -66,95 +37,30 @@ def test_patches_of_a_token_have_their_mean_colour_and_lone_ones_their_pixels() 
     assert filled.dtype == np.uint8
 
 
-def test_tokens_whose_patches_lie_apart_are_marked_in_each_part() -> None:
-    held = grid("BBAcA BBAdA AcBBB")
-    found = [places for _, places in tagged(held)]
-    # B first, which holds the most; then A, then c, in the order of their first patches.
-    assert [[chr(held[place]) for place in token] for token in found] == [["B", "B"], ["A", "A", "A"], ["c", "c"]]
-    assert found[0][1] == (2, 3), "the middle of a row of three"
-    assert found[2] == [(0, 3), (2, 1)]
-    assert tagged(grid("aabb ccbb")) == []
-
-
-def test_every_token_in_several_parts_has_a_tag_of_its_own_in_the_picture() -> None:
-    held = (np.random.default_rng(0).permutation(196) % 72).reshape(14, 14)  # most in parts that do not touch
-    found = tagged(held)
-    assert len({tag for tag, _ in found}) == len(found) > 60
-    assert all(len({held[place] for place in places}) == 1 for _, places in found)
-    assert [found[0][0], found[51][0], found[52][0]] == ["a", "Z", "1"], "letters, then numbers"
-    axes = Figure().add_subplot()
-    draw_tags(axes, held, pixels=16, points=10.0)
-    assert [text.get_text() for text in axes.texts] == [tag for tag, places in found for _ in places]
-    (row, column), at = found[0][1][0], axes.texts[0].get_position()
-    assert at == (16 * (column + 0.5) - 0.5, 16 * (row + 0.5) - 0.5), "on a patch's middle"
-
-
-@pytest.mark.parametrize(
-    ("schedules", "count", "expected"),
-    [
-        ([(1, 1, 1)], 8, [0, 1, 2]),
-        ([(0,) * 6 + (9,) * 18], 4, [6, 12, 17, 23]),
-        ([(0,) * 6 + (9,) * 18, (7,) * 24], 3, [0, 12, 23]),
-        ([(0,) * 24], 2, [0, 23]),
-        ([(0,) * 23 + (4,)], 5, [23]),
-    ],
-)
-def test_layers_are_chosen_from_the_first_that_fuses_to_the_last(
-    schedules: list[tuple[int, ...]], count: int, expected: list[int]
-) -> None:
-    assert shown_layers(schedules, count) == expected
-
-
-def test_images_of_any_kind_and_size_become_pictures(upper: Path, tmp_path: Path, capsys: Printed) -> None:
+def test_images_of_any_kind_and_size_become_pictures(upper: Trained, tmp_path: Path, capsys: Printed) -> None:
     images = []
     for name, mode, size in (("tall (1).png", "RGBA", (20, 70)), ("grey.jpg", "L", (50, 40)), ("one.png", "P", (1, 1))):
         pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
         Image.fromarray(pixels).convert(mode).save(tmp_path / name)
         images.append(str(tmp_path / name))
-    options = ["--fusion", "none,upper,all", "--budget", "0.5", "--out", str(tmp_path / "out")]
-    assert famba(["visualize", str(upper), *images, images[2], *options]) == 0
+    options = ["--fusion", "none,upper", "--budget", "0.5", "--out", str(tmp_path / "out")]
+    assert famba(["visualize", str(upper[0]), *images, images[2], *options]) == 0
     printed = [Path(line) for line in capsys.readouterr().out.splitlines()]
     names = ("tall_1_", "grey", "one", "one_2")
     assert [file.name for file in printed] == [f"tokens_{name}.png" for name in names]
     with Image.open(printed[0]) as picture:
         assert picture.width > 500
-    first = [file.read_bytes() for file in printed]
-    assert famba(["visualize", str(upper), *images, images[2], *options]) == 0
-    assert [file.read_bytes() for file in printed] == first, "equal pictures are equal bytes"
+    first = printed[0].read_bytes()
+    assert famba(["visualize", str(upper[0]), images[0], *options]) == 0
+    assert printed[0].read_bytes() == first, "equal pictures are equal bytes"
 
 
 def test_without_images_the_samples_are_drawn_and_their_authors_named(
-    upper: Path, tmp_path: Path, capsys: Printed
+    upper: Trained, tmp_path: Path, capsys: Printed
 ) -> None:
-    assert famba(["visualize", str(upper), "--out", str(tmp_path)]) == 0
+    assert famba(["visualize", str(upper[0]), "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("tokens_china.png", "danielbuechele", "CC BY 2.0"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ("absent.png", "absent.png is not there"),
-        (".", "is a folder; give the image files in it"),
-        ("broken.png", "broken.png: not a readable image"),
-        ("text.png", "text.png is no image of a kind that Pillow knows"),
-        ("--fusion uper", "did you mean 'upper'"),
-        ("--fusion all --budget 17", "--budget"),
-        ("--fusion adaptive", "no fixed schedule"),
-        ("--device tpu", "unknown --device"),
-    ],
-)
-def test_what_cannot_be_drawn_is_said_before_any_folder_is_made(
-    upper: Path, arguments: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("text.png").write_text("no image")
-    whole = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(whole, "png")
-    Path("broken.png").write_bytes(whole.getvalue()[:3000])
-    assert famba(["visualize", str(upper), *arguments.split(), "--out", "out"]) == 2
-    assert said in capsys.readouterr().err
-    assert not Path("out").exists()
 
 
 def test_pruned_patches_are_grey_and_the_others_as_they_are() -> None:
