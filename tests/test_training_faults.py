@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import TINY, assert_same_run, run
+from runs import TINY, assert_same_run, last_checkpoint, run
 from torch import nn
 
 from famba.errors import TrainingError
@@ -69,6 +69,43 @@ def test_a_signal_to_the_whole_group_reaches_training_before_its_loaders_end(tmp
     assert "stopped after step" in errors
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)  # no loader is left behind
+
+
+def test_a_run_that_an_error_ends_keeps_what_it_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ("trainer.epochs=1", "recipe.ema_decay=0.9")
+    run(tmp_path / "whole", *settings)
+    update, done = step.Step.update, []
+
+    def broken_after(calls: int, error: Exception) -> None:
+        done.clear()
+
+        def change(self: step.Step) -> None:
+            update(self)
+            done.append(1)
+            if len(done) == calls:
+                raise error
+
+        monkeypatch.setattr(step.Step, "update", change)
+
+    # In the next step's images: two steps are done.
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        batch = step.Step.next_batch
+        count = iter((1, 1, 0))
+        patched.setattr(step.Step, "next_batch", lambda self, batches: batch(self, batches) if next(count) else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(folder, *settings)
+    assert last_checkpoint(folder).name == "step_00000002.pt"
+    assert (
+        f"saved after step 2; to go on from there: famba train run_dir={folder}" in (folder / "train.log").read_text()
+    )
+    broken_after(1, RuntimeError("in the middle of a change"))
+    with pytest.raises(RuntimeError, match="in the middle"):
+        run(folder, *settings)
+    assert last_checkpoint(folder).name == "step_00000002.pt", "weights of half a step are not kept"
+    monkeypatch.undo()
+    run(folder, *settings)
+    assert_same_run(folder, tmp_path / "whole")
 
 
 def test_no_checkpoint_holds_what_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stopped(folder: Path, stop_after: Any, step: int, *overrides: str, number: signal.Signals = signal.SIGINT) -> None:
     """Begin a run that is stopped after a step; those that follow are not."""
     stop_after(step, number)
-    with pytest.raises(Interrupted, match=rf"stopped after step {step} of .*the same command"):
+    with pytest.raises(Interrupted, match=rf"stopped after step {step} of .*; to continue: famba train run_dir="):
         run(folder, *overrides)
     stop_after(-1)
 

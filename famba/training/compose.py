@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from famba import plugins
 from famba.errors import ConfigError, near_miss
 from famba.training.config import RunConfig, keys, parse
 
+_log = logging.getLogger(__name__)
 LAUNCHER = "hydra/launcher"
 _SHOWN = 200  # characters of an override that an error repeats
 # Options of Hydra's that are taken; some of the others start unchecked runs, one of them from a pickle.
@@ -92,9 +94,27 @@ class Command:
         search = [] if self.config_dir is None else [f"hydra.searchpath=[{quoted(f'file://{self.config_dir}')}]"]
         with _explained(), hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
             values = hydra.compose("config", overrides=[*search, *overrides], return_hydra_config=True)
+        self._fit_warmup(values, overrides)
         given = values.plugins or []
         plugins.load([given] if isinstance(given, str) else map(str, given), self.config_dir)
         return values
+
+    def _fit_warmup(self, values: DictConfig, overrides: Sequence[str]) -> None:
+        """Shrink a recipe's warm-up for which trainer.epochs leaves no room, in proportion to the epochs."""
+        given = {item.key_or_group for item in parse_overrides(overrides)}
+        warmup, epochs = values.recipe.warmup_epochs, values.trainer.epochs
+        numbers = isinstance(warmup, int | float) and isinstance(epochs, int)
+        if not numbers or not 0 < epochs <= warmup or "trainer.epochs" not in given or "recipe.warmup_epochs" in given:
+            return
+        others = [item for item in overrides if not item.lstrip("+").startswith("trainer.epochs=")]
+        usual = self.compose(others).trainer.epochs
+        fitting = warmup * epochs / usual
+        # A learning rate that changes at epochs would spend its first one at warmup_lr.
+        values.recipe.warmup_epochs = float(int(fitting)) if values.recipe.lr_steps == "epoch" else round(fitting, 4)
+        _log.warning(
+            "recipe.warmup_epochs=%s is for %s epochs; with trainer.epochs=%s it is %s",
+            *(warmup, usual, epochs, values.recipe.warmup_epochs),
+        )
 
 
 def compose(arguments: Sequence[str]) -> RunConfig:

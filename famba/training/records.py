@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -52,6 +53,23 @@ def remembered(folder: Path) -> dict[str, str]:
         return {str(name): str(job) for name, job in json.loads((folder / "jobs.json").read_text()).items()}
     except (OSError, ValueError, AttributeError):
         return {}
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Map dotted keys to values: {"trainer": {"epochs": 1}} to {"trainer.epochs": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def first_epoch(metrics: Path) -> int:
+    """Return the number of the first epoch in metrics.jsonl: 1, but 0 in the files that version 0.1 began."""
+    try:
+        with open(metrics, "rb") as file:
+            return int(json.loads(file.readline())["epoch"] != 0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return 1
 
 
 def duration(seconds: float) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 
+from famba.training.records import flatten
+
 SUMMARY = "summary.json"
-FORMAT = 1
+FORMAT = 2
 _CONFIG = "config."
 
 # NaN and infinity stand for a number that is not known, as in the loss of a run that diverged.
@@ -23,7 +25,8 @@ class Summary:
     """Hold the result of a run, or of its part that is done. None stands for what is not known.
 
     status is running, interrupted (it saved itself), failed or finished; format the version of these fields, 0 for
-    Famba 0.1. top1, top5 and loss are of the test images after the last step, accuracies in percent; ema_ of the
+    Famba 0.1; reading turns the selected epoch of formats up to 1, which counted from 0, into one that counts from 1.
+    top1, top5 and loss are of the test images after the last step, accuracies in percent; ema_ of the
     averaged weights; selected of the weights that validation selected, with their epoch. epoch and step count what is
     done. Times are seconds: train_time_s without evaluation, epoch_time_s means of data, step and evaluation.
     schedule has the tokens removed in each layer, tokens_per_layer those left after each, tokens those before the
@@ -85,6 +88,9 @@ class Summary:
             ) from None
         if found.format > FORMAT:
             raise ValueError(f"its format is {found.format}, this version of Famba reads up to {FORMAT}; update Famba")
+        selected = found.selected
+        if found.format < 2 and selected is not None and isinstance(selected.get("epoch"), int):
+            return replace(found, format=FORMAT, selected={**selected, "epoch": selected["epoch"] + 1})
         return found
 
     def values(self) -> dict[str, Any]:
@@ -97,11 +103,11 @@ _ADAPTER = TypeAdapter(Summary)
 
 def to_row(summary: Summary, config: Mapping[str, Any]) -> dict[str, str]:
     """Return a run as one flat row of text, for CSV files: its summary and, behind "config.", its settings."""
-    from famba.training.config import flatten, with_added_keys  # imports torch, which reading a summary does without
+    from famba.training.config import with_added_keys  # imports torch, which reading a summary does without
 
     known = {name: value for name, value in summary.values().items() if value is not None}
     settings = flatten(with_added_keys(config), _CONFIG)
-    return {name: _to_cell(value) for name, value in [*flatten(known).items(), *settings.items()]}
+    return {name: to_cell(value) for name, value in [*flatten(known).items(), *settings.items()]}
 
 
 def from_row(row: Mapping[str, str]) -> tuple[Summary, dict[str, Any]]:
@@ -131,6 +137,7 @@ def from_cell(cell: str) -> Any:
         return cell
 
 
-def _to_cell(value: Any) -> str:
+def to_cell(value: Any) -> str:
+    """Return the cell of a row that stands for a value."""
     is_plain = isinstance(value, str) and value != "" and from_cell(value) is value
     return value if is_plain else json.dumps(value, ensure_ascii=False)
