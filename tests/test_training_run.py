@@ -63,7 +63,8 @@ def test_run_folder_holds_what_it_promises(tmp_path: Path) -> None:
                  "2 epochs of 3 steps of 24 images, adamw, lr 0.004 for 32 images, warmup epochs 0.5",
                  f"famba evaluate {tmp_path} --per-class --out", f"famba visualize {tmp_path} "):  # fmt: skip
         assert said in log, said
-    assert Image.open(tmp_path / "curves.png").size[0] > 1000
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size[0] > 1000
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_00000003.pt", "step_00000006.pt"}
     assert summary["selected"] is None, "no images are held out"
     assert {p.name for p in tmp_path.rglob(".*")} <= {".lock"}, "nothing temporary stays"

@@ -43,9 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif command.question is not None:
             print(yaml.safe_dump(plain(command.config()), sort_keys=False), end="")
         elif command.multirun:
-            plan(command).launch(train)
+            sweep = plan(command)
+            print("".join(f"{note}\n" for note in dict.fromkeys(command.notes)), end="")
+            sweep.launch(train)
         else:
-            train(continued(command))
+            train(continued(command), notes=command.notes)
     except FambaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -60,16 +62,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `famba resume`."""
     parser.description = "Go on with a run, with its own settings: the same as python train.py run_dir=RUN."
-    parser.add_argument("run", metavar="RUN", help="the folder of the run")
+    parser.add_argument("folder", metavar="RUN", help="the folder of the run")
     text = "a setting that changes no result, such as data.root or trainer.device"
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=text)
 
 
 def run(options: argparse.Namespace) -> int:
     """Go on with a run. Raises ConfigError where none is."""
-    if RunFolder(Path(options.run), writes=False).config is None:
-        raise ConfigError(f"{options.run} holds no run to go on with; `famba status FOLDER` lists the runs in a folder")
-    return main([override("run_dir", options.run), *options.overrides])
+    if RunFolder(Path(options.folder), writes=False).config is None:
+        raise ConfigError(
+            f"{options.folder} holds no run to go on with; `famba status FOLDER` lists the runs in a folder"
+        )
+    return main([override("run_dir", options.folder), *options.overrides])
 
 
 def plan(command: Command) -> Sweep:
@@ -86,8 +90,10 @@ def plan(command: Command) -> Sweep:
     return sweep
 
 
-def train(config: RunConfig, run_dir: Path | None = None) -> dict[str, Any]:
+def train(config: RunConfig, run_dir: Path | None = None, notes: Sequence[str] = ()) -> dict[str, Any]:
     """Train as configured, in `run_dir` instead of the configuration's own if it is given; return the summary.
+
+    notes: lines for the log, on how the configuration came about.
 
     Raises Interrupted if the run was asked to stop and has saved itself; after a notice of Slurm's it is back in the
     queue by then.
@@ -102,6 +108,8 @@ def train(config: RunConfig, run_dir: Path | None = None) -> dict[str, Any]:
         try:
             folder = RunFolder(process.from_main(path), writes=process.is_main)
             with folder, log_to(folder):
+                for note in dict.fromkeys(notes):
+                    _log.info("%s", note)
                 now, then = flatten(plain(asked)), flatten(plain(config))
                 if kept := ", ".join(f"{key}={value}" for key, value in then.items() if value != now[key]):
                     _log.info("this run continues as an earlier version of Famba began it: %s", kept)
@@ -146,7 +154,7 @@ def _train_in(
         _log.error("%s", reason, extra=FILE_ONLY)
         raise
     results = top1_text("test", summary)
-    _log.info("finished in %s: %s, Top-5 %.2f %%", duration(summary["train_time_s"]), results, summary["top5"])
+    _log.info("finished, trained in %s: %s, Top-5 %.2f %%", duration(summary["train_time_s"]), results, summary["top5"])
     if folder.writes:
         draw_curves(folder.path)
         _log.info("%s", next_steps(folder.path, config.logger))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from famba import plugins
 from famba.errors import ConfigError, near_miss
 from famba.training.config import RunConfig, keys, parse
 
-_log = logging.getLogger(__name__)
 LAUNCHER = "hydra/launcher"
 _SHOWN = 200  # characters of an override that an error repeats
 # Options of Hydra's that are taken; some of the others start unchecked runs, one of them from a pickle.
@@ -37,12 +35,16 @@ _OF_HYDRA = ("hydra.launcher", "hydra.sweeper.params")
 
 @dataclass(frozen=True)
 class Command:
-    """Hold a command line. config_dir: the user's own folder of configuration files; question: --help or --cfg."""
+    """Hold a command line.
+
+    config_dir: the user's own folder of configuration files; question: --help or --cfg; notes: on what composing did.
+    """
 
     overrides: tuple[str, ...]
     multirun: bool = False
     config_dir: Path | None = None
     question: str | None = None
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> Command:
@@ -111,10 +113,8 @@ class Command:
         fitting = warmup * epochs / usual
         # A learning rate that changes at epochs would spend its first one at warmup_lr.
         values.recipe.warmup_epochs = float(int(fitting)) if values.recipe.lr_steps == "epoch" else round(fitting, 4)
-        _log.warning(
-            "recipe.warmup_epochs=%s is for %s epochs; with trainer.epochs=%s it is %s",
-            *(warmup, usual, epochs, values.recipe.warmup_epochs),
-        )
+        shrunk = f"with trainer.epochs={epochs} it is {values.recipe.warmup_epochs}"
+        self.notes.append(f"recipe.warmup_epochs={warmup} is for {usual} epochs; {shrunk}")
 
 
 def compose(arguments: Sequence[str]) -> RunConfig:

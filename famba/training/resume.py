@@ -37,6 +37,7 @@ def continued(command: Command) -> RunConfig:
     before = folder.config
     if before is None or (config.resume == "never" and not interrupts.restarts()):
         return config
+    command.notes.clear()  # they are of a new run
     given = {item.key_or_group for item in parse_overrides(command.overrides)}
     begun, own, asked = flatten(before), flatten(with_added_keys(before)), flatten(plain(config))
 
@@ -86,10 +87,19 @@ def trained_on(run_dir: Path, own: dict[str, Any], changes: dict[str, Any]) -> s
 
 
 def _likeness(group: str, choice: str, wanted: dict[str, Any]) -> int:
-    """Return how many keys the file of a choice sets as wanted, less those that it sets otherwise."""
-    text = (config_dir() / group / f"{choice}.yaml").read_text()
-    values = flatten(yaml.safe_load(text) or {}, "" if "@package _global_" in text else f"{group}.")
+    """Return how many keys a choice sets as wanted, less those that it sets otherwise."""
+    values = _sets(config_dir() / group / f"{choice}.yaml")
     return sum(1 if wanted[key] == value else -1 for key, value in values.items() if key in wanted)
+
+
+def _sets(file: Path) -> dict[str, Any]:
+    """Return the dotted keys that a choice's file sets, with those of the files that it begins with."""
+    text = file.read_text()
+    content, values = yaml.safe_load(text) or {}, dict[str, Any]()
+    for base in content.pop("defaults", []):
+        above = file.with_name(f"{base}.yaml")
+        values |= _sets(above) if above.is_file() else {}
+    return values | flatten(content, "" if "@package _global_" in text else f"{file.parent.name}.")
 
 
 def command_line(arguments: Sequence[str]) -> str:
