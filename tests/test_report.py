@@ -329,7 +329,7 @@ def test_the_terminal_lists_every_run(mixed: tuple[Path, Path], tmp_path: Path, 
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[-1] for line in lines[2:12]].count("finished") == 8
     assert any("99.00" in line and line.endswith("stopped") for line in lines)
-    assert "torn: summary.json is damaged: it holds no summary" in lines[-1]
+    assert "torn: summary.json is damaged: it is no summary" in lines[-1]
 
 
 def test_nothing_to_report_on_is_an_error_that_leaves_nothing(tmp_path: Path, capsys: Printed) -> None:
@@ -340,7 +340,7 @@ def test_nothing_to_report_on_is_an_error_that_leaves_nothing(tmp_path: Path, ca
     message = capsys.readouterr().err
     assert "no run of these can stand in a table" in message
     assert "runs/failed: failed after step 300 of 300: the loss is nan" in message
-    assert "runs/damaged: summary.json is damaged: it holds no summary" in message
+    assert "runs/damaged: summary.json is damaged: it is no summary" in message
     assert not (tmp_path / "new").exists()
 
 

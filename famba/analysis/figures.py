@@ -112,12 +112,12 @@ def confusion_matrix(counts: pd.DataFrame) -> bytes:
     with drawing():
         figure = Figure(figsize=(side + 1.0, side), layout="constrained")
         axes = figure.add_subplot(xlabel="taken for", ylabel="true class")
-        image = axes.imshow(shares.to_numpy(), cmap="Blues", vmin=0, vmax=1)
+        image = axes.imshow(shares.to_numpy(), cmap="Blues", vmin=0, vmax=(most := shares.to_numpy().max()))
         if classes <= _NAMED:
             axes.set_xticks(range(classes), [str(name)[:24] for name in counts], rotation=90)
             axes.set_yticks(range(classes), [str(name)[:24] for name in counts.index])
         for row, column in itertools.product(range(classes), repeat=2) if classes <= _COUNTED else ():
-            color = "white" if shares.iat[row, column] > 0.5 else INK
+            color = "white" if shares.iat[row, column] > most / 2 else INK
             axes.text(column, row, f"{counts.iat[row, column]}", ha="center", va="center", color=color, fontsize=7)
         figure.colorbar(image, label="share of the class's images")
         return files("confusion", figure, ["png"])["confusion.png"]
