@@ -189,15 +189,18 @@ def differing(runs: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
     runs: of each its settings by dotted keys as text, none where they are not known. Without fusion, how to fuse is no
     setting. Of more than `_COLUMNS` the last column lists the names.
     """
-    known = [{key: text for key, text in run.items() if text != "null" and not _is_idle(key, run)} for run in runs]
+    known = [{key: text for key, text in run.items() if not _is_idle(key, run)} for run in runs]
     keys = {key for run in known for key in run if not key.startswith(_UNTOLD)}
-    values = {key: {run.get(key, "") for run in known if run and not _is_idle(key, run)} for key in keys}
+    # A key that an earlier version did not have tells no runs apart.
+    values = {key: {run[key] for run in known if key in run} for key in keys}
     differ = [key for key in sorted(keys, key=_place) if len(values[key]) > 1]
     short = {
         key: {"strategy": "fusion", "name": key.split(".")[0]}.get(end := key.split(".")[-1], end) for key in differ
     }
     found = {
-        short[key] if list(short.values()).count(short[key]) == 1 else key: [run.get(key, "") for run in known]
+        short[key] if list(short.values()).count(short[key]) == 1 else key: [
+            run.get(key, "").replace("null", "") for run in known
+        ]
         for key in differ[:_COLUMNS]
     }
     if len(differ) > _COLUMNS:
