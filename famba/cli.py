@@ -15,6 +15,7 @@ from famba.errors import ConfigError, FambaError, near_miss
 
 # Of each command its module, with add_options(parser) and run(options), and a line of help.
 COMMANDS = {
+    "resume": ("famba.training.app", "go on with a run from its folder alone"),
     "report": ("famba.analysis.report", "compare runs in a table, or in a report with plots"),
     "status": ("famba.analysis.status", "show how far runs are"),
     "benchmark": ("famba.analysis.benchmark.command", "time ops and training steps"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from famba.analysis.figures import FAINT, INK, drawing, files
+from famba.drawing import FAINT, INK, drawing, files
 from famba.training.logging import signed
 
 # Okabe and Ito's colours; each rule has a marker of its own too.

@@ -69,6 +69,27 @@ def results_of(capsys: Printed, out: Path, *arguments: str) -> dict[str, Any]:
     return json.loads((out / "evaluate.json").read_text())
 
 
+def test_classes_are_told_apart_in_a_table_and_a_confusion_matrix(
+    upper: Trained, tmp_path: Path, capsys: Printed
+) -> None:
+    found = results_of(capsys, tmp_path, str(upper[0]), "--per-class", "--fusion", "none")
+    with open(tmp_path / "confusion.csv") as file:
+        counts = [[int(cell) for cell in list(row.values())[1:]] for row in csv.DictReader(file)]
+    assert sum(map(sum, counts)) == 360
+    right = sum(counts[i][i] for i in range(10))
+    assert 100 * right / 360 == pytest.approx(found["results"][0]["top1"]), "of the schedule as trained"
+    with open(tmp_path / "per_class.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["class"] for row in rows) == sorted(map(str, found["classes"] or range(10)))
+    for row in rows:
+        of = counts[[str(name) for name in found["classes"] or range(10)].index(row["class"])]
+        assert (int(row["images"]), float(row["top1"])) == (sum(of), pytest.approx(100 * int(row["right"]) / sum(of)))
+    assert [float(row["top1"]) for row in rows] == sorted(float(row["top1"]) for row in rows), "the worst first"
+    assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    assert famba(["evaluate", str(upper[0]), "--per-class"]) == 2
+    assert "name a folder for them by --out FOLDER" in capsys.readouterr().err
+
+
 def test_a_subset_is_a_sample_of_the_test_images(upper: Trained, tmp_path: Path, capsys: Printed) -> None:
     found = results_of(capsys, tmp_path, str(upper[0]), "--subset", "30", "--batch-size", "8")
     assert (found["images"], found["batch_size"]) == (30, 8)

@@ -42,6 +42,8 @@ def test_a_run_says_how_far_it_is(tmp_path: Path) -> None:
     assert (found.top1, found.top1_of) == (12.5, "test")
     assert found.updated == pytest.approx(time.time(), abs=60)
     saved = write_run(tmp_path / "saved", EPOCH, train_line(40), status="interrupted", step=46)
+    now = write_run(tmp_path / "now", {**EPOCH, "epoch": 1}, {**train_line(45), "epoch": 2})
+    assert [one.epoch for one in looking.status([now])] == [1], "epochs count from 1, and from 0 in earlier files"
     assert [one.step for one in looking.status([saved])] == [46], "as far as what it saved"
 
 
@@ -65,6 +67,19 @@ def test_every_state_is_told(tmp_path: Path, capsys: Printed) -> None:
     assert " 12.50 val " in next(line for line in table.splitlines() if line.startswith("stopped"))
     counts = "8 runs: 1 finished, 2 running, 1 interrupted, 2 stopped, 1 failed, 1 not started"
     assert table.splitlines()[-1] == counts
+
+
+def test_a_table_shows_what_differs_and_nothing_else(tmp_path: Path, capsys: Printed) -> None:
+    for name, fusion in (("a", "none, mode: fuse, order: x"), ("b", "upper, mode: fuse, order: x"),
+                         ("c", "upper, mode: prune, order: x")):  # fmt: skip
+        config = f"fusion: {{strategy: {fusion}}}\nmodel: {{name: vim}}\nseed: 0\nrun_dir: {name}\n"
+        (write_run(tmp_path / name, EPOCH) / "config.yaml").write_text(config)
+    write_sweep(tmp_path, "later")
+    assert famba(["status", str(tmp_path)]) == 0
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["run", "fusion", "mode", *["state", "epoch", "done", "Top-1", "%", "updated"]]
+    told = {row.split()[0]: row.split()[1:3] for row in rows[:4]}
+    assert told == {"later": ["-", "-"], "a": ["none", "-"], "b": ["upper", "fuse"], "c": ["upper", "prune"]}
 
 
 def write_sweep(folder: Path, *names: str) -> None:

@@ -106,7 +106,7 @@ def test_the_last_two_and_the_selected_one_are_kept(tmp_path: Path) -> None:
     summary = run(tmp_path, *HELD_OUT, "trainer.epochs=4")
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["best.pt", "step_00000009.pt", "step_00000012.pt"]
-    assert load(tmp_path / "checkpoints" / "best.pt")["step"] == 3 * (summary["selected"]["epoch"] + 1)
+    assert load(tmp_path / "checkpoints" / "best.pt")["step"] == 3 * summary["selected"]["epoch"]
 
 
 def test_a_damaged_selected_checkpoint_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

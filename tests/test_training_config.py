@@ -12,7 +12,7 @@ from runs import check_command
 
 from famba.errors import ConfigError
 from famba.training import app, devices
-from famba.training.compose import compose, groups
+from famba.training.compose import Command, compose, groups
 from famba.training.config import flatten, keys, plain
 from famba.training.devices import choose_precision
 from famba.training.setup import prepare
@@ -153,6 +153,14 @@ def test_what_cannot_work_is_refused_before_any_work(
     message = refusal([*[item for item in given if item == "-m"], *SMALL, *[i for i in given if i != "-m"]], capsys)
     for part in refused[1:]:
         assert part in message
+
+
+def test_a_recipes_warm_up_shrinks_with_the_epochs() -> None:
+    assert compose(["trainer.epochs=2"]).recipe.warmup_epochs == 0, "5 of 300, whole epochs"
+    light = Command(("recipe=light", "trainer.epochs=2"))
+    assert light.config().recipe.warmup_epochs == pytest.approx(2 * 2 / 30, abs=1e-4)
+    assert light.notes == ["recipe.warmup_epochs=2 is for 30 epochs; with trainer.epochs=2 it is 0.1333"]
+    assert compose(["recipe=light", "trainer.epochs=3"]).recipe.warmup_epochs == 2, "it fits"
 
 
 def test_what_is_misspelt_is_named_with_what_is_near(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from earlier import COMMAND, KEPT, STEPS, write_images
+from runs import metrics
 from safetensors.torch import load_file
 
 from famba.training.app import train
@@ -26,6 +27,9 @@ def test_a_run_of_version_0_1_ends_with_the_weights_that_it_had_there(begun: Pat
     assert summary["step"] == STEPS
     log = (begun / "train.log").read_text()
     assert "an earlier version of Famba began it: data.version=1" in log
+    epochs = [line["epoch"] for line in metrics(begun) if line["kind"] == "epoch"]
+    assert epochs == [0, 1, 2, 2, 3], "metrics.jsonl goes on in its own numbering"
+    assert 1 <= summary["selected"]["epoch"] <= 4, "the summary counts from 1"
     found, expected = load_file(begun / "model.safetensors"), load_file(begun / "expected.safetensors")
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)

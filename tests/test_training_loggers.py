@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import pytest
 from runs import run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from famba.training import logging as logging_of_runs
+from famba.training import overview
 from famba.training.interrupts import Interrupted
+from famba.training.logging import Progress
 
 
 def test_tensorboard_has_the_metrics_and_an_interruption_leaves_no_gap(tmp_path: Path, stop_after: Any) -> None:
@@ -92,3 +96,32 @@ def test_runs_of_a_sweep_are_one_group(tmp_path: Path, wandb: FakeWandb) -> None
     run(tmp_path / "alone", "logger=wandb", "trainer.max_steps=1")
     run(sweep / "named", "logger=wandb", "logger.group=mine", "trainer.max_steps=1")
     assert [asked["group"] for asked in wandb.asked] == ["strategies", None, "mine"]
+
+
+def test_a_long_first_step_and_the_time_left_are_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging_of_runs, "_FIRST_LINE_S", 0.1)
+    monkeypatch.setattr(logging_of_runs, "_SLOW_S", 0.2)
+    caplog.set_level("INFO")
+    left = iter([None, 90_000.0])
+    progress = Progress(9, 0, True, lambda: next(left))
+    steps = progress.watched(iter([1, 2]))
+    next(steps)
+    time.sleep(0.3)
+    assert "the first step has been running for 0 s" in caplog.text
+    assert progress.step_end().startswith(", the first one, which has been running for 0 s; how long it takes is not")
+    progress.step(1, 0, 2.5)
+    next(steps)
+    assert progress.step_end().startswith(", in about"), "as long as the step before"
+    progress.step(2, 0, None)
+    assert "step 2 of 9, loss 2.500, about 25 h 0 min left with evaluation" in caplog.text
+    progress.close()
+
+
+def test_a_model_for_gpus_on_a_cpu_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in (500, 0.01):
+        monkeypatch.setattr(overview, "_FOR_GPUS", limit)
+        run(tmp_path / str(limit), "trainer.max_steps=1", "model.depth=1")
+        log = (tmp_path / str(limit) / "train.log").read_text()
+        assert ("this model is meant for GPUs" in log) == (limit < 1)

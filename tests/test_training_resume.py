@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import assert_same_run, last_checkpoint, metrics, run, weights
+from runs import TINY, assert_same_run, last_checkpoint, metrics, run, weights
 
+from famba.cli import main as famba
 from famba.errors import CheckpointError, ConfigError
+from famba.training import step
+from famba.training.app import main
 from famba.training.checkpoint import load
+from famba.training.compose import quoted
 from famba.training.interrupts import Interrupted
 from famba.training.run_folder import RunFolder
 
@@ -48,7 +53,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stopped(folder: Path, stop_after: Any, step: int, *overrides: str, number: signal.Signals = signal.SIGINT) -> None:
     """Begin a run that is stopped after a step; those that follow are not."""
     stop_after(step, number)
-    with pytest.raises(Interrupted, match=rf"stopped after step {step} of .*the same command"):
+    with pytest.raises(Interrupted, match=rf"stopped after step {step} of .*; to continue: famba train run_dir="):
         run(folder, *overrides)
     stop_after(-1)
 
@@ -157,3 +162,105 @@ def test_a_line_of_metrics_that_is_no_text_is_dropped(tmp_path: Path, whole: Pat
         file.write(b"\xff\xfe{")
     run(tmp_path)
     assert metrics(tmp_path) == metrics(whole)
+
+
+def printed_command(errors: str, before: str) -> list[str]:
+    """Return the arguments of train in a command that was printed, as a shell reads them."""
+    (line,) = [line for line in errors.splitlines() if before in line]
+    program, train, *arguments = shlex.split(line.partition(before)[2])
+    assert (program, train) == ("famba", "train")
+    return arguments
+
+
+def test_a_run_goes_on_from_its_folder_alone_by_what_ctrl_c_prints(
+    tmp_path: Path, whole: Path, stop_after: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "it's, my $run"
+    stop_after(2)
+    assert main([*TINY, f"run_dir={quoted(str(folder))}"]) == 130
+    stop_after(-1)
+    arguments = printed_command(capsys.readouterr().err, "to continue: ")
+    for given, told in (("fusion=upper", "fusion.strategy: 'none' before, 'upper' now"),
+                        ("recipe=light", "recipe.lr: 0.004 before, 0.001 now"),
+                        ("trainer.epochs=300", "trainer.epochs: 2 before, 300 now")):  # fmt: skip
+        assert main([*arguments, given]) == 2
+        errors = capsys.readouterr().err
+        assert told in errors
+        assert "out to go on with its own, or choose another run_dir" in errors
+    assert famba(["resume", str(tmp_path)]) == 2
+    assert "holds no run to go on with" in capsys.readouterr().err
+    assert famba(["resume", str(folder), "data.workers=0", "trainer.eval_every=1"]) == 0
+    assert weights(folder) == weights(whole)
+    assert main(arguments) == 0
+    assert "is finished already" in capsys.readouterr().out
+
+
+def test_what_a_stopped_sweep_prints_does_what_is_left(
+    tmp_path: Path, stop_after: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_after(1)
+    command = ["-m", *TINY, "trainer.max_steps=2", "seed=0,1", f"run_dir={quoted(str(tmp_path / 'a b, c'))}"]
+    assert main(command) == 130
+    stop_after(-1)
+    assert main(printed_command(capsys.readouterr().err, "to do what is left of the sweep: ")) == 0
+    found = [RunFolder(path, writes=False).summary for path in (tmp_path / "a b, c").glob("seed=*")]
+    assert [summary and summary["status"] for summary in found] == ["finished", "finished"]
+
+
+def test_more_epochs_of_a_finished_run_are_a_new_run_by_the_command_that_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("fusion=upper", "fusion.budget=5", "trainer.epochs=1", "recipe.warmup_epochs=0")
+    run(tmp_path / "a run", *settings)
+    assert main([f"run_dir={quoted(str(tmp_path / 'a run'))}", "trainer.epochs=2"]) == 2
+    errors = capsys.readouterr().err
+    assert "holds a finished run with other settings:\n  trainer.epochs: 1 before, 2 now" in errors
+    arguments = shlex.split(errors.splitlines()[-1])[2:]
+    assert {"model=vim_micro", "fusion=upper", "data=digits", "recipe=quick", "trainer.epochs=2"} <= set(arguments)
+    assert not any(argument.startswith(("recipe.lr", "logger.")) for argument in arguments), "no more than it takes"
+    assert main(arguments) == 0
+    new = RunFolder(tmp_path / "a run-on", writes=False)
+    assert new.summary is not None
+    assert new.config is not None
+    assert new.summary["started_from"]
+    before = RunFolder(tmp_path / "a run", writes=False).config
+    own = {"run_dir": str(new.path), "init_from": str(tmp_path / "a run")}
+    assert before is not None
+    assert new.config == {**before, **own, "trainer": {**before["trainer"], "epochs": 2}}
+
+
+def test_a_run_that_an_error_ends_keeps_what_it_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ("trainer.epochs=1", "recipe.ema_decay=0.9")
+    run(tmp_path / "whole", *settings)
+    update, done = step.Step.update, []
+
+    def broken_after(calls: int, error: Exception) -> None:
+        done.clear()
+
+        def change(self: step.Step) -> None:
+            update(self)
+            done.append(1)
+            if len(done) == calls:
+                raise error
+
+        monkeypatch.setattr(step.Step, "update", change)
+
+    # In the next step's images: two steps are done.
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        batch = step.Step.next_batch
+        count = iter((1, 1, 0))
+        patched.setattr(step.Step, "next_batch", lambda self, batches: batch(self, batches) if next(count) else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(folder, *settings)
+    assert last_checkpoint(folder).name == "step_00000002.pt"
+    assert (
+        f"saved after step 2; to go on from there: famba train run_dir={folder}" in (folder / "train.log").read_text()
+    )
+    broken_after(1, RuntimeError("in the middle of a change"))
+    with pytest.raises(RuntimeError, match="in the middle"):
+        run(folder, *settings)
+    assert last_checkpoint(folder).name == "step_00000002.pt", "weights of half a step are not kept"
+    monkeypatch.undo()
+    run(folder, *settings)
+    assert_same_run(folder, tmp_path / "whole")

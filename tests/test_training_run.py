@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from runs import TINY, metrics, run, weights
 from safetensors.torch import load_file
 from torch import nn
@@ -53,9 +54,17 @@ def test_run_folder_holds_what_it_promises(tmp_path: Path) -> None:
     assert origin["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
-    assert [(line["step"], line["epoch"]) for line in lines if line["kind"] == "epoch"] == [(3, 0), (6, 1)]
+    assert [(line["step"], line["epoch"]) for line in lines if line["kind"] == "epoch"] == [(3, 1), (6, 2)]
     assert lines[-1]["test_top1"] == summary["top1"]
-    assert "finished: Top-1" in (tmp_path / "train.log").read_text()
+    log = (tmp_path / "train.log").read_text()
+    told = f"test Top-1 {summary['top1']:.2f} % by the last weights, {summary['ema_top1']:.2f} % by their average (EMA)"
+    assert f"epoch 2 of 2: loss {lines[-1]['train_loss']:.4f}, {told}" in log
+    for said in (told, "fusion upper: 17 tokens, 5 removed, 12 left", "digits: 10 classes, 72 train, 360 test images",
+                 "2 epochs of 3 steps of 24 images, adamw, lr 0.004 for 32 images, warmup epochs 0.5",
+                 f"famba evaluate {tmp_path} --per-class --out", f"famba visualize {tmp_path} "):  # fmt: skip
+        assert said in log, said
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size[0] > 1000
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_00000003.pt", "step_00000006.pt"}
     assert summary["selected"] is None, "no images are held out"
     assert {p.name for p in tmp_path.rglob(".*")} <= {".lock"}, "nothing temporary stays"
@@ -93,7 +102,7 @@ def test_selection_is_by_validation_and_never_by_the_test_set(tmp_path: Path, mo
     monkeypatch.setattr(trainer, "evaluate", scripted)
     summary = run(tmp_path, "data.val_fraction=0.25", "data.subset=96")
     # Two epochs on validation, then the last and the selected weights on the test set.
-    assert summary["selected"] == {"epoch": 0, "validation_top1": 60.0, "top1": 30.0, "top5": 100.0}
+    assert summary["selected"] == {"epoch": 1, "validation_top1": 60.0, "top1": 30.0, "top5": 100.0}
     assert summary["top1"] == 50.0
     assert load(tmp_path / "checkpoints" / "best.pt")["step"] == 3
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from famba import data
 from famba.analysis import options as shared
+from famba.analysis.figures import confusion_matrix
 from famba.analysis.options import CHECKPOINT, add_fusion_options, count, prepare_folder, write_files
 from famba.analysis.trained import Trained, load_trained
 from famba.analysis.variants import Variant, label_variants, own, unfused, variants
@@ -67,13 +68,15 @@ class Evaluation:
     """Hold a row for each variant, as evaluate.json has them, of so many images; of fewer than asked if interrupted.
 
     Top-1, Top-5 in percent; difference of Top-1 to the first row in points, None in the first itself; both with the
-    ends of their 95 % intervals. images_per_s: median over batches.
+    ends of their 95 % intervals. images_per_s: median over batches. confusion: by the first row, how many images of
+    each class (row) were taken for each class (column).
     """
 
     request: Request
     rows: list[dict[str, Any]]
     images: int
     interrupted: bool
+    confusion: Tensor
 
 
 def check(options: argparse.Namespace) -> Request:
@@ -104,12 +107,12 @@ def check(options: argparse.Namespace) -> Request:
 
 @dataclass
 class _Contestant:
-    """Collect the results of one variant. right: for each batch which images have their label ranked first (b,)."""
+    """Collect the results of one variant. pairs: for each batch the labels and the classes ranked first (2, b)."""
 
     variant: Variant
     tally: Tally
     times: list[tuple[int, float]] = field(default_factory=list)
-    right: list[Tensor] = field(default_factory=list)
+    pairs: list[Tensor] = field(default_factory=list)
 
     def add(self, logits: Tensor, labels: Tensor, seconds: float) -> None:
         """Count a batch: logits (b, classes), labels (b,)."""
@@ -117,11 +120,22 @@ class _Contestant:
         self.times.append((len(labels), seconds))
         # Ranked as Tally does.
         best = logits.float().topk(min(5, logits.shape[1]), dim=1).indices[:, 0]
-        self.right.append((best == labels).cpu())
+        self.pairs.append(torch.stack([labels, best]).cpu())
+
+    @property
+    def right(self) -> Tensor:
+        """Return which images have their label ranked first (n,)."""
+        labels, best = torch.cat(self.pairs, dim=1)
+        return labels == best
+
+    def confusion(self, classes: int) -> Tensor:
+        """Return how many images of each class (row) were taken for each class (column), int64."""
+        labels, best = torch.cat(self.pairs, dim=1).long()
+        return torch.bincount(classes * labels + best, minlength=classes**2).view(classes, classes)
 
     def row(self, first: Tensor) -> dict[str, Any]:
         """Return accuracy and speed; first: which images the variant that was trained gets right (n,)."""
-        right, known = torch.cat(self.right), self.tally.results()
+        right, known = self.right, self.tally.results()
         low, high = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
         difference: tuple[float | None, ...] = (None,) * 3
         if not self.variant.own:
@@ -152,7 +166,7 @@ def evaluate(request: Request) -> Evaluation:
         if not out_of_memory(error):
             raise
         raise TrainingError(f"out of memory with {request.batch_size} images at once; less: --batch-size") from error
-    first = torch.cat(contestants[0].right)
+    first = contestants[0].right
     rows = [
         {
             "label": label,
@@ -166,7 +180,7 @@ def evaluate(request: Request) -> Evaluation:
         }
         for label, one, count in zip(label_variants(request.variants), contestants, macs, strict=True)
     ]
-    return Evaluation(request, rows, len(first), interrupted)
+    return Evaluation(request, rows, len(first), interrupted, contestants[0].confusion(request.trained.classes))
 
 
 def of_difference(gained: int, lost: int, images: int) -> tuple[float, float]:
@@ -267,16 +281,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--precision", metavar="NAME", help="auto, fp32, bf16 or fp16 (default: as the run's)")
     add("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or mps")
     add("--out", metavar="FOLDER", help="write evaluate.csv and evaluate.json there")
+    text = "with --out: write the accuracy of each class and the confusion matrix too, of the schedule as trained"
+    add("--per-class", action="store_true", help=text)
 
 
 def run(options: argparse.Namespace) -> int:
     """Evaluate, and return the exit status."""
+    if options.per_class and options.out is None:
+        raise ConfigError("--per-class writes files; name a folder for them by --out FOLDER")
     request = check(options)
     folder = None if options.out is None else prepare_folder(options.out)
     found = evaluate(request)
     print(table(found))
     if folder is not None:
-        written = write_files(folder, {"evaluate.csv": as_csv(found), "evaluate.json": as_json(found)})
+        files = {"evaluate.csv": as_csv(found), "evaluate.json": as_json(found)}
+        written = write_files(folder, {**files, **(per_class(found) if options.per_class else {})})
         print(f"in {folder}: {', '.join(file.name for file in written)}", file=sys.stderr)
     return 130 if found.interrupted else 0
 
@@ -344,3 +363,23 @@ def as_csv(evaluation: Evaluation) -> str:
     rows = pd.DataFrame(evaluation.rows, dtype=object)
     rows = rows.map(lambda cell: " ".join(map(str, cell)) if isinstance(cell, list | tuple) else cell)
     return rows.to_csv(index=False, lineterminator="\n")
+
+
+def per_class(evaluation: Evaluation) -> dict[str, str | bytes]:
+    """Return files by name: accuracy by class, worst first, and the confusion matrix as a table and as a picture.
+
+    Classes without images are left out of the first, and are rows of zeros in the second.
+    """
+    trained = evaluation.request.trained
+    names = list(trained.class_names or map(str, range(trained.classes)))
+    counts = pd.DataFrame(evaluation.confusion.numpy(), index=pd.Index(names, name="true class"), columns=names)
+    images, right = counts.sum(axis=1), pd.Series(evaluation.confusion.diagonal().numpy(), counts.index)
+    wrong = counts - pd.DataFrame(evaluation.confusion.diag().diag().numpy(), counts.index, names)
+    table = pd.DataFrame({"images": images, "right": right, "top1": 100 * right / images})
+    table["most_often_taken_for"] = wrong.idxmax(axis=1).where(wrong.max(axis=1) > 0, "")
+    table = table[images > 0].sort_values(["top1", "images"], kind="stable")
+    return {
+        "per_class.csv": table.to_csv(index_label="class", lineterminator="\n"),
+        "confusion.csv": counts.to_csv(lineterminator="\n"),
+        "confusion.png": confusion_matrix(counts),
+    }

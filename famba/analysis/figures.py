@@ -1,55 +1,19 @@
-"""Draw figures in one style, whatever the user's matplotlib is set to, and those of a report.
+"""Draw the figures of a report, and a confusion matrix.
 
 A strategy looks the same in every plot, and colour-blind readers tell strategies apart: colours are those of Okabe and
-Ito (2008) and a few more, and markers all differ. Equal figures are equal bytes.
+Ito (2008) and a few more, and markers all differ.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
-INK, FAINT = "#222222", "#777777"
-_STYLE: dict[str, Any] = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": "#555555",
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "font.family": ["DejaVu Sans"],
-    "font.size": 9,
-    "grid.color": "#e4e4e4",
-    "legend.frameon": False,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "famba",
-    "text.parse_math": False,
-}
-_METADATA = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None, "Format": None, "Type": None}}
-
-
-@contextmanager
-def drawing() -> Iterator[None]:
-    """Use the project's style inside the block; `files` belongs inside too."""
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        cast(Any, mpl.rcParams).update(_STYLE)  # some releases' stubs know each name, others none
-        yield
-
-
-def files(stem: str, figure: Figure, kinds: Sequence[str] = ("svg", "png")) -> dict[str, bytes]:
-    """Return a figure as the content of files by their names."""
-    found = {}
-    for kind in kinds:
-        content = io.BytesIO()
-        figure.savefig(content, format=kind, dpi=200, metadata=_METADATA[kind])
-        found[f"{stem}.{kind}"] = content.getvalue()
-    return found
-
+from famba.drawing import INK, drawing, files
 
 # Colour and marker of each strategy, and of those of other packages.
 _LOOKS = {
@@ -136,3 +100,24 @@ def _plot(name: str, title: str, caption: str, figure: Figure) -> Plot:
     figure.set_size_inches(5.2, 3.3 + 0.2 * -(-len(names) // columns))
     figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3.2, columnspacing=1.4)
     return Plot(name, title, caption, files(name, figure))
+
+
+_NAMED, _COUNTED = 40, 15  # the most classes whose names, and whose counts, can be read
+
+
+def confusion_matrix(counts: pd.DataFrame) -> bytes:
+    """Draw how many images of each class (row) were taken for each class (column) as a PNG; colours are row shares."""
+    classes, shares = len(counts), counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
+    side = 3.5 + 0.16 * min(classes, _NAMED)
+    with drawing():
+        figure = Figure(figsize=(side + 1.0, side), layout="constrained")
+        axes = figure.add_subplot(xlabel="taken for", ylabel="true class")
+        image = axes.imshow(shares.to_numpy(), cmap="Blues", vmin=0, vmax=(most := shares.to_numpy().max()))
+        if classes <= _NAMED:
+            axes.set_xticks(range(classes), [str(name)[:24] for name in counts], rotation=90)
+            axes.set_yticks(range(classes), [str(name)[:24] for name in counts.index])
+        for row, column in itertools.product(range(classes), repeat=2) if classes <= _COUNTED else ():
+            color = "white" if shares.iat[row, column] > most / 2 else INK
+            axes.text(column, row, f"{counts.iat[row, column]}", ha="center", va="center", color=color, fontsize=7)
+        figure.colorbar(image, label="share of the class's images")
+        return files("confusion", figure, ["png"])["confusion.png"]

@@ -21,12 +21,13 @@ from scipy.stats import t
 
 from famba.analysis.figures import Plot, draw, time_unit
 from famba.analysis.options import prepare_folder, write_files
-from famba.analysis.runs import from_cell, read_runs, run_table
+from famba.analysis.runs import read_runs, run_table
 from famba.data import PUBLISHED
 from famba.errors import DataError
 from famba.fusion import SETTINGS, Fusion
 from famba.fusion.schedules import strategy_names
 from famba.training.logging import signed
+from famba.training.records import from_cell
 
 NONE = "none"
 NAN = float("nan")

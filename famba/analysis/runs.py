@@ -10,12 +10,12 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from famba.analysis.status import Status, status
+from famba.analysis.status import LOADER, Status, differing, settings, status
 from famba.errors import DataError
-from famba.training.config import flatten, with_added_keys
+from famba.training.config import with_added_keys
+from famba.training.records import flatten, from_cell, to_cell
 from famba.training.summary import SUMMARY, Summary
 
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # What is added to the columns of a row; folder is empty for a row of a CSV file, problem for a run that is usable.
 _OWN = ("run", "folder", "state", "kind", "problem")
 _CONFIG = "config."
@@ -49,26 +49,38 @@ def runs_csv(runs: pd.DataFrame) -> str:
 
 
 def run_table(runs: pd.DataFrame) -> str:
-    """Return a line for each run, with time per epoch and tokens left after the last layer, and what is damaged."""
-    names = {"model": "model", "strategy": "fusion", "provenance.seed": "seed", "top1": "Top-1 %"}
-    table = runs.reindex(columns=[*names], fill_value="").rename(columns=names)
-    table["Top-1 %"] = table["Top-1 %"].map(lambda cell: f"{float(cell):.2f}" if cell else "")
+    """Return a line for each run: what differs between them, and results; below it what they share, and is damaged."""
+    begin = "config."
+    kept = runs[[name for name in runs if name.startswith(begin)]].rename(columns=lambda name: name.removeprefix(begin))
+    known = [{key: cell for key, cell in cells.items() if cell} for cells in kept.to_dict("records")]
+    known = [own or settings(Path(folder)) for own, folder in zip(known, runs["folder"], strict=True)]
+    table = pd.DataFrame(differing(known), index=runs.index)
+    above = runs["run"].str.rpartition("/")[0]
+    if above.nunique() > 1:
+        table.insert(0, "folder", above)
+    if table.duplicated().any() or table.empty:
+        table.insert(0, "run", runs["run"])
+    sides = ["left"] * len(table.columns) + ["right", "right", "left", "left"]
+    table["Top-1 %"] = runs["top1"].map(lambda cell: f"{float(cell):.2f}" if cell else "")
     times = runs[[name for name in runs if name.startswith("epoch_time_s.")]].apply(pd.to_numeric, errors="coerce")
     table["time per epoch s"] = times.sum(axis=1, min_count=1).map(lambda time: "" if pd.isna(time) else f"{time:.2f}")
     left = runs.get("tokens_per_layer", runs["run"].map(lambda _: ""))
     table["tokens left"] = left.str.extract(r"(\d+)\]$", expand=False) + " of " + runs.get("tokens", left)
     table = table.fillna("").assign(status=runs["state"]).replace("", "-")
-    sides = ["left", "left", *["right"] * 3, "left", "left"]
     text = table.to_markdown(index=False, tablefmt="simple", disable_numparse=True, colalign=sides)
     damaged = runs[runs["kind"] == "damaged"]
-    return "\n".join([text, *(damaged["run"] + ": " + damaged["problem"])])
+    named = {"model": "model.name", "data": "data.name", "fusion": "fusion.strategy", "seed": "seed"}
+    shared = {name: {own[key] for own in known if key in own} for name, key in named.items()}
+    same = ", ".join(f"{name} {next(iter(found))}" for name, found in shared.items() if len(found) == 1)
+    notes = [f"All: {same}."] * bool(same) + ["Top-1 is of the test images, by the weights of the last step."]
+    return "\n".join([text, "", *notes, *(damaged["run"] + ": " + damaged["problem"])])
 
 
 def to_row(summary: Summary, config: Mapping[str, Any]) -> dict[str, str]:
     """Return a run as one flat row of text, for CSV files: its summary and, behind "config.", its settings."""
     known = {name: value for name, value in summary.values().items() if value is not None}
     settings = flatten(with_added_keys(config), _CONFIG)
-    return {name: _to_cell(value) for name, value in [*flatten(known).items(), *settings.items()]}
+    return {name: to_cell(value) for name, value in [*flatten(known).items(), *settings.items()]}
 
 
 def from_row(row: Mapping[str, str]) -> tuple[Summary, dict[str, Any]]:
@@ -86,14 +98,6 @@ def from_row(row: Mapping[str, str]) -> tuple[Summary, dict[str, Any]]:
         place[last] = from_cell(cell)
     config = values.pop(_CONFIG.removesuffix("."), {})
     return Summary.parse(json.dumps(values)), with_added_keys(config)
-
-
-def from_cell(cell: str) -> Any:
-    """Return the value that a cell of a row stands for."""
-    try:
-        return json.loads(cell)
-    except ValueError:
-        return cell
 
 
 def printable(text: str) -> str:
@@ -167,8 +171,3 @@ def _config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not config.keys() >= {"model", "fusion", "data", "trainer"}:
         raise ValueError("config.yaml is damaged: it holds no configuration")
     return config
-
-
-def _to_cell(value: Any) -> str:
-    is_plain = isinstance(value, str) and value != "" and from_cell(value) is value
-    return value if is_plain else json.dumps(value, ensure_ascii=False)

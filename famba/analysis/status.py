@@ -8,22 +8,27 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shutil import which
 from typing import Any
 
+import yaml
 from tabulate import tabulate
 
 from famba.errors import DataError, FambaError, near_miss
-from famba.training.records import METRICS, duration, queue, recorded, remembered
+from famba.training.records import METRICS, duration, first_epoch, flatten, queue, recorded, remembered, to_cell
 from famba.training.summary import SUMMARY, Summary
 
 # Files that a run leaves behind even if it has no summary yet, or has lost it.
 _TRACES = (METRICS, "train.log")
 _FILES = (SUMMARY, "config.yaml", *_TRACES, "output.log")
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# Settings that make no run another one, and the most that a table shows.
+_UNTOLD = ("run_dir", "resume", "data.root", "data.workers", "logger.", "trainer.log_every", "trainer.save_every_min")
+_COLUMNS = 8
 _TAIL = 1 << 16  # bytes at the end of metrics.jsonl that are read
 _ORDER = ("finished", "running", "waiting", "interrupted", "stopped", "failed", "damaged", "not started")
 
@@ -129,7 +134,7 @@ def _look(folder: Path, name: str, queued: str | None) -> Status:
         run=name,
         folder=str(folder),
         state=state,
-        epoch=said.epoch if epoch is None else epoch + (last["kind"] == "epoch"),
+        epoch=said.epoch if epoch is None else epoch - first_epoch(folder / METRICS) + (last["kind"] == "epoch"),
         epochs=said.epochs,
         step=step,
         steps=said.steps,
@@ -170,18 +175,62 @@ def _last_lines(metrics: Path) -> list[dict[str, Any]]:
     return found
 
 
+def settings(folder: Path) -> dict[str, str]:
+    """Return the settings of a run by dotted keys, as text; none where its config.yaml cannot be read."""
+    with suppress(OSError, ValueError, yaml.YAMLError):
+        config = yaml.load((folder / "config.yaml").read_bytes(), LOADER)  # noqa: S506 - a safe one
+        return {key: to_cell(value) for key, value in flatten(config).items()} if isinstance(config, dict) else {}
+    return {}
+
+
+def differing(runs: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    """Return the settings that differ between runs: by a short name the value in each, "" where there is none.
+
+    runs: of each its settings by dotted keys as text, none where they are not known. Without fusion, how to fuse is no
+    setting. Of more than `_COLUMNS` the last column lists the names.
+    """
+    known = [{key: text for key, text in run.items() if not _is_idle(key, run)} for run in runs]
+    keys = {key for run in known for key in run if not key.startswith(_UNTOLD)}
+    # A key that an earlier version did not have tells no runs apart.
+    values = {key: {run[key] for run in known if key in run} for key in keys}
+    differ = [key for key in sorted(keys, key=_place) if len(values[key]) > 1]
+    short = {
+        key: {"strategy": "fusion", "name": key.split(".")[0]}.get(end := key.split(".")[-1], end) for key in differ
+    }
+    found = {
+        short[key] if list(short.values()).count(short[key]) == 1 else key: [
+            run.get(key, "").replace("null", "") for run in known
+        ]
+        for key in differ[:_COLUMNS]
+    }
+    if len(differ) > _COLUMNS:
+        found[f"and {len(differ) - _COLUMNS} more"] = [", ".join(differ[_COLUMNS:])] + [""] * (len(runs) - 1)
+    return found
+
+
+def _is_idle(key: str, run: Mapping[str, str]) -> bool:
+    return key.startswith("fusion.") and key != "fusion.strategy" and run.get("fusion.strategy") == "none"
+
+
+def _place(key: str) -> tuple[int, str]:
+    first = ("model.name", "data.name", "fusion.strategy", "seed")
+    return (first.index(key), "") if key in first else (len(first), key)
+
+
 def status_table(runs: Sequence[Status]) -> str:
     """Return a table of runs, the errors of failed and damaged ones, and the count of each state."""
+    told = differing([settings(Path(run.folder)) for run in runs])
     rows = [
         {
             "run": run.run,
+            **{name: cells[place] or None for name, cells in told.items()},
             "state": run.state,
             "epoch": None if run.epoch is None else f"{run.epoch} of {run.epochs or '?'}",
             "done": None if not run.steps or run.step is None else f"{100 * run.step / run.steps:.0f} %",
             "Top-1 %": None if run.top1 is None else f"{run.top1:.2f}{' val' if run.top1_of == 'validation' else ''}",
             "updated": None if run.updated is None else f"{duration(max(0.0, time.time() - run.updated))} ago",
         }
-        for run in runs
+        for place, run in enumerate(runs)
     ]
     notes = [f"{run.run}: {run.note}" for run in runs if run.note]
     counts = Counter(run.state for run in runs)

@@ -24,11 +24,11 @@ from scipy import ndimage
 from torch import Tensor
 
 from famba.analysis import options as shared
-from famba.analysis.figures import FAINT, INK, drawing, files
 from famba.analysis.trained import Trained, load_trained
 from famba.analysis.variants import Variant, label_variants, own, variants
 from famba.data.augment import Normalize, evaluation_scaling
 from famba.data.images import Colour, decode_rgb, naming
+from famba.drawing import FAINT, INK, drawing, files
 from famba.errors import DataError
 from famba.fusion import tokens_per_layer
 

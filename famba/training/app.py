@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from collections.abc import Sequence
@@ -14,14 +15,16 @@ import yaml
 
 from famba import ops
 from famba.errors import ConfigError, FambaError
-from famba.ops.registry import AUTO, explain
+from famba.ops.registry import AUTO
 from famba.training import interrupts
 from famba.training.compose import Command, help_text
 from famba.training.config import RunConfig, flatten, plain
 from famba.training.distributed import Process, start_process, world_size
 from famba.training.interrupts import Interrupted, StopRequest
-from famba.training.logging import FILE_ONLY, log_to
+from famba.training.logging import FILE_ONLY, log_to, top1_text
+from famba.training.overview import announce, draw_curves, next_steps
 from famba.training.records import duration
+from famba.training.resume import command_line, continued, override
 from famba.training.run_folder import RunFolder, as_begun, finished
 from famba.training.setup import Setup, check_files, prepare
 from famba.training.sweeps import Sweep
@@ -32,23 +35,45 @@ _log = logging.getLogger(__name__)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status, 2 for errors that the user can mend, 128 + n after signal n."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        command = Command.parse(sys.argv[1:] if arguments is None else arguments)
+        command = Command.parse(arguments)
         if command.question == "help":
             print(help_text(command.config_dir), end="")
         elif command.question is not None:
             print(yaml.safe_dump(plain(command.config()), sort_keys=False), end="")
         elif command.multirun:
-            plan(command).launch(train)
+            sweep = plan(command)
+            print("".join(f"{note}\n" for note in dict.fromkeys(command.notes)), end="")
+            sweep.launch(train)
         else:
-            train(command.config())
+            train(continued(command), notes=command.notes)
     except FambaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
+        if "-m" in arguments or "--multirun" in arguments:
+            print(f"to do what is left of the sweep: {command_line(arguments)}", file=sys.stderr)
         return 128 + stop.signal if isinstance(stop, Interrupted) else 130
     return 0
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `famba resume`."""
+    parser.description = "Go on with a run, with its own settings: the same as python train.py run_dir=RUN."
+    parser.add_argument("folder", metavar="RUN", help="the folder of the run")
+    text = "a setting that changes no result, such as data.root or trainer.device"
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=text)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Go on with a run. Raises ConfigError where none is."""
+    if RunFolder(Path(options.folder), writes=False).config is None:
+        raise ConfigError(
+            f"{options.folder} holds no run to go on with; `famba status FOLDER` lists the runs in a folder"
+        )
+    return main([override("run_dir", options.folder), *options.overrides])
 
 
 def plan(command: Command) -> Sweep:
@@ -65,8 +90,10 @@ def plan(command: Command) -> Sweep:
     return sweep
 
 
-def train(config: RunConfig, run_dir: Path | None = None) -> dict[str, Any]:
+def train(config: RunConfig, run_dir: Path | None = None, notes: Sequence[str] = ()) -> dict[str, Any]:
     """Train as configured, in `run_dir` instead of the configuration's own if it is given; return the summary.
+
+    notes: lines for the log, on how the configuration came about.
 
     Raises Interrupted if the run was asked to stop and has saved itself; after a notice of Slurm's it is back in the
     queue by then.
@@ -81,6 +108,8 @@ def train(config: RunConfig, run_dir: Path | None = None) -> dict[str, Any]:
         try:
             folder = RunFolder(process.from_main(path), writes=process.is_main)
             with folder, log_to(folder):
+                for note in dict.fromkeys(notes):
+                    _log.info("%s", note)
                 now, then = flatten(plain(asked)), flatten(plain(config))
                 if kept := ", ".join(f"{key}={value}" for key, value in then.items() if value != now[key]):
                     _log.info("this run continues as an earlier version of Famba began it: %s", kept)
@@ -101,13 +130,14 @@ def _train_in(
 ) -> dict[str, Any]:
     done = process.from_main(finished(folder, config) if process.is_main else None)
     if done is not None:
-        _log.info("%s is finished already (Top-1 %.2f %%)", folder.path, done["top1"])
+        _log.info("%s is finished already (%s)", folder.path, top1_text("test", done))
         return done
     is_new, training = folder.summary is None, None
     try:
         with nullcontext() if config.ops.backend == AUTO else ops.use_backend(config.ops.backend):
-            _announce(config, setup, folder)
+            _log.info("run folder: %s", folder.path)
             training = Training(config, setup, folder, process, stop)
+            announce(training)
             summary = training.run()
     except Interrupted as stopped:
         assert training is not None
@@ -123,18 +153,12 @@ def _train_in(
                     training.metrics.finish(failed)
         _log.error("%s", reason, extra=FILE_ONLY)
         raise
-    results, took = (summary["top1"], summary["top5"]), duration(summary["train_time_s"])
-    _log.info("finished: Top-1 %.2f %%, Top-5 %.2f %%, trained in %s, in %s", *results, took, folder.path)
+    results = top1_text("test", summary)
+    _log.info("finished, trained in %s: %s, Top-5 %.2f %%", duration(summary["train_time_s"]), results, summary["top5"])
+    if folder.writes:
+        draw_curves(folder.path)
+        _log.info("%s", next_steps(folder.path, config.logger))
     return summary
-
-
-def _announce(config: RunConfig, setup: Setup, folder: RunFolder) -> None:
-    size, removed = setup.image_size, sum(setup.schedule)
-    counts = f"{setup.tokens} tokens, {removed} removed, {setup.tokens - removed} left after the last layer"
-    precision = str(setup.dtype).removeprefix("torch.")
-    _log.info("run folder: %s", folder.path)
-    _log.info("%s at %d x %d, fusion %s: %s", config.model.name, size, size, config.fusion.strategy, counts)
-    _log.info("device %s, %s, ops by %s", setup.device, precision, explain(setup.device.type, setup.dtype))
 
 
 def _leave(training: Training, stopped: Interrupted) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,16 @@ _OF_HYDRA = ("hydra.launcher", "hydra.sweeper.params")
 
 @dataclass(frozen=True)
 class Command:
-    """Hold a command line. config_dir: the user's own folder of configuration files; question: --help or --cfg."""
+    """Hold a command line.
+
+    config_dir: the user's own folder of configuration files; question: --help or --cfg; notes: on what composing did.
+    """
 
     overrides: tuple[str, ...]
     multirun: bool = False
     config_dir: Path | None = None
     question: str | None = None
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> Command:
@@ -92,9 +96,25 @@ class Command:
         search = [] if self.config_dir is None else [f"hydra.searchpath=[{quoted(f'file://{self.config_dir}')}]"]
         with explained(), hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
             values = hydra.compose("config", overrides=[*search, *overrides], return_hydra_config=True)
+        self._fit_warmup(values, overrides)
         given = values.plugins or []
         plugins.load([given] if isinstance(given, str) else map(str, given), self.config_dir)
         return values
+
+    def _fit_warmup(self, values: DictConfig, overrides: Sequence[str]) -> None:
+        """Shrink a recipe's warm-up for which trainer.epochs leaves no room, in proportion to the epochs."""
+        given = {item.key_or_group for item in parse_overrides(overrides)}
+        warmup, epochs = values.recipe.warmup_epochs, values.trainer.epochs
+        numbers = isinstance(warmup, int | float) and isinstance(epochs, int)
+        if not numbers or not 0 < epochs <= warmup or "trainer.epochs" not in given or "recipe.warmup_epochs" in given:
+            return
+        others = [item for item in overrides if not item.lstrip("+").startswith("trainer.epochs=")]
+        usual = self.compose(others).trainer.epochs
+        fitting = warmup * epochs / usual
+        # A learning rate that changes at epochs would spend its first one at warmup_lr.
+        values.recipe.warmup_epochs = float(int(fitting)) if values.recipe.lr_steps == "epoch" else round(fitting, 4)
+        shrunk = f"with trainer.epochs={epochs} it is {values.recipe.warmup_epochs}"
+        self.notes.append(f"recipe.warmup_epochs={warmup} is for {usual} epochs; {shrunk}")
 
 
 def compose(arguments: Sequence[str]) -> RunConfig:

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from famba.data.augment import AugmentationOptions, Probability
 from famba.errors import ConfigError, near_miss
 from famba.fusion import Fusion
+from famba.training.records import flatten as flatten
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _SHOWN = 100  # characters of a value that an error repeats
@@ -191,14 +192,6 @@ def with_added_keys(values: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(found.get(group), Mapping):
             found[group] = {name: value, **found[group]}
     return found
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Map dotted keys to values: {"trainer": {"epochs": 1}} to {"trainer.epochs": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 @cache

@@ -84,6 +84,7 @@ class GraphStep(Step):
     def replay(self) -> None:
         """Replay the graph that ends a step; with one micro-batch that is all of the step."""
         assert self._finish is not None, "the first call of `gradients` captures it"
+        self.changing = True
         self._finish()
 
     def update(self) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
@@ -50,6 +51,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.number, self._at, self.ended = 0, 0.0, False
+        self.when: Callable[[], str] = lambda: ""  # says when the next step ends, where that takes long
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -67,7 +69,7 @@ class StopRequest:
         if not self.number:
             self.number, self._at = number, time.monotonic()
             hint = " (Ctrl-C once more ends at once, without saving)" if number == signal.SIGINT else ""
-            _log.warning("%s: saving at the next step%s", signal.Signals(number).name, hint)
+            _log.warning("%s: saving at the end of this step%s%s", signal.Signals(number).name, self.when(), hint)
         elif number == signal.SIGTERM:
             self.ended = True
         elif number == signal.SIGINT and time.monotonic() - self._at > _SAME_REQUEST_S:

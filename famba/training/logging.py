@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import sys
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,13 +20,16 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from famba.errors import CheckpointError
 from famba.files import write_whole
 from famba.training.config import LoggerConfig
-from famba.training.records import METRICS, duration
+from famba.training.records import METRICS, duration, first_epoch
 from famba.training.run_folder import RunFolder
 
 FILE_ONLY = {"file_only": True}
 """Mark a line that is for train.log alone, as `extra` of a logging call."""
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
+_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}, {rate_fmt}{postfix}]"
+_FIRST_LINE_S, _NEXT_LINE_S = 8.0, 60.0  # after the first batch, and after the line before it
+_SLOW_S = 2.0  # a step that is worth a word
 
 
 class JsonLines:
@@ -32,11 +37,13 @@ class JsonLines:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / METRICS
+        self._first_epoch = first_epoch(self._path)
         self._handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)  # less the umask
 
     def log(self, kind: str, step: int, epoch: int, values: dict[str, Any]) -> None:
-        """Add a line of values after `step` steps, in epoch `epoch`; kind is "train", "epoch" or "schedule"."""
-        line = json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}).encode() + b"\n"
+        """Add a line of values after `step` steps, in `epoch` from 0; kind is "train", "epoch" or "schedule"."""
+        place = {"kind": kind, "step": step, "epoch": epoch + self._first_epoch}
+        line = json.dumps({**place, **values}).encode() + b"\n"
         with self._refused():
             while line:
                 line = line[os.write(self._handle, line) :]
@@ -141,26 +148,76 @@ class Metrics:
 
 
 class Progress:
-    """Show steps, speed and time left by a bar on a terminal."""
+    """Show steps, loss and time left by a bar on a terminal; within ten seconds of the first batch in a line too.
 
-    def __init__(self, total_steps: int, step: int, shown: bool) -> None:
+    left estimates the seconds to the end of the run, None while it cannot.
+    """
+
+    def __init__(self, total_steps: int, step: int, shown: bool, left: Callable[[], float | None]) -> None:
         hidden = None if shown else True  # None: shown on a terminal alone
-        self._bar = tqdm(total=total_steps, initial=step, disable=hidden, unit="step", dynamic_ncols=True)
+        self._bar = tqdm(total=total_steps, initial=step, disable=hidden, bar_format=_BAR, dynamic_ncols=True)
+        self._total, self._left, self._loss, self._shown, self._said = total_steps, left, "", shown, not shown
+        self._first, self._step_began, self._took = 0.0, 0.0, 0.0
+        self._stepped = threading.Event()
+
+    def watched(self, batches: Iterator[T]) -> Iterator[T]:
+        """Yield the batches of an epoch; a first step that takes long is told about while it runs."""
+        self._step_began = time.monotonic()
+        for batch in batches:
+            if not self._first:
+                self._first = self._step_began = time.monotonic()
+                if self._shown:  # from here to the end of the step alone: loaders fork best without threads
+                    threading.Thread(target=self._tell, daemon=True).start()
+            yield batch
+
+    def _tell(self) -> None:
+        wait = _FIRST_LINE_S
+        while not self._stepped.wait(wait):
+            _log.info("the first step has been running for %s", duration(time.monotonic() - self._first))
+            wait = _NEXT_LINE_S
 
     def step(self, step: int, epoch: int, loss: float | None) -> None:
-        if loss is not None:
-            self._bar.set_postfix_str(f"epoch {epoch + 1} loss {loss:.3f}", refresh=False)
+        """Count a step that ended, in an epoch counted from 0; loss: None where it was not looked at."""
+        now = time.monotonic()
+        self._took, self._step_began = now - self._step_began, now
+        self._stepped.set()
+        self._loss = self._loss if loss is None else f", loss {loss:.3f}"
+        left = self._left()
+        ends = "" if left is None else f", about {duration(left)} left with evaluation"
+        self._bar.set_postfix_str(f"epoch {epoch + 1}{self._loss}{ends}", refresh=False)
         self._bar.update(step - self._bar.n)
+        if not self._said and left is not None and (now - self._first > _FIRST_LINE_S / 2 or self._took > _SLOW_S):
+            self._said = True
+            _log.info("step %d of %d%s%s", step, self._total, self._loss, ends)
+
+    def step_end(self) -> str:
+        """Say when the step that is running ends, where that takes long."""
+        running = time.monotonic() - self._step_began
+        if self._first and not self._stepped.is_set() and running > _SLOW_S:
+            return f", the first one, which has been running for {duration(running)}; how long it takes is not known"
+        left = self._took - running
+        return f", in about {duration(left)}" if left > _SLOW_S else ""
 
     def close(self) -> None:
+        """Take the bar away."""
+        self._stepped.set()
         self._bar.close()
+
+
+def top1_text(images: str, values: Mapping[str, Any], prefix: str = "") -> str:
+    """Say Top-1 on the "test" or "validation" images, by the last weights and by averaged and selected ones."""
+    text = f"{images} Top-1 {values[f'{prefix}top1']:.2f} % by the last weights"
+    if values.get(f"{prefix}ema_top1") is not None:
+        text += f", {values[f'{prefix}ema_top1']:.2f} % by their average (EMA)"
+    selected = values.get("selected") or {}
+    if "top1" in selected:
+        text += f", {selected['top1']:.2f} % by those of epoch {selected['epoch']}, which validation selected"
+    return text
 
 
 def epoch_line(epoch: int, epochs: int, images: str, values: Mapping[str, float]) -> str:
     """Describe an epoch, counted from 0: loss, Top-1 on the evaluated images, speed and time."""
-    result = f", {images} Top-1 {values[f'{images}_top1']:.2f} %" if f"{images}_top1" in values else ""
-    if f"{images}_ema_top1" in values:
-        result += f" (EMA {values[f'{images}_ema_top1']:.2f} %)"
+    result = f", {top1_text(images, values, f'{images}_')}" if f"{images}_top1" in values else ""
     seconds = values["time_data_s"] + values["time_step_s"] + values.get("time_eval_s", 0.0)
     speed = f"{values['images_per_s']:.1f} images/s"
     return f"epoch {epoch + 1} of {epochs}: loss {values['train_loss']:.4f}{result}, {speed}, {duration(seconds)}"

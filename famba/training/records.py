@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -54,6 +55,23 @@ def remembered(folder: Path) -> dict[str, str]:
         return {}
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Map dotted keys to values: {"trainer": {"epochs": 1}} to {"trainer.epochs": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def first_epoch(metrics: Path) -> int:
+    """Return the number of the first epoch in metrics.jsonl: 1, but 0 in the files that version 0.1 began."""
+    try:
+        with open(metrics, "rb") as file:
+            return int(json.loads(file.readline())["epoch"] != 0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return 1
+
+
 def duration(seconds: float) -> str:
     """Write seconds for people: "45 s", "12 min", "3 h 20 min", "2 d 4 h"."""
     minutes = round(seconds / 60)
@@ -63,3 +81,17 @@ def duration(seconds: float) -> str:
         return f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def from_cell(cell: str) -> Any:
+    """Return the value that a cell of a row stands for."""
+    try:
+        return json.loads(cell)
+    except ValueError:
+        return cell
+
+
+def to_cell(value: Any) -> str:
+    """Return the cell of a row that stands for a value."""
+    is_plain = isinstance(value, str) and value != "" and from_cell(value) is value
+    return value if is_plain else json.dumps(value, ensure_ascii=False)

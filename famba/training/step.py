@@ -30,6 +30,8 @@ class Step:
 
     masks = False
     """True if a step whose loss or gradient is not finite leaves the state of the step before it."""
+    changing = False
+    """True from where a step begins to change the state until it is counted."""
 
     def __init__(
         self,
@@ -64,7 +66,7 @@ class Step:
 
     def update(self) -> None:
         """Take the optimizer's step, and average the weights."""
-        state = self.state
+        state, self.changing = self.state, True
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 SUMMARY = "summary.json"
-FORMAT = 1
+FORMAT = 2
 
 # NaN and infinity stand for a number that is not known, as in the loss of a run that diverged.
 Number = Annotated[float | None, AfterValidator(lambda value: value if value is None or math.isfinite(value) else None)]
@@ -20,7 +20,8 @@ class Summary:
     """Hold the result of a run, or of its part that is done. None stands for what is not known.
 
     status is running, interrupted (it saved itself), failed or finished; format the version of these fields, 0 for
-    Famba 0.1. top1, top5 and loss are of the test images after the last step, accuracies in percent; ema_ of the
+    Famba 0.1; reading turns the selected epoch of formats up to 1, which counted from 0, into one that counts from 1.
+    top1, top5 and loss are of the test images after the last step, accuracies in percent; ema_ of the
     averaged weights; selected of the weights that validation selected, with their epoch. epoch and step count what is
     done. Times are seconds: train_time_s without evaluation, epoch_time_s means of data, step and evaluation.
     schedule has the tokens removed in each layer, tokens_per_layer those left after each, tokens those before the
@@ -81,6 +82,9 @@ class Summary:
             raise ValueError(f"{start}: {first['msg']}") from None
         if found.format > FORMAT:
             raise ValueError(f"its format is {found.format}, this version of Famba reads up to {FORMAT}; update Famba")
+        selected = found.selected
+        if found.format < 2 and selected is not None and isinstance(selected.get("epoch"), int):
+            return replace(found, format=FORMAT, selected={**selected, "epoch": selected["epoch"] + 1})
         return found
 
     def values(self) -> dict[str, Any]:

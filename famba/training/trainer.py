@@ -33,6 +33,7 @@ from famba.training.logging import Metrics, Progress, epoch_line
 from famba.training.measure import macs_per_image, saved_bytes_per_image
 from famba.training.optimizer import LearningRate, create_optimizer
 from famba.training.provenance import now, provenance
+from famba.training.resume import again
 from famba.training.run_folder import WEIGHTS, RunFolder
 from famba.training.setup import Setup
 from famba.training.step import Step
@@ -42,6 +43,10 @@ from famba.training.weights import start_from
 _log = logging.getLogger(__name__)
 _STALLED_STARTS = 3  # of a job, before it is not requeued again
 _WORTH_SAVING_S = 60.0  # save before an evaluation if more work than this could be lost in it
+
+
+class _DivergedError(TrainingError):
+    """A loss that is not finite: the weights that led to it are not worth going on from."""
 
 
 def new_state(
@@ -114,6 +119,7 @@ class Training:
         waits = self.device.type != "cpu" or self.step.masks
         self._look_every = config.trainer.log_every if waits else 1
         self._unseen: list[Tensor] = []
+        self._compiled: tuple[int, float] | None = None  # steps and seconds, with that of the first step here
 
     def _plan_adapting(self, train: data.Source, epochs: int) -> tuple[frozenset[int], Tensor]:
         """Return the steps before which an adaptive schedule is measured, and the images (n, 3, s, s) for it."""
@@ -155,7 +161,9 @@ class Training:
         """Train to the end and return the summary. Raises Interrupted once a requested stop is saved."""
         self.folder.write_summary(self.summary("running"))
         start, trainer = self._place(), self.config.trainer
-        with contextlib.closing(Progress(self.total_steps, self.state.step, self.process.is_main)) as progress:
+        shown = self.process.is_main
+        with contextlib.closing(Progress(self.total_steps, self.state.step, shown, self._seconds_left)) as progress:
+            self.stop.when = progress.step_end
             try:
                 at_end = self.state.step % self.steps_per_epoch == 0 or self.state.step == self.total_steps
                 if self.state.totals.epoch_open and at_end:  # stopped in the evaluation of an epoch
@@ -170,8 +178,8 @@ class Training:
             except StopAsked as asked:
                 raise self._stopped(asked.signal, start) from None
             except Exception as error:
-                with contextlib.suppress(CheckpointError):
-                    self.saver.wait()
+                if not isinstance(error, _DivergedError):
+                    self._save_after_error()
                 if not devices.out_of_memory(error):
                     raise
                 parts = trainer.accumulation * self.process.world_size
@@ -184,7 +192,8 @@ class Training:
         if first == 0:
             self.state.totals.begin_epoch()
         self.forward.train()
-        with contextlib.closing(self.loaders.train.epoch(epoch, first)) as batches:
+        with contextlib.closing(self.loaders.train.epoch(epoch, first)) as loaded:
+            batches = progress.watched(loaded)
             last = min((epoch + 1) * self.steps_per_epoch, self.total_steps)
             while self.state.step < last:
                 if self.state.step in self.adapt_steps:
@@ -200,6 +209,7 @@ class Training:
         began = time.perf_counter()
         state = self.state
         self.step.schedule_changes()
+        self.step.changing = True  # until the step is done: a run that continues measures again
         adapted, autocast = None, self.setup.autocast
         if self.process.is_main:
             state.model.eval()
@@ -230,6 +240,7 @@ class Training:
         state.step = done
         state.totals.epoch_open = True
         state.totals.add(1, self.step.data_s, time.perf_counter() - begin - self.step.data_s)
+        self.step.changing = False
         if seen is None:
             return None
         if done % self.config.trainer.log_every == 0:
@@ -247,7 +258,7 @@ class Training:
             if not math.isfinite(loss) or not (math.isfinite(norm) or self.state.scaler.is_enabled()):
                 epoch, lr, saved = (step - 1) // self.steps_per_epoch, self.learning_rate.set(step - 1), self._saved[0]
                 kept = f"the last good state is that of step {saved}" if saved else "no earlier state is kept"
-                raise TrainingError(
+                raise _DivergedError(
                     f"the loss is {loss} at step {step} (epoch {epoch + 1}), with learning rate {lr:.3g} and gradient "
                     f"norm {norm:.3g}; {kept}. In a new run_dir, a smaller recipe.lr, recipe.clip_grad=1 or "
                     "trainer.precision=fp32 may help"
@@ -268,6 +279,22 @@ class Training:
         if save:
             self._save()
 
+    def _seconds_left(self) -> float | None:
+        """Estimate the seconds to the end of the run, with evaluations; None while steps compile."""
+        totals, trainer, state = self.state.totals, self.config.trainer, self.state
+        steps, seconds = totals.steps, totals.data_s + totals.step_s
+        if self._compiled is None:
+            self._compiled = (steps, seconds) if trainer.compile or self.device.type == "cuda" else (0, 0.0)
+        if steps == self._compiled[0]:
+            return None
+        step = (seconds - self._compiled[1]) / (steps - self._compiled[0])
+        # Until an evaluation is timed: a forward takes a third of the time of a step.
+        batches = self.trained_on.images[self.loaders.selection_name] / trainer.batch_size
+        guess = step / 3 * batches * (1 if state.ema is None else 2)
+        evaluation = totals.eval_s / totals.evaluations if totals.evaluations else guess
+        left = self.total_steps - state.step
+        return left * step + math.ceil(left / self.steps_per_epoch / trainer.eval_every) * evaluation
+
     # Between epochs
 
     def _finish_epoch(self) -> None:
@@ -284,10 +311,11 @@ class Training:
         }
         if state.step == self.total_steps or (epoch + 1) % trainer.eval_every == 0:
             began = time.perf_counter()
-            totals.evaluated = self._evaluate(self.loaders.selection)
-            values |= {f"{name}_{metric}": value for metric, value in totals.evaluated.items()}
+            results = self._evaluate(self.loaders.selection)
+            values |= {f"{name}_{metric}": value for metric, value in results.items()}
             values["time_eval_s"] = time.perf_counter() - began
-            totals.eval_s += values["time_eval_s"]
+            self.step.changing = True  # until the epoch is saved: a run that continues evaluates again
+            totals.evaluated, totals.eval_s = results, totals.eval_s + values["time_eval_s"]
             totals.evaluations += 1
             top1 = totals.evaluated["top1"]
             # Never by the test images.
@@ -299,6 +327,7 @@ class Training:
         _log.info("%s", epoch_line(epoch, trainer.epochs, name, values))
         totals.epoch_open = False
         self._save(selected)
+        self.step.changing = False
         self.folder.write_summary(self.summary("running"))
 
     def _evaluate(self, batches: Batches) -> dict[str, float]:
@@ -367,7 +396,8 @@ class Training:
         values: dict[str, Any] = {"status": status, "format": FORMAT, "updated": now(), "provenance": self.provenance}
         values |= {"model": config.model.name, "data": config.data.name, "strategy": config.fusion.strategy}
         values |= {name: results.get(name) for name in ("top1", "top5", "loss", "ema_top1", "ema_top5")}
-        values |= {"selected": totals.best or None, "started_from": totals.started_from or None}
+        best = {**totals.best, "epoch": totals.best["epoch"] + 1} if totals.best else None  # people count from 1
+        values |= {"selected": best, "started_from": totals.started_from or None}
         values |= {"epoch": state.step // self.steps_per_epoch, "epochs": config.trainer.epochs}
         values |= {"step": state.step, "steps": self.total_steps, "epoch_time_s": times}
         values |= {"train_time_s": train_time, "eval_time_s": totals.eval_s}
@@ -402,6 +432,20 @@ class Training:
             about = {"config": plain(self.config), "data": self.trained_on.as_dict(), "computed": self.computed}
             self.saver.save({**about, "world_size": self.process.world_size, **self.state.content()}, write)
 
+    def _save_after_error(self) -> None:
+        """Save what was computed, if an error came between two steps; say from where the run can go on."""
+        with contextlib.suppress(Exception):  # the error that ended the run is the one to show
+            self.saver.wait()
+        with contextlib.suppress(Exception):
+            if not self.step.changing and self._place() != self._saved:
+                if self.process.world_size == 1:
+                    self._take_losses(self.state.step)
+                if not self._unseen:  # which may not be finite, and others may not answer to add them up
+                    self._save()
+                    self.saver.wait()
+        if self.folder.writes and (kept := self.folder.checkpoints.newest_first()):
+            _log.info("saved after step %d; to go on from there: %s", int(kept[0].stem[5:]), again(self.folder.path))
+
     def _stopped(self, number: int, start: tuple[int, bool]) -> Interrupted:
         """Save if that is not done yet, in all processes before any of them ends; start: the place at the start."""
         if self._place() != self._saved:
@@ -411,7 +455,7 @@ class Training:
         self.process.wait_for_all()
         path, step = self.folder.checkpoints.path(self.state.step), self.state.step
         stopped = f"stopped after step {step} of {self.total_steps}, saved in {path}"
-        result = Interrupted(f"{stopped}; the same command with run_dir={self.folder.path} continues", number)
+        result = Interrupted(f"{stopped}; to continue: {again(self.folder.path)}", number)
         if result.goes_on and self._place() == start == (0, False) and interrupts.restarts() >= _STALLED_STARTS - 1:
             raise TrainingError(f"stopped {_STALLED_STARTS} times before the first step; raise the job's time limit")
         return result
