@@ -90,6 +90,17 @@ def test_classes_are_told_apart_in_a_table_and_a_confusion_matrix(
     assert "name a folder for them by --out FOLDER" in capsys.readouterr().err
 
 
+def test_a_smaller_network_is_evaluated_beside_it(upper: Trained, tmp_path: Path, capsys: Printed) -> None:
+    smaller = run(tmp_path / "smaller", "model.depth=1", "trainer.max_steps=2")
+    found = results_of(capsys, tmp_path, str(upper[0]), "--beside", str(tmp_path / "smaller"))
+    row = found["results"][-1]
+    assert (row["top1"], row["macs_per_image"], row["own"]) == (smaller["top1"], smaller["macs_per_image"], False)
+    assert row["label"].startswith("none, run")
+    assert row["difference"] == pytest.approx(smaller["top1"] - upper[1]["top1"])
+    assert famba(["evaluate", str(upper[0]), "--beside", "vim_micro_patch4_32"]) == 2
+    assert "it differs in classes, class_names" in capsys.readouterr().err
+
+
 def test_a_subset_is_a_sample_of_the_test_images(upper: Trained, tmp_path: Path, capsys: Printed) -> None:
     found = results_of(capsys, tmp_path, str(upper[0]), "--subset", "30", "--batch-size", "8")
     assert (found["images"], found["batch_size"]) == (30, 8)

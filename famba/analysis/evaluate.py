@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -26,6 +27,7 @@ from famba.analysis.trained import Trained, load_trained
 from famba.analysis.variants import Variant, label_variants, own, unfused, variants
 from famba.errors import ConfigError, FambaError, TrainingError, check_choice, named, some
 from famba.fusion import tokens_per_layer
+from famba.models import Backbone
 from famba.training.config import RunConfig
 from famba.training.devices import choose_precision, out_of_memory, synchronize
 from famba.training.evaluation import Tally
@@ -42,11 +44,13 @@ Source = data.Source
 class Request:
     """Hold an evaluation that can begin.
 
-    variants: first the one that the network was trained with, to which the others are compared. config: of the run.
-    root: the folder that holds its images. subset: None for all.
+    variants: first the one that the network was trained with, to which the others are compared. beside: other networks
+    for the same images, such as smaller ones. config: of the run. root: the folder that holds its images. subset: None
+    for all.
     """
 
     trained: Trained
+    beside: tuple[Trained, ...]
     variants: tuple[Variant, ...]
     config: RunConfig
     root: str | None
@@ -56,11 +60,12 @@ class Request:
     autocast: torch.dtype | None
 
     @torch.no_grad()
-    def infer(self, variant: Variant, images: Tensor) -> Tensor:
+    def infer(self, model: Backbone, variant: Variant, images: Tensor) -> Tensor:
         """Return the logits (b, classes) of images (b, 3, s, s) on the device, in the precision that was asked for."""
-        variant.put_into(self.trained.model)
+        variant.put_into(model)
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            return self.trained.model(images)
+            logits: Tensor = model(images)
+        return logits
 
 
 @dataclass(frozen=True)
@@ -102,13 +107,26 @@ def check(options: argparse.Namespace) -> Request:
         data.check_folder(name, root, trained.reading.version)
     compared = tuple(dict.fromkeys([first, *found]))
     size = options.batch_size or config.trainer.batch_size // config.trainer.accumulation
-    return Request(trained, compared, config, root, options.subset, size, device, autocast)
+    beside = tuple(_beside(trained, path.strip()) for path in (options.beside or "").split(",") if path.strip())
+    return Request(trained, beside, compared, config, root, options.subset, size, device, autocast)
+
+
+def _beside(trained: Trained, path: str) -> Trained:
+    """Load a network to evaluate beside another. Raises ConfigError where it reads images or classes otherwise."""
+    other = load_trained(path)
+    names = ("image_size", "mean", "std", "classes", "class_names")
+    if differing := [name for name in names if getattr(other, name) != getattr(trained, name)]:
+        told = f"it differs in {', '.join(differing)}; give networks that were trained for the same images"
+        raise ConfigError(f"--beside {path} cannot be compared with {trained.source}: {told}")
+    return other
 
 
 @dataclass
 class _Contestant:
     """Collect the results of one variant. pairs: for each batch the labels and the classes ranked first (2, b)."""
 
+    label: str
+    model: Backbone
     variant: Variant
     tally: Tally
     times: list[tuple[int, float]] = field(default_factory=list)
@@ -155,13 +173,18 @@ def evaluate(request: Request) -> Evaluation:
     memory.
     """
     source = _source(request)
-    model, size = request.trained.model.to(request.device), request.trained.image_size
-    contestants, macs = [_Contestant(variant, Tally(request.device)) for variant in request.variants], list[int]()
+    size, macs = request.trained.image_size, list[int]()
+    asked = list(zip(label_variants(request.variants), itertools.repeat(request.trained), request.variants))
+    asked += [(f"{other.strategy}, {other.source}", other, replace(own(other), own=False)) for other in request.beside]
+    contestants = [
+        _Contestant(label, trained.model.to(request.device), variant, Tally(request.device))
+        for label, trained, variant in asked
+    ]
     try:
         interrupted = _race(request, contestants, source)
-        for variant in request.variants:
-            variant.put_into(model)
-            macs.append(macs_per_image(model, size))
+        for one in contestants:
+            one.variant.put_into(one.model)
+            macs.append(macs_per_image(one.model, size))
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -169,16 +192,17 @@ def evaluate(request: Request) -> Evaluation:
     first = contestants[0].right
     rows = [
         {
-            "label": label,
+            "label": one.label,
             **asdict(replace(one.variant.fusion, budget=one.variant.removed)),
             "schedule": one.variant.schedule,
             "own": one.variant.own,
             "removed": one.variant.removed,
-            "tokens_per_layer": tokens_per_layer(one.variant.schedule, model.num_tokens),
+            "patches": one.model.num_patches,
+            "tokens_per_layer": tokens_per_layer(one.variant.schedule, one.model.num_tokens),
             **one.row(first),
             "macs_per_image": count,
         }
-        for label, one, count in zip(label_variants(request.variants), contestants, macs, strict=True)
+        for one, count in zip(contestants, macs, strict=True)
     ]
     return Evaluation(request, rows, len(first), interrupted, contestants[0].confusion(request.trained.classes))
 
@@ -202,11 +226,11 @@ def _race(request: Request, contestants: list[_Contestant], source: Source) -> b
     with StopRequest() as stop, tqdm(total=len(source), unit="image", file=sys.stderr, leave=False) as bar:
         for images, classes in _batches(request, source):
             for one in contestants if not done else ():  # what is compiled, tuned or allocated once
-                request.infer(one.variant, images)
+                request.infer(one.model, one.variant, images)
             for one in contestants:
                 synchronize(device)
                 began = time.perf_counter()
-                logits = request.infer(one.variant, images)
+                logits = request.infer(one.model, one.variant, images)
                 synchronize(device)
                 one.add(logits, classes, time.perf_counter() - began)
             done += len(classes)
@@ -277,6 +301,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         parser,
         "the schedule that the model was trained with is always evaluated, and beside any other that without fusion",
     )
+    text = "other runs or weights, as they were trained, on the same images: such as a smaller network of the same cost"
+    add("--beside", metavar="CHECKPOINT[,...]", help=text)
     add("--batch-size", type=count, metavar="N", help="images at once (default: as the run's)")
     add("--precision", metavar="NAME", help="auto, fp32, bf16 or fp16 (default: as the run's)")
     add("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or mps")
@@ -302,11 +328,11 @@ def run(options: argparse.Namespace) -> int:
 
 def table(evaluation: Evaluation) -> str:
     """Return a line for each way of fusing, and what it was evaluated on, as text."""
-    patches, several = evaluation.request.trained.model.num_patches, len(evaluation.rows) > 1
+    several = len(evaluation.rows) > 1
     rows = [
         {
             "fusion": f"{row['label']} *" if row["own"] else row["label"],
-            "removed": f"{row['removed']} of {patches}",
+            "removed": f"{row['removed']} of {row['patches']}",
             "Top-1 %": f"{row['top1']:.2f}",
             "95 % interval": f"{row['top1_low95']:.2f} to {row['top1_high95']:.2f}",
             **({"difference to *": _difference(row)} if several else {}),
