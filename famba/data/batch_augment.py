@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,10 +24,10 @@ from torchvision.transforms import functional as vision
 from famba.data.batch_operations import OPERATIONS, Geometry, column, erase
 from famba.data.batch_policy import DRAWS, Array, Policy, Step, jitter
 from famba.data.batch_resample import BOX_DRAWS, crop, random_boxes
-from famba.data.draws import Stream, uniforms, words
+from famba.data.draws import Stream, sent, uniforms, words
 
 if TYPE_CHECKING:
-    from famba.data.augment import AugmentationOptions, Images
+    from famba.data.augment import AugmentationOptions
 
 _BOXES, _POLICY, _JITTER, _ERASING, _NOISE = range(5)  # parts of the stream of draws
 _ATTEMPTS = 10
@@ -58,8 +58,8 @@ class Draws:
 
     def to(self, device: torch.device) -> Draws:
         """Return the same on a device, without waiting for it."""
-        boxes, flip = (x.to(device, non_blocking=True) for x in (self.boxes, self.flip))
-        erasing = self.erasing and Erasing(*(x.to(device, non_blocking=True) for x in vars(self.erasing).values()))
+        boxes, flip = sent(self.boxes, device), sent(self.flip, device)
+        erasing = self.erasing and Erasing(*(sent(x, device) for x in vars(self.erasing).values()))
         return Draws(boxes, flip, tuple(step.to(device) for step in self.steps), erasing)
 
 
@@ -96,22 +96,20 @@ class BatchAugmentation:
         geometry = Geometry((red, green, blue), options.interpolation)
         return cls(options, image_size, tuple(mean), tuple(std), seed, policy, geometry, dtype)
 
-    def __call__(self, images: Images, epoch: int, start: int) -> Float[Tensor, "b 3 s s"]:
-        """Augment uint8 (b, 3, h, w), on its device, or RGB images, at positions start, start + 1, ... of the epoch.
+    def __call__(self, images: Tensor, epoch: int, start: int, cropped: bool = False) -> Float[Tensor, "b 3 s s"]:
+        """Augment uint8 (b, 3, h, w), on its device, at positions start, start + 1, ... of the epoch.
 
-        RGB images go without `crop_padding` alone.
+        cropped: whether the images went through `crop_each` before.
         """
-        given = images if isinstance(images, Tensor) else list(images)
-        device = given.device if isinstance(given, Tensor) else torch.device("cpu")
-        done = torch.empty(len(given), 3, self.size, self.size, dtype=self.dtype, device=device)
-        at_once = _AT_ONCE if device.type == "cpu" else len(given)
-        for first in range(0, len(given), at_once):
-            part, place, position = given[first : first + at_once], done[first : first + at_once], start + first
-            if isinstance(part, Tensor):
-                self._apply(part, self.draw(epoch, position, len(part), *part.shape[2:]).to(device), place)
+        done = torch.empty(len(images), 3, self.size, self.size, dtype=self.dtype, device=images.device)
+        at_once = _AT_ONCE if images.device.type == "cpu" else len(images)
+        for first in range(0, len(images), at_once):
+            part, place = images[first : first + at_once], done[first : first + at_once]
+            draws = self.draw(epoch, start + first, len(part), *part.shape[2:]).to(images.device)
+            if cropped:
+                self.finish(place.copy_(part), draws)
             else:
-                place.copy_(self.crop_each(part, epoch, position))
-                self.finish(place, self.draw(epoch, position, len(part), self.size, self.size))
+                self.apply(part, draws, place)
         return done
 
     def draw(self, epoch: int, start: int, count: int, height: int, width: int) -> Draws:
@@ -120,13 +118,16 @@ class BatchAugmentation:
         steps = tuple(self._steps(epoch, start, count))
         return Draws(torch.from_numpy(boxes), torch.from_numpy(flip), steps, self._erasing(epoch, start, count))
 
-    def apply(self, images: UInt8[Tensor, "b 3 h w"], draws: Draws) -> Float[Tensor, "b 3 s s"]:
-        """Augment images by draws on the same device."""
-        out = torch.empty(len(images), 3, self.size, self.size, dtype=self.dtype, device=images.device)
-        return self._apply(images, draws, out)
+    def apply(
+        self, images: UInt8[Tensor, "b 3 h w"], draws: Draws, out: Tensor | None = None
+    ) -> Float[Tensor, "b 3 s s"]:
+        """Augment images by draws on the same device; out: of `crop`."""
+        padding, interpolation = self.options.crop_padding or 0, self.options.interpolation
+        return self.finish(crop(images, draws.boxes, draws.flip, self.size, interpolation, padding, out), draws)
 
-    def crop_each(self, images: Sequence[Image.Image], epoch: int, start: int) -> Tensor:
+    def crop_each(self, images: Iterable[Image.Image], epoch: int, start: int) -> UInt8[Tensor, "b 3 s s"]:
         """Crop, scale and flip RGB images of any size one by one by Pillow, as a batch without padding."""
+        images = list(images)
         mode = InterpolationMode(self.options.interpolation)
         boxes, flip = self._crops(epoch, start, *np.array([(image.height, image.width) for image in images]).T)
         done = []
@@ -146,10 +147,6 @@ class BatchAugmentation:
             part = images.index_select(0, erasing.rows)
             images.index_copy_(0, erasing.rows, erase(part, erasing.boxes, self._content(erasing, part)))
         return images
-
-    def _apply(self, images: Tensor, draws: Draws, out: Tensor) -> Tensor:
-        padding, interpolation = self.options.crop_padding or 0, self.options.interpolation
-        return self.finish(crop(images, draws.boxes, draws.flip, self.size, interpolation, padding, out), draws)
 
     def _uniforms(self, part: int, epoch: int, start: int, count: int, numbers: int) -> Array:
         return uniforms(Stream.BATCH, (self.seed, part), epoch, start, count, numbers)

@@ -59,7 +59,7 @@ class ArraySource:
         if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
             found = f"{self.labels.dtype} {tuple(self.labels.shape)}"
             raise DataError(f"labels must be int64 ({len(self.images)},), not {found}.")
-        check_labels(self.labels.numpy(), self.num_classes, "image {}".format)
+        check_labels(self.labels.cpu().numpy(), self.num_classes, "image {}".format)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -67,6 +67,15 @@ class ArraySource:
     def image(self, index: int) -> Image.Image:
         """Return one image as RGB."""
         return vision.to_pil_image(self.images[index])
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes that the images and labels take."""
+        return self.images.nbytes + self.labels.nbytes
+
+    def to(self, device: torch.device) -> ArraySource:
+        """Return the same images on a device."""
+        return ArraySource(self.images.to(device), self.labels.to(device), self.num_classes)
 
 
 @dataclass(frozen=True, eq=False)

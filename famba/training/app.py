@@ -18,6 +18,7 @@ from famba.ops.registry import AUTO, explain
 from famba.training import interrupts
 from famba.training.compose import Command, help_text
 from famba.training.config import RunConfig, flatten, plain
+from famba.training.devices import has_bf16
 from famba.training.distributed import Process, start_process, world_size
 from famba.training.interrupts import Interrupted, StopRequest
 from famba.training.logging import FILE_ONLY, log_to
@@ -135,6 +136,8 @@ def _announce(config: RunConfig, setup: Setup, folder: RunFolder) -> None:
     _log.info("run folder: %s", folder.path)
     _log.info("%s at %d x %d, fusion %s: %s", config.model.name, size, size, config.fusion.strategy, counts)
     _log.info("device %s, %s, ops by %s", setup.device, precision, explain(setup.device.type, setup.dtype))
+    if setup.device.type == "cuda" and setup.autocast is None and has_bf16(setup.device):
+        _log.info("trainer.precision=bf16 would be faster on this GPU, with other rounding")
 
 
 def _leave(training: Training, stopped: Interrupted) -> None:

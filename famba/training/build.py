@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from math import inf
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from famba.training.distributed import Process
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Images (b, 3, h, w) and labels (b,)."""
 _log = logging.getLogger(__name__)
+_SHARE_OF_MEMORY = 0.25  # of a GPU's free memory, that images may take
 
 
 def check_model(config: RunConfig) -> None:
@@ -100,19 +102,34 @@ def load_splits(config: RunConfig) -> data.Splits:
 
 @dataclass(frozen=True)
 class Loaders:
-    """Hold the batches of this process; selection is evaluated in every epoch, and named "validation" or "test"."""
+    """Hold the batches of this process; selection is evaluated at the end, and named "validation" or "test".
+
+    in_training is what evaluations before the last one take of it.
+    """
 
     train: data.TrainBatches
     selection_name: str
     selection: Batches
+    in_training: Batches
     test: Batches
 
 
 def make_loaders(config: RunConfig, image_size: int, splits: data.Splits, process: Process) -> Loaders:
     """Build the loaders of one process; image_size in pixels."""
-    trainer = config.trainer
+    trainer, device = config.trainer, process.device
+    count = trainer.eval_images
+    if count is not None and splits.validation is not None:
+        raise ConfigError(
+            f"trainer.eval_images={count} is how many test images evaluations take, but this run evaluates validation "
+            "images, to select by all of them; leave it out"
+        )
+    on_gpu = device.type == "cuda" and config.data.device != "cpu"
+    if on_gpu:
+        free = torch.cuda.mem_get_info(device)[0]
+        splits = resident(splits, device, config.recipe.augmentation, inf if config.data.device == "cuda" else free)
     shared = {**_transform(config, image_size), "rank": process.rank, "world_size": process.world_size}
-    shared |= {"workers": config.data.workers, "pin_memory": process.device.type == "cuda"}
+    shared |= {"workers": config.data.workers, "device": device}
+    shared |= {"finish_on": device if on_gpu else torch.device("cpu")}
     with named({"batch_size": "trainer.batch_size", "repeats": "recipe.repeats"}):
         train = data.train_batches(
             splits.train,
@@ -124,9 +141,27 @@ def make_loaders(config: RunConfig, image_size: int, splits: data.Splits, proces
         )
     size = trainer.batch_size // (process.world_size * trainer.accumulation)
     test = data.eval_batches(splits.test, batch_size=size, **shared)
-    if splits.validation is None:
-        return Loaders(train, "test", test, test)
-    return Loaders(train, "validation", data.eval_batches(splits.validation, batch_size=size, **shared), test)
+    if splits.validation is not None:
+        validation = data.eval_batches(splits.validation, batch_size=size, **shared)
+        return Loaders(train, "validation", validation, validation, test)
+    if count is None or count >= len(splits.test):
+        return Loaders(train, "test", test, test, test)
+    part = data.sample(splits.test, count, config.data.version)
+    return Loaders(train, "test", test, data.eval_batches(part, batch_size=size, **shared), test)
+
+
+def resident(splits: data.Splits, device: torch.device, augmentation: str, free_bytes: float) -> data.Splits:
+    """Put images that are held in memory on a GPU if they take at most a quarter of its free bytes.
+
+    augmentation: "timm" takes training images on the host.
+    """
+    parts = {name: part for name, part in vars(splits).items() if isinstance(part, data.ArraySource)}
+    moved = {name: part for name, part in parts.items() if name != "train" or augmentation == "batch"}
+    size = sum(part.nbytes for part in moved.values())
+    if not moved or size > _SHARE_OF_MEMORY * free_bytes:
+        return splits
+    _log.info("%s images lie on %s: %d MB", " and ".join(moved), device, size // 10**6)
+    return replace(splits, **{name: part.to(device) for name, part in moved.items()})
 
 
 def load_images(config: RunConfig, image_size: int, source: data.Source) -> Tensor:

@@ -56,6 +56,8 @@ def prepare(config: RunConfig, processes: int | None = None) -> Setup:
     autocast = choose_precision(config.trainer.precision, device)
     backend = check_backend(config.ops.backend, device, autocast or torch.float32)
     check_cuda_graphs(config, device, processes or world_size(), backend)
+    if config.data.device == "cuda" != device.type:
+        raise ConfigError(f"data.device=cuda, but the training runs on {device.type}; leave data.device at auto")
     _check_data(config)
     check_batch(config, processes or world_size())
     _check_schedules(config)

@@ -284,7 +284,8 @@ class Training:
         }
         if state.step == self.total_steps or (epoch + 1) % trainer.eval_every == 0:
             began = time.perf_counter()
-            totals.evaluated = self._evaluate(self.loaders.selection)
+            at_end = state.step == self.total_steps
+            totals.evaluated = self._evaluate(self.loaders.selection if at_end else self.loaders.in_training)
             values |= {f"{name}_{metric}": value for metric, value in totals.evaluated.items()}
             values["time_eval_s"] = time.perf_counter() - began
             totals.eval_s += values["time_eval_s"]
