@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import pickle
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from images_and_loaders import (
 )
 from PIL import Image
 
-from famba.data import ArraySource, Augmentation, Batch, Source, labels_of
+from famba.data import ArraySource, Augmentation, Batch, Source, labels_of, loader
 from famba.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -220,6 +222,7 @@ def test_evaluation_covers_each_image_once(folder: Source, world_size: int, work
         joined = [batch for share in shares for batch in share]
         assert_same([join(joined)], evaluation(source, batch_size=100))
         assert labels_in(joined) == labels_of(source).tolist()
+        assert [len(share) for share in shares] == [len(list(share)) for share in shares]
         assert_same(shares[-1], shares[-1])
 
 
@@ -240,3 +243,101 @@ def test_evaluation_keeps_the_shape_of_what_it_scales(folder: Source) -> None:
     tall = folder.image(8)  # 12 wide, 18 high
     expected = np.asarray(tall.resize((6, 9), Image.Resampling.BILINEAR))[2:8].transpose(2, 0, 1)
     assert np.abs(images[8].numpy() * 255 - expected).max() < 1.5
+
+
+@BOTH
+def test_images_finished_on_another_device_are_the_same(
+    folder: Source, augmentation: Augmentation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process finishes what workers read, as for a GPU; nothing is sent, so that a CPU can stand in for it."""
+    monkeypatch.setattr(loader, "sent", lambda values, device: values)
+    for source in (arrays(18), folder):
+        for workers in (0, 2):
+            options = {"workers": workers, "image_size": 11, "finish_on": torch.device("cuda")}
+            here = training(source, augmentation, image_size=11)
+            assert_same(training(source, augmentation, **options).epoch(1, 1), here.epoch(1, 1))
+            assert_same(evaluation(source, augmentation, **options), evaluation(source, augmentation, image_size=11))
+
+
+class Stream:
+    """A stream of a GPU that notes what it is asked for; so does a part of a batch."""
+
+    def __init__(self, said: list[str], name: str) -> None:
+        self.said, self.name = said, name
+
+    def wait_stream(self, other: Stream) -> None:
+        self.said.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event: str) -> None:
+        self.said.append(f"{self.name} waits for {event}")
+
+    def record_event(self) -> str:
+        return self.said[-1]
+
+    def record_stream(self, stream: Stream) -> None:
+        self.said.append(f"{self.name} is kept for {stream.name}")
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What two streams are asked for, in order."""
+    said: list[str] = []
+
+    @contextlib.contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        said.append(f"on {stream.name}")
+        yield
+        said.append("back")
+
+    monkeypatch.setattr(loader, "_second_stream", lambda device: Stream(said, "second"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(said, "first"))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    return said
+
+
+def prepared(said: list[str], count: int) -> Any:
+    try:
+        for number in range(count):
+            said.append(f"batch {number}")
+            yield (Stream(said, f"part of {number}"),)
+    finally:
+        said.append("closed")
+
+
+def test_a_batch_is_prepared_on_a_second_stream_before_the_one_before_it_is_handed_over(said: list[str]) -> None:
+    for (part,) in loader.ahead(prepared(said, 2), torch.device("cuda")):
+        said.append(f"step on {part.name}")  # type: ignore[attr-defined]
+    assert said == [
+        "second waits for first",
+        *("on second", "batch 0", "back"),
+        *("on second", "batch 1", "back"),
+        *("first waits for batch 0", "part of 0 is kept for first", "step on part of 0"),
+        *("on second", "closed", "back"),
+        *("first waits for batch 1", "part of 1 is kept for first", "step on part of 1"),
+    ]
+
+
+def test_what_prepares_batches_ends_with_who_takes_them(said: list[str]) -> None:
+    batches = loader.ahead(prepared(said, 9), torch.device("cuda"))
+    next(batches)
+    batches.close()
+    assert said[-1] == "closed"
+    assert list(loader.ahead(prepared(said, 0), torch.device("cuda"))) == []
+
+
+@pytest.mark.parametrize(("cores", "processes", "workers"), [(12, 1, 12), (12, 4, 3), (64, 2, 16), (2, 4, 1)])
+def test_workers_take_the_cores_of_this_process(
+    monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, workers: int
+) -> None:
+    monkeypatch.setattr("joblib.cpu_count", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert loader.default_workers() == workers
+
+
+def test_workers_start_by_themselves_where_they_are_needed(monkeypatch: pytest.MonkeyPatch, folder: Source) -> None:
+    monkeypatch.setattr(loader, "default_workers", lambda: 3)
+    for source, augmentation, count in ((arrays(), BATCH, 0), (arrays(), TIMM, 3), (folder, BATCH, 3)):
+        epoch = training(source, augmentation, batch_size=2, workers="auto").epoch(0)
+        next(epoch)
+        assert len(multiprocessing.active_children()) == count
+        epoch.close()

@@ -181,7 +181,11 @@ def _tables(runs: pd.DataFrame, left_out: list[tuple[str, str, str]]) -> list[Ta
     tables = []
     for key, own in runs.groupby(_MODEL):
         alike = runs.loc[runs["model"] == key[0], _MODEL].nunique() > 1
-        told = [f"{_short(name)} {key[i] or 'as registered'}" for i, name in enumerate(_MODEL) if alike[name]]
+        told = [
+            f"{name.removeprefix('config.model.')} {key[i] or 'as registered'}"
+            for i, name in enumerate(_MODEL)
+            if alike[name]
+        ]
         chosen = _largest(own, what)
         first, others = chosen.iloc[0], own.drop(chosen.index)
         left_out += [("other", run["run"], _differences(first[what], run)) for _, run in others.iterrows()]

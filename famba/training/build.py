@@ -155,7 +155,7 @@ def resident(splits: data.Splits, device: torch.device, augmentation: str, free_
 
     augmentation: "timm" takes training images on the host.
     """
-    parts = {name: part for name, part in vars(splits).items() if isinstance(part, data.ArraySource)}
+    parts: dict[str, Any] = {name: x for name, x in vars(splits).items() if isinstance(x, data.ArraySource)}
     moved = {name: part for name, part in parts.items() if name != "train" or augmentation == "batch"}
     size = sum(part.nbytes for part in moved.values())
     if not moved or size > _SHARE_OF_MEMORY * free_bytes:
