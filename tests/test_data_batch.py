@@ -65,7 +65,7 @@ def uniform(*shape: int) -> Any:
 
 
 def augmentation(options: AugmentationOptions = PAPER, size: int = 48, **changes: Any) -> BatchAugmentation:
-    return BatchAugmentation.of(options, size, (0.5, 0.25, 0.75), (0.25, 0.5, 0.2), 7, **changes)
+    return BatchAugmentation(options, size, (0.5, 0.25, 0.75), (0.25, 0.5, 0.2), 7, **changes)
 
 
 def assert_same_distribution(one: Any, other: Any) -> None:
@@ -268,7 +268,7 @@ class Files:
 def test_the_loader_augments_whole_batches_from_memory_and_from_files(padding: int | None) -> None:
     pixels = tensor_of(photos(24, 48, 48))
     options = Augmentation(**{**vars(PAPER), "crop_padding": padding, "kind": "batch"})
-    one = BatchAugmentation.of(options, 48, (0.0,) * 3, (1.0,) * 3, 3)
+    one = BatchAugmentation(options, 48, (0.0,) * 3, (1.0,) * 3, 3)
     for source in (ArraySource(pixels, torch.arange(24), 24), Files(pixels)):
         ((images, labels),) = training(source, options, image_size=48, batch_size=24).epoch(0)
         away = (images - one(pixels[labels], 0, 0)).abs() * 255
@@ -279,7 +279,7 @@ def test_crops_with_padding_are_those_of_the_loader() -> None:
     source = ArraySource(tensor_of(photos(40, 16, 16)), torch.arange(40), 40)
     options = replace(PLAIN, crop_padding=3, hflip=0.5)
     ((images, labels),) = training(source, options, image_size=16, batch_size=40).epoch(0)
-    one = BatchAugmentation.of(options, 16, (0.0,) * 3, (1.0,) * 3, 3)
+    one = BatchAugmentation(options, 16, (0.0,) * 3, (1.0,) * 3, 3)
     assert torch.allclose(one(source.images[labels], 0, 0), images, atol=1e-6)
 
 

@@ -323,21 +323,3 @@ def test_what_prepares_batches_ends_with_who_takes_them(said: list[str]) -> None
     batches.close()
     assert said[-1] == "closed"
     assert list(loader.ahead(prepared(said, 0), torch.device("cuda"))) == []
-
-
-@pytest.mark.parametrize(("cores", "processes", "workers"), [(12, 1, 12), (12, 4, 3), (64, 2, 16), (2, 4, 1)])
-def test_workers_take_the_cores_of_this_process(
-    monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, workers: int
-) -> None:
-    monkeypatch.setattr("joblib.cpu_count", lambda: cores)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    assert loader.default_workers() == workers
-
-
-def test_workers_start_by_themselves_where_they_are_needed(monkeypatch: pytest.MonkeyPatch, folder: Source) -> None:
-    monkeypatch.setattr(loader, "default_workers", lambda: 3)
-    for source, augmentation, count in ((arrays(), BATCH, 0), (arrays(), TIMM, 3), (folder, BATCH, 3)):
-        epoch = training(source, augmentation, batch_size=2, workers="auto").epoch(0)
-        next(epoch)
-        assert len(multiprocessing.active_children()) == count
-        epoch.close()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from famba.analysis.visualize import normalized, read_images
 from famba.cli import main as famba
-from famba.data import train_batches
+from famba.data import Loading, train_batches
 from famba.data.augment import evaluation_scaling
 from famba.data.folders import in_order
 from famba.export import export
@@ -98,15 +98,10 @@ def test_training_sees_them_too(trained: Path) -> None:
     (batch,) = train_batches(
         load_splits(one.config).test,
         one.scaling.__class__(**{**vars(one.scaling), "kind": "batch", "crop_padding": 0, "hflip": 0.0}),
-        image_size=32,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
+        Loading(32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
         seed=0,
         batch_size=12,
         accumulation=1,
-        rank=0,
-        world_size=1,
-        workers=0,
         repeats=1,
     ).epoch(0)
     scaling = evaluation_scaling(one.scaling.__class__(**{**vars(one.scaling), "eval_crop": 1.0}), 32)

@@ -22,6 +22,7 @@ from famba.training import provenance, step, trainer
 from famba.training.build import load_splits, make_loaders, resident
 from famba.training.checkpoint import TrainedOn, load
 from famba.training.compose import compose
+from famba.training.devices import loading_workers
 from famba.training.distributed import Process
 from famba.training.evaluation import evaluate
 from famba.training.measure import macs_per_image, saved_bytes_per_image
@@ -109,13 +110,13 @@ def test_evaluations_before_the_last_take_some_images_of_each_class(tmp_path: Pa
     first, last = (line["test_top1"] for line in metrics(tmp_path) if line["kind"] == "epoch")
     assert 7 * first / 100 == pytest.approx(round(7 * first / 100))
     assert 360 * last / 100 == pytest.approx(round(360 * last / 100), abs=1e-3)
-    with pytest.raises(ConfigError, match="trainer.eval_images=20 .* validation images"):
+    with pytest.raises(ConfigError, match="trainer.eval_images=20 is for test images"):
         run(tmp_path / "selected", "trainer.eval_images=20", "data.val_fraction=0.5", "trainer.batch_size=12")
 
 
 def test_images_lie_on_the_device_if_they_fit_and_are_augmented_there() -> None:
     splits = load_splits(compose([*TINY, "run_dir=unused"]))
-    size, cpu = sum(part.nbytes for part in (splits.train, splits.test)), torch.device("cpu")  # type: ignore[union-attr]
+    size, cpu = sum(part.images.nbytes for part in (splits.train, splits.test)), torch.device("cpu")  # type: ignore[union-attr]
     assert resident(splits, cpu, "batch", 4 * size - 1) is splits
     moved = resident(splits, cpu, "batch", 4 * size)
     assert moved.train is not splits.train
@@ -123,6 +124,16 @@ def test_images_lie_on_the_device_if_they_fit_and_are_augmented_there() -> None:
     moved = resident(splits, cpu, "timm", 4 * size)
     assert moved.train is splits.train
     assert moved.test is not splits.test
+
+
+@pytest.mark.parametrize(("cores", "processes", "workers"), [(12, 1, 12), (12, 4, 3), (64, 2, 16), (2, 4, 1)])
+def test_workers_take_the_cores_of_this_process(
+    monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, workers: int
+) -> None:
+    monkeypatch.setattr("joblib.cpu_count", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert loading_workers("auto") == workers
+    assert loading_workers(3) == 3
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

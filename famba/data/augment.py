@@ -170,7 +170,7 @@ def training_transform(augmentation: Augmentation, image_size: int, normalize: N
     if augmentation.kind == "timm":
         one = timm_transform(augmentation, image_size, normalize.mean, normalize.std)
         return Transform(partial(_each, one, seed), unchanged, None)
-    whole = BatchAugmentation.of(augmentation, image_size, normalize.mean, normalize.std, seed)
+    whole = BatchAugmentation(augmentation, image_size, normalize.mean, normalize.std, seed)
     if augmentation.crop_padding is None:
         return Transform(whole.crop_each, partial(whole, cropped=True), whole)
     scaling = Scaling(image_size, image_size, augmentation.interpolation)

@@ -67,34 +67,17 @@ class Draws:
 class BatchAugmentation:
     """Augments the training images of one run in whole batches."""
 
-    options: AugmentationOptions
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    options: AugmentationOptions  # where `crop_padding` is None, boxes are those of a random resized crop
+    size: int  # side of the results in pixels
+    mean: Sequence[float]  # of the colours, in 0..1
+    std: Sequence[float]
     seed: int
-    policy: Policy | None
-    geometry: Geometry
-    dtype: torch.dtype  # of the arithmetic
+    dtype: torch.dtype = torch.float32  # of the arithmetic
 
-    @classmethod
-    def of(
-        cls,
-        options: AugmentationOptions,
-        image_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        seed: int,
-        dtype: torch.dtype = torch.float32,
-    ) -> BatchAugmentation:
-        """Read the options of a recipe; where `crop_padding` is None, boxes are those of a random resized crop.
-
-        image_size: side of the results in pixels. mean, std: of the colours, in 0..1. dtype: of the arithmetic. Raises
-        ConfigError for a policy that has no batched form.
-        """
-        policy = None if options.auto_augment is None else Policy.of(options.auto_augment)
-        red, green, blue = (min(255, round(255 * value)) for value in mean)
-        geometry = Geometry((red, green, blue), options.interpolation)
-        return cls(options, image_size, tuple(mean), tuple(std), seed, policy, geometry, dtype)
+    @functools.cached_property
+    def policy(self) -> Policy | None:
+        """Read the policy. Raises ConfigError for one that has no batched form."""
+        return None if self.options.auto_augment is None else Policy.of(self.options.auto_augment)
 
     def __call__(self, images: Tensor, epoch: int, start: int, cropped: bool = False) -> Float[Tensor, "b 3 s s"]:
         """Augment uint8 (b, 3, h, w), on its device, at positions start, start + 1, ... of the epoch.
@@ -138,8 +121,10 @@ class BatchAugmentation:
 
     def finish(self, images: Float[Tensor, "b 3 s s"], draws: Draws) -> Float[Tensor, "b 3 s s"]:
         """Apply all that follows the crop, in place, to whole numbers in 0..255."""
+        red, green, blue = (min(255, round(255 * value)) for value in self.mean)
+        geometry = Geometry((red, green, blue), self.options.interpolation)
         for step in draws.steps:
-            changed = OPERATIONS[step.kind](images.index_select(0, step.rows), step.values, self.geometry)
+            changed = OPERATIONS[step.kind](images.index_select(0, step.rows), step.values, geometry)
             images.index_copy_(0, step.rows, changed)
         mean, std = (column(values, images.dtype, images.device) * 255 for values in (self.mean, self.std))
         images.sub_(mean).div_(std)

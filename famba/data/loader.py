@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import warnings
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -25,83 +24,63 @@ from famba.errors import FambaError
 Batch: TypeAlias = tuple[Tensor, Tensor]
 """Images as the transform gives them, float32 (b, 3, s, s), and labels, int64 (b,)."""
 
-_MOST_WORKERS = 16
 _TIME_TO_SAVE_S = 60
 _CPU = torch.device("cpu")
 
 
-def default_workers() -> int:
-    """Return this process's cores, by affinity and quota and shared with torchrun's others here, but at most 16."""
-    from joblib import cpu_count  # takes a while, and images in memory need no workers
+@dataclass(frozen=True)
+class Loading:
+    """Says how one process loads images. Raises ConfigError where the numbers do not fit."""
 
-    return min(_MOST_WORKERS, max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    image_size: int  # side in pixels that the model takes
+    mean: tuple[float, float, float]  # of the colours, in 0..1
+    std: tuple[float, float, float]
+    rank: int = 0
+    world_size: int = 1
+    workers: int = 0  # processes that read, beside this one; images in memory that come in whole batches need none
+    device: torch.device = _CPU  # where batches are wanted
+    finish_on: torch.device = _CPU  # where whole batches are augmented, a CPU or `device`; images may lie there
+
+    def __post_init__(self) -> None:
+        check_numbers(0, workers=self.workers)
+        check_numbers(image_size=self.image_size)
+        check_rank(self.rank, self.world_size)
 
 
 def train_batches(
     source: Source,
     augmentation: Augmentation,
+    loading: Loading,
     *,
-    image_size: int,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
     seed: int,
     batch_size: int,
     accumulation: int,
-    rank: int,
-    world_size: int,
-    workers: int | Literal["auto"],
     repeats: int,
-    device: torch.device = _CPU,
-    finish_on: torch.device = _CPU,
 ) -> TrainBatches:
     """Return the training batches of one process.
 
     A step depends on (seed, epoch, step) and the numbers below, never on what ran before, nor on `workers`; with
     `repeats` 1 the processes together see the same images and augmentation however many they are.
 
-    image_size: side in pixels that the model takes. mean, std: of the colours, in 0..1. seed: of order and
-    augmentation. seed to world_size and repeats: as in `EpochSampler`. workers: loading processes beside this one,
-    "auto" for `default_workers`; images in memory with whole-batch augmentation need none. device: where batches are
-    wanted. finish_on: where whole batches are augmented, a CPU or that device; images in memory may lie there.
-    Raises ConfigError where the numbers do not fit.
+    seed: of order and augmentation. seed to repeats: as in `EpochSampler`. Raises ConfigError where they do not fit.
     """
-    sampler = EpochSampler(len(source), seed, batch_size, accumulation, rank, world_size, repeats)
-    transform = training_transform(augmentation, image_size, Normalize(tuple(mean), tuple(std)), seed)
-    _check(image_size, workers)
-    return TrainBatches(sampler, _Batches(source, transform, workers, device, finish_on))
+    sampler = EpochSampler(len(source), seed, batch_size, accumulation, loading.rank, loading.world_size, repeats)
+    transform = training_transform(augmentation, loading.image_size, Normalize(loading.mean, loading.std), seed)
+    return TrainBatches(sampler, _Batches(source, transform, loading))
 
 
-def eval_batches(
-    source: Source,
-    augmentation: Augmentation,
-    *,
-    image_size: int,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    batch_size: int,
-    rank: int,
-    world_size: int,
-    workers: int | Literal["auto"],
-    device: torch.device = _CPU,
-    finish_on: torch.device = _CPU,
-) -> EvalBatches:
+def eval_batches(source: Source, augmentation: Augmentation, loading: Loading, batch_size: int) -> EvalBatches:
     """Return one process's share of the images, in order: each once over all processes, without padding.
 
     So the last batch may be smaller, and processes may have different numbers of batches, or none. `eval_crop` and
-    `interpolation` are used of the augmentation; batch_size is that of this process; the rest as in `train_batches`.
+    `interpolation` are used of the augmentation; batch_size is that of this process.
     """
-    _check(image_size, workers)
     check_numbers(batch_size=batch_size)
-    check_rank(rank, world_size)
-    transform = evaluation_transform(augmentation, image_size, Normalize(tuple(mean), tuple(std)))
-    images = np.arange(len(source) * rank // world_size, len(source) * (rank + 1) // world_size)
-    parts = [MicroBatch(0, first, images[first : first + batch_size]) for first in range(0, len(images), batch_size)]
-    return EvalBatches(parts, _Batches(source, transform, workers, device, finish_on))
-
-
-def _check(image_size: int, workers: int | Literal["auto"]) -> None:
-    check_numbers(0, workers=0 if workers == "auto" else workers)
-    check_numbers(image_size=image_size)
+    transform = evaluation_transform(augmentation, loading.image_size, Normalize(loading.mean, loading.std))
+    first, last = (len(source) * rank // loading.world_size for rank in (loading.rank, loading.rank + 1))
+    images = np.arange(first, last)
+    parts = [MicroBatch(0, start, images[start : start + batch_size]) for start in range(0, len(images), batch_size)]
+    return EvalBatches(parts, _Batches(source, transform, loading))
 
 
 @dataclass(frozen=True)
@@ -149,13 +128,11 @@ class _Batches:
 
     source: Source
     transform: Transform
-    workers: int | Literal["auto"]
-    device: torch.device
-    finish_on: torch.device
+    loading: Loading
 
     def __call__(self, parts: list[MicroBatch]) -> Generator[Batch, None, None]:
-        batches = self._batches(parts)
-        return ahead(batches, self.device) if self.device.type == "cuda" else batches
+        batches, device = self._batches(parts), self.loading.device
+        return ahead(batches, device) if device.type == "cuda" else batches
 
     def _batches(self, parts: list[MicroBatch]) -> Generator[Batch, None, None]:
         if not parts:
@@ -167,21 +144,20 @@ class _Batches:
         if isinstance(source, ArraySource) and finish is not None:
             read = (source.images.index_select(0, one) for one in rows)
         else:
-            on_host = self.finish_on.type == "cpu"
+            on_host = self.loading.finish_on.type == "cpu"
             finish = unchanged if on_host else self.transform.finish
             read = self._by_workers(_Reader(source, self.transform, on_host, parts))
         with closing(read):
             for pixels, one, (epoch, start, _) in zip(read, rows, parts, strict=True):
-                images = finish(sent(pixels, self.finish_on), epoch, start)
-                yield sent(images, self.device), sent(labels.index_select(0, one), self.device)
+                images = finish(sent(pixels, self.loading.finish_on), epoch, start)
+                yield sent(images, self.loading.device), sent(labels.index_select(0, one), self.loading.device)
 
     def _by_workers(self, reader: _Reader) -> Generator[Tensor, None, None]:
         loader = DataLoader(
             reader,
             batch_size=None,
-            num_workers=default_workers() if self.workers == "auto" else self.workers,
-            collate_fn=_same,
-            pin_memory=self.device.type == "cuda",
+            num_workers=self.loading.workers,
+            pin_memory=self.loading.device.type == "cuda",
             worker_init_fn=_leave_signals_to_parent,
             # Its own generator: the global one belongs to the training loop.
             generator=torch.Generator().manual_seed(0),
@@ -217,10 +193,6 @@ class _Reader(IterableDataset[Any]):
                 yield self.transform.finish(images, epoch, start) if self.finishes else images
         except FambaError as error:
             yield error  # as a value: raised in a worker it would arrive wrapped in a traceback
-
-
-def _same(batch: Any) -> Any:
-    return batch
 
 
 def _leave_signals_to_parent(_: int) -> None:

@@ -68,15 +68,6 @@ class ArraySource:
         """Return one image as RGB."""
         return vision.to_pil_image(self.images[index])
 
-    @property
-    def nbytes(self) -> int:
-        """Return the bytes that the images and labels take."""
-        return self.images.nbytes + self.labels.nbytes
-
-    def to(self, device: torch.device) -> ArraySource:
-        """Return the same images on a device."""
-        return ArraySource(self.images.to(device), self.labels.to(device), self.num_classes)
-
 
 @dataclass(frozen=True, eq=False)
 class SubsetSource:
@@ -112,7 +103,7 @@ def renumber(source: Source, numbers: tuple[int, ...], num_classes: int) -> Sour
 
 def labels_of(source: Source) -> Labels:
     """Return the labels of all images, int64 (n,); DataError where one is out of range."""
-    return np.asarray(source.labels)
+    return torch.as_tensor(source.labels).cpu().numpy()
 
 
 def check_labels(labels: Labels, num_classes: int, where: Callable[[int], str]) -> Labels:

@@ -16,6 +16,7 @@ from famba.errors import ConfigError, named
 from famba.models import Backbone, create_network
 from famba.models.backbone import backbone_of
 from famba.training.config import RunConfig
+from famba.training.devices import loading_workers
 from famba.training.distributed import Process
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -116,20 +117,17 @@ class Loaders:
 
 def make_loaders(config: RunConfig, image_size: int, splits: data.Splits, process: Process) -> Loaders:
     """Build the loaders of one process; image_size in pixels."""
-    trainer, device = config.trainer, process.device
-    count = trainer.eval_images
+    trainer, device, count, place = config.trainer, process.device, config.trainer.eval_images, config.data.device
     if count is not None and splits.validation is not None:
-        raise ConfigError(
-            f"trainer.eval_images={count} is how many test images evaluations take, but this run evaluates validation "
-            "images, to select by all of them; leave it out"
-        )
-    on_gpu = device.type == "cuda" and config.data.device != "cpu"
-    if on_gpu:
-        free = torch.cuda.mem_get_info(device)[0]
-        splits = resident(splits, device, config.recipe.augmentation, inf if config.data.device == "cuda" else free)
-    shared = {**_transform(config, image_size), "rank": process.rank, "world_size": process.world_size}
-    shared |= {"workers": config.data.workers, "device": device}
-    shared |= {"finish_on": device if on_gpu else torch.device("cpu")}
+        said = f"trainer.eval_images={count} is for test images, but this run is selected by all its validation images"
+        raise ConfigError(f"{said}; leave it out")
+    finish_on = torch.device("cpu") if place == "cpu" or device.type != "cuda" else device
+    if finish_on.type == "cuda":
+        free = inf if place == "cuda" else torch.cuda.mem_get_info(device)[0]
+        splits = resident(splits, device, config.recipe.augmentation, free)
+    own = process.rank, process.world_size, loading_workers(config.data.workers), device, finish_on
+    loading = _loading(config, image_size, *own)
+    shared: dict[str, Any] = {"augmentation": augmentation(config), "loading": loading}
     with named({"batch_size": "trainer.batch_size", "repeats": "recipe.repeats"}):
         train = data.train_batches(
             splits.train,
@@ -155,22 +153,23 @@ def resident(splits: data.Splits, device: torch.device, augmentation: str, free_
 
     augmentation: "timm" takes training images on the host.
     """
-    parts: dict[str, Any] = {name: x for name, x in vars(splits).items() if isinstance(x, data.ArraySource)}
-    moved = {name: part for name, part in parts.items() if name != "train" or augmentation == "batch"}
-    size = sum(part.nbytes for part in moved.values())
-    if not moved or size > _SHARE_OF_MEMORY * free_bytes:
+    parts: dict[str, Any] = {name: part for name, part in vars(splits).items() if isinstance(part, data.ArraySource)}
+    if augmentation != "batch":
+        parts.pop("train", None)
+    size = sum(part.images.nbytes for part in parts.values())
+    if not parts or size > _SHARE_OF_MEMORY * free_bytes:
         return splits
-    _log.info("%s images lie on %s: %d MB", " and ".join(moved), device, size // 10**6)
-    return replace(splits, **{name: part.to(device) for name, part in moved.items()})
+    _log.info("%s images lie on %s: %d MB", " and ".join(parts), device, size // 10**6)
+    for name, part in parts.items():
+        parts[name] = replace(part, images=part.images.to(device), labels=part.labels.to(device))
+    return replace(splits, **parts)
 
 
 def load_images(config: RunConfig, image_size: int, source: data.Source) -> Tensor:
     """Return all images of a source as evaluation sees them, (n, 3, s, s)."""
-    shared = _transform(config, image_size)
-    batches = data.eval_batches(source, batch_size=len(source), rank=0, world_size=1, workers=0, **shared)
+    batches = data.eval_batches(source, augmentation(config), _loading(config, image_size), batch_size=len(source))
     return torch.cat([images for images, _ in batches])
 
 
-def _transform(config: RunConfig, image_size: int) -> dict[str, Any]:
-    mean, std = tuple(config.data.mean), tuple(config.data.std)
-    return {"augmentation": augmentation(config), "image_size": image_size, "mean": mean, "std": std}
+def _loading(config: RunConfig, image_size: int, *process: Any) -> data.Loading:
+    return data.Loading(image_size, tuple(config.data.mean), tuple(config.data.std), *process)  # type: ignore[arg-type]

@@ -9,7 +9,9 @@ import random
 import re
 import resource
 from pathlib import Path
+from typing import Literal
 
+import joblib
 import numpy as np
 import torch
 
@@ -17,6 +19,7 @@ from famba.data.draws import Stream, derived_integer
 from famba.errors import ConfigError, TrainingError
 
 _MIB = 2**20
+_MOST_WORKERS = 16
 
 
 def choose_device(name: str) -> torch.device:
@@ -33,6 +36,16 @@ def choose_device(name: str) -> torch.device:
             f"trainer.device {name!r} is unknown or not on this machine; usable here: {', '.join(present)}"
         )
     return torch.device(name)
+
+
+def loading_workers(workers: int | Literal["auto"]) -> int:
+    """Return how many processes read images; "auto": the cores that this process may use, at most 16.
+
+    Affinity and quotas count. Processes of torchrun share the cores; Slurm gives each its own.
+    """
+    if workers != "auto":
+        return workers
+    return min(_MOST_WORKERS, max(1, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def make_current(device: torch.device) -> None:

@@ -78,7 +78,7 @@ def prepare(config: RunConfig, processes: int | None = None) -> Setup:
 
 def _outline(config: RunConfig) -> tuple[Backbone, dict[str, Any]]:
     """Return the network without memory, and the arguments that make it."""
-    known = config.data.num_classes or data.num_classes_of(config.data.name)
+    known = config.data.num_classes or data.NUM_CLASSES.get(config.data.name)
     classes = config.model.num_classes if known is None else model_classes(config, known)
     arguments = model_arguments(config, classes)
     with named({"img_size": "data.image_size", "cls_position": "model.cls_position"}), torch.device("meta"):
@@ -106,7 +106,7 @@ def _check_data(config: RunConfig) -> None:
     wanted = config.data
     with named("data.{}"):
         data.check_request(wanted.name, wanted.root, **requested_data(config))
-    images = wanted.subset or data.training_images_of(wanted.name)
+    images = wanted.subset or data.TRAINING_IMAGES.get(wanted.name)
     left = None if images is None else images - data.held_out(images, wanted.val_fraction)
     if left is not None and config.trainer.batch_size > left:
         raise ConfigError(
