@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from famba.training.app import train
 from famba.training.compose import compose
 from famba.training.config import ADDED_KEYS, plain
-from famba.training.run_folder import as_begun
+from famba.training.run_folder import RunFolder, as_begun, finished
 
 
 @pytest.fixture
@@ -25,8 +25,11 @@ def begun(tmp_path: Path) -> Path:
 
 
 def test_a_run_of_version_0_1_ends_with_the_weights_that_it_had_there(begun: Path) -> None:
-    summary = train(compose([*COMMAND, f"data.root={begun.parent / 'images'}", f"run_dir={begun}"]), begun)
+    command = [*COMMAND, f"data.root={begun.parent / 'images'}", f"run_dir={begun}"]
+    train(compose([*command, f"trainer.max_steps={STEPS - 2}"]), begun)
+    summary = train(compose(command), begun)  # a run that continued is still one of that version
     assert summary["step"] == STEPS
+    assert finished(RunFolder(begun, writes=False), compose(command)) == summary
     log = (begun / "train.log").read_text()
     assert "an earlier version of Famba began it: data.version=1" in log
     found, expected = load_file(begun / "model.safetensors"), load_file(begun / "expected.safetensors")

@@ -82,7 +82,12 @@ class RunFolder:
             raise CheckpointError(f"{path} cannot be read ({reason}); restore it or remove it") from error
 
     def write_config(self, config: dict[str, Any]) -> None:
-        """Write the resolved configuration."""
+        """Write the resolved configuration; a run of an earlier version stays without the keys that it did not have."""
+        old = flatten(self.config or config)
+        for key in ADDED_KEYS.keys() - old.keys():
+            group, name = key.split(".")
+            if config[group][name] == ADDED_KEYS[key]:
+                del config[group][name]
         self._write(CONFIG, yaml.safe_dump(config, sort_keys=False))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
@@ -139,7 +144,7 @@ def finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
         return None
     if summary is None or before is None or summary["status"] != "finished":
         return None
-    if changed := differences(with_added_keys(before), plain(config)):
+    if changed := differences(with_added_keys(before), plain(as_begun(config, folder.path))):
         listed = "\n  ".join([f"{folder.path} holds a finished run with other settings:", *changed])
         raise CheckpointError(f"{listed}\nChoose another run_dir")
     goal = config.trainer.max_steps
