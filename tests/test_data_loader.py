@@ -323,3 +323,25 @@ def test_what_prepares_batches_ends_with_who_takes_them(said: list[str]) -> None
     batches.close()
     assert said[-1] == "closed"
     assert list(loader.ahead(prepared(said, 0), torch.device("cuda"))) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize(
+    "augmentation", [BATCH, POLICY, replace(POLICY, crop_padding=2)], ids=["0.1", "crop", "padding"]
+)
+def test_a_gpu_makes_the_pictures_of_a_cpu_and_nothing_waits_for_it(folder: Source, augmentation: Augmentation) -> None:
+    device, source = torch.device("cuda"), arrays(26)
+    there = ArraySource(source.images.to(device), source.labels.to(device), 26)
+    for one, other in ((source, there), (source, source), (folder, folder)):
+        expected = list(training(one, augmentation, image_size=11).epoch(1))
+        batches = training(other, augmentation, image_size=11, device=device, finish_on=device)
+        list(batches.epoch(0))  # the table of noise is sent once
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = list(batches.epoch(1))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for (images, labels), (pictures, numbers) in zip(expected, found, strict=True):
+            assert torch.equal(numbers.cpu(), labels)
+            assert ((pictures.cpu() - images).abs() * 255).max() < 1.01
