@@ -212,16 +212,17 @@ def test_jitter_is_that_of_torchvision() -> None:
         assert (row - vision.pil_to_tensor(wanted)).abs().max() <= 1
 
 
-def test_the_parts_come_in_the_order_of_timm() -> None:
+def test_the_parts_come_in_the_order_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     """With fixed draws the whole is timm's whole: the policy is one operation, which always acts alike."""
     images, options = photos(8, 40, 40), replace(PAPER, hflip=1.0, auto_augment="rand-m9-n1-p1", random_erasing=0.0)
+    only = Policy(("Solarize",), np.ones(1), np.array([4.0]), 0.0, 10.0, 1, None, False)
+    monkeypatch.setattr(Policy, "of", lambda text: only)
     one = augmentation(options)
-    only = replace(one, policy=Policy(("Solarize",), np.ones(1), np.array([4.0]), 0.0, 10.0, 1, None, False))
-    boxes = only.draw(0, 0, 8, 40, 40).boxes.int().tolist()
+    boxes = one.draw(0, 0, 8, 40, 40).boxes.int().tolist()
     steps = create_transform(
         48, is_training=True, mean=one.mean, std=one.std, hflip=1.0, interpolation="bicubic"
     ).transforms
-    for image, box, found in zip(images, boxes, only(tensor_of(images), 0, 0), strict=True):
+    for image, box, found in zip(images, boxes, one(tensor_of(images), 0, 0), strict=True):
         part = vision.hflip(vision.resized_crop(image, *box, [48, 48], InterpolationMode.BICUBIC))
         wanted = steps[-1](steps[-2](AugmentOp("Solarize", 1.0, 4)(part)))
         assert ((found - wanted).abs() * torch.tensor(one.std)[:, None, None] * 255 < 1.01).float().mean() > 0.999
@@ -319,4 +320,4 @@ def test_what_follows_reading_waits_for_no_device(options: Augmentation) -> None
 )
 def test_a_policy_without_a_batched_form_is_named(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        augmentation(replace(PAPER, auto_augment=text))
+        Augmentation(**{**vars(PAPER), "auto_augment": text, "kind": "batch"})
