@@ -149,6 +149,7 @@ REFUSED = [
     ("data.val_fraction=0.99", "trainer.batch_size", "data.val_fraction"),
     ("trainer.epochs=3 recipe.warmup_epochs=3", "recipe.warmup_epochs=3.0 leaves nothing of trainer.epochs=3"),
     ("data.device=cuda", "data.device=cuda, but the training runs on cpu; leave data.device at auto"),
+    ("trainer.eval_images=9 data.val_fraction=0.1", "trainer.eval_images=9 is for test images", "leave it out"),
     ("data.device=gpu data.workers=-1", "data.device is 'gpu'", "data.workers is -1"),
     ("trainer.device=tpu", "trainer.device 'tpu' is unknown or not on this machine; usable here: cpu"),
     ("ops.backend=natve", "unknown backend 'natve', did you mean 'native'?"),

@@ -15,7 +15,7 @@ from famba import data
 from famba.errors import ConfigError, named
 from famba.models import Backbone, create_network
 from famba.models.backbone import backbone_of
-from famba.training.config import RunConfig
+from famba.training.config import RunConfig, check_eval_images
 from famba.training.devices import loading_workers
 from famba.training.distributed import Process
 
@@ -118,16 +118,13 @@ class Loaders:
 def make_loaders(config: RunConfig, image_size: int, splits: data.Splits, process: Process) -> Loaders:
     """Build the loaders of one process; image_size in pixels."""
     trainer, device, count, place = config.trainer, process.device, config.trainer.eval_images, config.data.device
-    if count is not None and splits.validation is not None:
-        said = f"trainer.eval_images={count} is for test images, but this run is selected by all its validation images"
-        raise ConfigError(f"{said}; leave it out")
+    check_eval_images(count, splits.validation is not None)
     finish_on = torch.device("cpu") if place == "cpu" or device.type != "cuda" else device
     if finish_on.type == "cuda":
         free = inf if place == "cuda" else torch.cuda.mem_get_info(device)[0]
         splits = resident(splits, device, config.recipe.augmentation, free)
     own = process.rank, process.world_size, loading_workers(config.data.workers), device, finish_on
-    loading = _loading(config, image_size, *own)
-    shared: dict[str, Any] = {"augmentation": augmentation(config), "loading": loading}
+    shared: Any = {"augmentation": augmentation(config), "loading": _loading(config, image_size, *own)}
     with named({"batch_size": "trainer.batch_size", "repeats": "recipe.repeats"}):
         train = data.train_batches(
             splits.train,

@@ -187,6 +187,13 @@ def parse(values: Mapping[str, Any]) -> RunConfig:
     return checked(RunConfig, values, keys())
 
 
+def check_eval_images(count: int | None, validates: bool) -> None:
+    """Raise ConfigError if only some test images are asked for, but a run evaluates validation images."""
+    if count is not None and validates:
+        said = f"trainer.eval_images={count} is for test images, but this run is selected by all its validation images"
+        raise ConfigError(f"{said}; leave it out")
+
+
 def plain(config: RunConfig) -> dict[str, Any]:
     """Return the nested plain values of a RunConfig, as YAML and checkpoints hold them."""
     return _adapter(RunConfig).dump_python(config, mode="json")

@@ -39,12 +39,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def loading_workers(workers: int | Literal["auto"]) -> int:
-    """Return how many processes read images; "auto": the cores that this process may use, at most 16.
-
-    Affinity and quotas count. Processes of torchrun share the cores; Slurm gives each its own.
-    """
+    """Return how many processes read images; "auto": the cores that this process may use, at most 16."""
     if workers != "auto":
         return workers
+    # Affinity and quotas count. Processes of torchrun share the cores; Slurm gives each its own.
     return min(_MOST_WORKERS, max(1, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 

@@ -49,7 +49,7 @@ def evaluate(
     model.eval()
     tally = Tally(process.device)
     hidden = None if process.is_main else True  # None: shown on a terminal alone
-    for images, labels in tqdm(batches, "evaluation", leave=False, disable=hidden, unit="batch", dynamic_ncols=True):
+    for images, labels in tqdm(batches, "evaluation", leave=False, disable=hidden, dynamic_ncols=True):
         if asked_to_stop():
             break
         images, labels = (x.to(process.device, non_blocking=True) for x in (images, labels))

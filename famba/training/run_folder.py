@@ -167,7 +167,6 @@ def as_begun(config: RunConfig, run_dir: Path) -> RunConfig:
     values = plain(config)
     old, now = flatten(before), flatten(values)
     kept = {key: value for key, value in ADDED_KEYS.items() if key not in old}
-    # All at once: a recipe of the user's own may have set one of them to what the default is now.
     if kept and all((old[key], now[key]) == both for key, both in CHANGED_DEFAULTS.items()):
         kept |= {key: then for key, (then, _) in CHANGED_DEFAULTS.items()}
     for key, value in kept.items():

@@ -15,7 +15,7 @@ from famba.fusion.schedules import ADAPTIVE
 from famba.models import Backbone
 from famba.ops.registry import AUTO, ENVIRONMENT_VARIABLE, resolve
 from famba.training.build import augmentation, build_model, check_model, model_arguments, model_classes, requested_data
-from famba.training.config import RunConfig
+from famba.training.config import RunConfig, check_eval_images
 from famba.training.devices import choose_device, choose_precision, make_current
 from famba.training.distributed import world_size
 from famba.training.graph import obstacle
@@ -59,6 +59,7 @@ def prepare(config: RunConfig, processes: int | None = None) -> Setup:
     if config.data.device == "cuda" != device.type:
         raise ConfigError(f"data.device=cuda, but the training runs on {device.type}; leave data.device at auto")
     _check_data(config)
+    check_eval_images(config.trainer.eval_images, config.data.val_fraction > 0)
     check_batch(config, processes or world_size())
     _check_schedules(config)
     augmentation(config)
