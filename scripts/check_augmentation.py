@@ -137,7 +137,7 @@ def rates(images: list[Image.Image], repeats: int) -> tuple[float, float]:
     """Return images per second of timm's transforms and of the batched augmentation, best of some runs in turn."""
     torch.set_num_threads(1)
     alone = timm_transform(Augmentation(kind="timm", crop_padding=0, **_OPTIONS), 224, _MEAN, _STD)  # type: ignore[arg-type]
-    whole = BatchAugmentation.of(AugmentationOptions(crop_padding=None, **_OPTIONS), 224, _MEAN, _STD, 0)  # type: ignore[arg-type]
+    whole = BatchAugmentation(AugmentationOptions(crop_padding=None, **_OPTIONS), 224, _MEAN, _STD, 0)  # type: ignore[arg-type]
     pixels, best = tensor_of(images), [float("inf")] * 2
 
     def timed(call: Callable[[], object]) -> float:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from famba.data import ArraySource, Augmentation, Batch, Splits, eval_batches, load_splits, train_batches
+from famba.data import ArraySource, Augmentation, Batch, Loading, Splits, eval_batches, load_splits, train_batches
 
 BATCH = Augmentation(
     kind="batch",
@@ -27,7 +27,6 @@ BATCH = Augmentation(
 PLAIN = replace(BATCH, crop_padding=0, hflip=0.0)
 TIMM = replace(PLAIN, kind="timm", hflip=0.5, auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.5)
 POLICY = replace(TIMM, kind="batch", crop_padding=None)
-_SHARED = {"image_size": 8, "mean": (0.0,) * 3, "std": (1.0,) * 3, "rank": 0, "world_size": 1, "workers": 0}
 
 
 def load(name: str, root: Path | None = None, **changes: Any) -> Splits:
@@ -35,12 +34,21 @@ def load(name: str, root: Path | None = None, **changes: Any) -> Splits:
 
 
 def training(source: Any, augmentation: Augmentation = BATCH, **changes: Any) -> Any:
-    options = {"seed": 3, "batch_size": 8, "accumulation": 1, "repeats": 1, **_SHARED, **changes}
-    return train_batches(source, augmentation, **options)  # type: ignore[arg-type]
+    loading = _loading(changes)
+    options = {"seed": 3, "batch_size": 8, "accumulation": 1, "repeats": 1, **changes}
+    return train_batches(source, augmentation, loading, **options)
 
 
 def evaluation(source: Any, augmentation: Augmentation = PLAIN, **changes: Any) -> Any:
-    return eval_batches(source, augmentation, **{"batch_size": 4, **_SHARED, **changes})  # type: ignore[arg-type]
+    loading = _loading(changes)
+    return eval_batches(source, augmentation, loading, **{"batch_size": 4, **changes})
+
+
+def _loading(changes: dict[str, Any]) -> Loading:
+    """Take from the changes those of `Loading`."""
+    names = [field.name for field in fields(Loading) if field.name in changes]
+    own = {"image_size": 8, "mean": (0.0,) * 3, "std": (1.0,) * 3, **{name: changes.pop(name) for name in names}}
+    return Loading(**own)
 
 
 def labels_in(batches: Iterable[Batch]) -> list[int]:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from images_and_loaders import PLAIN, training
+from images_and_loaders import BATCH, PLAIN, POLICY, training
 from PIL import Image
 from scipy import stats
 from sklearn.datasets import load_sample_images
 from timm.data import Mixup, create_transform
 from timm.data.auto_augment import AugmentOp, auto_augment_transform, rand_augment_transform
-from timm.data.mixup import cutmix_bbox_and_lam
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
@@ -25,9 +23,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 
 from famba.data import ArraySource, Augmentation
-from famba.data.augment import AugmentationOptions
+from famba.data.augment import AugmentationOptions, Normalize, evaluation_transform, training_transform
 from famba.data.batch_augment import BatchAugmentation
-from famba.data.batch_mixing import MIXING_DRAWS, Mixing
 from famba.data.batch_operations import OPERATIONS, Geometry
 from famba.data.batch_policy import BY_NAME, DRAWS, Policy, jitter
 from famba.data.batch_resample import BOX_DRAWS, crop, random_boxes, resize_and_crop
@@ -68,7 +65,7 @@ def uniform(*shape: int) -> Any:
 
 
 def augmentation(options: AugmentationOptions = PAPER, size: int = 48, **changes: Any) -> BatchAugmentation:
-    return BatchAugmentation.of(options, size, (0.5, 0.25, 0.75), (0.25, 0.5, 0.2), 7, **changes)
+    return BatchAugmentation(options, size, (0.5, 0.25, 0.75), (0.25, 0.5, 0.2), 7, **changes)
 
 
 def assert_same_distribution(one: Any, other: Any) -> None:
@@ -215,16 +212,17 @@ def test_jitter_is_that_of_torchvision() -> None:
         assert (row - vision.pil_to_tensor(wanted)).abs().max() <= 1
 
 
-def test_the_parts_come_in_the_order_of_timm() -> None:
+def test_the_parts_come_in_the_order_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     """With fixed draws the whole is timm's whole: the policy is one operation, which always acts alike."""
     images, options = photos(8, 40, 40), replace(PAPER, hflip=1.0, auto_augment="rand-m9-n1-p1", random_erasing=0.0)
+    only = Policy(("Solarize",), np.ones(1), np.array([4.0]), 0.0, 10.0, 1, None, False)
+    monkeypatch.setattr(Policy, "of", lambda text: only)
     one = augmentation(options)
-    only = replace(one, policy=Policy(("Solarize",), np.ones(1), np.array([4.0]), 0.0, 10.0, 1, None, False))
-    boxes = only.draw(0, 0, 8, 40, 40).boxes.int().tolist()
+    boxes = one.draw(0, 0, 8, 40, 40).boxes.int().tolist()
     steps = create_transform(
         48, is_training=True, mean=one.mean, std=one.std, hflip=1.0, interpolation="bicubic"
     ).transforms
-    for image, box, found in zip(images, boxes, only(tensor_of(images), 0, 0), strict=True):
+    for image, box, found in zip(images, boxes, one(tensor_of(images), 0, 0), strict=True):
         part = vision.hflip(vision.resized_crop(image, *box, [48, 48], InterpolationMode.BICUBIC))
         wanted = steps[-1](steps[-2](AugmentOp("Solarize", 1.0, 4)(part)))
         assert ((found - wanted).abs() * torch.tensor(one.std)[:, None, None] * 255 < 1.01).float().mean() > 0.999
@@ -249,7 +247,8 @@ def test_draws_belong_to_positions() -> None:
 
 def test_images_that_are_not_in_memory_come_out_alike() -> None:
     images, one = photos(30, 48, 48), augmentation(CROP_ONLY)
-    away = (one(images, 0, 4) - one(tensor_of(images), 0, 4)).abs() * torch.tensor(one.std).view(3, 1, 1) * 255
+    read = one(one.crop_each(images, 0, 4), 0, 4, cropped=True)
+    away = (read - one(tensor_of(images), 0, 4)).abs() * torch.tensor(one.std).view(3, 1, 1) * 255
     assert away.max() < 1.01
 
 
@@ -270,7 +269,7 @@ class Files:
 def test_the_loader_augments_whole_batches_from_memory_and_from_files(padding: int | None) -> None:
     pixels = tensor_of(photos(24, 48, 48))
     options = Augmentation(**{**vars(PAPER), "crop_padding": padding, "kind": "batch"})
-    one = BatchAugmentation.of(options, 48, (0.0,) * 3, (1.0,) * 3, 3)
+    one = BatchAugmentation(options, 48, (0.0,) * 3, (1.0,) * 3, 3)
     for source in (ArraySource(pixels, torch.arange(24), 24), Files(pixels)):
         ((images, labels),) = training(source, options, image_size=48, batch_size=24).epoch(0)
         away = (images - one(pixels[labels], 0, 0)).abs() * 255
@@ -281,7 +280,7 @@ def test_crops_with_padding_are_those_of_the_loader() -> None:
     source = ArraySource(tensor_of(photos(40, 16, 16)), torch.arange(40), 40)
     options = replace(PLAIN, crop_padding=3, hflip=0.5)
     ((images, labels),) = training(source, options, image_size=16, batch_size=40).epoch(0)
-    one = BatchAugmentation.of(options, 16, (0.0,) * 3, (1.0,) * 3, 3)
+    one = BatchAugmentation(options, 16, (0.0,) * 3, (1.0,) * 3, 3)
     assert torch.allclose(one(source.images[labels], 0, 0), images, atol=1e-6)
 
 
@@ -294,34 +293,22 @@ def test_nothing_waits_for_the_device_or_depends_on_pixels(text: str) -> None:
         drawn = one.draw(0, 0, 64, 32, 32)
         found = one.apply(images, drawn.to(torch.device("cuda")))
         assert (found.device.type, found.shape) == ("cuda", (64, 3, 48, 48))
-        mixing = Mixing(0.8, 1.0, 0.5, 0.1, 10)
-        labels, numbers = torch.empty(64, dtype=torch.int64, device="cuda"), torch.empty(6, device="cuda")
-        assert [x.device.type for x in mixing(found, labels, numbers.double())] == ["cuda"] * 2
+        labels = torch.empty(64, dtype=torch.int64, device="cuda")
+        for mixing in (Mixup(0.8, 0.0, num_classes=10), Mixup(0.0, 1.0, num_classes=10)):  # as training mixes
+            mixed = mixing(found, labels)
+            assert [(x.device.type, len(x)) for x in mixed] == [("cuda", 64)] * 2
 
 
-@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
-def test_mixing_is_that_of_timm(mixup: float, cutmix: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs, ours = Mixup(mixup, cutmix, num_classes=10), Mixing(mixup, cutmix, 0.5, 0.1, 10)
-    np.random.seed(0)
-    numbers = uniform(100_000, MIXING_DRAWS)
-    drawn = np.array([ours.draw(row, 32, 48).numpy() for row in numbers[:20_000]])
-    shape, wanted = (3, 32, 48), []
-    for _ in range(20_000):
-        share, cuts = theirs._params_per_batch()
-        box, share = cutmix_bbox_and_lam(shape, share) if cuts else ((0, 0, 0, 0), share)
-        wanted.append([share, 1.0 if cuts else share, *box])
-    for column, other in zip(drawn.T, np.array(wanted, dtype=np.float64).T, strict=True):
-        assert_same_distribution(column, other)
-    images, labels = torch.rand(6, 3, 32, 48), torch.arange(6)
-    for row in drawn[:20]:
-        share, outside, *box = row.tolist()
-        given = SimpleNamespace(cuts=outside == 1, box=[int(x) for x in box])
-        monkeypatch.setattr(theirs, "_params_per_batch", lambda given=given, share=share: (share, given.cuts))
-        monkeypatch.setattr(
-            "timm.data.mixup.cutmix_bbox_and_lam", lambda *_, given=given, share=share, **__: (given.box, share)
-        )
-        pairs = zip(ours(images, labels, torch.from_numpy(row)), theirs(images.clone(), labels), strict=True)
-        assert all(torch.allclose(one, other, atol=1e-6) for one, other in pairs)
+@pytest.mark.parametrize("options", [POLICY, BATCH, replace(POLICY, crop_padding=2)], ids=["crop", "0.1", "padding"])
+def test_what_follows_reading_waits_for_no_device(options: Augmentation) -> None:
+    normalize = Normalize((0.5, 0.25, 0.75), (0.25, 0.5, 0.2))
+    transforms = training_transform(options, 48, normalize, 3), evaluation_transform(PLAIN, 48, normalize)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for size, functions in ((32, [one.whole for one in transforms]), (48, [one.finish for one in transforms])):
+            for function in functions:
+                assert function is not None
+                found = function(torch.empty(8, 3, size, size, dtype=torch.uint8, device="cuda"), 0, 0)
+                assert (found.device.type, found.shape, found.dtype) == ("cuda", (8, 3, 48, 48), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -333,4 +320,4 @@ def test_mixing_is_that_of_timm(mixup: float, cutmix: float, monkeypatch: pytest
 )
 def test_a_policy_without_a_batched_form_is_named(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        augmentation(replace(PAPER, auto_augment=text))
+        Augmentation(**{**vars(PAPER), "auto_augment": text, "kind": "batch"})

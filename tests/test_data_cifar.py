@@ -19,7 +19,7 @@ from runs import Hostile
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets import utils as torchvision_utils
 
-from famba.data import ArraySource, download, num_classes_of
+from famba.data import NUM_CLASSES, ArraySource, download
 from famba.errors import ConfigError, DataError
 
 NAMES = [f"class {number}" for number in range(100)]
@@ -217,6 +217,6 @@ def test_download_skips_what_is_there_and_mends_damage(counted_download: Path, t
 
 def test_classes_known_by_name() -> None:
     names = ["cifar100", "cifar10", "digits", "folder", "hfds/x"]
-    assert [num_classes_of(name) for name in names] == [100, 10, 10, None, None]
+    assert [NUM_CLASSES.get(name) for name in names] == [100, 10, 10, None, None]
     with pytest.raises(ConfigError, match="num_classes is 10, but cifar100 has 100"):
         load("cifar100", None, num_classes=10)

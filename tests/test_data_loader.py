@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from images_and_loaders import (
 )
 from PIL import Image
 
-from famba.data import ArraySource, Augmentation, Batch, Source, labels_of
+from famba.data import ArraySource, Augmentation, Batch, Source, labels_of, loader
 from famba.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -197,6 +199,7 @@ def test_evaluation_covers_each_image_once(folder: Source, world_size: int, work
         joined = [batch for share in shares for batch in share]
         assert_same([join(joined)], evaluation(source, batch_size=100))
         assert labels_in(joined) == labels_of(source).tolist()
+        assert [len(share) for share in shares] == [len(list(share)) for share in shares]
         assert_same(shares[-1], shares[-1])
 
 
@@ -210,3 +213,105 @@ def test_evaluation_scales_and_crops_the_centre(size: int, crop: float, side: in
     first = round((side - size) / 2)
     expected = np.asarray(scaled)[first : first + size, first : first + size].transpose(2, 0, 1)
     assert np.abs(images[1].numpy() * 255 - expected).max() < 1.5  # Pillow rounds twice on the way
+
+
+@BOTH
+def test_images_finished_on_another_device_are_the_same(
+    folder: Source, augmentation: Augmentation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process finishes what workers read, as for a GPU; nothing is sent, so that a CPU can stand in for it."""
+    monkeypatch.setattr(loader, "sent", lambda values, device: values)
+    for source in (arrays(18), folder):
+        for workers in (0, 2):
+            options = {"workers": workers, "image_size": 11, "finish_on": torch.device("cuda")}
+            here = training(source, augmentation, image_size=11)
+            assert_same(training(source, augmentation, **options).epoch(1, 1), here.epoch(1, 1))
+            assert_same(evaluation(source, augmentation, **options), evaluation(source, augmentation, image_size=11))
+
+
+class Stream:
+    """A stream of a GPU that notes what it is asked for; so does a part of a batch."""
+
+    def __init__(self, said: list[str], name: str) -> None:
+        self.said, self.name = said, name
+
+    def wait_stream(self, other: Stream) -> None:
+        self.said.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event: str) -> None:
+        self.said.append(f"{self.name} waits for {event}")
+
+    def record_event(self) -> str:
+        return self.said[-1]
+
+    def record_stream(self, stream: Stream) -> None:
+        self.said.append(f"{self.name} is kept for {stream.name}")
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What two streams are asked for, in order."""
+    said: list[str] = []
+
+    @contextlib.contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        said.append(f"on {stream.name}")
+        yield
+        said.append("back")
+
+    monkeypatch.setattr(loader, "_second_stream", lambda device: Stream(said, "second"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(said, "first"))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    return said
+
+
+def prepared(said: list[str], count: int) -> Any:
+    try:
+        for number in range(count):
+            said.append(f"batch {number}")
+            yield (Stream(said, f"part of {number}"),)
+    finally:
+        said.append("closed")
+
+
+def test_a_batch_is_prepared_on_a_second_stream_before_the_one_before_it_is_handed_over(said: list[str]) -> None:
+    for (part,) in loader.ahead(prepared(said, 2), torch.device("cuda")):
+        said.append(f"step on {part.name}")  # type: ignore[attr-defined]
+    assert said == [
+        "second waits for first",
+        *("on second", "batch 0", "back"),
+        *("on second", "batch 1", "back"),
+        *("first waits for batch 0", "part of 0 is kept for first", "step on part of 0"),
+        *("on second", "closed", "back"),
+        *("first waits for batch 1", "part of 1 is kept for first", "step on part of 1"),
+    ]
+
+
+def test_what_prepares_batches_ends_with_who_takes_them(said: list[str]) -> None:
+    batches = loader.ahead(prepared(said, 9), torch.device("cuda"))
+    next(batches)
+    batches.close()
+    assert said[-1] == "closed"
+    assert list(loader.ahead(prepared(said, 0), torch.device("cuda"))) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize(
+    "augmentation", [BATCH, POLICY, replace(POLICY, crop_padding=2)], ids=["0.1", "crop", "padding"]
+)
+def test_a_gpu_makes_the_pictures_of_a_cpu_and_nothing_waits_for_it(folder: Source, augmentation: Augmentation) -> None:
+    device, source = torch.device("cuda"), arrays(26)
+    there = ArraySource(source.images.to(device), source.labels.to(device), 26)
+    for one, other in ((source, there), (source, source), (folder, folder)):
+        expected = list(training(one, augmentation, image_size=11).epoch(1))
+        batches = training(other, augmentation, image_size=11, device=device, finish_on=device)
+        list(batches.epoch(0))  # the table of noise is sent once
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = list(batches.epoch(1))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for (images, labels), (pictures, numbers) in zip(expected, found, strict=True):
+            assert torch.equal(numbers.cpu(), labels)
+            assert ((pictures.cpu() - images).abs() * 255).max() < 1.01

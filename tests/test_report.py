@@ -63,7 +63,6 @@ def test_odd_runs_are_listed_with_what_differs_and_not_averaged(tmp_path: Path) 
     write_run(tmp_path / "recipe", "upper", 3, 99.0, config={"recipe.lr": 0.001, "trainer.epochs": 9})
     write_run(tmp_path / "data", "upper", 4, 99.0, config={"data.subset": 500})
     write_run(tmp_path / "code", "upper", 5, 99.0, origin={"git_commit": "a" * 40 + "-dirty"})
-    write_run(tmp_path / "half", "upper", 7, 99.0, precision="bfloat16")
     (write_run(tmp_path / "damaged", "upper", 8, 99.0) / "summary.json").write_text('{"status": "fin')
     (write_run(tmp_path / "bare", "upper", 9, 99.0) / "config.yaml").unlink()
     (write_run(tmp_path / "torn", "upper", 9, 99.0) / "config.yaml").write_text("model: [")
@@ -75,12 +74,23 @@ def test_odd_runs_are_listed_with_what_differs_and_not_averaged(tmp_path: Path) 
         "recipe": "recipe.lr: 0.001, in the table 0.004; trainer.epochs: 9, in the table 3",
         "data": "data.subset: 500, in the table not known",
         "code": f"git_commit: {'a' * 40}-dirty, in the table {'a' * 40}",
-        "half": "precision: bfloat16, in the table fp32",
         "bare": "config.yaml is missing, so its recipe is not known",
         "hollow": "the summary does not say top1",
     }
     assert {name for name, (kind, _) in others.items() if kind == "Damaged"} == {"damaged", "bare", "torn", "hollow"}
     assert others["torn"][1].startswith("config.yaml is damaged")
+
+
+def test_another_precision_is_another_table(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    for seed in range(2):
+        write_run(tmp_path / f"half{seed}", "upper", seed, 99.0, precision="bfloat16")
+    report = gather([tmp_path])
+    (half,) = (table for table in report.tables if "bfloat16" in table.model)
+    (full,) = (table for table in report.tables if table is not half)
+    assert (half.model, full.model) == (f"{MODEL}, precision bfloat16", f"{MODEL}, precision fp32")
+    assert half.rows.loc["upper", "top1_percent_mean"] == pytest.approx(99.0)
+    assert full.rows.loc["upper", "top1_percent_mean"] == pytest.approx(12.0)
 
 
 def test_what_has_no_bearing_on_results_parts_no_runs(tmp_path: Path) -> None:

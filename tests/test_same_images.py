@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from images_and_loaders import training
 from PIL import Image, ImageOps
 from runs import run
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from famba.analysis.trained import load_trained
 from famba.analysis.visualize import normalized, read_images
 from famba.cli import main as famba
+from famba.data import Loading, train_batches
 from famba.data.augment import evaluation_scaling
 from famba.data.folders import in_order
 from famba.export import export
@@ -87,8 +87,15 @@ def test_training_sees_them_too(trained: Path) -> None:
     one = load_trained(trained / "run")
     assert one.config is not None
     # The test images, which training would read just so, without augmentation.
-    plain = replace(one.scaling, kind="batch", crop_padding=0, hflip=0.0)
-    (batch,) = training(load_splits(one.config).test, plain, image_size=32, batch_size=12).epoch(0)
+    (batch,) = train_batches(
+        load_splits(one.config).test,
+        replace(one.scaling, kind="batch", crop_padding=0, hflip=0.0),
+        Loading(32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+        seed=0,
+        batch_size=12,
+        accumulation=1,
+        repeats=1,
+    ).epoch(0)
     scaling = evaluation_scaling(replace(one.scaling, eval_crop=1.0), 32)
     expected = {scaling.image(image).numpy().tobytes() for image in map(shown, files_of(trained))}
     assert {image.mul(255).round().to(torch.uint8).numpy().tobytes() for image in batch[0]} == expected

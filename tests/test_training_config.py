@@ -72,7 +72,7 @@ def test_the_paper_recipe_is_the_released_one() -> None:
         "optimizer": "adamw", "betas": [0.9, 0.999], "eps": 1e-8, "lr": 5e-4, "lr_batch": 512, "weight_decay": 0.1,
         "layer_decay": None, "clip_grad": None, "warmup_epochs": 5, "warmup_lr": 1e-6, "min_lr": 1e-5,
         "lr_steps": "epoch", "mixup": 0.8, "cutmix": 1.0, "mixup_switch": 0.5, "label_smoothing": 0.1,
-        "ema_decay": 0.99996, "augmentation": "timm", "crop_padding": 0, "hflip": 0.5,
+        "ema_decay": 0.99996, "augmentation": "batch", "crop_padding": None, "hflip": 0.5,
         "auto_augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.3, "random_erasing": 0.25, "erasing_mode": "pixel",
         "interpolation": "bicubic", "eval_crop": 0.875, "repeats": 3,
     }  # fmt: skip
@@ -107,6 +107,9 @@ REFUSED = [
     ("trainer.batch_size=7 recipe.mixup=1.0", "mixup and cutmix pair", "7 is odd", "recipe.mixup"),
     ("data.val_fraction=0.99", "trainer.batch_size", "data.val_fraction"),
     ("trainer.epochs=3 recipe.warmup_epochs=3", "recipe.warmup_epochs=3.0 leaves nothing of trainer.epochs=3"),
+    ("data.device=cuda", "data.device=cuda, but the training runs on cpu; leave data.device at auto"),
+    ("trainer.eval_images=9 data.val_fraction=0.1", "trainer.eval_images=9 is for test images", "leave it out"),
+    ("data.device=gpu data.workers=-1", "data.device is 'gpu'", "data.workers is -1"),
     ("trainer.device=tpu", "trainer.device 'tpu' is not on this machine; allowed here: auto, cpu"),
     ("ops.backend=natve", "unknown backend 'natve', did you mean 'native'?"),
     ("ops.backend=mamba_ssm", "backend 'mamba_ssm' cannot be used: "),

@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from famba import data
-from famba.errors import TrainingError
+from famba.errors import ConfigError, TrainingError
 from famba.models import Vim
 from famba.ops.registry import resolve
 from famba.training import provenance, step, trainer
-from famba.training.build import build_model, load_splits, make_loaders
+from famba.training.build import build_model, load_splits, make_loaders, resident
 from famba.training.checkpoint import TrainedOn, load
 from famba.training.compose import compose
+from famba.training.devices import loading_workers
 from famba.training.distributed import Process
 from famba.training.evaluation import evaluate
 from famba.training.measure import macs_per_image, saved_bytes_per_image
@@ -105,6 +106,43 @@ def test_selection_is_by_validation_and_never_by_the_test_set(tmp_path: Path, mo
     assert summary["selected"] == {"epoch": 1, "validation_top1": 60.0, "top1": 30.0, "top5": 100.0}
     assert summary["top1"] == 50.0
     assert load(tmp_path / "checkpoints" / "best.pt")["step"] == 3
+
+
+def test_evaluations_before_the_last_take_some_images_of_each_class(tmp_path: Path) -> None:
+    config = compose([*TINY, f"run_dir={tmp_path}", "trainer.eval_images=20"])
+    splits = load_splits(config)
+    loaders = make_loaders(config, 32, splits, ONE)
+    labels = torch.cat([labels for _, labels in loaders.in_training])
+    assert labels.bincount().tolist() == [2] * 10
+    assert sum(len(labels) for _, labels in loaders.selection) == 360
+    run(tmp_path, "trainer.eval_images=7")
+    first, last = (line["test_top1"] for line in metrics(tmp_path) if line["kind"] == "epoch")
+    assert 7 * first / 100 == pytest.approx(round(7 * first / 100))
+    assert 360 * last / 100 == pytest.approx(round(360 * last / 100), abs=1e-3)
+    with pytest.raises(ConfigError, match="trainer.eval_images=20 is for test images"):
+        run(tmp_path / "selected", "trainer.eval_images=20", "data.val_fraction=0.5", "trainer.batch_size=12")
+
+
+def test_images_lie_on_the_device_if_they_fit_and_are_augmented_there() -> None:
+    splits = load_splits(compose([*TINY, "run_dir=unused"]))
+    size, cpu = sum(part.images.nbytes for part in (splits.train, splits.test)), torch.device("cpu")  # type: ignore[union-attr]
+    assert resident(splits, cpu, "batch", 4 * size - 1) is splits
+    moved = resident(splits, cpu, "batch", 4 * size)
+    assert moved.train is not splits.train
+    assert moved.test is not splits.test
+    moved = resident(splits, cpu, "timm", 4 * size)
+    assert moved.train is splits.train
+    assert moved.test is not splits.test
+
+
+@pytest.mark.parametrize(("cores", "processes", "workers"), [(12, 1, 12), (12, 4, 3), (64, 2, 16), (2, 4, 1)])
+def test_workers_take_the_cores_of_this_process(
+    monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, workers: int
+) -> None:
+    monkeypatch.setattr("joblib.cpu_count", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert loading_workers("auto") == workers
+    assert loading_workers(3) == 3
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

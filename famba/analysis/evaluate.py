@@ -29,7 +29,7 @@ from famba.errors import ConfigError, FambaError, TrainingError, check_choice, n
 from famba.fusion import tokens_per_layer
 from famba.models import Backbone
 from famba.training.config import RunConfig
-from famba.training.devices import choose_precision, out_of_memory, synchronize
+from famba.training.devices import choose_precision, loading_workers, out_of_memory, synchronize
 from famba.training.evaluation import Tally
 from famba.training.interrupts import StopRequest
 from famba.training.logging import signed
@@ -243,10 +243,9 @@ def _race(request: Request, contestants: list[_Contestant], source: Source) -> b
 def _batches(request: Request, source: Source) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield images (b, 3, s, s) and labels (b,) on the device."""
     trained = request.trained
-    read = {"image_size": trained.image_size, "mean": trained.mean, "std": trained.std}
-    how: dict[str, Any] = {**read, "batch_size": request.batch_size, "workers": request.config.data.workers}
-    batches = data.eval_batches(source, trained.scaling, rank=0, world_size=1, **how)
-    for images, classes in batches:
+    workers = loading_workers(request.config.data.workers)
+    loading = data.Loading(trained.image_size, trained.mean, trained.std, workers=workers)
+    for images, classes in data.eval_batches(source, trained.scaling, loading, request.batch_size):
         yield images.to(request.device), classes.to(request.device)
 
 

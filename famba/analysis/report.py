@@ -35,13 +35,14 @@ COSTS = ("train_time_s", "peak_memory_mib", "saved_bytes_per_image", "images_per
 _NUMBERS = [*COSTS, "top1", "top5", "macs_per_image", "parameters", "tokens"]
 _OUTCOME = ["image_size", "precision", "steps", "provenance.famba", "provenance.git_commit"]
 _MODEL = ["model", *(f"config.model.{key}" for key in ("patch_size", "depth", "embed_dim", "d_state", "cls_position"))]
+_MODEL += ["precision"]
 _MACHINE = ("device", "processes", "backend")
 _PLACE = [f"provenance.{key}" for key in (*_MACHINE, "cuda")]
 _SPEED = ("compile", "cuda_graphs", "grad_checkpointing", "accumulation")
-_PLACE += ["config.data.workers", *(f"config.trainer.{key}" for key in _SPEED)]
+_PLACE += ["config.data.workers", "config.data.device", *(f"config.trainer.{key}" for key in _SPEED)]
 # Settings that have no bearing on results, or whose outcome the summary tells.
 _IGNORED = """fusion. logger. model.name seed run_dir resume data.image_size trainer.device trainer.log_every
-    trainer.eval_every trainer.save_every_min trainer.precision ops.backend"""
+    trainer.eval_every trainer.eval_images trainer.save_every_min trainer.precision ops.backend"""
 _FREE = (*(f"config.{key}" for key in _IGNORED.split()), *_PLACE)
 # What tells fusion settings apart, in the order in which they are sorted; for some, what a label need not say.
 _SETTING = ["strategy", *SETTINGS, "budget", "adapt_at", "adapt_images", "schedule"]
@@ -182,7 +183,11 @@ def _tables(runs: pd.DataFrame, left_out: list[tuple[str, str, str]]) -> list[Ta
     keys = pd.DataFrame(list(models), columns=_MODEL)
     for key, own in models.items():
         alike = keys[keys["model"] == key[0]].nunique() > 1
-        told = [f"{name[13:]} {key[i] or 'as registered'}" for i, name in enumerate(_MODEL) if alike[name]]
+        told = [
+            f"{name.removeprefix('config.model.')} {key[i] or 'as registered'}"
+            for i, name in enumerate(_MODEL)
+            if alike[name]
+        ]
         chosen = _largest(own, what)
         first, others = chosen.iloc[0], own.drop(chosen.index)
         left_out += [("other", run["run"], _differences(first[what], run)) for _, run in others.iterrows()]

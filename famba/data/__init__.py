@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from famba.data.augment import Augmentation
 from famba.data.images import Reading, open_image
-from famba.data.loader import Batch, TrainBatches, eval_batches, train_batches
-from famba.data.published import download
+from famba.data.loader import Batch, Loading, TrainBatches, eval_batches, train_batches
+from famba.data.published import NUM_CLASSES, TRAINING_IMAGES, download
 from famba.data.sources import ArraySource, Source, Splits, labels_of, renumber, sample
 from famba.data.splits import (
     LOADERS,
@@ -14,16 +14,17 @@ from famba.data.splits import (
     check_request,
     held_out,
     load_splits,
-    num_classes_of,
-    training_images_of,
 )
 
 __all__ = [
     "LOADERS",
+    "NUM_CLASSES",
     "PUBLISHED",
+    "TRAINING_IMAGES",
     "ArraySource",
     "Augmentation",
     "Batch",
+    "Loading",
     "Reading",
     "Source",
     "Splits",
@@ -35,10 +36,8 @@ __all__ = [
     "held_out",
     "labels_of",
     "load_splits",
-    "num_classes_of",
     "open_image",
     "renumber",
     "sample",
     "train_batches",
-    "training_images_of",
 ]

@@ -10,26 +10,25 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_type_hints
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from pydantic import Field, TypeAdapter, ValidationError
 from timm.data import create_transform
+from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 
 from famba.data.batch_augment import BatchAugmentation
+from famba.data.batch_operations import column
 from famba.data.batch_policy import Policy
-from famba.data.draws import Stream, seed_global_generators, words
+from famba.data.batch_resample import resize_and_crop
+from famba.data.draws import Stream, seed_global_generators
 from famba.errors import ConfigError, near_miss
 
-Images: TypeAlias = torch.Tensor | Iterable[Image.Image]
-"""uint8 (b, 3, h, w), or RGB images that may differ in size."""
-
-Transform: TypeAlias = Callable[[Images, int, int], torch.Tensor]
+Batched: TypeAlias = Callable[[Tensor, int, int], Tensor]
 """(images, epoch, start) to float32 (b, 3, s, s), for images at positions start, start + 1, ... of the epoch."""
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -78,7 +77,7 @@ class Augmentation(AugmentationOptions):
                 raise ConfigError(f"{name} is {value!r}. {error.errors()[0]['msg']}.", name) from None
         if self.kind == "timm" and self.crop_padding:
             said = f"crop_padding is {self.crop_padding!r}, but augmentation 'timm' does not use it"
-            raise ConfigError(f"{said}: set it to 0, or use the other one.", "crop_padding")
+            raise ConfigError(f"{said}: set it to null, or use the other one.", "crop_padding")
         if self.kind == "batch" and self.crop_padding == 0 and self.changes_pixels:
             raise ConfigError(
                 "crop_padding is 0, which is no crop at all, but auto_augment, color_jitter or random_erasing is on: "
@@ -95,6 +94,14 @@ class Augmentation(AugmentationOptions):
         return self.auto_augment is not None or self.color_jitter > 0 or self.random_erasing > 0
 
 
+class Transform(NamedTuple):
+    """Turns images into what the model takes; `finish` and `whole` work on any device."""
+
+    read: Callable[[Iterable[Image.Image], int, int], Tensor]  # RGB images to (b, 3, s, s) on the host, as in `Batched`
+    finish: Batched  # what `read` returned
+    whole: Batched | None  # uint8 (b, 3, h, w) at once instead of both; None: there is no such way
+
+
 @dataclass(frozen=True)
 class Scaling:
     """Scales the shorter side to `side` pixels, then cuts out the central `crop` pixels."""
@@ -103,16 +110,17 @@ class Scaling:
     crop: int
     interpolation: str
 
-    def batch(self, images: Images) -> torch.Tensor:
-        """Return uint8 or float32 (b, 3, s, s) in 0..255."""
-        if not isinstance(images, torch.Tensor):
-            return torch.stack([self.image(image) for image in images])
+    def batch(self, images: Tensor) -> Tensor:
+        """Return (b, 3, s, s) of whole numbers for uint8 (b, 3, h, w), on its device: the pictures of `image`."""
         if self.side == self.crop and images.shape[-2:] == (self.crop, self.crop):
             return images
-        scaled = vision.resize(_without_ends(images).float(), self.side, InterpolationMode(self.interpolation))
-        return vision.center_crop(scaled.clamp(0, 255), [self.crop, self.crop])  # bicubic weights overshoot at edges
+        return resize_and_crop(_without_ends(images), self.side, self.crop, self.interpolation)
 
-    def image(self, image: Image.Image) -> torch.Tensor:
+    def each(self, images: Iterable[Image.Image], epoch: int = 0, start: int = 0) -> Tensor:
+        """Return uint8 (b, 3, s, s) for RGB images."""
+        return torch.stack([self.image(image) for image in images])
+
+    def image(self, image: Image.Image) -> Tensor:
         """Return uint8 (3, s, s) for an RGB image."""
         scaled = vision.resize(_without_ends(image), self.side, InterpolationMode(self.interpolation))
         return vision.pil_to_tensor(vision.center_crop(scaled, [self.crop, self.crop]))
@@ -136,9 +144,9 @@ class Normalize:
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ConfigError(f"mean {self.mean} and std {self.std} must hold three numbers each, std above zero.")
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the values in the same shape."""
-        mean, std = (torch.tensor(values).mul_(255).view(3, 1, 1) for values in (self.mean, self.std))
+    def __call__(self, images: Tensor, epoch: int = 0, start: int = 0) -> Tensor:
+        """Return the values in the same shape; there is nothing to draw."""
+        mean, std = (column(values, torch.float32, images.device) * 255 for values in (self.mean, self.std))
         return (images.float() - mean).div_(std)
 
 
@@ -149,27 +157,35 @@ def evaluation_scaling(augmentation: Augmentation, image_size: int) -> Scaling:
 
 def evaluation_transform(augmentation: Augmentation, image_size: int, normalize: Normalize) -> Transform:
     """Return the transform of evaluation, which draws nothing."""
-    return partial(_evaluated, evaluation_scaling(augmentation, image_size), normalize)
+    scaling = evaluation_scaling(augmentation, image_size)
+    return Transform(scaling.each, normalize, partial(_evaluated, scaling, normalize))
 
 
-def _evaluated(scaling: Scaling, normalize: Normalize, images: Images, epoch: int, start: int) -> torch.Tensor:
+def _evaluated(scaling: Scaling, normalize: Normalize, images: Tensor, epoch: int, start: int) -> Tensor:
     return normalize(scaling.batch(images))
 
 
 def training_transform(augmentation: Augmentation, image_size: int, normalize: Normalize, seed: int) -> Transform:
     """Return the transform of training images, whose draws depend on the seed, the epoch and the position."""
     if augmentation.kind == "timm":
-        return partial(_each, timm_transform(augmentation, image_size, normalize.mean, normalize.std), seed)
+        one = timm_transform(augmentation, image_size, normalize.mean, normalize.std)
+        return Transform(partial(_each, one, seed), unchanged, None)
+    whole = BatchAugmentation(augmentation, image_size, normalize.mean, normalize.std, seed)
+    if augmentation.crop_padding is None:
+        return Transform(whole.crop_each, partial(whole, cropped=True), whole)
     scaling = Scaling(image_size, image_size, augmentation.interpolation)
-    if augmentation.crop_padding is None or augmentation.changes_pixels:
-        whole = BatchAugmentation.of(augmentation, image_size, normalize.mean, normalize.std, seed)
-        return partial(_batched, augmentation, scaling, whole)
-    return partial(_cropped, augmentation, scaling, normalize, seed)
+    batched = whole if augmentation.changes_pixels else partial(_cropped, whole, normalize)
+    return Transform(scaling.each, batched, batched)
+
+
+def unchanged(images: Tensor, epoch: int, start: int) -> Tensor:
+    """Return the images as they are."""
+    return images
 
 
 def timm_transform(
     augmentation: Augmentation, image_size: int, mean: Sequence[float], std: Sequence[float]
-) -> Callable[[Image.Image], torch.Tensor]:
+) -> Callable[[Image.Image], Tensor]:
     """Build timm's training transform: RGB image to float32 (3, s, s). Raises ConfigError for a wrong policy."""
     policy = augmentation.auto_augment
     try:
@@ -194,48 +210,29 @@ def timm_transform(
 
 
 def _each(
-    transform: Callable[[Image.Image], torch.Tensor], seed: int, images: Images, epoch: int, start: int
-) -> torch.Tensor:
+    transform: Callable[[Image.Image], Tensor], seed: int, images: Iterable[Image.Image], epoch: int, start: int
+) -> Tensor:
     """Transform images one by one as timm does, each seeded by its position, through the global CPU generators."""
     done = []
     for position, image in enumerate(images, start):
-        rgb = vision.to_pil_image(image) if isinstance(image, torch.Tensor) else image
         seed_global_generators(Stream.AUGMENTATION, (seed,), epoch, position)
-        done.append(transform(rgb))
+        done.append(transform(image))
     return torch.stack(done)
 
 
-def _batched(
-    augmentation: Augmentation, scaling: Scaling, whole: BatchAugmentation, images: Images, epoch: int, start: int
-) -> torch.Tensor:
-    """Augment images at once; for a crop with padding, those that are not in memory are scaled first."""
-    pixels = images if augmentation.crop_padding is None else scaling.batch(images)
-    return whole(pixels, epoch, start)
-
-
-def _cropped(
-    augmentation: Augmentation,
-    scaling: Scaling,
-    normalize: Normalize,
-    seed: int,
-    images: Images,
-    epoch: int,
-    start: int,
-) -> torch.Tensor:
-    """Pad-crop, flip, scale and normalise images, bit by bit as Famba 0.1; those not in memory are scaled first."""
-    pixels = images if isinstance(images, torch.Tensor) else scaling.batch(images)
-    drawn = words(Stream.AUGMENTATION, (seed,), epoch, start, len(pixels))
-    cropped = _pad_crop(pixels, augmentation.crop_padding or 0, drawn[:, 0], drawn[:, 1])
-    uniform = (drawn[:, 2] >> np.uint64(11)) * 2.0**-53
-    flipped = torch.from_numpy(uniform < augmentation.hflip)
-    cropped[flipped] = cropped[flipped].flip(-1)
-    return normalize(scaling.batch(cropped))
-
-
-def _pad_crop(images: torch.Tensor, padding: int, down: np.ndarray, right: np.ndarray) -> torch.Tensor:
-    """Crop (b, 3, h, w) to the same size at offsets 0 .. 2 * padding, drawn as uint64 (b,); return a new tensor."""
-    padded = F.pad(images, (padding,) * 4).numpy()
-    # A view of every window, (b, 3, offsets down, offsets right, h, w); indexing copies one for each image.
-    windows = np.lib.stride_tricks.sliding_window_view(padded, images.shape[-2:], axis=(2, 3))
-    offsets = np.uint64(2 * padding + 1)
-    return torch.from_numpy(windows[np.arange(len(images)), :, down % offsets, right % offsets])
+def _cropped(whole: BatchAugmentation, normalize: Normalize, images: Tensor, epoch: int, start: int) -> Tensor:
+    """Pad-crop, flip, scale and normalise uint8 (b, 3, h, w), on a CPU bit by bit as Famba 0.1."""
+    size, padding = whole.size, whole.options.crop_padding or 0
+    draws = whole.draw(epoch, start, len(images), *images.shape[2:]).to(images.device)
+    down, right = draws.boxes[:, :2].long().T[..., None]
+    row, across = (torch.arange(side, device=images.device) for side in images.shape[2:])
+    mirrored = right + torch.where(draws.flip[:, None], across.flip(0), across)
+    number, channel = (torch.arange(n, device=images.device) for n in images.shape[:2])
+    padded = F.pad(images, (padding,) * 4)
+    cropped = padded[
+        number[:, None, None, None], channel[:, None, None], (down + row)[:, None, :, None], mirrored[:, None, None]
+    ]
+    if cropped.shape[2:] != (size, size):
+        scaled = vision.resize(_without_ends(cropped).float(), size, InterpolationMode(whole.options.interpolation))
+        cropped = vision.center_crop(scaled.clamp(0, 255), [size, size])  # bicubic weights overshoot at edges
+    return normalize(cropped)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,10 +24,10 @@ from torchvision.transforms import functional as vision
 from famba.data.batch_operations import OPERATIONS, Geometry, column, erase
 from famba.data.batch_policy import DRAWS, Array, Policy, Step, jitter
 from famba.data.batch_resample import BOX_DRAWS, crop, random_boxes
-from famba.data.draws import Stream, uniforms, words
+from famba.data.draws import Stream, sent, uniforms, words
 
 if TYPE_CHECKING:
-    from famba.data.augment import AugmentationOptions, Images
+    from famba.data.augment import AugmentationOptions
 
 _BOXES, _POLICY, _JITTER, _ERASING, _NOISE = range(5)  # parts of the stream of draws
 _ATTEMPTS = 10
@@ -58,8 +58,8 @@ class Draws:
 
     def to(self, device: torch.device) -> Draws:
         """Return the same on a device, without waiting for it."""
-        boxes, flip = (x.to(device, non_blocking=True) for x in (self.boxes, self.flip))
-        erasing = self.erasing and Erasing(*(x.to(device, non_blocking=True) for x in vars(self.erasing).values()))
+        boxes, flip = sent(self.boxes, device), sent(self.flip, device)
+        erasing = self.erasing and Erasing(*(sent(x, device) for x in vars(self.erasing).values()))
         return Draws(boxes, flip, tuple(step.to(device) for step in self.steps), erasing)
 
 
@@ -67,51 +67,32 @@ class Draws:
 class BatchAugmentation:
     """Augments the training images of one run in whole batches."""
 
-    options: AugmentationOptions
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    options: AugmentationOptions  # where `crop_padding` is None, boxes are those of a random resized crop
+    size: int  # side of the results in pixels
+    mean: Sequence[float]  # of the colours, in 0..1
+    std: Sequence[float]
     seed: int
-    policy: Policy | None
-    geometry: Geometry
-    dtype: torch.dtype  # of the arithmetic
+    dtype: torch.dtype = torch.float32  # of the arithmetic
 
-    @classmethod
-    def of(
-        cls,
-        options: AugmentationOptions,
-        image_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        seed: int,
-        dtype: torch.dtype = torch.float32,
-    ) -> BatchAugmentation:
-        """Read the options of a recipe; where `crop_padding` is None, boxes are those of a random resized crop.
+    @functools.cached_property
+    def policy(self) -> Policy | None:
+        """Read the policy. Raises ConfigError for one that has no batched form."""
+        return None if self.options.auto_augment is None else Policy.of(self.options.auto_augment)
 
-        image_size: side of the results in pixels. mean, std: of the colours, in 0..1. dtype: of the arithmetic. Raises
-        ConfigError for a policy that has no batched form.
+    def __call__(self, images: Tensor, epoch: int, start: int, cropped: bool = False) -> Float[Tensor, "b 3 s s"]:
+        """Augment uint8 (b, 3, h, w), on its device, at positions start, start + 1, ... of the epoch.
+
+        cropped: whether the images went through `crop_each` before.
         """
-        policy = None if options.auto_augment is None else Policy.of(options.auto_augment)
-        red, green, blue = (min(255, round(255 * value)) for value in mean)
-        geometry = Geometry((red, green, blue), options.interpolation)
-        return cls(options, image_size, tuple(mean), tuple(std), seed, policy, geometry, dtype)
-
-    def __call__(self, images: Images, epoch: int, start: int) -> Float[Tensor, "b 3 s s"]:
-        """Augment uint8 (b, 3, h, w), on its device, or RGB images, at positions start, start + 1, ... of the epoch.
-
-        RGB images go without `crop_padding` alone.
-        """
-        given = images if isinstance(images, Tensor) else list(images)
-        device = given.device if isinstance(given, Tensor) else torch.device("cpu")
-        done = torch.empty(len(given), 3, self.size, self.size, dtype=self.dtype, device=device)
-        at_once = _AT_ONCE if device.type == "cpu" else len(given)
-        for first in range(0, len(given), at_once):
-            part, place, position = given[first : first + at_once], done[first : first + at_once], start + first
-            if isinstance(part, Tensor):
-                self._apply(part, self.draw(epoch, position, len(part), *part.shape[2:]).to(device), place)
+        done = torch.empty(len(images), 3, self.size, self.size, dtype=self.dtype, device=images.device)
+        at_once = _AT_ONCE if images.device.type == "cpu" else len(images)
+        for first in range(0, len(images), at_once):
+            part, place = images[first : first + at_once], done[first : first + at_once]
+            draws = self.draw(epoch, start + first, len(part), *part.shape[2:]).to(images.device)
+            if cropped:
+                self.finish(place.copy_(part), draws)
             else:
-                place.copy_(self.crop_each(part, epoch, position))
-                self.finish(place, self.draw(epoch, position, len(part), self.size, self.size))
+                self.apply(part, draws, place)
         return done
 
     def draw(self, epoch: int, start: int, count: int, height: int, width: int) -> Draws:
@@ -120,13 +101,16 @@ class BatchAugmentation:
         steps = tuple(self._steps(epoch, start, count))
         return Draws(torch.from_numpy(boxes), torch.from_numpy(flip), steps, self._erasing(epoch, start, count))
 
-    def apply(self, images: UInt8[Tensor, "b 3 h w"], draws: Draws) -> Float[Tensor, "b 3 s s"]:
-        """Augment images by draws on the same device."""
-        out = torch.empty(len(images), 3, self.size, self.size, dtype=self.dtype, device=images.device)
-        return self._apply(images, draws, out)
+    def apply(
+        self, images: UInt8[Tensor, "b 3 h w"], draws: Draws, out: Tensor | None = None
+    ) -> Float[Tensor, "b 3 s s"]:
+        """Augment images by draws on the same device; out: of `crop`."""
+        padding, interpolation = self.options.crop_padding or 0, self.options.interpolation
+        return self.finish(crop(images, draws.boxes, draws.flip, self.size, interpolation, padding, out), draws)
 
-    def crop_each(self, images: Sequence[Image.Image], epoch: int, start: int) -> Tensor:
+    def crop_each(self, images: Iterable[Image.Image], epoch: int, start: int) -> UInt8[Tensor, "b 3 s s"]:
         """Crop, scale and flip RGB images of any size one by one by Pillow, as a batch without padding."""
+        images = list(images)
         mode = InterpolationMode(self.options.interpolation)
         boxes, flip = self._crops(epoch, start, *np.array([(image.height, image.width) for image in images]).T)
         done = []
@@ -137,8 +121,10 @@ class BatchAugmentation:
 
     def finish(self, images: Float[Tensor, "b 3 s s"], draws: Draws) -> Float[Tensor, "b 3 s s"]:
         """Apply all that follows the crop, in place, to whole numbers in 0..255."""
+        red, green, blue = (min(255, round(255 * value)) for value in self.mean)
+        geometry = Geometry((red, green, blue), self.options.interpolation)
         for step in draws.steps:
-            changed = OPERATIONS[step.kind](images.index_select(0, step.rows), step.values, self.geometry)
+            changed = OPERATIONS[step.kind](images.index_select(0, step.rows), step.values, geometry)
             images.index_copy_(0, step.rows, changed)
         mean, std = (column(values, images.dtype, images.device) * 255 for values in (self.mean, self.std))
         images.sub_(mean).div_(std)
@@ -146,10 +132,6 @@ class BatchAugmentation:
             part = images.index_select(0, erasing.rows)
             images.index_copy_(0, erasing.rows, erase(part, erasing.boxes, self._content(erasing, part)))
         return images
-
-    def _apply(self, images: Tensor, draws: Draws, out: Tensor) -> Tensor:
-        padding, interpolation = self.options.crop_padding or 0, self.options.interpolation
-        return self.finish(crop(images, draws.boxes, draws.flip, self.size, interpolation, padding, out), draws)
 
     def _uniforms(self, part: int, epoch: int, start: int, count: int, numbers: int) -> Array:
         return uniforms(Stream.BATCH, (self.seed, part), epoch, start, count, numbers)

@@ -20,6 +20,7 @@ from scipy.special import ndtri
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from torch import Tensor
 
+from famba.data.draws import sent
 from famba.errors import ConfigError
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -42,7 +43,7 @@ class Step:
 
     def to(self, device: torch.device) -> Step:
         """Return the same on a device."""
-        return Step(self.kind, *(x.to(device, non_blocking=True) for x in (self.rows, self.values)))
+        return Step(self.kind, sent(self.rows, device), sent(self.values, device))
 
 
 def brightness_tables(factor: Array) -> Array:

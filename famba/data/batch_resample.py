@@ -145,7 +145,7 @@ def _resample(
     exact = _to_bits(columns, 22)
     coarse = _to_bits(exact, 11)
     with _exact_products(images.device):
-        lines = images.to(out.dtype).view(number, channels * high, wide)
+        lines = images.to(out.dtype).reshape(number, channels * high, wide)
         parts = [lines @ part.to(out.dtype).transpose(1, 2) for part in (coarse, exact - coarse)]
         whole = parts[0].add_(0.5).floor()
         across = parts[1].add_(parts[0].sub_(whole)).floor_().add_(whole).clamp_(0, 255)

@@ -73,3 +73,10 @@ def seed_global_generators(stream: Stream, values: tuple[int, ...], epoch: int, 
     random.seed(int(state[0]))
     np.random.seed(int(state[1]) & 0xFFFFFFFF)
     torch.default_generator.manual_seed(int(state[2]) >> 1)
+
+
+def sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on a device, without waiting for it: from page-locked memory, which CUDA can read meanwhile."""
+    if values.device.type == "cpu" and device.type == "cuda" and torch.cuda.is_available() and not values.is_pinned():
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)

@@ -4,115 +4,83 @@ from __future__ import annotations
 
 import signal
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
+from functools import cache
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from famba.data.augment import Augmentation, Images, Normalize, Transform, evaluation_transform, training_transform
+from famba.data.augment import Augmentation, Normalize, Transform, evaluation_transform, training_transform, unchanged
+from famba.data.draws import sent
 from famba.data.sampler import EpochSampler, MicroBatch, check_numbers, check_rank
-from famba.data.sources import ArraySource, Source, labels_of
+from famba.data.sources import ArraySource, Source
 from famba.errors import FambaError
 
-Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+Batch: TypeAlias = tuple[Tensor, Tensor]
 """Images as the transform gives them, float32 (b, 3, s, s), and labels, int64 (b,)."""
 
-Share: TypeAlias = Callable[[int, int], Iterator[Batch]]
-"""(worker, workers) to every `workers`-th batch from `worker` on."""
-
 _TIME_TO_SAVE_S = 60
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Says how one process loads images. Raises ConfigError where the numbers do not fit."""
+
+    image_size: int  # side in pixels that the model takes
+    mean: tuple[float, float, float]  # of the colours, in 0..1
+    std: tuple[float, float, float]
+    rank: int = 0
+    world_size: int = 1
+    workers: int = 0  # processes that read, beside this one; images in memory that come in whole batches need none
+    device: torch.device = _CPU  # where batches are wanted
+    finish_on: torch.device = _CPU  # where whole batches are augmented, a CPU or `device`; images may lie there
+
+    def __post_init__(self) -> None:
+        check_numbers(0, workers=self.workers)
+        check_numbers(image_size=self.image_size)
+        check_rank(self.rank, self.world_size)
 
 
 def train_batches(
     source: Source,
     augmentation: Augmentation,
+    loading: Loading,
     *,
-    image_size: int,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
     seed: int,
     batch_size: int,
     accumulation: int,
-    rank: int,
-    world_size: int,
-    workers: int,
     repeats: int,
-    pin_memory: bool = False,
 ) -> TrainBatches:
     """Return the training batches of one process.
 
     A step depends on (seed, epoch, step) and the numbers below, never on what ran before, nor on `workers`; with
     `repeats` 1 the processes together see the same images and augmentation however many they are.
 
-    image_size: side in pixels that the model takes. mean, std: of the colours, in 0..1. seed: of order and
-    augmentation. seed to world_size and repeats: as in `EpochSampler`. workers: loading processes beside this one;
-    images in memory with whole-batch augmentation need none. pin_memory: page-locked results, where there is CUDA.
-    Raises ConfigError where the numbers do not fit.
+    seed: of order and augmentation. seed to repeats: as in `EpochSampler`. Raises ConfigError where they do not fit.
     """
-    check_numbers(0, workers=workers)
-    check_numbers(image_size=image_size)
-    sampler = EpochSampler(len(source), seed, batch_size, accumulation, rank, world_size, repeats)
-    transform = training_transform(augmentation, image_size, Normalize(tuple(mean), tuple(std)), seed)
-    needed = 0 if augmentation.kind == "batch" and isinstance(source, ArraySource) else workers
-    return TrainBatches(sampler, partial(_read, source, transform, sampler.micro_batches), needed, pin_memory)
+    sampler = EpochSampler(len(source), seed, batch_size, accumulation, loading.rank, loading.world_size, repeats)
+    transform = training_transform(augmentation, loading.image_size, Normalize(loading.mean, loading.std), seed)
+    return TrainBatches(sampler, _Batches(source, transform, loading))
 
 
-def eval_batches(
-    source: Source,
-    augmentation: Augmentation,
-    *,
-    image_size: int,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    batch_size: int,
-    rank: int,
-    world_size: int,
-    workers: int,
-    pin_memory: bool = False,
-) -> EvalBatches:
+def eval_batches(source: Source, augmentation: Augmentation, loading: Loading, batch_size: int) -> EvalBatches:
     """Return one process's share of the images, in order: each once over all processes, without padding.
 
     So the last batch may be smaller, and processes may have different numbers of batches, or none. `eval_crop` and
-    `interpolation` are used of the augmentation; batch_size is that of this process; the rest as in `train_batches`.
+    `interpolation` are used of the augmentation; batch_size is that of this process.
     """
-    check_numbers(0, workers=workers)
-    check_numbers(image_size=image_size, batch_size=batch_size)
-    check_rank(rank, world_size)
-    transform = evaluation_transform(augmentation, image_size, Normalize(tuple(mean), tuple(std)))
-    images = range(len(source) * rank // world_size, len(source) * (rank + 1) // world_size)
-    share = partial(_read, source, transform, partial(_in_order, images, batch_size), 0, 0)
-    return EvalBatches(share, 0 if isinstance(source, ArraySource) else workers, pin_memory)
-
-
-class _Worker(IterableDataset[Any]):
-    """Yields a worker's share; torch takes from the workers in turn, so all of them together yield every batch."""
-
-    def __init__(self, share: Share) -> None:
-        self.share = share
-
-    def __iter__(self) -> Iterator[Batch | FambaError]:
-        info = get_worker_info()
-        try:
-            yield from self.share(*((info.id, info.num_workers) if info else (0, 1)))
-        except FambaError as error:
-            yield error  # as a value: raised in a worker it would arrive wrapped in a traceback
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
-
-
-def _leave_signals_to_parent(_: int) -> None:
-    # Sent to the whole group by Ctrl-C or Slurm, they are for the training process, which ends its workers.
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    # By this one Python ends workers too, should one be left at its exit: not at once, but all the same.
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_TIME_TO_SAVE_S))
+    check_numbers(batch_size=batch_size)
+    transform = evaluation_transform(augmentation, loading.image_size, Normalize(loading.mean, loading.std))
+    first, last = (len(source) * rank // loading.world_size for rank in (loading.rank, loading.rank + 1))
+    images = np.arange(first, last)
+    parts = [MicroBatch(0, start, images[start : start + batch_size]) for start in range(0, len(images), batch_size)]
+    return EvalBatches(parts, _Batches(source, transform, loading))
 
 
 @dataclass(frozen=True)
@@ -122,17 +90,74 @@ class EvalBatches:
     Workers end when the iterator does or is closed.
     """
 
-    share: Share
-    workers: int
-    pin_memory: bool
+    parts: list[MicroBatch]
+    load: _Batches
+
+    def __len__(self) -> int:
+        return len(self.parts)
 
     def __iter__(self) -> Generator[Batch, None, None]:
+        return self.load(self.parts)
+
+
+@dataclass(frozen=True)
+class TrainBatches:
+    """Gives the training batches of one process."""
+
+    sampler: EpochSampler
+    load: _Batches
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Return the number of steps in every epoch."""
+        return self.sampler.steps_per_epoch
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
+        """Yield the micro-batches of an epoch from a step on, `accumulation` for each step.
+
+        Workers end with the generator, also when it is closed early. Raises ConfigError where there is no such step;
+        DataError on the way, where an image cannot be read.
+        """
+        self.sampler.check_place(epoch, start_step)
+        return self.load(list(self.sampler.micro_batches(epoch, start_step)))
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """Loads batches of a source."""
+
+    source: Source
+    transform: Transform
+    loading: Loading
+
+    def __call__(self, parts: list[MicroBatch]) -> Generator[Batch, None, None]:
+        batches, device = self._batches(parts), self.loading.device
+        return ahead(batches, device) if device.type == "cuda" else batches
+
+    def _batches(self, parts: list[MicroBatch]) -> Generator[Batch, None, None]:
+        if not parts:
+            return
+        source, finish, labels = self.source, self.transform.whole, torch.as_tensor(self.source.labels)
+        # The order of the epoch, where the images are: it is sent there once.
+        order = sent(torch.from_numpy(np.concatenate([part.indices for part in parts])), labels.device)
+        rows = order.split([len(part.indices) for part in parts])
+        if isinstance(source, ArraySource) and finish is not None:
+            read = (source.images.index_select(0, one) for one in rows)
+        else:
+            on_host = self.loading.finish_on.type == "cpu"
+            finish = unchanged if on_host else self.transform.finish
+            read = self._by_workers(_Reader(source, self.transform, on_host, parts))
+        with closing(read):
+            for pixels, one, (epoch, start, _) in zip(read, rows, parts, strict=True):
+                images = finish(sent(pixels, self.loading.finish_on), epoch, start)
+                yield sent(images, self.loading.device), sent(labels.index_select(0, one), self.loading.device)
+
+    def _by_workers(self, reader: _Reader) -> Generator[Tensor, None, None]:
         loader = DataLoader(
-            _Worker(self.share),
+            reader,
             batch_size=None,
-            num_workers=self.workers,
-            collate_fn=_unchanged,
-            pin_memory=self.pin_memory and torch.cuda.is_available(),
+            num_workers=self.loading.workers,
+            pin_memory=self.loading.device.type == "cuda",
             worker_init_fn=_leave_signals_to_parent,
             # Its own generator: the global one belongs to the training loop.
             generator=torch.Generator().manual_seed(0),
@@ -151,47 +176,56 @@ class EvalBatches:
             del batches
 
 
-@dataclass(frozen=True)
-class TrainBatches:
-    """Gives the training batches of one process."""
+@dataclass(frozen=True, eq=False)
+class _Reader(IterableDataset[Any]):
+    """Reads a worker's share; torch takes from the workers in turn, so all of them together yield every batch."""
 
-    sampler: EpochSampler
-    share: Callable[[int, int, int, int], Iterator[Batch]]  # (epoch, start_step) and the arguments of `Share`
-    workers: int
-    pin_memory: bool
+    source: Source
+    transform: Transform
+    finishes: bool  # does all that there is to do
+    parts: list[MicroBatch]
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Return the number of steps in every epoch."""
-        return self.sampler.steps_per_epoch
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
-        """Yield the micro-batches of an epoch from a step on, `accumulation` for each step.
-
-        Workers end with the generator, also when it is closed early. Raises ConfigError where there is no such step;
-        DataError on the way, where an image cannot be read.
-        """
-        self.sampler.check_place(epoch, start_step)
-        return iter(EvalBatches(partial(self.share, epoch, start_step), self.workers, self.pin_memory))
+    def __iter__(self) -> Iterator[Tensor | FambaError]:
+        info = get_worker_info()
+        try:
+            for epoch, start, indices in self.parts[info.id :: info.num_workers] if info else self.parts:
+                images = self.transform.read(map(self.source.image, indices.tolist()), epoch, start)
+                yield self.transform.finish(images, epoch, start) if self.finishes else images
+        except FambaError as error:
+            yield error  # as a value: raised in a worker it would arrive wrapped in a traceback
 
 
-def _read(
-    source: Source,
-    transform: Transform,
-    batches: Callable[[int, int], Iterable[MicroBatch]],
-    epoch: int,
-    start_step: int,
-    worker: int,
-    workers: int,
-) -> Iterator[Batch]:
-    labels = labels_of(source)
-    for one in islice(batches(epoch, start_step), worker, None, workers):
-        images: Images = map(source.image, one.indices.tolist())
-        if isinstance(source, ArraySource):
-            images = source.images[one.indices]
-        yield transform(images, one.epoch, one.start), torch.from_numpy(labels[one.indices])
+def _leave_signals_to_parent(_: int) -> None:
+    # Sent to the whole group by Ctrl-C or Slurm, they are for the training process, which ends its workers.
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    # By this one Python ends workers too, should one be left at its exit: not at once, but all the same.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_TIME_TO_SAVE_S))
 
 
-def _in_order(images: range, batch_size: int, epoch: int, start_step: int) -> Iterator[MicroBatch]:
-    for first in range(0, len(images), batch_size):
-        yield MicroBatch(epoch, first, np.array(images[first : first + batch_size]))
+def ahead(batches: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
+    """Yield batches of a GPU, each of which is prepared, on a second stream, before the one before it is handed over.
+
+    So a step that runs on the current stream and the preparation of the next batch go on at the same time.
+    """
+    side, current = _second_stream(device), torch.cuda.current_stream(device)
+    side.wait_stream(current)
+
+    def prepare() -> tuple[Batch, torch.cuda.Event] | None:
+        with torch.cuda.stream(side):
+            batch = next(batches, None)
+            return None if batch is None else (batch, side.record_event())
+
+    with closing(batches):
+        following = prepare()
+        while following is not None:
+            (batch, ready), following = following, prepare()
+            current.wait_event(ready)
+            for part in batch:
+                part.record_stream(current)  # its memory is the current stream's until that is done with it
+            yield batch
+
+
+@cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # one for all epochs: memory stays with the stream that it was given to

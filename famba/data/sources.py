@@ -59,7 +59,7 @@ class ArraySource:
         if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
             found = f"{self.labels.dtype} {tuple(self.labels.shape)}"
             raise DataError(f"labels must be int64 ({len(self.images)},), not {found}.")
-        check_labels(self.labels.numpy(), self.num_classes, "image {}".format)
+        check_labels(self.labels.cpu().numpy(), self.num_classes, "image {}".format)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -103,7 +103,7 @@ def renumber(source: Source, numbers: tuple[int, ...], num_classes: int) -> Sour
 
 def labels_of(source: Source) -> Labels:
     """Return the labels of all images, int64 (n,); DataError where one is out of range."""
-    return np.asarray(source.labels)
+    return torch.as_tensor(source.labels).cpu().numpy()
 
 
 def check_labels(labels: Labels, num_classes: int, where: Callable[[int], str]) -> Labels:

@@ -81,8 +81,8 @@ def check_request(
     if name not in known and not name.startswith("hfds/"):
         allowed = f"{', '.join(known)}, and hfds/NAME of the Hugging Face hub"
         raise ConfigError(f"unknown data {name!r}{near_miss(name, known)}. Known are {allowed}.", "name")
-    check_num_classes(num_classes, num_classes_of(name), name)
-    if (images := training_images_of(name)) is not None:
+    check_num_classes(num_classes, NUM_CLASSES.get(name), name)
+    if (images := TRAINING_IMAGES.get(name)) is not None:
         _check_subset(subset, images)
 
 
@@ -100,16 +100,6 @@ def check_folder(name: str, root: str | Path | None, version: int = Reading.vers
         find_cifar(name, folder)
     elif name == "folder":
         find_parts(folder, version)
-
-
-def num_classes_of(name: str) -> int | None:
-    """Return the number of classes where the name alone tells it, else None."""
-    return NUM_CLASSES.get(name)
-
-
-def training_images_of(name: str) -> int | None:
-    """Return the number of training images where the name alone tells it, else None."""
-    return TRAINING_IMAGES.get(name)
 
 
 def held_out(images: int, fraction: float) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from math import inf
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from famba import data
 from famba.errors import ConfigError, named
 from famba.models import Backbone, create_network
 from famba.models.backbone import backbone_of
-from famba.training.config import RunConfig
+from famba.training.config import RunConfig, check_eval_images
+from famba.training.devices import loading_workers
 from famba.training.distributed import Process
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Images (b, 3, h, w) and labels (b,)."""
 _log = logging.getLogger(__name__)
+_SHARE_OF_MEMORY = 0.25  # of a GPU's free memory, that images may take
 
 
 def check_model(config: RunConfig) -> None:
@@ -94,19 +97,28 @@ def load_splits(config: RunConfig) -> data.Splits:
 
 @dataclass(frozen=True)
 class Loaders:
-    """Hold the batches of this process; selection is evaluated in every epoch, and named "validation" or "test"."""
+    """Hold the batches of this process; selection is evaluated at the end, and named "validation" or "test".
+
+    in_training is what evaluations before the last one take of it.
+    """
 
     train: data.TrainBatches
     selection_name: str
     selection: Batches
+    in_training: Batches
     test: Batches
 
 
 def make_loaders(config: RunConfig, image_size: int, splits: data.Splits, process: Process) -> Loaders:
     """Build the loaders of one process; image_size in pixels."""
-    trainer = config.trainer
-    shared = {**_transform(config, image_size), "rank": process.rank, "world_size": process.world_size}
-    shared |= {"workers": config.data.workers, "pin_memory": process.device.type == "cuda"}
+    trainer, device, count, place = config.trainer, process.device, config.trainer.eval_images, config.data.device
+    check_eval_images(count, splits.validation is not None)
+    finish_on = torch.device("cpu") if place == "cpu" or device.type != "cuda" else device
+    if finish_on.type == "cuda":
+        free = inf if place == "cuda" else torch.cuda.mem_get_info(device)[0]
+        splits = resident(splits, device, config.recipe.augmentation, free)
+    own = process.rank, process.world_size, loading_workers(config.data.workers), device, finish_on
+    shared: Any = {"augmentation": augmentation(config), "loading": _loading(config, image_size, *own)}
     with named({"batch_size": "trainer.batch_size", "repeats": "recipe.repeats"}):
         train = data.train_batches(
             splits.train,
@@ -118,18 +130,37 @@ def make_loaders(config: RunConfig, image_size: int, splits: data.Splits, proces
         )
     size = trainer.batch_size // (process.world_size * trainer.accumulation)
     test = data.eval_batches(splits.test, batch_size=size, **shared)
-    if splits.validation is None:
-        return Loaders(train, "test", test, test)
-    return Loaders(train, "validation", data.eval_batches(splits.validation, batch_size=size, **shared), test)
+    if splits.validation is not None:
+        validation = data.eval_batches(splits.validation, batch_size=size, **shared)
+        return Loaders(train, "validation", validation, validation, test)
+    if count is None or count >= len(splits.test):
+        return Loaders(train, "test", test, test, test)
+    part = data.sample(splits.test, count, config.data.version)
+    return Loaders(train, "test", test, data.eval_batches(part, batch_size=size, **shared), test)
+
+
+def resident(splits: data.Splits, device: torch.device, augmentation: str, free_bytes: float) -> data.Splits:
+    """Put images that are held in memory on a GPU if they take at most a quarter of its free bytes.
+
+    augmentation: "timm" takes training images on the host.
+    """
+    parts: dict[str, Any] = {name: part for name, part in vars(splits).items() if isinstance(part, data.ArraySource)}
+    if augmentation != "batch":
+        parts.pop("train", None)
+    size = sum(part.images.nbytes for part in parts.values())
+    if not parts or size > _SHARE_OF_MEMORY * free_bytes:
+        return splits
+    _log.info("%s images lie on %s: %d MB", " and ".join(parts), device, size // 10**6)
+    for name, part in parts.items():
+        parts[name] = replace(part, images=part.images.to(device), labels=part.labels.to(device))
+    return replace(splits, **parts)
 
 
 def load_images(config: RunConfig, image_size: int, source: data.Source) -> Tensor:
     """Return all images of a source as evaluation sees them, (n, 3, s, s)."""
-    shared = _transform(config, image_size)
-    batches = data.eval_batches(source, batch_size=len(source), rank=0, world_size=1, workers=0, **shared)
+    batches = data.eval_batches(source, augmentation(config), _loading(config, image_size), batch_size=len(source))
     return torch.cat([images for images, _ in batches])
 
 
-def _transform(config: RunConfig, image_size: int) -> dict[str, Any]:
-    mean, std = tuple(config.data.mean), tuple(config.data.std)
-    return {"augmentation": augmentation(config), "image_size": image_size, "mean": mean, "std": std}
+def _loading(config: RunConfig, image_size: int, *process: Any) -> data.Loading:
+    return data.Loading(image_size, tuple(config.data.mean), tuple(config.data.std), *process)  # type: ignore[arg-type]

@@ -31,8 +31,10 @@ _CONTENT = {"format", "config", "world_size", "step", "model", "optimizer", "sca
 _log = logging.getLogger(__name__)
 
 # Settings that may change when a run goes on: the weights that come out stay the same.
-_FREE: tuple[str, ...] = ("run_dir", "resume", "data.root", "data.workers", "logger.", "trainer.max_steps")
-_FREE += ("trainer.device", "trainer.cuda_graphs", "trainer.log_every", "trainer.eval_every", "trainer.save_every_min")
+_FREE: tuple[str, ...] = ("run_dir", "resume", "data.root", "data.workers", "data.device", "logger.")
+_FREE += tuple(
+    f"trainer.{key}" for key in ("max_steps", "device", "cuda_graphs", "log_every", "eval_", "save_every_min")
+)
 
 
 @dataclass

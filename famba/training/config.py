@@ -71,9 +71,10 @@ class DataConfig:
     std: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=3, max_length=3)]
     subset: Count | None
     val_fraction: Share
-    workers: Annotated[int, Field(ge=0, le=1024)]
+    workers: Literal["auto"] | Annotated[int, Field(ge=0, le=1024)]
     background: Text
     version: Literal[1, 2]
+    device: Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -116,6 +117,7 @@ class TrainerConfig:
     grad_checkpointing: bool
     log_every: Count
     eval_every: Count
+    eval_images: Count | None
     save_every_min: Positive
 
 
@@ -163,9 +165,17 @@ ADDED_KEYS: dict[str, Any] = {
     "fusion.guard": 0,
     "data.version": 1,
     "data.background": "white",
+    "data.device": "cpu",
+    "trainer.eval_images": None,
     "recipe.layer_decay": None,
 }
 """Map each key that configurations have not always had to the value that reproduces what runs did before it."""
+
+CHANGED_DEFAULTS: dict[str, tuple[Any, Any]] = {
+    "recipe.augmentation": ("timm", "batch"),
+    "recipe.crop_padding": (0, None),
+}
+"""Map each key whose value in recipe=paper changed since version 0.1 to the values then and now."""
 
 _adapter = cache(TypeAdapter)
 
@@ -177,6 +187,13 @@ def parse(values: Mapping[str, Any]) -> RunConfig:
     if missing := [f"{key} is missing" for key in wanted if key not in flatten(values)]:
         raise ConfigError("\n".join(missing))
     return checked(RunConfig, values, keys())
+
+
+def check_eval_images(count: int | None, validates: bool) -> None:
+    """Raise ConfigError if only some test images are asked for, but a run evaluates validation images."""
+    if count is not None and validates:
+        said = f"trainer.eval_images={count} is for test images, but this run is selected by all its validation images"
+        raise ConfigError(f"{said}; leave it out")
 
 
 def plain(config: RunConfig) -> dict[str, Any]:

@@ -9,7 +9,9 @@ import random
 import re
 import resource
 from pathlib import Path
+from typing import Literal
 
+import joblib
 import numpy as np
 import torch
 
@@ -17,6 +19,7 @@ from famba.data.draws import Stream, derived_integer
 from famba.errors import ConfigError, TrainingError
 
 _MIB = 2**20
+_MOST_WORKERS = 16
 
 
 def choose_device(name: str) -> torch.device:
@@ -27,6 +30,14 @@ def choose_device(name: str) -> torch.device:
     if name not in ("auto", *present):
         raise ConfigError(f"trainer.device {name!r} is not on this machine; allowed here: auto, {', '.join(present)}")
     return torch.device(present[0] if name == "auto" else name)
+
+
+def loading_workers(workers: int | Literal["auto"]) -> int:
+    """Return how many processes read images; "auto": the cores that this process may use, at most 16."""
+    if workers != "auto":
+        return workers
+    # Affinity and quotas count. Processes of torchrun share the cores; Slurm gives each its own.
+    return min(_MOST_WORKERS, max(1, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def make_current(device: torch.device) -> None:

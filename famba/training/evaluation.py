@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from famba.training.build import Batches
 from famba.training.distributed import Process
@@ -47,7 +48,8 @@ def evaluate(
     was_training = model.training
     model.eval()
     tally = Tally(process.device)
-    for images, labels in batches:
+    hidden = None if process.is_main else True  # None: shown on a terminal alone
+    for images, labels in tqdm(batches, "evaluation", leave=False, disable=hidden, dynamic_ncols=True):
         if asked_to_stop():
             break
         images, labels = (x.to(process.device, non_blocking=True) for x in (images, labels))

@@ -10,6 +10,7 @@ from pathlib import Path
 from famba.files import write_whole
 from famba.ops.registry import explain
 from famba.training.config import LoggerConfig
+from famba.training.devices import has_bf16
 from famba.training.records import METRICS
 from famba.training.trainer import Training
 
@@ -46,6 +47,8 @@ def announce(training: Training) -> None:
             "this model is meant for GPUs: on a CPU the run takes very long. For a CPU there is model=vim_micro "
             "recipe=light, on 32 x 32 images; data.subset=500 trainer.epochs=2 tries a larger model on a few images"
         )
+    if setup.device.type == "cuda" and setup.autocast is None and has_bf16(setup.device):
+        _log.info("trainer.precision=bf16 would be faster on this GPU, with other rounding")
 
 
 def next_steps(folder: Path, logger: LoggerConfig) -> str:

@@ -13,7 +13,7 @@ from famba.errors import CheckpointError, ConfigError
 from famba.files import remove_unfinished, write_whole
 from famba.training import interrupts
 from famba.training.checkpoint import Checkpoints, differences
-from famba.training.config import ADDED_KEYS, RunConfig, flatten, parse, plain, with_added_keys
+from famba.training.config import ADDED_KEYS, CHANGED_DEFAULTS, RunConfig, flatten, parse, plain, with_added_keys
 from famba.training.records import METRICS, SWEEP
 from famba.training.summary import FORMAT, SUMMARY, Summary
 
@@ -82,7 +82,12 @@ class RunFolder:
             raise CheckpointError(f"{path} cannot be read ({reason}); restore it or remove it") from error
 
     def write_config(self, config: dict[str, Any]) -> None:
-        """Write the resolved configuration."""
+        """Write the resolved configuration; a run of an earlier version stays without the keys that it did not have."""
+        old = flatten(self.config or config)
+        for key in ADDED_KEYS.keys() - old.keys():
+            group, name = key.split(".")
+            if config[group][name] == ADDED_KEYS[key]:
+                del config[group][name]
         self._write(CONFIG, yaml.safe_dump(config, sort_keys=False))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
@@ -139,7 +144,7 @@ def finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
         return None
     if summary is None or before is None or summary["status"] != "finished":
         return None
-    if changed := differences(with_added_keys(before), plain(config)):
+    if changed := differences(with_added_keys(before), plain(as_begun(config, folder.path))):
         listed = "\n  ".join([f"{folder.path} holds a finished run with other settings:", *changed])
         raise CheckpointError(f"{listed}\nChoose another run_dir")
     goal = config.trainer.max_steps
@@ -150,7 +155,8 @@ def finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
 def as_begun(config: RunConfig, run_dir: Path) -> RunConfig:
     """Return the configuration with which the run in a folder continues.
 
-    Keys that were added since the run began take the values that reproduce its version; a new run's stay as they are.
+    Keys that were added since the run began take the values that reproduce its version, and so do those of recipe=paper
+    that changed; a new run's stay as they are.
     Raises FambaError if the run's own configuration cannot be read.
     """
     if config.resume == "never" and not interrupts.restarts():
@@ -159,7 +165,11 @@ def as_begun(config: RunConfig, run_dir: Path) -> RunConfig:
     if before is None:
         return config
     values = plain(config)
-    for key in ADDED_KEYS.keys() - flatten(before).keys():
+    old, now = flatten(before), flatten(values)
+    kept = {key: value for key, value in ADDED_KEYS.items() if key not in old}
+    if kept and all((old[key], now[key]) == both for key, both in CHANGED_DEFAULTS.items()):
+        kept |= {key: then for key, (then, _) in CHANGED_DEFAULTS.items()}
+    for key, value in kept.items():
         group, name = key.split(".")
-        values[group][name] = ADDED_KEYS[key]
+        values[group][name] = value
     return parse(values)

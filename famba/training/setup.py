@@ -15,7 +15,7 @@ from famba.fusion.schedules import ADAPTIVE
 from famba.models import Backbone
 from famba.ops.registry import AUTO, ENVIRONMENT_VARIABLE, resolve
 from famba.training.build import augmentation, build_model, check_model, model_arguments, model_classes, requested_data
-from famba.training.config import RunConfig
+from famba.training.config import RunConfig, check_eval_images
 from famba.training.devices import choose_device, choose_precision, make_current
 from famba.training.distributed import world_size
 from famba.training.graph import obstacle
@@ -54,7 +54,10 @@ def prepare(config: RunConfig, processes: int | None = None) -> Setup:
     autocast = choose_precision(config.trainer.precision, device)
     backend = check_backend(config.ops.backend, device, autocast or torch.float32)
     check_cuda_graphs(config, device, processes or world_size(), backend)
+    if config.data.device == "cuda" != device.type:
+        raise ConfigError(f"data.device=cuda, but the training runs on {device.type}; leave data.device at auto")
     _check_data(config)
+    check_eval_images(config.trainer.eval_images, config.data.val_fraction > 0)
     check_batch(config, processes or world_size())
     _check_schedules(config)
     augmentation(config)
@@ -74,7 +77,7 @@ def prepare(config: RunConfig, processes: int | None = None) -> Setup:
 
 def _outline(config: RunConfig) -> tuple[Backbone, dict[str, Any]]:
     """Return the network without memory, and the arguments that make it."""
-    known = config.data.num_classes or data.num_classes_of(config.data.name)
+    known = config.data.num_classes or data.NUM_CLASSES.get(config.data.name)
     classes = config.model.num_classes if known is None else model_classes(config, known)
     arguments = model_arguments(config, classes)
     with named({"img_size": "data.image_size", "cls_position": "model.cls_position"}), torch.device("meta"):
@@ -102,7 +105,7 @@ def _check_data(config: RunConfig) -> None:
     wanted = config.data
     with named("data.{}"):
         data.check_request(wanted.name, wanted.root, **requested_data(config))
-    images = wanted.subset or data.training_images_of(wanted.name)
+    images = wanted.subset or data.TRAINING_IMAGES.get(wanted.name)
     left = None if images is None else images - data.held_out(images, wanted.val_fraction)
     if left is not None and config.trainer.batch_size > left:
         told = f"does not fit into the {left} training images that data.subset and data.val_fraction leave"

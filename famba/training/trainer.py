@@ -311,7 +311,8 @@ class Training:
         }
         if state.step == self.total_steps or (epoch + 1) % trainer.eval_every == 0:
             began = time.perf_counter()
-            results = self._evaluate(self.loaders.selection)
+            at_end = state.step == self.total_steps
+            results = self._evaluate(self.loaders.selection if at_end else self.loaders.in_training)
             values |= {f"{name}_{metric}": value for metric, value in results.items()}
             values["time_eval_s"] = time.perf_counter() - began
             self.step.changing = True  # until the epoch is saved: a run that continues evaluates again

@@ -69,7 +69,7 @@ class TimedStep:
         self.batch = _random_batch(config, self.setup)
         with chosen_backend(config.ops.backend):
             fused = obstacle(config, device, 1, resolve(device.type, self.setup.dtype)) is None
-        classes = config.data.num_classes or data.num_classes_of(config.data.name) or _CLASSES
+        classes = config.data.num_classes or data.NUM_CLASSES.get(config.data.name) or _CLASSES
         state = new_state(config, self.setup, TrainedOn(classes, None, {}), device, fresh=False, fused=fused)
         self.model = state.model.train()
         forward: nn.Module = self.model
