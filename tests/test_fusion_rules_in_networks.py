@@ -173,18 +173,15 @@ def test_a_schedule_of_other_rules_is_refused_or_refitted() -> None:
 @pytest.mark.parametrize(
     "rule", ["grid", "delta", *(pytest.param(x, marks=pytest.mark.slow) for x in ("r_meeto", "neighbours", "output"))]
 )
-def test_rules_are_trained_planned_evaluated_shown_and_reported(
-    rule: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rules_are_trained_planned_evaluated_shown_and_reported(rule: str, tmp_path: Path) -> None:
     chosen = ("fusion=all", f"fusion.rule={rule}", f"fusion.place={place_of(rule)}", "fusion.budget=7")
     folder = tmp_path / "runs" / rule
     summary = run(folder, *chosen, "trainer.max_steps=1")
     assert summary["tokens_removed"] == 7
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / "one.png")
-    capsys.readouterr()
-    asked = ["--mode", "fuse,prune", "--rule", f"bipartite,{rule}", "--subset", "20", "--batch-size", "10", "--json"]
-    assert main(["evaluate", str(folder), *asked]) == 0
-    results = json.loads(capsys.readouterr().out)["results"]
+    asked = ["--mode", "fuse,prune", "--rule", f"bipartite,{rule}", "--subset", "20", "--batch-size", "10"]
+    assert main(["evaluate", str(folder), *asked, "--out", str(tmp_path / "evaluated")]) == 0
+    results = json.loads((tmp_path / "evaluated" / "evaluate.json").read_text())["results"]
     assert [one["label"] for one in results] == [
         f"all, rule {rule}, mode fuse",
         "none",
