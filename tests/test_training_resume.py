@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,18 @@ def test_more_epochs_of_a_finished_run_are_a_new_run_by_the_command_that_is_prin
     own = {"run_dir": str(new.path), "init_from": str(tmp_path / "a run")}
     assert before is not None
     assert new.config == {**before, **own, "trainer": {**before["trainer"], "epochs": 2}}
+
+
+def test_a_checkpoint_that_is_named_begins_a_run_in_another_folder(
+    whole: Path, tmp_path: Path, stop_after: Any
+) -> None:
+    begun = f"resume={shutil.copy(whole / 'checkpoints' / 'step_00000003.pt', tmp_path)}"
+    stopped(tmp_path / "other", stop_after, 4, begun)
+    run(tmp_path / "other", begun)
+    assert "continuing after step 4" in (tmp_path / "other" / "train.log").read_text()
+    assert weights(tmp_path / "other") == weights(whole)
+    with pytest.raises(ConfigError, match="resume=ato is no file, did you mean 'auto'"):
+        run(tmp_path / "third", "resume=ato")
 
 
 def test_a_run_that_an_error_ends_keeps_what_it_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

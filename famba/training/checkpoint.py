@@ -215,10 +215,16 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def find_checkpoint(config: RunConfig, folder: Checkpoints, process: Process) -> dict[str, Any] | None:
-    """Read the checkpoint to continue from, the same in all processes; None if the run starts anew."""
+    """Read the checkpoint to continue from, the same in all processes; None if the run starts anew.
+
+    One that is named is where a run begins that has none of its own yet.
+    """
     if config.resume == "never" and not interrupts.restarts():
         return None
-    if (path := process.from_main(folder.find_last() if process.is_main else None)) is None:
+    path = process.from_main(folder.find_last() if process.is_main else None)
+    if path is None and config.resume not in ("auto", "never"):
+        path = Path(config.resume)
+    if path is None:
         return None
     found = load(path)
     check_same_run(found, plain(config), process.world_size)

@@ -152,7 +152,7 @@ class RunConfig:
     ops: OpsConfig
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     run_dir: Text
-    resume: Literal["auto", "never"]
+    resume: Text
     init_from: Text | None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from famba import data, ops
-from famba.errors import BackendError, ConfigError, named
+from famba.errors import BackendError, ConfigError, named, near_miss
 from famba.fusion.schedules import ADAPTIVE
 from famba.models import Backbone
 from famba.ops.registry import AUTO, ENVIRONMENT_VARIABLE, resolve
@@ -139,6 +139,9 @@ def check_files(config: RunConfig) -> None:
     """Raise FambaError if the data is missing or the run folder cannot be written."""
     with named("data.{}"):
         data.check_folder(config.data.name, config.data.root, config.data.version)
+    if config.resume not in ("auto", "never") and not os.path.isfile(config.resume):
+        close = near_miss(config.resume, ("auto", "never"))
+        raise ConfigError(f"resume={config.resume} is no file{close}; allowed: auto, never, or a checkpoint of a run")
     folder = os.path.abspath(config.run_dir)
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
