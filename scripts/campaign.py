@@ -123,7 +123,7 @@ def train(run: Run, folder: Path, given: Sequence[str], seconds: float) -> bool:
 def keep(run: Run, folder: Path, table: Path) -> None:
     """Add a finished run to its table, which is replaced as a whole."""
     row = read_runs([folder]).assign(run=run.name)
-    rows = pd.concat([kept(table), row.drop(columns="folder")]).fillna("")
+    rows = pd.concat([kept(table), row]).fillna("").assign(folder="")
     table.parent.mkdir(parents=True, exist_ok=True)
     write_whole(table, lambda path: Path(path).write_text(runs_csv(rows)))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)

@@ -187,7 +187,7 @@ def differing(runs: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
     """Return the settings that differ between runs: by a short name the value in each, "" where there is none.
 
     runs: of each its settings by dotted keys as text, none where they are not known. Without fusion, how to fuse is no
-    setting. Of more than `_COLUMNS` the last column lists the names.
+    setting. Of more than `_COLUMNS` the last column says how many.
     """
     known = [{key: text for key, text in run.items() if not _is_idle(key, run)} for run in runs]
     keys = {key for run in known for key in run if not key.startswith(_UNTOLD)}
@@ -203,8 +203,8 @@ def differing(runs: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
         ]
         for key in differ[:_COLUMNS]
     }
-    if len(differ) > _COLUMNS:
-        found[f"and {len(differ) - _COLUMNS} more"] = [", ".join(differ[_COLUMNS:])] + [""] * (len(runs) - 1)
+    if (more := len(differ) - _COLUMNS) > 0:
+        found["more settings"] = [f"{more} more differ"] * len(runs)
     return found
 
 

@@ -60,7 +60,7 @@ class Command:
         if folder is not None and not folder.is_dir():
             raise ConfigError(f"--config-dir {parsed['config_dir']} is no folder")
         question = "help" if parsed["help"] else parsed["cfg"]
-        return cls(tuple(parsed["overrides"]), parsed["multirun"], folder, question)
+        return cls(tuple(map(_with_path, parsed["overrides"])), parsed["multirun"], folder, question)
 
     def config(self) -> RunConfig:
         """Compose the configuration of one run. Raises ConfigError for what cannot be, or needs -m."""
@@ -173,6 +173,13 @@ def _as_override(option: str, arguments: list[str]) -> str:
     close = [f"{key}={given}" for key in _nearest(name.replace("-", "_"), [*keys(), *groups()])[:3]]
     known = f"give {' or '.join(close)}" if close else "train.py --help lists all"
     return f"{option} is no option; settings are given as KEY=VALUE: {known}"
+
+
+def _with_path(override: str) -> str:
+    """Quote the path of a run's folder, whose name may hold "=", as those of sweeps do."""
+    key, _, path = override.partition("=")
+    is_plain = key in ("run_dir", "init_from", "resume") and "=" in path and not re.search("[,'\"$\\[{]", path)
+    return f"{key}={quoted(path)}" if is_plain else override
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:

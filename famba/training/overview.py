@@ -29,7 +29,17 @@ def announce(training: Training) -> None:
     parameters = sum(p.numel() for p in training.state.model.parameters()) / 1e6
     left = f"{removed} removed, {setup.tokens - removed} left after the last layer"
     length = f"{trainer.epochs} epochs of {training.steps_per_epoch} steps of {trainer.batch_size} images"
-    extras = ("warmup_epochs", "weight_decay", "mixup", "cutmix", "label_smoothing", "augmentation", "ema_decay")
+    extras = (
+        "warmup_epochs",
+        "weight_decay",
+        "mixup",
+        "cutmix",
+        "label_smoothing",
+        "augmentation",
+        "auto_augment",
+        "random_erasing",
+        "ema_decay",
+    )
     named = [f"{name.replace('_', ' ')} {getattr(recipe, name)}" for name in extras if getattr(recipe, name)]
     ops_by = explain(setup.device.type, setup.dtype)
     table = {

@@ -13,7 +13,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from famba.errors import CheckpointError
+from famba.errors import CheckpointError, ConfigError
 from famba.plugins import VARIABLE
 from famba.training import interrupts
 from famba.training.checkpoint import changes_weights
@@ -60,7 +60,11 @@ def continued(command: Command) -> RunConfig:
         raise CheckpointError("\n".join(lines))
     changed = {key: asked[key] for key in named if key in given or key.startswith("logger.")}
     kept = {key: own[key] for key in asked if key in own and key not in _OF_A_FOLDER}
-    return parse(_nested({**asked, **kept, **changed}))
+    try:
+        return parse(_nested({**asked, **kept, **changed}))
+    except ConfigError as error:
+        told = f"{folder.path} cannot be continued here: {error}. If a plugin of yours added that, name its file in"
+        raise ConfigError(f"{told} {VARIABLE}", error.argument) from error
 
 
 def again(run_dir: str | Path) -> str:
