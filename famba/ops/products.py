@@ -33,10 +33,12 @@ class Columns(NamedTuple):
     width: int
 
     @classmethod
-    def of(cls, inputs: MixerInputs) -> Columns:
-        """Read the sizes off a mixer's weights."""
-        dt, states = _rounded_up(inputs.forward.dt_weight.shape[1]), inputs.forward.A.shape[1]
-        return cls(dt, states, dt + 2 * states, _rounded_up(dt + 2 * states))
+    def of(cls, inputs: MixerInputs, padded: bool = True) -> Columns:
+        """Read the sizes off a mixer's weights; padded: with the zeros, which a CPU's products are slower with."""
+        dt, states = inputs.forward.dt_weight.shape[1], inputs.forward.A.shape[1]
+        dt = _rounded_up(dt) if padded else dt
+        used = dt + 2 * states
+        return cls(dt, states, used, _rounded_up(used) if padded else used)
 
     def split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return views of dt with its zeros, B and C."""
@@ -62,18 +64,18 @@ class ProductWeights(NamedTuple):
     out: Tensor | None
 
     @staticmethod
-    def kept_shape(inputs: MixerInputs) -> tuple[int, ...]:
+    def kept_shape(inputs: MixerInputs, padded: bool = True) -> tuple[int, ...]:
         """Return the shape of what `copied` keeps, each weight at a multiple of 8 numbers."""
-        return (sum(_rounded_up(math.prod(shape)) for shape in _shapes(inputs)),)
+        return (sum(_rounded_up(math.prod(shape)) for shape in _shapes(inputs, padded)),)
 
     @classmethod
-    def copied(cls, inputs: MixerInputs) -> tuple[ProductWeights, Tensor]:
+    def copied(cls, inputs: MixerInputs, padded: bool = True) -> tuple[ProductWeights, Tensor]:
         """Copy a mixer's weights, of any dtypes, for products in x's dtype.
 
         Returns them, and the memory that `kept` finds them in. Without a cast `into` and `out` are not copied.
         """
-        flat = inputs.x.new_zeros(ProductWeights.kept_shape(inputs))
-        stacked = cls.kept(flat, inputs)
+        flat = inputs.x.new_zeros(ProductWeights.kept_shape(inputs, padded))
+        stacked = cls.kept(flat, inputs, padded)
         narrow, shape = stacked.dt, inputs.forward.dt_weight.shape
         if narrow.shape[1:] != shape:
             narrow = flat.new_empty(2, *shape)
@@ -83,9 +85,9 @@ class ProductWeights(NamedTuple):
         return stacked, flat
 
     @classmethod
-    def kept(cls, flat: Tensor, inputs: MixerInputs) -> ProductWeights:
+    def kept(cls, flat: Tensor, inputs: MixerInputs, padded: bool = True) -> ProductWeights:
         """Find the weights that `copied` has left in its memory."""
-        shapes = _shapes(inputs)
+        shapes = _shapes(inputs, padded)
         parts = flat.split([_rounded_up(math.prod(shape)) for shape in shapes])
         x, dt, *others = (part[: math.prod(shape)].view(shape) for part, shape in zip(parts, shapes, strict=True))
         if others:
@@ -120,9 +122,9 @@ class ProductWeights(NamedTuple):
             yield self.out, inputs.out_weight
 
 
-def _shapes(inputs: MixerInputs) -> list[tuple[int, ...]]:
+def _shapes(inputs: MixerInputs, padded: bool) -> list[tuple[int, ...]]:
     """Return the shapes of what is copied: x, dt, and where a weight has another dtype than x also into and out."""
-    d, columns, out = inputs.forward.A.shape[0], Columns.of(inputs), inputs.out_weight
+    d, columns, out = inputs.forward.A.shape[0], Columns.of(inputs, padded), inputs.out_weight
     shapes: list[tuple[int, ...]] = [(2, columns.width, d), (2, d, columns.dt)]
     weights = [inputs.in_weight, *([] if out is None else [out])]
     of_directions = [weight for side in inputs.directions for weight in (side.x_weight, side.dt_weight)]

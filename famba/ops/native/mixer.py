@@ -24,15 +24,15 @@ from famba.ops.products import Columns, ProductWeights
 def mixer_kept_shapes(inputs: MixerInputs) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """Return the shapes of u, of dt, B and C for both directions, of copied weights, and of the scans' kept states."""
     (batch, length, _), (channels, states) = inputs.x.shape, inputs.forward.A.shape
-    projected = (2, batch, length, Columns.of(inputs).width)
-    shapes = [(batch, length, channels), projected, ProductWeights.kept_shape(inputs)]
+    projected = (2, batch, length, Columns.of(inputs, padded=False).width)
+    shapes = [(batch, length, channels), projected, ProductWeights.kept_shape(inputs, padded=False)]
     return shapes, [(2, *scan_state_shape(batch, length, channels, states))]
 
 
 def mixer(inputs: MixerInputs, measure: bool) -> tuple[Tensor | None, ...]:
     """Return the result, the measures where they are asked for, and what the backward needs."""
     x = inputs.x
-    weights, copied = ProductWeights.copied(inputs)
+    weights, copied = ProductWeights.copied(inputs, padded=False)
     tokens = flatten(x.contiguous())
     u, z = (as_tokens(tokens @ half.t(), x) for half in weights.into.chunk(2))
     y, inner, delta = (torch.empty_like(u) for _ in range(3))
@@ -56,7 +56,7 @@ def mixer_backward(
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None]:
     """Return the gradients of x, in_weight, both directions' weights and out_weight, each in its input's dtype."""
     u, projected, copied, states, *_ = kept
-    x, channels, weights = inputs.x, u.shape[2], ProductWeights.kept(copied, inputs)
+    x, channels, weights = inputs.x, u.shape[2], ProductWeights.kept(copied, inputs, padded=False)
     tokens, dout = flatten(x.contiguous()), activation(dout, x.dtype).contiguous()
     # The gate is worked out again: keeping it would cost a third more memory, its product 4 % of a step's.
     z = as_tokens(tokens @ weights.into[channels:].t(), x)
@@ -66,7 +66,7 @@ def mixer_backward(
     inner, delta, dinner, ddelta = (torch.empty_like(u) for _ in range(4))
     dxz = x.new_empty(*x.shape[:2], 2 * channels)
     du, dz = dxz.chunk(2, dim=-1)
-    columns, dprojected = Columns.of(inputs), torch.empty_like(projected[0])
+    columns, dprojected = Columns.of(inputs, padded=False), torch.empty_like(projected[0])
     ddt, dB, dC = columns.split(dprojected)
     columns.clear_tail(dprojected)
     dx_weight, ddt_weight, others = torch.empty_like(weights.x), torch.empty_like(weights.dt), []
@@ -92,7 +92,7 @@ def mixer_backward(
 def _scan(tensors: Sequence[Tensor], weights: ProductWeights, inputs: MixerInputs, reverse: int) -> ScanInputs:
     """Return the scan of a direction, ready for the kernel; write its step sizes."""
     inner, delta, z, projected = tensors
-    dt, B, C = Columns.of(inputs).split(projected)
+    dt, B, C = Columns.of(inputs, padded=False).split(projected)
     torch.mm(flatten(dt), weights.dt[reverse].t(), out=flatten(delta))
     side = inputs.directions[reverse]
     return readable(ScanInputs(inner, delta, side.A, B, C, side.D, z, side.dt_bias, True, bool(reverse)))
