@@ -19,6 +19,7 @@ from famba.training.app import main
 from famba.training.checkpoint import load
 from famba.training.compose import quoted
 from famba.training.interrupts import Interrupted
+from famba.training.resume import again
 from famba.training.run_folder import RunFolder
 
 EVERYTHING = (
@@ -277,3 +278,11 @@ def test_a_run_that_an_error_ends_keeps_what_it_computed(tmp_path: Path, monkeyp
     monkeypatch.undo()
     run(folder, *settings)
     assert_same_run(folder, tmp_path / "whole")
+
+
+def test_the_command_of_several_processes_starts_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert again("runs/a=1") == """python train.py 'run_dir='"'"'runs/a=1'"'"''  # in 2 processes, as before"""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert again("runs/one") == "torchrun --nproc-per-node=2 train.py run_dir=runs/one"

@@ -70,8 +70,12 @@ def continued(command: Command) -> RunConfig:
 def again(run_dir: str | Path) -> str:
     """Return the command that goes on with a run."""
     plugins = [name for name in os.environ.get(VARIABLE, "").split(os.pathsep) if name]
-    together = f"  (in {world_size()} processes, as before)" if world_size() > 1 else ""
-    return command_line([override("run_dir", str(run_dir)), *[override("plugins", plugins)] * bool(plugins)]) + together
+    arguments = [override("run_dir", str(run_dir)), *[override("plugins", plugins)] * bool(plugins)]
+    if (processes := world_size()) == 1:
+        return command_line(arguments)
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(processes):  # torchrun on one machine
+        return shlex.join(["torchrun", f"--nproc-per-node={processes}", sys.argv[0], *arguments])
+    return f"{command_line(arguments)}  # in {processes} processes, as before"
 
 
 def trained_on(run_dir: Path, own: dict[str, Any], changes: dict[str, Any]) -> str:
