@@ -250,7 +250,7 @@ class Stream:
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What two streams are asked for, in order."""
+    """List what two streams are asked for, in order."""
     said: list[str] = []
 
     @contextlib.contextmanager

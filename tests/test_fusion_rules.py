@@ -21,7 +21,7 @@ NAMES = ("r_meeto", "neighbours", "grid", "delta", "output")
 
 
 class Found(NamedTuple):
-    """By hand: for each token the one that it joins (itself where it stays), and the sequence of those that stay."""
+    """Name by hand for each token the one that it joins (itself where it stays), and list those that stay in order."""
 
     joins: list[int]
     left: list[int]
@@ -122,7 +122,7 @@ def grid(image: Image, r: int, size: tuple[int, int], mode: str) -> Found:
 
 @st.composite
 def cases(draw: st.DrawFn, name: str) -> dict[str, Any]:
-    """What a layer knows, r, and the same image by image."""
+    """Draw what a layer knows, and r; return them, and the same image by image."""
     size = (draw(st.integers(1, 5)), draw(st.integers(2, 5)))
     patches, batch = size[0] * size[1], draw(st.integers(1, 2))
     count = draw(st.sampled_from([0, 1, 1, 2]))

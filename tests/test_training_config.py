@@ -91,6 +91,13 @@ def test_the_literal_counts_of_the_paper_are_named_as_not_matched() -> None:
 
 
 # Arguments, and what the error says. LONG stands for a name that no file system takes.
+def test_a_path_may_hold_an_equals_sign() -> None:
+    paths = {"run_dir": "runs/sweep/fusion=upper", "data.root": "/mnt/set=1"}
+    config = compose([f"{key}={path}" for key, path in paths.items()])
+    assert {"run_dir": config.run_dir, "data.root": config.data.root} == paths
+    assert compose(["run_dir='runs/a=b, c'"]).run_dir == "runs/a=b, c"
+
+
 LONG = "x" * 300
 REFUSED = [
     ("fusion=uper", "unknown fusion 'uper', did you mean 'upper'?; allowed: adaptive, all, custom"),

@@ -286,3 +286,14 @@ def test_the_command_of_several_processes_starts_as_many(monkeypatch: pytest.Mon
     assert again("runs/a=1") == """python train.py 'run_dir='"'"'runs/a=1'"'"''  # in 2 processes, as before"""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert again("runs/one") == "torchrun --nproc-per-node=2 train.py run_dir=runs/one"
+
+
+def test_a_file_system_without_locks_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def acquire(*args: Any, **options: Any) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+    with RunFolder(tmp_path / "run", writes=True):
+        assert "has no locks: make sure that no other run writes there" in caplog.text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import sys
@@ -174,7 +173,8 @@ def evaluate(request: Request) -> Evaluation:
     """
     source = _source(request)
     size, macs = request.trained.image_size, list[int]()
-    asked = list(zip(label_variants(request.variants), itertools.repeat(request.trained), request.variants))
+    labelled = zip(label_variants(request.variants), request.variants, strict=True)
+    asked = [(label, request.trained, variant) for label, variant in labelled]
     asked += [(f"{other.strategy}, {other.source}", other, replace(own(other), own=False)) for other in request.beside]
     contestants = [
         _Contestant(label, trained.model.to(request.device), variant, Tally(request.device))

@@ -112,6 +112,9 @@ class Report(NamedTuple):
     headline: str
 
 
+# What is written
+
+
 def write_report(paths: Iterable[str | Path], out: Path) -> Report:
     """Write report.md, .csv, .tex, .html and plots/ on the runs in some folders and CSV files.
 
@@ -145,6 +148,9 @@ def gather(paths: Iterable[str | Path]) -> Report:
     counted, moved = sum(len(table.runs) for table in tables), int((found["kind"] == "elsewhere").sum())
     headline = f"{counted} runs in the tables, {moved} of them for accuracy alone; {len(found) - moved} left out."
     return Report(tables, listed, headline)
+
+
+# Which runs may be compared
 
 
 def _prepared(runs: pd.DataFrame) -> pd.DataFrame:
@@ -209,21 +215,18 @@ def _with_smaller(models: dict[Any, pd.DataFrame]) -> dict[Any, pd.DataFrame]:
 
     A reduction of tokens that loses to a smaller network is worth nothing.
     """
-    for key, own in list(models.items()):
-        sizes = {
-            name: place for place, name in enumerate(_MODEL) if name in ("config.model.depth", "config.model.embed_dim")
-        }
-        alike = [
-            other
-            for other, runs in models.items()
-            if set(own["strategy"]) == {NONE} != set(runs["strategy"])
-            and own["parameters"].max() < runs["parameters"].min()
-            and all(key[i] == other[i] for i in range(len(key)) if i not in sizes.values())
-        ]
-        if alike:
-            fused = min(alike, key=lambda other: models[other]["parameters"].min())
-            told = [f"{name[13:]} {key[i]}" for name, i in sizes.items() if key[i] != fused[i]]
-            models[fused] = pd.concat([models[fused], models.pop(key).assign(smaller=", ".join(told))])
+    sizes = {
+        place: name.rpartition(".")[2] for place, name in enumerate(_MODEL) if name.endswith((".depth", ".embed_dim"))
+    }
+    unfused = [key for key, runs in models.items() if set(runs["strategy"]) == {NONE}]
+    fused = [key for key in models if key not in unfused]
+    for key in unfused:
+        same = [one for one in fused if all(key[i] == one[i] for i in range(len(key)) if i not in sizes)]
+        parameters = {one: models[one]["parameters"].min() for one in same}
+        if larger := [one for one in same if parameters[one] > models[key]["parameters"].max()]:
+            nearest = min(larger, key=lambda one: parameters[one])
+            told = ", ".join(f"{name} {key[i]}" for i, name in sizes.items() if key[i] != nearest[i])
+            models[nearest] = pd.concat([models[nearest], models.pop(key).assign(smaller=told)])
     return models
 
 
@@ -235,6 +238,9 @@ def _largest(runs: pd.DataFrame, names: list[str]) -> pd.DataFrame:
         return trials, (group["strategy"] == NONE).any(), group["provenance.started"].max()
 
     return max((group for _, group in runs.groupby(names)), key=size)
+
+
+# Names of settings
 
 
 def _labels(runs: pd.DataFrame) -> pd.Series:
@@ -269,6 +275,9 @@ def _differences(table: pd.Series, run: pd.Series) -> str:
         here, there = ((value.get(name) or "not known")[:80] for value in (run, table))
         lines.append(f"{_short(name)}: {here}, in the table {there}")
     return "; ".join(lines)
+
+
+# Numbers
 
 
 def _table(model: str, runs: pd.DataFrame, what: pd.Series, here: pd.Series) -> Table:
@@ -342,6 +351,9 @@ def _share_of_none(by_seed: pd.DataFrame) -> pd.Series:
     base = by_seed.get(NONE, by_seed.iloc[:, 0] * NAN)
     both = by_seed.where(base.notna(), axis=0)
     return both.sum(min_count=1) / both.notna().mul(base, axis=0).sum(min_count=1)
+
+
+# Text
 
 
 def spread(mean: float, sd: float, digits: int, factor: float = 1.0) -> str:

@@ -13,7 +13,7 @@ import yaml
 from famba.analysis.status import LOADER, Status, differing, settings, status
 from famba.errors import DataError
 from famba.training.config import with_added_keys
-from famba.training.records import flatten, from_cell, to_cell
+from famba.training.records import flatten, from_cell, nested, to_cell
 from famba.training.summary import SUMMARY, Summary
 
 # What is added to the columns of a row; folder is empty for a row of a CSV file, problem for a run that is usable.
@@ -85,17 +85,7 @@ def to_row(summary: Summary, config: Mapping[str, Any]) -> dict[str, str]:
 
 def from_row(row: Mapping[str, str]) -> tuple[Summary, dict[str, Any]]:
     """Return the summary and the configuration that `to_row` made a row of. Raises ValueError if it is none."""
-    values: dict[str, Any] = {}
-    for name, cell in row.items():
-        if cell == "":
-            continue
-        *groups, last = name.split(".")
-        place = values
-        for group in groups:
-            place = place.setdefault(group, {})
-            if not isinstance(place, dict):
-                raise ValueError(f"column {name} contradicts column {group}")
-        place[last] = from_cell(cell)
+    values = nested({name: from_cell(cell) for name, cell in row.items() if cell != ""})
     config = values.pop(_CONFIG.removesuffix("."), {})
     return Summary.parse(json.dumps(values)), with_added_keys(config)
 

@@ -54,7 +54,7 @@ class Reduction(NamedTuple):
 
     @property
     def measures(self) -> bool:
-        """Whether the rule reads what the scans did with each token."""
+        """True where the rule reads what the scans did with each token."""
         return not RULES[self.fusion.rule].needs.isdisjoint(("step_sizes", "outputs"))
 
     def __call__(

@@ -30,6 +30,7 @@ _SHOWN = 200  # characters of an override that an error repeats
 _OPTIONS = ("overrides", "help", "cfg", "resolve", "multirun", "config_dir", "run")
 # Plugins are of a command line: files of a run name no code that reading it would run.
 _NOT_OF_A_RUN = ("hydra", "plugins")
+_PATHS = ("run_dir", "init_from", "resume", "data.root")
 _OF_HYDRA = ("hydra.launcher", "hydra.sweeper.params")
 
 
@@ -176,10 +177,10 @@ def _as_override(option: str, arguments: list[str]) -> str:
 
 
 def _with_path(override: str) -> str:
-    """Quote the path of a run's folder, whose name may hold "=", as those of sweeps do."""
+    """Quote a path that holds "=", as the folders of a sweep's runs do."""
     key, _, path = override.partition("=")
-    is_plain = key in ("run_dir", "init_from", "resume") and "=" in path and not re.search("[,'\"$\\[{]", path)
-    return f"{key}={quoted(path)}" if is_plain else override
+    is_plain = "=" in path and not re.search("[,'\"$\\[{]", path)
+    return f"{key}={quoted(path)}" if is_plain and key in _PATHS else override
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:

@@ -22,10 +22,8 @@ def announce(training: Training) -> None:
     """Log what is trained on what, and where, as one table; warn where a CPU would take far too long."""
     config, setup, macs = training.config, training.setup, training.macs / 1e6
     recipe, trainer, size, removed = config.recipe, config.trainer, setup.image_size, sum(setup.schedule)
-    classes, images = (
-        training.trained_on.num_classes,
-        [f"{n:,} {part}" for part, n in training.trained_on.images.items()],
-    )
+    classes = training.trained_on.num_classes
+    images = [f"{n:,} {part}" for part, n in training.trained_on.images.items()]
     parameters = sum(p.numel() for p in training.state.model.parameters()) / 1e6
     left = f"{removed} removed, {setup.tokens - removed} left after the last layer"
     length = f"{trainer.epochs} epochs of {training.steps_per_epoch} steps of {trainer.batch_size} images"
@@ -58,7 +56,7 @@ def announce(training: Training) -> None:
             "recipe=light, on 32 x 32 images; data.subset=500 trainer.epochs=2 tries a larger model on a few images"
         )
     if setup.device.type == "cuda" and setup.autocast is None and has_bf16(setup.device):
-        _log.info("trainer.precision=bf16 would be faster on this GPU, with other rounding")
+        _log.info("this run computes in float32; trainer.precision=bf16 uses the bfloat16 units of this GPU")
 
 
 def next_steps(folder: Path, logger: LoggerConfig) -> str:

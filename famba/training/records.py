@@ -63,6 +63,20 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo `flatten`. Raises ValueError for a key that holds a value and others below it."""
+    values: dict[str, Any] = {}
+    for key, value in flat.items():
+        *groups, name = key.split(".")
+        place = values
+        for group in groups:
+            place = place.setdefault(group, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"column {key} contradicts column {group}")
+        place[name] = value
+    return values
+
+
 def first_epoch(metrics: Path) -> int:
     """Return the number of the first epoch in metrics.jsonl: 1, but 0 in the files that version 0.1 began."""
     try:

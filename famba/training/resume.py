@@ -20,6 +20,7 @@ from famba.training.checkpoint import changes_weights
 from famba.training.compose import Command, compose, config_dir, groups, parse_overrides, quoted
 from famba.training.config import RunConfig, flatten, parse, plain, with_added_keys
 from famba.training.distributed import world_size
+from famba.training.records import nested
 from famba.training.run_folder import RunFolder
 
 _OF_RECIPES = ("trainer.epochs", "trainer.batch_size", "trainer.precision")
@@ -61,7 +62,7 @@ def continued(command: Command) -> RunConfig:
     changed = {key: asked[key] for key in named if key in given or key.startswith("logger.")}
     kept = {key: own[key] for key in asked if key in own and key not in _OF_A_FOLDER}
     try:
-        return parse(_nested({**asked, **kept, **changed}))
+        return parse(nested({**asked, **kept, **changed}))
     except ConfigError as error:
         told = f"{folder.path} cannot be continued here: {error}. If a plugin of yours added that, name its file in"
         raise ConfigError(f"{told} {VARIABLE}", error.argument) from error
@@ -74,7 +75,8 @@ def again(run_dir: str | Path) -> str:
     if (processes := world_size()) == 1:
         return command_line(arguments)
     if os.environ.get("LOCAL_WORLD_SIZE") == str(processes):  # torchrun on one machine
-        return shlex.join(["torchrun", f"--nproc-per-node={processes}", sys.argv[0], *arguments])
+        train = [] if _is_train_py() else ["train"]
+        return shlex.join(["torchrun", f"--nproc-per-node={processes}", sys.argv[0], *train, *arguments])
     return f"{command_line(arguments)}  # in {processes} processes, as before"
 
 
@@ -112,8 +114,12 @@ def _sets(file: Path) -> dict[str, Any]:
 
 def command_line(arguments: Sequence[str]) -> str:
     """Return the command that was started, with these arguments, quoted for a shell."""
-    program = ["python", sys.argv[0]] if Path(sys.argv[0]).name == "train.py" else ["famba", "train"]
+    program = ["python", sys.argv[0]] if _is_train_py() else ["famba", "train"]
     return shlex.join([*program, *arguments])
+
+
+def _is_train_py() -> bool:
+    return Path(sys.argv[0]).name == "train.py"
 
 
 def override(key: str, value: Any) -> str:
@@ -132,14 +138,3 @@ def _written(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(_written, value))}]"
     return "null" if value is None else str(value).lower()
-
-
-def _nested(flat: dict[str, Any]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, value in flat.items():
-        *above, name = key.split(".")
-        place = values
-        for group in above:
-            place = place.setdefault(group, {})
-        place[name] = value
-    return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from famba.training.summary import FORMAT, SUMMARY, Summary
 CONFIG = "config.yaml"
 WEIGHTS = "model.safetensors"
 _REQUEUED_S, _LOOKED_AT_S = 60.0, 0.5
+_log = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -44,7 +46,9 @@ class RunFolder:
             raise ConfigError(
                 f"another run is writing to {self.path}; wait for it, or choose another run_dir"
             ) from None
-        except (OSError, NotImplementedError) as error:  # the latter from file systems without locks
+        except NotImplementedError:
+            _log.warning("the file system of %s has no locks: make sure that no other run writes there", self.path)
+        except OSError as error:
             raise ConfigError(f"run_dir={self.path} cannot be written: {error}") from error
         remove_unfinished(self.path)
         remove_unfinished(self.checkpoints.folder)

@@ -289,7 +289,8 @@ class Training:
             return None
         step = (seconds - self._compiled[1]) / (steps - self._compiled[0])
         # Until an evaluation is timed: a forward takes a third of the time of a step.
-        batches = self.trained_on.images[self.loaders.selection_name] / trainer.batch_size
+        images = trainer.eval_images or self.trained_on.images[self.loaders.selection_name]
+        batches = images / trainer.batch_size
         guess = step / 3 * batches * (1 if state.ema is None else 2)
         evaluation = totals.eval_s / totals.evaluations if totals.evaluations else guess
         left = self.total_steps - state.step
@@ -392,27 +393,49 @@ class Training:
         on_test = status == "finished" or self.loaders.selection_name == "test"
         results = totals.evaluated if on_test else {}
         epochs, train_time = max(totals.steps / self.steps_per_epoch, 1e-9), totals.data_s + totals.step_s
-        times = {"data": totals.data_s / epochs, "step": totals.step_s / epochs}
-        times["evaluation"] = totals.eval_s / max(1, totals.evaluations)
-        values: dict[str, Any] = {"status": status, "format": FORMAT, "updated": now(), "provenance": self.provenance}
-        values |= {"model": config.model.name, "data": config.data.name, "strategy": config.fusion.strategy}
-        values |= {name: results.get(name) for name in ("top1", "top5", "loss", "ema_top1", "ema_top5")}
-        best = {**totals.best, "epoch": totals.best["epoch"] + 1} if totals.best else None  # people count from 1
-        values |= {"selected": best, "started_from": totals.started_from or None}
-        values |= {"epoch": state.step // self.steps_per_epoch, "epochs": config.trainer.epochs}
-        values |= {"step": state.step, "steps": self.total_steps, "epoch_time_s": times}
-        values |= {"train_time_s": train_time, "eval_time_s": totals.eval_s}
-        values["images_per_s"] = config.trainer.batch_size * totals.steps / max(train_time, 1e-9)
-        values |= {"peak_memory_mib": devices.peak_memory_mib(self.device), "macs_per_image": self.macs}
-        values |= {"saved_bytes_per_image": self.saved_bytes, "image_size": setup.image_size}
-        values["parameters"] = sum(p.numel() for p in state.model.parameters())
-        values["precision"] = "fp32" if setup.autocast is None else str(setup.autocast).removeprefix("torch.")
-        schedule = state.model.fusion
-        values |= {"tokens": setup.tokens, "tokens_removed": sum(schedule), "schedule": tuple(schedule)}
-        values |= {"tokens_per_layer": tuple(tokens_per_layer(schedule, setup.tokens)), "budget_matched": setup.matched}
-        values |= {"adapted": tuple(totals.schedules) or None}
-        values |= {"images": self.trained_on.images, "classes": self.trained_on.classes}
-        return Summary(**values).values()
+        schedule = tuple(state.model.fusion)
+        return Summary(
+            status=status,
+            format=FORMAT,
+            updated=now(),
+            provenance=self.provenance,
+            model=config.model.name,
+            data=config.data.name,
+            strategy=config.fusion.strategy,
+            top1=results.get("top1"),
+            top5=results.get("top5"),
+            loss=results.get("loss"),
+            ema_top1=results.get("ema_top1"),
+            ema_top5=results.get("ema_top5"),
+            selected={**totals.best, "epoch": totals.best["epoch"] + 1} if totals.best else None,  # people count from 1
+            started_from=totals.started_from or None,
+            epoch=state.step // self.steps_per_epoch,
+            epochs=config.trainer.epochs,
+            step=state.step,
+            steps=self.total_steps,
+            epoch_time_s={
+                "data": totals.data_s / epochs,
+                "step": totals.step_s / epochs,
+                "evaluation": totals.eval_s / max(1, totals.evaluations),
+            },
+            train_time_s=train_time,
+            eval_time_s=totals.eval_s,
+            images_per_s=config.trainer.batch_size * totals.steps / max(train_time, 1e-9),
+            peak_memory_mib=devices.peak_memory_mib(self.device),
+            macs_per_image=self.macs,
+            saved_bytes_per_image=self.saved_bytes,
+            image_size=setup.image_size,
+            parameters=sum(p.numel() for p in state.model.parameters()),
+            precision="fp32" if setup.autocast is None else str(setup.autocast).removeprefix("torch."),
+            tokens=setup.tokens,
+            tokens_removed=sum(schedule),
+            schedule=schedule,
+            tokens_per_layer=tuple(tokens_per_layer(schedule, setup.tokens)),
+            budget_matched=setup.matched,
+            adapted=tuple(totals.schedules) or None,
+            images=self.trained_on.images,
+            classes=self.trained_on.classes,
+        ).values()
 
     # Saving and stopping
 
