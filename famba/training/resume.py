@@ -51,13 +51,12 @@ def continued(command: Command) -> RunConfig:
         finished = (folder.summary or {}).get("status") == "finished"
         lines = [f"{folder.path} holds a {'finished ' * finished}run with other settings:"]
         lines += [f"  {key}: {own.get(key)!r} before, {asked[key]!r} now" for key in differ]
-        lines.append(
-            f"Leave {'it' if len(differ) == 1 else 'them'} out to go on with its own, or choose another run_dir"
-        )
         if finished:
-            lines.append(
-                f"To train on from its weights:\n  {trained_on(folder.path, own, {k: asked[k] for k in differ})}"
-            )
+            longer = trained_on(folder.path, own, {key: asked[key] for key in differ})
+            lines.append(f"Choose another run_dir. To train on from its weights:\n  {longer}")
+        else:
+            which = "it" if len(differ) == 1 else "them"
+            lines.append(f"Leave {which} out to go on with its own, or choose another run_dir")
         raise CheckpointError("\n".join(lines))
     changed = {key: asked[key] for key in named if key in given or key.startswith("logger.")}
     kept = {key: own[key] for key in asked if key in own and key not in _OF_A_FOLDER}
