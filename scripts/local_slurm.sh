@@ -3,16 +3,13 @@
 # to a cluster.
 set -euo pipefail
 
-readonly PACKAGES="apt-get install -y --no-install-recommends slurm-wlm munge"
-
 usage() {
     cat <<'TEXT'
-Usage: scripts/local_slurm.sh start|stop|status DIR
+Usage: scripts/local_slurm.sh start|stop DIR
 
-  start DIR    start munged, slurmctld and slurmd, and print what a shell needs to use them:
-               eval "$(scripts/local_slurm.sh start DIR)"
-  stop DIR     end all jobs and the three daemons
-  status DIR   show the daemons, the node and the queue; exit status 1 if a daemon does not run
+  start DIR   start munged, slurmctld and slurmd, and print what a shell needs to use them:
+              eval "$(scripts/local_slurm.sh start DIR)"
+  stop DIR    end all jobs and the three daemons
 
 DIR has the configuration, state, logs and sockets; you can remove it after stop. The node has the cores of the machine, at
 least four, and two GPUs that only have names (--gres=gpu:1). Jobs start at once, requeued ones after five seconds. As on some
@@ -34,23 +31,18 @@ runs() {
 }
 
 free_port() {
-    local port
-    while true; do
-        port=$((RANDOM % 20000 + 20000))
-        if ! (: >"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
-            echo "$port"
-            return
-        fi
-    done
+    local port=$((RANDOM % 20000 + 20000))
+    while (: >"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done
+    echo "$port"
 }
 
 check() {
     [[ $(id -u) -eq 0 ]] || fail "Slurm's daemons need root here; run this as root"
-    local name absent=()
+    local name
     for name in munged mungekey slurmctld slurmd sbatch srun; do
-        [[ -n $(type -P "$name") ]] || absent+=("$name")
+        [[ -n $(type -P "$name") ]] ||
+            fail "$name is not installed; as root: apt-get update && apt-get install -y --no-install-recommends slurm-wlm munge"
     done
-    [[ ${#absent[@]} -eq 0 ]] || fail "not installed: ${absent[*]}; as root: apt-get update && $PACKAGES"
 }
 
 write_conf() {
@@ -150,31 +142,8 @@ stop() {
     done
 }
 
-status() {
-    local dir=$1 name missing=0
-    for name in munged slurmctld slurmd; do
-        if runs "$dir/$name.pid"; then
-            echo "$name runs, process $(cat "$dir/$name.pid")"
-        else
-            echo "$name does not run"
-            missing=1
-        fi
-    done
-    [[ $missing -eq 0 ]] || return 1
-    export SLURM_CONF=$dir/slurm.conf
-    sinfo
-    squeue
-}
-
 case ${1-} in
--h | --help)
-    usage
-    exit
-    ;;
-start | stop | status) [[ $# -eq 2 ]] || { usage >&2; exit 2; } ;;
-*)
-    usage >&2
-    exit 2
-    ;;
+start | stop) [[ $# -eq 2 ]] || { usage >&2; exit 2; } ;;
+*) usage >&2; exit 2 ;;
 esac
 "$1" "$(realpath -m "$2")"
