@@ -5,7 +5,6 @@ They take and refuse what the C++ does, but for the device, and give tensors of 
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import sys
 import types
@@ -31,6 +30,9 @@ def demand(condition: bool, text: str) -> None:
 class SelectiveScan(types.ModuleType):
     """`selective_scan_cuda`, as of mamba-ssm 2.2 to 2.3.2, for B and C of one group."""
 
+    def __init__(self) -> None:
+        super().__init__("selective_scan_cuda")
+
     def fwd(self, *args: Any) -> list[Tensor]:
         u, delta, A, B, C, D, z, delta_bias, _ = args
         self._check(u, delta, A, B, C, D, z, delta_bias)
@@ -49,16 +51,9 @@ class SelectiveScan(types.ModuleType):
             demand(out is not None and out.dtype == u.dtype and out.shape == u.shape, "out like u")
             demand(torch.allclose(out, self._run(*args[:6], None, delta_bias, delta_softplus)), "out before the gate")
         inputs = self._turned(*args[:8], delta_softplus)
-        found = reference.selective_scan_backward(_turn(dout), inputs, u.new_empty(0))
-        du, ddelta, dA, dB, dC, dD, dgate, dbias = found
-        grads = [
-            torch.empty_like(u).copy_(_turn(du)),
-            torch.empty_like(delta).copy_(_turn(ddelta)),
-            dA,
-            *(_turn(grad).unsqueeze(1).contiguous() for grad in (dB, dC)),
-            dD,
-            dbias,
-        ]
+        du, ddelta, dA, dB, dC, dD, dgate, dbias = reference.selective_scan_backward(_turn(dout), inputs, u[0, 0, :0])
+        like = [torch.empty_like(x).copy_(_turn(grad)) for x, grad in ((u, du), (delta, ddelta))]
+        grads = [*like, dA, *(_turn(grad).unsqueeze(1).contiguous() for grad in (dB, dC)), dD, dbias]
         return grads if z is None else [*grads, torch.empty_like(z).copy_(_turn(dgate))]
 
     def _check(self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *optional: Any) -> None:
@@ -81,10 +76,8 @@ class SelectiveScan(types.ModuleType):
     @staticmethod
     def _turned(*args: Any) -> ScanInputs:
         u, delta, A, B, C, D, z, delta_bias, softplus = args
-        gate = None if z is None else _turn(z)
-        return ScanInputs(
-            _turn(u), _turn(delta), A, _turn(B[:, 0]), _turn(C[:, 0]), D, gate, delta_bias, softplus, False
-        )
+        tokens = (_turn(u), _turn(delta), A, _turn(B[:, 0]), _turn(C[:, 0]))
+        return ScanInputs(*tokens, D, None if z is None else _turn(z), delta_bias, softplus, False)
 
     def _run(self, *args: Any) -> Tensor:
         return _turn(reference.selective_scan(self._turned(*args))[0])
@@ -97,46 +90,27 @@ class SelectiveScan(types.ModuleType):
 
 
 class CausalConv1d(types.ModuleType):
-    """`causal_conv1d_cuda`; `writes` since 1.5.1, where it fills memory that it is given."""
+    """`causal_conv1d_cuda` to 1.5.0, or `causal_conv1d.cpp_functions` since: the same functions by other names."""
 
-    def __init__(self, writes: bool) -> None:
-        super().__init__("causal_conv1d_cuda")
-        self.causal_conv1d_fwd = self._fwd_into if writes else self._fwd
-        self.causal_conv1d_bwd = self._bwd_into if writes else self._bwd
+    def __init__(self, name: str = "causal_conv1d_cuda") -> None:
+        super().__init__(name)
+        self.causal_conv1d_fwd = self.causal_conv1d_fwd_function = self._fwd
+        self.causal_conv1d_bwd = self.causal_conv1d_bwd_function = self._bwd
 
     def _fwd(self, *args: Any) -> Tensor:
-        x, weight, bias, seq_idx, initial_states, final_states_out, silu = args
-        out = torch.empty_like(x)
-        self._fwd_into(x, weight, bias, seq_idx, initial_states, out, final_states_out, silu)
-        return out
-
-    def _fwd_into(self, *args: Any) -> None:
-        x, weight, bias, seq_idx, initial_states, out, final_states_out, silu = args
+        x, weight, bias, *states, silu = args
         self._check(x, weight, bias)
-        demand(seq_idx is None and initial_states is None and final_states_out is None, "no states")
-        out.copy_(_turn(reference.causal_conv1d(_turn(x), weight, bias, silu, False)))
+        demand(states == [None] * 3, "no states")
+        return torch.empty_like(x).copy_(_turn(reference.causal_conv1d(_turn(x), weight, bias, silu, False)))
 
     def _bwd(self, *args: Any) -> list[Tensor | None]:
-        x, weight, bias, dout, seq_idx, initial_states, dfinal_states, dx, return_dinitial_states, silu = args
-        demand(dx is None and not return_dinitial_states, "nothing else asked for")
-        dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
-        dbias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        self._bwd_into(x, weight, bias, dout, seq_idx, initial_states, dfinal_states, dx, dweight, dbias, None, silu)
-        return [dx, dweight.to(weight.dtype), None if dbias is None else dbias.to(bias.dtype), None]
-
-    def _bwd_into(self, *args: Any) -> None:
-        x, weight, bias, dout, seq_idx, initial_states, dfinal_states, dx, dweight, dbias, dinitial, silu = args
+        x, weight, bias, dout, *states, return_dinitial_states, silu = args
         self._check(x, weight, bias)
-        demand(dout.shape == x.shape and dx.shape == x.shape and dx.dtype == x.dtype, "dout and dx like x")
-        demand((bias is None) == (dbias is None), "bias_.has_value() == dbias_.has_value()")
-        demand(all(s is None for s in (seq_idx, initial_states, dfinal_states, dinitial)), "no states")
+        demand(states == [None] * 4 and not return_dinitial_states, "no states, and nothing else asked for")
         # The kernel reads dout as x's dtype, unchecked.
-        demand(dout.dtype == x.dtype, "dout of x's dtype")
-        gx, gweight, gbias = reference.causal_conv1d_backward(_turn(dout), _turn(x), weight, bias, silu, False)
-        dx.copy_(_turn(gx))
-        dweight += gweight
-        if dbias is not None:
-            dbias += gbias
+        demand(dout.shape == x.shape and dout.dtype == x.dtype, "dout like x")
+        dx, dweight, dbias = reference.causal_conv1d_backward(_turn(dout), _turn(x), weight, bias, silu, False)
+        return [torch.empty_like(x).copy_(_turn(dx)), dweight, dbias, None]
 
     def _check(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         demand(x.dtype in HALF_OR_FLOAT and weight.dtype in HALF_OR_FLOAT, "known types")
@@ -170,20 +144,12 @@ def forget_caches() -> None:
     availability.convolution.cache_clear()
 
 
-def use_stand_ins(patch: pytest.MonkeyPatch, installed: bool) -> None:
-    """Let the backend mamba_ssm serve CPU tensors: as of 2.2 and 1.4, or through the Python of what is installed."""
-    release = availability.CAUSAL_CONV1D.version() if installed else None
-    writes = release is not None and availability._numbers(release) >= (1, 5, 1)
-    scan, conv = SelectiveScan("selective_scan_cuda"), CausalConv1d(writes)
-    for module in (scan, conv):
+def use_stand_ins(patch: pytest.MonkeyPatch, release: str) -> None:
+    """Let the backend mamba_ssm serve CPU tensors, with this release of causal-conv1d."""
+    for module in (SelectiveScan(), CausalConv1d(), CausalConv1d("causal_conv1d.cpp_functions")):
         patch.setitem(sys.modules, module.__name__, module)
     forget_caches()
-    if installed:
-        # It keeps the extension that it found when it was first imported.
-        functions = importlib.import_module("causal_conv1d.cpp_functions")
-        patch.setattr(functions, conv.__name__, conv)
-    else:
-        pretend(patch, {"mamba-ssm": "2.2.2", "causal-conv1d": "1.4.0"})
-        patch.setitem(sys.modules, "mamba_ssm", None)
+    pretend(patch, {"mamba-ssm": "2.2.2", "causal-conv1d": release})
+    patch.setitem(sys.modules, "mamba_ssm", None)
     served = replace(registry._BACKENDS["mamba_ssm"], devices=("cpu",), obstacle=lambda: None)
     patch.setitem(registry._BACKENDS, "mamba_ssm", served)

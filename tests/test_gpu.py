@@ -9,14 +9,12 @@ import json
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ops_helpers import assert_close, draw
+from ops_helpers import Op, assert_close, compare, draw
 from torch import Tensor, nn
 
 from famba.analysis.benchmark.steps import Contestant, enter
@@ -50,28 +48,17 @@ def gpu_backends() -> list[object]:
 each_backend = pytest.mark.parametrize("backend", gpu_backends())
 
 
-def results(run: Callable[..., object], inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Outputs and all gradients, for the same random gradients rounded to dtype."""
-    leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    outputs = run(*leaves)
-    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-    grads = [draw(*y.shape, dtype=dtype).to(y) for y in outputs]
-    return [y.detach() for y in (*outputs, *torch.autograd.grad(outputs, leaves, grads))]
-
-
-def check(
-    backend: str, run: Callable[..., object], inputs: list[Tensor], dtype: torch.dtype, roundings: int = 1
-) -> None:
+def check(backend: str, run: Op, inputs: list[Tensor], dtype: torch.dtype, roundings: int = 1) -> None:
     """Compare a backend on the GPU with the reference in float64 on the same numbers, outputs and all gradients."""
-    on_gpu = [x.to("cuda") for x in inputs]
-    torch.manual_seed(1)
-    with use_backend(backend):
-        found = results(run, on_gpu, dtype)
-    torch.manual_seed(1)
-    with use_backend("reference"):
-        wanted = results(run, [x.double() for x in on_gpu], dtype)
-    for number, (x, y) in enumerate(zip(found, wanted, strict=True)):
-        assert_close(x.cpu(), y.cpu(), roundings * TOLERANCE[dtype], f"result {number}", floor=0.1)
+
+    def by(name: str) -> Op:
+        def chosen(*given: Tensor) -> Any:
+            with use_backend(name):
+                return run(*given)
+
+        return chosen
+
+    compare(by(backend), by("reference"), [x.cuda() for x in inputs], roundings * TOLERANCE[dtype], floor=0.1)
 
 
 def scan_inputs(length: int, channels: int, states: int, dtype: torch.dtype) -> list[Tensor]:
@@ -135,10 +122,10 @@ def test_mixer(backend: str, dtype: torch.dtype) -> None:
         return bidirectional_mixer(x, into, *sides, out, measure=True)[1]
 
     on_gpu = [x.to("cuda") for x in inputs]
-    with full_precision():
-        check(backend, run, inputs, dtype, roundings=6)
-        with use_backend(backend):
-            found = measures(*on_gpu)
+    torch.set_float32_matmul_precision("highest")  # what ran before may have allowed TF32
+    check(backend, run, inputs, dtype, roundings=6)
+    with use_backend(backend):
+        found = measures(*on_gpu)
     with use_backend("reference"):
         wanted = measures(*(x.double() for x in on_gpu))
     for name, x, y in zip(found._fields, found, wanted, strict=True):
@@ -173,8 +160,13 @@ def test_the_same_input_gives_the_same_bits(backend: str) -> None:
             model(images).float().square().sum().backward()
         return [p.grad.clone() for p in model.parameters()]
 
-    with use_backend(backend), deterministic():
-        assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+    with use_backend(backend), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+        finally:
+            torch.use_deterministic_algorithms(False)
 
 
 @each_backend
@@ -269,26 +261,3 @@ def vim(strategy: str) -> Vim:
     torch.manual_seed(0)
     counts = schedule(strategy, 4, 17, 6)
     return Vim(img_size=64, patch_size=16, embed_dim=64, depth=4, num_classes=10, fusion=counts).cuda()
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Products in float32 proper, not in TF32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
-@contextmanager
-def deterministic() -> Iterator[None]:
-    """Let torch use only kernels that give the same bits twice."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(False)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 
 from famba.models import Vim, mixer
@@ -83,82 +84,44 @@ def test_an_adapter_counts_as_if_it_were_merged(name: str, place: str) -> None:
 def test_hooks_are_called_and_change_what_they_change(name: str, place: str) -> None:
     model = make(place)
     before = model(images())
-    part = getattr(mixer_of(model), name)
-    seen, register = list[str](), (
-        part.register_forward_pre_hook, part.register_forward_hook, part.register_full_backward_hook
-    )  # fmt: skip
-    names = ["before", "after", "backward"]
-    handles = [add(lambda *_, name=name: seen.append(name)) for add, name in zip(register, names, strict=True)]
+    part, seen = getattr(mixer_of(model), name), list[str]()
+    handles = [
+        part.register_forward_pre_hook(lambda *_: seen.append("before")),
+        part.register_forward_hook(lambda *_: seen.append("after")),
+        part.register_full_backward_hook(lambda *_: seen.append("backward")),
+    ]
     logits = model(images())
     torch.testing.assert_close(logits, before, rtol=1e-5, atol=5e-6)
     logits.sum().backward()
-    assert seen == names
-    doubled = part.register_forward_hook(lambda _, given, output: 2 * output)
+    assert seen == ["before", "after", "backward"]
+    handles.append(part.register_forward_hook(lambda _, given, output: 2 * output))
     assert differ(model(images()), before)
-    for handle in (*handles, doubled):
+    for handle in handles:
         handle.remove()
     assert torch.equal(model(images()), before)
-    original, widths = part.forward, []
+    original = part.forward
     part.forward = lambda x: 3 * original(x)
-    hook = mixer_of(model).register_forward_hook(lambda _, given, output: widths.append(tuple(output.shape)))
     assert differ(model(images()), before)
-    assert widths == [(2, 14, 16)]
-    hook.remove()
     del part.forward
     mixer_of(model).register_forward_hook(lambda _, given, output: torch.zeros_like(output))
     assert differ(model(images()), before)
 
 
-def test_small_steps_survive_bfloat16_where_a_layer_is_called() -> None:
-    found = []
-    for bias in (-4, -4 + 2**-8):  # as bfloat16 the same number
-        one = mixer_of(make())
-        one.in_proj.register_forward_hook(lambda *_: None)
-        for layer, skip in ((one.dt_proj, one.D), (one.dt_proj_b, one.D_b)):
-            nn.init.constant_(layer.bias, bias)
-            nn.init.zeros_(skip)
-        with torch.autocast("cpu", torch.bfloat16):
-            found.append(one.scan(torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0)))[0])
-    assert not torch.equal(*found)
-
-
-def falls(model: Vim) -> bool:
-    """Train for three steps; whether the loss falls in each."""
-    optimizer, losses = torch.optim.SGD(model.parameters(), lr=1e-3), []
-    for _ in range(3):
-        optimizer.zero_grad()
-        losses.append(model(images()).square().sum())
-        losses[-1].backward()
-        optimizer.step()
-    return bool(losses[0] > losses[1] > losses[2])
-
-
-def halve(layer: nn.Module) -> None:
-    class Halved(nn.Module):
-        def forward(self, weight: Tensor) -> Tensor:
-            return weight / 2
-
-    parametrize.register_parametrization(layer, "weight", Halved())
-
-
-def prune_half(layer: nn.Module) -> None:
-    prune.l1_unstructured(layer, "weight", amount=0.5)
-
-
-@pytest.mark.parametrize("change", [prune_half, halve, weight_norm])
+@pytest.mark.parametrize("change", [partial(prune.l1_unstructured, name="weight", amount=0.5), weight_norm])
 def test_pruned_and_parametrized_layers_train(change: Callable[[nn.Module], Any]) -> None:
     model = make()
     before, parts = model(images()), [getattr(mixer_of(model, i), name) for i in range(3) for name in (*LINEAR, *CONV)]
     for part in parts:
         change(part)
-    assert differ(model(images()), before) == (change is not weight_norm)
-    assert falls(model)
-    if change is prune_half:
-        pruned = model(images())
-        assert all(torch.equal(part.weight == 0, part.weight_mask == 0) for part in parts)
-        for part in parts:
+    logits = model(images())
+    assert differ(logits, before) == (change is not weight_norm)
+    logits.square().sum().backward()
+    for part in parts:
+        assert all(p.grad.abs().sum() > 0 for p in part.parameters())
+        if change is not weight_norm:
+            assert torch.equal(part.weight == 0, part.weight_mask == 0)
             prune.remove(part, "weight")
-        torch.testing.assert_close(model(images()), pruned, rtol=1e-5, atol=5e-6)
+    torch.testing.assert_close(model(images()), logits, rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch recommends another package

@@ -14,7 +14,7 @@ import torch
 from extension_stand_ins import CausalConv1d, SelectiveScan, forget_caches, pretend
 
 from famba.errors import BackendError
-from famba.ops import availability, backends, use_backend
+from famba.ops import availability
 from famba.ops.availability import (
     CAUSAL_CONV1D,
     INSTALL,
@@ -37,12 +37,12 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine
 
 
 class Machine:
-    """Set what `obstacle` looks at."""
+    """Set what `mamba_ssm_obstacle` looks at."""
 
     def __init__(self, patch: pytest.MonkeyPatch, folder: Path) -> None:
         self.patch, self._folder = patch, folder
         self.versions: dict[str, str | None] = {"mamba-ssm": "2.3.1", "causal-conv1d": "1.4.0"}
-        for module in (SelectiveScan("selective_scan_cuda"), CausalConv1d(writes=False)):
+        for module in (SelectiveScan(), CausalConv1d()):
             patch.setitem(sys.modules, module.__name__, module)
         pretend(patch, self.versions)
         # Not even tried: its import takes seconds.
@@ -65,13 +65,6 @@ class Machine:
         """Put a broken extension in place of mamba-ssm's."""
         self.remove(MAMBA_SSM)
         (self._folder / f"{MAMBA_SSM.module}.py").write_text(source)
-
-    def obstacle(self) -> str:
-        """The reason and the remedy."""
-        text = mamba_ssm_obstacle()
-        assert text is not None
-        assert "\n" not in text
-        return text
 
 
 UNDEFINED = "/env/selective_scan_cuda.so: undefined symbol: _ZN3c106detail14torchCheckFail"
@@ -124,7 +117,7 @@ OBSTACLES: dict[str, tuple[Callable[[Machine], object], str]] = {
 def test_each_obstacle_has_a_reason_and_a_remedy(machine: Machine, name: str) -> None:
     change, reason = OBSTACLES[name]
     change(machine)
-    assert machine.obstacle() == (reason if ";" in reason else f"{reason}; {INSTALL}")
+    assert mamba_ssm_obstacle() == (reason if ";" in reason else f"{reason}; {INSTALL}")
     assert INSTALL in (Path(__file__).parent.parent / "docs" / "gpu.md").read_text(), "the command that the page gives"
 
 
@@ -145,17 +138,7 @@ def test_extension_without_code_for_this_gpu(machine: Machine, package: Extensio
     monkeypatch.setitem(sys.modules, package.module, broken)
     named = f"the extension {package.module} of {package.package} {machine.versions[package.package]}"
     told = "CUDA error: no kernel image is available for execution on the device"
-    assert machine.obstacle() == f"{named} does not run here: {told}; {INSTALL}"
-
-
-def test_the_obstacle_is_told_where_the_backend_is_asked_for(machine: Machine) -> None:
-    machine.versions["mamba-ssm"] = "1.2.2"
-    told = backends()["mamba_ssm"]
-    assert told is not None
-    assert told.startswith("mamba-ssm 1.2.2 is not supported")
-    with pytest.raises(BackendError, match="backend 'mamba_ssm' cannot be used: mamba-ssm 1.2.2 is") as error:
-        use_backend("mamba_ssm")
-    assert str(error.value).endswith(told)
+    assert mamba_ssm_obstacle() == f"{named} does not run here: {told}; {INSTALL}"
 
 
 def test_each_obstacle_of_the_cuda_kernels_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

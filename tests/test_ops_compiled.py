@@ -77,7 +77,7 @@ def test_no_kernel_spills(options: str, tmp_path: Path) -> None:
 
 @needs_triton
 def test_a_kernel_by_its_name(tmp_path: Path) -> None:
-    rows = compiled(tmp_path, "triton", *"--dtype float32 --target 90 --kernel conv_sums".split())
+    rows = compiled(tmp_path, "triton", "--target", "90", "--dtype", "float32", "--kernel", "conv_sums")
     assert {(row["kernel"], row["target"], row["stack"]) for row in rows} == {("conv_sums", "sm_90", 0)}
 
 

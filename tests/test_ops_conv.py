@@ -9,10 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ops_helpers import LAYOUTS, Backend, all_backends, draw, examples, loop_conv
-from torch import Tensor
 
 from famba.errors import ConfigError
-from famba.ops import causal_conv1d, use_backend
+from famba.ops import causal_conv1d
 
 
 @all_backends()
@@ -55,45 +54,22 @@ def test_half_of_a_projection_and_parameters_of_another_precision(backend: Backe
     backend.check(*loop_conv(), [x[::2, 1::3], draw(11, 4).float(), None])
 
 
-@all_backends()
-@pytest.mark.parametrize("shape", [(0, 3, 5), (2, 0, 5), (2, 3, 0)], ids=str)
-def test_nothing_in_nothing_out(backend: Backend, shape: tuple[int, int, int]) -> None:
-    for size in (shape, (3, 20, 9), shape):
-        backend.check(*loop_conv(), [draw(*size).float(), draw(size[2], 4).float(), draw(size[2]).float()])
-
-
 @all_backends("native", "triton", "cuda", "mamba_ssm")
 @pytest.mark.parametrize("value", [0.0, 1e-30, -88.0, 88.0, 1e4, -1e4, 1e30, -1e30])
 def test_extremes_are_those_of_the_reference(backend: Backend, value: float) -> None:
-    x = torch.full((2, 5, 9), value, device=backend.device)
+    x = torch.full((2, 5, 9), value)
     x[..., 1] = 0.5
-
-    def run() -> list[Tensor]:
-        leaves = [x.clone().requires_grad_(), torch.ones(9, 3, device=backend.device, requires_grad=True)]
-        y = causal_conv1d(*leaves, activation="silu")
-        return [y.detach(), *torch.autograd.grad(y.sum(), leaves)]
-
-    with use_backend("reference"):
-        wanted = run()
-    assert all(x.isfinite().all() for x in wanted if abs(value) <= 1e4)
-    with backend.running():
-        torch.testing.assert_close(run(), wanted, rtol=1e-4, atol=1e-6)
+    backend.check_extreme(loop_conv()[0], [x, torch.ones(9, 3)], abs(value) <= 1e4)
 
 
 @all_backends()
-def test_no_position_sees_beyond_its_side(backend: Backend) -> None:
-    x, weight = torch.randn(1, 20, 3).to(backend.device), torch.randn(3, 4).to(backend.device)
-    later = x.clone()
-    later[:, 12:] = torch.nan
-    for reverse in (False, True):
-        turned = [t.flip(1) if reverse else t for t in (x, later)]
-        with backend.running():
-            plain, other = (causal_conv1d(t, weight, activation="silu", reverse=reverse) for t in turned)
-            forward = causal_conv1d(x, weight, activation="silu")
-        torch.testing.assert_close(plain.flip(1) if reverse else plain, forward)
-        seen, hidden = (slice(8, None), slice(0, 8)) if reverse else (slice(0, 12), slice(12, None))
-        assert torch.equal(plain[:, seen], other[:, seen])
-        assert other[:, hidden].isnan().all()
+@pytest.mark.parametrize("reverse", [False, True])
+def test_no_position_sees_beyond_its_side(backend: Backend, reverse: bool) -> None:
+    x, weight = torch.ones(1, 20, 3, device=backend.device), torch.zeros(3, 4, device=backend.device)
+    x[:, 12] = torch.nan
+    with backend.running():
+        seen = causal_conv1d(x, weight, reverse=reverse).isnan().all(2).nonzero()[:, 1]
+    assert seen.tolist() == list(range(9, 13) if reverse else range(12, 16))
 
 
 @all_backends("mamba_ssm")

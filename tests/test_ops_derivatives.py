@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -107,15 +106,3 @@ def test_derivatives_of_derivatives_are_refused() -> None:
         for ask in (twice, lambda: torch.func.hessian(loss)(x), lambda: torch.autograd.functional.hessian(loss, x)):
             with pytest.raises((RuntimeError, ConfigError)):
                 ask()
-
-
-def test_a_mapped_model_is_right_or_an_error() -> None:
-    model, _, x = make()
-    with naive.as_users_run_it(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that it maps op by op
-        try:
-            mapped = torch.func.vmap(lambda image: model(image[None])[0])(x)
-        except RuntimeError as error:
-            assert "Batching rule not implemented for famba" in str(error)  # noqa: PT017 - either is right
-        else:
-            torch.testing.assert_close(mapped, model(x))

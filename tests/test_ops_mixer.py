@@ -1,11 +1,10 @@
-"""The mixer as one op, by each backend that has it, against its parts; what it keeps, casts and launches."""
+"""The mixer as one op, by each backend that has it, against its parts; what it keeps and casts."""
 
 from __future__ import annotations
 
 import math
 import typing
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,13 +17,11 @@ from hypothesis import strategies as st
 from ops_helpers import Backend, all_backends, assert_close, draw, examples, threads
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from famba.errors import ConfigError
 from famba.ops import Direction, availability, bidirectional_mixer, registry, use_backend
 from famba.ops.bidirectional_mixer import MixerKernels, compose_mixer
-from famba.ops.cuda.launch import Launch
 from famba.ops.inputs import MixerInputs, TokenMeasures
 
 # What Triton's kernels and those in CUDA C++ share is not tested twice.
@@ -36,12 +33,12 @@ BFLOAT16 = 3e-2 if availability.interpreted() else 1e-2
 def mixer_inputs(
     batch: int,
     length: int,
-    d_model=6,
-    channels=11,
-    states=3,
-    rank=2,
-    width=4,
-    out=True,  # type: ignore[no-untyped-def]
+    d_model: int = 6,
+    channels: int = 11,
+    states: int = 3,
+    rank: int = 2,
+    width: int = 4,
+    out: bool = True,
 ) -> tuple[list[Tensor | None], Tensor]:
     """Draw x, in_weight, the two directions' weights in a row and out_weight; and a gradient of the result."""
 
@@ -204,29 +201,6 @@ def test_the_same_bits_again_and_nothing_from_memory_that_was_not_written(backen
     assert all(t.grad is None for t in tensors[1:])
 
 
-class Counted(TorchDispatchMode):
-    """Counts torch's ops that launch something on a GPU, all that are no views and do more than take memory."""
-
-    FREE = ("detach", "view", "_unsafe_view", "t", "transpose", "permute", "select", "slice", "squeeze", "unsqueeze")
-    FREE += ("split", "split_with_sizes", "unbind", "empty", "empty_like", "new_empty", "expand", "as_strided")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        namespace, _, name = func.name().partition("::")
-        name = name.split(".")[0]
-        self.counts.update([name] if namespace == "aten" and name not in self.FREE else [])
-        return func(*args, **(kwargs or {}))
-
-
-def kept_bytes(backend: str, inputs: MixerInputs) -> int:
-    """Count the bytes that a mixer keeps besides its inputs, copied weights among them."""
-    shapes, float_shapes = typing.cast("MixerKernels", registry.kernels(backend)).mixer_kept_shapes(inputs)
-    return inputs.x.itemsize * sum(map(math.prod, shapes)) + 4 * sum(map(math.prod, float_shapes))
-
-
 @of_each_kind
 def test_torch_keeps_as_many_bytes_as_are_counted(backend: Backend) -> None:
     drawn = [t.requires_grad_() for t in backend.place(cast(mixer_inputs(4, 9, 24, 48, 16, 3)[0])) if t is not None]
@@ -245,62 +219,15 @@ def test_torch_keeps_as_many_bytes_as_are_counted(backend: Backend) -> None:
         return sum(t.untyped_storage().nbytes() for place, t in found.items() if place not in mine)
 
     def counted(batch: int) -> int:
-        return kept_bytes(backend.name, inputs(batch)) + 2 * batch * 9 * 24
+        """The bytes kept besides the inputs, copied weights among them, and of the tokens in bfloat16."""
+        kernels = typing.cast("MixerKernels", registry.kernels(backend.name))
+        shapes, float_shapes = kernels.mixer_kept_shapes(inputs(batch))
+        return 2 * sum(map(math.prod, shapes)) + 4 * sum(map(math.prod, float_shapes)) + 2 * batch * 9 * 24
 
     with backend.running():
         assert kept(4) == counted(4)
         # Less than half of what the parts keep of an image.
         assert kept(4) - kept(3) == counted(4) - counted(3) < (kept(4, "reference") - kept(3, "reference")) / 2
-
-
-@contextmanager
-def launches_noted(name: str, patch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Any]]]:
-    """Note down names and compiled constants of a backend's launches instead of making them."""
-    from famba.ops.triton import launch
-
-    found: list[tuple[str, Any]] = []
-    if name == "cuda":
-        patch.setattr(Launch, "run", lambda made: found.append((made.kernel, made.constants)))
-        yield found
-        return
-    with launch.noted() as noted:
-        yield found
-    for made in noted:
-        constants = {k: v for k, v in made.arguments.items() if k in made.kernel.constants}
-        found.append((made.kernel.name, constants))
-
-
-SUMS = {"triton": ("state_sums", "parameter_sums", "conv_sums"), "cuda": ("row_sums", "column_sums", "column_sums")}
-
-
-@all_backends("triton", "cuda")
-def test_launches_with_float32_weights_under_bfloat16_tokens(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels: Any = registry.kernels(backend.name)
-
-    def launches(batch: int, length: int) -> tuple[Any, ...]:
-        tensors, dy = mixer_inputs(batch, length)
-        inputs = built(cast(tensors))
-        inputs, dy = inputs._replace(x=inputs.x.bfloat16()), dy.bfloat16()
-        with launches_noted(backend.name, monkeypatch) as of_forward, Counted() as ahead:
-            _, _, *kept = kernels.mixer(inputs, False)
-        with launches_noted(backend.name, monkeypatch) as of_backward, Counted() as back:
-            kernels.mixer_backward(dy, inputs, kept)
-        return of_forward, of_backward, ahead.counts, back.counts
-
-    of_forward, of_backward, ahead, back = found = launches(2, 5)
-    assert [name for name, _ in of_forward] == ["conv_forward", "scan_forward"]
-    *of_scan, of_conv = SUMS[backend.name]
-    again = ["conv_forward", "scan_forward", "scan_backward", *of_scan, "conv_backward", of_conv]
-    assert [name for name, _ in of_backward] == again
-    # Weights, once in a step: zeros, one copy of all, one into the padded columns of dt.
-    once = {"new_zeros": 1, "_foreach_copy_": 1, "copy_": 1}
-    # The scans' parameters in one tensor, and the sum of both directions.
-    assert ahead == {**once, "mm": 2, "bmm": 2, "cat": 1, "add": 1}
-    products = {"mm": 5, "bmm": 4, "baddbmm_": 1}
-    # The sums of y and dz; gradients of dt without their padding, then all in the weights' dtypes; zeros behind C.
-    assert back == {**products, "cat": 1, "add": 2, "clone": 1, "_foreach_copy_": 1, "zero_": 1}
-    # Neither length nor batch is compiled in.
-    assert found == launches(3, 17) == launches(1, 9)
 
 
 def measured(inputs: MixerInputs) -> TokenMeasures:
@@ -346,17 +273,6 @@ def test_measures_are_those_of_the_loops_and_leave_all_else_as_it_is(backend: Ba
             assert a.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
             assert not a.requires_grad
             assert_close(a, b, tolerance, name)
-
-
-def test_a_compiled_mixer_gives_its_measures() -> None:
-    inputs = built(cast(mixer_inputs(2, 5)[0]))
-    compiled = torch.compile(
-        lambda *given: bidirectional_mixer(*given, measure=True), backend="aot_eager", fullgraph=True
-    )
-    with naive.as_users_run_it():
-        (out, found), (wanted, measures) = compiled(*inputs), bidirectional_mixer(*inputs, measure=True)
-    assert torch.equal(out, wanted)
-    assert all(torch.equal(a, b) for a, b in zip(found, measures, strict=True))
 
 
 @of_each_kind

@@ -10,10 +10,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from ops_helpers import USABLE_ISAS, native, needs_kernels, scan_inputs, threads
+from ops_helpers import USABLE_ISAS, native, needs_kernels, results, scan_inputs, threads
 from torch import Tensor
 
 from famba.errors import BackendError
@@ -25,25 +26,20 @@ ALLOW_FORK = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 
 
 def inputs_of(batch: int = 3, length: int = 70, channels: int = 37) -> list[Tensor]:
-    """A scan's inputs, drawn with a fixed seed; the last three also serve as weight, gate and bias elsewhere."""
-    generator_state = torch.get_rng_state()
-    torch.manual_seed(0)
-    inputs = [x.float() for x in scan_inputs(batch, length, channels, 5) if x is not None]
-    torch.set_rng_state(generator_state)
-    return inputs
+    """A scan's inputs, drawn with a fixed seed; some also serve as weight and bias elsewhere."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return [x.float() for x in scan_inputs(batch, length, channels, 5) if x is not None]
 
 
 def run_all(inputs: list[Tensor]) -> list[Tensor]:
     """Results and gradients of all ops."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    u, delta, A, *_, D, _, _ = leaves
-    outs = [
-        selective_scan(*leaves, delta_softplus=True),
-        selective_scan(*leaves, delta_softplus=True, reverse=True),
-        causal_conv1d(u, A, D, activation="silu"),
-        *add_rms_norm(u, delta, D, 1e-5),
-    ]
-    return [x.detach() for x in [*outs, *torch.autograd.grad(sum(o.square().sum() for o in outs), leaves)]]
+
+    def ops(u: Tensor, delta: Tensor, A: Tensor, *rest: Tensor) -> list[Tensor]:
+        scans = [selective_scan(u, delta, A, *rest, delta_softplus=True, reverse=r) for r in (False, True)]
+        return [*scans, causal_conv1d(u, A, rest[2], activation="silu"), *add_rms_norm(u, delta, rest[2], 1e-5)]
+
+    return results(ops, inputs, lambda x: x.square().sum())
 
 
 def forward(inputs: list[Tensor]) -> list[Tensor]:
@@ -84,27 +80,18 @@ def test_equal_input_gives_equal_bits_on_any_number_of_threads() -> None:
 @pytest.mark.parametrize("per_call", [1, 2])
 def test_calls_from_two_threads_at_once(per_call: int) -> None:
     both = [inputs_of(batch=2), inputs_of(batch=3, length=41)]
-    failures: list[object] = []
     start = threading.Barrier(2)
     with native(), threads(per_call):
         wanted = [run_all(inputs) for inputs in both]
 
-        def work(inputs: list[Tensor], expected: list[Tensor]) -> None:
+        def work(inputs: list[Tensor], expected: list[Tensor]) -> bool:
             # A new thread has torch's own number of threads.
             torch.set_num_threads(per_call)
             start.wait(timeout=60)
-            try:
-                failures.extend("bits differ" for _ in range(10) if not same_bits(run_all(inputs), expected))
-            except BaseException as error:
-                failures.append(error)
+            return all(same_bits(run_all(inputs), expected) for _ in range(10))
 
-        workers = [threading.Thread(target=work, args=pair) for pair in zip(both, wanted, strict=True)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join(timeout=120)
-    assert not any(worker.is_alive() for worker in workers)
-    assert not failures
+        with ThreadPoolExecutor(2) as pool:
+            assert all(pool.map(work, both, wanted, timeout=120))
 
 
 def in_forked_child(check: Callable[[], bool], seconds: float = 60) -> str:

@@ -64,28 +64,11 @@ def test_views_and_parameters_of_another_precision(backend: Backend) -> None:
 
 
 @all_backends(*OWN)
-@pytest.mark.parametrize("shape", [(0, 3, 5), (2, 0, 5)], ids=str)
-def test_nothing_in_nothing_out(backend: Backend, shape: tuple[int, int, int]) -> None:
-    for size in (shape, (3, 20, 9), shape):
-        backend.check(*loop_norm(), [draw(*size).float(), draw(*size).float(), draw(size[2]).float()])
-
-
-@all_backends(*OWN)
 @pytest.mark.parametrize("value", [0.0, 1e-30, 88.0, -88.0, 1e4, 1e18, 1e30])
 def test_extremes_are_those_of_the_reference(backend: Backend, value: float) -> None:
-    x = torch.full((2, 5, 9), value, device=backend.device)
+    x = torch.full((2, 5, 9), value)
     x[..., 1] = 0.5
-
-    def run() -> list[Tensor]:
-        leaves = [x.clone().requires_grad_(), torch.ones(9, device=backend.device, requires_grad=True)]
-        normed, total = add_rms_norm(leaves[0], None, leaves[1], 1e-5)
-        return [normed.detach(), total.detach(), *torch.autograd.grad(normed.sum() + total.sum(), leaves)]
-
-    with use_backend("reference"):
-        wanted = run()
-    assert all(x.isfinite().all() for x in wanted if abs(value) <= 1e18)
-    with backend.running():
-        torch.testing.assert_close(run(), wanted, rtol=1e-4, atol=1e-6)
+    backend.check_extreme(lambda x, w: add_rms_norm(x, None, w, 1e-5), [x, torch.ones(9)], abs(value) <= 1e18)
 
 
 @all_backends()

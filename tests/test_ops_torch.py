@@ -18,12 +18,6 @@ from famba.ops import add_rms_norm, causal_conv1d, reference, selective_scan
 from famba.ops.inputs import ScanInputs
 
 
-@pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "_STEP_ELEMENTS", 16)
-    monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", 48)
-
-
 def test_results_have_the_dtypes_that_are_promised() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         total = torch.float64 if dtype == torch.float64 else torch.float32
@@ -57,40 +51,27 @@ def test_autocast_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
 
-@pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("reverse", [False, True])
-def test_gradients_by_differences(reverse: bool) -> None:
-    torch.manual_seed(0)
-    inputs = [x.requires_grad_() for x in scan_inputs(2, 5, 2, 2)]
-    assert torch.autograd.gradcheck(lambda *x: selective_scan(*x, delta_softplus=True, reverse=reverse), inputs)
-    leaves = [draw(2, 5, 3).requires_grad_(), draw(3, 4).requires_grad_(), draw(3).requires_grad_()]
-    assert torch.autograd.gradcheck(lambda *x: causal_conv1d(*x, activation="silu", reverse=reverse), leaves)
-    stream = draw(2, 5, 3).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, s, w: add_rms_norm(x, s, w, 1e-3), (leaves[0], stream, leaves[2]))
-
-
 def operator_calls(backend: Backend, state: Tensor) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     ops = torch.ops.famba
 
-    def leaf(*shape: int, layout: str = "contiguous") -> Tensor:
-        return draw(*shape, layout=layout, dtype=torch.float32).to(backend.device).requires_grad_()
+    def leaf(*shape: int) -> Tensor:
+        return draw(*shape, dtype=torch.float32).to(backend.device).requires_grad_()
 
     def scan(optional: bool = True, layout: str = "contiguous") -> list[Tensor | None]:
         drawn = backend.place(scan_inputs(2, 5, 3, 2, (optional,) * 3, layout, torch.float32))
         return [None if x is None else x.requires_grad_() for x in drawn]
 
     full, x, half = scan(), leaf(2, 5, 3), leaf(2, 5, 3).detach().bfloat16().requires_grad_()
-    detached = [t.detach() for t in full if t is not None]
-    turned, taps = leaf(2, 5, 3, layout="transposed"), leaf(3, 4).detach()
+    detached, taps = [t.detach() for t in full if t is not None], leaf(3, 4).detach()
+    turned = draw(2, 5, 3, layout="transposed", dtype=torch.float32).to(backend.device).requires_grad_()
     return {
         "scan": (ops.selective_scan, (*full, True, False)),
-        "scan, reverse": (ops.selective_scan, (*full, False, True)),
-        "scan, without options": (ops.selective_scan, (*scan(optional=False), True, False)),
+        "scan, without options": (ops.selective_scan, (*scan(optional=False), False, True)),
         "scan, not contiguous": (ops.selective_scan, (*scan(layout="transposed"), True, False)),
         "scan backward": (ops.selective_scan_backward, (detached[0], *detached, True, False, state)),
         "conv": (ops.causal_conv1d, (x, leaf(3, 4), leaf(3), True, False)),
         "conv, without bias": (ops.causal_conv1d, (x, leaf(3, 4), None, False, True)),
-        "conv, not contiguous": (ops.causal_conv1d, (turned, leaf(3, 4, layout="transposed"), leaf(3), True, False)),
+        "conv, not contiguous": (ops.causal_conv1d, (turned, leaf(3, 4), leaf(3), True, False)),
         "conv backward": (ops.causal_conv1d_backward, (*detached[:1] * 2, taps, detached[5], True, False)),
         "norm": (ops.add_rms_norm, (x, leaf(2, 5, 3), leaf(3), 1e-5)),
         "norm, at the beginning": (ops.add_rms_norm, (half, None, leaf(3), 1e-5)),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -73,20 +73,6 @@ def test_a_forward_of_the_model_waits_for_nothing(valueless: None, strategy: str
         with use_backend(backend), autocast():
             logits = model(on_gpu(2, 3, 8, 8))
         assert (logits.device.type, logits.dtype) == ("cuda", torch.bfloat16)
-
-
-@pytest.mark.parametrize("position", ["head", "middle", "none"])
-def test_a_step_asks_for_no_value(valueless: None, position: str) -> None:
-    # On the CPU: autograd asks for a GPU's context, even for tensors without values.
-    model = make("cpu", "all", position)
-    optimizer = torch.optim.AdamW(model.parameters())
-    for backend in ("triton", "reference"):
-        with use_backend(backend):
-            logits = model(torch.empty(2, 3, 8, 8))
-        nn.functional.cross_entropy(logits, torch.empty(2, dtype=torch.int64)).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("kernels", [triton, cuda], ids=["triton", "cuda"])
