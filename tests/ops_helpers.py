@@ -88,6 +88,12 @@ def scan_inputs(
     ]
 
 
+def every_op(u: Tensor, delta: Tensor, A: Tensor, *rest: Tensor) -> list[Tensor]:
+    """Call the scan both ways, the convolution and the norm on the inputs of a scan."""
+    scans = [selective_scan(u, delta, A, *rest, delta_softplus=True, reverse=reverse) for reverse in (False, True)]
+    return [*scans, causal_conv1d(u, A, rest[2], activation="silu"), *add_rms_norm(u, delta, rest[2], 1e-5)]
+
+
 def results(op: Op, inputs: Sequence[Tensor], weight: Callable[[Tensor], Tensor] = torch.sum) -> list[Tensor]:
     """Outputs, and the gradients of their weighted sum."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]

@@ -235,32 +235,6 @@ def test_autocast_changes_nothing(name: str) -> None:
     assert torch.equal(plain.places, inside.places)
 
 
-def fused_by(name: str, vectors: list[list[float]], r: int, **more: Any) -> list[int]:
-    x = torch.tensor([vectors])
-    return RULES[name].choose(LayerTokens(x, x, hidden=x, **more), r).places[0].tolist()
-
-
-X, Y, Z = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]
-NEAR_X = [1.0, 0.1, 0.0]
-
-
-@pytest.mark.parametrize(
-    ("name", "vectors", "r", "more", "places"),
-    [
-        # A class token, then A (1, 3, 5) and B (2, 4, 6): 1 and 5 join 6, behind them.
-        ("r_meeto", [Z, X, Y, Z, Y, X, X], 2, {}, [0, 4, 1, 2, 3, 4, 4]),
-        # A chain of three equal tokens becomes one, at the place of its first.
-        ("neighbours", [Z, Y, X, X, X, Z, Y], 2, {}, [0, 1, 2, 2, 2, 3, 4]),
-        # Beside the class token nothing fuses, even if it is equal.
-        ("neighbours", [Z, X, X, NEAR_X, X, Y, Y], 1, {"guard": 2}, [0, 1, 2, 3, 4, 5, 5]),
-        # Two rows of four: one pair goes in each, the even token into the odd one.
-        ("grid", [Z, X, Y, Z, Z, Y, Y, X, Z], 2, {"grid": (2, 4)}, [0, 1, 2, 3, 3, 4, 4, 5, 6]),
-    ],
-)
-def test_places_by_hand(name: str, vectors: Any, r: int, more: dict[str, Any], places: list[int]) -> None:
-    assert fused_by(name, vectors, r, **{"protected": (0,), "grid": (2, 3), **more}) == places
-
-
 @st.composite
 def requests(draw: st.DrawFn) -> tuple[str, int, int, tuple[int, int], int]:
     size, depth = (draw(st.integers(2, 14)), draw(st.integers(2, 14))), draw(st.integers(1, 12))
@@ -325,5 +299,3 @@ def test_rules_keep_the_scans_order_and_are_not_adapted(name: str) -> None:
         Fusion(rule=name, order="tome")
     with pytest.raises(ConfigError, match="strategy 'adaptive' measures the pairs that rule 'bipartite' makes"):
         Fusion(strategy="adaptive", rule=name)
-    assert isinstance(RULES[name].choose, Callable)  # type: ignore[arg-type]
-    assert (RULES[name].choose.__doc__ or "").startswith("Reduce")

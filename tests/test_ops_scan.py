@@ -15,6 +15,7 @@ from ops_helpers import (
     Backend,
     all_backends,
     draw,
+    every_op,
     examples,
     loop_conv,
     loop_norm,
@@ -104,15 +105,11 @@ def test_views_of_a_projection_serve_as_they_are(backend: Backend) -> None:
 def test_gradients_that_come_in_as_views(backend: Backend) -> None:
     inputs = backend.place(present(scan_inputs(2, 9, 5, 3, dtype=torch.float32)))
     weight = torch.randn(5, 9, 2, device=backend.device)
-
-    def all_ops(*x: Tensor) -> list[Tensor]:
-        return [loop_conv()[0](x[0], x[2], x[5]), loop_scan()[0](*x), *loop_norm()[0](x[0], x[1], x[5])]
-
     for sum_of in (torch.sum, lambda x: x.permute(2, 1, 0).mul(weight).sum()):
         with use_backend("reference"):
-            wanted = results(all_ops, inputs, sum_of)
+            wanted = results(every_op, inputs, sum_of)
         with backend.running():
-            torch.testing.assert_close(results(all_ops, inputs, sum_of), wanted, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(results(every_op, inputs, sum_of), wanted, rtol=1e-4, atol=1e-4)
 
 
 @all_backends()
@@ -140,17 +137,13 @@ EXTREMES = {
     "no step": {"delta": 0.0},
     "large steps": {"delta": 1e4},
     "negative steps under softplus": {"delta": -1e4, "softplus": True},
-    "large steps under softplus": {"delta": 1e4, "softplus": True},
     "steps where softplus dies away": {"delta": -88.0, "softplus": True},
     "fast decay": {"delta": 0.5, "A": -1e4},
     "fastest decay": {"delta": 1e4, "A": -1e4},
     "decay near the smallest number": {"delta": 1.0, "A": -87.0},
-    "no decay": {"delta": 0.5, "A": 0.0},
-    "growth": {"delta": 0.5, "A": 2.0},
     "growth to infinity": {"delta": 1.0, "A": 40.0},
     "growth at once to infinity": {"delta": 1.0, "A": 1e4},
     "growth under softplus": {"delta": 1e4, "A": 1e4, "softplus": True},
-    "open gate": {"delta": 0.5, "z": 1e4},
     "closed gate": {"delta": 0.5, "z": -1e4},
     "gate where silu dies away": {"delta": 0.5, "z": -88.0},
     "tiny input": {"delta": 0.5, "u": 1e-30},

@@ -1,54 +1,77 @@
-"""The ops as torch sees them: dtypes, autocast, gradients by differences, fakes, operations counted, memory."""
+"""The ops as torch sees them: dtypes, autocast, kinds of derivatives, fakes, operations counted, memory."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import naive
 import pytest
 import torch
-from ops_helpers import Backend, all_backends, draw, scan_inputs
+from ops_helpers import Backend, all_backends, draw, every_op, results, scan_inputs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from famba.ops import add_rms_norm, causal_conv1d, reference, selective_scan
+from famba.errors import ConfigError
+from famba.models import Vim
+from famba.ops import add_rms_norm, causal_conv1d, reference, selective_scan, use_backend
 from famba.ops.inputs import ScanInputs
 
 
 def test_results_have_the_dtypes_that_are_promised() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         total = torch.float64 if dtype == torch.float64 else torch.float32
-        inputs = [None if x is None else x.to(dtype) for x in scan_inputs(1, 3, 2, 2)]
-        assert selective_scan(*inputs, delta_softplus=True).dtype == dtype
-        assert causal_conv1d(draw(1, 3, 2, dtype=dtype), torch.ones(2, 2)).dtype == dtype
-        normed, residual = add_rms_norm(draw(1, 3, 2, dtype=dtype), None, torch.ones(2), 1e-5)
-        assert (normed.dtype, residual.dtype) == (dtype, total)
-        again = add_rms_norm(draw(1, 3, 2, dtype=dtype), residual, torch.ones(2), 1e-5)
-        assert (again[0].dtype, again[1].dtype) == (dtype, total)
+        outs = every_op(*scan_inputs(1, 3, 2, 2, dtype=dtype))
+        assert [x.dtype for x in outs] == [dtype] * 4 + [total]
+        again = add_rms_norm(draw(1, 3, 2, dtype=dtype), outs[-1], torch.ones(2), 1e-5)
+        assert [x.dtype for x in again] == [dtype, total]
 
 
 def test_autocast_changes_nothing() -> None:
-    torch.manual_seed(0)
     inputs = [x.float() for x in scan_inputs(2, 11, 8, 8)]
-    x, weight = torch.randn(2, 11, 8), torch.randn(8, 4)
-
-    def run() -> list[Tensor]:
-        leaves = [t.clone().requires_grad_() for t in (*inputs, x, weight)]
-        *scan_in, conv_in, taps = leaves
-        outs = [
-            selective_scan(*scan_in, delta_softplus=True),
-            causal_conv1d(conv_in, taps, activation="silu"),
-            *add_rms_norm(conv_in, scan_in[0], taps[:, 0], 1e-5),
-        ]
-        return [*outs, *torch.autograd.grad(outs, leaves, [torch.ones_like(o) for o in outs])]
-
-    plain = run()
+    plain = results(every_op, inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        cast = run()
-    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+        assert all(map(torch.equal, plain, results(every_op, inputs)))
+
+
+# Entering forward-mode makes torch script functions of its own.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_forward_mode_and_second_derivatives_are_refused(backend: str) -> None:
+    torch.manual_seed(0)
+    model = Vim(img_size=8, patch_size=2, embed_dim=16, depth=2, num_classes=3, d_state=4, fusion=(3, 2))
+    x, names = torch.randn(2, 3, 8, 8), list(dict(model.named_parameters()))
+
+    def loss(x: Tensor) -> Tensor:
+        return model(x).square().sum()
+
+    def by_weight(name: str) -> Any:
+        weight = model.get_parameter(name).detach()
+        return torch.func.jvp(lambda w: torch.func.functional_call(model, {name: w}, x), (weight,), (weight,))
+
+    def twice() -> Tensor:
+        leaf = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), leaf)[0]
+
+    with naive.as_users_run_it(), use_backend(backend):
+        ways: list[Callable[[], Any]] = [lambda: torch.func.jvp(loss, (x,), (x,)), lambda: torch.func.jacfwd(model)(x)]
+        for ask in [*ways, *(partial(by_weight, name) for name in names if name.startswith("layers.1"))]:
+            with pytest.raises(
+                ConfigError, match=r"carries a tangent.*forward-mode .* is not supported.*autograd.grad"
+            ):
+                ask()
+        for ask in (twice, lambda: torch.func.hessian(loss)(x)):
+            with pytest.raises((RuntimeError, ConfigError)):
+                ask()
+        # The remedy that the message names.
+        rows = torch.autograd.functional.jacobian(model, x)
+        leaf = x.clone().requires_grad_()
+        torch.testing.assert_close(rows[1, 2], torch.autograd.grad(model(leaf)[1, 2], leaf)[0])
 
 
 def operator_calls(backend: Backend, state: Tensor) -> dict[str, tuple[Any, tuple[Any, ...]]]:
