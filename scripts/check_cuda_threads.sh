@@ -11,5 +11,5 @@ export TSAN_OPTIONS="ignore_noninstrumented_modules=1:halt_on_error=1${TSAN_OPTI
 tests="cuda and (work_is_cut or half_of_a_projection or that_need_no_padding or measures)"
 # Addresses must not be drawn: the tool cannot run with all that Linux may draw.
 LD_PRELOAD=$(g++ -print-file-name=libtsan.so) setarch --addr-no-randomize \
-    "$python" -m pytest --quiet --capture=no -p no:cacheprovider tests/test_ops_scan.py tests/test_ops_conv.py tests/test_ops_mixer.py -k "$tests" "$@"
+    "$python" -m pytest --quiet --capture=no -p no:cacheprovider tests/test_ops_kernels.py tests/test_ops_mixer.py -k "$tests" "$@"
 echo "nothing found"

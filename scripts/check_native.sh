@@ -30,7 +30,7 @@ with() {
     for library in "$@" stdc++; do preload+=" $(g++ -print-file-name="lib$library.so")"; done
     # Addresses must not be drawn: ThreadSanitizer cannot run with all that Linux may draw.
     LD_PRELOAD=$preload setarch --addr-no-randomize "$python" -m pytest --quiet -p no:cacheprovider \
-        tests/test_ops_{scan,conv,norm,mixer,fuse,native_safety}.py -k "$tests"
+        tests/test_ops_{kernels,mixer,native_safety}.py -k "$tests"
 }
 
 echo "== AddressSanitizer and UndefinedBehaviorSanitizer"

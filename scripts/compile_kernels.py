@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from famba.ops import triton as ops
+from famba.ops import triton as triton_ops
 from famba.ops.availability import interpreted
 from famba.ops.cuda import backend as cuda
 from famba.ops.cuda import launch as cuda_launch
@@ -130,8 +130,8 @@ def compile_cuda(launch: cuda_launch.Launch, target: int) -> tuple[bytes, int]:
     return cuda_launch.compile_for(launch.file, launch.constants, target), 0
 
 
-def triton_calls(x: Draw) -> list[Callable[[], object]]:
-    """List calls that make every launch of the Triton kernels."""
+def kernel_calls(ops: Any, x: Draw) -> list[Callable[[], object]]:
+    """List calls of a backend that make every launch of its kernels."""
     tokens, stream, wide = x(BATCH, LENGTH, D_MODEL), torch.zeros(BATCH, LENGTH, D_MODEL), x(BATCH, LENGTH, D_INNER)
     states, weight, channels = x(BATCH, LENGTH, D_STATE), torch.zeros(D_MODEL), torch.zeros(D_INNER)
     scan = ScanInputs(
@@ -161,7 +161,7 @@ def triton_calls(x: Draw) -> list[Callable[[], object]]:
 def triton_jobs(x: Draw, first: bool) -> Iterator[Job]:
     """Yield each different launch in each configuration, or in the first."""
     seen = set()
-    for call in triton_calls(x):
+    for call in kernel_calls(triton_ops, x):
         with noted() as found:
             call()
         for launch in found:

@@ -201,15 +201,6 @@ class Backend:
         if self.name == "mamba_ssm":
             forget_caches()
 
-    def check_extreme(self, op: Op, inputs: list[Tensor], finite: bool) -> None:
-        """Compare an op with the reference on the same extreme numbers, outputs and all gradients."""
-        inputs = [x.to(self.device) for x in inputs]
-        with use_backend("reference"):
-            wanted = results(op, inputs)
-        assert all(x.isfinite().all() for x in wanted) or not finite
-        with self.running():
-            torch.testing.assert_close(results(op, inputs), wanted, rtol=1e-4, atol=1e-6)
-
     def check(self, op: Op, loop: Op, inputs: list[Tensor | None], tile: Any = None, tolerance: Any = None) -> None:
         """Compare an op with a loop in float64, outputs and all gradients."""
         assert inputs[0] is not None

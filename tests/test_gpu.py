@@ -17,9 +17,6 @@ import torch
 from ops_helpers import Op, assert_close, compare, draw
 from torch import Tensor, nn
 
-from famba.analysis.benchmark.steps import Contestant, enter
-from famba.analysis.benchmark.timing import Race
-from famba.cli import main as famba
 from famba.fusion import match, schedule
 from famba.models import Vim
 from famba.ops import add_rms_norm, backends, bidirectional_mixer, causal_conv1d, selective_scan, use_backend
@@ -241,20 +238,6 @@ def test_training_learns(backend: str, options: tuple[str, ...], tmp_path: Path)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "finished"
     assert summary["top1"] > 20, "digits have ten classes"
-
-
-def test_the_benchmark_times_ops_and_the_steps_of_a_run(tmp_path: Path) -> None:
-    device, out = torch.device("cuda"), tmp_path / "ops.json"
-    command = ["benchmark", "ops", "--rounds", "3", "--device", "cuda", "--batch", "4", "--length", "65"]
-    assert famba([*command, "--json", str(out)]) == 0
-    told = json.loads(out.read_text())
-    assert told["complete"]
-    assert all(0 < row["ms"] < row["eager_ms"] for row in told["tables"]["Ops"] if row["contestant"] == "triton")
-    tiny = ("model.depth=4", "model.embed_dim=64", "fusion.budget=6")
-    one = Contestant("upper", "vim_tiny_patch16_224", "upper", 8, 64, "fp32", tiny)
-    race, rows = Race("steps", device), list[dict[str, Any]]()
-    enter(race, one, rows)
-    assert 0 < rows[0]["ms"] < rows[0]["eager_ms"], "a graph"
 
 
 def vim(strategy: str) -> Vim:

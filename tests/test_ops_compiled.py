@@ -1,19 +1,26 @@
-"""Test the GPU's kernels as compiled without a GPU: the resources of each, and how cubins are kept on disk."""
+"""Test without a GPU what its kernels take when compiled, how cubins are kept, and that no step makes the host wait."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from famba.errors import BackendError, ConfigError
+from famba.models import Vim
+from famba.ops import registry, use_backend
+from famba.ops.availability import triton_obstacle
 from famba.ops.cuda import launch, nvrtc, scan
 from famba.ops.directional import Scans
 
@@ -129,3 +136,45 @@ def test_a_sequence_of_more_numbers_than_the_kernels_count_is_refused() -> None:
     u, B = (torch.empty(1, 1, 2**22, size, device="meta") for size in (512, 1))
     with pytest.raises(ConfigError, match="4194304 steps of 512 numbers are too many .* use backend 'reference'"):
         scan.scan(Scans(u, u, B, B, None, B, (False,)), u, None)
+
+
+needs_interpreter = pytest.mark.skipif(triton_obstacle() is not None, reason=f"triton: {triton_obstacle()}")
+
+
+@pytest.fixture
+def valueless(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tensors on a GPU that hold nothing: whatever asks for a value fails, and so does mixing in one of the host's."""
+    from famba.ops.triton.launch import noted
+
+    monkeypatch.setattr(launch.Launch, "run", lambda self: None)
+    with FakeTensorMode(), noted():
+        yield
+
+
+@needs_interpreter
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_kernels_of_a_backend_wait_for_nothing(valueless: None, backend: str, dtype: torch.dtype) -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "compile_kernels.py"))
+    with torch.device("cuda"):
+        calls = script["kernel_calls"](registry.kernels(backend), partial(torch.zeros, dtype=dtype))
+    for call in calls:
+        call()
+    with pytest.raises(DataDependentOutputException):
+        torch.empty(3, device="cuda").sum().item()
+    with pytest.raises(RuntimeError):
+        torch.empty(3, device="cuda") + torch.empty(3)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("strategy", ["none", "all", "interleaved", "lower", "upper"])
+@pytest.mark.parametrize(("position", "weighting"), [("head", "mean"), ("middle", "size"), ("none", "mean")])
+def test_a_forward_of_the_model_waits_for_nothing(
+    valueless: None, strategy: str, position: str, weighting: str
+) -> None:
+    how = {"cls_position": position, "fusion_weighting": weighting, "drop_path_rate": 0.1, "budget": 6}
+    with torch.device("cuda"):
+        model = Vim(img_size=8, patch_size=2, embed_dim=16, depth=4, num_classes=5, fusion=strategy, **how)
+    for backend in ("triton", "reference"):
+        with use_backend(backend):
+            assert model(torch.empty(2, 3, 8, 8, device="cuda")).device.type == "cuda"
