@@ -111,11 +111,6 @@ def positive_steps(inputs: list[Tensor | None]) -> list[Tensor | None]:
     return [u, delta.abs(), *rest[:-1], None if bias is None else bias.abs()]
 
 
-def cuda_obstacle() -> str | None:
-    """Say why the CUDA kernels run neither on a GPU here nor by the emulator."""
-    return availability.cuda_obstacle() if torch.cuda.is_available() else triton_obstacle() or cuda_emulator.obstacle
-
-
 needs_kernels = pytest.mark.skipif(library.obstacle() is not None, reason=f"native kernels: {library.obstacle()}")
 
 
@@ -179,7 +174,10 @@ class Backend:
             pytest.skip("where there is a GPU the real extensions are tested: make test-gpu")
         if self.name == "mamba_ssm" and importlib.util.find_spec("triton") is None:
             pytest.skip("mamba-ssm needs Triton, which is for Linux alone")
-        obstacles = {"native": library.obstacle, "triton": triton_obstacle, "cuda": cuda_obstacle}
+        if self.name == "cuda" and self.device == "cpu" and cuda_emulator.obstacle is not None:
+            pytest.skip(cuda_emulator.obstacle)
+        on_gpu = availability.cuda_obstacle if self.device == "cuda" else triton_obstacle
+        obstacles = {"native": library.obstacle, "triton": triton_obstacle, "cuda": on_gpu}
         obstacle = obstacles.get(self.name, lambda: None)()
         if obstacle is not None:
             pytest.skip(f"{self.name}: {obstacle}")

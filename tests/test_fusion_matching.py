@@ -117,25 +117,15 @@ def test_longer_sequences_agree_with_the_reference(backend: Backend, order: str)
     mixed[0, 4:20:3], mixed[0, 7], mixed[0, 12], mixed[0, 25] = 0, torch.nan, torch.nan, mixed[0, 26]
     cases = [(mixed, 1, r) for r in (1, 3)] + [(torch.full((1, 70, 2), v), 1, 30) for v in (0.0, 1.0, torch.nan)]
     for length, leading, dtype in ((38, 0, torch.float32), (101, 1, torch.float32), (70, 3, torch.bfloat16)):
-        cases += [(clear_tokens(length, leading, dtype), leading, r) for r in (1, (length - leading) // 2)]
+        # Four ones among zeros: all similarities are exact, whoever computes them.
+        ones = torch.zeros(2, length, 70).scatter(2, torch.rand(2, length, 70).topk(4).indices, 1.0).to(dtype)
+        cases += [(ones, leading, r) for r in (1, (length - leading) // 2)]
     for metric, leading, r in cases:
         with use_backend("reference"):
             wanted = match_tokens(metric.to(device), leading, None, None, r, order)
         with backend.running():
             found = match_tokens(metric.to(device), leading, None, None, r, order)
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-
-
-def clear_tokens(length: int, leading: int, dtype: torch.dtype) -> Tensor:
-    """Tokens of which rounding decides neither whom one is closest to, nor which of them are closest."""
-    for seed in range(100):
-        metric = torch.randn(2, length, 70, generator=torch.Generator().manual_seed(seed)).to(dtype)
-        free = torch.nn.functional.normalize(metric.double(), dim=2)[:, leading:]
-        best = (free[:, leading % 2 :: 2] @ free[:, 1 - leading % 2 :: 2].transpose(1, 2)).topk(2, 2).values
-        closest = best[..., 0].sort(1).values
-        if min(best[..., 0].sub(best[..., 1]).min(), closest.diff(dim=1).min()) > 1e-6:
-            return metric
-    raise AssertionError("no seed gave tokens that are apart")
 
 
 @all_backends("triton")

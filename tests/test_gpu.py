@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from ops_helpers import Op, assert_close, compare, draw
+from ops_helpers import Op, assert_close, compare, draw, loop_conv, loop_norm, loop_scan
 from torch import Tensor, nn
 
 from famba.fusion import match, schedule
 from famba.models import Vim
-from famba.ops import add_rms_norm, backends, bidirectional_mixer, causal_conv1d, selective_scan, use_backend
+from famba.ops import backends, bidirectional_mixer, use_backend
 from famba.ops.bidirectional_mixer import Direction
 
 pytestmark = [
@@ -81,11 +81,7 @@ SCANS = [
 @pytest.mark.parametrize(("dtype", "reverse", "length", "channels", "states"), SCANS, ids=str)
 def test_scan(backend: str, dtype: torch.dtype, reverse: bool, length: int, channels: int, states: int) -> None:
     torch.manual_seed(0)
-
-    def run(u, delta, A, B, C, D, z, bias):  # type: ignore[no-untyped-def]
-        return selective_scan(u, delta, A, B, C, D, z, bias, delta_softplus=True, reverse=reverse)
-
-    check(backend, run, scan_inputs(length, channels, states, dtype), dtype)
+    check(backend, loop_scan(True, reverse)[0], scan_inputs(length, channels, states, dtype), dtype)
 
 
 @each_backend
@@ -93,9 +89,9 @@ def test_scan(backend: str, dtype: torch.dtype, reverse: bool, length: int, chan
 def test_convolution_and_norm(backend: str, dtype: torch.dtype, reverse: bool) -> None:
     torch.manual_seed(0)
     inputs = [draw(8, 197, 384, dtype=dtype), draw(384, 4).float(), draw(384).float()]
-    check(backend, lambda x, w, b: causal_conv1d(x, w, b, "silu", reverse), inputs, dtype)
+    check(backend, loop_conv(True, reverse)[0], inputs, dtype)
     inputs = [draw(8, 197, 192, dtype=dtype), draw(8, 197, 192).float(), draw(192).float()]
-    check(backend, lambda x, residual, weight: add_rms_norm(x, residual, weight, 1e-5), inputs, dtype)
+    check(backend, loop_norm()[0], inputs, dtype)
 
 
 @each_backend
@@ -114,17 +110,15 @@ def test_mixer(backend: str, dtype: torch.dtype) -> None:
     def run(x, into, out, *weights):  # type: ignore[no-untyped-def]
         return bidirectional_mixer(x, into, Direction(*weights[:7]), Direction(*weights[7:]), out)
 
-    def measures(x, into, out, *weights):  # type: ignore[no-untyped-def]
-        sides = Direction(*weights[:7]), Direction(*weights[7:])
-        return bidirectional_mixer(x, into, *sides, out, measure=True)[1]
+    def measures(name: str, given: list[Tensor]) -> Any:
+        sides = Direction(*given[3:10]), Direction(*given[10:])
+        with use_backend(name):
+            return bidirectional_mixer(*given[:2], *sides, given[2], measure=True)[1]
 
     on_gpu = [x.to("cuda") for x in inputs]
     torch.set_float32_matmul_precision("highest")  # what ran before may have allowed TF32
     check(backend, run, inputs, dtype, roundings=6)
-    with use_backend(backend):
-        found = measures(*on_gpu)
-    with use_backend("reference"):
-        wanted = measures(*(x.double() for x in on_gpu))
+    found, wanted = measures(backend, on_gpu), measures("reference", [x.double() for x in on_gpu])
     for name, x, y in zip(found._fields, found, wanted, strict=True):
         assert_close(x.cpu(), y.cpu(), 6 * TOLERANCE[dtype], name)
 

@@ -14,12 +14,11 @@ from pathlib import Path
 import pytest
 
 SETUP = """
-import sys, types, warnings
+import warnings
 import torch
 from famba.fusion import schedule
 from timm.models.vision_transformer import VisionTransformer
 from famba.models import Vim, apply_tome
-from famba.ops import reference, registry, use_backend
 warnings.simplefilter("ignore")
 
 def make(fusion=None, depth=3, **options):

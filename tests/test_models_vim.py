@@ -36,25 +36,8 @@ def tiny(seed: int = 0, **changes: Any) -> Vim:
     return Vim(**{**SHAPE, "depth": 3, **changes})
 
 
-def shaken(model: Vim) -> Vim:
-    """All parameters away from their special first values, so that none can be left out unseen."""
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.2 * torch.randn_like(p)
-    return model
-
-
 def images(batch: int = 2, size: tuple[int, int] = (8, 12), channels: int = 3) -> Tensor:
     return torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(1))
-
-
-def grid(patches: Tensor) -> Tensor:
-    """Patches (b, n, d) as a picture (b, d, rows, columns), pixel by pixel."""
-    picture = patches.new_zeros(len(patches), patches.shape[2], ROWS, COLUMNS)
-    for row, column in itertools.product(range(ROWS), range(COLUMNS)):
-        picture[:, :, row, column] = patches[:, row * COLUMNS + column]
-    return picture
 
 
 def close(a: Any, b: Any) -> None:
@@ -66,7 +49,10 @@ def test_logits_features_and_gradients_agree_with_the_equations(
     cls: str, fusion: tuple[int, ...], place: str, weighting: str, order: str
 ) -> None:
     options = {"fusion_place": place, "fusion_weighting": weighting, "fusion_order": order}
-    model, x = shaken(tiny(cls_position=cls, fusion=fusion, **options)).double(), images().double()
+    model, x = tiny(cls_position=cls, fusion=fusion, **options).double(), images().double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn_like(p)  # away from special first values, so that none can be left out unseen
     weights = {k: v.detach().clone().requires_grad_() for k, v in model.state_dict().items()}
     expected, kept = naive.vim(weights, x, fusion, cls, order, weighting, place)
     close(model(x), expected)
@@ -81,7 +67,7 @@ def test_logits_features_and_gradients_agree_with_the_equations(
         assert held[layer].tolist() == [[image[i] for i in patches] for image in at]
         raw = torch.stack([stream[i, image] for i, image in enumerate(at)])
         wanted.append(raw[:, patches])
-        close(maps[layer], grid(wanted[-1]))
+        close(maps[layer], wanted[-1].transpose(1, 2).unflatten(2, (ROWS, COLUMNS)))
         final_norm = naive.add_rms_norm(raw, None, weights["norm_f.weight"], 1e-5)[0]
         pair = normed[layer] if cls != "none" else (normed[layer], final_norm[:, :0])
         close(pair, (final_norm[:, patches], final_norm[:, [i for i in range(model.num_tokens) if i not in patches]]))

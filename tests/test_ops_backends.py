@@ -300,10 +300,6 @@ OBSTACLES: dict[str, tuple[Callable[[Machine], object], str]] = {
         lambda m: m.versions.update({"mamba-ssm": "1.2.2"}),
         "mamba-ssm 1.2.2 is not supported, only 2.2 to below 3",
     ),
-    "a new release": (
-        lambda m: m.versions.update({"causal-conv1d": "2.0.0"}),
-        "causal-conv1d 2.0.0 is not supported, only 1.4 to below 2",
-    ),
     "an extension left out": (
         lambda m: m.remove(CAUSAL_CONV1D),
         "causal-conv1d 1.4.0 is installed without its extension causal_conv1d_cuda",
@@ -316,7 +312,6 @@ OBSTACLES: dict[str, tuple[Callable[[Machine], object], str]] = {
         lambda m: m.spoil("raise OSError('libcudart.so.12: cannot open shared object file')"),
         BUILT_FOR_ANOTHER + "libcudart.so.12: cannot open shared object file",
     ),
-    "a semicolon": (lambda m: m.spoil("raise ImportError('one; two')"), BUILT_FOR_ANOTHER + "one, two"),
 }
 
 

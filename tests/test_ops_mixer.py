@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import naive
@@ -163,17 +162,6 @@ def test_each_weight_has_a_dtype_of_its_own(backend: Backend) -> None:
         assert error(a, w) <= 2 * BFLOAT16, f"result {number}"
 
 
-@contextmanager
-def memory_that_holds_nan() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.utils.deterministic.fill_uninitialized_memory
-        assert torch.empty(1).isnan()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 @of_each_kind
 @pytest.mark.parametrize("sizes", [(6, 11, 3, 3), (6, 8, 4, 8)], ids=["padded", "nothing to pad"])
 def test_the_same_bits_again_and_nothing_from_memory_that_was_not_written(backend: Backend, sizes: Any) -> None:
@@ -181,14 +169,16 @@ def test_the_same_bits_again_and_nothing_from_memory_that_was_not_written(backen
     tensors, dy = backend.place(cast(tensors)), dy.to(backend.device)
     with backend.running():
         wanted = run(bidirectional_mixer, tensors, dy)
-        results = []
-        for count in (1, 2, 2) if backend.name == "native" else (torch.get_num_threads(),):
-            with threads(count), memory_that_holds_nan():
-                results.append(run(bidirectional_mixer, tensors, dy))
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert torch.empty(1).isnan(), "new memory holds NaN"
+            for count in (1, 2, 2) if backend.name == "native" else (torch.get_num_threads(),):
+                with threads(count):
+                    assert all(map(torch.equal, run(bidirectional_mixer, tensors, dy), wanted))
+        finally:
+            torch.use_deterministic_algorithms(False)
         leaf = tensors[0].clone().requires_grad_()
         bidirectional_mixer(*built([leaf, *tensors[1:]])).backward(dy.float())
-    for found in results:
-        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     # Only the gradients asked for.
     assert torch.equal(leaf.grad, wanted[1])
     assert all(t.grad is None for t in tensors[1:])

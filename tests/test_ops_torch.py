@@ -86,7 +86,6 @@ def operator_calls(backend: Backend, state: Tensor) -> dict[str, tuple[Any, tupl
 
     full, x, half = scan(), leaf(2, 5, 3), leaf(2, 5, 3).detach().bfloat16().requires_grad_()
     detached, taps = [t.detach() for t in full if t is not None], leaf(3, 4).detach()
-    turned = draw(2, 5, 3, layout="transposed", dtype=torch.float32).to(backend.device).requires_grad_()
     return {
         "scan": (ops.selective_scan, (*full, True, False)),
         "scan, without options": (ops.selective_scan, (*scan(optional=False), False, True)),
@@ -94,11 +93,9 @@ def operator_calls(backend: Backend, state: Tensor) -> dict[str, tuple[Any, tupl
         "scan backward": (ops.selective_scan_backward, (detached[0], *detached, True, False, state)),
         "conv": (ops.causal_conv1d, (x, leaf(3, 4), leaf(3), True, False)),
         "conv, without bias": (ops.causal_conv1d, (x, leaf(3, 4), None, False, True)),
-        "conv, not contiguous": (ops.causal_conv1d, (turned, leaf(3, 4), leaf(3), True, False)),
         "conv backward": (ops.causal_conv1d_backward, (*detached[:1] * 2, taps, detached[5], True, False)),
         "norm": (ops.add_rms_norm, (x, leaf(2, 5, 3), leaf(3), 1e-5)),
         "norm, at the beginning": (ops.add_rms_norm, (half, None, leaf(3), 1e-5)),
-        "norm, not contiguous": (ops.add_rms_norm, (turned, x, leaf(3), 1e-5)),
         "fuse": (ops.fuse_tokens, (leaf(2, 4, 3), torch.tensor([[0, 1, 1, 2]] * 2), torch.rand(2, 4), 3)),
         "norm backward": (ops.add_rms_norm_backward, (*detached[:2], detached[0], detached[5], 1e-5)),
     }
