@@ -145,7 +145,7 @@ def test_half_of_a_projection_and_parameters_of_another_precision(backend: Backe
     backend.check(*loop_conv(), [x[::2, 1::3], draw(11, 4).float(), None])
     if backend.name in OWN:
         backend.check(*loop_norm(), [x[::2, 1::3], draw(1, 3, 11).float(), draw(11)])
-        backend.check(*loop_norm(), [x, draw(2, 9, 11).bfloat16(), draw(11).float()])
+        backend.check(*loop_norm(), [x, draw(2, 9, 11).to(dtype), draw(11).float()])
 
 
 @all_backends()
