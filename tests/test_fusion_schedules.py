@@ -134,7 +134,6 @@ def test_schedules_by_hand(arguments: tuple[Any, ...], expected: tuple[int, ...]
         ({"strategy": "custom", "budget": "paper", "layers": [1]}, "'paper' is known for all, .*, not for 'custom'"),
         *(({"budget": n}, "budget is .*; allowed: tokens ") for n in (-1, 0.0, 1.0, -0.5, True, "papers", None)),
         *(({"budget": n}, "budget is .*; allowed: tokens ") for n in (float("nan"), float("inf"), [2] * 8)),
-        ({"budget": 16}, "strategy 'all' fuses in 8 layers, of 16 patches.*largest that fits is 15"),
         ({"strategy": "interleaved", "depth": 1, "budget": 1}, "fuses in 0 layers.*largest that fits is 0"),
         ({"depth": 0}, "depth is 0; allowed: 1 or more"),
         ({"tokens": 1}, "1 tokens of which 1 are protected leave none to fuse"),

@@ -32,7 +32,7 @@ from ops_helpers import (
 from torch import Tensor
 
 from famba.errors import BackendError, ConfigError
-from famba.ops import add_rms_norm, causal_conv1d, fuse_tokens, selective_scan, use_backend
+from famba.ops import add_rms_norm, causal_conv1d, fuse_tokens, match_tokens, selective_scan, use_backend
 from famba.ops.inputs import ScanInputs
 
 # Those with a norm, and with fusing, of their own.
@@ -214,10 +214,22 @@ def test_limits_of_causal_conv1d_are_named(backend: Backend) -> None:
 
 
 @all_backends("triton")
-def test_more_channels_than_tritons_norm_takes_are_refused_with_a_remedy(backend: Backend) -> None:
-    x, weight = torch.ones(1, 1, 8193, device=backend.device), torch.ones(8193, device=backend.device)
+def test_more_channels_or_tokens_than_triton_takes_are_refused_with_a_remedy(backend: Backend) -> None:
+    x, weight = torch.ones(1, 4097, 1, device=backend.device), torch.ones(8193, device=backend.device)
     with backend.running(), pytest.raises(BackendError, match=r"8193 channels.* at most 8192; use_backend\('ref"):
-        add_rms_norm(x, None, weight, 1e-5)
+        add_rms_norm(weight.view(1, 1, -1), None, weight, 1e-5)
+    with backend.running(), pytest.raises(BackendError, match=r"4097 tokens.* at most 4096; use_backend\('ref"):
+        match_tokens(x, 0, None, None, 1, "sequence")
+
+
+@all_backends("triton")
+def test_triton_leaves_out_tokens_whose_place_is_outside(backend: Backend) -> None:
+    places = torch.tensor([[0, 5, -1, 2**32], [1, 1, 2**31, -(2**40)]], device=backend.device)
+    ones = torch.ones(2, 4, device=backend.device)
+    with backend.running():
+        y, dx = results(lambda x: fuse_tokens(x, places, ones, 2), [ones[..., None]])
+    assert y[..., 0].tolist() == [[1, 0], [0, 2]]
+    assert dx[..., 0].tolist() == [[1, 0, 0, 0], [1, 1, 0, 0]]
 
 
 EXTREMES = {
