@@ -45,7 +45,7 @@ tests=native FAMBA_ISA=avx2 with
 
 echo "== ThreadSanitizer"
 # The tool cannot see how OpenMP waits, so the kernels start threads of their own, as they do where there is no OpenMP.
-change 's/dlsym(RTLD_DEFAULT, "GOMP_parallel")/nullptr/' $sources/dispatch.cpp
+change 's/dlsym(RTLD_DEFAULT, "GOMP_parallel")/static_cast<void *>(nullptr)/' $sources/dispatch.cpp
 build -fsanitize=thread
 tests="native and (threads or same_bits)" TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 with tsan
 
