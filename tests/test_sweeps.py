@@ -129,7 +129,7 @@ def test_slurm_is_checked_for_its_own_processes_and_not_for_what_the_login_node_
     own.mkdir(parents=True)
     (own / "mine.yaml").write_text("defaults: [slurm, _self_]\ntasks_per_node: 3\n")
     mine = ["-m", "--config-dir", str(tmp_path / "own"), "hydra/launcher=mine"]
-    with pytest.raises(ConfigError, match="512 is not divisible by 3 processes"):
+    with pytest.raises(ConfigError, match="batch_size is 512, but must be a multiple of 3"):
         check_command(mine)
     check_command([*mine, "trainer.batch_size=384", "trainer.device=cuda", "trainer.precision=bf16"])
     check_command(["-m", _SLURM, "ops.backend=triton"])
@@ -141,7 +141,7 @@ def test_slurm_is_checked_for_its_own_processes_and_not_for_what_the_login_node_
 def test_the_example_of_a_cluster_becomes_its_batch_script(commands: Path, tmp_path: Path) -> None:
     launcher = choose(Command(("hydra/launcher=example_cluster",), True).shared().hydra.launcher)
     assert isinstance(launcher, Slurm)
-    run = Run("run", tmp_path / "run", [], compose([]))
+    run = Run(tmp_path / "run", [], compose([]))
     assert launcher.submit([run], tmp_path / "slurm", lambda config: {}) == {"run": "7"}
     script = (tmp_path / "script.sh").read_text()
     options = ("partition=gpu", "account=my-project", "constraint=a100", "gpus-per-node=4", "ntasks-per-node=4")

@@ -186,7 +186,7 @@ def parse(values: Mapping[str, Any]) -> RunConfig:
     wanted = keys(Fusion, "fusion.") if isinstance(values.get("fusion"), dict) else []
     if missing := [f"{key} is missing" for key in wanted if key not in flatten(values)]:
         raise ConfigError("\n".join(missing))
-    return checked(RunConfig, values, keys())
+    return checked(RunConfig, values)
 
 
 def check_eval_images(count: int | None, validates: bool) -> None:
@@ -221,17 +221,14 @@ def keys(cls: type = RunConfig, prefix: str = "") -> tuple[str, ...]:
     return tuple(names)
 
 
-def checked(kind: Any, values: Mapping[str, Any], known: Sequence[str], prefix: str = "") -> Any:
-    """Build a dataclass from plain values. Raises ConfigError with every key at fault.
-
-    known: all keys; prefix: stands before the names of `kind`'s fields.
-    """
+def checked(kind: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """Build a dataclass, whose fields have `prefix` before their names, from plain values; raises as `parse`."""
     try:
         return _adapter(kind).validate_json(json.dumps(values))  # strict validation builds them from JSON alone
     except ValidationError as error:
         found: dict[str, list[str]] = {}
         for problem in error.errors():
-            start, reason = _explain(problem, known, prefix)
+            start, reason = _explain(problem, keys(kind, prefix), prefix)
             found.setdefault(start, []).append(reason)
     same = " or input should be "  # from the members of a union
     lines = [start + " or ".join(dict.fromkeys(reasons)).replace(same, " or ") for start, reasons in found.items()]
