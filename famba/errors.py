@@ -51,7 +51,7 @@ _SHOWN = 5
 
 
 def near_miss(given: str, allowed: Iterable[str]) -> str:
-    """Return ", did you mean 'x'?" for the allowed name, or the few, that are closest, or an empty string.
+    """Return ", did you mean 'x'?" for the closest of the allowed names; "" if none is close, or it is one of them.
 
     A key such as trainer.epochs is as close as its last part.
     """
@@ -61,7 +61,7 @@ def near_miss(given: str, allowed: Iterable[str]) -> str:
         ratios[name] = max(difflib.SequenceMatcher(None, part, given).ratio() for part in parts)
     best = max(ratios.values(), default=0.0)
     close = [repr(name) for name, ratio in ratios.items() if ratio > best - _AS_CLOSE]
-    return f", did you mean {' or '.join(close[:3])}?" if best >= _CLOSE else ""
+    return f", did you mean {' or '.join(close[:3])}?" if best >= _CLOSE and given not in ratios else ""
 
 
 def some(names: Sequence[str]) -> str:

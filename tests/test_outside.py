@@ -79,7 +79,6 @@ def test_a_rule_is_told_what_a_layer_knows(monkeypatch: pytest.MonkeyPatch) -> N
         seen.append(tokens)
         return bipartite(tokens, r)
 
-    monkeypatch.delitem(RULES, "watch", raising=False)
     register_rule("watch", needs=["hidden", "mixed"])(watch)
     shape: Any = {"img_size": 32, "patch_size": 8, "num_classes": 3, "embed_dim": 16, "depth": 2, "d_state": 2}
     way: Any = {"fusion_rule": "watch", "fusion_place": "after_scan", "fusion_weighting": "size"}

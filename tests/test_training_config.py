@@ -28,23 +28,18 @@ GROUPS = groups()
 STRATEGIES = [name for name in GROUPS["fusion"] if name != "custom"]
 
 
-def class_folders(folder: Path) -> Path:
-    """Make the folders that data=folder looks for, without images."""
-    for part in ("train", "val"):
-        (folder / part / "class").mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 @pytest.mark.parametrize(
     ("model", "data"),
     [(model, "cifar100") for model in GROUPS["model"]] + [("vim_micro", data) for data in GROUPS["data"]],
 )
 def test_every_model_data_set_and_strategy_fit_at_the_default_budget(model: str, data: str, tmp_path: Path) -> None:
-    classes = ["data.num_classes=7"] if data == "folder" else []
-    root = [f"data.root={class_folders(tmp_path)}"] if data in ("folder", "imagenet") else []
+    for part in ("train", "val"):
+        (tmp_path / part / "class").mkdir(parents=True)
+    more = ["data.num_classes=7"] if data == "folder" else []
+    more += [f"data.root={tmp_path}"] if data in ("folder", "imagenet") else []
     removed = set()
     for strategy in STRATEGIES:
-        found = prepare(compose([f"model={model}", f"data={data}", f"fusion={strategy}", *classes, *root]))
+        found = prepare(compose([f"model={model}", f"data={data}", f"fusion={strategy}", *more]))
         assert found.matched
         if strategy != "none":
             removed.add(sum(found.schedule))
@@ -52,14 +47,9 @@ def test_every_model_data_set_and_strategy_fit_at_the_default_budget(model: str,
     assert removed == {round(patches * 6 / 7)}, "the same total, whatever the strategy"
 
 
-@pytest.mark.parametrize("recipe", GROUPS["recipe"])
-def test_every_recipe_composes_with_every_logger(recipe: str) -> None:
-    for logger in GROUPS["logger"]:
-        config = compose([f"recipe={recipe}", f"logger={logger}"])
-        assert set(flatten(plain(config))) == set(keys())
-
-
-def test_every_experiment_composes() -> None:
+def test_every_recipe_logger_and_experiment_composes() -> None:
+    for override in [f"{group}={choice}" for group in ("recipe", "logger") for choice in GROUPS[group]]:
+        assert set(flatten(plain(compose([override])))) == set(keys())
     for experiment in GROUPS["experiment"]:
         for strategy in ("none", "adaptive"):
             prepare(compose([f"experiment={experiment}", f"fusion={strategy}", "model=vim_micro", "seed=0"]))
@@ -82,12 +72,8 @@ def test_the_paper_recipe_is_the_released_one() -> None:
     found = prepare(config)
     assert (found.image_size, found.tokens, sum(found.schedule)) == (224, 197, 168)
     assert found.schedule[:6] == (0,) * 6
-
-
-def test_the_literal_counts_of_the_paper_are_named_as_not_matched() -> None:
-    found = prepare(compose(["fusion=upper", "fusion.budget=paper"]))
-    assert found.schedule == (0,) * 6 + (9,) * 18
-    assert not found.matched
+    literal = prepare(compose(["fusion=upper", "fusion.budget=paper"]))
+    assert (literal.schedule, literal.matched) == ((0,) * 6 + (9,) * 18, False)
 
 
 # Arguments, and what the error says. LONG stands for a name that no file system takes.
@@ -119,11 +105,7 @@ REFUSED = [
     ("init_from=LONG", "init_from=x", "is no file"),
     ("run_dir=/dev/null/run3", "run_dir=/dev/null/run3 cannot be written"),
     ("recipe.random_erasing=0.5", "recipe.crop_padding is 0", "set it to null"),
-    ("recipe.auto_augment=augmix-m3", "recipe.crop_padding is 0"),
-    (
-        "recipe.crop_padding=null recipe.auto_augment=augmix-m3",
-        "recipe.auto_augment 'augmix-m3' does not work on whole",
-    ),
+    ("recipe.crop_padding=null recipe.auto_augment=augmix-m3", "recipe.auto_augment 'augmix-m3' does not work on"),
     ("recipe.augmentation=timm recipe.crop_padding=3", "recipe.crop_padding", "augmentation 'timm' does not use it"),
     ("recipe.augmentation=timm recipe.auto_augment=rand-n3000000", "recipe.auto_augment 'rand-n3000000' is no policy"),
     ("recipe.optimizer=adamx", "recipe.optimizer=adamx does not work with this recipe here, did you mean 'adam"),

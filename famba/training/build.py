@@ -80,13 +80,9 @@ def requested_data(config: RunConfig) -> dict[str, Any]:
 
 
 def load_splits(config: RunConfig) -> data.Splits:
-    """Open the data that the configuration names, and log its sizes."""
+    """Open the data that the configuration names."""
     with named("data.{}"):
-        splits = data.load_splits(config.data.name, config.data.root, **requested_data(config))
-    for name, part in (("training", splits.train), ("validation", splits.validation), ("test", splits.test)):
-        if part is not None:
-            _log.info("%s images: %d in %d classes", name, len(part), part.num_classes)
-    return splits
+        return data.load_splits(config.data.name, config.data.root, **requested_data(config))
 
 
 @dataclass(frozen=True)
@@ -119,12 +115,11 @@ def make_loaders(config: RunConfig, image_size: int, splits: data.Splits, proces
             seed=config.seed,
             batch_size=trainer.batch_size,
             accumulation=trainer.accumulation,
-            repeats=config.recipe.repeats if process.world_size > 1 else 1,
+            repeats=config.recipe.repeats,
             **shared,
         )
-    evaluated: Callable[[data.Source], Batches] = partial(
-        data.eval_batches, batch_size=train.sampler.micro_batch, **shared
-    )
+    shared["batch_size"] = train.sampler.micro_batch
+    evaluated: Callable[[data.Source], Batches] = partial(data.eval_batches, **shared)
     test = evaluated(splits.test)
     if splits.validation is not None:
         validation = evaluated(splits.validation)
@@ -135,13 +130,10 @@ def make_loaders(config: RunConfig, image_size: int, splits: data.Splits, proces
 
 
 def resident(splits: data.Splits, device: torch.device, augmentation: str, free_bytes: float) -> data.Splits:
-    """Put images that are held in memory on a GPU if they take at most a quarter of its free bytes.
-
-    augmentation: "timm" takes training images on the host.
-    """
+    """Put images that are held in memory on a GPU if they take at most a quarter of its free bytes."""
     parts: dict[str, Any] = {name: part for name, part in vars(splits).items() if isinstance(part, data.ArraySource)}
     if augmentation != "batch":
-        parts.pop("train", None)
+        parts.pop("train", None)  # timm's transforms take them on the host
     size = sum(part.images.nbytes for part in parts.values())
     if not parts or size > _SHARE_OF_MEMORY * free_bytes:
         return splits

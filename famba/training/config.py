@@ -182,18 +182,14 @@ _adapter = cache(TypeAdapter)
 
 def parse(values: Mapping[str, Any]) -> RunConfig:
     """Turn nested plain values into a RunConfig. Raises ConfigError with every key at fault."""
-    # `Fusion` has defaults of its own, for networks that are built without a configuration.
-    wanted = keys(Fusion, "fusion.") if isinstance(values.get("fusion"), dict) else []
-    if missing := [f"{key} is missing" for key in wanted if key not in flatten(values)]:
-        raise ConfigError("\n".join(missing))
     return checked(RunConfig, values)
 
 
 def check_eval_images(count: int | None, validates: bool) -> None:
     """Raise ConfigError if only some test images are asked for, but a run evaluates validation images."""
     if count is not None and validates:
-        said = f"trainer.eval_images={count} is for test images, but this run is selected by all its validation images"
-        raise ConfigError(f"{said}; leave it out")
+        told = "is for test images, but this run is selected by all its validation images; leave it out"
+        raise ConfigError(f"trainer.eval_images={count} {told}")
 
 
 def plain(config: RunConfig) -> dict[str, Any]:
@@ -215,9 +211,9 @@ def with_added_keys(values: Mapping[str, Any]) -> dict[str, Any]:
 def keys(cls: type = RunConfig, prefix: str = "") -> tuple[str, ...]:
     """Return the dotted keys of a configuration."""
     names: list[str] = []
-    hints = get_type_hints(cls)
-    for name in (field.name for field in fields(cls)):
-        names += keys(hints[name], f"{prefix}{name}.") if is_dataclass(hints[name]) else [f"{prefix}{name}"]
+    for name, kind in get_type_hints(cls).items():
+        if name in {field.name for field in fields(cls)}:
+            names += keys(kind, f"{prefix}{name}.") if is_dataclass(kind) else [f"{prefix}{name}"]
     return tuple(names)
 
 
@@ -226,12 +222,11 @@ def checked(kind: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
     try:
         return _adapter(kind).validate_json(json.dumps(values))  # strict validation builds them from JSON alone
     except ValidationError as error:
-        found: dict[str, list[str]] = {}
+        found: dict[str, dict[str, None]] = {}  # of each key the reasons, from the members of a union
         for problem in error.errors():
             start, reason = _explain(problem, keys(kind, prefix), prefix)
-            found.setdefault(start, []).append(reason)
-    same = " or input should be "  # from the members of a union
-    lines = [start + " or ".join(dict.fromkeys(reasons)).replace(same, " or ") for start, reasons in found.items()]
+            found.setdefault(start, {})[reason] = None
+    lines = [start + " or ".join(reasons).replace(" or input should be ", " or ") for start, reasons in found.items()]
     raise ConfigError("\n".join(sorted(lines)))
 
 
@@ -241,8 +236,8 @@ def _explain(problem: Any, known: Sequence[str], prefix: str) -> tuple[str, str]
     # Behind the key stands the member of a union, or the place in a list.
     named = next((k for k in sorted(known, key=len, reverse=True) if f"{key}.".startswith(f"{k}.")), key)
     if isinstance(fault, ConfigError):  # `Fusion` checks itself
-        reason = str(fault)
-        return f"{key}." + ("" if reason.startswith(f"{fault.argument} ") else f"{fault.argument}: "), reason
+        begins_with_it = str(fault).startswith(f"{fault.argument} ")
+        return f"{key}." if begins_with_it else f"{key}.{fault.argument}: ", str(fault)
     if problem["type"] == "unexpected_keyword_argument":
         return f"unknown key {key!r}{near_miss(key, known)}", ""
     if problem["type"] == "missing":

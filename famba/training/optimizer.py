@@ -32,12 +32,9 @@ def check_optimizer(config: RunConfig, device: torch.device) -> None:
             tiny(torch.ones(1, 2, device=device)).sum().backward()
             optimizer.step()
     except Exception as error:  # each optimizer has its own way to fail
-        known = list_optimizers()
-        near = "" if name in known else near_miss(name, map(str, known))
-        told = f"does not work with this recipe here{near} ({str(error) or type(error).__name__})"
-        raise ConfigError(
-            f"recipe.optimizer={name} {told}; use adamw, or change recipe.betas and recipe.eps"
-        ) from error
+        told = f"does not work with this recipe here{near_miss(name, list_optimizers())}"
+        told += f" ({str(error) or type(error).__name__}); use adamw, or change recipe.betas and recipe.eps"
+        raise ConfigError(f"recipe.optimizer={name} {told}") from error
 
 
 def has_fused_form(name: str) -> bool:
@@ -68,7 +65,7 @@ def create_optimizer(model: nn.Module, config: RunConfig, fused: bool = False) -
         eps=recipe.eps,
         **form,
     )
-    # The classifier's first: the rate of the first group is the one that is logged.
+    # The classifier's first, as checkpoints have them.
     optimizer.param_groups.sort(key=lambda group: -group.get("lr_scale", 1.0))
     for group in optimizer.param_groups if fused else ():
         group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=device)
@@ -98,33 +95,24 @@ class LearningRate:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: RunConfig, steps_per_epoch: int) -> None:
-        self._optimizer, self._recipe, self._steps_per_epoch = optimizer, config.recipe, steps_per_epoch
-        self._top, self._epochs = _highest_rate(config), config.trainer.epochs
+        self._optimizer, self._recipe, self._top = optimizer, config.recipe, _highest_rate(config)
+        by_epoch = config.recipe.lr_steps == "epoch"
+        self._stride, unit = (steps_per_epoch, 1) if by_epoch else (1, steps_per_epoch)
+        self._warmup, self._end = config.recipe.warmup_epochs * unit, config.trainer.epochs * unit
 
     def set(self, step: int) -> float:
         """Set the optimizer's rates for a step, counted from 0, and return the highest, which is the recipe's."""
-        rate = self._rate(step)
+        recipe, top, now = self._recipe, self._top, step // self._stride
+        if now < self._warmup:
+            rate = recipe.warmup_lr + now * ((top - recipe.warmup_lr) / self._warmup)
+        elif now < self._end:
+            rate = recipe.min_lr + 0.5 * (top - recipe.min_lr) * (1 + math.cos(math.pi * now / self._end))
+        else:
+            rate = recipe.min_lr
         for group in self._optimizer.param_groups:
-            own = rate * group["lr_scale"] if "lr_scale" in group else rate
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(own)
-            else:
-                group["lr"] = own
+            own = rate * group.get("lr_scale", 1.0)
+            group["lr"] = group["lr"].fill_(own) if isinstance(group["lr"], Tensor) else own
         return rate
-
-    def _rate(self, step: int) -> float:
-        recipe, by_epoch = self._recipe, self._recipe.lr_steps == "epoch"
-        unit = 1 if by_epoch else self._steps_per_epoch
-        now, warmup, end = (
-            step // self._steps_per_epoch if by_epoch else step,
-            recipe.warmup_epochs * unit,
-            self._epochs * unit,
-        )
-        if now < warmup:
-            return recipe.warmup_lr + now * ((self._top - recipe.warmup_lr) / warmup)
-        if now >= end:
-            return recipe.min_lr
-        return recipe.min_lr + 0.5 * (self._top - recipe.min_lr) * (1 + math.cos(math.pi * now / end))
 
 
 def create_mixing(recipe: RecipeConfig, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:

@@ -103,9 +103,9 @@ def _check_data(config: RunConfig, processes: int) -> None:
         data.check_request(wanted.name, wanted.root, **requested_data(config))
     check_eval_images(trainer.eval_images, wanted.val_fraction > 0)
     images = wanted.subset or data.TRAINING_IMAGES.get(wanted.name, _MANY)
-    left, repeats = images - data.held_out(images, wanted.val_fraction), recipe.repeats if processes > 1 else 1
+    deal = (trainer.batch_size, trainer.accumulation, 0, processes, recipe.repeats)
     with named({"batch_size": "trainer.batch_size", "repeats": "recipe.repeats"}):
-        sampler = EpochSampler(left, config.seed, trainer.batch_size, trainer.accumulation, 0, processes, repeats)
+        sampler = EpochSampler(images - data.held_out(images, wanted.val_fraction), config.seed, *deal)
     if (recipe.mixup > 0 or recipe.cutmix > 0) and sampler.micro_batch % 2:
         told = f"mixup and cutmix pair the images of a micro-batch, but {sampler.micro_batch} is odd"
         raise ConfigError(f"{told}; choose an even trainer.batch_size, or recipe.mixup=0 recipe.cutmix=0")

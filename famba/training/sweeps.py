@@ -263,11 +263,11 @@ def choose(settings: DictConfig | None) -> Local | Slurm:
     with explained():
         given: Any = OmegaConf.to_container(settings, resolve=True) if settings is not None else {}
     target = given.pop("_target_", None)
-    kind = {f"famba.training.sweeps.{kind.__name__}": kind for kind in (Local, Slurm)}.get(target)
-    if kind is None:
+    kinds = {"famba.training.sweeps.Local": Local, "famba.training.sweeps.Slurm": Slurm}
+    if target not in kinds:
         told = "allowed: local, slurm, and files of your own that begin with one of them (defaults: [slurm, _self_])"
         raise ConfigError(f"hydra.launcher._target_={target!r} does not use run folders; {told}")
-    return checked(kind, given, "hydra.launcher.")
+    return checked(kinds[target], given, "hydra.launcher.")
 
 
 def _write(path: Path, content: Any) -> None:
