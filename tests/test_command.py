@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -218,32 +217,32 @@ def test_what_cannot_work_is_refused_before_any_work(
 
 def test_predict_names_what_is_in_images_and_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = [tmp_path / name for name in ("a.png", "deep/10.jpg", "deep/2.png", ".hidden.png")]
-    for number, file in enumerate(images):
+    for file in images:
         file.parent.mkdir(exist_ok=True)
-        Image.fromarray(np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(file)
-    (tmp_path / "deep" / "notes.txt").write_text("no image")
-    (tmp_path / "empty").mkdir()
-    name, other = "vim_micro_patch4_32", str(tmp_path / "deep" / "notes.txt")
-    assert famba(["predict", name, str(images[0]), str(tmp_path / "deep"), str(images[0])]) == 0
+        Image.effect_noise((50, 40), 50).convert("RGB").save(file)
+    other, empty = tmp_path / "deep" / "notes.txt", tmp_path / "empty"
+    other.write_text("no image")
+    empty.mkdir()
+    shown, name = [str(images[0]), str(images[2]), str(images[1])], "vim_micro_patch4_32"
+    assert famba(["predict", name, shown[0], str(tmp_path / "deep"), shown[0]]) == 0
     told = capsys.readouterr().out
-    assert [line for line in told.splitlines() if "/" in line] == [str(images[0]), str(images[2]), str(images[1])]
+    assert [line for line in told.splitlines() if "/" in line] == shown
     assert famba(["predict", name, str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     trained = load_trained(name)
     pixels = evaluation_scaling(trained.scaling, 32).image(read_file(images[0], trained.reading.colour))[None]
     with torch.inference_mode():
         wanted = trained.model(Normalize(trained.mean, trained.std)(pixels)).softmax(1)[0]
-    assert [one["image"] for one in found] == [str(file) for file in (images[0], images[2], images[1])]
+    assert [one["image"] for one in found] == shown
     numbers = [likely["number"] for likely in found[0]["classes"]]
     assert numbers == wanted.argsort(descending=True)[:5].tolist()
     for likely in found[0]["classes"]:
         assert likely["probability"] == pytest.approx(wanted[likely["number"]].item(), abs=1e-5)
+        assert likely["class"] == CLASSES[likely["number"]]
         assert f"{100 * likely['probability']:.1f} %  {likely['class']}" in told
-    assert [likely["class"] for likely in found[0]["classes"]] == [CLASSES[number] for number in numbers]
-    assert famba(["predict", name, str(images[0]), str(tmp_path / "empty")]) == 2
-    assert f"error: {tmp_path / 'empty'} is a folder without images; give image files" in capsys.readouterr().err
-    assert famba(["predict", name, other]) == 2
-    assert f"error: {other}: not a readable image" in capsys.readouterr().err
+    for path, said in ((empty, "is a folder without images; give image files"), (other, "not a readable image")):
+        assert famba(["predict", name, shown[0], str(path)]) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -211,9 +211,9 @@ def with_added_keys(values: Mapping[str, Any]) -> dict[str, Any]:
 def keys(cls: type = RunConfig, prefix: str = "") -> tuple[str, ...]:
     """Return the dotted keys of a configuration."""
     names: list[str] = []
-    for name, kind in get_type_hints(cls).items():
-        if name in {field.name for field in fields(cls)}:
-            names += keys(kind, f"{prefix}{name}.") if is_dataclass(kind) else [f"{prefix}{name}"]
+    hints = get_type_hints(cls)
+    for name in (field.name for field in fields(cls)):
+        names += keys(hints[name], f"{prefix}{name}.") if is_dataclass(hints[name]) else [f"{prefix}{name}"]
     return tuple(names)
 
 

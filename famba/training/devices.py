@@ -67,9 +67,9 @@ def describe_device(device: torch.device) -> str:
     """Name the processor or GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if info.is_file() and (found := re.search(r"^model name\s*: (.*)", info.read_text(), re.MULTILINE)):
-        name = found[1]
+    name = platform.processor() or platform.machine()
+    with suppress(OSError, IndexError):
+        name = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
     return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
@@ -102,9 +102,8 @@ def synchronize(device: torch.device) -> None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory ran out, on a GPU or a CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and bool(re.search("(?i)can't allocate memory|out of memory", str(error)))
+    told = re.search("(?i)can't allocate memory|out of memory", str(error)) and isinstance(error, RuntimeError)
+    return bool(told) or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def memory_error(error: BaseException, batch: int, accumulation: int) -> TrainingError:

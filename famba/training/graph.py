@@ -1,7 +1,6 @@
 """Do a whole step as one CUDA graph, so that the GPU never waits for the host.
 
-Images, targets, learning rates and the weight of the average lie at fixed places in the device's memory. Draws follow
-the generators' seeds, which are set before each replay.
+What changes from step to step lies at fixed places in the device's memory. Draws follow the generators' seeds.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ from famba.training.step import Step
 _WARM_UPS = 3
 Memory = tuple[Any, torch.cuda.Stream]
 """A pool for the memory of graphs, and the stream that they are captured on."""
-# Devices that graphs are made for. Tests add the CPU, which does the same without graphs.
-_DEVICES = ["cuda"]
+_DEVICES = ["cuda"]  # that graphs are made for; tests add the CPU, which does the same without graphs
 
 
 def obstacle(config: RunConfig, device: torch.device, processes: int, backend: str) -> str | None:
@@ -62,9 +60,8 @@ class GraphStep(Step):
     def gradients(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
         """Do the next step; `update` has nothing left to do."""
         self.data_s = 0.0
-        ema = self.state.ema
-        if ema is not None:
-            self._ema_weight.fill_(1 - ema.get_decay(self.state.step))
+        if self.state.ema is not None:
+            self._ema_weight.fill_(1 - self.state.ema.get_decay(self.state.step))
         for part in range(self.parts):
             images, labels = self.next_batch(batches)
             self.seed_draws(part)
@@ -101,9 +98,7 @@ class GraphStep(Step):
         self._images.copy_(images, non_blocking=True)
         targets = labels.to(self.device, non_blocking=True)
         if self.mix is not None:
-            mixed, targets = self.mix(self._images, targets)
-            if mixed is not self._images:
-                self._images.copy_(mixed)
+            _, targets = self.mix(self._images, targets)  # in place
         if self._finish is None:
             self._targets = torch.empty_like(targets)
         self._targets.copy_(targets)
@@ -157,8 +152,9 @@ class GraphStep(Step):
         """Take the step unless something is not finite, average the weights, and clear what the step added up."""
         state = self.state
         norm = self.clipped_norm()
-        finite_norm = norm.isfinite()
-        finite = self._loss.isfinite() if state.scaler.is_enabled() else self._loss.isfinite() & finite_norm
+        finite_norm, finite = norm.isfinite(), self._loss.isfinite()
+        if not state.scaler.is_enabled():
+            finite = finite & finite_norm
         self._held.copy_(torch.maximum(self._held, (~finite).float()))
         skipped = torch.maximum(self._held, (~finite_norm).float())
         optimizer: Any = state.optimizer
@@ -178,9 +174,9 @@ class GraphStep(Step):
 @torch.no_grad()
 def average(averaged: nn.Module, model: nn.Module, weight: Tensor) -> None:
     """Move the weights of an average towards a model's, by a share of the way that lies on the device, ()."""
-    pairs = zip(averaged.state_dict().values(), model.state_dict().values(), strict=True)
-    moving = [(old, new) for old, new in pairs if old.is_floating_point()]
-    old_values, new_values = [old for old, _ in moving], [new for _, new in moving]
+    old_values, new_values = (
+        [value for value in one.state_dict().values() if value.is_floating_point()] for one in (averaged, model)
+    )
     ways = torch._foreach_sub(new_values, old_values)
     torch._foreach_mul_(ways, weight)
     torch._foreach_add_(old_values, ways)
@@ -194,8 +190,8 @@ def graph_memory(device: torch.device) -> Memory | None:
 def captured(function: Callable[[], None], memory: Memory | None) -> Callable[[], None]:
     """Return what replays a function as a CUDA graph, or the function itself if memory is None.
 
-    The function reads and writes tensors that stay where they are. It runs a few times first: kernels are compiled,
-    tuned and given their memory then. memory: of `graph_memory`.
+    The function reads and writes tensors that stay where they are. It runs a few times first, so that kernels are
+    compiled, tuned and given their memory. memory: of `graph_memory`.
     """
     if memory is None:
         for _ in range(_WARM_UPS):

@@ -32,7 +32,7 @@ def check_optimizer(config: RunConfig, device: torch.device) -> None:
             tiny(torch.ones(1, 2, device=device)).sum().backward()
             optimizer.step()
     except Exception as error:  # each optimizer has its own way to fail
-        told = f"does not work with this recipe here{near_miss(name, list_optimizers())}"
+        told = f"does not work with this recipe here{near_miss(name, map(str, list_optimizers()))}"
         told += f" ({str(error) or type(error).__name__}); use adamw, or change recipe.betas and recipe.eps"
         raise ConfigError(f"recipe.optimizer={name} {told}") from error
 

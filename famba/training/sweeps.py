@@ -162,12 +162,9 @@ def _at_once(runs: list[Run], config_dir: Path | None, places: list[str | None])
                 process.terminate()
                 process.wait()
         places.append(gpu)
-        if not process.returncode:
-            print(f"{name}: finished", flush=True)
-            return None
         error = f"{name}: {log.read_text(errors='replace').rsplit('error: ', 1)[-1].strip()[-_SHOWN:]} ({log})"
-        print(error, flush=True)
-        return error
+        print(error if process.returncode else f"{name}: finished", flush=True)
+        return error if process.returncode else None
 
     with StopRequest() as stop, ThreadPoolExecutor(len(places)) as pool:
         errors = [error for error in pool.map(do, runs) if error is not None]
@@ -185,10 +182,9 @@ def command_of(run: Run, config_dir: Path | None) -> list[str]:
 
 @dataclass(frozen=True, config=STRICT)
 class Slurm:
-    """Each run a job of a Slurm cluster, all in one array.
+    """Each run a job of a Slurm cluster, all in one array, whose script submitit writes.
 
-    submitit writes the batch script and starts the processes. The end of a job shows in squeue and in its run's folder:
-    submitit itself would need Slurm's accounting.
+    The end of a job shows in squeue and in its run's folder: submitit itself would need Slurm's accounting.
     """
 
     name: Text
@@ -261,7 +257,7 @@ class Slurm:
 def choose(settings: DictConfig | None) -> Local | Slurm:
     """Return the launcher of hydra.launcher. Raises ConfigError for one that is not famba's, and for wrong settings."""
     with explained():
-        given: Any = OmegaConf.to_container(settings, resolve=True) if settings is not None else {}
+        given: Any = OmegaConf.to_container(settings or OmegaConf.create(), resolve=True)
     target = given.pop("_target_", None)
     kinds = {"famba.training.sweeps.Local": Local, "famba.training.sweeps.Slurm": Slurm}
     if target not in kinds:
