@@ -13,7 +13,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
 from dataclasses import asdict, replace
@@ -41,17 +41,15 @@ from famba.training.run_folder import RunFolder, finished
 
 Train = Callable[[RunConfig], dict[str, Any]]
 _NotNegative = Annotated[int, Field(ge=0, le=10**9)]
-_PLAIN = "A-Za-z0-9_.,=+@:\\[\\]-"  # characters of a folder's name
 _LONGEST = 200  # bytes of a name; file systems allow 255
 _SUBMITITS = ("name", "timeout_min", "nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "mem_gb")
 _SHOWN, _LOOK_S = 500, 0.1  # characters of an error, seconds
 
 
-def folder_name(overrides: Iterable[str], excluded: Iterable[str] = ()) -> str:
+def folder_name(overrides: Iterable[str], excluded: Collection[str] = ()) -> str:
     """Return the name of a run's folder: its overrides except the `excluded` keys, with a hash if it was changed."""
-    without = set(excluded)
-    whole = ",".join(sorted(line for line in overrides if _key(line) not in without))
-    name = re.sub(f"[^{_PLAIN}]+", "_", whole)[:_LONGEST]
+    whole = ",".join(sorted(line for line in overrides if _key(line) not in excluded))
+    name = re.sub("[^A-Za-z0-9_.,=+@:\\[\\]-]+", "_", whole)[:_LONGEST]
     return (name if name == whole else f"{name}-{_short_hash(whole)}") or "run"
 
 
