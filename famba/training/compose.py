@@ -54,7 +54,7 @@ class Command:
         known, unknown = get_args_parser().parse_known_args(list(arguments))
         if unknown:
             option = unknown[0].split("=")[0]
-            near = near_miss(option.lstrip("-").replace("-", "_"), [*keys(), *groups()])
+            near = near_miss(option.replace("-", "_"), [*keys(), *groups()])
             told = f"{option} is no option; settings are given as KEY=VALUE{near}"
             raise ConfigError(f"{told}; `python train.py --help` lists all")
         given = vars(known)
