@@ -47,6 +47,7 @@ def load(names: Iterable[str], folder: Path | None = None) -> None:
 def _import_file(file: Path) -> None:
     """Import a file as a module by its name, so that classes in it can be pickled."""
     sys.path.insert(0, str(file.parent))
+    importlib.invalidate_caches()  # the file may be new
     try:
         module = importlib.import_module(file.stem)
     finally:

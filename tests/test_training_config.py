@@ -11,7 +11,7 @@ import torch
 from runs import check_command
 
 from famba.errors import ConfigError
-from famba.training import app, devices
+from famba.training import app, devices, graph
 from famba.training.compose import Command, compose, groups
 from famba.training.config import flatten, keys, plain
 from famba.training.devices import choose_precision
@@ -139,6 +139,12 @@ def test_what_cannot_work_is_refused_before_any_work(
     message = refusal([*[item for item in given if item == "-m"], *SMALL, *[i for i in given if i != "-m"]], capsys)
     for part in refused[1:]:
         assert part in message
+
+
+def test_an_unknown_optimizer_is_named_where_steps_would_be_graphs_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "_DEVICES", ["cuda", "cpu"])
+    with pytest.raises(ConfigError, match="recipe.optimizer=adamx does not work .* did you mean 'adam"):
+        prepare(compose([*SMALL, "recipe.optimizer=adamx"]))
 
 
 def test_a_recipes_warm_up_shrinks_with_the_epochs() -> None:
