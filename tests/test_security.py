@@ -128,6 +128,8 @@ def test_an_address_with_a_password_is_refused_without_repeating_it(key: str) ->
 
 
 def test_provenance_keeps_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["train.py", "seed=1", f"x={ADDRESS}", "data.root=https://token@example.org"])
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "seed=1", f"hydra.x={ADDRESS}", "data.root=https://token@example.org"]
+    )
     kept = provenance.provenance(torch.device("cpu"), seed=1, world_size=1)["arguments"]
-    assert kept == ["seed=1", "x=https://***@example.org/data", "data.root=https://***@example.org"]
+    assert kept == ["seed=1", "hydra.x=https://***@example.org/data", "data.root=https://***@example.org"]
