@@ -146,7 +146,7 @@ OPTIONS = {
     "--epochs 5": "KEY=VALUE, did you mean 'trainer.epochs'?",
     "--batch-size 64": "did you mean 'trainer.batch_size'?",
     "--seeds 1 --cfg job": "did you mean 'seed'?",
-    "--fusion=upper": "did you mean 'fusion'?",
+    "--fusion upper": "did you mean 'fusion'?",
     "--name x": "did you mean 'model.name' or 'data.name' or 'logger.name'?",
     "--amp": "train.py --help` lists all",
     "epochs=5": "did you mean 'trainer.epochs'?",
