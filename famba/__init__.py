@@ -32,15 +32,14 @@ class _WithTimm(MetaPathFinder):
         if name != "timm":
             return None
         sys.meta_path.remove(self)
-        spec = find_spec(name)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
+        spec: Any = find_spec(name)
+        execute = spec.loader.exec_module
 
-            def execute_both(module: Any) -> None:
-                execute(module)
-                importlib.import_module("famba.models")
+        def execute_both(module: Any) -> None:
+            execute(module)
+            importlib.import_module("famba.models")
 
-            spec.loader.exec_module = execute_both  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_both
         return spec
 
 

@@ -2,10 +2,6 @@
 
 import sys
 
-try:
-    from famba.cli import main
+from famba.cli import main
 
-    sys.exit(main())
-except KeyboardInterrupt:  # during the imports; main answers it itself
-    sys.stderr.write("interrupted\n")
-    sys.exit(130)
+sys.exit(main())

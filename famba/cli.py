@@ -32,8 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status, 2 for what the user can mend."""
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        if arguments[0] == "train":
-            # Hydra reads everything behind "train" itself, --help included.
+        if arguments[0] == "train":  # Hydra reads everything behind it itself, --help included
             train = _import("famba.training.app").main
             gc.freeze()  # what the imports made lives to the end: no collection has to look through it
             return train(arguments[1:])
@@ -53,27 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     """Return a parser that knows every command, and the options of the one that is asked for."""
-    parser = argparse.ArgumentParser(
-        prog="famba", description="Train Vision Mamba models with cross-layer token fusion."
-    )
+    parser = argparse.ArgumentParser("famba", description="Train Vision Mamba models with cross-layer token fusion.")
     parser.add_argument("--version", action="version", version=f"famba {famba.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
     # Listed for its help; main has taken it before.
     commands.add_parser("train", help="train a model: the same as python train.py in a checkout")
-
-    download = commands.add_parser(
-        "download",
-        help="fetch a data set ahead of time",
-        description="Fetch a data set ahead of time, for machines without network.",
-    )
+    download = commands.add_parser("download", help="fetch a data set ahead of time, for machines without network")
     download.add_argument("name", help="cifar100 or cifar10")
-    download.add_argument(
-        "--root",
-        help="folder to put it in, to be named by data.root (default: $FAMBA_DATA or ~/.cache/famba/data)",
-    )
+    download.add_argument("--root", help="folder for it, as in data.root (default: $FAMBA_DATA or ~/.cache/famba/data)")
     download.set_defaults(run=_download)
-
     asked = next((argument for argument in arguments if not argument.startswith("-")), None)
     if asked is not None and asked not in (known := [*commands.choices, *COMMANDS]):
         raise ConfigError(f"unknown command {asked!r}{near_miss(asked, known)}; `famba --help` lists all")
@@ -89,10 +76,9 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 def _import(module: str) -> Any:
     """Import a module without looking for garbage meanwhile, among the 400,000 objects that torch and timm make."""
     gc.disable()  # looking would take a fifth of the time
-    try:
-        return importlib.import_module(module)
-    finally:
-        gc.enable()
+    found = importlib.import_module(module)
+    gc.enable()
+    return found
 
 
 def _download(options: argparse.Namespace) -> int:

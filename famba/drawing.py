@@ -27,6 +27,12 @@ _STYLE: dict[str, Any] = {
     "svg.hashsalt": "famba",
     "text.parse_math": False,
 }
+# The vertical axis of a plot, and what it shows of metrics.jsonl.
+_CURVES = (
+    ("loss in training", "loss", "train_loss"),
+    ("Top-1, %", "test_top1", "test_ema_top1", "validation_top1", "validation_ema_top1"),
+)
+_DOTTED = 100  # points
 _METADATA = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None, "Format": None, "Type": None}}
 
 
@@ -49,29 +55,17 @@ def files(stem: str, figure: Figure, kinds: Sequence[str] = ("svg", "png")) -> d
     return found
 
 
-_TOP1 = {
-    "test_top1": ("test images", "#0072B2", "o-"),
-    "validation_top1": ("validation images", "#0072B2", "o-"),
-    "test_ema_top1": ("test images, averaged weights", "#D55E00", "s--"),
-    "validation_ema_top1": ("validation images, averaged weights", "#D55E00", "s--"),
-}
-
-
 def curves(lines: Iterable[Mapping[str, Any]]) -> bytes:
     """Draw loss and Top-1 by step, from the lines of a run's metrics.jsonl; return a PNG."""
     known = list(lines)
-    train, epochs = ([line for line in known if line["kind"] == kind] for kind in ("train", "epoch"))
     with drawing():
         figure = Figure(figsize=(8.0, 3.2), layout="tight")
-        loss = figure.add_subplot(1, 2, 1, xlabel="step", ylabel="training loss")
-        loss.plot([line["step"] for line in train], [line["loss"] for line in train], color="#9dbfd6", label="step")
-        means = [(line["step"], line["train_loss"]) for line in epochs]
-        loss.plot(*zip(*means, strict=True), "o-", color=INK, markersize=3, label="mean of an epoch")
-        top1 = figure.add_subplot(1, 2, 2, xlabel="step", ylabel="Top-1, %")
-        for name, (label, color, form) in _TOP1.items():
-            if points := [(line["step"], line[name]) for line in epochs if name in line]:
-                top1.plot(*zip(*points, strict=True), form, color=color, markersize=4, label=label)
-        for axes in (loss, top1):
+        for column, (unit, *shown) in enumerate(_CURVES, start=1):
+            axes = figure.add_subplot(1, 2, column, xlabel="step", ylabel=unit)
+            for name in shown:
+                if points := [(line["step"], line[name]) for line in known if name in line]:
+                    marker = "." if len(points) < _DOTTED else None
+                    axes.plot(*zip(*points, strict=True), marker=marker, label=name.replace("_", " "))
             axes.grid(visible=True)
             axes.legend()
         return files("curves", figure, ["png"])["curves.png"]

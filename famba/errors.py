@@ -46,16 +46,22 @@ class TrainingError(FambaError, RuntimeError):
     """A run that cannot go on: a loss that is not finite, or too little memory."""
 
 
-_AS_CLOSE = 0.03
+_CLOSE, _AS_CLOSE = 0.5, 0.03  # likeness, from 0 to 1, and a difference in it
 _SHOWN = 5
 
 
 def near_miss(given: str, allowed: Iterable[str]) -> str:
-    """Return ", did you mean 'x'?" for the closest allowed name, or the two that are as close, or an empty string."""
-    close = difflib.get_close_matches(given, list(allowed), n=2, cutoff=0.5)
-    ratios = [difflib.SequenceMatcher(None, name, given).ratio() for name in close]
-    as_close = [repr(name) for name, ratio in zip(close, ratios, strict=True) if ratio > ratios[0] - _AS_CLOSE]
-    return f", did you mean {' or '.join(as_close)}?" if close else ""
+    """Return ", did you mean 'x'?" for the closest of the allowed names; "" if none is close, or it is one of them.
+
+    A key such as trainer.epochs is as close as its last part.
+    """
+    ratios = dict.fromkeys(allowed, 0.0)
+    for name in ratios:
+        parts = {name, name.rpartition(".")[2]}
+        ratios[name] = max(difflib.SequenceMatcher(None, part, given).ratio() for part in parts)
+    best = max(ratios.values(), default=0.0)
+    close = [repr(name) for name, ratio in ratios.items() if ratio > best - _AS_CLOSE]
+    return f", did you mean {' or '.join(close[:3])}?" if best >= _CLOSE and given not in ratios else ""
 
 
 def some(names: Sequence[str]) -> str:
@@ -80,11 +86,9 @@ def named(names: str | Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except FambaError as error:
-        argument = error.argument or ""
-        name = names.format(argument) if isinstance(names, str) else names.get(argument)
-        if not argument or name is None or name in str(error):
+        argument, message = error.argument or "", str(error)
+        name = names.format(argument) if isinstance(names, str) else names.get(argument, "")
+        if not argument or not name or name in message:
             raise
-        message = str(error)
-        start = f"{argument} "
-        told = f"{name} {message[len(start) :]}" if message.startswith(start) else f"{name}: {message}"
-        raise type(error)(told, argument) from error
+        rest = message.removeprefix(f"{argument} ")
+        raise type(error)(f"{name}{': ' if rest == message else ' '}{rest}", argument) from error

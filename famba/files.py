@@ -20,7 +20,7 @@ _TEMPORARY = ".tmp"
 # The seal is the comment at the end of a zip file, which readers of zip files pass over.
 _MARK = b"famba-sha256="
 _SEAL_BYTES = len(_MARK) + 64
-_NO_COMMENT = b"\0\0"
+_NO_COMMENT = b"\0\0"  # the length of none
 _BLOCK = 1 << 20
 # torch's words for a type that it does not read; those of a blocked module run commands or touch files.
 _REFUSED = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module \S+ is (blocked))")
@@ -31,8 +31,6 @@ def plain(x):
     x = {key: plain(value) for key, value in x.items()} if isinstance(x, dict) else x
     return x if torch.is_tensor(x) or type(x) in (dict, str, int, float) else None
 torch.save(plain(torch.load(%r, map_location="cpu", weights_only=False)), %r)"""
-# Where the machine fails; damage leads parsers to other numbers, such as that of an invalid seek.
-_OF_THE_MACHINE = (errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.ETIMEDOUT, errno.EMFILE)
 
 
 def write_whole(path: Path, write: Callable[[str], object]) -> None:
@@ -67,39 +65,33 @@ def remove_unfinished(folder: Path) -> None:
 def seal(path: str | Path) -> None:
     """Add the SHA-256 of a zip file, such as torch.save writes, as its comment. It stays a zip file."""
     with open(path, "rb+") as file:
-        file.seek(-len(_NO_COMMENT), os.SEEK_END)
-        assert file.read() == _NO_COMMENT, "a zip file without a comment"
         end = file.seek(-len(_NO_COMMENT), os.SEEK_END)
+        assert file.read() == _NO_COMMENT, "a zip file without a comment"
+        file.seek(end)
         file.write(struct.pack("<H", _SEAL_BYTES))
         file.flush()
-        digest = _digest(path, end + len(_NO_COMMENT))
-        file.write(_MARK + digest.encode())
+        file.write(_MARK + sha256(path).encode())
 
 
 def read_seal(path: str | Path) -> bool | None:
     """Return whether a file is as it was sealed, None if it has no seal. Raises OSError if it cannot be read."""
-    size = os.path.getsize(path)
-    if size < _SEAL_BYTES:
+    end = os.path.getsize(path) - _SEAL_BYTES
+    if end < 0:
         return None
     with open(path, "rb") as file:
-        file.seek(size - _SEAL_BYTES)
+        file.seek(end)
         found = file.read()
-    if not found.startswith(_MARK):
-        return None
-    return found == _MARK + _digest(path, size - _SEAL_BYTES).encode()
+    return found == _MARK + sha256(path, end).encode() if found.startswith(_MARK) else None
 
 
-def sha256(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    return _digest(path, os.path.getsize(path))
-
-
-def _digest(path: str | Path, length: int) -> str:
+def sha256(path: str | Path, length: int | None = None) -> str:
+    """Return the SHA-256 of a file, or of its first `length` bytes, in hexadecimal."""
+    left = os.path.getsize(path) if length is None else length
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while length > 0 and (block := file.read(min(_BLOCK, length))):
+        while block := file.read(min(_BLOCK, left)):
             digest.update(block)
-            length -= len(block)
+            left -= len(block)
     return digest.hexdigest()
 
 
@@ -115,9 +107,8 @@ def _sync(path: Path) -> None:
 def _reason(error: Exception) -> str:
     """Say in one line what went wrong; a full disk by its own error, which torch hides behind another."""
     cause = error.__cause__ or error.__context__
-    if isinstance(cause, OSError):
-        error = cause
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    told = str(cause if isinstance(cause, OSError) else error)
+    return told.splitlines()[0] if told else type(error).__name__
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
@@ -142,7 +133,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
     except CheckpointError:
         raise
     except Exception as error:  # parsers raise whatever a damaged file leads them to
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in _OF_THE_MACHINE:
+        # Damage may lead to a seek that is invalid; other numbers are of the machine.
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.EINVAL):
             raise CheckpointError(f"{path} cannot be read: {error or 'no memory'}; try again") from error
         raise CheckpointError(_why_not_read(path, error)) from error
     if not isinstance(content, dict):
@@ -152,15 +144,15 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
 def _why_not_read(path: Path, error: Exception) -> str:
     """Say why torch or safetensors did not read a file, and what to do."""
-    if found := _REFUSED.search(str(error)):
-        if found[2]:
-            return f"{path} would call {found[1]} when it is read, which weights never need; do not trust this file"
-        converted = str(path.with_name(f"{path.stem}.weights.pt"))
-        return (
-            f"{path} holds an object of the type {found[1]}, and reading one can run code, so nothing was read. Where "
-            f"you trust the file, write its weights to {converted} by this Python code, and give that file:"
-            f"{_CONVERSION % (str(path), converted)}"
-        )
-    if "TorchScript" in str(error):
-        return f"{path} is a TorchScript program; give its weights: torch.save(torch.jit.load(FILE).state_dict(), NEW)"
-    return f"{path} is truncated or no checkpoint ({type(error).__name__}); fetch or save it again"
+    found = _REFUSED.search(str(error))
+    if found is None:
+        kind = type(error).__name__
+        return f"{path} is truncated or no checkpoint, but perhaps a program ({kind}); fetch or save its weights again"
+    if found[2]:
+        return f"{path} would call {found[1]} when it is read, which weights never need; do not trust this file"
+    converted = str(path.with_name(f"{path.stem}.weights.pt"))
+    return (
+        f"{path} holds an object of the type {found[1]}, and reading one can run code, so nothing was read. Where you "
+        f"trust the file, write its weights to {converted} by this Python code, and give that file:"
+        f"{_CONVERSION % (str(path), converted)}"
+    )

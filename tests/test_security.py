@@ -8,9 +8,7 @@ import pickle
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -32,32 +30,22 @@ def test_the_hostile_pickle_works_where_nothing_stops_it(tmp_path: Path) -> None
     assert (tmp_path / "ran").is_dir()
 
 
-def by_torch(content: Any, path: Path) -> None:
-    torch.save(content, path)
-
-
-def by_pickle(content: Any, path: Path) -> None:
-    path.write_bytes(pickle.dumps(content))
-
-
-@pytest.mark.parametrize("write", [by_torch, by_pickle])
+@pytest.mark.parametrize("by_torch", [True, False])
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
-def test_a_hostile_checkpoint_is_refused_and_its_code_does_not_run(
-    tmp_path: Path, write: Callable[[Any, Path], None], suffix: str
-) -> None:
+def test_a_hostile_checkpoint_is_refused_and_its_code_does_not_run(tmp_path: Path, by_torch: bool, suffix: str) -> None:
     path, marker = tmp_path / f"weights{suffix}", tmp_path / "ran"
-    write({"model": {"head.weight": Hostile(marker)}, "step": 1}, path)
+    content = {"model": {"head.weight": Hostile(marker)}, "step": 1}
+    torch.save(content, path) if by_torch else path.write_bytes(pickle.dumps(content))
     model = timm.create_model("vim_micro_patch4_32", depth=1, embed_dim=16)
     with pytest.raises(CheckpointError):
         load_vim_checkpoint(model, path)
     with pytest.raises(FambaError):
         run(tmp_path / "begun", f"init_from={path}")
-    if suffix == ".pt":
-        checkpoints = tmp_path / "run" / "checkpoints"
-        checkpoints.mkdir(parents=True)
-        path.rename(checkpoints / "step_00000001.pt")
-        with pytest.raises(FambaError):
-            run(tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    path.rename(checkpoints / "step_00000001.pt")
+    with pytest.raises(FambaError):
+        run(tmp_path / "run")
     assert not marker.exists()
 
 
@@ -107,8 +95,6 @@ def test_nothing_in_an_archive_gets_out_of_its_folder(tmp_path: Path, members: l
 SECRETS = {
     "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
     "HF_TOKEN": "hf_secretsecretsecretsecretsecret",
-    "AWS_SECRET_ACCESS_KEY": "aws/secret/secret/secret/secret",
-    "GITHUB_TOKEN": "ghp_secretsecretsecretsecretsecret",
     "MY_PASSWORD": "correct-horse-battery",
     "WANDB_HOST": "secret-host-name",  # what wandb takes for the machine's own name
 }
@@ -120,9 +106,8 @@ def test_a_run_writes_no_secret_and_no_name_of_the_machine(tmp_path: Path) -> No
     for command in (["init", "-q"], ["remote", "add", "origin", REMOTE]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     command = [sys.executable, str(REPOSITORY / "train.py"), *TINY, "logger=wandb", "run_dir=run", "trainer.epochs=1"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, **SECRETS}, capture_output=True, text=True, timeout=300, check=False
-    )
+    environment = {**os.environ, **SECRETS}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in files)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -50,17 +51,10 @@ def build_model(name: str, arguments: dict[str, Any]) -> Backbone:
 def model_arguments(config: RunConfig, classes: int | None) -> dict[str, Any]:
     """Return the arguments of `create_network`, without the schedule; classes: None for the model's own."""
     model = config.model
-    own = {"d_state": model.d_state, "cls_position": model.cls_position}
-    arguments: dict[str, Any] = {
-        "img_size": config.data.image_size,
-        "num_classes": classes,
-        "patch_size": model.patch_size,
-        "depth": model.depth,
-        "embed_dim": model.embed_dim,
-        "drop_path_rate": model.drop_path,
-        **{key: value for key, value in own.items() if key in backbone_of(model.name).keys},
-        **{f"fusion_{name}": value for name, value in config.fusion.settings().items()},
-    }
+    keys = ("patch_size", "depth", "embed_dim", *sorted(backbone_of(model.name).keys))
+    arguments: dict[str, Any] = {key: getattr(model, key) for key in keys}
+    arguments |= {"img_size": config.data.image_size, "num_classes": classes, "drop_path_rate": model.drop_path}
+    arguments |= {f"fusion_{name}": value for name, value in config.fusion.settings().items()}
     return {name: value for name, value in arguments.items() if value is not None}
 
 
@@ -76,7 +70,7 @@ def augmentation(config: RunConfig) -> data.Augmentation:
     """Return the augmentation of the recipe."""
     keys = {field.name: field.name for field in fields(data.Augmentation)} | {"kind": "augmentation"}
     with named({name: f"recipe.{key}" for name, key in keys.items()}):
-        return data.Augmentation(**{argument: getattr(config.recipe, key) for argument, key in keys.items()})
+        return data.Augmentation(**{name: getattr(config.recipe, key) for name, key in keys.items()})
 
 
 def requested_data(config: RunConfig) -> dict[str, Any]:
@@ -86,20 +80,16 @@ def requested_data(config: RunConfig) -> dict[str, Any]:
 
 
 def load_splits(config: RunConfig) -> data.Splits:
-    """Open the data that the configuration names, and log its sizes."""
+    """Open the data that the configuration names."""
     with named("data.{}"):
-        splits = data.load_splits(config.data.name, config.data.root, **requested_data(config))
-    for name, part in (("training", splits.train), ("validation", splits.validation), ("test", splits.test)):
-        if part is not None:
-            _log.info("%s images: %d in %d classes", name, len(part), part.num_classes)
-    return splits
+        return data.load_splits(config.data.name, config.data.root, **requested_data(config))
 
 
 @dataclass(frozen=True)
 class Loaders:
-    """Hold the batches of this process; selection is evaluated at the end, and named "validation" or "test".
+    """Hold the batches of this process.
 
-    in_training is what evaluations before the last one take of it.
+    selection: evaluated at the end, named "validation" or "test"; in_training: what earlier evaluations take of it.
     """
 
     train: data.TrainBatches
@@ -125,28 +115,25 @@ def make_loaders(config: RunConfig, image_size: int, splits: data.Splits, proces
             seed=config.seed,
             batch_size=trainer.batch_size,
             accumulation=trainer.accumulation,
-            repeats=config.recipe.repeats if process.world_size > 1 else 1,
+            repeats=config.recipe.repeats,
             **shared,
         )
-    size = trainer.batch_size // (process.world_size * trainer.accumulation)
-    test = data.eval_batches(splits.test, batch_size=size, **shared)
+    shared["batch_size"] = train.sampler.micro_batch
+    evaluated: Callable[[data.Source], Batches] = partial(data.eval_batches, **shared)
+    test = evaluated(splits.test)
     if splits.validation is not None:
-        validation = data.eval_batches(splits.validation, batch_size=size, **shared)
+        validation = evaluated(splits.validation)
         return Loaders(train, "validation", validation, validation, test)
     if count is None or count >= len(splits.test):
         return Loaders(train, "test", test, test, test)
-    part = data.sample(splits.test, count, config.data.version)
-    return Loaders(train, "test", test, data.eval_batches(part, batch_size=size, **shared), test)
+    return Loaders(train, "test", test, evaluated(data.sample(splits.test, count, config.data.version)), test)
 
 
 def resident(splits: data.Splits, device: torch.device, augmentation: str, free_bytes: float) -> data.Splits:
-    """Put images that are held in memory on a GPU if they take at most a quarter of its free bytes.
-
-    augmentation: "timm" takes training images on the host.
-    """
+    """Put images that are held in memory on a GPU if they take at most a quarter of its free bytes."""
     parts: dict[str, Any] = {name: part for name, part in vars(splits).items() if isinstance(part, data.ArraySource)}
     if augmentation != "batch":
-        parts.pop("train", None)
+        parts.pop("train", None)  # timm's transforms take them on the host
     size = sum(part.images.nbytes for part in parts.values())
     if not parts or size > _SHARE_OF_MEMORY * free_bytes:
         return splits

@@ -6,32 +6,33 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import famba
 from famba import plugins
-from famba.errors import ConfigError, check_choice
+from famba.errors import ConfigError, check_choice, near_miss
 from famba.training.config import RunConfig, keys, parse
 
-LAUNCHER = "hydra/launcher"
 _SHOWN = 200  # characters of an override that an error repeats
 # Options of Hydra's that are taken; some of the others start unchecked runs, one of them from a pickle.
 _OPTIONS = ("overrides", "help", "cfg", "resolve", "multirun", "config_dir", "run")
-# Plugins are of a command line: files of a run name no code that reading it would run.
-_NOT_OF_A_RUN = ("hydra", "plugins")
-_PATHS = ("run_dir", "init_from", "resume", "data.root")
-_OF_HYDRA = ("hydra.launcher", "hydra.sweeper.params")
+_OF_HYDRA = ("hydra/launcher", "hydra.launcher", "hydra.sweeper.params")
+# The files that explain the keys.
+_EXPLAINED = (
+    *("config", "model/_base", "fusion/_base", "data/_base", "recipe/paper", "recipe/_base", "logger/none"),
+    *("hydra/launcher/local", "hydra/launcher/slurm"),
+)
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,18 @@ class Command:
         """Parse a command line. Raises ConfigError for a --config-dir that is no folder, and for options not taken."""
         known, unknown = get_args_parser().parse_known_args(list(arguments))
         if unknown:
-            raise ConfigError(_as_override(unknown[0], list(arguments)))
-        parsed = vars(known)
-        if given := [name for name, value in parsed.items() if value and name not in _OPTIONS]:
-            option = given[0].replace("_", "-")
-            raise ConfigError(f"--{option} is not taken; add your own files by --config-dir")
-        folder = None if parsed["config_dir"] is None else Path(parsed["config_dir"]).absolute()
+            option = unknown[0].split("=")[0]
+            near = near_miss(option.replace("-", "_"), [*keys(), *groups()])
+            told = f"{option} is no option; settings are given as KEY=VALUE{near}"
+            raise ConfigError(f"{told}; `python train.py --help` lists all")
+        given = vars(known)
+        if not_taken := [name.replace("_", "-") for name, value in given.items() if value and name not in _OPTIONS]:
+            raise ConfigError(f"--{not_taken[0]} is not taken; add your own files by --config-dir")
+        folder = None if given["config_dir"] is None else Path(given["config_dir"]).absolute()
         if folder is not None and not folder.is_dir():
-            raise ConfigError(f"--config-dir {parsed['config_dir']} is no folder")
-        question = "help" if parsed["help"] else parsed["cfg"]
-        return cls(tuple(map(_with_path, parsed["overrides"])), parsed["multirun"], folder, question)
+            raise ConfigError(f"--config-dir {given['config_dir']} is no folder")
+        question = "help" if given["help"] else given["cfg"]
+        return cls(tuple(given["overrides"]), given["multirun"], folder, question)
 
     def config(self) -> RunConfig:
         """Compose the configuration of one run. Raises ConfigError for what cannot be, or needs -m."""
@@ -71,9 +74,10 @@ class Command:
                 raise ConfigError(f"{item.input_line!r} names several values; add -m for a run with each of them")
             if re.match("hydra[/.]launcher", item.key_or_group):
                 raise ConfigError(f"{item.input_line!r} is for sweeps; add -m, also for a sweep of one run")
-        values, given = self.compose(self.overrides), {item.key_or_group for item in parsed}
-        if swept := [key for key in swept_by_config(values) if key not in given]:
-            raise ConfigError(f"the experiment has several values of {', '.join(swept)}; add -m, or give one of each")
+        values = self.compose(self.overrides)
+        if swept := swept_by_config(values).keys() - {item.key_or_group for item in parsed}:
+            told = f"the experiment has several values of {', '.join(sorted(swept))}"
+            raise ConfigError(f"{told}; add -m, or give one of each")
         return run_config(values)
 
     def shared(self) -> DictConfig:
@@ -104,13 +108,13 @@ class Command:
 
     def _fit_warmup(self, values: DictConfig, overrides: Sequence[str]) -> None:
         """Shrink a recipe's warm-up for which trainer.epochs leaves no room, in proportion to the epochs."""
-        given = {item.key_or_group for item in parse_overrides(overrides)}
+        given = {str(item.input_line): item.key_or_group for item in parse_overrides(overrides)}
         warmup, epochs = values.recipe.warmup_epochs, values.trainer.epochs
         numbers = isinstance(warmup, int | float) and isinstance(epochs, int)
-        if not numbers or not 0 < epochs <= warmup or "trainer.epochs" not in given or "recipe.warmup_epochs" in given:
+        chosen = "trainer.epochs" in given.values() and "recipe.warmup_epochs" not in given.values()
+        if not chosen or not numbers or not 0 < epochs <= warmup:
             return
-        others = [item for item in overrides if not item.lstrip("+").startswith("trainer.epochs=")]
-        usual = self.compose(others).trainer.epochs
+        usual = self.compose([line for line, key in given.items() if key != "trainer.epochs"]).trainer.epochs
         fitting = warmup * epochs / usual
         # A learning rate that changes at epochs would spend its first one at warmup_lr.
         values.recipe.warmup_epochs = float(int(fitting)) if values.recipe.lr_steps == "epoch" else round(fitting, 4)
@@ -125,9 +129,11 @@ def compose(arguments: Sequence[str]) -> RunConfig:
 
 def run_config(values: DictConfig) -> RunConfig:
     """Return the part of a composed configuration that is famba's."""
+    # Plugins are of a command line: files of a run name no code that reading it would run.
+    own = [str(key) for key in values if key not in ("hydra", "plugins")]
     with explained():
-        own = OmegaConf.masked_copy(values, [str(key) for key in values if key not in _NOT_OF_A_RUN])
-        return parse(OmegaConf.to_container(own, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
+        found: Any = OmegaConf.to_container(OmegaConf.masked_copy(values, own), resolve=True, throw_on_missing=True)
+    return parse(found)
 
 
 def swept_by_config(values: DictConfig) -> dict[str, Any]:
@@ -139,48 +145,22 @@ def swept_by_config(values: DictConfig) -> dict[str, Any]:
 def config_dir() -> Path:
     """Return the folder of the YAML files: inside the installed package, or beside it in a checkout."""
     package = Path(famba.__file__).resolve().parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
+    return next(folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir())
 
 
-def groups(own: Path | None = None) -> dict[str, list[str]]:
-    """Return the config groups and their choices, with those in the folder `own`."""
-    found: dict[str, set[str]] = {}
+def groups(own: Path | None = None) -> dict[str, dict[str, Path]]:
+    """Return the choices of each config group and their files, with those in the folder `own`."""
+    found: dict[str, dict[str, Path]] = {}
     for folder in [config_dir()] if own is None else [config_dir(), own]:
-        for file in folder.rglob("*.yaml"):
-            if file.parent != folder and not file.stem.startswith("_"):
-                found.setdefault(file.parent.relative_to(folder).as_posix(), set()).add(file.stem)
-    return {group: sorted(found[group]) for group in sorted(found)}
+        for file in sorted(folder.rglob("[!_]*.yaml")):
+            if file.parent != folder:
+                found.setdefault(file.parent.relative_to(folder).as_posix(), {}).setdefault(file.stem, file)
+    return found
 
 
 def quoted(value: str) -> str:
     """Quote a value so that Hydra takes it literally."""
-    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
-    return f"'{escaped}'"
-
-
-def _nearest(name: str, names: Sequence[str]) -> list[str]:
-    """Return the names that end with this one behind a dot, else the one that looks most like it."""
-    ends = {key.rsplit(".", 1)[-1]: key for key in reversed(names)}
-    same = [key for key in names if name in (key, key.rsplit(".", 1)[-1])]
-    return same or [ends.get(found, found) for found in get_close_matches(name, [*names, *ends], 1)]
-
-
-def _as_override(option: str, arguments: list[str]) -> str:
-    """Say which override stands for an option that programs of others take, such as --epochs 5."""
-    name, _, value = option.lstrip("-").partition("=")
-    value = value or next(iter(arguments[arguments.index(option) + 1 :]), "")
-    given = "VALUE" if not value or value.startswith("-") else value
-    close = [f"{key}={given}" for key in _nearest(name.replace("-", "_"), [*keys(), *groups()])[:3]]
-    known = f"give {' or '.join(close)}" if close else "train.py --help lists all"
-    return f"{option} is no option; settings are given as KEY=VALUE: {known}"
-
-
-def _with_path(override: str) -> str:
-    """Quote a path that holds "=", as the folders of a sweep's runs do."""
-    key, _, path = override.partition("=")
-    is_plain = "=" in path and not re.search("[,'\"$\\[{]", path)
-    return f"{key}={quoted(path)}" if is_plain and key in _PATHS else override
+    return QuotedString(value, Quote.single).with_quotes()
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
@@ -190,7 +170,8 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
         return [OverridesParser.create().parse_override(given := item) for item in overrides]
     except (HydraException, ValueError, RecursionError) as error:  # the latter for endless numbers and lists
         reason = f"{given[:_SHOWN]!r} cannot be read ({str(error).splitlines()[0]})"
-        raise ConfigError(f"{reason}; overrides look like fusion=upper or \"key='a,b'\"") from error
+        told = "overrides look like fusion=upper, and a value with = or , in it like \"run_dir='a=1,b=2'\""
+        raise ConfigError(f"{reason}; {told}") from error
 
 
 @contextmanager
@@ -207,50 +188,25 @@ def _check_names(overrides: Sequence[Override], own: Path | None) -> None:
     choices, known = groups(own), [*keys(), "plugins"]
     sections = {key.rsplit(".", 1)[0] for key in known if "." in key}
     for item in overrides:
-        key, allowed = item.key_or_group, choices.get(item.key_or_group)
-        if allowed is not None:
+        key = item.key_or_group
+        if key in choices:
             if not item.is_delete():
-                check_choice(key, str(item.value()), allowed)
+                check_choice(key, str(item.value()), choices[key])
         elif re.match("hydra[./]", key):
             if not key.startswith(_OF_HYDRA):
-                raise ConfigError(f"{key} is not taken; allowed of Hydra's: {LAUNCHER}, {', '.join(_OF_HYDRA)}")
+                raise ConfigError(f"{key} is not taken; allowed of Hydra's: {', '.join(_OF_HYDRA)}")
         elif key not in known and key not in sections:
-            close = " or ".join(map(repr, _nearest(key, [*known, *choices])))
-            near = f", did you mean {close}?" if close else ""
+            near = near_miss(key, [*known, *choices])
             raise ConfigError(f"unknown key {key!r}{near}; `python train.py --help` lists all")
 
 
-# The files that explain the keys of a group, if not its _base.
-_EXPLAINED = {"recipe": ["_base", "paper"], "logger": ["none"], LAUNCHER: ["local", "slurm"]}
-
-
 def help_text(own: Path | None = None) -> str:
-    """Return the text of --help: every group, choice and key with their comments; own: a folder with more choices."""
-    main = (config_dir() / "config.yaml").read_text()
-    sections = [Path(__file__).with_name("help.txt").read_text().rstrip()]
+    """Return the text of --help: the choices of every group, and the files that explain every key; own: as `groups`."""
+    text = Path(__file__).with_name("help.txt").read_text()
     for group, choices in groups(own).items():
-        default = re.search(rf"- (?:override )?{group}: (?!null)(\S+)", main)
-        lines = [group + (f" (default: {default[1]})" if default else "")]
-        for choice in choices:
-            files = [place / group / f"{choice}.yaml" for place in (config_dir(), own) if place is not None]
-            text = next(file for file in files if file.is_file()).read_text()
-            comments = re.findall(r"^# *([^@\s].*)", text, re.MULTILINE)  # directives of Hydra begin with @
-            lines.append(f"  {group}={choice:15} {next(iter(comments), '')}")
-        for name in _EXPLAINED.get(group, ["_base"]):
-            file = config_dir() / group / f"{name}.yaml"
-            prefix = "" if name == "paper" else f"{group}.".replace("/", ".")
-            lines += ["  keys", *_keys(file, prefix)] if file.is_file() else []
-        sections.append("\n".join(lines))
-    return "\n\n".join([*sections, "\n".join(["Other keys", *_keys(config_dir() / "config.yaml", "")])]) + "\n"
-
-
-def _keys(path: Path, prefix: str) -> list[str]:
-    """Return the lines of a file that set a key, with their comments, by the key's whole name."""
-    lines, section = [], ""
-    for line in path.read_text().splitlines():
-        key, _, value = line.partition(":")
-        if not key.startswith(" "):
-            section = f"{key}." if not value.strip() else ""
-        if value.strip() and not key.lstrip().startswith(("#", "-", "_")):
-            lines.append(f"    {prefix}{section}{line.strip()}")
-    return lines
+        for choice, file in choices.items():
+            comment = re.search(r"^# *([^@\s].*)", file.read_text(), re.MULTILINE)  # directives of Hydra begin with @
+            text += f"\n{f'{group}={choice}':30} {comment[1] if comment else ''}"
+    for name in _EXPLAINED:
+        text += f"\n\nconfigs/{name}.yaml\n{indent((config_dir() / f'{name}.yaml').read_text().rstrip(), '  ')}"
+    return f"{text}\n"

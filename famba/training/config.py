@@ -182,18 +182,14 @@ _adapter = cache(TypeAdapter)
 
 def parse(values: Mapping[str, Any]) -> RunConfig:
     """Turn nested plain values into a RunConfig. Raises ConfigError with every key at fault."""
-    # `Fusion` has defaults of its own, for networks that are built without a configuration.
-    wanted = keys(Fusion, "fusion.") if isinstance(values.get("fusion"), dict) else []
-    if missing := [f"{key} is missing" for key in wanted if key not in flatten(values)]:
-        raise ConfigError("\n".join(missing))
-    return checked(RunConfig, values, keys())
+    return checked(RunConfig, values)
 
 
 def check_eval_images(count: int | None, validates: bool) -> None:
     """Raise ConfigError if only some test images are asked for, but a run evaluates validation images."""
     if count is not None and validates:
-        said = f"trainer.eval_images={count} is for test images, but this run is selected by all its validation images"
-        raise ConfigError(f"{said}; leave it out")
+        told = "is for test images, but this run is selected by all its validation images; leave it out"
+        raise ConfigError(f"trainer.eval_images={count} {told}")
 
 
 def plain(config: RunConfig) -> dict[str, Any]:
@@ -221,20 +217,16 @@ def keys(cls: type = RunConfig, prefix: str = "") -> tuple[str, ...]:
     return tuple(names)
 
 
-def checked(kind: Any, values: Mapping[str, Any], known: Sequence[str], prefix: str = "") -> Any:
-    """Build a dataclass from plain values. Raises ConfigError with every key at fault.
-
-    known: all keys; prefix: stands before the names of `kind`'s fields.
-    """
+def checked(kind: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """Build a dataclass, whose fields have `prefix` before their names, from plain values; raises as `parse`."""
     try:
         return _adapter(kind).validate_json(json.dumps(values))  # strict validation builds them from JSON alone
     except ValidationError as error:
-        found: dict[str, list[str]] = {}
+        found: dict[str, dict[str, None]] = {}  # of each key the reasons, from the members of a union
         for problem in error.errors():
-            start, reason = _explain(problem, known, prefix)
-            found.setdefault(start, []).append(reason)
-    same = " or input should be "  # from the members of a union
-    lines = [start + " or ".join(dict.fromkeys(reasons)).replace(same, " or ") for start, reasons in found.items()]
+            start, reason = _explain(problem, keys(kind, prefix), prefix)
+            found.setdefault(start, {})[reason] = None
+    lines = [start + " or ".join(reasons).replace(" or input should be ", " or ") for start, reasons in found.items()]
     raise ConfigError("\n".join(sorted(lines)))
 
 
@@ -244,8 +236,8 @@ def _explain(problem: Any, known: Sequence[str], prefix: str) -> tuple[str, str]
     # Behind the key stands the member of a union, or the place in a list.
     named = next((k for k in sorted(known, key=len, reverse=True) if f"{key}.".startswith(f"{k}.")), key)
     if isinstance(fault, ConfigError):  # `Fusion` checks itself
-        reason = str(fault)
-        return f"{key}." + ("" if reason.startswith(f"{fault.argument} ") else f"{fault.argument}: "), reason
+        begins_with_it = str(fault).startswith(f"{fault.argument} ")
+        return f"{key}." if begins_with_it else f"{key}.{fault.argument}: ", str(fault)
     if problem["type"] == "unexpected_keyword_argument":
         return f"unknown key {key!r}{near_miss(key, known)}", ""
     if problem["type"] == "missing":

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import random
 import re
 import resource
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,6 @@ import torch
 from famba.data.draws import Stream, derived_integer
 from famba.errors import ConfigError, TrainingError
 
-_MIB = 2**20
 _MOST_WORKERS = 16
 
 
@@ -68,9 +67,9 @@ def describe_device(device: torch.device) -> str:
     """Name the processor or GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if info.is_file() and (found := re.search(r"^model name\s*: (.*)", info.read_text(), re.MULTILINE)):
-        name = found[1]
+    name = platform.processor() or platform.machine()
+    with suppress(OSError, IndexError):
+        name = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
     return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
@@ -79,18 +78,18 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif platform.system() == "Linux":
-        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_mib(device: torch.device) -> float:
     """Return the peak memory in MiB: of CUDA's allocator, or of this process on other devices."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / _MIB
+        return torch.cuda.max_memory_allocated(device) / 2**20
     if platform.system() == "Linux":
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _MIB
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
 
 
 def synchronize(device: torch.device) -> None:
@@ -103,8 +102,8 @@ def synchronize(device: torch.device) -> None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory ran out, on a GPU or a CPU."""
-    told = re.search("can't allocate memory|out of memory", str(error), re.IGNORECASE) is not None
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (isinstance(error, RuntimeError) and told)
+    told = re.search("(?i)can't allocate memory|out of memory", str(error)) and isinstance(error, RuntimeError)
+    return bool(told) or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def memory_error(error: BaseException, batch: int, accumulation: int) -> TrainingError:

@@ -17,7 +17,6 @@ from famba.errors import ConfigError, TrainingError
 
 _JOIN_TIMEOUT = timedelta(minutes=10)  # nodes that import from a busy file system come late
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # the slowest evaluation is waited for
-_FIRST_PORT, _PORTS = 20000, 20000
 # By these words of gloo and NCCL the process at the other end is gone.
 _BROKEN = re.compile("Connection (closed|reset)|Broken pipe|remote process exited")
 
@@ -80,12 +79,9 @@ class Process:
 
 
 def world_size() -> int:
-    """Return the number of processes of torchrun or srun, 1 without them. Raises ConfigError if it is no number."""
+    """Return the number of processes of torchrun or srun, 1 without them."""
     adopt_slurm()
-    given = os.environ.get("WORLD_SIZE", "1")
-    if not given.isdecimal() or int(given) < 1:
-        raise ConfigError(f"WORLD_SIZE is {given!r}; torchrun sets it to the number of processes, or unset it")
-    return int(given)
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def adopt_slurm() -> None:
@@ -99,7 +95,7 @@ def adopt_slurm() -> None:
     given.setdefault("MASTER_ADDR", _first_host())
     # Steps that share a node must not share a port.
     own = int(given.get("SLURM_JOB_ID", "0")) * 31 + int(given.get("SLURM_STEP_ID", "0"))
-    given.setdefault("MASTER_PORT", str(_FIRST_PORT + own % _PORTS))
+    given.setdefault("MASTER_PORT", str(20_000 + own % 20_000))
 
 
 def start_process(device: torch.device) -> Process:
@@ -110,9 +106,8 @@ def start_process(device: torch.device) -> Process:
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=_JOIN_TIMEOUT))
     except (ValueError, RuntimeError) as error:
-        why = str(error).splitlines()[0]
-        told = f"the {size} processes cannot meet: {why}; start them by torchrun or srun, or unset WORLD_SIZE"
-        raise ConfigError(told) from error
+        told = f"the {size} processes cannot meet: {str(error).splitlines()[0]}"
+        raise ConfigError(f"{told}; start them by torchrun or srun, or unset WORLD_SIZE") from error
     on_gpu = device.type == "cuda"
     if on_gpu:  # Slurm may show each process its own GPU alone, as number 0
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())

@@ -1,7 +1,6 @@
 """Do a whole step as one CUDA graph, so that the GPU never waits for the host.
 
-Images, targets, learning rates and the weight of the average lie at fixed places in the device's memory. Draws follow
-the generators' seeds, which are set before each replay.
+What changes from step to step lies at fixed places in the device's memory. Draws follow the generators' seeds.
 """
 
 from __future__ import annotations
@@ -18,13 +17,12 @@ from famba.errors import TrainingError
 from famba.training.config import RunConfig
 from famba.training.devices import out_of_memory
 from famba.training.optimizer import has_fused_form
-from famba.training.step import Infer, Step
+from famba.training.step import Step
 
 _WARM_UPS = 3
 Memory = tuple[Any, torch.cuda.Stream]
 """A pool for the memory of graphs, and the stream that they are captured on."""
-# Devices that graphs are made for. Tests add the CPU, which does the same without graphs.
-_DEVICES = ["cuda"]
+_DEVICES = ["cuda"]  # that graphs are made for; tests add the CPU, which does the same without graphs
 
 
 def obstacle(config: RunConfig, device: torch.device, processes: int, backend: str) -> str | None:
@@ -39,9 +37,7 @@ def obstacle(config: RunConfig, device: torch.device, processes: int, backend: s
         return f"recipe.optimizer={config.recipe.optimizer} looks at numbers on the host; adamw and adam do not"
     if config.trainer.grad_checkpointing:
         return "trainer.grad_checkpointing keeps the state of the generators, which a graph cannot ask for"
-    if backend == "reference":
-        return "the ops are computed by the reference, in too many kernels"
-    return None
+    return "the ops are computed by the reference, in too many kernels" if backend == "reference" else None
 
 
 class GraphStep(Step):
@@ -59,15 +55,13 @@ class GraphStep(Step):
         self._loss, self._ema_weight, self._held, self._reported, self._images, self._targets = (
             torch.zeros(shape, device=self.device) for shape in shapes
         )
-        self._evaluations: dict[nn.Module, _Evaluation] = {}
         self.schedule_changes()
 
     def gradients(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
         """Do the next step; `update` has nothing left to do."""
         self.data_s = 0.0
-        ema = self.state.ema
-        if ema is not None:
-            self._ema_weight.fill_(1 - ema.get_decay(self.state.step))
+        if self.state.ema is not None:
+            self._ema_weight.fill_(1 - self.state.ema.get_decay(self.state.step))
         for part in range(self.parts):
             images, labels = self.next_batch(batches)
             self.seed_draws(part)
@@ -90,17 +84,10 @@ class GraphStep(Step):
     def update(self) -> None:
         """Do nothing: `gradients` has done the step."""
 
-    def infer(self, model: nn.Module) -> Infer:
-        """Return what evaluates a model in eval mode, as a graph for batches of the first one's size."""
-        if model not in self._evaluations:
-            self._evaluations[model] = _Evaluation(super().infer(model), self._captured)
-        return self._evaluations[model]
-
     def schedule_changes(self) -> None:
         """Forget the graphs, and give their memory back; the next step is captured anew."""
         self._add: Callable[[], None] | None = None
         self._finish: Callable[[], None] | None = None
-        self._evaluations.clear()
         self._memory = graph_memory(self.device)
 
     def _load(self, images: Tensor, labels: Tensor) -> None:
@@ -111,9 +98,7 @@ class GraphStep(Step):
         self._images.copy_(images, non_blocking=True)
         targets = labels.to(self.device, non_blocking=True)
         if self.mix is not None:
-            mixed, targets = self.mix(self._images, targets)
-            if mixed is not self._images:
-                self._images.copy_(mixed)
+            _, targets = self.mix(self._images, targets)  # in place
         if self._finish is None:
             self._targets = torch.empty_like(targets)
         self._targets.copy_(targets)
@@ -167,8 +152,9 @@ class GraphStep(Step):
         """Take the step unless something is not finite, average the weights, and clear what the step added up."""
         state = self.state
         norm = self.clipped_norm()
-        finite_norm = norm.isfinite()
-        finite = self._loss.isfinite() if state.scaler.is_enabled() else self._loss.isfinite() & finite_norm
+        finite_norm, finite = norm.isfinite(), self._loss.isfinite()
+        if not state.scaler.is_enabled():
+            finite = finite & finite_norm
         self._held.copy_(torch.maximum(self._held, (~finite).float()))
         skipped = torch.maximum(self._held, (~finite_norm).float())
         optimizer: Any = state.optimizer
@@ -188,9 +174,9 @@ class GraphStep(Step):
 @torch.no_grad()
 def average(averaged: nn.Module, model: nn.Module, weight: Tensor) -> None:
     """Move the weights of an average towards a model's, by a share of the way that lies on the device, ()."""
-    pairs = zip(averaged.state_dict().values(), model.state_dict().values(), strict=True)
-    moving = [(old, new) for old, new in pairs if old.is_floating_point()]
-    old_values, new_values = [old for old, _ in moving], [new for _, new in moving]
+    old_values, new_values = (
+        [value for value in one.state_dict().values() if value.is_floating_point()] for one in (averaged, model)
+    )
     ways = torch._foreach_sub(new_values, old_values)
     torch._foreach_mul_(ways, weight)
     torch._foreach_add_(old_values, ways)
@@ -204,8 +190,8 @@ def graph_memory(device: torch.device) -> Memory | None:
 def captured(function: Callable[[], None], memory: Memory | None) -> Callable[[], None]:
     """Return what replays a function as a CUDA graph, or the function itself if memory is None.
 
-    The function reads and writes tensors that stay where they are. It runs a few times first: kernels are compiled,
-    tuned and given their memory then. memory: of `graph_memory`.
+    The function reads and writes tensors that stay where they are. It runs a few times first, so that kernels are
+    compiled, tuned and given their memory. memory: of `graph_memory`.
     """
     if memory is None:
         for _ in range(_WARM_UPS):
@@ -226,26 +212,3 @@ def captured(function: Callable[[], None], memory: Memory | None) -> Callable[[]
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         function()
     return graph.replay
-
-
-class _Evaluation:
-    """Evaluate batches of the first one's shape by a graph, and others as they come."""
-
-    def __init__(self, infer: Infer, captured: Callable[[Callable[[], None]], Callable[[], None]]) -> None:
-        self._infer, self._captured = infer, captured
-        self._images = self._logits = torch.empty(0)
-        self._replay: Callable[[], None] | None = None
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Return the logits (b, classes); the next call may overwrite them."""
-        if self._replay is None:
-            self._images = images.clone()
-            self._replay = self._captured(self._call)
-        if images.shape != self._images.shape:
-            return self._infer(images)
-        self._images.copy_(images)
-        self._replay()
-        return self._logits
-
-    def _call(self) -> None:
-        self._logits = self._infer(self._images)

@@ -2,47 +2,48 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
-from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 from famba.errors import ConfigError, near_miss
 from famba.training.config import RecipeConfig, RunConfig
 
-# Settings of an optimizer that depend on the device, or on the step.
-_FORM = ("lr", "fused", "foreach", "capturable")
+# Settings of an optimizer that depend on the device, as a checkpoint holds them.
+_FORM: dict[str, Any] = {"fused": None, "foreach": None, "capturable": False}
 
 
 def check_optimizer(config: RunConfig, device: torch.device) -> None:
     """Raise ConfigError if the optimizer cannot be built, or cannot take a step on four numbers."""
-    recipe, tiny = config.recipe, nn.Linear(2, 2, bias=False, device=device)
+    name, tiny = config.recipe.optimizer, nn.Linear(2, 2, bias=False, device=device)
+    one_layer = replace(config, recipe=replace(config.recipe, layer_decay=None))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # recommendations are shown when the run builds its own
-            # timm warns of a decay by layer if there is one layer.
-            optimizer = create_optimizer(tiny, replace(config, recipe=replace(recipe, layer_decay=None)))
+            optimizer = create_optimizer(tiny, one_layer)
             tiny(torch.ones(1, 2, device=device)).sum().backward()
             optimizer.step()
     except Exception as error:  # each optimizer has its own way to fail
-        known = [str(name) for name in list_optimizers()]
-        near = "" if recipe.optimizer in known else near_miss(recipe.optimizer, known)
-        told = f"does not work with this recipe here{near} ({str(error) or type(error).__name__})"
-        told = f"recipe.optimizer={recipe.optimizer} {told}; use adamw, or change recipe.betas and recipe.eps"
-        raise ConfigError(told) from error
+        told = f"does not work with this recipe here{near_miss(name, map(str, list_optimizers()))}"
+        told += f" ({str(error) or type(error).__name__}); use adamw, or change recipe.betas and recipe.eps"
+        raise ConfigError(f"recipe.optimizer={name} {told}") from error
 
 
 def has_fused_form(name: str) -> bool:
     """Return whether a step of an optimizer can be one kernel, which can skip it by a flag on the device."""
     return get_optimizer_class(name, bind_defaults=False) in (torch.optim.Adam, torch.optim.AdamW)
+
+
+def _highest_rate(config: RunConfig) -> float:
+    return config.recipe.lr * config.trainer.batch_size / config.recipe.lr_batch
 
 
 def create_optimizer(model: nn.Module, config: RunConfig, fused: bool = False) -> torch.optim.Optimizer:
@@ -57,14 +58,14 @@ def create_optimizer(model: nn.Module, config: RunConfig, fused: bool = False) -
     optimizer = create_optimizer_v2(
         model,
         opt=recipe.optimizer,
-        lr=recipe.lr * config.trainer.batch_size / recipe.lr_batch,
+        lr=_highest_rate(config),
         weight_decay=recipe.weight_decay,
         layer_decay=recipe.layer_decay,
         betas=tuple(recipe.betas),
         eps=recipe.eps,
         **form,
     )
-    # The classifier's first: the rate of the first group is the one that is logged.
+    # The classifier's first, as checkpoints have them.
     optimizer.param_groups.sort(key=lambda group: -group.get("lr_scale", 1.0))
     for group in optimizer.param_groups if fused else ():
         group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=device)
@@ -74,57 +75,44 @@ def create_optimizer(model: nn.Module, config: RunConfig, fused: bool = False) -
 def portable_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return the optimizer's state for a checkpoint, independent of its device and form."""
     state = optimizer.state_dict()
-    plain = {"fused": None, "foreach": None, "capturable": False}
-    groups = [
-        {**group, "lr": float(group["lr"]), **{key: value for key, value in plain.items() if key in group}}
-        for group in state["param_groups"]
-    ]
-    return {**state, "param_groups": groups}
+    for group in state["param_groups"]:
+        group |= {"lr": float(group["lr"]), **{key: value for key, value in _FORM.items() if key in group}}
+    return state
 
 
 def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """Load a state of `portable_state`; the optimizer keeps its own form and learning rates."""
-    own = [{key: group[key] for key in _FORM if key in group} for group in optimizer.param_groups]
-    groups = [{**group, **form} for group, form in zip(saved["param_groups"], own, strict=True)]
+    kept = ("lr", *_FORM)
+    pairs = zip(saved["param_groups"], optimizer.param_groups, strict=True)
+    groups = [{**group, **{key: own[key] for key in kept if key in own}} for group, own in pairs]
     optimizer.load_state_dict({**saved, "param_groups": groups})
-    for group, form in zip(optimizer.param_groups, own, strict=True):
-        group.update(form)
 
 
 class LearningRate:
-    """Set the learning rate of each step: cosine decay after a linear warm-up, a function of the step alone."""
+    """Set the learning rate of each step: cosine decay after a linear warm-up, a function of the step alone.
+
+    The numbers are those of timm's CosineLRScheduler, bit by bit.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: RunConfig, steps_per_epoch: int) -> None:
-        recipe = config.recipe
-        self._steps_per_epoch, self._per_epoch = steps_per_epoch, recipe.lr_steps == "epoch"
-        self._optimizer = optimizer
-        # timm's scheduler writes plain numbers, but a graph reads tensors: it gets groups of its own.
-        self._groups = [
-            {key: float(group[key]) for key in ("lr", "lr_scale") if key in group} for group in optimizer.param_groups
-        ]
-        self._schedule, _ = create_scheduler_v2(
-            SimpleNamespace(param_groups=self._groups),  # type: ignore[arg-type]
-            sched="cosine",
-            num_epochs=config.trainer.epochs,
-            warmup_epochs=recipe.warmup_epochs,  # type: ignore[arg-type]  # a part of an epoch works too
-            warmup_lr=recipe.warmup_lr,
-            min_lr=recipe.min_lr,
-            step_on_epochs=self._per_epoch,
-            updates_per_epoch=0 if self._per_epoch else steps_per_epoch,
-        )
+        self._optimizer, self._recipe, self._top = optimizer, config.recipe, _highest_rate(config)
+        by_epoch = config.recipe.lr_steps == "epoch"
+        self._stride, unit = (steps_per_epoch, 1) if by_epoch else (1, steps_per_epoch)
+        self._warmup, self._end = config.recipe.warmup_epochs * unit, config.trainer.epochs * unit
 
     def set(self, step: int) -> float:
         """Set the optimizer's rates for a step, counted from 0, and return the highest, which is the recipe's."""
-        if self._per_epoch:
-            self._schedule.step(step // self._steps_per_epoch)
+        recipe, top, now = self._recipe, self._top, step // self._stride
+        if now < self._warmup:
+            rate = recipe.warmup_lr + now * ((top - recipe.warmup_lr) / self._warmup)
+        elif now < self._end:
+            rate = recipe.min_lr + 0.5 * (top - recipe.min_lr) * (1 + math.cos(math.pi * now / self._end))
         else:
-            self._schedule.step_update(step)
-        for group, own in zip(self._optimizer.param_groups, self._groups, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(own["lr"])
-            else:
-                group["lr"] = own["lr"]
-        return self._groups[0]["lr"]
+            rate = recipe.min_lr
+        for group in self._optimizer.param_groups:
+            own = rate * group.get("lr_scale", 1.0)
+            group["lr"] = group["lr"].fill_(own) if isinstance(group["lr"], Tensor) else own
+        return rate
 
 
 def create_mixing(recipe: RecipeConfig, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from famba import data, ops
+from famba.data.sampler import EpochSampler
 from famba.errors import BackendError, ConfigError, named, near_miss
 from famba.fusion.schedules import ADAPTIVE
-from famba.models import Backbone
 from famba.ops.registry import AUTO, ENVIRONMENT_VARIABLE, resolve
 from famba.training.build import augmentation, build_model, check_model, model_arguments, model_classes, requested_data
 from famba.training.config import RunConfig, check_eval_images
@@ -21,6 +21,8 @@ from famba.training.distributed import world_size
 from famba.training.graph import obstacle
 from famba.training.optimizer import check_optimizer
 from famba.training.weights import check_initial
+
+_MANY = 10**9  # images, where only reading the data can count them
 
 
 @dataclass(frozen=True)
@@ -48,49 +50,43 @@ class Setup:
 
 def prepare(config: RunConfig, processes: int | None = None) -> Setup:
     """Check a configuration and work out what it comes to, for `processes` on other machines, None for this one."""
+    processes_of_a_step = processes or world_size()
     check_model(config)
     device = choose_device(config.trainer.device)
     make_current(device)
     autocast = choose_precision(config.trainer.precision, device)
-    backend = check_backend(config.ops.backend, device, autocast or torch.float32)
-    check_cuda_graphs(config, device, processes or world_size(), backend)
+    check_optimizer(config, device)
+    dtype, asked = autocast or torch.float32, config.ops.backend
+    try:
+        with nullcontext() if asked == AUTO else ops.use_backend(asked):
+            backend = resolve(device.type, dtype)
+    except BackendError as error:
+        raise BackendError(f"{ENVIRONMENT_VARIABLE if asked == AUTO else 'ops.backend'}: {error}") from error
+    check_cuda_graphs(config, device, processes_of_a_step, backend)
     if config.data.device == "cuda" != device.type:
         raise ConfigError(f"data.device=cuda, but the training runs on {device.type}; leave data.device at auto")
-    _check_data(config)
-    check_eval_images(config.trainer.eval_images, config.data.val_fraction > 0)
-    check_batch(config, processes or world_size())
-    _check_schedules(config)
+    _check_data(config, processes_of_a_step)
+    warmup, epochs, fusion = config.recipe.warmup_epochs, config.trainer.epochs, config.fusion
+    if warmup >= epochs:
+        raise ConfigError(f"recipe.warmup_epochs={warmup} leaves nothing of trainer.epochs={epochs}; choose fewer")
+    for key, value in (("adapt_at", fusion.adapt_at), ("adapt_images", fusion.adapt_images)):
+        if (value is not None) != (fusion.strategy == ADAPTIVE):
+            raise ConfigError(f"fusion.{key} has a value with fusion={ADAPTIVE} alone, and must have one there")
     augmentation(config)
-    outline, arguments = _outline(config)
+    known = config.data.num_classes or data.NUM_CLASSES.get(config.data.name)
+    arguments = model_arguments(config, config.model.num_classes if known is None else model_classes(config, known))
+    with named({"img_size": "data.image_size", "cls_position": "model.cls_position"}), torch.device("meta"):
+        outline = build_model(config.model.name, arguments)
     with named("fusion.{}"):
         schedule = outline.schedule_of(config.fusion)
     size = outline.image_size
     if size[0] != size[1]:
         raise ConfigError(f"{config.model.name} takes {size[0]} x {size[1]} images; loaders make square ones")
     check_initial(config, outline)
-    check_optimizer(config, device)
     if processes is None:
         check_files(config)
-    matched, arguments = config.fusion.is_matched, {**arguments, "fusion": schedule}
-    return Setup(size[0], schedule, outline.num_tokens, matched, device, autocast, arguments)
-
-
-def _outline(config: RunConfig) -> tuple[Backbone, dict[str, Any]]:
-    """Return the network without memory, and the arguments that make it."""
-    known = config.data.num_classes or data.NUM_CLASSES.get(config.data.name)
-    classes = config.model.num_classes if known is None else model_classes(config, known)
-    arguments = model_arguments(config, classes)
-    with named({"img_size": "data.image_size", "cls_position": "model.cls_position"}), torch.device("meta"):
-        return build_model(config.model.name, arguments), arguments
-
-
-def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Return the backend that serves a device and precision. Raises BackendError if `backend` does not."""
-    try:
-        with nullcontext() if backend == AUTO else ops.use_backend(backend):
-            return resolve(device.type, dtype)
-    except BackendError as error:
-        raise BackendError(f"{ENVIRONMENT_VARIABLE if backend == AUTO else 'ops.backend'}: {error}") from error
+    arguments |= {"fusion": schedule}
+    return Setup(size[0], schedule, outline.num_tokens, config.fusion.is_matched, device, autocast, arguments)
 
 
 def check_cuda_graphs(config: RunConfig, device: torch.device, processes: int, backend: str) -> None:
@@ -100,39 +96,19 @@ def check_cuda_graphs(config: RunConfig, device: torch.device, processes: int, b
         raise ConfigError(f"trainer.cuda_graphs=true cannot be: {reason}; leave it at auto")
 
 
-def _check_data(config: RunConfig) -> None:
-    """Raise ConfigError for what no data under this name can give."""
-    wanted = config.data
+def _check_data(config: RunConfig, processes: int) -> None:
+    """Raise ConfigError for what no data under this name can give, and for steps that it does not fill."""
+    wanted, trainer, recipe = config.data, config.trainer, config.recipe
     with named("data.{}"):
         data.check_request(wanted.name, wanted.root, **requested_data(config))
-    images = wanted.subset or data.TRAINING_IMAGES.get(wanted.name)
-    left = None if images is None else images - data.held_out(images, wanted.val_fraction)
-    if left is not None and config.trainer.batch_size > left:
-        told = f"does not fit into the {left} training images that data.subset and data.val_fraction leave"
-        raise ConfigError(f"trainer.batch_size={config.trainer.batch_size} {told}; choose {left} or fewer")
-
-
-def check_batch(config: RunConfig, processes: int) -> None:
-    """Raise ConfigError if a step cannot be dealt out to `processes` and micro-batches."""
-    batch, accumulation = config.trainer.batch_size, config.trainer.accumulation
-    parts = processes * accumulation
-    if batch % parts:
-        near = max(parts, round(batch / parts) * parts)
-        told = f"is not divisible by {processes} processes x trainer.accumulation={accumulation}"
-        raise ConfigError(f"trainer.batch_size={batch} {told}; {near} is")
-    if (config.recipe.mixup > 0 or config.recipe.cutmix > 0) and batch // parts % 2:
-        told = f"mixup and cutmix pair the images of a micro-batch, but {batch // parts} is odd"
+    check_eval_images(trainer.eval_images, wanted.val_fraction > 0)
+    images = wanted.subset or data.TRAINING_IMAGES.get(wanted.name, _MANY)
+    deal = (trainer.batch_size, trainer.accumulation, 0, processes, recipe.repeats)
+    with named({"batch_size": "trainer.batch_size", "repeats": "recipe.repeats"}):
+        sampler = EpochSampler(images - data.held_out(images, wanted.val_fraction), config.seed, *deal)
+    if (recipe.mixup > 0 or recipe.cutmix > 0) and sampler.micro_batch % 2:
+        told = f"mixup and cutmix pair the images of a micro-batch, but {sampler.micro_batch} is odd"
         raise ConfigError(f"{told}; choose an even trainer.batch_size, or recipe.mixup=0 recipe.cutmix=0")
-
-
-def _check_schedules(config: RunConfig) -> None:
-    """Raise ConfigError where warm-up never ends, or keys of adaptive schedules do not fit the strategy."""
-    warmup, epochs, fusion = config.recipe.warmup_epochs, config.trainer.epochs, config.fusion
-    if warmup >= epochs:
-        raise ConfigError(f"recipe.warmup_epochs={warmup} leaves nothing of trainer.epochs={epochs}; choose fewer")
-    for key, value in (("adapt_at", fusion.adapt_at), ("adapt_images", fusion.adapt_images)):
-        if (value is not None) != (fusion.strategy == ADAPTIVE):
-            raise ConfigError(f"fusion.{key} has a value with fusion={ADAPTIVE} alone, and must have one there")
 
 
 def check_files(config: RunConfig) -> None:

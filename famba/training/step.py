@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -42,13 +42,13 @@ class Step:
         autocast: torch.dtype | None,
     ) -> None:
         self.state, self.forward, self.process, self.autocast = state, forward, process, autocast
-        self.device = process.device
-        self.parts = config.trainer.accumulation
-        self.clip_grad = config.recipe.clip_grad
-        self.seed = config.seed
+        self.device, self.parts = process.device, config.trainer.accumulation
+        self.seed, self.clip_grad = config.seed, config.recipe.clip_grad
         self.mix = create_mixing(config.recipe, state.model.num_classes)
         self.loss = create_loss(config.recipe)
         self.data_s = 0.0
+        # Processes exchange gradients once per step, with the last micro-batch.
+        self._keep_gradients = forward.no_sync if isinstance(forward, DistributedDataParallel) else nullcontext
 
     def gradients(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
         """Compute the gradients of the next step; return loss and norm, float32 (2,) on the device."""
@@ -60,7 +60,7 @@ class Step:
             targets = labels
             if self.mix is not None:
                 images, targets = self.mix(images, labels)
-            with self._gather_gradients(last=part == self.parts - 1):
+            with nullcontext() if part == self.parts - 1 else self._keep_gradients():
                 loss += self.backward(images, targets)
         return torch.stack([loss, self.clipped_norm()])
 
@@ -112,9 +112,3 @@ class Step:
         if self.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
         return norm.float()
-
-    def _gather_gradients(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Let processes exchange gradients once per step, with the last micro-batch."""
-        if isinstance(self.forward, DistributedDataParallel) and not last:
-            return self.forward.no_sync()
-        return contextlib.nullcontext()

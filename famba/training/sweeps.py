@@ -13,10 +13,11 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -33,26 +34,22 @@ from famba.errors import ConfigError, FambaError, TrainingError
 from famba.files import write_whole
 from famba.training.checkpoint import changes_weights
 from famba.training.compose import Command, explained, parse_overrides, quoted, run_config, swept_by_config
-from famba.training.config import STRICT, Count, Positive, RunConfig, Text, checked, keys, parse, plain
+from famba.training.config import STRICT, Count, Positive, RunConfig, Text, checked, parse, plain
 from famba.training.interrupts import Interrupted, StopRequest
 from famba.training.records import SWEEP, queue, recorded, remembered
 from famba.training.run_folder import RunFolder, finished
 
 Train = Callable[[RunConfig], dict[str, Any]]
-NotNegative = Annotated[int, Field(ge=0, le=10**9)]
-_PLAIN = "A-Za-z0-9_.,=+@:\\[\\]-"  # characters of a folder's name
+_NotNegative = Annotated[int, Field(ge=0, le=10**9)]
 _LONGEST = 200  # bytes of a name; file systems allow 255
 _SUBMITITS = ("name", "timeout_min", "nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "mem_gb")
-_OUTPUT = "output.log"
-_SHOWN = 500  # characters of an error
-_LOOK_S = 0.1
+_SHOWN, _LOOK_S = 500, 0.1  # characters of an error, seconds
 
 
-def folder_name(overrides: Iterable[str], excluded: Iterable[str] = ()) -> str:
+def folder_name(overrides: Iterable[str], excluded: Collection[str] = ()) -> str:
     """Return the name of a run's folder: its overrides except the `excluded` keys, with a hash if it was changed."""
-    without = set(excluded)
-    whole = ",".join(sorted(line for line in overrides if _key(line) not in without))
-    name = re.sub(f"[^{_PLAIN}]+", "_", whole)[:_LONGEST]
+    whole = ",".join(sorted(line for line in overrides if _key(line) not in excluded))
+    name = re.sub("[^A-Za-z0-9_.,=+@:\\[\\]-]+", "_", whole)[:_LONGEST]
     return (name if name == whole else f"{name}-{_short_hash(whole)}") or "run"
 
 
@@ -68,21 +65,20 @@ def _key(override: str) -> str:
 class Run(NamedTuple):
     """One run of a sweep."""
 
-    name: str
     folder: Path
     overrides: list[str]
     config: RunConfig
 
 
 class Sweep:
-    """The runs that a command line asks for, composed and not yet checked."""
+    """The runs that a command line asks for by the names of their folders, composed and not yet checked."""
 
     def __init__(self, command: Command) -> None:
         shared, given = command.shared(), parse_overrides(command.overrides)
         swept = {item.key_or_group for item in given if item.is_sweep_override()} | swept_by_config(shared).keys()
         fixed = [item for item in given if item.key_or_group not in swept and not item.key_or_group.startswith("hydra")]
-        given_once = {item.key_or_group for item in fixed}
-        experiment = next((str(item.value()) for item in fixed if item.key_or_group == "experiment"), "sweep")
+        given_once = {item.key_or_group: item for item in fixed}
+        experiment = str(given_once["experiment"].value()) if "experiment" in given_once else "sweep"
         # Without the values of swept keys a sweep can grow in its folder; settings such as data.root change no weights.
         kept = sorted(str(item.input_line) for item in fixed if changes_weights(item.key_or_group))
         name = f"{experiment}-{_short_hash(json.dumps([kept, sorted(swept)]))}"
@@ -93,13 +89,13 @@ class Sweep:
             overrides = [line for line in job if not _key(line).startswith("hydra")]
             folder = self.folder / folder_name(overrides, given_once)
             config = replace(run_config(command.compose(job)), run_dir=str(folder.absolute()))
-            self.runs[folder.name] = Run(folder.name, folder, overrides, config)
+            self.runs[folder.name] = Run(folder, overrides, config)
 
     def launch(self, train: Train) -> None:
         """Do the runs that are not finished. Raises FambaError if a folder holds another run, or a run failed."""
         left = [r for r in self.runs.values() if not finished(RunFolder(r.folder, writes=False), r.config)]
         known = {run["folder"]: run for run in recorded(self.folder)}
-        known |= {run.name: {"folder": run.name, "overrides": run.overrides} for run in self.runs.values()}
+        known |= {name: {"folder": name, "overrides": run.overrides} for name, run in self.runs.items()}
         _write(self.folder / SWEEP, {"runs": list(known.values())})
         done = len(self.runs) - len(left)
         print(f"sweep of {len(self.runs)} run(s) in {self.folder}, {done} finished already", flush=True)
@@ -126,49 +122,46 @@ class Local:
 
     def launch(self, sweep: Sweep, runs: list[Run], train: Train) -> list[str]:
         """Do these runs of a sweep, and return the errors of those that failed."""
-        places = self.places()[: len(runs)]
-        return _in_turn(runs, train) if len(places) == 1 else _at_once(runs, sweep.config_dir, places)
-
-
-def _in_turn(runs: list[Run], train: Train) -> list[str]:
-    errors = []
-    for run in runs:
-        print(f"{run.name}: started", flush=True)
-        try:
-            train(run.config)
-        except Exception as error:
-            if not isinstance(error, FambaError):
-                traceback.print_exception(error)
-            print(f"{run.name}: failed, {error}", flush=True)
-            errors.append(f"{run.name}: {error}")
-    return errors
+        if len(places := self.places()[: len(runs)]) > 1:
+            return _at_once(runs, sweep.config_dir, places)
+        errors = []
+        for run in runs:
+            print(f"{run.folder.name}: started", flush=True)
+            try:
+                train(run.config)
+            except Exception as error:
+                if not isinstance(error, FambaError):
+                    traceback.print_exception(error)
+                errors.append(f"{run.folder.name}: {error}")
+                print(errors[-1], flush=True)
+        return errors
 
 
 def _at_once(runs: list[Run], config_dir: Path | None, places: list[str | None]) -> list[str]:
+    """Do runs in processes of their own, as many at once as there are places, and return the errors."""
     # A run must not put the job of the whole sweep back into Slurm's queue.
     shared = {key: value for key, value in os.environ.items() if key != "SLURM_JOB_ID"}
     shared.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // len(places))))
+    # In a session of its own it does not get the terminal's Ctrl-C, too.
+    start = partial(Popen, stdin=DEVNULL, stderr=STDOUT, start_new_session=True)
 
     def do(run: Run) -> str | None:
-        """Do a run in a process of its own, and return its error."""
         if stop.number:
             return None
-        gpu, log = places.pop(), run.folder / _OUTPUT
+        gpu, name, log = places.pop(), run.folder.name, run.folder / "output.log"
         environment = shared if gpu is None else {**shared, "CUDA_VISIBLE_DEVICES": gpu}
-        # In a session of its own it does not get the terminal's Ctrl-C, too.
-        own: dict[str, Any] = {"env": environment, "stdin": DEVNULL, "stderr": STDOUT, "start_new_session": True}
         run.folder.mkdir(parents=True, exist_ok=True)
         with open(log, "w") as output:
-            process = Popen(command_of(run, config_dir), stdout=output, **own)  # noqa: S603
-        print(f"{run.name}: started, output in {log}", flush=True)
+            process = start(command_of(run, config_dir), env=environment, stdout=output)
+        print(f"{name}: started, output in {log}", flush=True)
         while process.poll() is None:
             time.sleep(_LOOK_S)
             if stop.number > 0:  # it saves itself
                 process.terminate()
                 process.wait()
         places.append(gpu)
-        error = f"{run.name}: {log.read_text(errors='replace').rsplit('error: ', 1)[-1].strip()[-_SHOWN:]} ({log})"
-        print(error if process.returncode else f"{run.name}: finished", flush=True)
+        error = f"{name}: {log.read_text(errors='replace').rsplit('error: ', 1)[-1].strip()[-_SHOWN:]} ({log})"
+        print(error if process.returncode else f"{name}: finished", flush=True)
         return error if process.returncode else None
 
     with StopRequest() as stop, ThreadPoolExecutor(len(places)) as pool:
@@ -187,10 +180,9 @@ def command_of(run: Run, config_dir: Path | None) -> list[str]:
 
 @dataclass(frozen=True, config=STRICT)
 class Slurm:
-    """Each run a job of a Slurm cluster, all in one array.
+    """Each run a job of a Slurm cluster, all in one array, whose script submitit writes.
 
-    submitit writes the batch script and starts the processes. The end of a job shows in squeue and in its run's folder:
-    submitit itself would need Slurm's accounting.
+    The end of a job shows in squeue and in its run's folder: submitit itself would need Slurm's accounting.
     """
 
     name: Text
@@ -200,10 +192,10 @@ class Slurm:
     constraint: Text | None
     gres: Text | None
     timeout_min: Count
-    signal_delay_s: NotNegative
+    signal_delay_s: _NotNegative
     nodes: Count
     tasks_per_node: Count
-    gpus_per_node: NotNegative | None
+    gpus_per_node: _NotNegative | None
     cpus_per_task: Count | None
     mem_gb: Positive | None
     array_parallelism: Count
@@ -211,7 +203,7 @@ class Slurm:
     python: Text | None
     srun_args: list[Text] | None
     additional_parameters: dict[Text, str | bool | int | float | None] | None
-    max_num_timeout: NotNegative
+    max_num_timeout: _NotNegative
 
     def check(self, config: RunConfig) -> tuple[RunConfig, int | None]:
         if find_spec("submitit") is None:
@@ -230,10 +222,8 @@ class Slurm:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
             known, queued = remembered(folder), queue()
-            jobs = {run.name: known[run.name] for run in runs if known.get(run.name) in queued}
-            if new := [run for run in runs if run.name not in jobs]:
-                jobs |= self.submit(new, folder, train)
-                _write(folder / "jobs.json", {**known, **jobs})
+            if new := [run for run in runs if known.get(run.folder.name) not in queued]:
+                _write(folder / "jobs.json", {**known, **self.submit(new, folder, train)})
         print(f"{len(runs)} job(s) in Slurm; `famba status {sweep.folder}` shows them", flush=True)
         return []
 
@@ -251,28 +241,27 @@ class Slurm:
             # Since Slurm 22.05 srun does not take it over from the job.
             given["srun_args"] = [*given.get("srun_args", []), f"--cpus-per-task={self.cpus_per_task}"]
         named = {key if key in _SUBMITITS else f"slurm_{key}": value for key, value in given.items()}
-        failures = submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError, NameError, ValueError
         try:
             executor = submitit.AutoExecutor(folder, cluster="slurm", **own)
             executor.update_parameters(**named, stderr_to_stdout=True)
             # submitit also prints Slurm's words.
             with redirect_stderr(io.StringIO()), executor.batch():
                 jobs = [executor.submit(Job(), plain(run.config)) for run in runs]
-        except failures as error:
+        except (RuntimeError, NameError, ValueError) as error:
             raise ConfigError(f"the jobs cannot be submitted: {error}") from error
-        return {run.name: job.job_id for run, job in zip(runs, jobs, strict=True)}
+        return {run.folder.name: job.job_id for run, job in zip(runs, jobs, strict=True)}
 
 
 def choose(settings: DictConfig | None) -> Local | Slurm:
     """Return the launcher of hydra.launcher. Raises ConfigError for one that is not famba's, and for wrong settings."""
     with explained():
-        given: Any = OmegaConf.to_container(settings, resolve=True) if settings is not None else {}
+        given: Any = OmegaConf.to_container(settings or OmegaConf.create(), resolve=True)
     target = given.pop("_target_", None)
-    kind = {f"famba.training.sweeps.{kind.__name__}": kind for kind in (Local, Slurm)}.get(target)
-    if kind is None:
+    kinds = {"famba.training.sweeps.Local": Local, "famba.training.sweeps.Slurm": Slurm}
+    if target not in kinds:
         told = "allowed: local, slurm, and files of your own that begin with one of them (defaults: [slurm, _self_])"
         raise ConfigError(f"hydra.launcher._target_={target!r} does not use run folders; {told}")
-    return checked(kind, given, keys(kind, "hydra.launcher."), "hydra.launcher.")
+    return checked(kinds[target], given, "hydra.launcher.")
 
 
 def _write(path: Path, content: Any) -> None:

@@ -88,32 +88,26 @@ class TinyMixer(Backbone):
 
     @classmethod
     def names(cls) -> list[str]:
-        """List the timm names that it is built by."""
         return timm.list_models("tiny_mixer_*")
 
     @property
     def depth(self) -> int:
-        """Number of layers."""
         return len(self.mixers)
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of the images, in pixels."""
         return self.side * self.patch, self.side * self.patch
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
         return self.side, self.side
 
     @property
     def in_chans(self) -> int:
-        """Channels of the images."""
         return self.channels
 
     @property
     def special(self) -> tuple[int, ...]:
-        """No token is special."""
         return ()
 
     def embed(self, x: Tensor) -> Tensor:
@@ -123,19 +117,15 @@ class TinyMixer(Backbone):
         return self.project(patches) + self.pos_embed
 
     def layer(self, index: int, stream: Tensor, tokens: Tokens, reduction: Reduction | None) -> tuple[Tensor, Tokens]:
-        """Compute one block."""
         return self.recomputed(self.mixers[index], stream, tokens, reduction)
 
     def normed(self, stream: Tensor) -> Tensor:
-        """Apply the final norm."""
         return self.norm(stream)
 
     def features_of(self, stream: Tensor) -> Tensor:
-        """Return the tokens as they are."""
         return stream
 
     def classify(self, run: Run) -> Tensor:
-        """Classify by the mean of the tokens."""
         return self.head(self.normed(run.stream).mean(1))
 
 
