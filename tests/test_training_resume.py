@@ -19,8 +19,7 @@ from famba.training.app import main
 from famba.training.checkpoint import load
 from famba.training.compose import quoted
 from famba.training.interrupts import Interrupted
-from famba.training.resume import again
-from famba.training.run_folder import RunFolder
+from famba.training.run_folder import RunFolder, again
 
 EVERYTHING = (
     "recipe.mixup=0.8",
@@ -120,7 +119,7 @@ def test_other_settings_do_not_continue_a_run_and_leave_it_as_it_was(tmp_path: P
     before = {name: (tmp_path / name).read_bytes() for name in ("config.yaml", "summary.json", "metrics.jsonl")}
     for change, told in (("recipe.lr=0.001", "recipe.lr: 0.004 before, 0.001 now"),
                          ("fusion=upper", "fusion.strategy: 'none' before, 'upper' now")):  # fmt: skip
-        with pytest.raises(CheckpointError, match=f"of a run with other settings:(?s:.*){told}"):
+        with pytest.raises(CheckpointError, match=f"holds a run with other settings:(?s:.*){told}"):
             run(tmp_path, change, "fusion.budget=4")
     assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
     run(tmp_path)
@@ -218,8 +217,8 @@ def test_more_epochs_of_a_finished_run_are_a_new_run_by_the_command_that_is_prin
     errors = capsys.readouterr().err
     assert "holds a finished run with other settings:\n  trainer.epochs: 1 before, 2 now" in errors
     arguments = shlex.split(errors.splitlines()[-1])[2:]
-    assert {"model=vim_micro", "fusion=upper", "data=digits", "recipe=quick", "trainer.epochs=2"} <= set(arguments)
-    assert not any(argument.startswith(("recipe.lr", "logger.")) for argument in arguments), "no more than it takes"
+    assert {"fusion.strategy=upper", "data.name=digits", "trainer.epochs=2"} <= set(arguments)
+    assert not any(argument.startswith("logger.") for argument in arguments), "no more than it takes"
     assert main(arguments) == 0
     new = RunFolder(tmp_path / "a run-on", writes=False)
     assert new.summary is not None

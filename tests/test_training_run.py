@@ -25,8 +25,7 @@ from famba.training.checkpoint import TrainedOn, load
 from famba.training.compose import compose
 from famba.training.devices import loading_workers
 from famba.training.distributed import Process
-from famba.training.evaluation import evaluate
-from famba.training.measure import macs_per_image, saved_bytes_per_image
+from famba.training.measure import evaluate, macs_per_image, saved_bytes_per_image
 from famba.training.setup import prepare
 from famba.training.trainer import new_state
 
@@ -284,8 +283,8 @@ def test_a_compiled_model_trains_like_an_eager_one(tmp_path: Path) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-def test_outside_a_checkout_the_environment_names_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provenance, "_git", lambda *args: None)
+def test_outside_a_checkout_the_environment_names_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("famba.__file__", str(tmp_path / "famba" / "__init__.py"))
     monkeypatch.delenv("FAMBA_COMMIT", raising=False)
     assert provenance.git_commit() is None
     monkeypatch.setenv("FAMBA_COMMIT", "0123abc")

@@ -128,16 +128,11 @@ class Saver:
         self._write = thread.submit(write, copy)
         thread.shutdown(wait=False)  # it ends with the write: loaders fork best without threads
 
-    def wait(self) -> None:
-        """Wait until all is written. Raises what the write raised."""
-        write, self._write = self._write, None
-        if write is not None:
+    def wait(self, block: bool = True) -> None:
+        """Wait until all is written, or look whether it is. Raises what the write raised."""
+        if self._write is not None and (block or self._write.done()):
+            write, self._write = self._write, None
             write.result()
-
-    def check(self) -> None:
-        """Raise what a write has raised, without waiting for one."""
-        if self._write is not None and self._write.done():
-            self.wait()
 
 
 class Checkpoints:
@@ -219,7 +214,7 @@ def find_checkpoint(config: RunConfig, folder: Checkpoints, process: Process) ->
 
     One that is named is where a run begins that has none of its own yet.
     """
-    if config.resume == "never" and not interrupts.restarts():
+    if interrupts.starts_anew(config.resume):
         return None
     path = process.from_main(folder.find_last() if process.is_main else None)
     if path is None and config.resume not in ("auto", "never"):
@@ -246,14 +241,19 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
+def refuse(differ: Sequence[str], what: str, advice: str) -> None:
+    """Raise CheckpointError that lists what differs, if anything does."""
+    if differ:
+        raise CheckpointError("\n  ".join([f"{what}:", *(line[:_SHOWN] for line in differ)]) + f"\n{advice}")
+
+
 def check_same_run(content: dict[str, Any], config: dict[str, Any], world_size: int) -> None:
     """Raise CheckpointError if a checkpoint is of a run with other settings, naming each."""
     differ = differences(with_added_keys(content["config"]), config)
     if (before := content["world_size"]) != world_size:
         differ.append(f"processes: {before} before, {world_size} now (they add up gradients in another order)")
-    if differ:
-        listed = "\n  ".join(["the checkpoint is of a run with other settings:", *differ])
-        raise CheckpointError(f"{listed}\nUse the same settings to continue it, or another run_dir for a new run")
+    advice = "Use the same settings to continue it, or another run_dir for a new run"
+    refuse(differ, "the checkpoint is of a run with other settings", advice)
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,6 @@ class TrainedOn:
 
 def check_same_data(content: Mapping[str, Any], now: TrainedOn) -> None:
     """Raise CheckpointError if a run would continue on other classes or images; version 0.1 did not keep them."""
-    before = content.get("data")
-    if before is not None and (differ := differences(before, now.as_dict())):
-        listed = "\n  ".join(["the checkpoint is of a run on other data:", *(line[:_SHOWN] for line in differ)])
-        raise CheckpointError(f"{listed}\nRestore the data to continue, or start a new run_dir with init_from=RUN")
+    differ = differences(content["data"], now.as_dict()) if "data" in content else []
+    advice = "Restore the data to continue, or start a new run_dir with init_from=RUN"
+    refuse(differ, "the checkpoint is of a run on other data", advice)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from famba.errors import CheckpointError
 from famba.files import write_whole
 from famba.training.config import LoggerConfig
-from famba.training.records import METRICS, duration, first_epoch
+from famba.training.records import METRICS, SWEEP, duration, first_epoch
 from famba.training.run_folder import RunFolder
 
 FILE_ONLY = {"file_only": True}
@@ -28,40 +28,8 @@ FILE_ONLY = {"file_only": True}
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}, {rate_fmt}{postfix}]"
-_FIRST_LINE_S, _NEXT_LINE_S = 8.0, 60.0  # after the first batch, and after the line before it
+_SOON_S = 4.0  # after the first batch, for the line with the time left
 _SLOW_S = 2.0  # a step that is worth a word
-
-
-class JsonLines:
-    """Append objects to metrics.jsonl, one per line; each call raises CheckpointError if the disk refuses."""
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / METRICS
-        self._first_epoch = first_epoch(self._path)
-        self._handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)  # less the umask
-
-    def log(self, kind: str, step: int, epoch: int, values: dict[str, Any]) -> None:
-        """Add a line of values after `step` steps, in `epoch` from 0; kind is "train", "epoch" or "schedule"."""
-        place = {"kind": kind, "step": step, "epoch": epoch + self._first_epoch}
-        line = json.dumps({**place, **values}).encode() + b"\n"
-        with self._refused():
-            while line:
-                line = line[os.write(self._handle, line) :]
-
-    def sync(self) -> None:
-        with self._refused():
-            os.fsync(self._handle)
-
-    def finish(self, summary: dict[str, Any]) -> None:
-        self.sync()
-        os.close(self._handle)
-
-    @contextmanager
-    def _refused(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self._path}: {error}") from error
 
 
 class WandbLogger:
@@ -73,18 +41,24 @@ class WandbLogger:
         run_id = folder.path / "wandb_id.txt"
         if not run_id.is_file():
             write_whole(run_id, lambda file: Path(file).write_text(uuid.uuid4().hex))
-        place: dict[str, Any] = {
-            "project": logger.project,
-            "entity": logger.entity,
-            "group": logger.group or folder.sweep,
-        }
-        same: dict[str, Any] = {"id": run_id.read_text().strip(), "name": folder.path.name, "dir": folder.path}
-        same["resume"] = "allow" if logger.mode == "online" else None
+        above = folder.path.resolve().parent
+        sweep = above.name if (above / SWEEP).is_file() else None
         # Neither the checkout's remote, whose address may hold a token, nor the machine's names.
         private = wandb.Settings(silent=True, host="", disable_git=True, disable_code=True, x_disable_meta=True)
-        self._run = wandb.init(**place, **same, mode=logger.mode, config=config, settings=private)
+        self._run = wandb.init(
+            id=run_id.read_text().strip(),
+            name=folder.path.name,
+            dir=folder.path,
+            project=logger.project,
+            entity=logger.entity,
+            group=logger.group or sweep,
+            mode=logger.mode,
+            resume="allow" if logger.mode == "online" else None,
+            config=config,
+            settings=private,
+        )
 
-    def log(self, kind: str, step: int, epoch: int, values: dict[str, Any]) -> None:
+    def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
         self._run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
     def finish(self, summary: dict[str, Any]) -> None:
@@ -100,7 +74,7 @@ class TensorBoardLogger:
 
         self._writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1)
 
-    def log(self, kind: str, step: int, epoch: int, values: dict[str, Any]) -> None:
+    def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(f"{kind}/{name}", value, step)
 
@@ -109,33 +83,56 @@ class TensorBoardLogger:
 
 
 class Metrics:
-    """Log to metrics.jsonl, whose failure ends the run, and to the configured logger, whose failure does not."""
+    """Log to metrics.jsonl, whose failure ends the run, and to the configured logger, whose failure does not.
+
+    Of several processes the main one alone logs. Raises CheckpointError if the disk refuses.
+    """
 
     def __init__(self, folder: RunFolder, logger: LoggerConfig, config: dict[str, Any], step: int) -> None:
-        self._lines = JsonLines(folder.path) if folder.writes else None
-        self._name = logger.name
+        self._path, self._name = folder.path / METRICS, logger.name
         self._more: WandbLogger | TensorBoardLogger | None = None
-        if folder.writes and logger.name == "wandb":
-            self._more = self._attempt("start", lambda: WandbLogger(folder, logger, config))
-        elif folder.writes and logger.name == "tensorboard":
-            self._more = self._attempt("start", lambda: TensorBoardLogger(folder, step))
+        self._file: io.FileIO | None = None
+        if folder.writes:
+            self._first_epoch = first_epoch(self._path)
+            self._file = io.FileIO(self._path, "ab")
+            if logger.name == "wandb":
+                self._more = self._attempt("start", lambda: WandbLogger(folder, logger, config))
+            elif logger.name == "tensorboard":
+                self._more = self._attempt("start", lambda: TensorBoardLogger(folder, step))
 
     def log(self, kind: str, step: int, epoch: int, values: dict[str, Any]) -> None:
-        if self._lines is not None:
-            self._lines.log(kind, step, epoch, values)
+        """Log values after `step` steps, in `epoch` from 0; kind is "train", "epoch" or "schedule"."""
+        if self._file is None:
+            return
+        place = {"kind": kind, "step": step, "epoch": epoch + self._first_epoch}
+        line = json.dumps({**place, **values}).encode() + b"\n"
+        with self._refused():
+            while line:
+                line = line[self._file.write(line) :]
         if (more := self._more) is not None:
-            self._attempt("log", lambda: more.log(kind, step, epoch, values))
+            self._attempt("log", lambda: more.log(kind, step, values))
 
     def sync(self) -> None:
-        if self._lines is not None:
-            self._lines.sync()
+        """Wait until what was logged is on the disk."""
+        if self._file is not None:
+            with self._refused():
+                os.fsync(self._file)
 
     def finish(self, summary: dict[str, Any]) -> None:
+        """Close the files, and hand the summary to the logger."""
         if (more := self._more) is not None:
             self._attempt("finish", lambda: more.finish(summary))
-        lines, self._lines, self._more = self._lines, None, None
-        if lines is not None:
-            lines.finish(summary)
+        self.sync()
+        if self._file is not None:
+            self._file.close()
+        self._file = self._more = None
+
+    @contextmanager
+    def _refused(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self._path}: {error}") from error
 
     def _attempt(self, verb: str, call: Callable[[], T]) -> T | None:
         """Call, and return the result; if that fails, warn and log no more."""
@@ -156,51 +153,41 @@ class Progress:
     def __init__(self, total_steps: int, step: int, shown: bool, left: Callable[[], float | None]) -> None:
         hidden = None if shown else True  # None: shown on a terminal alone
         self._bar = tqdm(total=total_steps, initial=step, disable=hidden, bar_format=_BAR, dynamic_ncols=True)
-        self._total, self._left, self._loss, self._shown, self._said = total_steps, left, "", shown, not shown
-        self._first, self._step_began, self._took = 0.0, 0.0, 0.0
-        self._stepped = threading.Event()
+        self._total, self._left, self._loss, self._said = total_steps, left, "", not shown
+        self._first = self._began = self._took = 0.0  # the first batch, the running step; seconds of the one before
 
     def watched(self, batches: Iterator[T]) -> Iterator[T]:
-        """Yield the batches of an epoch; a first step that takes long is told about while it runs."""
-        self._step_began = time.monotonic()
+        """Yield the batches of an epoch."""
+        self._began = time.monotonic()
         for batch in batches:
             if not self._first:
-                self._first = self._step_began = time.monotonic()
-                if self._shown:  # from here to the end of the step alone: loaders fork best without threads
-                    threading.Thread(target=self._tell, daemon=True).start()
+                self._first = self._began = time.monotonic()
+                _log.info("the first step begins; kernels may be compiled in it")
             yield batch
-
-    def _tell(self) -> None:
-        wait = _FIRST_LINE_S
-        while not self._stepped.wait(wait):
-            _log.info("the first step has been running for %s", duration(time.monotonic() - self._first))
-            wait = _NEXT_LINE_S
 
     def step(self, step: int, epoch: int, loss: float | None) -> None:
         """Count a step that ended, in an epoch counted from 0; loss: None where it was not looked at."""
         now = time.monotonic()
-        self._took, self._step_began = now - self._step_began, now
-        self._stepped.set()
+        self._took, self._began = now - self._began, now
         self._loss = self._loss if loss is None else f", loss {loss:.3f}"
         left = self._left()
         ends = "" if left is None else f", about {duration(left)} left with evaluation"
         self._bar.set_postfix_str(f"epoch {epoch + 1}{self._loss}{ends}", refresh=False)
         self._bar.update(step - self._bar.n)
-        if not self._said and left is not None and (now - self._first > _FIRST_LINE_S / 2 or self._took > _SLOW_S):
+        if not self._said and left is not None and (now - self._first > _SOON_S or self._took > _SLOW_S):
             self._said = True
             _log.info("step %d of %d%s%s", step, self._total, self._loss, ends)
 
-    def step_end(self) -> str:
-        """Say when the step that is running ends, where that takes long."""
-        running = time.monotonic() - self._step_began
-        if self._first and not self._stepped.is_set() and running > _SLOW_S:
-            return f", the first one, which has been running for {duration(running)}; how long it takes is not known"
-        left = self._took - running
-        return f", in about {duration(left)}" if left > _SLOW_S else ""
+    def running(self) -> str:
+        """Say how long the running step has taken, where steps take long."""
+        running = time.monotonic() - self._began
+        if not self._first or max(running, self._took) < _SLOW_S:
+            return ""
+        usual = f"; the one before took {duration(self._took)}" if self._took else ""
+        return f", which has been running for {duration(running)}{usual}"
 
     def close(self) -> None:
         """Take the bar away."""
-        self._stepped.set()
         self._bar.close()
 
 

@@ -1,19 +1,72 @@
-"""Count the costs of a training step: multiply-adds, and bytes kept for the backward."""
+"""Measure a network: accuracy and loss on labelled images, and the costs of a training step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from tqdm import tqdm
+
+from famba.training.build import Batches
+from famba.training.distributed import Process
+from famba.training.interrupts import Interrupted
 
 # torch's own counter knows attention on GPUs alone.
 _ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _NOT_COUNTED = {_ON_CPU: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
 # Autograd keeps the same for any batch besides what it keeps of each image: two sizes tell the two apart.
 FEW, MANY = 2, 4
+
+
+class Tally:
+    """Sums over labelled images: hits at 1 and at 5 (or all classes), cross-entropy, count; float32 on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(4, device=device)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch: logits (b, classes) of any floating dtype, labels (b,)."""
+        logits = logits.float()
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
+        self.sums += torch.stack([best[:, 0].sum().float(), best.sum().float(), loss, loss.new_tensor(len(labels))])
+
+    def results(self) -> dict[str, float]:
+        """Return "top1" and "top5" in percent, and "loss", the mean cross-entropy."""
+        top1, top5, loss, count = self.sums.tolist()
+        return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Batches,
+    process: Process,
+    infer: Callable[[Tensor], Tensor],
+    asked_to_stop: Callable[[], int] = lambda: 0,
+) -> dict[str, float]:
+    """Evaluate in eval mode over all processes; return `Tally.results`.
+
+    infer maps images (b, 3, h, w) to logits (b, classes). asked_to_stop returns the signal that asked this process to
+    stop, else 0. Raises Interrupted, in every process, if any was asked to stop on the way.
+    """
+    was_training = model.training
+    model.eval()
+    tally = Tally(process.device)
+    hidden = None if process.is_main else True  # None: shown on a terminal alone
+    for images, labels in tqdm(batches, "evaluation", leave=False, disable=hidden, dynamic_ncols=True):
+        if asked_to_stop():
+            break
+        images, labels = (x.to(process.device, non_blocking=True) for x in (images, labels))
+        tally.add(infer(images), labels)
+    model.train(was_training)
+    (number,) = process.largest(asked_to_stop())
+    if number:
+        raise Interrupted("stopped in an evaluation", number)
+    process.sum(tally.sums)
+    return tally.results()
 
 
 def macs_per_image(model: nn.Module, image_size: int) -> int:
@@ -46,8 +99,7 @@ def count(
     """
     device = next(model.parameters()).device
     parameters = {_address(parameter) for parameter in model.parameters()}
-    # Keeping the tensors keeps their addresses apart.
-    kept: dict[int, Tensor] = {}
+    kept: dict[int, Tensor] = {}  # keeping the tensors keeps their addresses apart
     marks: list[tuple[int, int]] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -58,36 +110,26 @@ def count(
         saved = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in parameters)
         marks.append((counter.get_total_flops(), saved))
 
+    # Not torch.autocast, which refuses a kind of device that is not on this machine.
+    before = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
     was_training = model.training
     model.train()
-    with (
-        FlopCounterMode(display=False, custom_mapping=_NOT_COUNTED) as counter,
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        _autocasting(device.type, autocast),
-    ):
-        run(torch.zeros(shape, device=device), mark)
-        mark()
+    try:
+        torch.set_autocast_enabled(device.type, autocast is not None)
+        torch.set_autocast_dtype(device.type, autocast or before[1])
+        with (
+            FlopCounterMode(display=False, custom_mapping=_NOT_COUNTED) as counter,
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            run(torch.zeros(shape, device=device), mark)
+            mark()
+    finally:
+        torch.clear_autocast_cache()
+        torch.set_autocast_enabled(device.type, before[0])
+        torch.set_autocast_dtype(device.type, before[1])
     model.train(was_training)
     return marks
 
 
 def _address(tensor: Tensor) -> int:
-    # Not data_ptr, which is 0 for every tensor without data.
-    return tensor.untyped_storage()._cdata
-
-
-@contextmanager
-def _autocasting(device: str, dtype: torch.dtype | None) -> Iterator[None]:
-    """Autocast as torch.autocast does, also for a kind of device that is not on this machine."""
-    if dtype is None:
-        yield
-        return
-    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    torch.set_autocast_dtype(device, dtype)
-    torch.set_autocast_enabled(device, True)
-    try:
-        yield
-    finally:
-        torch.clear_autocast_cache()
-        torch.set_autocast_enabled(device, before[0])
-        torch.set_autocast_dtype(device, before[1])
+    return tensor.untyped_storage()._cdata  # data_ptr is 0 for every tensor without data

@@ -46,24 +46,15 @@ def provenance(device: torch.device, seed: int, world_size: int, dtype: torch.dt
 
 def git_commit() -> str | None:
     """Return the commit of famba's checkout, with "-dirty" if it is changed; outside of one $FAMBA_COMMIT."""
-    commit = _git("rev-parse", "HEAD")
-    if commit is None:
-        return os.environ.get("FAMBA_COMMIT") or None
-    return f"{commit}-dirty" if _git("status", "--porcelain", "--untracked-files=no") else commit
+    root = Path(famba.__file__).resolve().parents[1]
+    # The checkout has to be famba's own, not one that a virtual environment happens to lie in.
+    if (root / "pyproject.toml").is_file():
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        with suppress(OSError, subprocess.SubprocessError):
+            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()  # noqa: S603
+    return os.environ.get("FAMBA_COMMIT") or None
 
 
 def now() -> str:
     """Return the time in UTC, ISO 8601."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _git(*arguments: str) -> str | None:
-    root = Path(famba.__file__).resolve().parents[1]
-    # The checkout has to be famba's own, not one that a virtual environment happens to lie in.
-    if not (root / "pyproject.toml").is_file():
-        return None
-    command = ["git", "-C", str(root), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()  # noqa: S603
-    except (OSError, subprocess.SubprocessError):
-        return None
