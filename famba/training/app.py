@@ -1,4 +1,4 @@
-"""Run `python train.py`: a command line in, a run folder out; say what the run is, and what to do with it."""
+"""Run `python train.py`: a command line in, a run folder out."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from famba.errors import ConfigError, FambaError
 from famba.files import write_whole
 from famba.ops.registry import AUTO, explain
 from famba.training.compose import Command, help_text
-from famba.training.config import LoggerConfig, RunConfig, flatten, plain
-from famba.training.devices import has_bf16
+from famba.training.config import RunConfig, flatten, plain
 from famba.training.distributed import Process, start_process, world_size
 from famba.training.interrupts import Interrupted, StopRequest
 from famba.training.logging import FILE_ONLY, log_to, top1_text
@@ -82,12 +81,9 @@ def plan(command: Command) -> Sweep:
     if world_size() > 1:
         raise ConfigError("-m does not go with torchrun; sweep without it, or start one run at a time")
     sweep = Sweep(command)
-    checked: set[str] = set()
-    for run in sweep.runs.values():
-        config, processes = sweep.launcher.check(replace(run.config, seed=0, run_dir=str(sweep.folder)))
-        if repr(config) not in checked:
-            checked.add(repr(config))
-            prepare(config, processes)
+    alike = (replace(run.config, seed=0, run_dir=str(sweep.folder)) for run in sweep.runs.values())
+    for config, processes in {repr(config): sweep.launcher.check(config) for config in alike}.values():
+        prepare(config, processes)
     return sweep
 
 
@@ -99,7 +95,6 @@ def train(config: RunConfig, run_dir: Path | None = None, notes: Sequence[str] =
     """
     path = run_dir or Path(config.run_dir)
     with StopRequest() as stop:
-        # Before the processes join, and so before any of them writes to the folder.
         asked, config = config, as_begun(config, path)
         setup = prepare(config)
         process = start_process(setup.device)
@@ -142,7 +137,9 @@ def _train_in(
         # A start that is refused leaves the summary of the run that is there as it was.
         if training is not None or before is None:
             with suppress(FambaError):
-                failed = _record_failure(folder.path, config, reason)
+                said = folder.summary or {"model": config.model.name, "strategy": config.fusion.strategy}
+                folder.writes = True  # in any process: the main one may be killed first
+                failed = folder.write_summary({**said, "status": "failed", "error": reason})
                 if training is not None:
                     training.metrics.finish(failed)
         _log.error("%s", reason, extra=FILE_ONLY)
@@ -151,58 +148,33 @@ def _train_in(
     _log.info("finished, trained in %s: %s, Top-5 %.2f %%", duration(summary["train_time_s"]), results, summary["top5"])
     if folder.writes:
         draw_curves(folder.path)
-        _log.info("%s", next_steps(folder.path, config.logger))
+        run = shlex.quote(str(folder.path))
+        _log.info("next: famba visualize %s; famba evaluate %s --per-class --out %s/evaluation", run, run, run)
     return summary
-
-
-def _record_failure(path: Path, config: RunConfig, reason: str) -> dict[str, Any]:
-    """Write the failure into the run's summary, by any process: the main one may be killed first; return that."""
-    folder = RunFolder(path, writes=True)
-    before = folder.summary or {"model": config.model.name, "strategy": config.fusion.strategy}
-    return folder.write_summary({**before, "status": "failed", "error": reason})
 
 
 def announce(training: Training) -> None:
     """Log what is trained on what, and where, as one table; warn where a CPU would take far too long."""
     config, setup, macs = training.config, training.setup, training.macs / 1e6
-    recipe, trainer, size = config.recipe, config.trainer, setup.image_size
-    left = f"{sum(setup.schedule)} removed, {setup.tokens - sum(setup.schedule)} left after the last layer"
-    images = ", ".join(f"{n:,} {part}" for part, n in training.trained_on.images.items())
-    length = f"{trainer.epochs} epochs of {training.steps_per_epoch} steps of {trainer.batch_size} images"
-    more = ("warmup_epochs", "weight_decay", "mixup", "cutmix", "label_smoothing", "augmentation", "ema_decay")
-    named = ", ".join(f"{name.replace('_', ' ')} {getattr(recipe, name)}" for name in more if getattr(recipe, name))
-    parameters = sum(p.numel() for p in training.state.model.parameters()) / 1e6
-    table = {
-        "model": f"{config.model.name}: {parameters:.2f} M parameters, {macs:,.1f} M multiply-adds an image",
-        "tokens": f"at {size} x {size}, fusion {config.fusion.strategy}: {setup.tokens} tokens, {left}",
-        "data": f"{config.data.name}: {training.trained_on.num_classes} classes, {images} images",
-        "recipe": f"{length}, {recipe.optimizer}, lr {recipe.lr} for {recipe.lr_batch} images, {named}",
-        "device": f"{setup.device} ({training.provenance['device']}), {training.process.world_size} process(es)",
-        "compute": f"{str(setup.dtype).removeprefix('torch.')}, ops by {explain(setup.device.type, setup.dtype)}",
-    }
-    for name, text in table.items():
+    recipe, trainer, size, on = config.recipe, config.trainer, setup.image_size, training.trained_on
+    removed, parameters = sum(setup.schedule), sum(p.numel() for p in training.state.model.parameters()) / 1e6
+    tokens = f"{setup.tokens} tokens, {removed} removed, {setup.tokens - removed} left after the last layer"
+    steps = f"{trainer.epochs} epochs of {training.steps_per_epoch} steps of {trainer.batch_size} images"
+    images = ", ".join(f"{n:,} {part}" for part, n in on.images.items())
+    for name, text in (
+        ("model", f"{config.model.name}: {parameters:.2f} M parameters, {macs:,.1f} M multiply-adds an image"),
+        ("tokens", f"at {size} x {size}, fusion {config.fusion.strategy}: {tokens}"),
+        ("data", f"{config.data.name}: {on.num_classes} classes, {images} images"),
+        ("recipe", f"{steps}, {recipe.optimizer}, lr {recipe.lr} for {recipe.lr_batch} images"),
+        ("device", f"{setup.device} ({training.provenance['device']}), {training.process.world_size} process(es)"),
+        ("compute", f"{str(setup.dtype).removeprefix('torch.')}, ops by {explain(setup.device.type, setup.dtype)}"),
+    ):
         _log.info("%-8s %s", name, text)
     if setup.device.type == "cpu" and macs > _FOR_GPUS:
         _log.warning(
             "this model is meant for GPUs: on a CPU the run takes very long. For a CPU there is model=vim_micro "
             "recipe=light, on 32 x 32 images; data.subset=500 trainer.epochs=2 tries a larger model on a few images"
         )
-    if setup.device.type == "cuda" and setup.autocast is None and has_bf16(setup.device):
-        _log.info("this run computes in float32; trainer.precision=bf16 uses the bfloat16 units of this GPU")
-
-
-def next_steps(folder: Path, logger: LoggerConfig) -> str:
-    """Return commands that look at a finished run."""
-    run, above = shlex.quote(str(folder)), shlex.quote(str(folder.parent))
-    other = f"famba report {above}   # compare it with the runs beside it"
-    if logger.name == "tensorboard":
-        other = f"tensorboard --logdir {run}"
-    elif logger.name == "wandb" and logger.mode == "offline":
-        other = f"wandb sync {run}/wandb/offline-run-*"
-    return f"""next, for {folder}:
-  famba visualize {run}   # draw which patches each token holds
-  famba evaluate {run} --per-class --out {run}/evaluation   # accuracy of each class, confusion matrix
-  {other}"""
 
 
 def draw_curves(folder: Path) -> None:

@@ -8,9 +8,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from famba.errors import TrainingError
 
@@ -42,8 +41,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.number, self._at = 0, 0.0
-        self.running: Callable[[], str] = lambda: ""  # says how long the running step has taken, where that is long
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -54,13 +52,13 @@ class StopRequest:
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if not self.number:
             self.number, self._at = number, time.monotonic()
             hint = " (Ctrl-C once more ends at once, without saving)" if number == signal.SIGINT else ""
-            _log.warning("%s: saving at the end of this step%s%s", signal.Signals(number).name, self.running(), hint)
+            _log.warning("%s: saving at the end of this step%s", signal.Signals(number).name, hint)
         elif number == signal.SIGINT and time.monotonic() - self._at > _SAME_REQUEST_S:
             raise KeyboardInterrupt
 
@@ -83,9 +81,8 @@ def requeue() -> None:
     try:
         subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=True)  # noqa: S603, S607
     except (OSError, subprocess.SubprocessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip()
-        told = f"the run is saved, but Slurm does not requeue job {job}: {reason}. Submit the same command again"
-        raise TrainingError(told) from error
+        told = f"the run is saved, but Slurm does not requeue job {job}: {getattr(error, 'stderr', None) or error}"
+        raise TrainingError(f"{told.strip()}. Submit the same command again") from error
 
 
 def wait_for_the_end(number: int) -> NoReturn:

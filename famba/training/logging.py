@@ -23,63 +23,55 @@ from famba.training.config import LoggerConfig
 from famba.training.records import METRICS, SWEEP, duration, first_epoch
 from famba.training.run_folder import RunFolder
 
-FILE_ONLY = {"file_only": True}
-"""Mark a line that is for train.log alone, as `extra` of a logging call."""
+FILE_ONLY = {"file_only": True}  # as `extra` of a logging call: the line is for train.log alone
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
+# Of a logger: what takes values and their step, and what takes the summary at the end.
+Sinks = tuple[Callable[[dict[str, Any], int], object], Callable[[dict[str, Any]], object]]
 _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}, {rate_fmt}{postfix}]"
 _SOON_S = 4.0  # after the first batch, for the line with the time left
-_SLOW_S = 2.0  # a step that is worth a word
 
 
-class WandbLogger:
-    """Log to Weights & Biases. A run that continues keeps its id; runs of a sweep are one group."""
+def _wandb(folder: Path, logger: LoggerConfig, config: dict[str, Any]) -> Sinks:
+    """Begin to log to Weights & Biases. A run that continues keeps its id; runs of a sweep are one group."""
+    import wandb
 
-    def __init__(self, folder: RunFolder, logger: LoggerConfig, config: dict[str, Any]) -> None:
-        import wandb
-
-        run_id = folder.path / "wandb_id.txt"
-        if not run_id.is_file():
-            write_whole(run_id, lambda file: Path(file).write_text(uuid.uuid4().hex))
-        above = folder.path.resolve().parent
-        sweep = above.name if (above / SWEEP).is_file() else None
+    run_id = folder / "wandb_id.txt"
+    if not run_id.is_file():
+        write_whole(run_id, lambda file: Path(file).write_text(uuid.uuid4().hex))
+    sweep = folder.resolve().parent
+    run = wandb.init(
+        id=run_id.read_text().strip(),
+        name=folder.name,
+        dir=folder,
+        project=logger.project,
+        entity=logger.entity,
+        group=logger.group or (sweep.name if (sweep / SWEEP).is_file() else None),
+        mode=logger.mode,
+        resume="allow" if logger.mode == "online" else None,
+        config=config,
         # Neither the checkout's remote, whose address may hold a token, nor the machine's names.
-        private = wandb.Settings(silent=True, host="", disable_git=True, disable_code=True, x_disable_meta=True)
-        self._run = wandb.init(
-            id=run_id.read_text().strip(),
-            name=folder.path.name,
-            dir=folder.path,
-            project=logger.project,
-            entity=logger.entity,
-            group=logger.group or sweep,
-            mode=logger.mode,
-            resume="allow" if logger.mode == "online" else None,
-            config=config,
-            settings=private,
-        )
+        settings=wandb.Settings(silent=True, host="", disable_git=True, disable_code=True, x_disable_meta=True),
+    )
 
-    def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        self._run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+    def finish(summary: dict[str, Any]) -> None:
+        run.summary.update(summary)
+        run.finish()
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        self._run.summary.update(summary)
-        self._run.finish()
+    return lambda values, step: run.log(values, step=step), finish
 
 
-class TensorBoardLogger:
-    """Write event files to the run folder's tensorboard/; steps that are done again replace the earlier ones."""
+def _tensorboard(folder: Path, step: int) -> Sinks:
+    """Begin to write event files to the run folder's tensorboard/; steps that are done again replace earlier ones."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, folder: RunFolder, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
-        self._writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1)
-
-    def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
+    def log(values: dict[str, Any], step: int) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(f"{kind}/{name}", value, step)
+            writer.add_scalar(name, value, step)
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        self._writer.close()
+    return log, lambda summary: writer.close()
 
 
 class Metrics:
@@ -90,15 +82,13 @@ class Metrics:
 
     def __init__(self, folder: RunFolder, logger: LoggerConfig, config: dict[str, Any], step: int) -> None:
         self._path, self._name = folder.path / METRICS, logger.name
-        self._more: WandbLogger | TensorBoardLogger | None = None
-        self._file: io.FileIO | None = None
-        if folder.writes:
-            self._first_epoch = first_epoch(self._path)
-            self._file = io.FileIO(self._path, "ab")
-            if logger.name == "wandb":
-                self._more = self._attempt("start", lambda: WandbLogger(folder, logger, config))
-            elif logger.name == "tensorboard":
-                self._more = self._attempt("start", lambda: TensorBoardLogger(folder, step))
+        self._first_epoch = first_epoch(self._path)
+        self._file = io.FileIO(self._path, "ab") if folder.writes else None
+        self._more: Sinks | None = None
+        if folder.writes and logger.name == "wandb":
+            self._more = self._attempt("start", lambda: _wandb(folder.path, logger, config))
+        elif folder.writes and logger.name == "tensorboard":
+            self._more = self._attempt("start", lambda: _tensorboard(folder.path, step))
 
     def log(self, kind: str, step: int, epoch: int, values: dict[str, Any]) -> None:
         """Log values after `step` steps, in `epoch` from 0; kind is "train", "epoch" or "schedule"."""
@@ -109,8 +99,9 @@ class Metrics:
         with self._refused():
             while line:
                 line = line[self._file.write(line) :]
-        if (more := self._more) is not None:
-            self._attempt("log", lambda: more.log(kind, step, values))
+        if self._more is not None:
+            log, named = self._more[0], {f"{kind}/{name}": value for name, value in values.items()}
+            self._attempt("log", lambda: log(named, step))
 
     def sync(self) -> None:
         """Wait until what was logged is on the disk."""
@@ -121,7 +112,7 @@ class Metrics:
     def finish(self, summary: dict[str, Any]) -> None:
         """Close the files, and hand the summary to the logger."""
         if (more := self._more) is not None:
-            self._attempt("finish", lambda: more.finish(summary))
+            self._attempt("finish", lambda: more[1](summary))
         self.sync()
         if self._file is not None:
             self._file.close()
@@ -147,44 +138,38 @@ class Metrics:
 class Progress:
     """Show steps, loss and time left by a bar on a terminal; within ten seconds of the first batch in a line too.
 
-    left estimates the seconds to the end of the run, None while it cannot.
+    evaluation: about how much longer evaluations make the run, such as 1.1 times.
     """
 
-    def __init__(self, total_steps: int, step: int, shown: bool, left: Callable[[], float | None]) -> None:
+    def __init__(self, total_steps: int, step: int, shown: bool, evaluation: float) -> None:
         hidden = None if shown else True  # None: shown on a terminal alone
         self._bar = tqdm(total=total_steps, initial=step, disable=hidden, bar_format=_BAR, dynamic_ncols=True)
-        self._total, self._left, self._loss, self._said = total_steps, left, "", not shown
-        self._first = self._began = self._took = 0.0  # the first batch, the running step; seconds of the one before
+        self._total, self._evaluation, self._loss, self._said = total_steps, evaluation, "", not shown
+        self._first = self._began = self._seconds = 0.0  # the first batch here, this step; of the steps after the first
+        self._steps = -1  # after the first one, in which kernels may be compiled
 
     def watched(self, batches: Iterator[T]) -> Iterator[T]:
         """Yield the batches of an epoch."""
         self._began = time.monotonic()
         for batch in batches:
             if not self._first:
-                self._first = self._began = time.monotonic()
+                self._first = time.monotonic()
                 _log.info("the first step begins; kernels may be compiled in it")
             yield batch
 
     def step(self, step: int, epoch: int, loss: float | None) -> None:
         """Count a step that ended, in an epoch counted from 0; loss: None where it was not looked at."""
-        now = time.monotonic()
-        self._took, self._began = now - self._began, now
+        now, self._steps = time.monotonic(), self._steps + 1
+        self._seconds += now - self._began if self._steps else 0.0
+        self._began = now
         self._loss = self._loss if loss is None else f", loss {loss:.3f}"
-        left = self._left()
-        ends = "" if left is None else f", about {duration(left)} left with evaluation"
+        left = self._seconds / max(1, self._steps) * (self._total - step) * self._evaluation
+        ends = f", about {duration(left)} left with evaluation" if self._steps else ""
         self._bar.set_postfix_str(f"epoch {epoch + 1}{self._loss}{ends}", refresh=False)
         self._bar.update(step - self._bar.n)
-        if not self._said and left is not None and (now - self._first > _SOON_S or self._took > _SLOW_S):
+        if not self._said and self._steps and now - self._first > _SOON_S:
             self._said = True
             _log.info("step %d of %d%s%s", step, self._total, self._loss, ends)
-
-    def running(self) -> str:
-        """Say how long the running step has taken, where steps take long."""
-        running = time.monotonic() - self._began
-        if not self._first or max(running, self._took) < _SLOW_S:
-            return ""
-        usual = f"; the one before took {duration(self._took)}" if self._took else ""
-        return f", which has been running for {duration(running)}{usual}"
 
     def close(self) -> None:
         """Take the bar away."""
@@ -220,7 +205,6 @@ def signed(value: float, digits: int = 2) -> str:
 def log_to(folder: RunFolder) -> Iterator[None]:
     """Send log lines to the terminal and to train.log; only warnings from processes other than the main one."""
     root, terminal = logging.getLogger(), logging.StreamHandler(sys.stdout)
-    terminal.setFormatter(logging.Formatter("%(message)s"))
     terminal.addFilter(lambda record: not hasattr(record, "file_only"))
     handlers: list[logging.Handler] = [terminal]
     if folder.writes:
@@ -235,8 +219,8 @@ def log_to(folder: RunFolder) -> Iterator[None]:
         with logging_redirect_tqdm():
             yield
     finally:
-        root.handlers, logging.raiseExceptions = before[0], True
-        root.setLevel(before[1])
-        for handler in handlers:
-            with suppress(OSError):
-                handler.close()
+        logging.raiseExceptions = True
+        root.handlers, level = before
+        root.setLevel(level)
+        with suppress(OSError):
+            handlers[-1].close()

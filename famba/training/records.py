@@ -29,14 +29,12 @@ class Summary:
     """Hold the result of a run, or of its part that is done. None stands for what is not known.
 
     status is running, interrupted (it saved itself), failed or finished; format the version of these fields, 0 for
-    Famba 0.1; reading turns the selected epoch of formats up to 1, which counted from 0, into one that counts from 1.
-    top1, top5 and loss are of the test images after the last step, accuracies in percent; ema_ of the
-    averaged weights; selected of the weights that validation selected, with their epoch. epoch and step count what is
-    done. Times are seconds: train_time_s without evaluation, epoch_time_s means of data, step and evaluation.
-    schedule has the tokens removed in each layer, tokens_per_layer those left after each, tokens those before the
-    first; adapted has each measurement of an adaptive schedule, started_from the weights of init_from. budget_matched
-    tells whether other strategies remove as many. weights_sha256 is of model.safetensors; times_left_out says why a
-    kept summary has no times.
+    Famba 0.1. top1, top5 and loss are of the test images after the last step, accuracies in percent; ema_ of the
+    averaged weights; selected of the weights that validation selected, with their epoch from 1. Times are seconds:
+    train_time_s without evaluation, epoch_time_s means of data, step and evaluation. schedule has the tokens removed in
+    each layer, tokens_per_layer those left after each, tokens those before the first, adapted each measurement of an
+    adaptive schedule. budget_matched tells whether other strategies remove as many. weights_sha256 is of
+    model.safetensors; times_left_out says why a kept summary has no times.
     """
 
     status: str
@@ -86,13 +84,13 @@ class Summary:
             found = _ADAPTER.validate_json(content)
         except ValidationError as error:
             first = error.errors()[0]
-            name, given = ".".join(map(str, first["loc"])), repr(first["input"])[:100]
-            start = f"{name} is {given}" if name else "it is no summary"
+            name = ".".join(map(str, first["loc"]))
+            start = f"{name} is {first['input']!r:.100}" if name else "it is no summary"
             raise ValueError(f"{start}: {first['msg']}") from None
         if found.format > FORMAT:
             raise ValueError(f"its format is {found.format}, this version of Famba reads up to {FORMAT}; update Famba")
-        selected = found.selected
-        if found.format < 2 and selected is not None and isinstance(selected.get("epoch"), int):
+        selected = found.selected or {}
+        if found.format < 2 and isinstance(selected.get("epoch"), int):  # it counted from 0
             return replace(found, format=FORMAT, selected={**selected, "epoch": selected["epoch"] + 1})
         return found
 
@@ -107,7 +105,7 @@ _ADAPTER = TypeAdapter(Summary)
 def recorded(folder: Path) -> list[dict[str, Any]]:
     """Return the runs that a sweep's folder lists, each with its folder's name and its overrides.
 
-    A damaged entry is left out, and so is a folder that is not inside the sweep's.
+    A folder that is not inside the sweep's is left out; a damaged list is empty.
     """
     try:
         runs = json.loads((folder / SWEEP).read_text())["runs"]
@@ -130,8 +128,7 @@ def queue() -> dict[str, str]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)  # noqa: S603 - Slurm's own
     except (OSError, subprocess.SubprocessError) as error:
-        said = str(getattr(error, "stderr", None) or error).strip()
-        raise TrainingError(f"squeue does not answer: {said}") from error
+        raise TrainingError(f"squeue does not answer: {getattr(error, 'stderr', None) or error}".strip()) from error
     rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 2]
     return {job: "HELD" if state == "PENDING" and "held" in reason.lower() else state for job, state, reason in rows}
 

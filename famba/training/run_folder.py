@@ -37,8 +37,7 @@ class RunFolder:
     """Hold the files of a run; in a `with` block no other run may write there. `writes`: in the main process alone."""
 
     def __init__(self, path: Path, writes: bool) -> None:
-        self.path = path
-        self.writes = writes
+        self.path, self.writes = path, writes
         self.checkpoints = Checkpoints(path / "checkpoints")
         self._lock = FileLock(path / ".lock")
 
@@ -48,8 +47,7 @@ class RunFolder:
             return self
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            # A job that Slurm requeued may start while a file system still holds the lock of its last start, and
-            # `famba status` holds it for an instant.
+            # A file system may still hold the lock of a requeued job, and `famba status` holds it for an instant.
             self._lock.acquire(timeout=_REQUEUED_S if interrupts.restarts() else _LOOKED_AT_S)
         except Timeout:
             told = "wait for it, or choose another run_dir"
@@ -175,8 +173,7 @@ def as_begun(config: RunConfig, run_dir: Path) -> RunConfig:
     """Return the configuration with which the run in a folder continues.
 
     Keys that were added since the run began take the values that reproduce its version, and so do those of recipe=paper
-    that changed; a new run's stay as they are.
-    Raises FambaError if the run's own configuration cannot be read.
+    that changed. Raises FambaError if the run's own configuration cannot be read.
     """
     before = None if interrupts.starts_anew(config.resume) else RunFolder(run_dir, writes=False).config
     if before is None:
@@ -189,9 +186,9 @@ def as_begun(config: RunConfig, run_dir: Path) -> RunConfig:
 
 
 def continued(command: Command) -> RunConfig:
-    """Return the configuration of a command line, which continues the run in its run_dir where one is there.
+    """Return the configuration of a command line; a run in its run_dir keeps its own where the command names none.
 
-    That keeps its own settings except those that the command line names. Raises CheckpointError as `finished`.
+    Raises CheckpointError as `finished`.
     """
     config = command.config()
     folder = RunFolder(Path(config.run_dir), writes=False)
@@ -207,19 +204,16 @@ def continued(command: Command) -> RunConfig:
         by_group = key in begun and (changes_weights(key) or key.startswith("logger."))
         return key in given or key in _OF_A_FOLDER or (chosen and by_group)
 
-    try:
-        found = parse(nested({key: asked[key] if is_named(key) else own.get(key, asked[key]) for key in asked}))
-    except ConfigError as error:
-        told = f"{config.run_dir} cannot be continued here: {error}. If a plugin of yours added that, name its file in"
-        raise ConfigError(f"{told} {VARIABLE}", error.argument) from error
+    found = parse(nested({key: asked[key] if is_named(key) else own.get(key, asked[key]) for key in asked}))
     finished(folder, found)
     return found
 
 
 def again(run_dir: str | Path) -> str:
     """Return the command that goes on with a run."""
-    plugins = [name for name in os.environ.get(VARIABLE, "").split(os.pathsep) if name]
-    arguments = [override("run_dir", str(run_dir)), *[override("plugins", plugins)] * bool(plugins)]
+    arguments = [override("run_dir", str(run_dir))]
+    if plugins := [name for name in os.environ.get(VARIABLE, "").split(os.pathsep) if name]:
+        arguments.append(override("plugins", plugins))
     if (processes := world_size()) == 1:
         return command_line(arguments)
     if os.environ.get("LOCAL_WORLD_SIZE") == str(processes):  # torchrun on one machine

@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any, NoReturn, cast
 
 import torch
@@ -23,15 +24,14 @@ from famba.fusion import tokens_per_layer
 from famba.ops.registry import resolve
 from famba.training import checkpoint, devices, interrupts
 from famba.training.build import Batches, build_model, load_images, load_splits, make_loaders, model_classes
-from famba.training.checkpoint import Saver, Totals, TrainedOn, TrainingState, check_same_data, find_checkpoint
+from famba.training.checkpoint import Totals, TrainedOn, TrainingState, check_same_data, find_checkpoint
 from famba.training.config import RunConfig, plain
 from famba.training.distributed import Process
 from famba.training.graph import GraphStep, obstacle
 from famba.training.interrupts import Interrupted, StopRequest
 from famba.training.logging import FILE_ONLY, Metrics, Progress, epoch_line
-from famba.training.measure import evaluate, macs_per_image, saved_bytes_per_image
+from famba.training.measure import evaluate, macs_per_image, now, provenance, saved_bytes_per_image
 from famba.training.optimizer import LearningRate, create_optimizer
-from famba.training.provenance import now, provenance
 from famba.training.run_folder import WEIGHTS, RunFolder, again
 from famba.training.setup import Setup
 from famba.training.step import Step
@@ -47,33 +47,23 @@ class _DivergedError(TrainingError):
 
 
 def new_state(
-    config: RunConfig,
-    setup: Setup,
-    trained_on: TrainedOn,
-    device: torch.device,
-    fresh: bool = True,
-    fused: bool = False,
+    config: RunConfig, setup: Setup, trained: TrainedOn, device: torch.device, fresh: bool = True, fused: bool = False
 ) -> TrainingState:
     """Build network and optimizer as they are before the first step; the same for every strategy at one seed.
 
     fresh: whether to read init_from, because no checkpoint follows. fused: as in `create_optimizer`.
     """
     devices.seed_generators(Stream.WEIGHTS, config.seed)
-    classes = model_classes(config, trained_on.num_classes)
+    classes = model_classes(config, trained.num_classes)
     model = build_model(config.model.name, {**setup.model_arguments, "num_classes": classes})
     totals = Totals()
     if fresh and config.init_from is not None:
-        totals.started_from = start_from(model, config.init_from, trained_on.classes)
+        totals.started_from = start_from(model, config.init_from, trained.classes)
     model.set_grad_checkpointing(config.trainer.grad_checkpointing)
     model.to(device)
-    decay = config.recipe.ema_decay
-    return TrainingState(
-        model=model,
-        optimizer=create_optimizer(model, config, fused),
-        scaler=torch.amp.GradScaler(device.type, enabled=setup.autocast == torch.float16),
-        ema=None if decay is None else ModelEmaV3(model, decay=decay),
-        totals=totals,
-    )
+    ema = None if config.recipe.ema_decay is None else ModelEmaV3(model, decay=config.recipe.ema_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=setup.autocast == torch.float16)
+    return TrainingState(model, create_optimizer(model, config, fused), scaler, ema, totals)
 
 
 class Training:
@@ -108,7 +98,6 @@ class Training:
             _log.info("continuing after step %d of %d", self.state.step, self.total_steps)
         folder.rewind_metrics(self.state.step, epoch_ended=not self.state.totals.epoch_open)
         folder.write_config(plain(config))
-        self.saver = Saver()
         self._saved, self._saved_at = self._place(), time.monotonic()
 
         self.provenance = provenance(process.device, config.seed, process.world_size, setup.dtype)
@@ -124,7 +113,6 @@ class Training:
         waits = self.device.type != "cpu" or self.step.masks
         self._look_every = config.trainer.log_every if waits else 1
         self._unseen: list[Tensor] = []
-        self._first_step: tuple[int, float] | None = None  # steps and seconds, with that of the first step here
 
     def _measure_costs(self) -> None:
         """Count multiply-adds, and bytes saved for the backward, per image with the schedule as it is."""
@@ -143,9 +131,11 @@ class Training:
     def run(self) -> dict[str, Any]:
         """Train to the end and return the summary. Raises Interrupted once a requested stop is saved."""
         self.folder.write_summary(self.summary("running"))
-        start, shown = self._place(), self.process.is_main
-        with contextlib.closing(Progress(self.total_steps, self.state.step, shown, self._seconds_left)) as progress:
-            self.stop.running = progress.running
+        start, trainer = self._place(), self.config.trainer
+        # A forward takes a third of the time of a step.
+        images = 3 * trainer.eval_every * trainer.batch_size * self.steps_per_epoch
+        longer = 1 + (trainer.eval_images or self.trained_on.images[self.loaders.selection_name]) / images
+        with contextlib.closing(Progress(self.total_steps, self.state.step, self.process.is_main, longer)) as progress:
             try:
                 at_end = self.state.step % self.steps_per_epoch == 0 or self.state.step == self.total_steps
                 if self.state.totals.epoch_open and at_end:  # stopped in the evaluation of an epoch
@@ -153,9 +143,8 @@ class Training:
                 while self.state.step < self.total_steps:
                     self._train_epoch(progress)
                     self._finish_epoch()
-                    (number,) = self.process.largest(self.stop.number)
-                    if number and self.state.step < self.total_steps:
-                        raise Interrupted("stopped between steps", number)
+                    if self.state.step < self.total_steps:
+                        self._between_steps()
                 return self._finish()
             except Interrupted as asked:
                 self._end(asked.signal, start)
@@ -164,16 +153,15 @@ class Training:
                     self._save_after_error()
                 if not devices.out_of_memory(error):
                     raise
-                accumulation = self.config.trainer.accumulation
-                images = self.config.trainer.batch_size // accumulation // self.process.world_size
-                raise devices.memory_error(error, images, accumulation) from error
-
-    # One epoch
+                at_once = trainer.batch_size // trainer.accumulation // self.process.world_size
+                raise devices.memory_error(error, at_once, trainer.accumulation) from error
 
     def _train_epoch(self, progress: Progress) -> None:
         epoch, first = divmod(self.state.step, self.steps_per_epoch)
         if first == 0:
-            self.state.totals.begin_epoch()
+            totals = self.state.totals
+            totals.epoch_data_s = totals.epoch_step_s = totals.epoch_loss = 0.0
+            totals.epoch_steps = totals.epoch_losses = 0
         self.forward.train()
         with contextlib.closing(self.loaders.train.epoch(epoch, first)) as loaded:
             batches = progress.watched(loaded)
@@ -208,8 +196,7 @@ class Training:
         values = {"threshold": threshold, **{f"layer_{layer}": float(r) for layer, r in enumerate(schedule)}}
         # Logged for the step that it first acts in: a run that continues from here measures and logs again.
         self.metrics.log("schedule", state.step + 1, epoch, values)
-        removed = " ".join(map(str, schedule))
-        _log.info("after step %d the layers remove %s tokens (cosines from %.3f)", state.step, removed, threshold)
+        _log.info("after step %d the layers remove %s tokens (cosines from %.3f)", state.step, schedule, threshold)
 
     def _step(self, epoch: int, batches: Iterator[tuple[Tensor, Tensor]]) -> float | None:
         """Do one step; return its loss where it was looked at."""
@@ -225,12 +212,10 @@ class Training:
         state.totals.epoch_open = True
         state.totals.add(1, self.step.data_s, time.perf_counter() - begin - self.step.data_s)
         self.step.changing = False
-        if seen is None:
-            return None
-        if done % self.config.trainer.log_every == 0:
+        if seen is not None and done % self.config.trainer.log_every == 0:
             values = {"loss": seen[0], "grad_norm": seen[1], "lr": lr, "images_per_s": self._images_per_s()}
             self.metrics.log("train", done, epoch, values)
-        return seen[0]
+        return None if seen is None else seen[0]
 
     def _take_losses(self, last_step: int) -> tuple[float, float] | None:
         """Read the losses since the last look; return the last loss and norm. One that is not finite is an error."""
@@ -240,12 +225,11 @@ class Training:
         self._unseen.clear()
         for step, (loss, norm) in enumerate(records, start=last_step - len(records) + 1):
             if not math.isfinite(loss) or not (math.isfinite(norm) or self.state.scaler.is_enabled()):
-                epoch, lr, saved = (step - 1) // self.steps_per_epoch, self.learning_rate.set(step - 1), self._saved[0]
-                kept = f"the last good state is that of step {saved}" if saved else "no earlier state is kept"
+                epoch, lr = (step - 1) // self.steps_per_epoch, self.learning_rate.set(step - 1)
                 raise _DivergedError(
                     f"the loss is {loss} at step {step} (epoch {epoch + 1}), with learning rate {lr:.3g} and gradient "
-                    f"norm {norm:.3g}; {kept}. In a new run_dir, a smaller recipe.lr, recipe.clip_grad=1 or "
-                    "trainer.precision=fp32 may help"
+                    f"norm {norm:.3g}; the last good state is that of step {self._saved[0]}. In a new run_dir, a "
+                    "smaller recipe.lr, recipe.clip_grad=1 or trainer.precision=fp32 may help"
                 )
             self.state.totals.epoch_loss += loss
             self.state.totals.epoch_losses += 1
@@ -253,7 +237,7 @@ class Training:
 
     def _between_steps(self) -> None:
         """Save if it is time to or a stop is asked for, in all processes at the same step."""
-        self.saver.wait(block=False)
+        self.folder.checkpoints.wait(block=False)
         due = time.monotonic() - self._saved_at > 60 * self.config.trainer.save_every_min
         number, save = self.process.largest(self.stop.number, int(due and self.process.is_main))
         if number or save:
@@ -262,23 +246,6 @@ class Training:
             raise Interrupted("stopped between steps", number)
         if save:
             self._save()
-
-    def _seconds_left(self) -> float | None:
-        """Estimate the seconds to the end of the run, with evaluations; None in the first step, which may compile."""
-        totals, trainer = self.state.totals, self.config.trainer
-        steps, seconds = totals.steps, totals.data_s + totals.step_s
-        if self._first_step is None:
-            self._first_step = steps, seconds
-            return None
-        step = (seconds - self._first_step[1]) / (steps - self._first_step[0])
-        # Until an evaluation is timed: a forward takes a third of the time of a step.
-        images = trainer.eval_images or self.trained_on.images[self.loaders.selection_name]
-        guess = step / 3 * images / trainer.batch_size * (1 if self.state.ema is None else 2)
-        evaluation = totals.eval_s / totals.evaluations if totals.evaluations else guess
-        left = self.total_steps - self.state.step
-        return left * step + math.ceil(left / self.steps_per_epoch / trainer.eval_every) * evaluation
-
-    # Between epochs
 
     def _finish_epoch(self) -> None:
         """Evaluate, select, log and save."""
@@ -324,14 +291,11 @@ class Training:
 
     def _images_per_s(self) -> float:
         devices.synchronize(self.device)
-        totals = self.state.totals
-        seconds = totals.epoch_data_s + totals.epoch_step_s
-        return self.config.trainer.batch_size * totals.epoch_steps / max(seconds, 1e-9)
-
-    # The end
+        seconds = self.state.totals.epoch_data_s + self.state.totals.epoch_step_s
+        return self.config.trainer.batch_size * self.state.totals.epoch_steps / max(seconds, 1e-9)
 
     def _finish(self) -> dict[str, Any]:
-        self.saver.wait()
+        self.folder.checkpoints.wait()
         if self.loaders.selection_name == "validation":
             self.state.totals.evaluated = self._evaluate(self.loaders.test)
             self._test_selected()
@@ -368,7 +332,8 @@ class Training:
         config, setup, state, totals = self.config, self.setup, self.state, self.state.totals
         on_test = status == "finished" or self.loaders.selection_name == "test"
         epochs, train_time = max(totals.steps / self.steps_per_epoch, 1e-9), totals.data_s + totals.step_s
-        schedule = state.model.fusion
+        times = totals.data_s / epochs, totals.step_s / epochs, totals.eval_s / max(1, totals.evaluations)
+        schedule, best = state.model.fusion, totals.best
         return {
             "status": status,
             "updated": now(),
@@ -377,19 +342,13 @@ class Training:
             "data": config.data.name,
             "strategy": config.fusion.strategy,
             **(totals.evaluated if on_test else {}),
-            "selected": {**totals.best, "epoch": totals.best["epoch"] + 1}
-            if totals.best
-            else None,  # people count from 1
+            "selected": {**best, "epoch": best["epoch"] + 1} if best else None,  # people count from 1
             "started_from": totals.started_from or None,
             "epoch": state.step // self.steps_per_epoch,
             "epochs": config.trainer.epochs,
             "step": state.step,
             "steps": self.total_steps,
-            "epoch_time_s": {
-                "data": totals.data_s / epochs,
-                "step": totals.step_s / epochs,
-                "evaluation": totals.eval_s / max(1, totals.evaluations),
-            },
+            "epoch_time_s": dict(zip(("data", "step", "evaluation"), times, strict=True)),
             "train_time_s": train_time,
             "eval_time_s": totals.eval_s,
             "images_per_s": config.trainer.batch_size * totals.steps / max(train_time, 1e-9),
@@ -409,36 +368,28 @@ class Training:
             "classes": self.trained_on.classes,
         }
 
-    # Saving and stopping
-
     def _place(self) -> tuple[int, bool]:
         return self.state.step, self.state.totals.epoch_open
 
     def _save(self, selected: bool = False) -> None:
-        """Save the state in the background."""
-        step = self.state.step
+        """Save the state in the background; lines of metrics that a continuation will not write again come first."""
         self._saved, self._saved_at = self._place(), time.monotonic()
-
-        def write(content: dict[str, Any]) -> None:
-            # Lines that a continuation will not write again must be on the disk first.
-            self.metrics.sync()
-            self.folder.checkpoints.save(step, content, selected)
-
         if self.folder.writes:
-            about = {"config": plain(self.config), "data": self.trained_on.as_dict(), "computed": self.computed}
-            self.saver.save({**about, "world_size": self.process.world_size, **self.state.content()}, write)
+            about = {"config": plain(self.config), "data": asdict(self.trained_on), "computed": self.computed}
+            content = {**about, "world_size": self.process.world_size, **self.state.content()}
+            self.folder.checkpoints.save(self.state.step, content, selected, self.metrics.sync)
 
     def _save_after_error(self) -> None:
         """Save what was computed, if an error came between two steps; say from where the run can go on."""
         with contextlib.suppress(Exception):  # the error that ended the run is the one to show
-            self.saver.wait()
+            self.folder.checkpoints.wait()
         with contextlib.suppress(Exception):
             if not self.step.changing and self._place() != self._saved:
                 if self.process.world_size == 1:
                     self._take_losses(self.state.step)
                 if not self._unseen:  # which may not be finite, and others may not answer to add them up
                     self._save()
-                    self.saver.wait()
+                    self.folder.checkpoints.wait()
         if self.folder.writes and (kept := self.folder.checkpoints.newest_first()):
             _log.info("saved after step %d; to go on from there: %s", int(kept[0].stem[5:]), again(self.folder.path))
 
@@ -449,7 +400,7 @@ class Training:
         """
         if self._place() != self._saved:
             self._save()
-        self.saver.wait()
+        self.folder.checkpoints.wait()
         summary = self.folder.write_summary(self.summary("interrupted"))
         self.process.wait_for_all()
         step = self.state.step
