@@ -18,7 +18,6 @@ from famba.analysis import trained
 from famba.analysis.trained import load_trained
 from famba.errors import CheckpointError
 from famba.models import Vim
-from famba.training import weights
 
 Trained = tuple[Path, dict[str, Any]]
 
@@ -123,7 +122,7 @@ def test_a_timm_name_brings_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> 
         plain.pretrained_cfg = cfg
         return plain
 
-    monkeypatch.setattr(weights, "weights_folder", lambda name: None)
+    monkeypatch.setattr("famba.models.weights.weights_folder", lambda name: None)
     monkeypatch.setattr(trained, "build_model", build)
     found = load_trained(name)
     assert (found.config, found.strategy, found.classes, found.image_size) == (None, "none", 7, 32)

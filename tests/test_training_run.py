@@ -19,7 +19,7 @@ from famba import data
 from famba.errors import ConfigError, TrainingError
 from famba.models import Vim
 from famba.ops.registry import resolve
-from famba.training import provenance, step, trainer
+from famba.training import measure, step, trainer
 from famba.training.build import build_model, load_splits, make_loaders, resident
 from famba.training.checkpoint import TrainedOn, load
 from famba.training.compose import compose
@@ -60,8 +60,8 @@ def test_run_folder_holds_what_it_promises(tmp_path: Path) -> None:
     told = f"test Top-1 {summary['top1']:.2f} % by the last weights, {summary['ema_top1']:.2f} % by their average (EMA)"
     assert f"epoch 2 of 2: loss {lines[-1]['train_loss']:.4f}, {told}" in log
     for said in (told, "fusion upper: 17 tokens, 5 removed, 12 left", "digits: 10 classes, 72 train, 360 test images",
-                 "2 epochs of 3 steps of 24 images, adamw, lr 0.004 for 32 images, warmup epochs 0.5",
-                 f"famba evaluate {tmp_path} --per-class --out", f"famba visualize {tmp_path} "):  # fmt: skip
+                 "2 epochs of 3 steps of 24 images, adamw, lr 0.004 for 32 images",
+                 f"famba evaluate {tmp_path} --per-class --out", f"famba visualize {tmp_path};"):  # fmt: skip
         assert said in log, said
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.size[0] > 1000
@@ -286,6 +286,6 @@ def test_a_compiled_model_trains_like_an_eager_one(tmp_path: Path) -> None:
 def test_outside_a_checkout_the_environment_names_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("famba.__file__", str(tmp_path / "famba" / "__init__.py"))
     monkeypatch.delenv("FAMBA_COMMIT", raising=False)
-    assert provenance.git_commit() is None
+    assert measure.git_commit() is None
     monkeypatch.setenv("FAMBA_COMMIT", "0123abc")
-    assert provenance.git_commit() == "0123abc"
+    assert measure.git_commit() == "0123abc"
