@@ -22,18 +22,9 @@ from famba.training.compose import quoted
 from famba.training.interrupts import Interrupted
 from famba.training.run_folder import RunFolder, again
 
-EVERYTHING = (
-    "recipe.mixup=0.8",
-    "recipe.cutmix=1.0",
-    "recipe.ema_decay=0.9",
-    "recipe.layer_decay=0.8",
-    "trainer.accumulation=2",
-    "trainer.batch_size=12",
-    "model.drop_path=0.2",
-    "fusion=upper",
-    "fusion.budget=0.5",
-    "data.val_fraction=0.25",
-)
+EVERYTHING = ("recipe.mixup=0.8", "recipe.cutmix=1.0", "recipe.ema_decay=0.9", "recipe.layer_decay=0.8",
+              "trainer.accumulation=2", "trainer.batch_size=12", "model.drop_path=0.2", "fusion=upper",
+              "fusion.budget=0.5", "data.val_fraction=0.25")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

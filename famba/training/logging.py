@@ -113,8 +113,8 @@ class Metrics:
         """Close the files, and hand the summary to the logger."""
         if (more := self._more) is not None:
             self._attempt("finish", lambda: more[1](summary))
-        self.sync()
         if self._file is not None:
+            self.sync()
             self._file.close()
         self._file = self._more = None
 
@@ -135,7 +135,7 @@ class Metrics:
             return None
 
 
-class Progress:
+class Progress(tqdm):
     """Show steps, loss and time left by a bar on a terminal; within ten seconds of the first batch in a line too.
 
     evaluation: about how much longer evaluations make the run, such as 1.1 times.
@@ -143,8 +143,8 @@ class Progress:
 
     def __init__(self, total_steps: int, step: int, shown: bool, evaluation: float) -> None:
         hidden = None if shown else True  # None: shown on a terminal alone
-        self._bar = tqdm(total=total_steps, initial=step, disable=hidden, bar_format=_BAR, dynamic_ncols=True)
-        self._total, self._evaluation, self._loss, self._said = total_steps, evaluation, "", not shown
+        super().__init__(total=total_steps, initial=step, disable=hidden, bar_format=_BAR, dynamic_ncols=True)
+        self._steps_of_run, self._evaluation, self._loss, self._said = total_steps, evaluation, "", not shown
         self._first = self._began = self._seconds = 0.0  # the first batch here, this step; of the steps after the first
         self._steps = -1  # after the first one, in which kernels may be compiled
 
@@ -163,17 +163,13 @@ class Progress:
         self._seconds += now - self._began if self._steps else 0.0
         self._began = now
         self._loss = self._loss if loss is None else f", loss {loss:.3f}"
-        left = self._seconds / max(1, self._steps) * (self._total - step) * self._evaluation
+        left = self._seconds / max(1, self._steps) * (self._steps_of_run - step) * self._evaluation
         ends = f", about {duration(left)} left with evaluation" if self._steps else ""
-        self._bar.set_postfix_str(f"epoch {epoch + 1}{self._loss}{ends}", refresh=False)
-        self._bar.update(step - self._bar.n)
+        self.set_postfix_str(f"epoch {epoch + 1}{self._loss}{ends}", refresh=False)
+        self.update(step - self.n)
         if not self._said and self._steps and now - self._first > _SOON_S:
             self._said = True
-            _log.info("step %d of %d%s%s", step, self._total, self._loss, ends)
-
-    def close(self) -> None:
-        """Take the bar away."""
-        self._bar.close()
+            _log.info("step %d of %d%s%s", step, self._steps_of_run, self._loss, ends)
 
 
 def top1_text(images: str, values: Mapping[str, Any], prefix: str = "") -> str:
@@ -191,8 +187,8 @@ def epoch_line(epoch: int, epochs: int, images: str, values: Mapping[str, float]
     """Describe an epoch, counted from 0: loss, Top-1 on the evaluated images, speed and time."""
     result = f", {top1_text(images, values, f'{images}_')}" if f"{images}_top1" in values else ""
     seconds = values["time_data_s"] + values["time_step_s"] + values.get("time_eval_s", 0.0)
-    speed = f"{values['images_per_s']:.1f} images/s"
-    return f"epoch {epoch + 1} of {epochs}: loss {values['train_loss']:.4f}{result}, {speed}, {duration(seconds)}"
+    result += f", {values['images_per_s']:.1f} images/s, {duration(seconds)}"
+    return f"epoch {epoch + 1} of {epochs}: loss {values['train_loss']:.4f}{result}"
 
 
 def signed(value: float, digits: int = 2) -> str:

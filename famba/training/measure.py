@@ -162,8 +162,7 @@ def provenance(device: torch.device, seed: int, world_size: int, dtype: torch.dt
 def git_commit() -> str | None:
     """Return the commit of famba's checkout, with "-dirty" if it is changed; outside of one $FAMBA_COMMIT."""
     root = Path(famba.__file__).resolve().parents[1]
-    # The checkout has to be famba's own, not one that a virtual environment happens to lie in.
-    if (root / "pyproject.toml").is_file():
+    if (root / "pyproject.toml").is_file():  # famba's own checkout, not one that a virtual environment lies in
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         with suppress(OSError, subprocess.SubprocessError):
             return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()  # noqa: S603

@@ -81,7 +81,9 @@ class Training:
         # Shares of all epochs: a run that continues with more max_steps measures at the same steps.
         self.adapt_steps = {int(share * in_all_epochs) for share in config.fusion.adapt_at or ()}
         adapt_images = min(config.fusion.adapt_images or 0, len(splits.train))
-        self.adapt_source = data.sample(splits.train, adapt_images, config.data.version) if self.adapt_steps else None
+        self.adapt_source = (
+            data.sample(splits.train, adapt_images, config.data.version) if adapt_images else splits.test
+        )
 
         found = find_checkpoint(config, folder.checkpoints, process)
         if found is not None:
@@ -105,20 +107,17 @@ class Training:
         devices.reset_peak_memory(process.device)
         if no_graph is not None and self.device.type == "cuda":
             _log.info("steps are no CUDA graphs, and may wait for the host: %s", no_graph)
-        kind = GraphStep if no_graph is None else Step
         self.forward = self._forward_model()
-        self.step = kind(config, self.state, self.forward, process, setup.autocast)
+        self.step = (Step if no_graph else GraphStep)(config, self.state, self.forward, process, setup.autocast)
         self.metrics = Metrics(folder, config.logger, plain(config), self.state.step)
         # A look at the loss makes a GPU wait, so the loss is looked at now and then there, and at every step on a CPU.
-        waits = self.device.type != "cpu" or self.step.masks
-        self._look_every = config.trainer.log_every if waits else 1
+        self._look_every = config.trainer.log_every if self.device.type != "cpu" or self.step.masks else 1
         self._unseen: list[Tensor] = []
 
     def _measure_costs(self) -> None:
         """Count multiply-adds, and bytes saved for the backward, per image with the schedule as it is."""
-        model, size = self.state.model, self.setup.image_size
-        self.saved_bytes = saved_bytes_per_image(model, size, self.setup.autocast)
-        self.macs = macs_per_image(model, size)
+        self.saved_bytes = saved_bytes_per_image(self.state.model, self.setup.image_size, self.setup.autocast)
+        self.macs = macs_per_image(self.state.model, self.setup.image_size)
 
     def _forward_model(self) -> nn.Module:
         model: nn.Module = self.state.model
@@ -135,7 +134,7 @@ class Training:
         # A forward takes a third of the time of a step.
         images = 3 * trainer.eval_every * trainer.batch_size * self.steps_per_epoch
         longer = 1 + (trainer.eval_images or self.trained_on.images[self.loaders.selection_name]) / images
-        with contextlib.closing(Progress(self.total_steps, self.state.step, self.process.is_main, longer)) as progress:
+        with Progress(self.total_steps, self.state.step, self.process.is_main, longer) as progress:
             try:
                 at_end = self.state.step % self.steps_per_epoch == 0 or self.state.step == self.total_steps
                 if self.state.totals.epoch_open and at_end:  # stopped in the evaluation of an epoch
@@ -182,7 +181,7 @@ class Training:
         self.step.schedule_changes()
         self.step.changing = True  # until the step is done: a run that continues measures again
         adapted = None
-        if self.adapt_source is not None and self.process.is_main:
+        if self.process.is_main:
             images = load_images(self.config, self.setup.image_size, self.adapt_source).to(self.device)
             state.model.eval()
             with torch.autocast(self.device.type, self.setup.autocast, enabled=self.setup.autocast is not None):
