@@ -130,13 +130,13 @@ def test_what_a_killed_write_left_is_removed_and_nothing_else(tmp_path: Path) ->
 def test_training_waits_for_the_copy_and_not_for_the_write(tmp_path: Path) -> None:
     checkpoints, release = Checkpoints(tmp_path), threading.Event()
     weights = {"w": torch.zeros(3)}
-    checkpoints.save(1, weights, before=lambda: release.wait(60))
+    checkpoints.save(1, weights, False, lambda: release.wait(60))
     weights["w"] += 1  # training goes on while the write has not begun
     checkpoints.wait(block=False)
     release.set()
     checkpoints.wait()
     assert torch.equal(torch.load(checkpoints.path(1), weights_only=True)["w"], torch.zeros(3)), "as at the call"
-    checkpoints.save(2, {}, before=lambda: 1 / 0)
+    checkpoints.save(2, {}, False, lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         checkpoints.wait()
     checkpoints.wait()

@@ -228,7 +228,7 @@ def test_evaluation_counts_top1_top5_and_loss() -> None:
     logits = torch.tensor([[9.0, 1, 2, 3, 4, 5], [9, 8, 7, 6, 5, 1], [0, 9, 3, 4, 5, 6]])
     batches = [(logits[:2], torch.tensor([0, 1])), (logits[2:], torch.tensor([0]))]
     model = Fixed().train()
-    result = evaluate(model, batches, ONE, model)
+    result = evaluate(model, batches, ONE, model, lambda: 0)
     assert result["top1"] == pytest.approx(100 / 3)
     assert result["top5"] == pytest.approx(200 / 3)
     expected = nn.functional.cross_entropy(logits, torch.tensor([0, 1, 0])).item()

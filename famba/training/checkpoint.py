@@ -126,9 +126,7 @@ class Checkpoints:
         """Return all checkpoints of steps, whole or not."""
         return sorted(self.folder.glob("step_*[0-9].pt"), reverse=True)
 
-    def save(
-        self, step: int, content: Mapping[str, Any], selected: bool = False, before: Callable[[], object] = tuple
-    ) -> None:
+    def save(self, step: int, content: Mapping[str, Any], selected: bool, before: Callable[[], object]) -> None:
         """Copy a state and write it in the background, also as the selected one if it is; keep the last two.
 
         before: is called before the write. Raises what the write before it raised.

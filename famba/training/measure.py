@@ -57,7 +57,7 @@ class Tally:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Batches, process: Process, infer: Infer, asked_to_stop: Callable[[], int] = int
+    model: nn.Module, batches: Batches, process: Process, infer: Infer, asked_to_stop: Callable[[], int]
 ) -> dict[str, float]:
     """Evaluate in eval mode over all processes; return `Tally.results`.
 

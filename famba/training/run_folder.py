@@ -239,5 +239,5 @@ def override(key: str, value: Any) -> str:
     if not isinstance(value, str):
         return f"{key}={json.dumps(value)}"
     # A word or a path; others may be a number, a list or null for Hydra.
-    is_plain = re.fullmatch(r"(?!(null|true|false|nan|inf)$)[A-Za-z][A-Za-z_]*|[\w.-]*(/[\w.-]+)+", value, re.ASCII)
+    is_plain = re.fullmatch(r"(?!(?i:null|true|false|nan|inf)$)[A-Za-z]\w*|[\w.-]*(/[\w.-]+)+", value, re.ASCII)
     return f"{key}={value if is_plain else quoted(value)}"
