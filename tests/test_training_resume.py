@@ -139,7 +139,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_damaged_small_file_is_named_and_a_broken_line_of_metrics_dropped(tmp_path: Path, whole: Path) -> None:
-    run(tmp_path, "trainer.max_steps=1")
+    run(tmp_path, "trainer.max_steps=3")
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(b"\xff\xfe{")
     for name in ("summary.json", "config.yaml"):
@@ -147,7 +147,7 @@ def test_a_damaged_small_file_is_named_and_a_broken_line_of_metrics_dropped(tmp_
         for content in (b"{}", b"[]", b"\xff\xfe", b""):
             (tmp_path / name).write_bytes(content)
             with pytest.raises(CheckpointError, match=f"{name} cannot be read .*; restore it or remove it"):
-                run(tmp_path, "trainer.max_steps=1")
+                run(tmp_path, "trainer.max_steps=3")
         (tmp_path / name).write_bytes(kept)
     run(tmp_path)
     assert_same_run(tmp_path, whole)
