@@ -76,35 +76,22 @@ def scaled(root: Path) -> Tensor:
     return (pixels - torch.tensor(one.mean).view(3, 1, 1)) / torch.tensor(one.std).view(3, 1, 1)
 
 
-def test_evaluation_sees_upright_images_on_the_background(trained: Path) -> None:
-    config = load_trained(trained / "run").config
-    assert config is not None
-    found = load_images(config, prepare(config).image_size, load_splits(config).test)  # type: ignore[arg-type]
-    torch.testing.assert_close(found, scaled(trained))
-
-
-def test_training_sees_them_too(trained: Path) -> None:
+def test_evaluation_pictures_and_training_see_upright_images_on_the_background(trained: Path) -> None:
     one = load_trained(trained / "run")
     assert one.config is not None
+    test = load_splits(one.config).test
+    torch.testing.assert_close(load_images(one.config, prepare(one.config).image_size, test), scaled(trained))
+    files = [str(file) for file in files_of(trained)]
+    torch.testing.assert_close(normalized(one, read_images(one, files)), scaled(trained))
     # The test images, which training would read just so, without augmentation.
-    (batch,) = train_batches(
-        load_splits(one.config).test,
+    scaling, loading = (
         replace(one.scaling, kind="batch", crop_padding=0, hflip=0.0),
-        Loading(32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-        seed=0,
-        batch_size=12,
-        accumulation=1,
-        repeats=1,
-    ).epoch(0)
+        Loading(32, (0.0,) * 3, (1.0,) * 3),
+    )
+    (batch,) = train_batches(test, scaling, loading, seed=0, batch_size=12, accumulation=1, repeats=1).epoch(0)
     scaling = evaluation_scaling(replace(one.scaling, eval_crop=1.0), 32)
     expected = {scaling.image(image).numpy().tobytes() for image in map(shown, files_of(trained))}
     assert {image.mul(255).round().to(torch.uint8).numpy().tobytes() for image in batch[0]} == expected
-
-
-def test_pictures_show_them(trained: Path) -> None:
-    one = load_trained(trained / "run")
-    files = [str(file) for file in files_of(trained)]
-    torch.testing.assert_close(normalized(one, read_images(one, files)), scaled(trained))
 
 
 def test_the_code_of_the_card_gives_what_evaluation_gives(

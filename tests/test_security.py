@@ -18,8 +18,8 @@ from runs import TINY, Hostile, run
 from famba.data.published import unpack
 from famba.errors import CheckpointError, ConfigError, DataError, FambaError
 from famba.models import load_vim_checkpoint
-from famba.training import provenance
 from famba.training.compose import compose
+from famba.training.measure import provenance
 from famba.training.setup import prepare
 
 REPOSITORY = Path(__file__).parents[1]
@@ -131,5 +131,5 @@ def test_provenance_keeps_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         sys, "argv", ["train.py", "seed=1", f"hydra.x={ADDRESS}", "data.root=https://token@example.org"]
     )
-    kept = provenance.provenance(torch.device("cpu"), seed=1, world_size=1)["arguments"]
+    kept = provenance(torch.device("cpu"), seed=1, world_size=1)["arguments"]
     assert kept == ["seed=1", "hydra.x=https://***@example.org/data", "data.root=https://***@example.org"]

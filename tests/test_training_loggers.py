@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import pytest
 from runs import run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from famba.training import app
 from famba.training import logging as logging_of_runs
-from famba.training import overview
 from famba.training.interrupts import Interrupted
 from famba.training.logging import Progress
 
@@ -77,51 +76,42 @@ def test_a_failing_logger_never_ends_a_run(tmp_path: Path, wandb: FakeWandb) -> 
     assert "wandb failed to log (no space left)" in (tmp_path / "train.log").read_text()
 
 
-def test_wandb_goes_on_under_the_same_id(tmp_path: Path, wandb: FakeWandb) -> None:
-    run(tmp_path / "a", "logger=wandb", "logger.mode=online", "trainer.max_steps=2")
-    run(tmp_path / "a", "logger=wandb", "logger.mode=online")
-    run(tmp_path / "b", "logger=wandb", "logger.mode=online", "trainer.max_steps=1")
-    first, second, other = (asked["id"] for asked in wandb.asked)
-    assert first == second != other
-    assert [asked["resume"] for asked in wandb.asked] == ["allow"] * 3
-    assert wandb.finished == 3
-    assert wandb.summary["status"] == "finished"
-
-
-def test_runs_of_a_sweep_are_one_group(tmp_path: Path, wandb: FakeWandb) -> None:
+def test_wandb_goes_on_under_the_same_id_and_runs_of_a_sweep_are_one_group(tmp_path: Path, wandb: FakeWandb) -> None:
+    online = ("logger=wandb", "logger.mode=online")
     sweep = tmp_path / "strategies"
     sweep.mkdir()
     (sweep / "sweep.json").write_text("{}")
-    run(sweep / "first", "logger=wandb", "trainer.max_steps=1")
-    run(tmp_path / "alone", "logger=wandb", "trainer.max_steps=1")
-    run(sweep / "named", "logger=wandb", "logger.group=mine", "trainer.max_steps=1")
-    assert [asked["group"] for asked in wandb.asked] == ["strategies", None, "mine"]
+    run(tmp_path / "alone", *online, "trainer.max_steps=1")
+    run(tmp_path / "alone", *online, "trainer.max_steps=2")
+    run(sweep / "first", *online, "trainer.max_steps=1")
+    first, second, other = (asked["id"] for asked in wandb.asked)
+    assert first == second != other
+    assert [asked["resume"] for asked in wandb.asked] == ["allow"] * 3
+    assert [asked["group"] for asked in wandb.asked] == [None, None, "strategies"]
+    assert (wandb.finished, wandb.summary["status"]) == (3, "finished")
 
 
-def test_a_long_first_step_and_the_time_left_are_told(
+def test_the_first_step_and_the_time_left_are_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging_of_runs, "_FIRST_LINE_S", 0.1)
-    monkeypatch.setattr(logging_of_runs, "_SLOW_S", 0.2)
+    monkeypatch.setattr(logging_of_runs, "_SOON_S", 0.0)
+    now = iter([0.0, 0.0, 50.0, 50.0, 80.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
     caplog.set_level("INFO")
-    left = iter([None, 90_000.0])
-    progress = Progress(9, 0, True, lambda: next(left))
+    progress = Progress(1002, 0, True, 1.5)
     steps = progress.watched(iter([1, 2]))
     next(steps)
-    time.sleep(0.3)
-    assert "the first step has been running for 0 s" in caplog.text
-    assert progress.step_end().startswith(", the first one, which has been running for 0 s; how long it takes is not")
+    assert "the first step begins" in caplog.text
     progress.step(1, 0, 2.5)
+    assert "left" not in caplog.text, "the first step is no measure"
     next(steps)
-    assert progress.step_end().startswith(", in about"), "as long as the step before"
     progress.step(2, 0, None)
-    assert "step 2 of 9, loss 2.500, about 25 h 0 min left with evaluation" in caplog.text
-    progress.close()
+    assert "step 2 of 1002, loss 2.500, about 12.5 h left with evaluation" in caplog.text
 
 
 def test_a_model_for_gpus_on_a_cpu_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for limit in (500, 0.01):
-        monkeypatch.setattr(overview, "_FOR_GPUS", limit)
+        monkeypatch.setattr(app, "_FOR_GPUS", limit)
         run(tmp_path / str(limit), "trainer.max_steps=1", "model.depth=1")
         log = (tmp_path / str(limit) / "train.log").read_text()
         assert ("this model is meant for GPUs" in log) == (limit < 1)

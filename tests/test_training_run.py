@@ -11,22 +11,20 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from runs import TINY, metrics, run, weights
+from runs import TINY, last_checkpoint, metrics, run, weights
 from safetensors.torch import load_file
 from torch import nn
 
-from famba import data
 from famba.errors import ConfigError, TrainingError
 from famba.models import Vim
 from famba.ops.registry import resolve
-from famba.training import provenance, step, trainer
+from famba.training import measure, step, trainer
 from famba.training.build import build_model, load_splits, make_loaders, resident
 from famba.training.checkpoint import TrainedOn, load
 from famba.training.compose import compose
 from famba.training.devices import loading_workers
 from famba.training.distributed import Process
-from famba.training.evaluation import evaluate
-from famba.training.measure import macs_per_image, saved_bytes_per_image
+from famba.training.measure import evaluate, macs_per_image, saved_bytes_per_image
 from famba.training.setup import prepare
 from famba.training.trainer import new_state
 
@@ -37,22 +35,16 @@ ONE = Process(0, 1, torch.device("cpu"))
 def test_run_folder_holds_what_it_promises(tmp_path: Path) -> None:
     summary = run(tmp_path, "fusion=upper", "fusion.budget=5", "recipe.ema_decay=0.5")
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
-    assert summary["status"] == "finished"
-    assert (summary["step"], summary["steps"], summary["epoch"]) == (6, 6, 2)
+    assert [summary[key] for key in ("status", "step", "steps", "epoch")] == ["finished", 6, 6, 2]
     assert summary["schedule"] == [2, 3], "5 over the two layers that upper fuses at depth 2"
-    assert summary["tokens_removed"] == 5
-    assert summary["tokens_per_layer"][-1] == 17 - 5
-    assert summary["budget_matched"] is True
+    assert (summary["tokens_removed"], summary["tokens_per_layer"][-1], summary["budget_matched"]) == (5, 17 - 5, True)
     assert summary["parameters"] == sum(v.numel() for v in load_file(tmp_path / "model.safetensors").values())
     assert 0 <= summary["top1"] <= summary["top5"] <= 100
     assert summary["ema_top1"] is not None
     for name in ("train_time_s", "images_per_s", "peak_memory_mib", "saved_bytes_per_image", "macs_per_image"):
         assert summary[name] > 0, name
     assert set(summary["epoch_time_s"]) == {"data", "step", "evaluation"}
-    origin = summary["provenance"]
-    assert origin["seed"] == 0
-    assert origin["backend"] == resolve("cpu")
-    assert origin["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert (summary["provenance"]["seed"], summary["provenance"]["backend"]) == (0, resolve("cpu"))
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert [(line["step"], line["epoch"]) for line in lines if line["kind"] == "epoch"] == [(3, 1), (6, 2)]
@@ -61,29 +53,14 @@ def test_run_folder_holds_what_it_promises(tmp_path: Path) -> None:
     told = f"test Top-1 {summary['top1']:.2f} % by the last weights, {summary['ema_top1']:.2f} % by their average (EMA)"
     assert f"epoch 2 of 2: loss {lines[-1]['train_loss']:.4f}, {told}" in log
     for said in (told, "fusion upper: 17 tokens, 5 removed, 12 left", "digits: 10 classes, 72 train, 360 test images",
-                 "2 epochs of 3 steps of 24 images, adamw, lr 0.004 for 32 images, warmup epochs 0.5",
-                 f"famba evaluate {tmp_path} --per-class --out", f"famba visualize {tmp_path} "):  # fmt: skip
+                 "2 epochs of 3 steps of 24 images, adamw, lr 0.004 for 32 images",
+                 f"famba evaluate {tmp_path} --per-class --out", f"famba visualize {tmp_path};"):  # fmt: skip
         assert said in log, said
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.size[0] > 1000
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_00000003.pt", "step_00000006.pt"}
     assert summary["selected"] is None, "no images are held out"
     assert {p.name for p in tmp_path.rglob(".*")} <= {".lock"}, "nothing temporary stays"
-
-
-def test_the_summary_tells_what_the_saved_weights_score(tmp_path: Path) -> None:
-    summary = run(tmp_path)
-    config = compose([*TINY, f"run_dir={tmp_path}"])
-    setup = prepare(config)
-    model = build_model(config.model.name, {**setup.model_arguments, "num_classes": 10})
-    model.load_state_dict(load_file(tmp_path / "model.safetensors"))
-    source = load_splits(config).test
-    assert isinstance(source, data.ArraySource)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.data.mean, config.data.std))
-    with torch.no_grad():
-        logits = model.eval()((source.images / 255 - mean) / std)
-    right = (logits.argmax(1) == source.labels).float().mean().item()
-    assert summary["top1"] == pytest.approx(100 * right)
 
 
 def test_training_learns(tmp_path: Path) -> None:
@@ -127,22 +104,16 @@ def test_images_lie_on_the_device_if_they_fit_and_are_augmented_there() -> None:
     splits = load_splits(compose([*TINY, "run_dir=unused"]))
     size, cpu = sum(part.images.nbytes for part in (splits.train, splits.test)), torch.device("cpu")  # type: ignore[union-attr]
     assert resident(splits, cpu, "batch", 4 * size - 1) is splits
-    moved = resident(splits, cpu, "batch", 4 * size)
-    assert moved.train is not splits.train
-    assert moved.test is not splits.test
-    moved = resident(splits, cpu, "timm", 4 * size)
-    assert moved.train is splits.train
-    assert moved.test is not splits.test
+    for augmentation, moves_train in (("batch", True), ("timm", False)):
+        moved = resident(splits, cpu, augmentation, 4 * size)
+        assert (moved.train is not splits.train, moved.test is not splits.test) == (moves_train, True)
 
 
-@pytest.mark.parametrize(("cores", "processes", "workers"), [(12, 1, 12), (12, 4, 3), (64, 2, 16), (2, 4, 1)])
-def test_workers_take_the_cores_of_this_process(
-    monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, workers: int
-) -> None:
-    monkeypatch.setattr("joblib.cpu_count", lambda: cores)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    assert loading_workers("auto") == workers
-    assert loading_workers(3) == 3
+def test_workers_take_the_cores_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, processes, workers in ((12, 1, 12), (12, 4, 3), (64, 2, 16), (2, 4, 1)):
+        monkeypatch.setattr("joblib.cpu_count", lambda cores=cores: cores)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert loading_workers("auto") == workers
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,9 +196,8 @@ def test_gradient_checkpointing_changes_memory_alone(tmp_path: Path) -> None:
 
 
 def test_fp16_trains_with_a_scaler(tmp_path: Path) -> None:
-    summary = run(tmp_path, "trainer.precision=fp16")
-    assert summary["precision"] == "float16"
-    assert load(tmp_path / "checkpoints" / "step_00000006.pt")["scaler"]["scale"] > 0
+    assert run(tmp_path, "trainer.precision=fp16", "trainer.max_steps=2")["precision"] == "float16"
+    assert load(last_checkpoint(tmp_path))["scaler"]["scale"] > 0
 
 
 def test_macs_are_those_of_the_layers_by_hand() -> None:
@@ -261,7 +231,7 @@ def test_evaluation_counts_top1_top5_and_loss() -> None:
     logits = torch.tensor([[9.0, 1, 2, 3, 4, 5], [9, 8, 7, 6, 5, 1], [0, 9, 3, 4, 5, 6]])
     batches = [(logits[:2], torch.tensor([0, 1])), (logits[2:], torch.tensor([0]))]
     model = Fixed().train()
-    result = evaluate(model, batches, ONE, model)
+    result = evaluate(model, batches, ONE, model, lambda: 0)
     assert result["top1"] == pytest.approx(100 / 3)
     assert result["top5"] == pytest.approx(200 / 3)
     expected = nn.functional.cross_entropy(logits, torch.tensor([0, 1, 0])).item()
@@ -284,9 +254,9 @@ def test_a_compiled_model_trains_like_an_eager_one(tmp_path: Path) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-def test_outside_a_checkout_the_environment_names_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provenance, "_git", lambda *args: None)
+def test_outside_a_checkout_the_environment_names_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("famba.__file__", str(tmp_path / "famba" / "__init__.py"))
     monkeypatch.delenv("FAMBA_COMMIT", raising=False)
-    assert provenance.git_commit() is None
+    assert measure.git_commit() is None
     monkeypatch.setenv("FAMBA_COMMIT", "0123abc")
-    assert provenance.git_commit() == "0123abc"
+    assert measure.git_commit() == "0123abc"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from runs import TINY, assert_same_run
@@ -49,7 +50,7 @@ def torchrun(folder: Path, action: str = "pass", *overrides: str, rank: int = 1)
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
-def summary(folder: Path) -> dict[str, object]:
+def summary(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run" / "summary.json").read_text())
 
 
@@ -60,7 +61,7 @@ def test_an_error_of_one_process_ends_all_with_that_error(tmp_path: Path, rank: 
     assert done.returncode == 1, done.stderr
     assert "error: image 7 is broken" in done.stderr
     assert summary(tmp_path)["status"] == "failed"
-    assert str(summary(tmp_path)["error"]) == f"process {rank} failed: image 7 is broken"
+    assert summary(tmp_path)["error"] == f"process {rank} failed: image 7 is broken"
 
 
 @pytest.mark.slow
@@ -89,15 +90,10 @@ def test_another_number_of_processes_is_refused_and_why() -> None:
         check_same_run({"config": {}, "world_size": 2}, {}, 1)
 
 
-@pytest.fixture
-def no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-
-
-@pytest.mark.usefixtures("no_ranks")
 def test_tasks_of_srun_find_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that what is set below is undone
+        monkeypatch.delenv(name)
     step = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "17",
             "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "node[3-4]",
             "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.3"}  # fmt: skip
@@ -119,13 +115,9 @@ def test_processes_take_the_same_measured_schedule(tmp_path: Path) -> None:
     adaptive = ("fusion=adaptive", "fusion.budget=8", "fusion.adapt_at=[0.2,0.5]", "fusion.adapt_images=16")
     # The main process alone measures; after two steps the other one says what its own network removes.
     say = 'print("schedule", *sys._getframe(1).f_back.f_locals["self"].state.model.fusion)'
-    done = torchrun(tmp_path, say, *adaptive)
-    found = json.loads((tmp_path / "run" / "summary.json").read_text())
+    done, found = torchrun(tmp_path, say, *adaptive), summary(tmp_path)
     assert found["status"] == "finished", done.stderr
     assert f"schedule {' '.join(map(str, found['adapted'][0]['schedule']))}" in done.stdout
-
-
-# Runs of one process that are killed or told to stop
 
 
 def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
@@ -149,7 +141,6 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_nobody_killed(tmp
     for lines in (1, 12, 26):
         process = start(killed, *settings)
         wait_for_lines(killed, lines)
-        time.sleep(0.01 * (lines % 3))
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "it was killed before its end"
@@ -158,10 +149,6 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_nobody_killed(tmp
         errors = process.communicate(timeout=300)[1]
         assert process.returncode == 0, errors
     assert_same_run(killed, whole)
-    results = [json.loads((folder / "summary.json").read_text()) for folder in (killed, whole)]
-    assert [results[0][key] for key in ("top1", "ema_top1", "loss")] == [
-        results[1][key] for key in ("top1", "ema_top1", "loss")
-    ]
 
 
 @pytest.mark.slow

@@ -29,11 +29,9 @@ from famba.fusion import tokens_per_layer
 from famba.models import Backbone
 from famba.training.config import RunConfig
 from famba.training.devices import choose_precision, loading_workers, out_of_memory, synchronize
-from famba.training.evaluation import Tally
 from famba.training.interrupts import StopRequest
 from famba.training.logging import signed
-from famba.training.measure import macs_per_image
-from famba.training.provenance import provenance
+from famba.training.measure import Tally, macs_per_image, provenance
 
 _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 Source = data.Source

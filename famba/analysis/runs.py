@@ -13,8 +13,7 @@ import yaml
 from famba.analysis.status import LOADER, Status, differing, settings, status
 from famba.errors import DataError
 from famba.training.config import with_added_keys
-from famba.training.records import flatten, from_cell, nested, to_cell
-from famba.training.summary import SUMMARY, Summary
+from famba.training.records import SUMMARY, Summary, flatten, from_cell, nested, to_cell
 
 # What is added to the columns of a row; folder is empty for a row of a CSV file, problem for a run that is usable.
 _OWN = ("run", "folder", "state", "kind", "problem")

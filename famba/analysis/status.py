@@ -19,8 +19,18 @@ import yaml
 from tabulate import tabulate
 
 from famba.errors import DataError, FambaError, near_miss
-from famba.training.records import METRICS, duration, first_epoch, flatten, queue, recorded, remembered, to_cell
-from famba.training.summary import SUMMARY, Summary
+from famba.training.records import (
+    METRICS,
+    SUMMARY,
+    Summary,
+    duration,
+    first_epoch,
+    flatten,
+    queue,
+    recorded,
+    remembered,
+    to_cell,
+)
 
 # Files that a run leaves behind even if it has no summary yet, or has lost it.
 _TRACES = (METRICS, "train.log")

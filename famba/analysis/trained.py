@@ -20,8 +20,8 @@ from famba.models.weights import Origin, load_weights
 from famba.training import checkpoint
 from famba.training.build import augmentation, build_model, check_model, model_arguments
 from famba.training.config import RunConfig, parse, with_added_keys
+from famba.training.records import SUMMARY
 from famba.training.run_folder import CONFIG, RunFolder
-from famba.training.summary import SUMMARY
 from famba.training.weights import bundled, class_names, find_file
 
 

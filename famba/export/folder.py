@@ -22,7 +22,7 @@ from famba.files import sha256
 from famba.fusion import tokens_per_layer
 from famba.models.weights import weights_folder
 from famba.training.build import model_arguments
-from famba.training.summary import SUMMARY, Summary
+from famba.training.records import SUMMARY, Summary
 
 FILES = ("config.json", "model.safetensors", "README.md")
 _SAID_ABOVE = ("num_classes", "classes")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
@@ -15,22 +17,21 @@ import yaml
 
 from famba import ops
 from famba.errors import ConfigError, FambaError
-from famba.ops.registry import AUTO
-from famba.training import interrupts
+from famba.files import write_whole
+from famba.ops.registry import AUTO, explain
 from famba.training.compose import Command, help_text
 from famba.training.config import RunConfig, flatten, plain
 from famba.training.distributed import Process, start_process, world_size
 from famba.training.interrupts import Interrupted, StopRequest
 from famba.training.logging import FILE_ONLY, log_to, top1_text
-from famba.training.overview import announce, draw_curves, next_steps
-from famba.training.records import duration
-from famba.training.resume import command_line, continued, override
-from famba.training.run_folder import RunFolder, as_begun, finished
-from famba.training.setup import Setup, check_files, prepare
+from famba.training.records import METRICS, duration
+from famba.training.run_folder import RunFolder, as_begun, command_line, continued, finished, override
+from famba.training.setup import Setup, prepare
 from famba.training.sweeps import Sweep
 from famba.training.trainer import Training
 
 _log = logging.getLogger(__name__)
+_FOR_GPUS = 500  # million multiply-adds an image; Vim-Ti takes 1,400 at 224 x 224, vim_micro 28 at 32 x 32
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,9 +71,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Go on with a run. Raises ConfigError where none is."""
     if RunFolder(Path(options.folder), writes=False).config is None:
-        raise ConfigError(
-            f"{options.folder} holds no run to go on with; `famba status FOLDER` lists the runs in a folder"
-        )
+        told = "holds no run to go on with; `famba status FOLDER` lists the runs in a folder"
+        raise ConfigError(f"{options.folder} {told}")
     return main([override("run_dir", options.folder), *options.overrides])
 
 
@@ -81,27 +81,20 @@ def plan(command: Command) -> Sweep:
     if world_size() > 1:
         raise ConfigError("-m does not go with torchrun; sweep without it, or start one run at a time")
     sweep = Sweep(command)
-    checked: set[str] = set()
-    for run in sweep.runs.values():
-        config, processes = sweep.launcher.check(replace(run.config, seed=0, run_dir=str(sweep.folder)))
-        if repr(config) not in checked:
-            checked.add(repr(config))
-            prepare(config, processes)
+    alike = (replace(run.config, seed=0, run_dir=str(sweep.folder)) for run in sweep.runs.values())
+    for config, processes in {repr(config): sweep.launcher.check(config) for config in alike}.values():
+        prepare(config, processes)
     return sweep
 
 
 def train(config: RunConfig, run_dir: Path | None = None, notes: Sequence[str] = ()) -> dict[str, Any]:
     """Train as configured, in `run_dir` instead of the configuration's own if it is given; return the summary.
 
-    notes: lines for the log, on how the configuration came about.
-
-    Raises Interrupted if the run was asked to stop and has saved itself; after a notice of Slurm's it is back in the
-    queue by then.
+    notes: lines for the log, on how the configuration came about. Raises Interrupted if the run was asked to stop and
+    has saved itself; after a notice of Slurm's it is back in the queue by then.
     """
     path = run_dir or Path(config.run_dir)
     with StopRequest() as stop:
-        check_files(config)
-        # Before the processes join, and so before any of them writes to the folder.
         asked, config = config, as_begun(config, path)
         setup = prepare(config)
         process = start_process(setup.device)
@@ -132,23 +125,21 @@ def _train_in(
     if done is not None:
         _log.info("%s is finished already (%s)", folder.path, top1_text("test", done))
         return done
-    is_new, training = folder.summary is None, None
+    before, training = folder.summary, None
     try:
         with nullcontext() if config.ops.backend == AUTO else ops.use_backend(config.ops.backend):
             _log.info("run folder: %s", folder.path)
             training = Training(config, setup, folder, process, stop)
             announce(training)
             summary = training.run()
-    except Interrupted as stopped:
-        assert training is not None
-        _leave(training, stopped)
-        raise
     except Exception as error:
         reason = str(process.first_failure(error))
         # A start that is refused leaves the summary of the run that is there as it was.
-        if training is not None or is_new:
+        if training is not None or before is None:
             with suppress(FambaError):
-                failed = _record_failure(folder.path, config, reason)
+                said = folder.summary or {"model": config.model.name, "strategy": config.fusion.strategy}
+                folder.writes = True  # in any process: the main one may be killed first
+                failed = folder.write_summary({**said, "status": "failed", "error": reason})
                 if training is not None:
                     training.metrics.finish(failed)
         _log.error("%s", reason, extra=FILE_ONLY)
@@ -157,28 +148,41 @@ def _train_in(
     _log.info("finished, trained in %s: %s, Top-5 %.2f %%", duration(summary["train_time_s"]), results, summary["top5"])
     if folder.writes:
         draw_curves(folder.path)
-        _log.info("%s", next_steps(folder.path, config.logger))
+        run = shlex.quote(str(folder.path))
+        _log.info("next: famba visualize %s; famba evaluate %s --per-class --out %s/evaluation", run, run, run)
     return summary
 
 
-def _leave(training: Training, stopped: Interrupted) -> None:
-    """Close the loggers, and go back to Slurm's queue if it gave notice."""
-    _log.info("%s", stopped, extra=FILE_ONLY)
-    if stopped.goes_on and training.process.is_main:
-        interrupts.requeue()
-        _log.info("back in Slurm's queue")
-    training.metrics.finish(training.summary("interrupted"))
-    if stopped.goes_on:
-        training.folder.release()
-        interrupts.wait_for_the_end(training.stop)
-    # Whoever started the processes may end all of them as soon as one ends.
-    training.process.wait_for_all()
+def announce(training: Training) -> None:
+    """Log what is trained on what, and where, as one table; warn where a CPU would take far too long."""
+    config, setup, macs = training.config, training.setup, training.macs / 1e6
+    recipe, trainer, size, on = config.recipe, config.trainer, setup.image_size, training.trained_on
+    removed, parameters = sum(setup.schedule), sum(p.numel() for p in training.state.model.parameters()) / 1e6
+    tokens = f"{setup.tokens} tokens, {removed} removed, {setup.tokens - removed} left after the last layer"
+    steps = f"{trainer.epochs} epochs of {training.steps_per_epoch} steps of {trainer.batch_size} images"
+    images = ", ".join(f"{n:,} {part}" for part, n in on.images.items())
+    for name, text in (
+        ("model", f"{config.model.name}: {parameters:.2f} M parameters, {macs:,.1f} M multiply-adds an image"),
+        ("tokens", f"at {size} x {size}, fusion {config.fusion.strategy}: {tokens}"),
+        ("data", f"{config.data.name}: {on.num_classes} classes, {images} images"),
+        ("recipe", f"{steps}, {recipe.optimizer}, lr {recipe.lr} for {recipe.lr_batch} images"),
+        ("device", f"{setup.device} ({training.provenance['device']}), {training.process.world_size} process(es)"),
+        ("compute", f"{str(setup.dtype).removeprefix('torch.')}, ops by {explain(setup.device.type, setup.dtype)}"),
+    ):
+        _log.info("%-8s %s", name, text)
+    if setup.device.type == "cpu" and macs > _FOR_GPUS:
+        _log.warning(
+            "this model is meant for GPUs: on a CPU the run takes very long. For a CPU there is model=vim_micro "
+            "recipe=light, on 32 x 32 images; data.subset=500 trainer.epochs=2 tries a larger model on a few images"
+        )
 
 
-def _record_failure(path: Path, config: RunConfig, reason: str) -> dict[str, Any]:
-    """Write the failure into the run's summary, by any process: the main one may be killed first; return that."""
-    folder = RunFolder(path, writes=True)
-    before = folder.summary or {"model": config.model.name, "strategy": config.fusion.strategy}
-    failed = {**before, "status": "failed", "error": reason}
-    folder.write_summary(failed)
-    return failed
+def draw_curves(folder: Path) -> None:
+    """Draw loss and Top-1 into curves.png; a failure is a warning, since the run is done."""
+    try:
+        from famba.drawing import curves  # matplotlib is not needed before
+
+        content = curves(json.loads(line) for line in (folder / METRICS).read_text().splitlines())
+        write_whole(folder / "curves.png", lambda file: Path(file).write_bytes(content))
+    except Exception as error:
+        _log.warning("curves.png is not drawn: %s", error)

@@ -31,10 +31,9 @@ _CONTENT = {"format", "config", "world_size", "step", "model", "optimizer", "sca
 _log = logging.getLogger(__name__)
 
 # Settings that may change when a run goes on: the weights that come out stay the same.
-_FREE: tuple[str, ...] = ("run_dir", "resume", "data.root", "data.workers", "data.device", "logger.")
-_FREE += tuple(
-    f"trainer.{key}" for key in ("max_steps", "device", "cuda_graphs", "log_every", "eval_", "save_every_min")
-)
+_OF_TRAINER = ("max_steps", "device", "cuda_graphs", "log_every", "eval_", "save_every_min")
+_OTHERS = ("run_dir", "resume", "data.root", "data.workers", "data.device", "logger.")
+_FREE = (*_OTHERS, *(f"trainer.{key}" for key in _OF_TRAINER))
 
 
 @dataclass
@@ -60,11 +59,6 @@ class Totals:
     best: dict[str, float] = field(default_factory=dict)
     schedules: list[dict[str, Any]] = field(default_factory=list)
     started_from: dict[str, Any] = field(default_factory=dict)
-
-    def begin_epoch(self) -> None:
-        """Clear the sums of the epoch."""
-        self.epoch_data_s = self.epoch_step_s = self.epoch_loss = 0.0
-        self.epoch_steps = self.epoch_losses = 0
 
     def add(self, steps: int, data_s: float, step_s: float) -> None:
         """Add steps and their times."""
@@ -114,38 +108,15 @@ class TrainingState:
             cast(Backbone, self.ema.module).set_fusion(schedule)
 
 
-class Saver:
-    """Write checkpoints in the background, one at a time; training waits for the copy, not for the write."""
-
-    def __init__(self) -> None:
-        self._write: Future[object] | None = None
-
-    def save(self, content: Mapping[str, Any], write: Callable[[dict[str, Any]], object]) -> None:
-        """Copy `content` and pass the copy to `write` in the background. Raises what the write before it raised."""
-        self.wait()
-        thread = ThreadPoolExecutor(1, "saving")
-        copy = tree_map(lambda x: x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x, dict(content))
-        self._write = thread.submit(write, copy)
-        thread.shutdown(wait=False)  # it ends with the write: loaders fork best without threads
-
-    def wait(self) -> None:
-        """Wait until all is written. Raises what the write raised."""
-        write, self._write = self._write, None
-        if write is not None:
-            write.result()
-
-    def check(self) -> None:
-        """Raise what a write has raised, without waiting for one."""
-        if self._write is not None and self._write.done():
-            self.wait()
-
-
 class Checkpoints:
-    """Hold a run's checkpoints: the last two, and the one that validation selected."""
+    """Hold a run's checkpoints: the last two, and the one that validation selected.
+
+    They are written in the background, one at a time: training waits for the copy, not for the write.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.best = folder / "best.pt"
+        self.folder, self.best = folder, folder / "best.pt"
+        self._writing: Future[None] | None = None
 
     def path(self, step: int) -> Path:
         """Return the path of the checkpoint of a step."""
@@ -155,13 +126,31 @@ class Checkpoints:
         """Return all checkpoints of steps, whole or not."""
         return sorted(self.folder.glob("step_*[0-9].pt"), reverse=True)
 
-    def save(self, step: int, content: dict[str, Any], selected: bool = False) -> None:
-        """Write the checkpoint of a step, also as the selected one if it is; remove all but the last two."""
-        if selected:  # first, since a run that continues from the other does not select again
-            write(self.best, content)
-        write(self.path(step), content)
-        for old in self.newest_first()[_KEPT:]:
-            old.unlink(missing_ok=True)
+    def save(self, step: int, content: Mapping[str, Any], selected: bool, before: Callable[[], object]) -> None:
+        """Copy a state and write it in the background, also as the selected one if it is; keep the last two.
+
+        before: is called before the write. Raises what the write before it raised.
+        """
+        self.wait()
+        copy = tree_map(lambda x: x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x, dict(content))
+
+        def write_all() -> None:
+            before()
+            if selected:  # first, since a run that continues from the other does not select again
+                write(self.best, copy)
+            write(self.path(step), copy)
+            for old in self.newest_first()[_KEPT:]:
+                old.unlink(missing_ok=True)
+
+        thread = ThreadPoolExecutor(1, "saving")
+        self._writing = thread.submit(write_all)
+        thread.shutdown(wait=False)  # it ends with the write: loaders fork best without threads
+
+    def wait(self, block: bool = True) -> None:
+        """Wait until all is written, or look whether it is. Raises what the write raised."""
+        if self._writing is not None and (block or self._writing.done()):
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def find_last(self) -> Path | None:
         """Return the newest checkpoint that is whole, None without any; rename damaged later ones unless all are."""
@@ -219,14 +208,12 @@ def find_checkpoint(config: RunConfig, folder: Checkpoints, process: Process) ->
 
     One that is named is where a run begins that has none of its own yet.
     """
-    if config.resume == "never" and not interrupts.restarts():
+    if interrupts.starts_anew(config.resume):
         return None
     path = process.from_main(folder.find_last() if process.is_main else None)
-    if path is None and config.resume not in ("auto", "never"):
-        path = Path(config.resume)
-    if path is None:
+    if path is None and config.resume in ("auto", "never"):
         return None
-    found = load(path)
+    found = load(path or Path(config.resume))
     check_same_run(found, plain(config), process.world_size)
     return found
 
@@ -246,14 +233,19 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
+def refuse(differ: Sequence[str], what: str, advice: str) -> None:
+    """Raise CheckpointError that lists what differs, if anything does."""
+    if differ:
+        raise CheckpointError("\n  ".join([f"{what}:", *(line[:_SHOWN] for line in differ)]) + f"\n{advice}")
+
+
 def check_same_run(content: dict[str, Any], config: dict[str, Any], world_size: int) -> None:
     """Raise CheckpointError if a checkpoint is of a run with other settings, naming each."""
     differ = differences(with_added_keys(content["config"]), config)
     if (before := content["world_size"]) != world_size:
         differ.append(f"processes: {before} before, {world_size} now (they add up gradients in another order)")
-    if differ:
-        listed = "\n  ".join(["the checkpoint is of a run with other settings:", *differ])
-        raise CheckpointError(f"{listed}\nUse the same settings to continue it, or another run_dir for a new run")
+    advice = "Use the same settings to continue it, or another run_dir for a new run"
+    refuse(differ, "the checkpoint is of a run with other settings", advice)
 
 
 @dataclass(frozen=True)
@@ -261,7 +253,7 @@ class TrainedOn:
     """Describe the data of a run: its classes, their names by number if they are known, and the images of each part."""
 
     num_classes: int
-    classes: tuple[str, ...] | None
+    classes: list[str] | None
     images: dict[str, int]
 
     @classmethod
@@ -269,16 +261,11 @@ class TrainedOn:
         """Describe the parts of a data set."""
         parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
         images = {name: len(part) for name, part in parts.items() if part is not None}
-        return cls(splits.train.num_classes, splits.classes, images)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values, as checkpoints hold them."""
-        return {**asdict(self), "classes": self.classes and list(self.classes)}
+        return cls(splits.train.num_classes, list(splits.classes) if splits.classes else None, images)
 
 
 def check_same_data(content: Mapping[str, Any], now: TrainedOn) -> None:
     """Raise CheckpointError if a run would continue on other classes or images; version 0.1 did not keep them."""
-    before = content.get("data")
-    if before is not None and (differ := differences(before, now.as_dict())):
-        listed = "\n  ".join(["the checkpoint is of a run on other data:", *(line[:_SHOWN] for line in differ)])
-        raise CheckpointError(f"{listed}\nRestore the data to continue, or start a new run_dir with init_from=RUN")
+    differ = differences(content["data"], asdict(now)) if "data" in content else []
+    advice = "Restore the data to continue, or start a new run_dir with init_from=RUN"
+    refuse(differ, "the checkpoint is of a run on other data", advice)

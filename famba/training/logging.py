@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -20,41 +20,103 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from famba.errors import CheckpointError
 from famba.files import write_whole
 from famba.training.config import LoggerConfig
-from famba.training.records import METRICS, duration, first_epoch
+from famba.training.records import METRICS, SWEEP, duration, first_epoch
 from famba.training.run_folder import RunFolder
 
-FILE_ONLY = {"file_only": True}
-"""Mark a line that is for train.log alone, as `extra` of a logging call."""
+FILE_ONLY = {"file_only": True}  # as `extra` of a logging call: the line is for train.log alone
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
+# Of a logger: what takes values and their step, and what takes the summary at the end.
+Sinks = tuple[Callable[[dict[str, Any], int], object], Callable[[dict[str, Any]], object]]
 _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}, {rate_fmt}{postfix}]"
-_FIRST_LINE_S, _NEXT_LINE_S = 8.0, 60.0  # after the first batch, and after the line before it
-_SLOW_S = 2.0  # a step that is worth a word
+_SOON_S = 4.0  # after the first batch, for the line with the time left
 
 
-class JsonLines:
-    """Append objects to metrics.jsonl, one per line; each call raises CheckpointError if the disk refuses."""
+def _wandb(folder: Path, logger: LoggerConfig, config: dict[str, Any]) -> Sinks:
+    """Begin to log to Weights & Biases. A run that continues keeps its id; runs of a sweep are one group."""
+    import wandb
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / METRICS
+    run_id = folder / "wandb_id.txt"
+    if not run_id.is_file():
+        write_whole(run_id, lambda file: Path(file).write_text(uuid.uuid4().hex))
+    sweep = folder.resolve().parent
+    run = wandb.init(
+        id=run_id.read_text().strip(),
+        name=folder.name,
+        dir=folder,
+        project=logger.project,
+        entity=logger.entity,
+        group=logger.group or (sweep.name if (sweep / SWEEP).is_file() else None),
+        mode=logger.mode,
+        resume="allow" if logger.mode == "online" else None,
+        config=config,
+        # Neither the checkout's remote, whose address may hold a token, nor the machine's names.
+        settings=wandb.Settings(silent=True, host="", disable_git=True, disable_code=True, x_disable_meta=True),
+    )
+
+    def finish(summary: dict[str, Any]) -> None:
+        run.summary.update(summary)
+        run.finish()
+
+    return lambda values, step: run.log(values, step=step), finish
+
+
+def _tensorboard(folder: Path, step: int) -> Sinks:
+    """Begin to write event files to the run folder's tensorboard/; steps that are done again replace earlier ones."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def log(values: dict[str, Any], step: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    return log, lambda summary: writer.close()
+
+
+class Metrics:
+    """Log to metrics.jsonl, whose failure ends the run, and to the configured logger, whose failure does not.
+
+    Of several processes the main one alone logs. Raises CheckpointError if the disk refuses.
+    """
+
+    def __init__(self, folder: RunFolder, logger: LoggerConfig, config: dict[str, Any], step: int) -> None:
+        self._path, self._name = folder.path / METRICS, logger.name
         self._first_epoch = first_epoch(self._path)
-        self._handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)  # less the umask
+        self._file = io.FileIO(self._path, "ab") if folder.writes else None
+        self._more: Sinks | None = None
+        if folder.writes and logger.name == "wandb":
+            self._more = self._attempt("start", lambda: _wandb(folder.path, logger, config))
+        elif folder.writes and logger.name == "tensorboard":
+            self._more = self._attempt("start", lambda: _tensorboard(folder.path, step))
 
     def log(self, kind: str, step: int, epoch: int, values: dict[str, Any]) -> None:
-        """Add a line of values after `step` steps, in `epoch` from 0; kind is "train", "epoch" or "schedule"."""
+        """Log values after `step` steps, in `epoch` from 0; kind is "train", "epoch" or "schedule"."""
+        if self._file is None:
+            return
         place = {"kind": kind, "step": step, "epoch": epoch + self._first_epoch}
         line = json.dumps({**place, **values}).encode() + b"\n"
         with self._refused():
             while line:
-                line = line[os.write(self._handle, line) :]
+                line = line[self._file.write(line) :]
+        if self._more is not None:
+            log, named = self._more[0], {f"{kind}/{name}": value for name, value in values.items()}
+            self._attempt("log", lambda: log(named, step))
 
     def sync(self) -> None:
-        with self._refused():
-            os.fsync(self._handle)
+        """Wait until what was logged is on the disk."""
+        if self._file is not None:
+            with self._refused():
+                os.fsync(self._file)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        self.sync()
-        os.close(self._handle)
+        """Close the files, and hand the summary to the logger."""
+        if (more := self._more) is not None:
+            self._attempt("finish", lambda: more[1](summary))
+        if self._file is not None:
+            self.sync()
+            self._file.close()
+        self._file = self._more = None
 
     @contextmanager
     def _refused(self) -> Iterator[None]:
@@ -62,80 +124,6 @@ class JsonLines:
             yield
         except OSError as error:
             raise CheckpointError(f"cannot write {self._path}: {error}") from error
-
-
-class WandbLogger:
-    """Log to Weights & Biases. A run that continues keeps its id; runs of a sweep are one group."""
-
-    def __init__(self, folder: RunFolder, logger: LoggerConfig, config: dict[str, Any]) -> None:
-        import wandb
-
-        run_id = folder.path / "wandb_id.txt"
-        if not run_id.is_file():
-            write_whole(run_id, lambda file: Path(file).write_text(uuid.uuid4().hex))
-        place: dict[str, Any] = {
-            "project": logger.project,
-            "entity": logger.entity,
-            "group": logger.group or folder.sweep,
-        }
-        same: dict[str, Any] = {"id": run_id.read_text().strip(), "name": folder.path.name, "dir": folder.path}
-        same["resume"] = "allow" if logger.mode == "online" else None
-        # Neither the checkout's remote, whose address may hold a token, nor the machine's names.
-        private = wandb.Settings(silent=True, host="", disable_git=True, disable_code=True, x_disable_meta=True)
-        self._run = wandb.init(**place, **same, mode=logger.mode, config=config, settings=private)
-
-    def log(self, kind: str, step: int, epoch: int, values: dict[str, Any]) -> None:
-        self._run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
-
-    def finish(self, summary: dict[str, Any]) -> None:
-        self._run.summary.update(summary)
-        self._run.finish()
-
-
-class TensorBoardLogger:
-    """Write event files to the run folder's tensorboard/; steps that are done again replace the earlier ones."""
-
-    def __init__(self, folder: RunFolder, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1)
-
-    def log(self, kind: str, step: int, epoch: int, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(f"{kind}/{name}", value, step)
-
-    def finish(self, summary: dict[str, Any]) -> None:
-        self._writer.close()
-
-
-class Metrics:
-    """Log to metrics.jsonl, whose failure ends the run, and to the configured logger, whose failure does not."""
-
-    def __init__(self, folder: RunFolder, logger: LoggerConfig, config: dict[str, Any], step: int) -> None:
-        self._lines = JsonLines(folder.path) if folder.writes else None
-        self._name = logger.name
-        self._more: WandbLogger | TensorBoardLogger | None = None
-        if folder.writes and logger.name == "wandb":
-            self._more = self._attempt("start", lambda: WandbLogger(folder, logger, config))
-        elif folder.writes and logger.name == "tensorboard":
-            self._more = self._attempt("start", lambda: TensorBoardLogger(folder, step))
-
-    def log(self, kind: str, step: int, epoch: int, values: dict[str, Any]) -> None:
-        if self._lines is not None:
-            self._lines.log(kind, step, epoch, values)
-        if (more := self._more) is not None:
-            self._attempt("log", lambda: more.log(kind, step, epoch, values))
-
-    def sync(self) -> None:
-        if self._lines is not None:
-            self._lines.sync()
-
-    def finish(self, summary: dict[str, Any]) -> None:
-        if (more := self._more) is not None:
-            self._attempt("finish", lambda: more.finish(summary))
-        lines, self._lines, self._more = self._lines, None, None
-        if lines is not None:
-            lines.finish(summary)
 
     def _attempt(self, verb: str, call: Callable[[], T]) -> T | None:
         """Call, and return the result; if that fails, warn and log no more."""
@@ -147,61 +135,41 @@ class Metrics:
             return None
 
 
-class Progress:
+class Progress(tqdm):
     """Show steps, loss and time left by a bar on a terminal; within ten seconds of the first batch in a line too.
 
-    left estimates the seconds to the end of the run, None while it cannot.
+    evaluation: about how much longer evaluations make the run, such as 1.1 times.
     """
 
-    def __init__(self, total_steps: int, step: int, shown: bool, left: Callable[[], float | None]) -> None:
+    def __init__(self, total_steps: int, step: int, shown: bool, evaluation: float) -> None:
         hidden = None if shown else True  # None: shown on a terminal alone
-        self._bar = tqdm(total=total_steps, initial=step, disable=hidden, bar_format=_BAR, dynamic_ncols=True)
-        self._total, self._left, self._loss, self._shown, self._said = total_steps, left, "", shown, not shown
-        self._first, self._step_began, self._took = 0.0, 0.0, 0.0
-        self._stepped = threading.Event()
+        super().__init__(total=total_steps, initial=step, disable=hidden, bar_format=_BAR, dynamic_ncols=True)
+        self._steps_of_run, self._evaluation, self._loss, self._said = total_steps, evaluation, "", not shown
+        self._first = self._began = self._seconds = 0.0  # the first batch here, this step; of the steps after the first
+        self._steps = -1  # after the first one, in which kernels may be compiled
 
     def watched(self, batches: Iterator[T]) -> Iterator[T]:
-        """Yield the batches of an epoch; a first step that takes long is told about while it runs."""
-        self._step_began = time.monotonic()
+        """Yield the batches of an epoch."""
+        self._began = time.monotonic()
         for batch in batches:
             if not self._first:
-                self._first = self._step_began = time.monotonic()
-                if self._shown:  # from here to the end of the step alone: loaders fork best without threads
-                    threading.Thread(target=self._tell, daemon=True).start()
+                self._first = time.monotonic()
+                _log.info("the first step begins; kernels may be compiled in it")
             yield batch
-
-    def _tell(self) -> None:
-        wait = _FIRST_LINE_S
-        while not self._stepped.wait(wait):
-            _log.info("the first step has been running for %s", duration(time.monotonic() - self._first))
-            wait = _NEXT_LINE_S
 
     def step(self, step: int, epoch: int, loss: float | None) -> None:
         """Count a step that ended, in an epoch counted from 0; loss: None where it was not looked at."""
-        now = time.monotonic()
-        self._took, self._step_began = now - self._step_began, now
-        self._stepped.set()
+        now, self._steps = time.monotonic(), self._steps + 1
+        self._seconds += now - self._began if self._steps else 0.0
+        self._began = now
         self._loss = self._loss if loss is None else f", loss {loss:.3f}"
-        left = self._left()
-        ends = "" if left is None else f", about {duration(left)} left with evaluation"
-        self._bar.set_postfix_str(f"epoch {epoch + 1}{self._loss}{ends}", refresh=False)
-        self._bar.update(step - self._bar.n)
-        if not self._said and left is not None and (now - self._first > _FIRST_LINE_S / 2 or self._took > _SLOW_S):
+        left = self._seconds / max(1, self._steps) * (self._steps_of_run - step) * self._evaluation
+        ends = f", about {duration(left)} left with evaluation" if self._steps else ""
+        self.set_postfix_str(f"epoch {epoch + 1}{self._loss}{ends}", refresh=False)
+        self.update(step - self.n)
+        if not self._said and self._steps and now - self._first > _SOON_S:
             self._said = True
-            _log.info("step %d of %d%s%s", step, self._total, self._loss, ends)
-
-    def step_end(self) -> str:
-        """Say when the step that is running ends, where that takes long."""
-        running = time.monotonic() - self._step_began
-        if self._first and not self._stepped.is_set() and running > _SLOW_S:
-            return f", the first one, which has been running for {duration(running)}; how long it takes is not known"
-        left = self._took - running
-        return f", in about {duration(left)}" if left > _SLOW_S else ""
-
-    def close(self) -> None:
-        """Take the bar away."""
-        self._stepped.set()
-        self._bar.close()
+            _log.info("step %d of %d%s%s", step, self._steps_of_run, self._loss, ends)
 
 
 def top1_text(images: str, values: Mapping[str, Any], prefix: str = "") -> str:
@@ -219,8 +187,8 @@ def epoch_line(epoch: int, epochs: int, images: str, values: Mapping[str, float]
     """Describe an epoch, counted from 0: loss, Top-1 on the evaluated images, speed and time."""
     result = f", {top1_text(images, values, f'{images}_')}" if f"{images}_top1" in values else ""
     seconds = values["time_data_s"] + values["time_step_s"] + values.get("time_eval_s", 0.0)
-    speed = f"{values['images_per_s']:.1f} images/s"
-    return f"epoch {epoch + 1} of {epochs}: loss {values['train_loss']:.4f}{result}, {speed}, {duration(seconds)}"
+    result += f", {values['images_per_s']:.1f} images/s, {duration(seconds)}"
+    return f"epoch {epoch + 1} of {epochs}: loss {values['train_loss']:.4f}{result}"
 
 
 def signed(value: float, digits: int = 2) -> str:
@@ -233,7 +201,6 @@ def signed(value: float, digits: int = 2) -> str:
 def log_to(folder: RunFolder) -> Iterator[None]:
     """Send log lines to the terminal and to train.log; only warnings from processes other than the main one."""
     root, terminal = logging.getLogger(), logging.StreamHandler(sys.stdout)
-    terminal.setFormatter(logging.Formatter("%(message)s"))
     terminal.addFilter(lambda record: not hasattr(record, "file_only"))
     handlers: list[logging.Handler] = [terminal]
     if folder.writes:
@@ -248,8 +215,8 @@ def log_to(folder: RunFolder) -> Iterator[None]:
         with logging_redirect_tqdm():
             yield
     finally:
-        root.handlers, logging.raiseExceptions = before[0], True
-        root.setLevel(before[1])
-        for handler in handlers:
-            with suppress(OSError):
-                handler.close()
+        logging.raiseExceptions = True
+        root.handlers, level = before
+        root.setLevel(level)
+        with suppress(OSError):
+            handlers[-1].close()

@@ -1,9 +1,14 @@
-"""Read and write the run folder: the one product of a run."""
+"""Read and write the run folder, the one product of a run, and go on with a run from its folder alone."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +17,19 @@ from filelock import FileLock, Timeout
 
 from famba.errors import CheckpointError, ConfigError
 from famba.files import remove_unfinished, write_whole
+from famba.plugins import VARIABLE
 from famba.training import interrupts
-from famba.training.checkpoint import Checkpoints, differences
+from famba.training.checkpoint import Checkpoints, changes_weights, differences, refuse
+from famba.training.compose import Command, compose, parse_overrides, quoted
 from famba.training.config import ADDED_KEYS, CHANGED_DEFAULTS, RunConfig, flatten, parse, plain, with_added_keys
-from famba.training.records import METRICS, SWEEP
-from famba.training.summary import FORMAT, SUMMARY, Summary
+from famba.training.distributed import world_size
+from famba.training.records import FORMAT, METRICS, SUMMARY, Summary, nested
 
 CONFIG = "config.yaml"
 WEIGHTS = "model.safetensors"
 _REQUEUED_S, _LOOKED_AT_S = 60.0, 0.5
+_OF_RECIPES = ("trainer.epochs", "trainer.batch_size", "trainer.precision")
+_OF_A_FOLDER = ("run_dir", "resume")
 _log = logging.getLogger(__name__)
 
 
@@ -28,8 +37,7 @@ class RunFolder:
     """Hold the files of a run; in a `with` block no other run may write there. `writes`: in the main process alone."""
 
     def __init__(self, path: Path, writes: bool) -> None:
-        self.path = path
-        self.writes = writes
+        self.path, self.writes = path, writes
         self.checkpoints = Checkpoints(path / "checkpoints")
         self._lock = FileLock(path / ".lock")
 
@@ -39,13 +47,11 @@ class RunFolder:
             return self
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            # A job that Slurm requeued may start while a file system still holds the lock of its last start, and
-            # `famba status` holds it for an instant.
+            # A file system may still hold the lock of a requeued job, and `famba status` holds it for an instant.
             self._lock.acquire(timeout=_REQUEUED_S if interrupts.restarts() else _LOOKED_AT_S)
         except Timeout:
-            raise ConfigError(
-                f"another run is writing to {self.path}; wait for it, or choose another run_dir"
-            ) from None
+            told = "wait for it, or choose another run_dir"
+            raise ConfigError(f"another run is writing to {self.path}; {told}") from None
         except NotImplementedError:
             _log.warning("the file system of %s has no locks: make sure that no other run writes there", self.path)
         except OSError as error:
@@ -60,12 +66,6 @@ class RunFolder:
     def release(self) -> None:
         """Let other runs into the folder."""
         self._lock.release()
-
-    @property
-    def sweep(self) -> str | None:
-        """Name of the run's sweep; None if it stands alone."""
-        parent = self.path.resolve().parent
-        return parent.name if (parent / SWEEP).is_file() else None
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -87,17 +87,16 @@ class RunFolder:
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Write the resolved configuration; a run of an earlier version stays without the keys that it did not have."""
-        old = flatten(self.config or config)
-        for key in ADDED_KEYS.keys() - old.keys():
-            group, name = key.split(".")
-            if config[group][name] == ADDED_KEYS[key]:
-                del config[group][name]
-        self._write(CONFIG, yaml.safe_dump(config, sort_keys=False))
+        flat, old = flatten(config), flatten(self.config or config)
+        added = {key for key, value in ADDED_KEYS.items() if key not in old and flat[key] == value}
+        values = nested({key: value for key, value in flat.items() if key not in added})
+        self._write(CONFIG, yaml.safe_dump(values, sort_keys=False))
 
-    def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write the summary, from plain values by the fields of Summary."""
+    def write_summary(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Write the summary, from values by the fields of Summary; return it as plain values."""
         values = Summary.parse(json.dumps({**summary, "format": FORMAT})).values()
         self._write(SUMMARY, json.dumps(values, indent=2) + "\n")
+        return values
 
     def _write(self, name: str, text: str) -> None:
         if self.writes:
@@ -138,42 +137,107 @@ def finished_weights(folder: Path) -> Path:
 
 def finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
     """Return the summary of the run that is done in this folder, None if work is left; another run is an error."""
-    summary, before = folder.summary, folder.config
-    # A job that Slurm starts again goes on with what it began itself.
-    if config.resume == "never" and not interrupts.restarts():
-        if summary is not None or folder.checkpoints.newest_first():
-            raise ConfigError(
-                f"{folder.path} holds a run, which resume=never would overwrite; choose another run_dir, or resume=auto"
-            )
+    summary, begun = folder.summary, folder.checkpoints.newest_first()
+    if interrupts.starts_anew(config.resume):
+        if summary is not None or begun:
+            told = "which resume=never would overwrite; choose another run_dir, or resume=auto"
+            raise ConfigError(f"{folder.path} holds a run, {told}")
         return None
-    if summary is None or before is None or summary["status"] != "finished":
+    before, now = folder.config, plain(as_begun(config, folder.path))
+    done = summary if summary is not None and summary["status"] == "finished" else None
+    if before is None or (done is None and not begun):
         return None
-    if changed := differences(with_added_keys(before), plain(as_begun(config, folder.path))):
-        listed = "\n  ".join([f"{folder.path} holds a finished run with other settings:", *changed])
-        raise CheckpointError(f"{listed}\nChoose another run_dir")
-    goal = config.trainer.max_steps
-    longer = before["trainer"]["max_steps"] is not None and (goal is None or goal > summary["step"])
-    return None if longer else summary
+    if differ := differences(with_added_keys(before), now):
+        what, advice = "run", "Leave them out to go on with its own, or choose another run_dir"
+        if done is not None:
+            what = "finished run"
+            advice = f"Choose another run_dir. To train on from its weights:\n  {_trained_on(folder.path, now)}"
+        refuse(differ, f"{folder.path} holds a {what} with other settings", advice)
+    if done is None:
+        return None
+    most, goal = before["trainer"]["max_steps"], config.trainer.max_steps
+    return done if most is None or (goal is not None and goal <= done["step"]) else None
+
+
+def _trained_on(run_dir: Path, config: dict[str, Any]) -> str:
+    """Return the command that begins a run with a configuration, from the weights of a finished run."""
+    new = Path(f"{run_dir}-on")
+    while new.exists():
+        new = Path(f"{new}-on")
+    wanted = {**flatten(config), "run_dir": str(new), "init_from": str(run_dir), "resume": "auto"}
+    default = flatten(plain(compose([])))
+    return command_line([override(key, value) for key, value in wanted.items() if default[key] != value])
 
 
 def as_begun(config: RunConfig, run_dir: Path) -> RunConfig:
     """Return the configuration with which the run in a folder continues.
 
     Keys that were added since the run began take the values that reproduce its version, and so do those of recipe=paper
-    that changed; a new run's stay as they are.
-    Raises FambaError if the run's own configuration cannot be read.
+    that changed. Raises FambaError if the run's own configuration cannot be read.
     """
-    if config.resume == "never" and not interrupts.restarts():
-        return config
-    before = RunFolder(run_dir, writes=False).config
+    before = None if interrupts.starts_anew(config.resume) else RunFolder(run_dir, writes=False).config
     if before is None:
         return config
-    values = plain(config)
-    old, now = flatten(before), flatten(values)
+    old, now = flatten(before), flatten(plain(config))
     kept = {key: value for key, value in ADDED_KEYS.items() if key not in old}
     if kept and all((old[key], now[key]) == both for key, both in CHANGED_DEFAULTS.items()):
         kept |= {key: then for key, (then, _) in CHANGED_DEFAULTS.items()}
-    for key, value in kept.items():
-        group, name = key.split(".")
-        values[group][name] = value
-    return parse(values)
+    return parse(nested({**now, **kept}))
+
+
+def continued(command: Command) -> RunConfig:
+    """Return the configuration of a command line; a run in its run_dir keeps its own where the command names none.
+
+    Raises CheckpointError as `finished`.
+    """
+    config = command.config()
+    folder = RunFolder(Path(config.run_dir), writes=False)
+    before = None if interrupts.starts_anew(config.resume) else folder.config
+    if before is None:
+        return config
+    command.notes.clear()  # they are of a new run
+    given = {item.key_or_group for item in parse_overrides(command.overrides)}
+    begun, own, asked = flatten(before), flatten(with_added_keys(before)), flatten(plain(config))
+
+    def is_named(key: str) -> bool:
+        chosen = key.split(".")[0] in given or ("recipe" in given and key in _OF_RECIPES) or "experiment" in given
+        by_group = key in begun and (changes_weights(key) or key.startswith("logger."))
+        return key in given or key in _OF_A_FOLDER or (chosen and by_group)
+
+    found = parse(nested({key: asked[key] if is_named(key) else own.get(key, asked[key]) for key in asked}))
+    finished(folder, found)
+    return found
+
+
+def again(run_dir: str | Path) -> str:
+    """Return the command that goes on with a run."""
+    arguments = [override("run_dir", str(run_dir))]
+    if plugins := [name for name in os.environ.get(VARIABLE, "").split(os.pathsep) if name]:
+        arguments.append(override("plugins", plugins))
+    if (processes := world_size()) == 1:
+        return command_line(arguments)
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(processes):  # torchrun on one machine
+        train = [] if _is_train_py() else ["train"]
+        return shlex.join(["torchrun", f"--nproc-per-node={processes}", sys.argv[0], *train, *arguments])
+    return f"{command_line(arguments)}  # in {processes} processes, as before"
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """Return the command that was started, with these arguments, quoted for a shell."""
+    program = ["python", sys.argv[0]] if _is_train_py() else ["famba", "train"]
+    return shlex.join([*program, *arguments])
+
+
+def _is_train_py() -> bool:
+    return Path(sys.argv[0]).name == "train.py"
+
+
+def override(key: str, value: Any) -> str:
+    """Write a setting as Hydra reads it: trainer.epochs=3, run_dir='a, b', plugins=['mine.py']."""
+    if isinstance(value, list):
+        return f"{key}=[{','.join(override('', item)[1:] for item in value)}]"
+    if not isinstance(value, str):
+        return f"{key}={json.dumps(value)}"
+    # A word or a path; others may be a number, a list or null for Hydra.
+    is_plain = re.fullmatch(r"(?!(?i:null|true|false|nan|inf)$)[A-Za-z]\w*|[\w.-]*(/[\w.-]+)+", value, re.ASCII)
+    return f"{key}={value if is_plain else quoted(value)}"

@@ -8,7 +8,8 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from typing import Any, cast
+from dataclasses import asdict
+from typing import Any, NoReturn, cast
 
 import torch
 from timm.utils import ModelEmaV3
@@ -23,21 +24,17 @@ from famba.fusion import tokens_per_layer
 from famba.ops.registry import resolve
 from famba.training import checkpoint, devices, interrupts
 from famba.training.build import Batches, build_model, load_images, load_splits, make_loaders, model_classes
-from famba.training.checkpoint import Saver, Totals, TrainedOn, TrainingState, check_same_data, find_checkpoint
+from famba.training.checkpoint import Totals, TrainedOn, TrainingState, check_same_data, find_checkpoint
 from famba.training.config import RunConfig, plain
 from famba.training.distributed import Process
-from famba.training.evaluation import evaluate
 from famba.training.graph import GraphStep, obstacle
-from famba.training.interrupts import Interrupted, StopAsked, StopRequest
-from famba.training.logging import Metrics, Progress, epoch_line
-from famba.training.measure import macs_per_image, saved_bytes_per_image
+from famba.training.interrupts import Interrupted, StopRequest
+from famba.training.logging import FILE_ONLY, Metrics, Progress, epoch_line
+from famba.training.measure import evaluate, macs_per_image, now, provenance, saved_bytes_per_image
 from famba.training.optimizer import LearningRate, create_optimizer
-from famba.training.provenance import now, provenance
-from famba.training.resume import again
-from famba.training.run_folder import WEIGHTS, RunFolder
+from famba.training.run_folder import WEIGHTS, RunFolder, again
 from famba.training.setup import Setup
 from famba.training.step import Step
-from famba.training.summary import FORMAT, Summary
 from famba.training.weights import start_from
 
 _log = logging.getLogger(__name__)
@@ -50,33 +47,23 @@ class _DivergedError(TrainingError):
 
 
 def new_state(
-    config: RunConfig,
-    setup: Setup,
-    trained_on: TrainedOn,
-    device: torch.device,
-    fresh: bool = True,
-    fused: bool = False,
+    config: RunConfig, setup: Setup, trained: TrainedOn, device: torch.device, fresh: bool = True, fused: bool = False
 ) -> TrainingState:
     """Build network and optimizer as they are before the first step; the same for every strategy at one seed.
 
     fresh: whether to read init_from, because no checkpoint follows. fused: as in `create_optimizer`.
     """
     devices.seed_generators(Stream.WEIGHTS, config.seed)
-    classes = model_classes(config, trained_on.num_classes)
+    classes = model_classes(config, trained.num_classes)
     model = build_model(config.model.name, {**setup.model_arguments, "num_classes": classes})
     totals = Totals()
     if fresh and config.init_from is not None:
-        totals.started_from = start_from(model, config.init_from, trained_on.classes)
+        totals.started_from = start_from(model, config.init_from, trained.classes)
     model.set_grad_checkpointing(config.trainer.grad_checkpointing)
     model.to(device)
-    decay = config.recipe.ema_decay
-    return TrainingState(
-        model=model,
-        optimizer=create_optimizer(model, config, fused),
-        scaler=torch.amp.GradScaler(device.type, enabled=setup.autocast == torch.float16),
-        ema=None if decay is None else ModelEmaV3(model, decay=decay),
-        totals=totals,
-    )
+    ema = None if config.recipe.ema_decay is None else ModelEmaV3(model, decay=config.recipe.ema_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=setup.autocast == torch.float16)
+    return TrainingState(model, create_optimizer(model, config, fused), scaler, ema, totals)
 
 
 class Training:
@@ -91,19 +78,28 @@ class Training:
         self.steps_per_epoch = self.loaders.train.steps_per_epoch
         in_all_epochs = config.trainer.epochs * self.steps_per_epoch
         self.total_steps = min(in_all_epochs, config.trainer.max_steps or in_all_epochs)
-        self.adapt_steps, self.adapt_images = self._plan_adapting(splits.train, in_all_epochs)
+        # Shares of all epochs: a run that continues with more max_steps measures at the same steps.
+        self.adapt_steps = {int(share * in_all_epochs) for share in config.fusion.adapt_at or ()}
+        adapt_images = min(config.fusion.adapt_images or 0, len(splits.train))
+        self.adapt_source = (
+            data.sample(splits.train, adapt_images, config.data.version) if adapt_images else splits.test
+        )
 
         found = find_checkpoint(config, folder.checkpoints, process)
         if found is not None:
             check_same_data(found, self.trained_on)
         backend = resolve(self.device.type, setup.dtype)
-        self.computed = f"{str(setup.dtype).removeprefix('torch.')} on {self.device.type} by {backend}"
         no_graph = obstacle(config, self.device, process.world_size, backend)
         self.state = new_state(config, setup, self.trained_on, self.device, fresh=found is None, fused=no_graph is None)
         self.learning_rate = LearningRate(self.state.optimizer, config, self.steps_per_epoch)
-        self._restore(found)
+        self.computed = f"{str(setup.dtype).removeprefix('torch.')} on {self.device.type} by {backend}"
+        if found is not None:
+            self.state.restore(found)
+            if (before := found.get("computed", self.computed)) != self.computed:
+                _log.warning("begun in %s, continuing in %s: results will differ", before, self.computed)
+            _log.info("continuing after step %d of %d", self.state.step, self.total_steps)
+        folder.rewind_metrics(self.state.step, epoch_ended=not self.state.totals.epoch_open)
         folder.write_config(plain(config))
-        self.saver = Saver()
         self._saved, self._saved_at = self._place(), time.monotonic()
 
         self.provenance = provenance(process.device, config.seed, process.world_size, setup.dtype)
@@ -111,43 +107,17 @@ class Training:
         devices.reset_peak_memory(process.device)
         if no_graph is not None and self.device.type == "cuda":
             _log.info("steps are no CUDA graphs, and may wait for the host: %s", no_graph)
-        kind = GraphStep if no_graph is None else Step
         self.forward = self._forward_model()
-        self.step = kind(config, self.state, self.forward, process, setup.autocast)
+        self.step = (Step if no_graph else GraphStep)(config, self.state, self.forward, process, setup.autocast)
         self.metrics = Metrics(folder, config.logger, plain(config), self.state.step)
         # A look at the loss makes a GPU wait, so the loss is looked at now and then there, and at every step on a CPU.
-        waits = self.device.type != "cpu" or self.step.masks
-        self._look_every = config.trainer.log_every if waits else 1
+        self._look_every = config.trainer.log_every if self.device.type != "cpu" or self.step.masks else 1
         self._unseen: list[Tensor] = []
-        self._compiled: tuple[int, float] | None = None  # steps and seconds, with that of the first step here
-
-    def _plan_adapting(self, train: data.Source, epochs: int) -> tuple[frozenset[int], Tensor]:
-        """Return the steps before which an adaptive schedule is measured, and the images (n, 3, s, s) for it."""
-        config = self.config
-        shares, count = config.fusion.adapt_at, config.fusion.adapt_images
-        if shares is None or count is None:
-            return frozenset(), torch.empty(0)
-        # Shares of all epochs: a run that continues with more max_steps measures at the same steps.
-        steps = frozenset(int(share * epochs) for share in shares)
-        chosen = data.sample(train, min(count, len(train)), config.data.version)
-        return steps, load_images(config, self.setup.image_size, chosen)
-
-    def _restore(self, found: dict[str, Any] | None) -> None:
-        """Continue from a checkpoint, or begin anew."""
-        if found is None:
-            self.folder.rewind_metrics(0, epoch_ended=True)
-            return
-        self.state.restore(found)
-        if (before := found.get("computed", self.computed)) != self.computed:
-            _log.warning("begun in %s, continuing in %s: results will differ", before, self.computed)
-        self.folder.rewind_metrics(self.state.step, epoch_ended=not self.state.totals.epoch_open)
-        _log.info("continuing after step %d of %d", self.state.step, self.total_steps)
 
     def _measure_costs(self) -> None:
         """Count multiply-adds, and bytes saved for the backward, per image with the schedule as it is."""
-        model, size = self.state.model, self.setup.image_size
-        self.saved_bytes = saved_bytes_per_image(model, size, self.setup.autocast)
-        self.macs = macs_per_image(model, size)
+        self.saved_bytes = saved_bytes_per_image(self.state.model, self.setup.image_size, self.setup.autocast)
+        self.macs = macs_per_image(self.state.model, self.setup.image_size)
 
     def _forward_model(self) -> nn.Module:
         model: nn.Module = self.state.model
@@ -161,9 +131,10 @@ class Training:
         """Train to the end and return the summary. Raises Interrupted once a requested stop is saved."""
         self.folder.write_summary(self.summary("running"))
         start, trainer = self._place(), self.config.trainer
-        shown = self.process.is_main
-        with contextlib.closing(Progress(self.total_steps, self.state.step, shown, self._seconds_left)) as progress:
-            self.stop.when = progress.step_end
+        # A forward takes a third of the time of a step.
+        images = 3 * trainer.eval_every * trainer.batch_size * self.steps_per_epoch
+        longer = 1 + (trainer.eval_images or self.trained_on.images[self.loaders.selection_name]) / images
+        with Progress(self.total_steps, self.state.step, self.process.is_main, longer) as progress:
             try:
                 at_end = self.state.step % self.steps_per_epoch == 0 or self.state.step == self.total_steps
                 if self.state.totals.epoch_open and at_end:  # stopped in the evaluation of an epoch
@@ -171,26 +142,25 @@ class Training:
                 while self.state.step < self.total_steps:
                     self._train_epoch(progress)
                     self._finish_epoch()
-                    (number,) = self.process.largest(self.stop.number)
-                    if number and self.state.step < self.total_steps:
-                        raise StopAsked(number)
+                    if self.state.step < self.total_steps:
+                        self._between_steps()
                 return self._finish()
-            except StopAsked as asked:
-                raise self._stopped(asked.signal, start) from None
+            except Interrupted as asked:
+                self._end(asked.signal, start)
             except Exception as error:
                 if not isinstance(error, _DivergedError):
                     self._save_after_error()
                 if not devices.out_of_memory(error):
                     raise
-                parts = trainer.accumulation * self.process.world_size
-                raise devices.memory_error(error, trainer.batch_size // parts, trainer.accumulation) from error
-
-    # One epoch
+                at_once = trainer.batch_size // trainer.accumulation // self.process.world_size
+                raise devices.memory_error(error, at_once, trainer.accumulation) from error
 
     def _train_epoch(self, progress: Progress) -> None:
         epoch, first = divmod(self.state.step, self.steps_per_epoch)
         if first == 0:
-            self.state.totals.begin_epoch()
+            totals = self.state.totals
+            totals.epoch_data_s = totals.epoch_step_s = totals.epoch_loss = 0.0
+            totals.epoch_steps = totals.epoch_losses = 0
         self.forward.train()
         with contextlib.closing(self.loaders.train.epoch(epoch, first)) as loaded:
             batches = progress.watched(loaded)
@@ -210,11 +180,12 @@ class Training:
         state = self.state
         self.step.schedule_changes()
         self.step.changing = True  # until the step is done: a run that continues measures again
-        adapted, autocast = None, self.setup.autocast
+        adapted = None
         if self.process.is_main:
+            images = load_images(self.config, self.setup.image_size, self.adapt_source).to(self.device)
             state.model.eval()
-            with torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None):
-                adapted = state.model.adapted_fusion(self.adapt_images.to(self.device), sum(self.setup.schedule))
+            with torch.autocast(self.device.type, self.setup.autocast, enabled=self.setup.autocast is not None):
+                adapted = state.model.adapted_fusion(images, sum(self.setup.schedule))
             state.model.train()
         schedule, threshold = self.process.from_main(adapted)
         state.set_fusion(schedule)
@@ -224,8 +195,7 @@ class Training:
         values = {"threshold": threshold, **{f"layer_{layer}": float(r) for layer, r in enumerate(schedule)}}
         # Logged for the step that it first acts in: a run that continues from here measures and logs again.
         self.metrics.log("schedule", state.step + 1, epoch, values)
-        removed = " ".join(map(str, schedule))
-        _log.info("after step %d the layers remove %s tokens (cosines from %.3f)", state.step, removed, threshold)
+        _log.info("after step %d the layers remove %s tokens (cosines from %.3f)", state.step, schedule, threshold)
 
     def _step(self, epoch: int, batches: Iterator[tuple[Tensor, Tensor]]) -> float | None:
         """Do one step; return its loss where it was looked at."""
@@ -241,12 +211,10 @@ class Training:
         state.totals.epoch_open = True
         state.totals.add(1, self.step.data_s, time.perf_counter() - begin - self.step.data_s)
         self.step.changing = False
-        if seen is None:
-            return None
-        if done % self.config.trainer.log_every == 0:
+        if seen is not None and done % self.config.trainer.log_every == 0:
             values = {"loss": seen[0], "grad_norm": seen[1], "lr": lr, "images_per_s": self._images_per_s()}
             self.metrics.log("train", done, epoch, values)
-        return seen[0]
+        return None if seen is None else seen[0]
 
     def _take_losses(self, last_step: int) -> tuple[float, float] | None:
         """Read the losses since the last look; return the last loss and norm. One that is not finite is an error."""
@@ -256,12 +224,11 @@ class Training:
         self._unseen.clear()
         for step, (loss, norm) in enumerate(records, start=last_step - len(records) + 1):
             if not math.isfinite(loss) or not (math.isfinite(norm) or self.state.scaler.is_enabled()):
-                epoch, lr, saved = (step - 1) // self.steps_per_epoch, self.learning_rate.set(step - 1), self._saved[0]
-                kept = f"the last good state is that of step {saved}" if saved else "no earlier state is kept"
+                epoch, lr = (step - 1) // self.steps_per_epoch, self.learning_rate.set(step - 1)
                 raise _DivergedError(
                     f"the loss is {loss} at step {step} (epoch {epoch + 1}), with learning rate {lr:.3g} and gradient "
-                    f"norm {norm:.3g}; {kept}. In a new run_dir, a smaller recipe.lr, recipe.clip_grad=1 or "
-                    "trainer.precision=fp32 may help"
+                    f"norm {norm:.3g}; the last good state is that of step {self._saved[0]}. In a new run_dir, a "
+                    "smaller recipe.lr, recipe.clip_grad=1 or trainer.precision=fp32 may help"
                 )
             self.state.totals.epoch_loss += loss
             self.state.totals.epoch_losses += 1
@@ -269,34 +236,15 @@ class Training:
 
     def _between_steps(self) -> None:
         """Save if it is time to or a stop is asked for, in all processes at the same step."""
-        self.saver.check()
+        self.folder.checkpoints.wait(block=False)
         due = time.monotonic() - self._saved_at > 60 * self.config.trainer.save_every_min
         number, save = self.process.largest(self.stop.number, int(due and self.process.is_main))
         if number or save:
             self._take_losses(self.state.step)
         if number:
-            raise StopAsked(number)
+            raise Interrupted("stopped between steps", number)
         if save:
             self._save()
-
-    def _seconds_left(self) -> float | None:
-        """Estimate the seconds to the end of the run, with evaluations; None while steps compile."""
-        totals, trainer, state = self.state.totals, self.config.trainer, self.state
-        steps, seconds = totals.steps, totals.data_s + totals.step_s
-        if self._compiled is None:
-            self._compiled = (steps, seconds) if trainer.compile or self.device.type == "cuda" else (0, 0.0)
-        if steps == self._compiled[0]:
-            return None
-        step = (seconds - self._compiled[1]) / (steps - self._compiled[0])
-        # Until an evaluation is timed: a forward takes a third of the time of a step.
-        images = trainer.eval_images or self.trained_on.images[self.loaders.selection_name]
-        batches = images / trainer.batch_size
-        guess = step / 3 * batches * (1 if state.ema is None else 2)
-        evaluation = totals.eval_s / totals.evaluations if totals.evaluations else guess
-        left = self.total_steps - state.step
-        return left * step + math.ceil(left / self.steps_per_epoch / trainer.eval_every) * evaluation
-
-    # Between epochs
 
     def _finish_epoch(self) -> None:
         """Evaluate, select, log and save."""
@@ -304,26 +252,24 @@ class Training:
             self._save()
         state, totals, trainer = self.state, self.state.totals, self.config.trainer
         epoch, name = (state.step - 1) // self.steps_per_epoch, self.loaders.selection_name
-        selected = False
+        at_end, selected = state.step == self.total_steps, False
         values: dict[str, float] = {
             "train_loss": totals.epoch_loss / max(1, totals.epoch_losses),
             "time_data_s": totals.epoch_data_s,
             "time_step_s": totals.epoch_step_s,
         }
-        if state.step == self.total_steps or (epoch + 1) % trainer.eval_every == 0:
+        if at_end or (epoch + 1) % trainer.eval_every == 0:
             began = time.perf_counter()
-            at_end = state.step == self.total_steps
             results = self._evaluate(self.loaders.selection if at_end else self.loaders.in_training)
             values |= {f"{name}_{metric}": value for metric, value in results.items()}
             values["time_eval_s"] = time.perf_counter() - began
             self.step.changing = True  # until the epoch is saved: a run that continues evaluates again
             totals.evaluated, totals.eval_s = results, totals.eval_s + values["time_eval_s"]
             totals.evaluations += 1
-            top1 = totals.evaluated["top1"]
             # Never by the test images.
-            selected = name == "validation" and top1 > totals.best.get("validation_top1", -1.0)
+            selected = name == "validation" and results["top1"] > totals.best.get("validation_top1", -1.0)
             if selected:
-                totals.best = {"epoch": epoch, "validation_top1": top1}
+                totals.best = {"epoch": epoch, "validation_top1": results["top1"]}
         values |= {"images_per_s": self._images_per_s(), "peak_memory_mib": devices.peak_memory_mib(self.device)}
         self.metrics.log("epoch", state.step, epoch, values)
         _log.info("%s", epoch_line(epoch, trainer.epochs, name, values))
@@ -344,14 +290,11 @@ class Training:
 
     def _images_per_s(self) -> float:
         devices.synchronize(self.device)
-        totals = self.state.totals
-        seconds = totals.epoch_data_s + totals.epoch_step_s
-        return self.config.trainer.batch_size * totals.epoch_steps / max(seconds, 1e-9)
-
-    # The end
+        seconds = self.state.totals.epoch_data_s + self.state.totals.epoch_step_s
+        return self.config.trainer.batch_size * self.state.totals.epoch_steps / max(seconds, 1e-9)
 
     def _finish(self) -> dict[str, Any]:
-        self.saver.wait()
+        self.folder.checkpoints.wait()
         if self.loaders.selection_name == "validation":
             self.state.totals.evaluated = self._evaluate(self.loaders.test)
             self._test_selected()
@@ -361,125 +304,116 @@ class Training:
             checkpoint.save_weights(weights, self.state.model.state_dict())
             summary["weights_sha256"] = sha256(weights)
         self.metrics.sync()
-        self.folder.write_summary(summary)
+        summary = self.folder.write_summary(summary)
         self.metrics.finish(summary)
         return summary
 
     def _test_selected(self) -> None:
         """Test the checkpoint that validation selected."""
-        best = self.state.totals.best
-        selected = self.process.from_main(self._read_selected() if self.process.is_main else None)
-        if selected is None:
-            return
-        model = copy.deepcopy(self.state.model)
-        model.set_fusion(selected["schedule"])
-        model.load_state_dict(selected["model"])
-        results = self._test(model, self.loaders.test)
-        best |= {"top1": results["top1"], "top5": results["top5"]}
-
-    def _read_selected(self) -> dict[str, Any] | None:
-        try:
-            found = checkpoint.load(self.folder.checkpoints.best)
-            if found["totals"]["best"].get("epoch") != self.state.totals.best["epoch"]:
-                raise CheckpointError(f"{self.folder.checkpoints.best} is of another epoch")
-            return {"schedule": found["schedule"], "model": found["model"]}
-        except CheckpointError as error:
-            _log.warning("the selected weights cannot be tested: %s", error)
-            return None
+        best, path, found = self.state.totals.best, self.folder.checkpoints.best, None
+        if self.process.is_main:
+            try:
+                content = checkpoint.load(path)
+                if content["totals"]["best"].get("epoch") != best["epoch"]:
+                    raise CheckpointError(f"{path} is of another epoch")
+                found = content["schedule"], content["model"]
+            except CheckpointError as error:
+                _log.warning("the selected weights cannot be tested: %s", error)
+        if (selected := self.process.from_main(found)) is not None:
+            model = copy.deepcopy(self.state.model)
+            model.set_fusion(selected[0])
+            model.load_state_dict(selected[1])
+            results = self._test(model, self.loaders.test)
+            best |= {"top1": results["top1"], "top5": results["top5"]}
 
     def summary(self, status: str) -> dict[str, Any]:
-        """Return the summary of the run so far, as plain values."""
+        """Return the summary of the run so far, by the fields of Summary."""
         config, setup, state, totals = self.config, self.setup, self.state, self.state.totals
         on_test = status == "finished" or self.loaders.selection_name == "test"
-        results = totals.evaluated if on_test else {}
         epochs, train_time = max(totals.steps / self.steps_per_epoch, 1e-9), totals.data_s + totals.step_s
-        schedule = tuple(state.model.fusion)
-        return Summary(
-            status=status,
-            format=FORMAT,
-            updated=now(),
-            provenance=self.provenance,
-            model=config.model.name,
-            data=config.data.name,
-            strategy=config.fusion.strategy,
-            top1=results.get("top1"),
-            top5=results.get("top5"),
-            loss=results.get("loss"),
-            ema_top1=results.get("ema_top1"),
-            ema_top5=results.get("ema_top5"),
-            selected={**totals.best, "epoch": totals.best["epoch"] + 1} if totals.best else None,  # people count from 1
-            started_from=totals.started_from or None,
-            epoch=state.step // self.steps_per_epoch,
-            epochs=config.trainer.epochs,
-            step=state.step,
-            steps=self.total_steps,
-            epoch_time_s={
-                "data": totals.data_s / epochs,
-                "step": totals.step_s / epochs,
-                "evaluation": totals.eval_s / max(1, totals.evaluations),
-            },
-            train_time_s=train_time,
-            eval_time_s=totals.eval_s,
-            images_per_s=config.trainer.batch_size * totals.steps / max(train_time, 1e-9),
-            peak_memory_mib=devices.peak_memory_mib(self.device),
-            macs_per_image=self.macs,
-            saved_bytes_per_image=self.saved_bytes,
-            image_size=setup.image_size,
-            parameters=sum(p.numel() for p in state.model.parameters()),
-            precision="fp32" if setup.autocast is None else str(setup.autocast).removeprefix("torch."),
-            tokens=setup.tokens,
-            tokens_removed=sum(schedule),
-            schedule=schedule,
-            tokens_per_layer=tuple(tokens_per_layer(schedule, setup.tokens)),
-            budget_matched=setup.matched,
-            adapted=tuple(totals.schedules) or None,
-            images=self.trained_on.images,
-            classes=self.trained_on.classes,
-        ).values()
-
-    # Saving and stopping
+        times = totals.data_s / epochs, totals.step_s / epochs, totals.eval_s / max(1, totals.evaluations)
+        schedule, best = state.model.fusion, totals.best
+        return {
+            "status": status,
+            "updated": now(),
+            "provenance": self.provenance,
+            "model": config.model.name,
+            "data": config.data.name,
+            "strategy": config.fusion.strategy,
+            **(totals.evaluated if on_test else {}),
+            "selected": {**best, "epoch": best["epoch"] + 1} if best else None,  # people count from 1
+            "started_from": totals.started_from or None,
+            "epoch": state.step // self.steps_per_epoch,
+            "epochs": config.trainer.epochs,
+            "step": state.step,
+            "steps": self.total_steps,
+            "epoch_time_s": dict(zip(("data", "step", "evaluation"), times, strict=True)),
+            "train_time_s": train_time,
+            "eval_time_s": totals.eval_s,
+            "images_per_s": config.trainer.batch_size * totals.steps / max(train_time, 1e-9),
+            "peak_memory_mib": devices.peak_memory_mib(self.device),
+            "macs_per_image": self.macs,
+            "saved_bytes_per_image": self.saved_bytes,
+            "image_size": setup.image_size,
+            "parameters": sum(p.numel() for p in state.model.parameters()),
+            "precision": "fp32" if setup.autocast is None else str(setup.autocast).removeprefix("torch."),
+            "tokens": setup.tokens,
+            "tokens_removed": sum(schedule),
+            "schedule": schedule,
+            "tokens_per_layer": tokens_per_layer(schedule, setup.tokens),
+            "budget_matched": setup.matched,
+            "adapted": totals.schedules or None,
+            "images": self.trained_on.images,
+            "classes": self.trained_on.classes,
+        }
 
     def _place(self) -> tuple[int, bool]:
         return self.state.step, self.state.totals.epoch_open
 
     def _save(self, selected: bool = False) -> None:
-        """Save the state in the background."""
-        step = self.state.step
+        """Save the state in the background; lines of metrics that a continuation will not write again come first."""
         self._saved, self._saved_at = self._place(), time.monotonic()
-
-        def write(content: dict[str, Any]) -> None:
-            # Lines that a continuation will not write again must be on the disk first.
-            self.metrics.sync()
-            self.folder.checkpoints.save(step, content, selected)
-
         if self.folder.writes:
-            about = {"config": plain(self.config), "data": self.trained_on.as_dict(), "computed": self.computed}
-            self.saver.save({**about, "world_size": self.process.world_size, **self.state.content()}, write)
+            about = {"config": plain(self.config), "data": asdict(self.trained_on), "computed": self.computed}
+            content = {**about, "world_size": self.process.world_size, **self.state.content()}
+            self.folder.checkpoints.save(self.state.step, content, selected, self.metrics.sync)
 
     def _save_after_error(self) -> None:
         """Save what was computed, if an error came between two steps; say from where the run can go on."""
         with contextlib.suppress(Exception):  # the error that ended the run is the one to show
-            self.saver.wait()
+            self.folder.checkpoints.wait()
         with contextlib.suppress(Exception):
             if not self.step.changing and self._place() != self._saved:
                 if self.process.world_size == 1:
                     self._take_losses(self.state.step)
                 if not self._unseen:  # which may not be finite, and others may not answer to add them up
                     self._save()
-                    self.saver.wait()
+                    self.folder.checkpoints.wait()
         if self.folder.writes and (kept := self.folder.checkpoints.newest_first()):
             _log.info("saved after step %d; to go on from there: %s", int(kept[0].stem[5:]), again(self.folder.path))
 
-    def _stopped(self, number: int, start: tuple[int, bool]) -> Interrupted:
-        """Save if that is not done yet, in all processes before any of them ends; start: the place at the start."""
+    def _end(self, number: int, start: tuple[int, bool]) -> NoReturn:
+        """Save if that is not done yet, go back to Slurm's queue if it gave notice, and raise Interrupted.
+
+        All processes save before any of them ends. start: the place in the run at the start.
+        """
         if self._place() != self._saved:
             self._save()
-        self.saver.wait()
-        self.folder.write_summary(self.summary("interrupted"))
+        self.folder.checkpoints.wait()
+        summary = self.folder.write_summary(self.summary("interrupted"))
         self.process.wait_for_all()
-        path, step = self.folder.checkpoints.path(self.state.step), self.state.step
-        stopped = f"stopped after step {step} of {self.total_steps}, saved in {path}"
-        result = Interrupted(f"{stopped}; to continue: {again(self.folder.path)}", number)
-        if result.goes_on and self._place() == start == (0, False) and interrupts.restarts() >= _STALLED_STARTS - 1:
+        step = self.state.step
+        told = f"stopped after step {step} of {self.total_steps}, saved in {self.folder.checkpoints.path(step)}"
+        stopped = Interrupted(f"{told}; to continue: {again(self.folder.path)}", number)
+        if stopped.goes_on and self._place() == start == (0, False) and interrupts.restarts() >= _STALLED_STARTS - 1:
             raise TrainingError(f"stopped {_STALLED_STARTS} times before the first step; raise the job's time limit")
-        return result
+        _log.info("%s", stopped, extra=FILE_ONLY)
+        if stopped.goes_on and self.process.is_main:
+            interrupts.requeue()
+            _log.info("back in Slurm's queue")
+        self.metrics.finish(summary)
+        if stopped.goes_on:
+            self.folder.release()
+            interrupts.wait_for_the_end(number)
+        self.process.wait_for_all()  # whoever started the processes may end all of them as soon as one ends
+        raise stopped from None

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from glob import escape, glob
 from pathlib import Path
 from typing import Any
@@ -17,37 +16,26 @@ from torch import Tensor
 from famba.errors import CheckpointError, near_miss
 from famba.files import read_file
 from famba.models import Backbone
-from famba.models.weights import (
-    Origin,
-    fit_weights,
-    load_weights,
-    names_with_weights,
-    saved_origin,
-    weights_folder,
-    weights_in,
-)
+from famba.models import weights as files
 from famba.training.checkpoint import Checkpoints
 from famba.training.config import RunConfig
 from famba.training.run_folder import RunFolder, finished_weights
 
-AVERAGED = "ema:"
-"""Prefix of init_from that asks for the averaged weights of a run."""
+AVERAGED = "ema:"  # begins an init_from that asks for the averaged weights of a run
 _log = logging.getLogger(__name__)
 
 
 def find_file(place: str) -> Path | None:
     """Return the file that a run folder, a file, or the name of a model with bundled weights means, else None."""
-    if os.path.isdir(place):  # unlike Path's, it takes any name
-        return finished_weights(Path(place))
-    if os.path.isfile(place):
+    if os.path.isfile(place):  # unlike Path's, it takes any name
         return Path(place)
-    folder = weights_folder(place) if place in bundled() else None
-    return None if folder is None else finished_weights(folder)
+    folder = place if os.path.isdir(place) else files.weights_folder(place) if place in bundled() else None
+    return None if folder is None else finished_weights(Path(folder))
 
 
 def bundled() -> list[str]:
     """List the names, with and without tags, of the models with bundled weights."""
-    names = names_with_weights()
+    names = files.names_with_weights()
     return [*names, *(name.split(".")[0] for name in names)]
 
 
@@ -60,38 +48,27 @@ def class_names(content: Mapping[str, Any], file: Path) -> tuple[str, ...] | Non
     return tuple(map(str, names)) if isinstance(names, list) else None
 
 
-@dataclass(frozen=True)
-class Initial:
-    """Hold weights that init_from names, with their file, what it says of their network, and names of classes."""
-
-    file: Path
-    weights: dict[str, Any]
-    origin: Origin
-    classes: tuple[str, ...] | None
-
-
-def read_initial(given: str) -> Initial:
+def read_initial(given: str) -> tuple[Path, dict[str, Any], files.Origin, tuple[str, ...] | None]:
     """Read the weights that init_from names: a run's folder, a file, or a timm model with bundled weights.
 
     With "ema:" before it, these are the averaged weights of a run with recipe.ema_decay, from its folder or a
-    checkpoint. Raises FambaError if nothing is there, or it is damaged or holds no such weights.
+    checkpoint. Returns their file, the weights, what the file says of their network, and the names of their classes.
+    Raises FambaError if nothing is there, or it is damaged or holds no such weights.
     """
-    place = given.removeprefix(AVERAGED)
-    averaged = place != given
+    place, averaged = given.removeprefix(AVERAGED), given.startswith(AVERAGED)
     file = find_file(place)
     if file is None:
-        near = near_miss(place, bundled()) or f"; these are {', '.join(names_with_weights())}"
+        near = near_miss(place, bundled()) or f"; these are {', '.join(files.names_with_weights())}"
         told = "is no file, no run folder and no timm model with bundled weights"
         raise CheckpointError(f"init_from={given} {told}{near}")
-    if averaged and Path(place).is_dir():
-        # Averaged weights are kept in checkpoints alone.
+    if averaged and Path(place).is_dir():  # they are kept in checkpoints alone
         file = next(iter(Checkpoints(Path(place) / "checkpoints").newest_first()), file)
     content = read_file(file)
-    weights = weights_in(content, file, averaged=averaged)
+    weights = files.weights_in(content, file, averaged=averaged)
     if averaged and not weights:
-        told = f"give a run with recipe.ema_decay, or leave out {AVERAGED}"
-        raise CheckpointError(f"init_from={given}: {file} holds no averaged weights; {told}")
-    return Initial(file, weights, saved_origin(content, file), class_names(content, file))
+        told = f"{file} holds no averaged weights; give a run with recipe.ema_decay, or leave out {AVERAGED}"
+        raise CheckpointError(f"init_from={given}: {told}")
+    return file, weights, files.saved_origin(content, file), class_names(content, file)
 
 
 def check_initial(config: RunConfig, outline: Backbone) -> None:
@@ -100,21 +77,21 @@ def check_initial(config: RunConfig, outline: Backbone) -> None:
     begun = [*glob(f"{escape(config.run_dir)}/checkpoints"), *glob(f"{escape(config.run_dir)}/*/checkpoints")]
     if config.init_from is None or begun:
         return
-    initial = read_initial(config.init_from)
-    fit_weights(outline, initial.weights, str(initial.file), initial.origin, _has_other_head(outline, initial.weights))
+    file, weights, origin, _ = read_initial(config.init_from)
+    files.fit_weights(outline, weights, str(file), origin, _has_other_head(outline, weights))
 
 
-def start_from(model: Backbone, given: str, classes: tuple[str, ...] | None = None) -> dict[str, Any]:
+def start_from(model: Backbone, given: str, classes: Sequence[str] | None = None) -> dict[str, Any]:
     """Load the weights that init_from names into `model`, with a new classifier for other classes.
 
-    classes: names of the run's classes, None if they are not known. Returns what a summary tells of the weights:
-    init_from, their SHA-256, and whether the classifier is new. Raises FambaError as `check_initial`.
+    classes: names of the run's classes, None if they are not known. Returns what a summary tells of the weights.
+    Raises FambaError as `check_initial`.
     """
-    initial = read_initial(given)
-    digest = weights_sha256(initial.weights)
-    others = initial.classes is not None and classes is not None and initial.classes != classes
-    is_new = others or _has_other_head(model, initial.weights)
-    changes = load_weights(model, initial.weights, initial.file, initial.origin, reset_head=is_new)
+    file, weights, origin, known = read_initial(given)
+    digest = weights_sha256(weights)
+    others = known is not None and classes is not None and known != tuple(classes)
+    is_new = others or _has_other_head(model, weights)
+    changes = files.load_weights(model, weights, file, origin, reset_head=is_new)
     changes.append("with a new classifier, for other classes" if is_new else "with their classifier")
     _log.info("%s", "; ".join([f"weights start from {given} (SHA-256 {digest[:12]})", *changes]))
     return {"init_from": given, "weights_sha256": digest, "new_classifier": is_new}

@@ -13,7 +13,7 @@ from famba.analysis.benchmark.report import Report, Row, filled
 from famba.analysis.benchmark.timing import NOTE, Race, keep_freed_memory
 from famba.errors import ConfigError, TrainingError
 from famba.training.devices import has_bf16, out_of_memory
-from famba.training.provenance import provenance
+from famba.training.measure import provenance
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
