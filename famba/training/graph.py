@@ -17,7 +17,7 @@ from famba.errors import TrainingError
 from famba.training.config import RunConfig
 from famba.training.devices import out_of_memory
 from famba.training.optimizer import has_fused_form
-from famba.training.step import Step
+from famba.training.step import Infer, Step
 
 _WARM_UPS = 3
 Memory = tuple[Any, torch.cuda.Stream]
@@ -55,6 +55,7 @@ class GraphStep(Step):
         self._loss, self._ema_weight, self._held, self._reported, self._images, self._targets = (
             torch.zeros(shape, device=self.device) for shape in shapes
         )
+        self._evaluations: dict[nn.Module, _Evaluation] = {}
         self.schedule_changes()
 
     def gradients(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
@@ -83,6 +84,12 @@ class GraphStep(Step):
 
     def update(self) -> None:
         """Do nothing: `gradients` has done the step."""
+
+    def infer(self, model: nn.Module) -> Infer:
+        """Return what evaluates a model in eval mode, as a graph for batches of the first one's size."""
+        if model not in self._evaluations:
+            self._evaluations[model] = _Evaluation(super().infer(model), self._captured)
+        return self._evaluations[model]
 
     def schedule_changes(self) -> None:
         """Forget the graphs, and give their memory back; the next step is captured anew."""
@@ -212,3 +219,26 @@ def captured(function: Callable[[], None], memory: Memory | None) -> Callable[[]
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         function()
     return graph.replay
+
+
+class _Evaluation:
+    """Evaluate batches of the first one's shape by a graph, and others as they come."""
+
+    def __init__(self, infer: Infer, captured: Callable[[Callable[[], None]], Callable[[], None]]) -> None:
+        self._infer, self._captured = infer, captured
+        self._images = self._logits = torch.empty(0)
+        self._replay: Callable[[], None] | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the logits (b, classes); the next call may overwrite them."""
+        if self._replay is None:
+            self._images = images.clone()
+            self._replay = self._captured(self._call)
+        if images.shape != self._images.shape:
+            return self._infer(images)
+        self._images.copy_(images)
+        self._replay()
+        return self._logits
+
+    def _call(self) -> None:
+        self._logits = self._infer(self._images)
