@@ -188,9 +188,11 @@ def test_learning_rate_follows_the_recipe(tmp_path: Path) -> None:
     assert rates[0] == rates[2] == pytest.approx(0.001)
 
 
-def test_gradient_checkpointing_changes_memory_alone(tmp_path: Path) -> None:
-    plain = run(tmp_path / "plain", "trainer.max_steps=2")
-    saving = run(tmp_path / "saving", "trainer.max_steps=2", "trainer.grad_checkpointing=true")
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_gradient_checkpointing_changes_memory_alone(tmp_path: Path, backend: str) -> None:
+    options = ("trainer.max_steps=2", f"ops.backend={backend}")
+    plain = run(tmp_path / "plain", *options)
+    saving = run(tmp_path / "saving", *options, "trainer.grad_checkpointing=true")
     assert weights(tmp_path / "plain") == weights(tmp_path / "saving")
     assert saving["saved_bytes_per_image"] < plain["saved_bytes_per_image"]
 

@@ -55,7 +55,8 @@ def differentiate(op: CustomOpDef, backward: CustomOpDef, tensors: int) -> None:
         ctx.set_materialize_grads(False)
 
     def gradients(ctx, dy, *_):  # type: ignore[no-untyped-def]
-        given, others, nothing = ctx.saved_tensors[:tensors], ctx.saved_tensors[tensors:], [None] * (len(ctx.how) + 1)
+        saved, nothing = ctx.saved_tensors, [None] * (len(ctx.how) + 1)  # recomputed activations can be read once
+        given, others = saved[:tensors], saved[tensors:]
         if dy is None:
             return *(None for _ in given), *nothing
         grads = backward(dy, *given, *ctx.how, *others, ctx.backend)

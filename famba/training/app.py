@@ -21,6 +21,7 @@ from famba.files import write_whole
 from famba.ops.registry import AUTO, explain
 from famba.training.compose import Command, help_text
 from famba.training.config import RunConfig, flatten, plain
+from famba.training.devices import has_bf16
 from famba.training.distributed import Process, start_process, world_size
 from famba.training.interrupts import Interrupted, StopRequest
 from famba.training.logging import FILE_ONLY, log_to, top1_text
@@ -161,11 +162,13 @@ def announce(training: Training) -> None:
     tokens = f"{setup.tokens} tokens, {removed} removed, {setup.tokens - removed} left after the last layer"
     steps = f"{trainer.epochs} epochs of {training.steps_per_epoch} steps of {trainer.batch_size} images"
     images = ", ".join(f"{n:,} {part}" for part, n in on.images.items())
+    named = ("mixup", "cutmix", "label_smoothing", "augmentation", "auto_augment", "random_erasing", "ema_decay")
+    extras = [f", {name.replace('_', ' ')} {getattr(recipe, name)}" for name in named if getattr(recipe, name)]
     for name, text in (
         ("model", f"{config.model.name}: {parameters:.2f} M parameters, {macs:,.1f} M multiply-adds an image"),
         ("tokens", f"at {size} x {size}, fusion {config.fusion.strategy}: {tokens}"),
         ("data", f"{config.data.name}: {on.num_classes} classes, {images} images"),
-        ("recipe", f"{steps}, {recipe.optimizer}, lr {recipe.lr} for {recipe.lr_batch} images"),
+        ("recipe", f"{steps}, {recipe.optimizer}, lr {recipe.lr} for {recipe.lr_batch} images{''.join(extras)}"),
         ("device", f"{setup.device} ({training.provenance['device']}), {training.process.world_size} process(es)"),
         ("compute", f"{str(setup.dtype).removeprefix('torch.')}, ops by {explain(setup.device.type, setup.dtype)}"),
     ):
@@ -175,6 +178,8 @@ def announce(training: Training) -> None:
             "this model is meant for GPUs: on a CPU the run takes very long. For a CPU there is model=vim_micro "
             "recipe=light, on 32 x 32 images; data.subset=500 trainer.epochs=2 tries a larger model on a few images"
         )
+    if setup.device.type == "cuda" and setup.autocast is None and has_bf16(setup.device):
+        _log.info("this run computes in float32; trainer.precision=bf16 uses the bfloat16 units of this GPU")
 
 
 def draw_curves(folder: Path) -> None:
