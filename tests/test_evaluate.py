@@ -200,6 +200,28 @@ def test_several_ways_are_compared_in_one_command(upper: Trained) -> None:
         variants(trained, {"proportional": [True]})
 
 
+def test_rules_are_compared_with_the_first_of_them(upper: Trained, tmp_path: Path, capsys: Printed) -> None:
+    asked = ["--rule", "bipartite,neighbours,r_meeto", "--mode", "fuse,prune", "--budget", "8,32"]
+    found = results_of(capsys, tmp_path, str(upper[0]), *asked, "--subset", "60")["results"]
+    first = {(one["mode"], one["removed"]): one for one in found if one["rule"] == "bipartite" and one["removed"]}
+    assert len(first) == 4
+    with open(tmp_path / "evaluate.csv") as file:
+        cells = [
+            [row[f"difference_to_first{end}"] for end in ("_low95", "", "_high95")] for row in csv.DictReader(file)
+        ]
+    assert len(cells) == len(found) == 13
+    for one, written in zip(found, cells, strict=True):
+        if one["rule"] == "bipartite":
+            assert written == ["", "", ""]
+            continue
+        low, middle, high = map(float, written)
+        assert middle == pytest.approx(one["top1"] - first[one["mode"], one["removed"]]["top1"])
+        assert low <= middle <= high
+    assert famba(["evaluate", str(upper[0]), "--rule", "grid", "--budget", "8,15", "--out", str(tmp_path)]) == 0
+    alone = json.loads((tmp_path / "evaluate.json").read_text())["results"]
+    assert {one["difference_to_first"] for one in alone} == {None}, "one rule has no other to be compared with"
+
+
 def test_a_transformer_attends_in_proportion_off_the_shelf_and_as_trained_else(tmp_path: Path) -> None:
     vit = ("model=vit_micro", "model.d_state=null", "trainer.max_steps=1")
     for name, strategy in (("plain", "none"), ("fused", "all")):
@@ -211,5 +233,7 @@ def test_a_transformer_attends_in_proportion_off_the_shelf_and_as_trained_else(t
     assert not found.fusion.proportional
     both = variants(fused, {"budget": [4], "proportional": [False, True]})
     assert label_variants(both) == ["all, attention plain", "all, attention proportional"]
+    with pytest.raises(ConfigError, match="rule 'delta' needs step_sizes of the tokens, which a vision"):
+        variants(fused, {"rule": ["delta"], "place": ["after_scan"]})
     with pytest.raises(ConfigError, match="place is 'before_mixer', where a vision transformer"):
         variants(fused, {"place": ["before_mixer"]})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from runs import check_command
 from famba.analysis.plan import cost, plan
 from famba.cli import main
 from famba.errors import ConfigError
+from famba.models import create_network
 from famba.ops import backends, use_backend
 from famba.training.build import build_model
+from famba.training.compose import compose
 from famba.training.measure import macs_per_image, saved_bytes_per_image
 from famba.training.setup import prepare
 
@@ -63,6 +66,24 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: Printed) -> None:
     assert len((tmp_path / "plan" / "plan.csv").read_text().splitlines()) == 4
     assert main(["plan", "-m", "model=vim_micro", "fusion=all,lower"]) == 0
     assert printed.startswith(capsys.readouterr().out), "-m is taken as train.py takes it"
+
+
+@pytest.mark.parametrize("more", [[], ["fusion.place=after_scan"], ["fusion.order=sequence"], ["fusion.guard=1"]])
+def test_a_rule_that_cannot_serve_the_model_is_the_first_error(more: list[str]) -> None:
+    asked = ["model=vit_micro", "fusion=all", "fusion.rule=delta", *more]
+    pairs = (one.replace("fusion.", "fusion_").split("=") for one in more)
+    settings: dict[str, Any] = {name: int(value) if value.isdecimal() else value for name, value in pairs}
+    refused = (
+        "needs step_sizes of the tokens, which a vision transformer does not have; choose one of bipartite, grid, "
+    )
+    for refuse in (
+        lambda: prepare(compose(asked)),
+        lambda: check_command(["-m", *asked, "fusion.budget=4,8"]),
+        lambda: plan(asked),
+        lambda: create_network("vit_micro_patch4_32", fusion="all", fusion_rule="delta", **settings),
+    ):
+        with pytest.raises(ConfigError, match=refused):
+            refuse()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import binomtest, norm
@@ -21,11 +22,10 @@ from tqdm import tqdm
 from famba import data
 from famba.analysis import options as shared
 from famba.analysis.figures import confusion_matrix
-from famba.analysis.options import CHECKPOINT, add_fusion_options, count, prepare_folder, write_files
 from famba.analysis.trained import Trained, load_trained
 from famba.analysis.variants import Variant, label_variants, own, unfused, variants
 from famba.errors import ConfigError, FambaError, TrainingError, check_choice, named, some
-from famba.fusion import tokens_per_layer
+from famba.fusion import Fusion, tokens_per_layer
 from famba.models import Backbone
 from famba.training.config import RunConfig
 from famba.training.devices import choose_precision, loading_workers, out_of_memory, synchronize
@@ -36,21 +36,21 @@ from famba.training.measure import macs_per_image
 from famba.training.provenance import provenance
 
 _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-Source = data.Source
 
 
 @dataclass(frozen=True)
 class Request:
     """Hold an evaluation that can begin.
 
-    variants: first the one that the network was trained with, to which the others are compared. beside: other networks
-    for the same images, such as smaller ones. config: of the run. root: the folder that holds its images. subset: None
-    for all.
+    variants: first the one that the network was trained with, to which the others are compared. rule: the first of
+    several that were asked for, to which the others are compared too, else None. beside: other networks for the same
+    images, such as smaller ones. config: of the run. root: the folder that holds its images. subset: None for all.
     """
 
     trained: Trained
     beside: tuple[Trained, ...]
     variants: tuple[Variant, ...]
+    rule: str | None
     config: RunConfig
     root: str | None
     subset: int | None
@@ -71,9 +71,10 @@ class Request:
 class Evaluation:
     """Hold a row for each variant, as evaluate.json has them, of so many images; of fewer than asked if interrupted.
 
-    Top-1, Top-5 in percent; difference of Top-1 to the first row in points, None in the first itself; both with the
-    ends of their 95 % intervals. images_per_s: median over batches. confusion: by the first row, how many images of
-    each class (row) were taken for each class (column).
+    Top-1, Top-5 in percent; difference of Top-1 to the first row in points, None in the first itself;
+    difference_to_first to the row that differs in its rule alone, which is the first of several that were asked for,
+    None without one; all with the ends of their 95 % intervals. images_per_s: median over batches. confusion: by the
+    first row, how many images of each class (row) were taken for each class (column).
     """
 
     request: Request
@@ -104,10 +105,11 @@ def check(options: argparse.Namespace) -> Request:
     with named({"root": root_name}):
         data.check_request(name, root, subset=None, val_fraction=0.0, num_classes=classes)
         data.check_folder(name, root, trained.reading.version)
-    compared = tuple(dict.fromkeys([first, *found]))
+    compared, rules = tuple(dict.fromkeys([first, *found])), asked.get("rule", [])
     size = options.batch_size or config.trainer.batch_size // config.trainer.accumulation
     beside = tuple(_beside(trained, path.strip()) for path in (options.beside or "").split(",") if path.strip())
-    return Request(trained, beside, compared, config, root, options.subset, size, device, autocast)
+    rule = rules[0] if len(rules) > 1 else None
+    return Request(trained, beside, compared, rule, config, root, options.subset, size, device, autocast)
 
 
 def _beside(trained: Trained, path: str) -> Trained:
@@ -150,19 +152,30 @@ class _Contestant:
         labels, best = torch.cat(self.pairs, dim=1).long()
         return torch.bincount(classes * labels + best, minlength=classes**2).view(classes, classes)
 
-    def row(self, first: Tensor) -> dict[str, Any]:
-        """Return accuracy and speed; first: which images the variant that was trained gets right (n,)."""
+    @property
+    def way(self) -> tuple[Any, ...]:
+        """Return all that says how it fuses but the rule, so that those with equal ways differ in their rules alone."""
+        fusion = self.variant.fusion
+        return self.model, self.variant.removed, replace(fusion, rule=Fusion.rule, budget=0, layers=None)
+
+    def row(self, trained: Tensor, same_way: Tensor | None) -> dict[str, Any]:
+        """Return accuracy and speed, and the differences to the variant that was trained and to another rule.
+
+        trained, same_way: which images these get right (n,).
+        """
         right, known = self.right, self.tally.results()
         low, high = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
-        difference: tuple[float | None, ...] = (None,) * 3
-        if not self.variant.own:
-            gained, lost = int((right & ~first).sum()), int((first & ~right).sum())
-            difference = 100 * (gained - lost) / len(right), *of_difference(gained, lost, len(right))
-        names = ("difference", "difference_low95", "difference_high95")
-        found = {"top1": known["top1"], "top1_low95": 100 * low, "top1_high95": 100 * high}
-        found |= {**dict(zip(names, difference, strict=True)), "top5": known["top5"], "loss": known["loss"]}
         full = max(images for images, _ in self.times)  # the last batch may be smaller, and less of a load
-        return found | {"images_per_s": statistics.median(n / seconds for n, seconds in self.times if n == full)}
+        return {
+            "top1": known["top1"],
+            "top1_low95": 100 * low,
+            "top1_high95": 100 * high,
+            **difference("difference", right, None if self.variant.own else trained),
+            **difference("difference_to_first", right, same_way),
+            "top5": known["top5"],
+            "loss": known["loss"],
+            "images_per_s": statistics.median(n / seconds for n, seconds in self.times if n == full),
+        }
 
 
 def evaluate(request: Request) -> Evaluation:
@@ -190,6 +203,8 @@ def evaluate(request: Request) -> Evaluation:
             raise
         raise TrainingError(f"out of memory with {request.batch_size} images at once; less: --batch-size") from error
     first = contestants[0].right
+    others = {one.way: one for one in contestants if one.variant.fusion.rule == request.rule}
+    pairs = [others.get(one.way, one) for one in contestants]
     rows = [
         {
             "label": one.label,
@@ -199,12 +214,24 @@ def evaluate(request: Request) -> Evaluation:
             "removed": one.variant.removed,
             "patches": one.model.num_patches,
             "tokens_per_layer": tokens_per_layer(one.variant.schedule, one.model.num_tokens),
-            **one.row(first),
+            **one.row(first, None if other is one else other.right),
             "macs_per_image": count,
         }
-        for one, count in zip(contestants, macs, strict=True)
+        for one, other, count in zip(contestants, pairs, macs, strict=True)
     ]
     return Evaluation(request, rows, len(first), interrupted, contestants[0].confusion(request.trained.classes))
+
+
+def difference(name: str, right: Tensor, base: Tensor | None) -> dict[str, float | None]:
+    """Return how much higher Top-1 is than another, in points, under a name, and the ends of its 95 % interval.
+
+    right, base: which images each gets right (n,). All three are None where there is no other.
+    """
+    found: tuple[float | None, ...] = (None,) * 3
+    if base is not None:
+        gained, lost = int((right & ~base).sum()), int((base & ~right).sum())
+        found = 100 * (gained - lost) / len(right), *of_difference(gained, lost, len(right))
+    return dict(zip((name, f"{name}_low95", f"{name}_high95"), found, strict=True))
 
 
 def of_difference(gained: int, lost: int, images: int) -> tuple[float, float]:
@@ -220,7 +247,7 @@ def of_difference(gained: int, lost: int, images: int) -> tuple[float, float]:
     return 100 * max(-1.0, middle - half), 100 * min(1.0, middle + half)
 
 
-def _race(request: Request, contestants: list[_Contestant], source: Source) -> bool:
+def _race(request: Request, contestants: list[_Contestant], source: data.Source) -> bool:
     """Let contestants take each batch in turn; return whether it was cut short."""
     done, device = 0, request.device
     with StopRequest() as stop, tqdm(total=len(source), unit="image", file=sys.stderr, leave=False) as bar:
@@ -240,7 +267,7 @@ def _race(request: Request, contestants: list[_Contestant], source: Source) -> b
     return done < len(source)
 
 
-def _batches(request: Request, source: Source) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(request: Request, source: data.Source) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield images (b, 3, s, s) and labels (b,) on the device."""
     trained = request.trained
     workers = loading_workers(request.config.data.workers)
@@ -249,21 +276,20 @@ def _batches(request: Request, source: Source) -> Iterator[tuple[Tensor, Tensor]
         yield images.to(request.device), classes.to(request.device)
 
 
-def _source(request: Request) -> Source:
+def _source(request: Request) -> data.Source:
     """Return the test images, with the class numbers of the network's training."""
-    subset, reading, of = request.subset, request.trained.reading, request.config.data
+    reading, of = request.trained.reading, request.config.data
+    whole: dict[str, Any] = {"subset": None, "val_fraction": 0.0, "num_classes": of.num_classes}
     read: dict[str, Any] = {"background": reading.background, "version": reading.version}
-    all_of: dict[str, Any] = {"subset": None, "val_fraction": 0.0, "num_classes": of.num_classes}
-    splits = data.load_splits(of.name, request.root, **all_of, **read)
-    test = _numbered_as_trained(request.trained, splits)
-    if subset is None:
+    test = _numbered_as_trained(request.trained, data.load_splits(of.name, request.root, **whole, **read))
+    if request.subset is None:
         return test
-    if subset > len(test):
-        raise ConfigError(f"--subset is {subset}; allowed: 1 to {len(test)}, the test images of {of.name}")
-    return data.sample(test, subset, reading.version)
+    if request.subset > len(test):
+        raise ConfigError(f"--subset is {request.subset}; allowed: 1 to {len(test)}, the test images of {of.name}")
+    return data.sample(test, request.subset, reading.version)
 
 
-def _numbered_as_trained(trained: Trained, splits: data.Splits) -> Source:
+def _numbered_as_trained(trained: Trained, splits: data.Splits) -> data.Source:
     """Return the test images with the class numbers of the network's training; by name where names are known.
 
     Raises ConfigError where they hold a class that the network does not tell apart.
@@ -278,10 +304,8 @@ def _numbered_as_trained(trained: Trained, splits: data.Splits) -> Source:
             f"the images have classes that the network was not trained on: {some(strange)}; it knows {some(known)}. "
             "Give images of its own classes, or train from its weights: python train.py init_from=WEIGHTS"
         )
-    numbers = tuple(known.index(name) for name in found)
-    if numbers == tuple(range(len(found))):
-        return test
-    return data.renumber(test, numbers, trained.classes)
+    numbers = tuple(map(known.index, found))
+    return test if numbers == tuple(range(len(found))) else data.renumber(test, numbers, trained.classes)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -293,16 +317,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = "example: famba evaluate runs/mine --fusion all,upper --budget 0.2,0.4,0.6,0.8 --out curves"
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
+    add("checkpoint", metavar="CHECKPOINT", help=shared.CHECKPOINT)
     add("--data-root", metavar="DIR", help="folder that holds the data (default: the run's own)")
-    add("--subset", type=count, metavar="N", help="N test images, spread evenly over all")
-    add_fusion_options(
+    add("--subset", type=shared.count, metavar="N", help="N test images, spread evenly over all")
+    shared.add_fusion_options(
         parser,
         "the schedule that the model was trained with is always evaluated, and beside any other that without fusion",
     )
     text = "other runs or weights, as they were trained, on the same images: such as a smaller network of the same cost"
     add("--beside", metavar="CHECKPOINT[,...]", help=text)
-    add("--batch-size", type=count, metavar="N", help="images at once (default: as the run's)")
+    add("--batch-size", type=shared.count, metavar="N", help="images at once (default: as the run's)")
     add("--precision", metavar="NAME", help="auto, fp32, bf16 or fp16 (default: as the run's)")
     add("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or mps")
     add("--out", metavar="FOLDER", help="write evaluate.csv and evaluate.json there")
@@ -315,19 +339,19 @@ def run(options: argparse.Namespace) -> int:
     if options.per_class and options.out is None:
         raise ConfigError("--per-class writes files; name a folder for them by --out FOLDER")
     request = check(options)
-    folder = None if options.out is None else prepare_folder(options.out)
+    folder = None if options.out is None else shared.prepare_folder(options.out)
     found = evaluate(request)
     print(table(found))
     if folder is not None:
         files = {"evaluate.csv": as_csv(found), "evaluate.json": as_json(found)}
-        written = write_files(folder, {**files, **(per_class(found) if options.per_class else {})})
+        written = shared.write_files(folder, {**files, **(per_class(found) if options.per_class else {})})
         print(f"in {folder}: {', '.join(file.name for file in written)}", file=sys.stderr)
     return 130 if found.interrupted else 0
 
 
 def table(evaluation: Evaluation) -> str:
     """Return a line for each way of fusing, and what it was evaluated on, as text."""
-    several = len(evaluation.rows) > 1
+    request, trained, several = evaluation.request, evaluation.request.trained, len(evaluation.rows) > 1
     rows = [
         {
             "fusion": f"{row['label']} *" if row["own"] else row["label"],
@@ -344,7 +368,6 @@ def table(evaluation: Evaluation) -> str:
     ]
     sides = ["left", *["right"] * (len(rows[0]) - 1)]
     shown = tabulate(rows, headers="keys", missingval="-", disable_numparse=True, colalign=sides)
-    request, trained = evaluation.request, evaluation.request.trained
     notes = {
         f"* as trained, by {trained.source}.": True,
         "Difference: Top-1 minus that of *, in points, on the same images, with its 95 % interval (paired; Agresti and "
@@ -398,11 +421,11 @@ def per_class(evaluation: Evaluation) -> dict[str, str | bytes]:
     trained = evaluation.request.trained
     names = list(trained.class_names or map(str, range(trained.classes)))
     counts = pd.DataFrame(evaluation.confusion.numpy(), index=pd.Index(names, name="true class"), columns=names)
-    images, right = counts.sum(axis=1), pd.Series(evaluation.confusion.diagonal().numpy(), counts.index)
-    wrong = counts - pd.DataFrame(evaluation.confusion.diag().diag().numpy(), counts.index, names)
-    table = pd.DataFrame({"images": images, "right": right, "top1": 100 * right / images})
-    table["most_often_taken_for"] = wrong.idxmax(axis=1).where(wrong.max(axis=1) > 0, "")
-    table = table[images > 0].sort_values(["top1", "images"], kind="stable")
+    images, right = counts.sum(axis=1), evaluation.confusion.diagonal().numpy()
+    wrong = counts - np.diag(right)
+    taken_for = wrong.idxmax(axis=1).where(wrong.max(axis=1) > 0, "")
+    columns = {"images": images, "right": right, "top1": 100 * right / images, "most_often_taken_for": taken_for}
+    table = pd.DataFrame(columns)[images > 0].sort_values(["top1", "images"], kind="stable")
     return {
         "per_class.csv": table.to_csv(index_label="class", lineterminator="\n"),
         "confusion.csv": counts.to_csv(lineterminator="\n"),

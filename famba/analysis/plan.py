@@ -21,7 +21,7 @@ from famba.fusion import Fusion, labels, tokens_per_layer
 from famba.fusion.schedules import ADAPTIVE, NONE
 from famba.models import Backbone
 from famba.ops.registry import AUTO, backends, counting_as, resolve
-from famba.training.build import build_model
+from famba.training.build import build_model, check_model
 from famba.training.compose import Command, run_config
 from famba.training.config import RunConfig, flatten, plain
 from famba.training.devices import choose_device, choose_precision
@@ -151,6 +151,7 @@ def plan(overrides: Sequence[str], config_dir: Path | None = None) -> list[Plann
     command = Command(tuple(overrides), multirun=True, config_dir=config_dir)
     for job in command.jobs():
         config = replace(run_config(command.compose(job)), seed=0, run_dir="planned")
+        check_model(config)  # before the one without fusion, which has its place and would be refused for that
         wanted = [] if config.fusion.strategy == NONE else [config]
         asked += [one for one in (_unfused(config), *wanted) if one not in asked]
     return [_planned(name, config) for name, config in zip(_names(asked), asked, strict=True)]

@@ -87,6 +87,7 @@ def variants(trained: Trained, asked: Asked) -> list[Variant]:
 def _variant(trained: Trained, fusion: Fusion, asked: Asked) -> Variant:
     """Return one way of fusing, in the layers of the training where its strategy is that of the training."""
     model, mine, strategy = trained.model, own(trained), fusion.strategy
+    model.check_fusion(fusion)
     if strategy == trained.strategy and "budget" not in asked:
         fusion = replace(mine.fusion, **fusion.settings())
         counts = fusion.fitted(trained.schedule, model.num_tokens, model.protected, model.grid_size)
@@ -98,7 +99,6 @@ def _variant(trained: Trained, fusion: Fusion, asked: Asked) -> Variant:
             )
         fusion = replace(fusion, layers=trained.fusion.layers if strategy == trained.strategy else None)
         counts = model.schedule_of(fusion)
-    model.check_fusion(fusion)
     one = Variant(fusion.resolved(counts), counts, own=True)
     return one if one == mine else replace(one, own=False)
 
