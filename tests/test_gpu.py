@@ -19,7 +19,7 @@ import torch
 from ops_helpers import assert_close, draw
 from torch import Tensor, nn
 
-from famba.analysis.benchmark.steps import Contestant, enter
+from famba.analysis.benchmark.command import Contestant, enter
 from famba.analysis.benchmark.timing import Race
 from famba.cli import main as famba
 from famba.fusion import match, schedule

@@ -23,7 +23,7 @@ from famba.ops import (
     selective_scan,
     use_backend,
 )
-from famba.ops.checks import check_shapes
+from famba.ops.definition import check_shapes
 
 NAMES = ["cuda", "triton", "mamba_ssm", "native", "reference"]
 

@@ -1,19 +1,43 @@
-"""Define the options of `famba benchmark`, measure, and show what was measured."""
+"""Time ops, training steps, and what docs/performance.md says of a GPU: `famba benchmark`.
+
+A step is that of `train.py` on random images.
+"""
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from tempfile import gettempdir
+from typing import Any, NamedTuple, cast
 
+import torch
+from torch import Tensor, nn
+
+from famba import data
 from famba.analysis import options as shared
-from famba.analysis.benchmark import ops, steps
-from famba.analysis.benchmark.report import Report, Row, filled
-from famba.analysis.benchmark.timing import NOTE, Race, keep_freed_memory
-from famba.errors import ConfigError, TrainingError
+from famba.analysis.benchmark import ops, timing
+from famba.analysis.benchmark.timing import Race, Report, Row, filled, keep_freed_memory
+from famba.errors import ConfigError, FambaError, TrainingError
+from famba.fusion import tokens_per_layer
+from famba.ops import backends
+from famba.ops.registry import resolve
+from famba.training.checkpoint import TrainedOn
+from famba.training.compose import compose
+from famba.training.config import RunConfig
 from famba.training.devices import has_bf16, out_of_memory
+from famba.training.distributed import Process
+from famba.training.graph import GraphStep, obstacle
+from famba.training.measure import saved_bytes_per_image
 from famba.training.provenance import provenance
+from famba.training.setup import Setup, prepare
+from famba.training.step import Step
+from famba.training.trainer import new_state
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -30,12 +54,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     of_ops.add_argument("--op", nargs="+", choices=ops.OPS, default=list(ops.OPS), help="default: all")
     of_ops.add_argument("--batch", nargs="+", type=shared.count, default=[8, 32], **shown)
     of_ops.add_argument("--length", nargs="+", type=shared.count, default=[65, 197, 785], **shown)
-    models: dict[str, Any] = {"choices": steps.DEITS, "default": list(steps.DEITS), "help": "default: both"}
+    models: dict[str, Any] = {"choices": DEITS, "default": list(DEITS), "help": "default: both"}
     of_model.add_argument("--model", nargs="+", **models)
     of_model.add_argument("--batch", type=shared.count, default=32, **shown)
     of_gpu.add_argument("--minutes", type=shared.count, default=8, metavar="N", help="stop in time (default: 8)")
     of_gpu.add_argument("--fill", type=Path, metavar="FILE", help="put the tables between the markers in FILE")
-    kinds_of = ((of_ops, "ops", _measure_ops), (of_model, "model", _measure_models), (of_gpu, "gpu", steps.measure_gpu))
+    kinds_of = ((of_ops, "ops", _measure_ops), (of_model, "model", _measure_models), (of_gpu, "gpu", measure_gpu))
     for kind, what, measure in kinds_of:
         if kind is not of_gpu:
             kind.add_argument("--precision", nargs="+", choices=ops.DTYPES, help="default: fp32 and bf16")
@@ -59,7 +83,7 @@ def _measure(options: argparse.Namespace) -> Report:
     """Measure, and tell what has been measured whatever ended it: it took its time."""
     options.device = device = shared.device(options.device)
     if options.what == "gpu":
-        steps.check(device)
+        check(device)
     options.precision = options.precision or (["fp32", "bf16"] if has_bf16(device) else ["fp32"])
     if "fp16" in options.precision and device.type != "cuda":
         raise ConfigError(f"fp16 is timed on CUDA devices alone, this is a {device.type} device; use fp32 or bf16")
@@ -70,7 +94,9 @@ def _measure(options: argparse.Namespace) -> Report:
     except OSError as error:
         raise ConfigError(f"--json {options.json} cannot be written ({error.strerror}); name another file") from error
     settings = {name: value for name, value in vars(options).items() if isinstance(value, int | list | str)}
-    report = Report(options.what, provenance(device, 0, 1), settings, notes=[NOTE] if device.type == "cuda" else [])
+    report = Report(
+        options.what, provenance(device, 0, 1), settings, notes=[timing.NOTE] if device.type == "cuda" else []
+    )
     keep_freed_memory()
     try:
         options.measure(options, report)
@@ -95,15 +121,186 @@ def _measure_ops(options: argparse.Namespace, report: Report) -> None:
 
 
 def _measure_models(options: argparse.Namespace, report: Report) -> None:
-    report.notes.append(steps.NOTE)
+    report.notes.append(NOTE)
     for name, precision in product(options.model, options.precision):
-        size, deit = (options.batch, 224, precision), steps.DEITS[name]
+        size, deit = (options.batch, 224, precision), DEITS[name]
         race = Race(f"{name}, {options.batch} images of 224 pixels, {precision}", options.device)
         report.tables[race.title] = rows = list[Row]()
         try:
-            for strategy in steps.STRATEGIES:
-                steps.enter(race, steps.Contestant(strategy, name, strategy, *size), rows)
-            steps.enter(race, steps.Contestant(deit, deit, "none", *size), rows)
+            for strategy in STRATEGIES:
+                enter(race, Contestant(strategy, name, strategy, *size), rows)
+            enter(race, Contestant(deit, deit, "none", *size), rows)
             race.run(options.rounds)
         finally:
-            steps.finish(race, rows)
+            finish(race, rows)
+
+
+NOTE = "a step is that of `train.py recipe=light` on random images that lie on the device"
+STRATEGIES = ("none", "all", "interleaved", "lower", "upper")
+# Each Vim's counterpart, by their timm names.
+DEITS = {"vim_tiny_patch16_224": "deit_tiny_patch16_224", "vim_small_patch16_224": "deit_small_patch16_224"}
+_CLASSES = 100
+
+
+class Contestant(NamedTuple):
+    """Name a model of a table of steps by its timm name, at a batch and size; more: overrides of its configuration."""
+
+    name: str
+    model: str
+    strategy: str
+    batch: int
+    image_size: int
+    precision: str
+    more: tuple[str, ...] = ()
+
+    def config(self, device: torch.device) -> RunConfig:
+        """Compose its run of `recipe=light`; raises ConfigError as `train.py` does."""
+        group = "vit_tiny" if self.model in DEITS.values() else "vim_ti"
+        asked = [f"model={group}", f"model.name={self.model}", f"fusion={self.strategy}", "data=digits", "recipe=light"]
+        asked += [f"model.num_classes={_CLASSES}", f"data.image_size={self.image_size}", "recipe.warmup_epochs=0"]
+        asked += [f"trainer.batch_size={self.batch}", f"trainer.precision={self.precision}", "trainer.epochs=2"]
+        return replace(compose([*asked, f"trainer.device={device}", *self.more]), run_dir=gettempdir())
+
+
+class TimedStep:
+    """Training steps of a run without its loop; a CUDA graph where the run's would be one."""
+
+    def __init__(self, config: RunConfig, setup: Setup | None = None) -> None:
+        self.config, self.setup = config, setup or prepare(config)
+        device = self.setup.device
+        self.batch = _random_batch(config, self.setup)
+        with shared.chosen_backend(config.ops.backend):
+            fused = obstacle(config, device, 1, resolve(device.type, self.setup.dtype)) is None
+        classes = config.data.num_classes or data.NUM_CLASSES.get(config.data.name) or _CLASSES
+        state = new_state(config, self.setup, TrainedOn(classes, None, {}), device, fresh=False, fused=fused)
+        self.model = state.model.train()
+        forward: nn.Module = self.model
+        if config.trainer.compile:
+            forward = cast(nn.Module, torch.compile(self.model, fullgraph=True, dynamic=False))
+        self.step = (GraphStep if fused else Step)(config, state, forward, Process(0, 1, device), self.setup.autocast)
+
+    def enter(self, race: Race, name: str) -> None:
+        """Let the training step enter a race, where it is a graph with one that is none beside it."""
+        if not isinstance(self.step, GraphStep):
+            race.enter(name, [self.train], graph=self.train)
+            return
+        self.train()  # which captures
+        eager = TimedStep(replace(self.config, trainer=replace(self.config.trainer, cuda_graphs=False)), self.setup)
+        race.enter(name, [eager.train], graph=self.step.replay)
+
+    def train(self) -> None:
+        """Do a training step."""
+        with shared.chosen_backend(self.config.ops.backend):
+            self.step.gradients(itertools.repeat(self.batch))
+            self.step.update()
+
+
+def enter(race: Race, one: Contestant, rows: list[Row]) -> None:
+    """Let a contestant's step enter a race, and add its row, which `finish` completes."""
+    before = _reserved_mib(race.device, fresh=True)
+    step = TimedStep(one.config(race.device))
+    step.train()  # as a graph: captures, and keeps the graph's memory
+    reserved = _reserved_mib(race.device) - before
+    step.enter(race, one.name)
+    model = step.model
+    left = sum(tokens_per_layer(model.fusion, model.num_tokens)) / (model.depth * model.num_tokens)
+    row: Row = {"contestant": one.name, "precision": one.precision, "tokens": model.num_tokens, "batch": one.batch}
+    saved = saved_bytes_per_image(model, step.setup.image_size, step.setup.autocast)
+    memory: Row = {"saved_bytes_per_image": saved} | ({"reserved_mib": reserved} if reserved else {})
+    rows.append({**row, "token_layers": left, **race.entries(one.name), **memory})
+
+
+def _reserved_mib(device: torch.device, fresh: bool = False) -> float:
+    """Return what torch's allocator has taken from a GPU at most, in MiB; fresh: give back what is free first."""
+    if device.type != "cuda":
+        return 0.0
+    if fresh:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.max_memory_reserved(device) / 2**20
+
+
+def finish(race: Race, rows: list[Row]) -> None:
+    """Complete the rows of all that have entered by what was measured."""
+    for row in rows:
+        row |= race.entries(row["contestant"])
+        row["images_per_s"] = 1000 * row["batch"] / row["ms"]
+    none = next((row["ms"] for row in rows if row["contestant"] == "none"), None)
+    for row in rows:
+        row["of_none"] = none and row["ms"] / none
+
+
+def _random_batch(config: RunConfig, setup: Setup) -> tuple[Tensor, Tensor]:
+    """Return images (b, 3, s, s) and labels (b,) of a step's size on the device."""
+    size, generator = config.trainer.batch_size, torch.Generator().manual_seed(0)
+    images = torch.randn(size, 3, setup.image_size, setup.image_size, generator=generator)
+    return images.to(setup.device), torch.randint(2, (size,), generator=generator).to(setup.device)
+
+
+PRECISION, (_TINY, _SMALL) = "bf16", DEITS
+
+
+def blocks(device: torch.device) -> Iterator[tuple[str, list[Contestant]]]:
+    """Yield title and contestants of each table of steps, in order of value; none for that of ops."""
+    size, pair, deit = (128, 224, PRECISION), ("none", "upper"), DEITS[_TINY]
+    yield "Vim-Ti", [Contestant(s, _TINY, s, *size) for s in STRATEGIES]
+    auto = resolve(device.type, ops.DTYPES[PRECISION])
+    for name in (n for n in backends() if n not in (auto, "reference") and ops.obstacle(n, device, PRECISION) is None):
+        yield f"Vim-Ti by {name}", [Contestant(s, _TINY, s, *size, (f"ops.backend={name}",)) for s in pair]
+    compiled = Contestant("DeiT-Ti, torch.compile", deit, "none", *size, ("trainer.compile=true",))
+    yield "timm's DeiT-Ti", [Contestant("DeiT-Ti", deit, "none", *size), compiled]
+    yield "Ops", []
+    four = ("model.patch_size=4",)
+    yield "Vim-Ti, patches of 4", [Contestant(s, _TINY, s, 512, 32, PRECISION, four) for s in pair]
+    yield "Vim-Ti, 785 tokens", [Contestant(s, _TINY, s, 32, 448, PRECISION) for s in pair]
+    yield "Vim-S", [Contestant(s, _SMALL, s, *size) for s in pair]
+
+
+def cases() -> list[ops.Case]:
+    """Return the ops at the size of Vim-Ti."""
+    outer = ("add_rms_norm", "match_tokens", "fuse_tokens")
+    return [ops.Case(op, 128, 197, 192 if op in outer else 384, 16, PRECISION) for op in ops.OPS]
+
+
+def check(device: torch.device) -> None:
+    """Raise ConfigError where a device is no GPU, or steps on it would take minutes."""
+    if device.type != "cuda":
+        raise ConfigError(
+            f"famba benchmark gpu measures a CUDA device, and was given {device} (torch {torch.__version__}); "
+            "run it on a machine with an NVIDIA GPU and its driver"
+        )
+    if resolve(device.type, ops.DTYPES[PRECISION]) == "reference":
+        raise ConfigError("only the reference serves this GPU, and its steps take minutes; famba doctor says why")
+
+
+def measure_gpu(options: argparse.Namespace, report: Report) -> None:
+    """Measure block by block while there is time; the report is written after each contestant."""
+    end, longest = time.monotonic() + 60 * options.minutes, 0.0
+    report.notes += [NOTE, ops.NOTE]
+
+    def attempt(name: str, call: Callable[[], object]) -> None:
+        """Do what there is time for, which is where the longest before would fit; go on after what fails."""
+        nonlocal longest
+        if (began := time.monotonic()) + longest > end:
+            report.left_out[name] = f"no time was left of --minutes {options.minutes}"
+            return
+        try:
+            call()
+        except (FambaError, RuntimeError) as error:
+            report.left_out[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        longest = max(longest, time.monotonic() - began)
+        report.write(options.json)
+
+    for title, contestants in blocks(options.device):
+        if not contestants:
+            for case in cases():
+                attempt(case.op, partial(ops.measure, case, options.device, options.rounds, report))
+            continue
+        race = Race(f"{title}, {contestants[0].batch} images of {contestants[0].image_size} pixels", options.device)
+        report.tables[race.title] = rows = list[Row]()
+        try:
+            for one in contestants:
+                attempt(f"{race.title}: {one.name}", partial(enter, race, one, rows))
+            race.run(options.rounds)
+        finally:
+            finish(race, rows)

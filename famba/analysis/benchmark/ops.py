@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from famba import ops
-from famba.analysis.benchmark.report import Report, Row
-from famba.analysis.benchmark.timing import Call, Race
+from famba.analysis.benchmark.timing import Call, Race, Report, Row
 from famba.errors import BackendError
 from famba.ops.availability import interpreted
 from famba.ops.registry import resolve
