@@ -9,13 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from famba.analysis.visualize import (
-    PRUNED,
-    Grid,
-    Row,
-    draw_patches,
-    mean_colours,
-)
+from famba.analysis.visualize import PRUNED, Grid, Row, draw_patches, mean_colours
 from famba.cli import main as famba
 
 Printed = pytest.CaptureFixture[str]
@@ -43,8 +37,10 @@ def test_images_of_any_kind_and_size_become_pictures(upper: Trained, tmp_path: P
         pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
         Image.fromarray(pixels).convert(mode).save(tmp_path / name)
         images.append(str(tmp_path / name))
+    (tmp_path / "folder").mkdir()
+    Image.open(images[2]).save(tmp_path / "folder" / "one.png")
     options = ["--fusion", "none,upper", "--budget", "0.5", "--out", str(tmp_path / "out")]
-    assert famba(["visualize", str(upper[0]), *images, images[2], *options]) == 0
+    assert famba(["visualize", str(upper[0]), *images, str(tmp_path / "folder"), *options]) == 0
     printed = [Path(line) for line in capsys.readouterr().out.splitlines()]
     names = ("tall_1_", "grey", "one", "one_2")
     assert [file.name for file in printed] == [f"tokens_{name}.png" for name in names]

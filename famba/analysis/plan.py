@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -60,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     folder = None if options.out is None else prepare_folder(options.out)
     print(tables(plans))
     if folder is not None:
-        layers = [[asdict(layer) for layer in one.cost.layers] for one in plans]
+        layers = [[layer._asdict() for layer in one.cost.layers] for one in plans]
         nested = rows(plans).assign(layers=layers).to_dict("records")
         table = rows(plans).to_csv(index=False, lineterminator="\n")
         write_files(folder, {"plan.csv": table, "plan.json": json.dumps(nested, indent=2) + "\n"})
@@ -68,8 +69,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class LayerCost:
+class LayerCost(NamedTuple):
     """Hold the costs of a layer per image; entering and leaving count the tokens around its fusion."""
 
     entering: int
@@ -78,23 +78,16 @@ class LayerCost:
     saved_bytes: int
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Hold the costs of a model with its schedule, per image; embedding and head as (macs, saved bytes)."""
+class Cost(NamedTuple):
+    """Hold the costs of a model with its schedule, per image, embedding and head included.
+
+    macs: multiply-adds of a forward pass, which papers call FLOPs; norms, activations and sums do not count.
+    saved_bytes: what autograd keeps of it for the backward, parameters not counted.
+    """
 
     layers: tuple[LayerCost, ...]
-    embedding: tuple[int, int]
-    head: tuple[int, int]
-
-    @property
-    def macs(self) -> int:
-        """Multiply-adds of a forward pass, which papers call FLOPs; norms, activations and sums do not count."""
-        return sum(layer.macs for layer in self.layers) + self.embedding[0] + self.head[0]
-
-    @property
-    def saved_bytes(self) -> int:
-        """Bytes that autograd keeps of a forward pass for the backward, parameters not counted."""
-        return sum(layer.saved_bytes for layer in self.layers) + self.embedding[1] + self.head[1]
+    macs: int
+    saved_bytes: int
 
     @property
     def token_layers(self) -> int:
@@ -112,10 +105,12 @@ def cost(model: Backbone, autocast: torch.dtype | None = None) -> Cost:
     more = MANY - FEW
     # Operations count multiplications and additions apart.
     marks = [((b[0] - a[0]) // more // 2, (b[1] - a[1]) // more) for a, b in zip(few, many, strict=True)]
-    parts = [(after[0] - before[0], after[1] - before[1]) for before, after in pairwise([(0, 0), *marks])]
     left = [model.num_tokens, *tokens_per_layer(model.fusion, model.num_tokens)]
-    layers = [LayerCost(*tokens, *part) for tokens, part in zip(pairwise(left), parts[1:-1], strict=True)]
-    return Cost(tuple(layers), parts[0], parts[-1])
+    layers = [
+        LayerCost(*tokens, after[0] - before[0], after[1] - before[1])
+        for tokens, (before, after) in zip(pairwise(left), pairwise(marks[:-1]), strict=True)
+    ]
+    return Cost(tuple(layers), *marks[-1])
 
 
 @dataclass(frozen=True)
@@ -128,11 +123,6 @@ class Planned:
     backend: str
     parameters: int
     cost: Cost
-
-    @property
-    def strategy(self) -> str:
-        """Name the strategy of fusion."""
-        return self.config.fusion.strategy
 
     @property
     def memory(self) -> int:
@@ -218,7 +208,7 @@ def rows(plans: Sequence[Planned]) -> pd.DataFrame:
         row = {
             "model": one.config.model.name,
             "name": one.name,
-            "strategy": one.strategy,
+            "strategy": one.config.fusion.strategy,
             "tokens": one.setup.tokens,
             "tokens_removed": sum(one.setup.schedule),
             "tokens_left": one.cost.layers[-1].leaving,
@@ -253,6 +243,6 @@ def tables(plans: Sequence[Planned]) -> str:
         f"Kept is what autograd holds of one image for the backward, computed in {computed}; memory adds weights, "
         "gradients and AdamW's moments, for the images of a micro-batch.",
     ]
-    if any(one.strategy == ADAPTIVE for one in plans):
+    if any(one.config.fusion.strategy == ADAPTIVE for one in plans):
         notes.append("What adaptive removes where is measured in training; until then it is spread as that of all.")
     return "\n".join([*parts, "In total", totals, "", *notes])

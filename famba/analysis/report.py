@@ -112,9 +112,6 @@ class Report(NamedTuple):
     headline: str
 
 
-# What is written
-
-
 def write_report(paths: Iterable[str | Path], out: Path) -> Report:
     """Write report.md, .csv, .tex, .html and plots/ on the runs in some folders and CSV files.
 
@@ -148,9 +145,6 @@ def gather(paths: Iterable[str | Path]) -> Report:
     counted, moved = sum(len(table.runs) for table in tables), int((found["kind"] == "elsewhere").sum())
     headline = f"{counted} runs in the tables, {moved} of them for accuracy alone; {len(found) - moved} left out."
     return Report(tables, listed, headline)
-
-
-# Which runs may be compared
 
 
 def _prepared(runs: pd.DataFrame) -> pd.DataFrame:
@@ -240,21 +234,16 @@ def _largest(runs: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     return max((group for _, group in runs.groupby(names)), key=size)
 
 
-# Names of settings
-
-
 def _labels(runs: pd.DataFrame) -> pd.Series:
     """Return a label for each run's setting: the strategy, and what tells it from the other settings."""
     common = _usual(runs)
-    told = {i: [name for name in common if runs.at[i, name] not in ("", common[name])] for i in runs.index}
-    for _, alike in runs.groupby(["strategy", *common]):
-        differs = [name for name in ("adapt_at", "adapt_images", "schedule") if alike[name].nunique() > 1]
-        told |= {i: [*told[i], *differs] for i in alike.index}
-    labels = {
-        i: [runs.at[i, "strategy"], runs.at[i, "smaller"], *(f"{name} {runs.at[i, name]}" for name in told[i])]
-        for i in runs.index
-    }
-    return pd.Series({i: ", ".join(filter(None, parts)) for i, parts in labels.items()})
+    told = {name: runs[name].where(runs[name] != usual, "") for name, usual in common.items()}
+    for name in ("adapt_at", "adapt_images", "schedule"):
+        apart = runs.groupby(["strategy", *common])[name].transform("nunique") > 1
+        told[name] = runs[name].where(apart, "")
+    parts = {name: (f"{name} " + cells).where(cells != "", "") for name, cells in told.items()}
+    columns = pd.DataFrame({"strategy": runs["strategy"], "smaller": runs["smaller"], **parts})
+    return columns.apply(lambda row: ", ".join(filter(None, row)), axis=1)
 
 
 def _usual(runs: pd.DataFrame) -> dict[str, str]:
@@ -275,9 +264,6 @@ def _differences(table: pd.Series, run: pd.Series) -> str:
         here, there = ((value.get(name) or "not known")[:80] for value in (run, table))
         lines.append(f"{_short(name)}: {here}, in the table {there}")
     return "; ".join(lines)
-
-
-# Numbers
 
 
 def _table(model: str, runs: pd.DataFrame, what: pd.Series, here: pd.Series) -> Table:
@@ -351,9 +337,6 @@ def _share_of_none(by_seed: pd.DataFrame) -> pd.Series:
     base = by_seed.get(NONE, by_seed.iloc[:, 0] * NAN)
     both = by_seed.where(base.notna(), axis=0)
     return both.sum(min_count=1) / both.notna().mul(base, axis=0).sum(min_count=1)
-
-
-# Text
 
 
 def spread(mean: float, sd: float, digits: int, factor: float = 1.0) -> str:
