@@ -12,12 +12,11 @@ import torch
 
 from famba.analysis.benchmark import command, ops, timing
 from famba.analysis.benchmark.command import Contestant
-from famba.analysis.benchmark.timing import BEGIN, END, Race, filled
+from famba.analysis.benchmark.timing import Race
 from famba.cli import main as famba
 
 Patch, Printed = pytest.MonkeyPatch, pytest.CaptureFixture[str]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-DOCS = Path(__file__).parents[1] / "docs" / "performance.md"
 OPS = ["ops", "--batch", "2", "--length", "9", "--rounds", "2", "--precision", "fp32"]
 TINY = ("model.depth=2", "model.embed_dim=16", "model.d_state=2")
 
@@ -82,12 +81,6 @@ def test_strategies_are_told_against_none(tmp_path: Path) -> None:
     assert upper["saved_bytes_per_image"] < none["saved_bytes_per_image"]
 
 
-def page(tmp_path: Path) -> Path:
-    file = tmp_path / "page.md"
-    file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    return file
-
-
 @pytest.fixture
 def stand_in(monkeypatch: Patch, tiny: None) -> None:
     """A CPU that is taken for a GPU, and smaller sizes."""
@@ -99,18 +92,16 @@ def stand_in(monkeypatch: Patch, tiny: None) -> None:
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_one_command_measures_a_gpu_and_fills_the_page(tmp_path: Path) -> None:
-    file = page(tmp_path)
-    told = found(tmp_path, "gpu", "--device", "cpu", "--rounds", "1", "--fill", str(file))
+def test_one_command_measures_a_gpu_and_prints_tables_for_a_page(tmp_path: Path, capsys: Printed) -> None:
+    told = found(tmp_path, "gpu", "--device", "cpu", "--rounds", "1")
     none, upper = told["tables"]["Vim-Ti, 2 images of 32 pixels"]
     assert upper["of_none"] == pytest.approx(upper["ms"] / none["ms"])
     assert none["images_per_s"] == pytest.approx(2000 / none["ms"])
     (reason,) = [reason for name, reason in told["left_out"].items() if "broken" in name]
     assert "mixup and cutmix pair the images" in reason, "what fails does not keep the rest from being measured"
     assert {row["op"] for row in told["tables"]["Ops"]} == {"causal_conv1d"}
-    text = file.read_text()
-    assert text.startswith(f"before\n{BEGIN}\n\n`famba benchmark gpu` on ")
-    assert text.endswith(f"{END}\nafter\n")
+    text = capsys.readouterr().out
+    assert text.startswith("`famba benchmark gpu` on ")
     assert "| none " in text
 
 
@@ -129,4 +120,3 @@ def test_the_tables_of_a_gpu_are_those_of_the_documents() -> None:
     for _, contestants in command.blocks(CPU):
         for one in contestants:
             one._replace(precision="fp32").config(CPU)
-    filled(DOCS, "")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -17,12 +17,12 @@ from tempfile import gettempdir
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from famba import data
 from famba.analysis import options as shared
 from famba.analysis.benchmark import ops, timing
-from famba.analysis.benchmark.timing import Race, Report, Row, filled, keep_freed_memory
+from famba.analysis.benchmark.timing import Race, Report, Row, keep_freed_memory
 from famba.errors import ConfigError, FambaError, TrainingError
 from famba.fusion import tokens_per_layer
 from famba.ops import backends
@@ -44,42 +44,30 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what can be timed, and its options."""
     parser.description = "Time contestants in turn, after a warm-up. A table on stdout, progress on stderr."
     kinds = parser.add_subparsers(title="what to time", required=True, metavar="WHAT")
-    texts = {
-        "ops": "each op by every backend",
-        "model": "a training step of Vim by strategy, and of a DeiT",
-        "gpu": "a CUDA device: the tables of docs/performance.md",
-    }
-    of_ops, of_model, of_gpu = (kinds.add_parser(name, help=t, description=f"Time {t}.") for name, t in texts.items())
     shown: dict[str, Any] = {"metavar": "N", "help": "default: %(default)s"}
+
+    def kind(name: str, text: str, measure: Callable[..., None], rounds: int) -> argparse.ArgumentParser:
+        added = kinds.add_parser(name, help=text, description=f"Time {text}.")
+        added.add_argument("--rounds", type=shared.count, default=rounds, **shown)
+        added.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
+        added.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to FILE as well")
+        added.set_defaults(measure=measure, what=name, precision=None)
+        return added
+
+    of_ops = kind("ops", "each op by every backend", _measure_ops, 9)
     of_ops.add_argument("--op", nargs="+", choices=ops.OPS, default=list(ops.OPS), help="default: all")
     of_ops.add_argument("--batch", nargs="+", type=shared.count, default=[8, 32], **shown)
     of_ops.add_argument("--length", nargs="+", type=shared.count, default=[65, 197, 785], **shown)
-    models: dict[str, Any] = {"choices": DEITS, "default": list(DEITS), "help": "default: both"}
-    of_model.add_argument("--model", nargs="+", **models)
+    of_model = kind("model", "a training step of Vim by strategy, and of a DeiT", _measure_models, 5)
+    of_model.add_argument("--model", nargs="+", choices=DEITS, default=list(DEITS), help="default: both")
     of_model.add_argument("--batch", type=shared.count, default=32, **shown)
+    for one in (of_ops, of_model):
+        one.add_argument("--precision", nargs="+", choices=ops.DTYPES, help="default: fp32 and bf16")
+    of_gpu = kind("gpu", "a CUDA device: the tables of docs/performance.md", measure_gpu, 5)
     of_gpu.add_argument("--minutes", type=shared.count, default=8, metavar="N", help="stop in time (default: 8)")
-    of_gpu.add_argument("--fill", type=Path, metavar="FILE", help="put the tables between the markers in FILE")
-    kinds_of = ((of_ops, "ops", _measure_ops), (of_model, "model", _measure_models), (of_gpu, "gpu", measure_gpu))
-    for kind, what, measure in kinds_of:
-        if kind is not of_gpu:
-            kind.add_argument("--precision", nargs="+", choices=ops.DTYPES, help="default: fp32 and bf16")
-        kind.add_argument("--rounds", type=shared.count, default=9 if kind is of_ops else 5, **shown)
-        kind.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
-        kind.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to FILE as well")
-        kind.set_defaults(measure=measure, what=what, fill=None, precision=None)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, and fill a page where one is named; refuse first what cannot be written."""
-    if options.fill is not None:
-        filled(options.fill, "")
-    report = _measure(options)
-    if options.fill is not None:
-        options.fill.write_text(filled(options.fill, report.text("pipe")))
-    return 0
-
-
-def _measure(options: argparse.Namespace) -> Report:
     """Measure, and tell what has been measured whatever ended it: it took its time."""
     options.device = device = shared.device(options.device)
     if options.what == "gpu":
@@ -94,9 +82,8 @@ def _measure(options: argparse.Namespace) -> Report:
     except OSError as error:
         raise ConfigError(f"--json {options.json} cannot be written ({error.strerror}); name another file") from error
     settings = {name: value for name, value in vars(options).items() if isinstance(value, int | list | str)}
-    report = Report(
-        options.what, provenance(device, 0, 1), settings, notes=[timing.NOTE] if device.type == "cuda" else []
-    )
+    notes = [timing.NOTE] if device.type == "cuda" else []
+    report = Report(options.what, provenance(device, 0, 1), settings, notes=notes)
     keep_freed_memory()
     try:
         options.measure(options, report)
@@ -107,9 +94,9 @@ def _measure(options: argparse.Namespace) -> Report:
         raise TrainingError(f"out of memory ({error!r}); use a smaller --batch or --length") from error
     finally:
         if any(report.tables.values()):
-            print(report.text("simple"))
+            print(report.text())
             report.write(options.json)
-    return report
+    return 0
 
 
 def _measure_ops(options: argparse.Namespace, report: Report) -> None:
@@ -123,16 +110,27 @@ def _measure_ops(options: argparse.Namespace, report: Report) -> None:
 def _measure_models(options: argparse.Namespace, report: Report) -> None:
     report.notes.append(NOTE)
     for name, precision in product(options.model, options.precision):
-        size, deit = (options.batch, 224, precision), DEITS[name]
-        race = Race(f"{name}, {options.batch} images of 224 pixels, {precision}", options.device)
-        report.tables[race.title] = rows = list[Row]()
-        try:
-            for strategy in STRATEGIES:
-                enter(race, Contestant(strategy, name, strategy, *size), rows)
-            enter(race, Contestant(deit, deit, "none", *size), rows)
-            race.run(options.rounds)
-        finally:
-            finish(race, rows)
+        contestants = [Contestant(s, name, s, options.batch, 224, precision) for s in STRATEGIES]
+        contestants.append(Contestant(DEITS[name], DEITS[name], "none", options.batch, 224, precision))
+        _measure_steps(f"{name}, {precision}", contestants, options, report, lambda _, call: call())
+
+
+def _measure_steps(
+    title: str,
+    contestants: Sequence[Contestant],
+    options: argparse.Namespace,
+    report: Report,
+    attempt: Callable[[str, Callable[[], object]], object],
+) -> None:
+    """Add a table of steps to the report; attempt: calls what lets the contestant of a name enter the race."""
+    race = Race(f"{title}, {contestants[0].batch} images of {contestants[0].image_size} pixels", options.device)
+    report.tables[race.title] = rows = list[Row]()
+    try:
+        for one in contestants:
+            attempt(f"{race.title}: {one.name}", partial(enter, race, one, rows))
+        race.run(options.rounds)
+    finally:
+        finish(race, rows)
 
 
 NOTE = "a step is that of `train.py recipe=light` on random images that lie on the device"
@@ -167,8 +165,9 @@ class TimedStep:
 
     def __init__(self, config: RunConfig, setup: Setup | None = None) -> None:
         self.config, self.setup = config, setup or prepare(config)
-        device = self.setup.device
-        self.batch = _random_batch(config, self.setup)
+        device, size, generator = self.setup.device, self.setup.image_size, torch.Generator().manual_seed(0)
+        images = torch.randn(config.trainer.batch_size, 3, size, size, generator=generator).to(device)
+        self.batch = images, torch.randint(2, (len(images),), generator=generator).to(device)
         with shared.chosen_backend(config.ops.backend):
             fused = obstacle(config, device, 1, resolve(device.type, self.setup.dtype)) is None
         classes = config.data.num_classes or data.NUM_CLASSES.get(config.data.name) or _CLASSES
@@ -230,13 +229,6 @@ def finish(race: Race, rows: list[Row]) -> None:
         row["of_none"] = none and row["ms"] / none
 
 
-def _random_batch(config: RunConfig, setup: Setup) -> tuple[Tensor, Tensor]:
-    """Return images (b, 3, s, s) and labels (b,) of a step's size on the device."""
-    size, generator = config.trainer.batch_size, torch.Generator().manual_seed(0)
-    images = torch.randn(size, 3, setup.image_size, setup.image_size, generator=generator)
-    return images.to(setup.device), torch.randint(2, (size,), generator=generator).to(setup.device)
-
-
 PRECISION, (_TINY, _SMALL) = "bf16", DEITS
 
 
@@ -296,11 +288,4 @@ def measure_gpu(options: argparse.Namespace, report: Report) -> None:
             for case in cases():
                 attempt(case.op, partial(ops.measure, case, options.device, options.rounds, report))
             continue
-        race = Race(f"{title}, {contestants[0].batch} images of {contestants[0].image_size} pixels", options.device)
-        report.tables[race.title] = rows = list[Row]()
-        try:
-            for one in contestants:
-                attempt(f"{race.title}: {one.name}", partial(enter, race, one, rows))
-            race.run(options.rounds)
-        finally:
-            finish(race, rows)
+        _measure_steps(title, contestants, options, report, attempt)
