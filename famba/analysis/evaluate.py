@@ -1,4 +1,8 @@
-"""Measure accuracy, speed and multiply-adds of one network that fuses in several ways: `famba evaluate`."""
+"""Measure accuracy, throughput and multiply-adds of a trained network that fuses in several ways: `famba evaluate`.
+
+The schedule that it was trained with and others take the same test images in turn. Top-1 and its paired difference to
+the network as it was trained have 95 % intervals over test images.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,6 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -22,6 +25,7 @@ from tqdm import tqdm
 from famba import data
 from famba.analysis import options as shared
 from famba.analysis.figures import confusion_matrix
+from famba.analysis.report import difference as written
 from famba.analysis.trained import Trained, load_trained
 from famba.analysis.variants import Variant, label_variants, own, unfused, variants
 from famba.errors import ConfigError, FambaError, TrainingError, check_choice, named, some
@@ -31,7 +35,6 @@ from famba.training.config import RunConfig
 from famba.training.devices import choose_precision, loading_workers, out_of_memory, synchronize
 from famba.training.evaluation import Tally
 from famba.training.interrupts import StopRequest
-from famba.training.logging import signed
 from famba.training.measure import macs_per_image
 from famba.training.provenance import provenance
 
@@ -152,6 +155,11 @@ class _Contestant:
         labels, best = torch.cat(self.pairs, dim=1).long()
         return torch.bincount(classes * labels + best, minlength=classes**2).view(classes, classes)
 
+    def macs(self, image_size: int) -> int:
+        """Count the multiply-adds of an image."""
+        self.variant.put_into(self.model)
+        return macs_per_image(self.model, image_size)
+
     @property
     def way(self) -> tuple[Any, ...]:
         """Return all that says how it fuses but the rule, so that those with equal ways differ in their rules alone."""
@@ -185,7 +193,6 @@ def evaluate(request: Request) -> Evaluation:
     memory.
     """
     source = _source(request)
-    size, macs = request.trained.image_size, list[int]()
     labelled = zip(label_variants(request.variants), request.variants, strict=True)
     asked = [(label, request.trained, variant) for label, variant in labelled]
     asked += [(f"{other.strategy}, {other.source}", other, replace(own(other), own=False)) for other in request.beside]
@@ -195,9 +202,7 @@ def evaluate(request: Request) -> Evaluation:
     ]
     try:
         interrupted = _race(request, contestants, source)
-        for one in contestants:
-            one.variant.put_into(one.model)
-            macs.append(macs_per_image(one.model, size))
+        macs = [one.macs(request.trained.image_size) for one in contestants]
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -249,9 +254,13 @@ def of_difference(gained: int, lost: int, images: int) -> tuple[float, float]:
 
 def _race(request: Request, contestants: list[_Contestant], source: data.Source) -> bool:
     """Let contestants take each batch in turn; return whether it was cut short."""
-    done, device = 0, request.device
+    done, device, trained = 0, request.device, request.trained
+    workers = loading_workers(request.config.data.workers)
+    loading = data.Loading(trained.image_size, trained.mean, trained.std, workers=workers)
+    batches = data.eval_batches(source, trained.scaling, loading, request.batch_size)
     with StopRequest() as stop, tqdm(total=len(source), unit="image", file=sys.stderr, leave=False) as bar:
-        for images, classes in _batches(request, source):
+        for batch in batches:
+            images, classes = (part.to(device) for part in batch)
             for one in contestants if not done else ():  # what is compiled, tuned or allocated once
                 request.infer(one.model, one.variant, images)
             for one in contestants:
@@ -265,15 +274,6 @@ def _race(request: Request, contestants: list[_Contestant], source: data.Source)
             if stop.number:
                 break
     return done < len(source)
-
-
-def _batches(request: Request, source: data.Source) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield images (b, 3, s, s) and labels (b,) on the device."""
-    trained = request.trained
-    workers = loading_workers(request.config.data.workers)
-    loading = data.Loading(trained.image_size, trained.mean, trained.std, workers=workers)
-    for images, classes in data.eval_batches(source, trained.scaling, loading, request.batch_size):
-        yield images.to(request.device), classes.to(request.device)
 
 
 def _source(request: Request) -> data.Source:
@@ -310,11 +310,7 @@ def _numbered_as_trained(trained: Trained, splits: data.Splits) -> data.Source:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `famba evaluate`."""
-    parser.description = (
-        "Evaluate a trained model on test images: Top-1, Top-5 and loss, throughput and multiply-adds, with the "
-        "schedule that it was trained with and with others, on the same images in turn. Top-1 and its paired "
-        "difference to the model as it was trained have 95 % intervals over test images."
-    )
+    parser.description = __doc__
     parser.epilog = "example: famba evaluate runs/mine --fusion all,upper --budget 0.2,0.4,0.6,0.8 --out curves"
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help=shared.CHECKPOINT)
@@ -358,7 +354,7 @@ def table(evaluation: Evaluation) -> str:
             "removed": f"{row['removed']} of {row['patches']}",
             "Top-1 %": f"{row['top1']:.2f}",
             "95 % interval": f"{row['top1_low95']:.2f} to {row['top1_high95']:.2f}",
-            **({"difference to *": _difference(row)} if several else {}),
+            **({"difference to *": written(row, "difference")} if several else {}),
             "Top-5 %": f"{row['top5']:.2f}",
             "loss": f"{row['loss']:.4f}",
             "images/s": f"{row['images_per_s']:.1f}",
@@ -379,12 +375,6 @@ def table(evaluation: Evaluation) -> str:
         "Interrupted: these are the first images of those asked for.": evaluation.interrupted,
     }
     return "\n".join([shown, "", *(note for note, holds in notes.items() if holds)])
-
-
-def _difference(row: dict[str, Any]) -> str | None:
-    if row["difference"] is None:
-        return None
-    return "{} ({} to {})".format(*(signed(row[f"difference{end}"]) for end in ("", "_low95", "_high95")))
 
 
 def as_json(evaluation: Evaluation) -> str:

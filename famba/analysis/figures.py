@@ -6,13 +6,12 @@ Ito (2008) and a few more, and markers all differ.
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, NamedTuple
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from famba.drawing import INK, drawing, files
+from famba.drawing import drawing, files
 
 # Colour and marker of each strategy, and of those of other packages.
 _LOOKS = {
@@ -81,22 +80,22 @@ def _accuracy(rows: pd.DataFrame, name: str, cost: str, label: str, factor: floa
     return Plot(name, f"Accuracy against {label.partition(',')[0]}", files(name, figure))
 
 
-_NAMED, _COUNTED = 40, 15  # the most classes whose names, and whose counts, can be read
+_NAMED, _WRITTEN = 40, 15  # the most classes whose names, and whose shares, can be read
 
 
 def confusion_matrix(counts: pd.DataFrame) -> bytes:
-    """Draw how many images of each class (row) were taken for each class (column) as a PNG; colours are row shares."""
+    """Draw what share of the images of each class (row) was taken for each class (column), as a PNG."""
+    from sklearn.metrics import ConfusionMatrixDisplay  # takes a second, and only this picture needs it
+
     classes, shares = len(counts), counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
     side = 3.5 + 0.16 * min(classes, _NAMED)
     with drawing():
         figure = Figure(figsize=(side + 1.0, side), layout="constrained")
-        axes = figure.add_subplot(xlabel="taken for", ylabel="true class")
-        image = axes.imshow(shares.to_numpy(), cmap="Blues", vmin=0, vmax=(most := shares.to_numpy().max()))
-        if classes <= _NAMED:
-            axes.set_xticks(range(classes), [str(name)[:24] for name in counts], rotation=90)
-            axes.set_yticks(range(classes), [str(name)[:24] for name in counts.index])
-        for row, column in itertools.product(range(classes), repeat=2) if classes <= _COUNTED else ():
-            color = "white" if shares.iat[row, column] > most / 2 else INK
-            axes.text(column, row, f"{counts.iat[row, column]}", ha="center", va="center", color=color, fontsize=7)
-        figure.colorbar(image, label="share of the class's images")
+        axes = figure.add_subplot()
+        display = ConfusionMatrixDisplay(shares.to_numpy(), display_labels=[str(name)[:24] for name in counts])
+        look: Any = {"include_values": classes <= _WRITTEN, "text_kw": {"fontsize": 7}, "values_format": ".2f"}
+        display.plot(ax=axes, cmap="Blues", xticks_rotation="vertical", **look)
+        axes.set(xlabel="taken for", ylabel="true class")
+        if classes > _NAMED:
+            axes.set(xticks=[], yticks=[])
         return files("confusion", figure, ["png"])["confusion.png"]

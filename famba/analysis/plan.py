@@ -1,4 +1,7 @@
-"""Count what strategies cost before anything runs: `famba plan`."""
+"""Count what strategies cost, layer by layer and in total, before anything runs: `famba plan`.
+
+That is tokens, multiply-adds, bytes kept for the backward, and the share of an unfused model's step that is left.
+"""
 
 from __future__ import annotations
 
@@ -42,10 +45,7 @@ _BY_LAYER = {
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `famba plan`."""
-    parser.description = (
-        "Count what strategies cost, layer by layer and in total, before anything runs: tokens, multiply-adds, bytes "
-        "kept for the backward, and the share of an unfused model's step that is left."
-    )
+    parser.description = __doc__
     parser.epilog = "example: famba plan model=vim_s fusion=all,lower,upper trainer.device=cuda trainer.precision=bf16"
     add = parser.add_argument
     add("overrides", nargs="*", metavar="KEY=VALUE", help="as train.py takes them, several values by commas; "

@@ -35,7 +35,7 @@ _ORDER = ("finished", "running", "waiting", "interrupted", "stopped", "failed", 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `famba status`."""
-    parser.description = "Show how far runs are, in a table of all in some folders, and the count of each state."
+    parser.description = __doc__
     parser.add_argument("runs", nargs="+", metavar="FOLDER", help="runs, sweeps, or folders that hold some")
     parser.add_argument("--json", action="store_true", help="print a list of JSON objects instead")
 

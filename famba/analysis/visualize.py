@@ -1,4 +1,7 @@
-"""Draw which patches each token of a trained network holds on images: `famba visualize`."""
+"""Draw, for each image, which patches each token of a trained network holds, in up to eight layers: `famba visualize`.
+
+Patches that share a token are outlined, in their mean colour; parts of one token that do not touch share a letter.
+"""
 
 from __future__ import annotations
 
@@ -153,10 +156,7 @@ _MOST_LAYERS, _AT_ONCE, _LONGEST_NAME = 8, 16, 80
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `famba visualize`."""
-    parser.description = (
-        "Draw, for each image, which patches each token holds, in up to eight layers. Patches that share a token are "
-        "outlined, in their mean colour; parts of one token that do not touch carry the same letter."
-    )
+    parser.description = __doc__
     parser.epilog = "example: famba visualize runs/mine cat.jpg dog.jpg --fusion lower,upper --out pictures"
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help=shared.CHECKPOINT)
