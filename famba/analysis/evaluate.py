@@ -43,11 +43,10 @@ _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 @dataclass(frozen=True)
 class Request:
-    """Hold an evaluation that can begin.
+    """Hold an evaluation that can begin, of a network and others beside it on the same images.
 
-    variants: first the one that the network was trained with, to which the others are compared. rule: the first of
-    several that were asked for, to which the others are compared too, else None. beside: other networks for the same
-    images, such as smaller ones. config: of the run. root: the folder that holds its images. subset: None for all.
+    variants: first the one that it was trained with, to which others are compared. rule: the first of several that were
+    asked for, to which others are compared too. root: the folder of the images. subset: None for all.
     """
 
     trained: Trained
@@ -74,10 +73,9 @@ class Request:
 class Evaluation:
     """Hold a row for each variant, as evaluate.json has them, of so many images; of fewer than asked if interrupted.
 
-    Top-1, Top-5 in percent; difference of Top-1 to the first row in points, None in the first itself;
-    difference_to_first to the row that differs in its rule alone, which is the first of several that were asked for,
-    None without one; all with the ends of their 95 % intervals. images_per_s: median over batches. confusion: by the
-    first row, how many images of each class (row) were taken for each class (column).
+    Top-1, Top-5 in percent, differences in points: difference of Top-1 to the first row, difference_to_first to the row
+    with the first rule and all else equal; None without one. images_per_s: median over batches. confusion: by the first
+    row, how many images of each class (row) were taken for each class (column).
     """
 
     request: Request
@@ -167,10 +165,7 @@ class _Contestant:
         return self.model, self.variant.removed, replace(fusion, rule=Fusion.rule, budget=0, layers=None)
 
     def row(self, trained: Tensor, same_way: Tensor | None) -> dict[str, Any]:
-        """Return accuracy and speed, and the differences to the variant that was trained and to another rule.
-
-        trained, same_way: which images these get right (n,).
-        """
+        """Return accuracy, speed, and differences to what the trained variant and another rule get right (n,)."""
         right, known = self.right, self.tally.results()
         low, high = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
         full = max(images for images, _ in self.times)  # the last batch may be smaller, and less of a load
@@ -189,8 +184,7 @@ class _Contestant:
 def evaluate(request: Request) -> Evaluation:
     """Evaluate as asked; a Ctrl-C ends it after the batch that has begun, and keeps what is known by then.
 
-    Raises ConfigError or DataError where the images do not fit the network or are damaged, TrainingError for too little
-    memory.
+    Raises ConfigError or DataError for images that do not fit or are damaged, TrainingError for too little memory.
     """
     source = _source(request)
     labelled = zip(label_variants(request.variants), request.variants, strict=True)
@@ -228,10 +222,7 @@ def evaluate(request: Request) -> Evaluation:
 
 
 def difference(name: str, right: Tensor, base: Tensor | None) -> dict[str, float | None]:
-    """Return how much higher Top-1 is than another, in points, under a name, and the ends of its 95 % interval.
-
-    right, base: which images each gets right (n,). All three are None where there is no other.
-    """
+    """Return the difference in Top-1, in points, and the ends of its interval, of which images are right (n,)."""
     found: tuple[float | None, ...] = (None,) * 3
     if base is not None:
         gained, lost = int((right & ~base).sum()), int((base & ~right).sum())
@@ -243,8 +234,8 @@ def of_difference(gained: int, lost: int, images: int) -> tuple[float, float]:
     """Return the 95 % interval of a paired difference in Top-1, in points, over test images of the same kind.
 
     By Agresti and Min (Statistics in Medicine 24, 2005): Wald's interval after half an image more in each of the four
-    cells, so that two networks that never differ are not said to be equal beyond doubt. gained: of so many images those
-    that this network alone gets right; lost: those that the other alone does.
+    cells, so that two networks that never differ are not said to be equal beyond doubt. gained: images that this
+    network alone gets right; lost: those that the other alone does.
     """
     gained_more, lost_more, total = gained + 0.5, lost + 0.5, images + 2
     middle = (gained_more - lost_more) / total

@@ -53,16 +53,15 @@ def read_fusion(options: argparse.Namespace) -> dict[str, list[Any]]:
 def _value(name: str, text: str) -> Any:
     """Return the value of a field that a text means."""
     option, setting = f"--{FUSION[name]}", SETTINGS.get(name)
-    if name == "strategy" or (setting is not None and setting.names):
-        check_choice(option, text, strategy_names() if setting is None else setting.names)
-    if name == "strategy" or (name, text) == ("budget", PAPER):
-        return text
+    if names := strategy_names() if name == "strategy" else setting and setting.names:
+        check_choice(option, text, names)
     try:
         if setting is not None:
             return setting.read(text)
-        return int(text) if text.isdecimal() else float(text)
+        return text if name == "strategy" or text == PAPER else int(text) if text.isdecimal() else float(text)
     except ValueError:
         allowed = "tokens in total, a share of the patches (between 0 and 1), or paper"
+        allowed = allowed if setting is None else "whole numbers from 0"
         raise ConfigError(f"{option} holds {text!r}; allowed: {allowed}") from None
 
 

@@ -133,10 +133,7 @@ class Planned:
 
 
 def plan(overrides: Sequence[str], config_dir: Path | None = None) -> list[Planned]:
-    """Count every configuration that overrides ask for, and for each model the one without fusion before them.
-
-    Raises FambaError for what cannot work on any machine, as train.py does.
-    """
+    """Count all configurations that overrides ask for, behind each model's without fusion; raises as train.py does."""
     asked: list[RunConfig] = []
     command = Command(tuple(overrides), multirun=True, config_dir=config_dir)
     for job in command.jobs():
@@ -164,10 +161,9 @@ def _names(configs: Sequence[RunConfig]) -> list[str]:
 
 
 def _planned(name: str, config: RunConfig) -> Planned:
-    """Count for a device, a precision and a backend, none of which need be on this machine.
+    """Count for a device, precision and backend that need not be on this machine.
 
-    A choice that "auto" leaves open is made as on this machine, and for a GPU that is not here as on most: bfloat16, by
-    the CUDA kernels.
+    "auto" is what it is on this machine, and for a GPU that is not here bfloat16 by the CUDA kernels.
     """
     backend, precision = config.ops.backend, config.trainer.precision
     check_choice("ops.backend", backend, [*backends(), AUTO])
@@ -179,11 +175,8 @@ def _planned(name: str, config: RunConfig) -> Planned:
             raise
         device = torch.device(kind)
     if precision == "auto" and not is_here:
-        autocast = torch.bfloat16 if device.type == "cuda" else None
-    elif precision == "bf16":
-        autocast = torch.bfloat16
-    else:
-        autocast = choose_precision(precision, device)
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    autocast = torch.bfloat16 if precision == "bf16" else choose_precision(precision, device)
     if backend == AUTO:
         is_cuda = not is_here and device.type == "cuda" and find_spec("triton")
         backend = "cuda" if is_cuda else resolve(device.type, autocast or torch.float32)

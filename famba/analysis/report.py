@@ -86,8 +86,7 @@ class Table:
     """Hold the settings of a model that may be compared.
 
     runs: as `read_runs` gives them, with label, seed, numbers as floats, and here (whether on the table's machine).
-    rows: the columns of report.csv by label. sheets: the same as text. shared: what the runs share, and the machine
-    that costs are of. notes: what a reader has to know.
+    rows: the columns of report.csv by label; sheets: as text. shared: what the runs share, and the machine of costs.
     """
 
     model: str
@@ -115,16 +114,15 @@ class Report(NamedTuple):
 def write_report(paths: Iterable[str | Path], out: Path) -> Report:
     """Write report.md, .csv, .tex, .html and plots/ on the runs in some folders and CSV files.
 
-    Raises DataError where no table can be made, ConfigError where the folder cannot be written, before anything is
-    drawn, and CheckpointError where the disk refuses later.
+    Raises DataError where no table can be made, ConfigError or CheckpointError where the folder cannot be written.
     """
     report = gather(paths)
     prepare_folder(out / "plots")
-    texts = {"report.md": rendered(report, "md"), "report.csv": table_csv(report), "report.tex": latex(report)}
-    plots = [plot for table in report.tables for plot in table.plots]
-    pictures = {f"plots/{name}": content for plot in plots for name, content in plot.files.items()}
+    files = {"report.md": rendered(report, "md"), "report.csv": table_csv(report), "report.tex": latex(report)}
+    for plot in (plot for table in report.tables for plot in table.plots):
+        files |= {f"plots/{name}": content for name, content in plot.files.items()}
     # The page last, so that it is there only with all that belongs to it.
-    write_files(out, {**texts, **pictures, "report.html": rendered(report, "html")})
+    write_files(out, files | {"report.html": rendered(report, "html")})
     return report
 
 
@@ -182,25 +180,25 @@ def _tables(runs: pd.DataFrame, left_out: list[tuple[str, str, str]]) -> list[Ta
     models = _with_smaller(dict(list(runs.assign(smaller="").groupby(_MODEL))))
     keys = pd.DataFrame(list(models), columns=_MODEL)
     for key, own in models.items():
-        alike = keys[keys["model"] == key[0]].nunique() > 1
-        told = [
-            f"{name.removeprefix('config.model.')} {key[i] or 'as registered'}"
-            for i, name in enumerate(_MODEL)
-            if alike[name]
-        ]
+        apart = keys[keys["model"] == key[0]].nunique() > 1
+        told = {
+            name.removeprefix("config.model."): value for name, value in zip(_MODEL, key, strict=True) if apart[name]
+        }
         chosen = _largest(own, what)
         first, others = chosen.iloc[0], own.drop(chosen.index)
         left_out += [("other", run["run"], _differences(first[what], run)) for _, run in others.iterrows()]
         here = _largest(chosen, place).iloc[0][place]
         chosen = chosen.assign(here=(chosen[place] == here).all(axis=1), label=_labels(chosen))
-        order = ["here", "provenance.started", "train_time_s", "run"]
-        chosen = chosen.sort_values(order, ascending=[False, *[True] * 3])
-        again = chosen.duplicated(["label", "seed"])
-        left_out += [("repeated", run.run, f"seed {run.seed} of {run.label}") for run in chosen[again].itertuples()]
-        chosen = chosen[~again]
-        moved = chosen[~chosen["here"]]
-        left_out += [("elsewhere", run["run"], _differences(here, run)) for _, run in moved.iterrows()]
-        tables.append(_table(", ".join([key[0], *told]), chosen, first[what], here))
+        chosen = chosen.sort_values(["provenance.started", "train_time_s", "run"])
+        chosen = chosen.sort_values("here", ascending=False, kind="stable")
+        again = chosen[chosen.duplicated(["label", "seed"])]
+        left_out += [("repeated", run.run, f"seed {run.seed} of {run.label}") for run in again.itertuples()]
+        chosen = chosen.drop(again.index)
+        left_out += [
+            ("elsewhere", run["run"], _differences(here, run)) for _, run in chosen.iterrows() if not run["here"]
+        ]
+        name = ", ".join([key[0], *(f"{name} {value or 'as registered'}" for name, value in told.items())])
+        tables.append(_table(name, chosen, first[what], here))
     return sorted(tables, key=lambda table: (table.rows["parameters"].min(), table.model))
 
 
@@ -209,9 +207,7 @@ def _with_smaller(models: dict[Any, pd.DataFrame]) -> dict[Any, pd.DataFrame]:
 
     A reduction of tokens that loses to a smaller network is worth nothing.
     """
-    sizes = {
-        place: name.rpartition(".")[2] for place, name in enumerate(_MODEL) if name.endswith((".depth", ".embed_dim"))
-    }
+    sizes = {_MODEL.index(f"config.model.{name}"): name for name in ("depth", "embed_dim")}
     unfused = [key for key, runs in models.items() if set(runs["strategy"]) == {NONE}]
     fused = [key for key in models if key not in unfused]
     for key in unfused:
@@ -259,18 +255,16 @@ def _short(name: str) -> str:
 
 def _differences(table: pd.Series, run: pd.Series) -> str:
     """Return the keys in which a run differs from what a table's runs share."""
-    lines = []
-    for name in sorted(name for name in table.index if run.get(name, "") != table[name]):
-        here, there = ((value.get(name) or "not known")[:80] for value in (run, table))
-        lines.append(f"{_short(name)}: {here}, in the table {there}")
-    return "; ".join(lines)
+    names = sorted(name for name in table.index if run.get(name, "") != table[name])
+    here, there = ([(of.get(name) or "not known")[:80] for name in names] for of in (run, table))
+    pairs = zip(names, here, there, strict=True)
+    return "; ".join(f"{_short(name)}: {own}, in the table {shared}" for name, own, shared in pairs)
 
 
 def _table(model: str, runs: pd.DataFrame, what: pd.Series, here: pd.Series) -> Table:
     order = {name: place for place, name in enumerate(strategy_names())}
-    runs = runs.assign(rank=runs["strategy"].map(order).fillna(len(order))).sort_values(
-        ["rank", "smaller", *_SETTING, "seed"]
-    )
+    runs = runs.assign(rank=runs["strategy"].map(order).fillna(len(order)))
+    runs = runs.sort_values(["rank", "smaller", *_SETTING, "seed"])
 
     def by_seed(value: str) -> pd.DataFrame:
         of = runs[runs["here"]] if value in COSTS else runs

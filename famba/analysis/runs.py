@@ -24,11 +24,9 @@ _NEEDED = ("model", "strategy", "top1", "tokens", "schedule", "tokens_per_layer"
 def read_runs(paths: Iterable[str | Path]) -> pd.DataFrame:
     """Read the runs in or below some folders and in some CSV files, each once, sorted by name.
 
-    Returns a row for each run, all text, with an empty cell for what is not known: run (a name that does not depend on
-    where the folders lie), folder, state (as `famba status` names it), kind and problem (why a run cannot be used:
-    "unfinished" or "damaged", and the reason), and the columns of `to_row`.
-
-    Raises DataError for a path without runs and for a file that is no table of runs.
+    Returns a row for each run, all text, empty where unknown: run (a name that does not depend on where folders lie),
+    folder, state (as `famba status` names it), kind and problem (why a run cannot be used: "unfinished" or "damaged",
+    and the reason), and the columns of `to_row`. Raises DataError for a path without runs, or a file of something else.
     """
     found: dict[Any, dict[str, str]] = {}
     for path in map(Path, paths):

@@ -58,11 +58,9 @@ def label_variants(compared: Sequence[Variant]) -> list[str]:
 def variants(trained: Trained, asked: Asked) -> list[Variant]:
     """Return what was asked for, in its order and each once: every combination of the settings.
 
-    Where tokens are pruned, weighting and attention have no effect and are not told apart. A network with attention
-    that was trained without fusion attends in proportion unless asked otherwise, as ToMe does off the shelf. The
-    network's own strategy without a budget is its own schedule, whatever it came from.
-
-    Raises ConfigError, with the option at fault, where something does not fit the network.
+    A network with attention that was trained without fusion attends in proportion unless asked otherwise, as ToMe does
+    off the shelf. The network's own strategy without a budget is its own schedule, whatever it came from. Raises
+    ConfigError, with the option at fault, where something does not fit the network.
     """
     if not asked:
         return []
@@ -77,7 +75,7 @@ def variants(trained: Trained, asked: Asked) -> list[Variant]:
             for chosen in itertools.product(*values.values()) if strategy != NONE else ():
                 changes = dict(zip(values, chosen, strict=True))
                 if changes["mode"] == "prune":
-                    # A token holds one patch or nothing: there is no size to weigh by.
+                    # A token holds one patch or nothing, without a size: weighting and attention have no effect.
                     changes |= {name: getattr(trained.model.settings, name) for name in ("weighting", "proportional")}
                 found.append(_variant(trained, replace(usual, strategy=strategy, **changes), asked))
             found += [unfused(trained)] if strategy == NONE else []

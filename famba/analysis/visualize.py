@@ -129,9 +129,9 @@ def borders(held: Grid) -> npt.NDArray[np.int64]:
 
 
 def draw_tags(axes: Axes, held: Grid, pixels: int, points: float) -> None:
-    """Write the same text in each part of a token whose patches do not all touch, beginning with the largest token.
+    """Write a letter in the middle of each part of a token whose patches do not all touch; the largest token has "a".
 
-    It stands in the patch that is nearest to the part's middle. pixels, points: side of a patch in the image, on paper.
+    pixels, points: side of a patch in the image, and on paper.
     """
     parts = {token: ndimage.label(held == token) for token in dict.fromkeys(held.flat)}
     scattered = [token for token, (_, count) in parts.items() if count > 1]
@@ -194,8 +194,7 @@ def shown_layers(schedules: Sequence[Sequence[int]]) -> list[int]:
 def read_images(trained: Trained, given: Sequence[str]) -> dict[str, Tensor]:
     """Read image files, scaled and cropped as evaluation does; samples where none is given.
 
-    Returns uint8 (3, s, s) of the network's size, by distinct names without what shells and systems stumble over.
-    Raises DataError naming the file that is missing or is no image.
+    Returns uint8 (3, s, s) by distinct plain names. Raises DataError for a file that is missing or is no image.
     """
     found = [(file.stem, read_file(file, trained.reading.colour)) for file in image_files(given)] or _samples()
     scaling = evaluation_scaling(trained.scaling, trained.image_size)

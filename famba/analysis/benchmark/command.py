@@ -130,7 +130,12 @@ def _measure_steps(
             attempt(f"{race.title}: {one.name}", partial(enter, race, one, rows))
         race.run(options.rounds)
     finally:
-        finish(race, rows)
+        for row in rows:
+            row |= race.entries(row["contestant"])
+            row["images_per_s"] = 1000 * row["batch"] / row["ms"]
+        none = next((row["ms"] for row in rows if row["contestant"] == "none"), None)
+        for row in rows:
+            row["of_none"] = none and row["ms"] / none
 
 
 NOTE = "a step is that of `train.py recipe=light` on random images that lie on the device"
@@ -195,38 +200,14 @@ class TimedStep:
 
 
 def enter(race: Race, one: Contestant, rows: list[Row]) -> None:
-    """Let a contestant's step enter a race, and add its row, which `finish` completes."""
-    before = _reserved_mib(race.device, fresh=True)
+    """Let a contestant's step enter a race, and add its row, of what is known by now."""
     step = TimedStep(one.config(race.device))
-    step.train()  # as a graph: captures, and keeps the graph's memory
-    reserved = _reserved_mib(race.device) - before
     step.enter(race, one.name)
     model = step.model
     left = sum(tokens_per_layer(model.fusion, model.num_tokens)) / (model.depth * model.num_tokens)
     row: Row = {"contestant": one.name, "precision": one.precision, "tokens": model.num_tokens, "batch": one.batch}
     saved = saved_bytes_per_image(model, step.setup.image_size, step.setup.autocast)
-    memory: Row = {"saved_bytes_per_image": saved} | ({"reserved_mib": reserved} if reserved else {})
-    rows.append({**row, "token_layers": left, **race.entries(one.name), **memory})
-
-
-def _reserved_mib(device: torch.device, fresh: bool = False) -> float:
-    """Return what torch's allocator has taken from a GPU at most, in MiB; fresh: give back what is free first."""
-    if device.type != "cuda":
-        return 0.0
-    if fresh:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.max_memory_reserved(device) / 2**20
-
-
-def finish(race: Race, rows: list[Row]) -> None:
-    """Complete the rows of all that have entered by what was measured."""
-    for row in rows:
-        row |= race.entries(row["contestant"])
-        row["images_per_s"] = 1000 * row["batch"] / row["ms"]
-    none = next((row["ms"] for row in rows if row["contestant"] == "none"), None)
-    for row in rows:
-        row["of_none"] = none and row["ms"] / none
+    rows.append({**row, "token_layers": left, **race.entries(one.name), "saved_bytes_per_image": saved})
 
 
 PRECISION, (_TINY, _SMALL) = "bf16", DEITS
