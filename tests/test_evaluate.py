@@ -19,8 +19,8 @@ from runs import run
 
 from famba.analysis import evaluate as evaluation
 from famba.analysis.evaluate import add_options, of_difference
+from famba.analysis.options import label_variants, own, variants
 from famba.analysis.trained import load_trained
-from famba.analysis.variants import label_variants, own, variants
 from famba.cli import main as famba
 from famba.data.loader import EvalBatches
 from famba.errors import ConfigError

@@ -25,9 +25,9 @@ from tqdm import tqdm
 from famba import data
 from famba.analysis import options as shared
 from famba.analysis.figures import confusion_matrix
+from famba.analysis.options import Variant, label_variants, own, unfused, variants
 from famba.analysis.report import difference as written
 from famba.analysis.trained import Trained, load_trained
-from famba.analysis.variants import Variant, label_variants, own, unfused, variants
 from famba.errors import ConfigError, FambaError, TrainingError, check_choice, named, some
 from famba.fusion import Fusion, tokens_per_layer
 from famba.models import Backbone
@@ -74,15 +74,15 @@ class Evaluation:
     """Hold a row for each variant, as evaluate.json has them, of so many images; of fewer than asked if interrupted.
 
     Top-1, Top-5 in percent, differences in points: difference of Top-1 to the first row, difference_to_first to the row
-    with the first rule and all else equal; None without one. images_per_s: median over batches. confusion: by the first
-    row, how many images of each class (row) were taken for each class (column).
+    with the first rule and all else equal; None without one. images_per_s: median over batches. ranked: of the first
+    row, for each image its class and the one that it was taken for (2, n).
     """
 
     request: Request
     rows: list[dict[str, Any]]
     images: int
     interrupted: bool
-    confusion: Tensor
+    ranked: Tensor
 
 
 def check(options: argparse.Namespace) -> Request:
@@ -145,13 +145,7 @@ class _Contestant:
     @property
     def right(self) -> Tensor:
         """Return which images have their label ranked first (n,)."""
-        labels, best = torch.cat(self.pairs, dim=1)
-        return labels == best
-
-    def confusion(self, classes: int) -> Tensor:
-        """Return how many images of each class (row) were taken for each class (column), int64."""
-        labels, best = torch.cat(self.pairs, dim=1).long()
-        return torch.bincount(classes * labels + best, minlength=classes**2).view(classes, classes)
+        return torch.eq(*torch.cat(self.pairs, dim=1))
 
     def macs(self, image_size: int) -> int:
         """Count the multiply-adds of an image."""
@@ -218,7 +212,7 @@ def evaluate(request: Request) -> Evaluation:
         }
         for one, other, count in zip(contestants, pairs, macs, strict=True)
     ]
-    return Evaluation(request, rows, len(first), interrupted, contestants[0].confusion(request.trained.classes))
+    return Evaluation(request, rows, len(first), interrupted, torch.cat(contestants[0].pairs, dim=1))
 
 
 def difference(name: str, right: Tensor, base: Tensor | None) -> dict[str, float | None]:
@@ -401,8 +395,10 @@ def per_class(evaluation: Evaluation) -> dict[str, str | bytes]:
     """
     trained = evaluation.request.trained
     names = list(trained.class_names or map(str, range(trained.classes)))
-    counts = pd.DataFrame(evaluation.confusion.numpy(), index=pd.Index(names, name="true class"), columns=names)
-    images, right = counts.sum(axis=1), evaluation.confusion.diagonal().numpy()
+    every = range(len(names))
+    counts = pd.crosstab(*evaluation.ranked.numpy()).reindex(index=every, columns=every, fill_value=0)
+    counts = counts.set_axis(pd.Index(names, name="true class")).set_axis(names, axis=1)
+    images, right = counts.sum(axis=1), np.diag(counts)
     wrong = counts - np.diag(right)
     taken_for = wrong.idxmax(axis=1).where(wrong.max(axis=1) > 0, "")
     columns = {"images": images, "right": right, "top1": 100 * right / images, "most_often_taken_for": taken_for}

@@ -118,7 +118,8 @@ def write_report(paths: Iterable[str | Path], out: Path) -> Report:
     """
     report = gather(paths)
     prepare_folder(out / "plots")
-    files = {"report.md": rendered(report, "md"), "report.csv": table_csv(report), "report.tex": latex(report)}
+    files: dict[str, str | bytes] = {"report.md": rendered(report, "md"), "report.csv": table_csv(report)}
+    files["report.tex"] = latex(report)
     for plot in (plot for table in report.tables for plot in table.plots):
         files |= {f"plots/{name}": content for name, content in plot.files.items()}
     # The page last, so that it is there only with all that belongs to it.
@@ -181,9 +182,7 @@ def _tables(runs: pd.DataFrame, left_out: list[tuple[str, str, str]]) -> list[Ta
     keys = pd.DataFrame(list(models), columns=_MODEL)
     for key, own in models.items():
         apart = keys[keys["model"] == key[0]].nunique() > 1
-        told = {
-            name.removeprefix("config.model."): value for name, value in zip(_MODEL, key, strict=True) if apart[name]
-        }
+        told = [(name, value) for name, value in zip(_MODEL, key, strict=True) if apart[name]]
         chosen = _largest(own, what)
         first, others = chosen.iloc[0], own.drop(chosen.index)
         left_out += [("other", run["run"], _differences(first[what], run)) for _, run in others.iterrows()]
@@ -197,7 +196,7 @@ def _tables(runs: pd.DataFrame, left_out: list[tuple[str, str, str]]) -> list[Ta
         left_out += [
             ("elsewhere", run["run"], _differences(here, run)) for _, run in chosen.iterrows() if not run["here"]
         ]
-        name = ", ".join([key[0], *(f"{name} {value or 'as registered'}" for name, value in told.items())])
+        name = ", ".join([key[0], *(f"{name.rpartition('.')[2]} {value or 'as registered'}" for name, value in told)])
         tables.append(_table(name, chosen, first[what], here))
     return sorted(tables, key=lambda table: (table.rows["parameters"].min(), table.model))
 

@@ -27,9 +27,9 @@ from scipy import ndimage
 from torch import Tensor
 
 from famba.analysis import options as shared
+from famba.analysis.options import Variant, label_variants, own, variants
 from famba.analysis.predict import image_files
 from famba.analysis.trained import Trained, load_trained
-from famba.analysis.variants import Variant, label_variants, own, variants
 from famba.data.augment import Normalize, evaluation_scaling
 from famba.data.images import read_file
 from famba.drawing import FAINT, INK, drawing, files

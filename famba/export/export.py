@@ -14,9 +14,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from famba.analysis.options import CHECKPOINT, add_fusion_options, prepare_folder, read_fusion
+from famba.analysis.options import CHECKPOINT, Variant, add_fusion_options, own, prepare_folder, read_fusion, variants
 from famba.analysis.trained import Trained, load_trained
-from famba.analysis.variants import Variant, own, variants
 from famba.errors import ConfigError, check_choice
 from famba.export.check import check_file
 from famba.export.folder import FILES, describe, find_summary, write_folder
