@@ -41,10 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Describe this machine, check every usable backend, and print the report.
-
-    Returns 0 where all that can be used works and the environment names nothing that cannot be used.
-    """
+    """Print versions, devices and checks; return 0 where all that can be used, or that the environment names, works."""
     rows = [*_machine(), *_backends()]
     checks, raised = [], []
     for *case, found in _checks():

@@ -38,8 +38,6 @@ from famba.training.interrupts import StopRequest
 from famba.training.measure import macs_per_image
 from famba.training.provenance import provenance
 
-_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-
 
 @dataclass(frozen=True)
 class Request:
@@ -90,7 +88,7 @@ def check(options: argparse.Namespace) -> Request:
     asked = shared.read_fusion(options)
     device = shared.device(options.device)
     if options.precision is not None:
-        check_choice("--precision", options.precision, _PRECISIONS)
+        check_choice("--precision", options.precision, ("auto", "fp32", "bf16", "fp16"))
     trained = load_trained(options.checkpoint)
     if (config := trained.config) is None:
         raise ConfigError(f"{trained.source} says no data set to evaluate it on; give a run or a checkpoint of one")

@@ -153,18 +153,14 @@ def _names(configs: Sequence[RunConfig]) -> list[str]:
     """Name each by its model and fusion, and by what else differs among those that are planned."""
     flat = [flatten(plain(config)) for config in configs]
     differ = [key for key in flat[0] if not key.startswith("fusion.") and len({json.dumps(f[key]) for f in flat}) > 1]
-    names = []
-    for values, label in zip(flat, labels([one.fusion for one in configs]), strict=True):
-        parts = [f"{key.split('.')[-1]}={values[key]}" for key in differ if key != "model.name"]
-        names.append(" ".join([*([values["model.name"]] if "model.name" in differ else []), label, *parts]))
-    return names
+    told = [[f"{key.split('.')[-1]}={values[key]}" for key in differ if key != "model.name"] for values in flat]
+    models = [f"{values['model.name']} " if "model.name" in differ else "" for values in flat]
+    named = zip(models, labels([one.fusion for one in configs]), told, strict=True)
+    return [model + " ".join([label, *parts]) for model, label, parts in named]
 
 
 def _planned(name: str, config: RunConfig) -> Planned:
-    """Count for a device, precision and backend that need not be on this machine.
-
-    "auto" is what it is on this machine, and for a GPU that is not here bfloat16 by the CUDA kernels.
-    """
+    """Count, also for a GPU that is not here: "auto" is bfloat16 by the CUDA kernels there."""
     backend, precision = config.ops.backend, config.trainer.precision
     check_choice("ops.backend", backend, [*backends(), AUTO])
     try:
@@ -195,10 +191,9 @@ def _planned(name: str, config: RunConfig) -> Planned:
 
 def rows(plans: Sequence[Planned]) -> pd.DataFrame:
     """Return each configuration in numbers, with units in the names of the columns."""
-    found = []
-    for one in plans:
-        base = next(other for other in plans if other.config == _unfused(one.config))
-        row = {
+    bases = [next(other for other in plans if other.config == _unfused(one.config)) for one in plans]
+    return pd.DataFrame([
+        {
             "model": one.config.model.name,
             "name": one.name,
             "strategy": one.config.fusion.strategy,
@@ -215,8 +210,8 @@ def rows(plans: Sequence[Planned]) -> pd.DataFrame:
             "memory_of_none_predicted": one.memory / base.memory,
             "schedule": " ".join(map(str, one.setup.schedule)),
         }
-        found.append(row)
-    return pd.DataFrame(found)
+        for one, base in zip(plans, bases, strict=True)
+    ])  # fmt: skip
 
 
 def tables(plans: Sequence[Planned]) -> str:

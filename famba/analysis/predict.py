@@ -47,9 +47,8 @@ def run(options: argparse.Namespace) -> int:
         return 0
     for one in found:
         rows = [(f"{100 * likely['probability']:.1f} %", likely["class"]) for likely in one["classes"]]
-        print(
-            f"{one['image']}\n{tabulate(rows, tablefmt='plain', colalign=('right', 'left'), disable_numparse=True)}\n"
-        )
+        table = tabulate(rows, tablefmt="plain", colalign=("right", "left"), disable_numparse=True)
+        print(f"{one['image']}\n{table}\n")
     return 0
 
 

@@ -287,7 +287,10 @@ def _rows(runs: pd.DataFrame, by_seed: dict[str, pd.DataFrame], what: pd.Series,
     for name, values in by_seed.items():
         name = f"{name}_percent" if name in ("top1", "top5") else name
         columns |= {f"{name}_mean": values.mean(), f"{name}_sd": values.std()}
-    columns |= _to_none(by_seed["top1"]).add_prefix(_TOP1)
+    top1, unknown = by_seed["top1"], by_seed["top1"].iloc[:, 0] * NAN
+    pairs = {label: (unknown if label == NONE else top1[label], top1.get(NONE, unknown)) for label in top1}
+    gains = pd.DataFrame({label: interval(*pair) for label, pair in pairs.items()}).T
+    columns |= gains.astype({"": float, "_low95": float, "_high95": float}).add_prefix(_TOP1)
     columns |= {_TOP1.replace("points", "seeds"): columns.pop(f"{_TOP1}_seeds")}
     for cost, name in zip(COSTS, ("train_time", "peak_memory", "saved_bytes"), strict=False):
         columns[f"{name}_share_of_none"] = _share_of_none(by_seed[cost])
@@ -315,14 +318,6 @@ def interval(ours: pd.Series, base: pd.Series) -> pd.Series:
     half = t.ppf(0.975, len(found) - 1) * found.std() / len(found) ** 0.5 if len(found) > 1 else NAN
     seeds = " ".join(map(str, found.index))
     return pd.Series({"": found.mean(), "_low95": found.mean() - half, "_high95": found.mean() + half, "_seeds": seeds})
-
-
-def _to_none(by_seed: pd.DataFrame) -> pd.DataFrame:
-    """Return the interval of each label's difference to none; NaN for none itself, and where it is missing."""
-    unknown = by_seed.iloc[:, 0] * NAN
-    base = by_seed.get(NONE, unknown)
-    found = pd.DataFrame({label: interval(unknown if label == NONE else by_seed[label], base) for label in by_seed}).T
-    return found.astype({"": float, "_low95": float, "_high95": float})
 
 
 def _share_of_none(by_seed: pd.DataFrame) -> pd.Series:

@@ -65,11 +65,8 @@ def run_table(runs: pd.DataFrame) -> str:
     table = table.fillna("").assign(status=runs["state"]).replace("", "-")
     text = table.to_markdown(index=False, tablefmt="simple", disable_numparse=True, colalign=sides)
     damaged = runs[runs["kind"] == "damaged"]
-    named = {"model": "model.name", "data": "data.name", "fusion": "fusion.strategy", "seed": "seed"}
-    shared = {name: {own[key] for own in known if key in own} for name, key in named.items()}
-    same = ", ".join(f"{name} {next(iter(found))}" for name, found in shared.items() if len(found) == 1)
-    notes = [f"All: {same}."] * bool(same) + ["Top-1 is of the test images, by the weights of the last step."]
-    return "\n".join([text, "", *notes, *(damaged["run"] + ": " + damaged["problem"])])
+    note = "Top-1 is of the test images, by the weights of the last step."
+    return "\n".join([text, "", note, *(damaged["run"] + ": " + damaged["problem"])])
 
 
 def to_row(summary: Summary, config: Mapping[str, Any]) -> dict[str, str]:

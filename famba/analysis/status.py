@@ -197,8 +197,7 @@ def settings(folder: Path) -> dict[str, str]:
 def differing(runs: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
     """Return the settings that differ between runs: by a short name the value in each, "" where there is none.
 
-    runs: of each its settings by dotted keys as text, none where they are not known. Of more than `_COLUMNS` the last
-    column says how many.
+    runs: of each its settings by dotted keys as text. Of more than `_COLUMNS` the last column says how many.
     """
     known = [_telling(run) for run in runs]
     values: dict[str, set[str]] = defaultdict(set)

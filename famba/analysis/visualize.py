@@ -215,8 +215,7 @@ def _samples() -> list[tuple[str, Image.Image]]:
     from sklearn.datasets import load_sample_images  # takes a second, and only these images need it
 
     found = load_sample_images()
-    pairs = zip(found.filenames, found.images, strict=True)
-    return [(Path(file).stem, Image.fromarray(image)) for file, image in pairs]
+    return [(Path(name).stem, Image.fromarray(x)) for name, x in zip(found.filenames, found.images, strict=True)]
 
 
 def draw(

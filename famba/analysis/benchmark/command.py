@@ -183,15 +183,6 @@ class TimedStep:
             forward = cast(nn.Module, torch.compile(self.model, fullgraph=True, dynamic=False))
         self.step = (GraphStep if fused else Step)(config, state, forward, Process(0, 1, device), self.setup.autocast)
 
-    def enter(self, race: Race, name: str) -> None:
-        """Let the training step enter a race, where it is a graph with one that is none beside it."""
-        if not isinstance(self.step, GraphStep):
-            race.enter(name, [self.train], graph=self.train)
-            return
-        self.train()  # which captures
-        eager = TimedStep(replace(self.config, trainer=replace(self.config.trainer, cuda_graphs=False)), self.setup)
-        race.enter(name, [eager.train], graph=self.step.replay)
-
     def train(self) -> None:
         """Do a training step."""
         with shared.chosen_backend(self.config.ops.backend):
@@ -200,9 +191,15 @@ class TimedStep:
 
 
 def enter(race: Race, one: Contestant, rows: list[Row]) -> None:
-    """Let a contestant's step enter a race, and add its row, of what is known by now."""
+    """Let a step enter a race, beside a graph one that is none, and add its row, of what is known by now."""
     step = TimedStep(one.config(race.device))
-    step.enter(race, one.name)
+    if isinstance(step.step, GraphStep):
+        step.train()  # which captures
+        trainer = replace(step.config.trainer, cuda_graphs=False)
+        eager = TimedStep(replace(step.config, trainer=trainer), step.setup)
+        race.enter(one.name, [eager.train], graph=step.step.replay)
+    else:
+        race.enter(one.name, [step.train], graph=step.train)
     model = step.model
     left = sum(tokens_per_layer(model.fusion, model.num_tokens)) / (model.depth * model.num_tokens)
     row: Row = {"contestant": one.name, "precision": one.precision, "tokens": model.num_tokens, "batch": one.batch}

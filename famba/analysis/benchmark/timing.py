@@ -33,10 +33,7 @@ NOTE = (
 
 
 class Race:
-    """Contestants that take turns, so that whatever else the machine does falls on all of them alike.
-
-    samples: milliseconds of each contestant by column.
-    """
+    """Contestants that take turns, so that other load falls on all alike; samples: milliseconds of each by column."""
 
     def __init__(self, title: str, device: torch.device) -> None:
         self.title, self.device = title, device
@@ -44,10 +41,9 @@ class Race:
         self._clocks: dict[str, dict[str, Callable[[], float]]] = {}
 
     def enter(self, name: str, calls: Sequence[Call], graph: Call | None = None) -> None:
-        """Warm a contestant up and take its first sample.
+        """Warm a contestant up and take its first sample, of all calls: the same work on a copy of the inputs each.
 
-        calls: the same work on one copy of the inputs each; a sample holds all of them. graph: replays the work of all
-        calls as a CUDA graph; captured here where None. Read on CUDA alone.
+        graph: replays all of that as a CUDA graph; captured here where None. Read on CUDA alone.
         """
         sys.stderr.write(f"{self.title}: {name}\n")
 
@@ -118,10 +114,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Report:
-    """Hold what one call of `famba benchmark` found; filled while it runs, so that an interruption loses little.
-
-    provenance: as in a run's summary. tables: rows by title. left_out: what was not measured, and why.
-    """
+    """Hold what `famba benchmark` has found by now: rows of tables by title, and why others were not measured."""
 
     benchmark: str
     provenance: dict[str, Any]
