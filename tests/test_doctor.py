@@ -36,15 +36,6 @@ def doctor(capsys: Printed) -> tuple[int, str]:
     return status, text
 
 
-def add_backend(monkeypatch: Patch, **changes: Any) -> None:
-    """A backend "other" for CPUs: the reference with some functions changed."""
-    module = types.ModuleType("other_kernels")
-    for name in (name for name in dir(reference) if not name.startswith("__")):
-        setattr(module, name, changes.get(name, getattr(reference, name)))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(registry._BACKENDS, "other", registry.Backend(module.__name__, ("cpu",), lambda: None))
-
-
 def results(text: str, *words: str) -> list[str]:
     """Lines of the self-check that hold all these words."""
     table = text[text.index("Self-check") :].splitlines()
@@ -82,7 +73,11 @@ def test_a_backend_that_raises_is_reported_and_the_rest_goes_on(capsys: Printed,
     def broken(*args: Any) -> Any:
         raise RuntimeError("no such instruction\nand many more lines")
 
-    add_backend(monkeypatch, causal_conv1d=broken)
+    module: Any = types.ModuleType("other_kernels")
+    vars(module).update({name: value for name, value in vars(reference).items() if not name.startswith("__")})
+    module.causal_conv1d = broken
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(registry._BACKENDS, "other", registry.Backend(module.__name__, ("cpu",), lambda: None))
     status, text = doctor(capsys)
     assert status == 1
     assert "Not all works" in text

@@ -42,17 +42,7 @@ def test_plans_are_what_a_run_counts_and_keeps(model: list[str], precision: str,
             assert one.cost.macs == macs_per_image(network, 32)
             assert one.cost.saved_bytes == saved_bytes_per_image(network, 32, autocast)
             assert one.cost == cost(network, autocast)
-
-
-def test_vim_tiny_at_224_is_planned_layer_by_layer() -> None:
-    shape = ["model=vim_ti", "model.depth=2", "ops.backend=reference"]
-    none, found = plan([*shape, "fusion=interleaved", "fusion.budget=14"])
-    # Worked out from shapes: 197 tokens, of which 14 go in every second layer.
-    assert [layer.leaving for layer in found.cost.layers] == [197, 183]
-    per_token = 2 * 192 * 384 + 384 * 192 + 2 * (384 * (4 + 44 + 12) + 384 * 16 * 2 + 384 * 2)
-    assert none.cost.layers[0].macs == pytest.approx(197 * per_token, rel=0.1)
-    assert found.cost.layers[1].macs < found.cost.layers[0].macs
-    assert found.cost.token_layers == sum(layer.leaving for layer in found.cost.layers)
+            assert one.cost.token_layers == sum(layer.leaving for layer in one.cost.layers)
 
 
 def test_the_command_prints_and_writes(tmp_path: Path, capsys: Printed) -> None:
@@ -86,12 +76,8 @@ def test_a_rule_that_cannot_serve_the_model_is_the_first_error(more: list[str]) 
             refuse()
 
 
-@pytest.fixture
-def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_for_a_gpu_is_planned_where_there_is_none(monkeypatch: pytest.MonkeyPatch, capsys: Printed) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-def test_a_run_for_a_gpu_is_planned_where_there_is_none(without_gpu: None, capsys: Printed) -> None:
     overrides = ["model=vim_micro", "fusion=upper", "trainer.device=cuda"]
     none, upper = plan([*overrides, "trainer.precision=auto"])
     assert (upper.setup.device.type, upper.setup.dtype, upper.backend) == ("cuda", torch.bfloat16, "cuda")
