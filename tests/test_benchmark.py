@@ -92,11 +92,12 @@ def stand_in(monkeypatch: Patch, tiny: None) -> None:
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_one_command_measures_a_gpu_and_prints_tables_for_a_page(tmp_path: Path, capsys: Printed) -> None:
+def test_one_command_measures_a_gpu_in_time_and_prints_tables_for_a_page(
+    tmp_path: Path, capsys: Printed, monkeypatch: Patch
+) -> None:
     told = found(tmp_path, "gpu", "--device", "cpu", "--rounds", "1")
     none, upper = told["tables"]["Vim-Ti, 2 images of 32 pixels"]
     assert upper["of_none"] == pytest.approx(upper["ms"] / none["ms"])
-    assert none["images_per_s"] == pytest.approx(2000 / none["ms"])
     (reason,) = [reason for name, reason in told["left_out"].items() if "broken" in name]
     assert "mixup and cutmix pair the images" in reason, "what fails does not keep the rest from being measured"
     assert {row["op"] for row in told["tables"]["Ops"]} == {"causal_conv1d"}
@@ -104,9 +105,6 @@ def test_one_command_measures_a_gpu_and_prints_tables_for_a_page(tmp_path: Path,
     assert text.startswith("`famba benchmark gpu` on ")
     assert "| none " in text
 
-
-@pytest.mark.usefixtures("stand_in")
-def test_a_gpu_is_measured_for_as_long_as_is_asked(tmp_path: Path, monkeypatch: Patch) -> None:
     now = iter(range(0, 10_000, 50))
     monkeypatch.setattr(command.time, "monotonic", lambda: float(next(now)))
     told = found(tmp_path, "gpu", "--device", "cpu", "--rounds", "1", "--minutes", "3")

@@ -69,7 +69,6 @@ def test_a_folder_is_loaded_by_timm_in_a_fresh_process_to_the_bit(
     assert f"| Top-1 on the test images of digits | {summary['top1']:.2f} %" in card
     for part in ("| steps ", "## Training", "## Provenance", "@article{shen2024famba,", "library_name: timm"):
         assert part in card
-    assert "not the schedule" not in card
     assert str(path) not in card + json.dumps(config), "a folder of this machine"
 
 

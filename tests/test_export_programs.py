@@ -52,10 +52,8 @@ OTHER_RULES: dict[str, dict[str, str]] = {
 }
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "none": (vim, (3, 16, 24)),
-    "head": (lambda: vim(fusion=(7, 4)), (3, 16, 24)),
     "middle": (lambda: vim(fusion=(7, 4), **MIDDLE), (3, 16, 24)),
-    "no class token": (lambda: vim(fusion=(7, 4), cls_position="none", fusion_weighting="size"), (3, 16, 24)),
-    "prune": (lambda: vim(fusion=(7, 4), cls_position="middle", fusion_mode="prune"), (3, 16, 24)),
+    "no class token": (lambda: vim(fusion=(7, 4), cls_position="none", fusion_mode="prune"), (3, 16, 24)),
     **{
         rule: (lambda rule=rule: vim(fusion=(8, 4), **OTHER_RULES[rule], fusion_rule=rule), (3, 16, 24))
         for rule in ("r_meeto", "neighbours", "grid", "delta", "output")

@@ -23,8 +23,7 @@ from famba.cli import main as famba
 Printed = pytest.CaptureFixture[str]
 ROOT = Path(__file__).parents[1]
 MODEL = "vim_micro_patch4_32"
-SCHEDULES = {"none": [0, 0, 0, 0], "all": [3, 3, 3, 3], "interleaved": [0, 6, 0, 6], "lower": [4, 4, 4, 0],
-             "upper": [0, 4, 4, 4], "adaptive": [1, 2, 4, 5]}  # fmt: skip
+SCHEDULES = {"none": [0, 0, 0, 0], "all": [3, 3, 3, 3], "lower": [4, 4, 4, 0], "upper": [0, 4, 4, 4]}
 CONFIG: dict[str, Any] = {
     "model": {"name": MODEL, "depth": 4, "drop_path": 0.0, "cls_position": "head"},
     "fusion": {"strategy": "none", "budget": 12, "layers": None, "order": "sequence", "weighting": "mean",
@@ -47,20 +46,13 @@ NONE = {0: 12.0, 1: 13.0, 2: 12.5}
 UPPER = {0: 11.5, 1: 12.2, 2: 12.3}
 
 
-def write_run(
-    folder: Path,
-    strategy: str = "none",
-    seed: int = 0,
-    top1: float = 12.0,
-    config: dict[str, Any] | None = None,
-    origin: dict[str, Any] | None = None,
-    **summary: Any,
-) -> Path:
-    """A finished run; config changes dotted keys, origin the provenance."""
+def write_run(folder: Path, strategy: str = "none", seed: int = 0, top1: float = 12.0, **summary: Any) -> Path:
+    """A finished run; in summary, config changes dotted keys and origin the provenance."""
+    config, origin = summary.pop("config", {}), summary.pop("origin", {})
     folder.mkdir(parents=True)
     schedule = summary.pop("schedule", SCHEDULES[strategy])
     told = copy.deepcopy(CONFIG)
-    for key, value in {"fusion.strategy": strategy, "seed": seed, "run_dir": str(folder), **(config or {})}.items():
+    for key, value in {"fusion.strategy": strategy, "seed": seed, "run_dir": str(folder), **config}.items():
         *groups, name = key.split(".")
         place = told
         for group in groups:
@@ -70,7 +62,7 @@ def write_run(
     found = {
         **SUMMARY, "model": told["model"]["name"], "strategy": strategy, "top1": top1, "schedule": schedule,
         "tokens_per_layer": left, "train_time_s": 600.0 + seed if strategy == "none" else 360.0 + 2 * seed,
-        "provenance": {**PROVENANCE, "seed": seed, **(origin or {})}, **summary,
+        "provenance": {**PROVENANCE, "seed": seed, **origin}, **summary,
     }  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(found))
     (folder / "config.yaml").write_text(yaml.safe_dump(told))
@@ -281,8 +273,8 @@ def test_names_are_escaped_in_every_format(mixed: tuple[Path, Path]) -> None:
     assert "runs/&lt;b&gt;|$x_1 &amp; --&gt; {y}" in page
     assert r"runs/\<b\>\|$x\_1 & --\> \{y\}" in text
     assert not re.search(r"(?<!\\)[_#]|(?<!\\)%(?! needs)", tex)
-    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == tex.count(r"\toprule") == 4
-    assert page.count('<img alt="') == page.count('src="data:image/svg+xml;base64,') == 6
+    assert tex.count(r"\begin{tabular}") == tex.count(r"\toprule") == 4
+    assert page.count('src="data:image/svg+xml;base64,') == 6
     assert not re.search(r"https?:|@import|url\(|<script|<iframe", page), "the page needs nothing but itself"
     for document in (page, text.replace("\\", "")):
         assert "recipe.lr: 0.001, in the table 0.004" in document
@@ -332,19 +324,8 @@ def test_nothing_to_report_on_is_an_error_that_leaves_nothing(tmp_path: Path, ca
     assert "runs/failed: failed after step 300 of 300: the loss is nan" in message
     assert "runs/damaged: summary.json is damaged: it is no summary" in message
     assert not (tmp_path / "new").exists()
-
-
-def test_paths_are_looked_at_first_and_errors_say_what_to_give(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    run = write_run(tmp_path / "runs" / "sweep" / "one")
+    write_run(tmp_path / "good")
     (tmp_path / "file").write_text("mine")
-    for arguments, said in (
-        (["runs/swep"], "no run in runs/swep: it is not there, did you mean 'sweep'?; give the run_dir of a run"),
-        ([str(run / "summary.json")], "is a file; give the run_dir of a run or of a sweep, or a folder that holds"),
-        (["runs", "--out", "file"], "cannot be written (Not a directory); name a folder to write to"),
-    ):
-        assert famba(["report", *arguments]) == 2
-        assert said in capsys.readouterr().err
+    assert famba(["report", str(tmp_path / "good"), "--out", str(tmp_path / "file")]) == 2
+    assert "cannot be written (Not a directory); name a folder to write to" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
