@@ -212,6 +212,15 @@ def test_rules_are_compared_with_the_first_of_them(upper: Trained, tmp_path: Pat
     assert {one["difference_to_first"] for one in alone} == {None}, "one rule has no other to be compared with"
 
 
+def test_a_guard_is_left_out_by_the_rules_that_know_none(upper: Trained) -> None:
+    trained = load_trained(upper[0])
+    trained.model.set_fusion(trained.schedule, rule="neighbours", guard=1)
+    found = variants(trained, {"rule": ["bipartite", "neighbours"]})
+    assert [(one.fusion.rule, one.fusion.guard) for one in found] == [("bipartite", 0), ("neighbours", 1)]
+    with pytest.raises(ConfigError, match="guard is 1 with rule 'bipartite'"):
+        variants(trained, {"rule": ["bipartite"], "guard": [1]})
+
+
 def test_a_transformer_attends_in_proportion_off_the_shelf_and_as_trained_else(tmp_path: Path) -> None:
     vit = ("model=vit_micro", "model.d_state=null", "trainer.max_steps=1")
     for name, strategy in (("plain", "none"), ("fused", "all")):

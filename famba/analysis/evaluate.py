@@ -154,7 +154,7 @@ class _Contestant:
     def way(self) -> tuple[Any, ...]:
         """Return all that says how it fuses but the rule, so that those with equal ways differ in their rules alone."""
         fusion = self.variant.fusion
-        return self.model, self.variant.removed, replace(fusion, rule=Fusion.rule, budget=0, layers=None)
+        return self.model, self.variant.removed, replace(fusion, rule=Fusion.rule, guard=0, budget=0, layers=None)
 
     def row(self, trained: Tensor, same_way: Tensor | None) -> dict[str, Any]:
         """Return accuracy, speed, and differences to what the trained variant and another rule get right (n,)."""

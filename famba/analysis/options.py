@@ -17,7 +17,7 @@ from famba import ops
 from famba.analysis.trained import Trained
 from famba.errors import ConfigError, check_choice, named
 from famba.files import write_whole
-from famba.fusion import SETTINGS, Fusion, labels
+from famba.fusion import RULES, SETTINGS, Fusion, labels
 from famba.fusion.schedules import ADAPTIVE, CUSTOM, NONE, PAPER, strategy_names
 from famba.models import Backbone
 from famba.ops.registry import AUTO
@@ -111,9 +111,6 @@ def write_files(folder: Path, files: Mapping[str, str | bytes]) -> list[Path]:
     return [folder / name for name in files]
 
 
-Asked = Mapping[str, Sequence[Any]]  # values to compare by fields of `Fusion`
-
-
 @dataclass(frozen=True)
 class Variant:
     """Hold one way of fusing, as it turned out in the network, so that two that come to the same are equal.
@@ -152,7 +149,7 @@ def label_variants(compared: Sequence[Variant]) -> list[str]:
     return labels([one.fusion for one in compared], ignore=["budget"])
 
 
-def variants(trained: Trained, asked: Asked) -> list[Variant]:
+def variants(trained: Trained, asked: Mapping[str, Sequence[Any]]) -> list[Variant]:
     """Return what was asked for, in its order and each once: every combination of the settings.
 
     A network with attention that was trained without fusion attends in proportion unless asked otherwise, as ToMe does
@@ -171,6 +168,8 @@ def variants(trained: Trained, asked: Asked) -> list[Variant]:
         for strategy in strategies:
             for chosen in itertools.product(*values.values()) if strategy != NONE else ():
                 changes = dict(zip(values, chosen, strict=True))
+                if "guard" not in asked and not RULES[changes["rule"]].guards:
+                    changes["guard"] = 0
                 if changes["mode"] == "prune":
                     # A token holds one patch or nothing, without a size: weighting and attention have no effect.
                     changes |= {name: getattr(trained.model.settings, name) for name in ("weighting", "proportional")}
@@ -179,7 +178,7 @@ def variants(trained: Trained, asked: Asked) -> list[Variant]:
     return list(dict.fromkeys(found))
 
 
-def _variant(trained: Trained, fusion: Fusion, asked: Asked) -> Variant:
+def _variant(trained: Trained, fusion: Fusion, asked: Mapping[str, Sequence[Any]]) -> Variant:
     """Return one way of fusing, in the layers of the training where its strategy is that of the training."""
     model, mine, strategy = trained.model, own(trained), fusion.strategy
     model.check_fusion(fusion)
