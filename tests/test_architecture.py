@@ -46,7 +46,6 @@ GRAPH = {module: imports(module, tree) for module, tree in TREES.items()}
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
-    assert len(GRAPH["famba.models"]) >= 4
     assert "famba.fusion.rules" in GRAPH["famba.fusion.schedules"]
     TopologicalSorter(GRAPH).prepare()  # raises CycleError, with the circle
 

@@ -190,7 +190,6 @@ REFUSED = [
     ("benchmark ops --precision fp16 --device cpu", "fp16 is timed on CUDA devices alone, this is a cpu device"),
     ("benchmark ops --length 2", "--length is 2; match_tokens and fuse_tokens need 3 tokens"),
     ("benchmark model --json /nowhere/found.json", "--json /nowhere/found.json cannot be written"),
-    ("benchmark gpu --fill /nowhere.md", "--fill /nowhere.md cannot be read"),
     ("benchmark gpu --device cpu", "famba benchmark gpu measures a CUDA device, and was given cpu"),
 ]
 

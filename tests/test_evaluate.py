@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import math
@@ -17,10 +16,9 @@ import pytest
 from earlier import KEPT, write_images
 from runs import run
 
-from famba.analysis import evaluate as evaluation
-from famba.analysis.evaluate import add_options, of_difference
+from famba.analysis.evaluate import of_difference
+from famba.analysis.options import label_variants, own, variants
 from famba.analysis.trained import load_trained
-from famba.analysis.variants import label_variants, own, variants
 from famba.cli import main as famba
 from famba.data.loader import EvalBatches
 from famba.errors import ConfigError
@@ -80,9 +78,10 @@ def test_classes_are_told_apart_in_a_table_and_a_confusion_matrix(
     assert 100 * right / 360 == pytest.approx(found["results"][0]["top1"]), "of the schedule as trained"
     with open(tmp_path / "per_class.csv") as file:
         rows = list(csv.DictReader(file))
-    assert sorted(row["class"] for row in rows) == sorted(map(str, found["classes"] or range(10)))
+    names = [str(name) for name in found["classes"] or range(10)]
+    assert sorted(row["class"] for row in rows) == sorted(names)
     for row in rows:
-        of = counts[[str(name) for name in found["classes"] or range(10)].index(row["class"])]
+        of = counts[names.index(row["class"])]
         assert (int(row["images"]), float(row["top1"])) == (sum(of), pytest.approx(100 * int(row["right"]) / sum(of)))
     assert [float(row["top1"]) for row in rows] == sorted(float(row["top1"]) for row in rows), "the worst first"
     assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
@@ -92,19 +91,17 @@ def test_classes_are_told_apart_in_a_table_and_a_confusion_matrix(
 
 def test_a_smaller_network_is_evaluated_beside_it(upper: Trained, tmp_path: Path, capsys: Printed) -> None:
     smaller = run(tmp_path / "smaller", "model.depth=1", "trainer.max_steps=2")
-    found = results_of(capsys, tmp_path, str(upper[0]), "--beside", str(tmp_path / "smaller"))
+    asked = ["--beside", str(tmp_path / "smaller")]
+    found = results_of(capsys, tmp_path, str(upper[0]), *asked)
     row = found["results"][-1]
     assert (row["top1"], row["macs_per_image"], row["own"]) == (smaller["top1"], smaller["macs_per_image"], False)
     assert row["label"].startswith("none, run")
     assert row["difference"] == pytest.approx(smaller["top1"] - upper[1]["top1"])
-    assert famba(["evaluate", str(upper[0]), "--beside", "vim_micro_patch4_32"]) == 2
-    assert "it differs in classes, class_names" in capsys.readouterr().err
-
-
-def test_a_subset_is_a_sample_of_the_test_images(upper: Trained, tmp_path: Path, capsys: Printed) -> None:
-    found = results_of(capsys, tmp_path, str(upper[0]), "--subset", "30", "--batch-size", "8")
+    found = results_of(capsys, tmp_path, str(upper[0]), *asked, "--subset", "30", "--batch-size", "8")
     assert (found["images"], found["batch_size"]) == (30, 8)
     assert round(found["results"][0]["top1"] * 30 / 100, 6).is_integer()
+    assert famba(["evaluate", str(upper[0]), "--beside", "vim_micro_patch4_32"]) == 2
+    assert "it differs in classes, class_names" in capsys.readouterr().err
 
 
 def test_interrupted_it_keeps_what_all_contestants_have_had(
@@ -151,12 +148,6 @@ def test_its_own_layers_and_counts_are_kept(upper: Trained) -> None:
     assert [one.removed for one in variants(counted, {"strategy": ["custom", "all"]})] == [8, 8]
 
 
-def evaluated(folder: Path | str, *options: str) -> evaluation.Evaluation:
-    parser = argparse.ArgumentParser()
-    add_options(parser)
-    return evaluation.evaluate(evaluation.check(parser.parse_args([str(folder), "--subset", "40", *options])))
-
-
 def test_the_interval_of_a_difference_is_paired() -> None:
     # Worked by hand: 12.5 and 5.5 of 102, so 7 / 102 in the middle and the root of (18 - 49 / 102) / 102 beside.
     half = 1.959964 * math.sqrt(18 - 49 / 102) / 102
@@ -187,17 +178,47 @@ def test_runs_of_an_earlier_version_are_evaluated_drawn_and_exported(
     assert famba(["export", str(checkpoint), "--format", "safetensors", "--out", str(tmp_path / "model")]) == 0
 
 
-def test_several_ways_are_compared_in_one_command(upper: Trained) -> None:
+def test_every_combination_of_what_is_asked_is_compared(upper: Trained) -> None:
     trained = load_trained(upper[0])
     found = variants(trained, {"budget": [8, 4], "order": ["sequence", "tome"], "mode": ["fuse", "prune"]})
+    ways = [(order, mode) for order in ("sequence", "tome") for mode in ("fuse", "prune")]
     assert [(one.fusion.order, one.fusion.mode, one.removed) for one in found] == [
-        (order, mode, removed) for order in ("sequence", "tome") for mode in ("fuse", "prune") for removed in (8, 4)
+        (*w, r) for w in ways for r in (8, 4)
     ]
-    ways = [f"order {order}, mode {mode}" for order in ("sequence", "tome") for mode in ("fuse", "prune")]
-    assert label_variants(found)[0::2] == [f"upper, {way}" for way in ways]
-    assert len({replace(one.fusion, budget=0) for one in found}) == 4
+    assert label_variants(found)[0::2] == [f"upper, order {order}, mode {mode}" for order, mode in ways]
     with pytest.raises(ConfigError, match="--attention is about attention, and a Vim has none; leave it out"):
         variants(trained, {"proportional": [True]})
+
+
+def test_rules_are_compared_with_the_first_of_them(upper: Trained, tmp_path: Path, capsys: Printed) -> None:
+    asked = ["--rule", "bipartite,neighbours,r_meeto", "--mode", "fuse,prune", "--budget", "8,32"]
+    found = results_of(capsys, tmp_path, str(upper[0]), *asked, "--subset", "60")["results"]
+    first = {(one["mode"], one["removed"]): one for one in found if one["rule"] == "bipartite" and one["removed"]}
+    assert len(first) == 4
+    with open(tmp_path / "evaluate.csv") as file:
+        cells = [
+            [row[f"difference_to_first{end}"] for end in ("_low95", "", "_high95")] for row in csv.DictReader(file)
+        ]
+    assert len(cells) == len(found) == 13
+    for one, written in zip(found, cells, strict=True):
+        if one["rule"] == "bipartite":
+            assert written == ["", "", ""]
+            continue
+        low, middle, high = map(float, written)
+        assert middle == pytest.approx(one["top1"] - first[one["mode"], one["removed"]]["top1"])
+        assert low <= middle <= high
+    assert famba(["evaluate", str(upper[0]), "--rule", "grid", "--budget", "8,15", "--out", str(tmp_path)]) == 0
+    alone = json.loads((tmp_path / "evaluate.json").read_text())["results"]
+    assert {one["difference_to_first"] for one in alone} == {None}, "one rule has no other to be compared with"
+
+
+def test_a_guard_is_left_out_by_the_rules_that_know_none(upper: Trained) -> None:
+    trained = load_trained(upper[0])
+    trained.model.set_fusion(trained.schedule, rule="neighbours", guard=1)
+    found = variants(trained, {"rule": ["bipartite", "neighbours"]})
+    assert [(one.fusion.rule, one.fusion.guard) for one in found] == [("bipartite", 0), ("neighbours", 1)]
+    with pytest.raises(ConfigError, match="guard is 1 with rule 'bipartite'"):
+        variants(trained, {"rule": ["bipartite"], "guard": [1]})
 
 
 def test_a_transformer_attends_in_proportion_off_the_shelf_and_as_trained_else(tmp_path: Path) -> None:
@@ -211,5 +232,7 @@ def test_a_transformer_attends_in_proportion_off_the_shelf_and_as_trained_else(t
     assert not found.fusion.proportional
     both = variants(fused, {"budget": [4], "proportional": [False, True]})
     assert label_variants(both) == ["all, attention plain", "all, attention proportional"]
+    with pytest.raises(ConfigError, match="rule 'delta' needs step_sizes of the tokens, which a vision"):
+        variants(fused, {"rule": ["delta"], "place": ["after_scan"]})
     with pytest.raises(ConfigError, match="place is 'before_mixer', where a vision transformer"):
         variants(fused, {"place": ["before_mixer"]})

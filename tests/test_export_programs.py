@@ -1,15 +1,13 @@
-"""Exported programs run where famba is not, at other batch sizes than they were traced with, and compute the same."""
+"""Exported programs and graphs compute what the model does, at other batch sizes than they were traced with."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -24,9 +22,6 @@ from famba.export.onnx_graph import OPSET
 from famba.export.program import PlainOps, chunked, trace_program
 from famba.fusion import match
 from famba.models import Vim, apply_tome
-
-BATCHES = (1, 5)
-ROOT = Path(__file__).parents[1]
 
 
 class Fusing(nn.Module):
@@ -57,10 +52,8 @@ OTHER_RULES: dict[str, dict[str, str]] = {
 }
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "none": (vim, (3, 16, 24)),
-    "head": (lambda: vim(fusion=(7, 4)), (3, 16, 24)),
     "middle": (lambda: vim(fusion=(7, 4), **MIDDLE), (3, 16, 24)),
-    "no class token": (lambda: vim(fusion=(7, 4), cls_position="none", fusion_weighting="size"), (3, 16, 24)),
-    "prune": (lambda: vim(fusion=(7, 4), cls_position="middle", fusion_mode="prune"), (3, 16, 24)),
+    "no class token": (lambda: vim(fusion=(7, 4), cls_position="none", fusion_mode="prune"), (3, 16, 24)),
     **{
         rule: (lambda rule=rule: vim(fusion=(8, 4), **OTHER_RULES[rule], fusion_rule=rule), (3, 16, 24))
         for rule in ("r_meeto", "neighbours", "grid", "delta", "output")
@@ -69,108 +62,31 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "ties": (Fusing, (12, 6)),
 }
 
-FRESH = """
-import sys
-for name in {blocked}:
-    sys.modules[name] = None
-import numpy as np
-{setup}
-folder = sys.argv[1]
-for name in {names}:
-    given = np.load(f"{{folder}}/{{name}}.npz")
-    run = load(f"{{folder}}/{{name}}.{suffix}")
-    np.savez(f"{{folder}}/{{name}}.{suffix}.npz", **{{key: run(given[key]) for key in given}})
-assert not [name for name, module in sys.modules.items() if name.split(".")[0] in {blocked} and module is not None]
-"""
-SETUPS = {
-    "pt2": """
-import torch
-def load(file):
-    program = torch.export.load(file).module()
-    return lambda x: program(torch.from_numpy(x)).detach().numpy()
-""",
-    "onnx": """
-import onnxruntime
-def load(file):
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    return lambda x: session.run(["logits"], {"images": x})[0]
-""",
-}
-
-
-def inputs(name: str) -> list[Tensor]:
-    """Random images; or tokens among which many are equal, whose cosines are 0 or 1 in every runtime."""
-    generator = torch.Generator().manual_seed(len(name))
-    shape = MODELS[name][1]
-    if name == "ties":
-        return [torch.eye(6)[torch.randint(0, 6, (batch, 12), generator=generator)] for batch in BATCHES]
-    return [torch.randn(batch, *shape, generator=generator) for batch in BATCHES]
-
-
-@pytest.fixture(scope="module")
-def models() -> dict[str, nn.Module]:
-    torch.manual_seed(0)
-    return {name: make().eval() for name, (make, _) in MODELS.items()}
-
-
-@pytest.fixture(scope="module")
-def programs(models: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return written(models, "pt2", tmp_path_factory.mktemp("pt2"))
-
-
-@pytest.fixture(scope="module")
-def graphs(models: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return written(models, "onnx", tmp_path_factory.mktemp("onnx"))
-
-
-@pytest.fixture(scope="module", params=["programs", "graphs"])
-def outputs(request: pytest.FixtureRequest) -> tuple[Path, str]:
-    """The folder of every model in one format, and how its files end."""
-    return request.getfixturevalue(request.param), {"programs": "pt2", "graphs": "onnx"}[request.param]
-
-
-def written(models: dict[str, nn.Module], suffix: str, folder: Path) -> Path:
-    """Write every model in one format, and run all in one fresh process."""
-    write = program.write if suffix == "pt2" else onnx_graph.write
-    with as_users_run_it():
-        for name, model in models.items():
-            write(model, MODELS[name][1], folder / f"{name}.{suffix}", "{}")
-            np.savez(folder / f"{name}.npz", **{f"b{len(x)}": x.numpy() for x in inputs(name)})
-    blocked = ["famba", "timm"] if suffix == "pt2" else ["famba", "timm", "torch"]
-    code = FRESH.format(blocked=blocked, setup=SETUPS[suffix], names=list(models), suffix=suffix)
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_a_fresh_process_computes_what_the_model_does(
-    outputs: tuple[Path, str], models: dict[str, nn.Module], name: str
-) -> None:
-    folder, suffix = outputs
-    found = np.load(folder / f"{name}.{suffix}.npz")
-    for x in inputs(name):
+def test_programs_and_graphs_compute_what_the_model_does(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    (make, shape), (pt2, graph) = MODELS[name], (tmp_path / "model.pt2", tmp_path / "model.onnx")
+    model = make().eval()
+    with as_users_run_it():
+        program.write(model, shape, pt2, "{}")
+        onnx_graph.write(model, shape, graph, "{}")
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    for batch in (1, 5):
+        x = torch.randn(batch, *shape)
+        if name == "ties":  # many tokens are equal, and their cosines are 0 or 1 in every runtime
+            x = torch.eye(6)[torch.randint(0, 6, (batch, 12))]
         with torch.no_grad(), ops.use_backend("reference"):
-            expected = models[name](x)
-        torch.testing.assert_close(torch.from_numpy(found[f"b{len(x)}"]), expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_graphs_are_of_standard_operators(graphs: Path) -> None:
-    for name in MODELS:
-        message = onnx.load(graphs / f"{name}.onnx")
-        onnx.checker.check_model(message, full_check=True)
-        assert [(one.domain, one.version) for one in message.opset_import] == [("", OPSET)]
-        assert not message.functions
-        kinds = [node.op_type for node in message.graph.node]
-        assert kinds.count("Scan") == (0 if name in ("ties", "transformer") else 4)
-        # Protected places that are not at the head are sorted too; two orders share one matching.
-        if name not in OTHER_RULES:
-            assert kinds.count("TopK") == {"none": 0, "middle": 4, "prune": 4, "ties": 1}.get(name, 2)
-        (given,), (made,) = message.graph.input, message.graph.output
-        assert (given.name, made.name) == ("images", "logits")
-        assert given.type.tensor_type.shape.dim[0].dim_param == made.type.tensor_type.shape.dim[0].dim_param == "batch"
+            expected = model(x)
+        by_graph = torch.from_numpy(session.run(["logits"], {"images": x.numpy()})[0])
+        for found in (torch.export.load(pt2).module()(x), by_graph):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    message = onnx.load(graph)
+    onnx.checker.check_model(message, full_check=True)
+    assert [(one.domain, one.version) for one in message.opset_import] == [("", OPSET)], "no operators but ONNX's own"
+    scans = [node.op_type for node in message.graph.node].count("Scan")
+    assert scans == (0 if name in ("ties", "transformer") else 4), "a loop each, not its steps"
 
 
 def test_decays_that_vanish_leave_what_is_new() -> None:

@@ -299,17 +299,17 @@ def test_a_guard_leaves_enough_tokens_or_is_refused() -> None:
     with pytest.raises(ConfigError, match="layer 1 removes 3 tokens where up to 2 of the 6 .*, 2, can go"):
         guarded.changed(budget=(4, 3)).schedule(2, 11)
     with pytest.raises(ConfigError, match="guard is 1 with rule 'bipartite'; allowed: 0, or more with neighbours"):
-        Fusion(guard=1)
+        Fusion(guard=1).check_rule()
     with pytest.raises(ConfigError, match="guard is -1"):
-        Fusion(guard=-1, rule="neighbours")
+        Fusion(guard=-1, rule="neighbours").check_rule()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rules_keep_the_scans_order_and_are_not_adapted(name: str) -> None:
     with pytest.raises(ConfigError, match=f"order is 'tome'; rule '{name}' knows sequence alone"):
-        Fusion(rule=name, order="tome")
+        Fusion(rule=name, order="tome").check_rule()
     with pytest.raises(ConfigError, match="strategy 'adaptive' measures the pairs that rule 'bipartite' makes"):
-        Fusion(strategy="adaptive", rule=name)
+        Fusion(strategy="adaptive", rule=name).check_rule()
 
 
 ALL = ("bipartite", *NAMES)

@@ -2,27 +2,95 @@
 
 from __future__ import annotations
 
+import copy
 import csv
+import json
 import math
 import re
 import shutil
-import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-from report_runs import MODEL, NONE, UPPER, left_out, table_of, write_pair, write_run, write_seeds
+import yaml
 from scipy.stats import ttest_rel
 
-from famba.analysis.report import gather, interval, table_csv
+from famba.analysis.report import Table, gather, interval, table_csv
 from famba.analysis.runs import read_runs, runs_csv
 from famba.cli import main as famba
 
 Printed = pytest.CaptureFixture[str]
 ROOT = Path(__file__).parents[1]
+MODEL = "vim_micro_patch4_32"
+SCHEDULES = {"none": [0, 0, 0, 0], "all": [3, 3, 3, 3], "lower": [4, 4, 4, 0], "upper": [0, 4, 4, 4]}
+CONFIG: dict[str, Any] = {
+    "model": {"name": MODEL, "depth": 4, "drop_path": 0.0, "cls_position": "head"},
+    "fusion": {"strategy": "none", "budget": 12, "layers": None, "order": "sequence", "weighting": "mean",
+               "place": "before_mixer", "adapt_at": None, "adapt_images": None},
+    "data": {"name": "cifar100", "root": "data/one", "image_size": None, "subset": None, "workers": 2},
+    "recipe": {"lr": 0.004, "mixup": 0.8},
+    "trainer": {"epochs": 3, "batch_size": 64, "precision": "auto", "log_every": 10, "compile": False},
+    "logger": {"name": "none"}, "ops": {"backend": "auto"}, "seed": 0, "run_dir": "runs/x", "init_from": None,
+}  # fmt: skip
+PROVENANCE = {
+    "started": "2026-11-24T10:00:00+00:00", "famba": "0.1.0", "git_commit": "a" * 40, "packages": {"torch": "2.14.1"},
+    "device": "A CPU, 2 cores, 1 threads", "processes": 1, "cuda": None, "backend": "native",
+}  # fmt: skip
+SUMMARY: dict[str, Any] = {
+    "status": "finished", "top5": 40.0, "images_per_s": 120.0, "peak_memory_mib": 1000.0,
+    "saved_bytes_per_image": 700_000, "macs_per_image": 28_000_000, "parameters": 340_068, "image_size": 32,
+    "precision": "fp32", "steps": 300, "step": 300, "tokens": 17, "adapted": None,
+}  # fmt: skip
+NONE = {0: 12.0, 1: 13.0, 2: 12.5}
+UPPER = {0: 11.5, 1: 12.2, 2: 12.3}
 
-# Numbers
+
+def write_run(folder: Path, strategy: str = "none", seed: int = 0, top1: float = 12.0, **summary: Any) -> Path:
+    """A finished run; in summary, config changes dotted keys and origin the provenance."""
+    config, origin = summary.pop("config", {}), summary.pop("origin", {})
+    folder.mkdir(parents=True)
+    schedule = summary.pop("schedule", SCHEDULES[strategy])
+    told = copy.deepcopy(CONFIG)
+    for key, value in {"fusion.strategy": strategy, "seed": seed, "run_dir": str(folder), **config}.items():
+        *groups, name = key.split(".")
+        place = told
+        for group in groups:
+            place = place[group]
+        place[name] = value
+    left = [17 - sum(schedule[: i + 1]) for i in range(len(schedule))]
+    found = {
+        **SUMMARY, "model": told["model"]["name"], "strategy": strategy, "top1": top1, "schedule": schedule,
+        "tokens_per_layer": left, "train_time_s": 600.0 + seed if strategy == "none" else 360.0 + 2 * seed,
+        "provenance": {**PROVENANCE, "seed": seed, **origin}, **summary,
+    }  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(found))
+    (folder / "config.yaml").write_text(yaml.safe_dump(told))
+    return folder
+
+
+def write_seeds(folder: Path, strategy: str, top1: list[float], **costs: list[float]) -> None:
+    """A seed of a strategy for each Top-1, with its costs."""
+    for seed, value in enumerate(top1):
+        write_run(folder / f"{strategy}{seed}", strategy, seed, value, **{key: of[seed] for key, of in costs.items()})
+
+
+def write_pair(folder: Path) -> Path:
+    """Without fusion and upper, three seeds each."""
+    write_seeds(folder, "none", list(NONE.values()))
+    write_seeds(folder, "upper", list(UPPER.values()))
+    return folder
+
+
+def table_of(*paths: Path) -> Table:
+    (table,) = gather(paths).tables
+    return table
+
+
+def left_out(*paths: Path) -> dict[str, tuple[str, str]]:
+    """Kind and reason by the name of each run that is left out, or counted for accuracy alone."""
+    listed = [(kind, *runs) for kind, found in gather(paths).left_out.items() for runs in found]
+    return {name.partition("/")[2]: (kind, reason) for kind, names, reason in listed for name in names.split("; ")}
 
 
 def test_the_interval_is_that_of_a_paired_t_test_over_the_seeds_that_both_have() -> None:
@@ -37,14 +105,6 @@ def test_the_interval_is_that_of_a_paired_t_test_over_the_seeds_that_both_have()
     assert math.isnan(interval(pd.Series({0: 1.0}), pd.Series({1: 1.0}))[""])
 
 
-def test_one_seed_has_no_interval_and_nothing_is_claimed(tmp_path: Path) -> None:
-    for strategy, top1 in (("none", 10.0), ("upper", 20.0), ("adaptive", 30.0)):
-        write_run(tmp_path / strategy, strategy, 0, top1)
-    table = table_of(tmp_path)
-    assert table.sheets["Results"].iloc[:, 3].to_list() == ["-", "+10.00 (one seed)", "+20.00 (one seed)"]
-    assert table.conclusion.startswith("Not enough seeds to compare: at least 2")
-
-
 def test_what_a_summary_lacks_is_a_dash(tmp_path: Path) -> None:
     gaps = dict.fromkeys(("top5", "train_time_s", "peak_memory_mib", "images_per_s", "macs_per_image"))
     write_run(tmp_path / "run", "upper", 0, 12.0, **gaps)
@@ -52,9 +112,10 @@ def test_what_a_summary_lacks_is_a_dash(tmp_path: Path) -> None:
     assert table.sheets["Results"].iloc[0].to_list() == ["upper", "1", "12.00", "-", "-", "-", "-", "-", "-"]
     assert table.sheets["Cost"].iloc[0, 1] == "-"
     assert any("No run without fusion" in note for note in table.notes)
-
-
-# What is compared with what
+    write_run(tmp_path / "none", "none", 0, 10.0)
+    table = table_of(tmp_path)
+    assert table.sheets["Results"].iloc[:, 3].to_list() == ["-", "+2.00 (one seed)"]
+    assert table.conclusion.startswith("Not enough seeds to compare: at least 2")
 
 
 def test_odd_runs_are_listed_with_what_differs_and_not_averaged(tmp_path: Path) -> None:
@@ -81,25 +142,21 @@ def test_odd_runs_are_listed_with_what_differs_and_not_averaged(tmp_path: Path) 
     assert others["torn"][1].startswith("config.yaml is damaged")
 
 
-def test_another_precision_is_another_table(tmp_path: Path) -> None:
+def test_another_precision_is_another_table_and_what_has_no_bearing_parts_no_runs(tmp_path: Path) -> None:
     write_pair(tmp_path)
     for seed in range(2):
         write_run(tmp_path / f"half{seed}", "upper", seed, 99.0, precision="bfloat16")
+    free = {"data.root": "elsewhere", "trainer.log_every": 5, "logger.name": "wandb", "ops.backend": "native",
+            "trainer.precision": "fp32", "data.image_size": 32, "fusion.mode": "fuse"}  # fmt: skip
+    write_run(tmp_path / "free", "upper", 3, 12.0, config=free)
     report = gather([tmp_path])
     (half,) = (table for table in report.tables if "bfloat16" in table.model)
     (full,) = (table for table in report.tables if table is not half)
     assert (half.model, full.model) == (f"{MODEL}, precision bfloat16", f"{MODEL}, precision fp32")
     assert half.rows.loc["upper", "top1_percent_mean"] == pytest.approx(99.0)
     assert full.rows.loc["upper", "top1_percent_mean"] == pytest.approx(12.0)
-
-
-def test_what_has_no_bearing_on_results_parts_no_runs(tmp_path: Path) -> None:
-    write_pair(tmp_path)
-    free = {"data.root": "elsewhere", "trainer.log_every": 5, "logger.name": "wandb", "ops.backend": "native",
-            "trainer.precision": "fp32", "data.image_size": 32, "fusion.mode": "fuse"}  # fmt: skip
-    write_run(tmp_path / "more", "upper", 3, 12.0, config=free)
-    assert table_of(tmp_path).rows.loc["upper", "seeds"] == "0 1 2 3"
-    assert not left_out(tmp_path)
+    assert full.rows.loc["upper", "seeds"] == "0 1 2 3"
+    assert not report.left_out
 
 
 def test_runs_from_other_weights_are_kept_apart_wherever_these_lie(tmp_path: Path) -> None:
@@ -145,9 +202,6 @@ def test_a_smaller_network_without_fusion_stands_beside_the_fused_ones(tmp_path:
     assert rows["top1_difference_to_none_points"]["none, depth 3"] == pytest.approx(11.0)
 
 
-# Labels and looks
-
-
 @pytest.mark.parametrize(
     ("runs", "labels"),
     [
@@ -165,9 +219,6 @@ def test_labels_say_only_what_differs(runs: list[tuple[str, Any]], labels: list[
     assert table_of(tmp_path).rows["fusion"].to_list() == labels
 
 
-# Conclusions
-
-
 def test_no_conclusion_rests_on_an_interval_around_0(tmp_path: Path) -> None:
     for name, top1, said in (
         ("a", [11.5, 12.2, 12.3], "no difference shown: upper."),
@@ -177,9 +228,6 @@ def test_no_conclusion_rests_on_an_interval_around_0(tmp_path: Path) -> None:
         write_seeds(tmp_path / name, "none", list(NONE.values()))
         write_seeds(tmp_path / name, "upper", top1)
         assert table_of(tmp_path / name).conclusion == f"Against none, {said}"
-
-
-# Files
 
 
 @pytest.fixture(scope="module")
@@ -201,8 +249,6 @@ def test_the_report_is_these_files_and_they_are_whole(mixed: tuple[Path, Path]) 
     stems = [f"plots/{model}-{kind}" for model in ("vim-micro-patch4-32", "vim-small-patch16-224") for kind in kinds]
     pictures = {f"{stem}.{suffix}" for stem in stems for suffix in ("svg", "png")}
     assert found == {"report.md", "report.csv", "report.tex", "report.html", *pictures}
-    for picture in (mixed[1] / "plots").glob("*.svg"):
-        ET.parse(picture)
     links = re.findall(r"!\[[^]]*\]\(([^)]*)\)", (mixed[1] / "report.md").read_text())
     assert len(links) == 6
     assert all((mixed[1] / link).is_file() for link in links)
@@ -227,18 +273,12 @@ def test_names_are_escaped_in_every_format(mixed: tuple[Path, Path]) -> None:
     assert "runs/&lt;b&gt;|$x_1 &amp; --&gt; {y}" in page
     assert r"runs/\<b\>\|$x\_1 & --\> \{y\}" in text
     assert not re.search(r"(?<!\\)[_#]|(?<!\\)%(?! needs)", tex)
-    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == tex.count(r"\toprule") == 4
+    assert tex.count(r"\begin{tabular}") == tex.count(r"\toprule") == 4
+    assert page.count('src="data:image/svg+xml;base64,') == 6
+    assert not re.search(r"https?:|@import|url\(|<script|<iframe", page), "the page needs nothing but itself"
     for document in (page, text.replace("\\", "")):
         assert "recipe.lr: 0.001, in the table 0.004" in document
         assert "stopped after step 300 of 300" in document
-
-
-def test_the_page_needs_nothing_but_itself(mixed: tuple[Path, Path]) -> None:
-    page = (mixed[1] / "report.html").read_text()
-    assert page.count('<img alt="') == page.count('src="data:image/svg+xml;base64,') == 6
-    assert not re.search(r"https?:|@import|url\(|<script|<iframe", page)
-    for tag in ("table", "figure", "ul", "li", "details", "div", "tr"):
-        assert len(re.findall(rf"<{tag}\b", page)) == page.count(f"</{tag}>"), tag
 
 
 def test_the_same_runs_give_the_same_bytes_elsewhere(mixed: tuple[Path, Path], tmp_path: Path) -> None:
@@ -254,9 +294,6 @@ def test_the_same_runs_give_the_same_bytes_elsewhere(mixed: tuple[Path, Path], t
     assert first == second
 
 
-# Tables of runs
-
-
 def test_a_csv_file_reports_as_the_folders_that_it_was_made_of(mixed: tuple[Path, Path], tmp_path: Path) -> None:
     runs = read_runs([mixed[0]])
     (tmp_path / "runs.csv").write_text(runs_csv(runs))
@@ -265,13 +302,7 @@ def test_a_csv_file_reports_as_the_folders_that_it_was_made_of(mixed: tuple[Path
     write_run(tmp_path / "more", "upper", 4, 12.0)
     both = gather([tmp_path / "runs.csv", tmp_path / "more"]).tables[0]
     assert both.rows.loc["upper", "seeds"] == "0 1 2 4"
-
-
-def test_a_run_of_an_earlier_version_is_read() -> None:
     assert gather([ROOT / "tests" / "earlier" / "0.1"]).tables[0].rows.loc["upper", "top1_percent_mean"] == 25.0
-
-
-# The terminal, and errors
 
 
 def test_the_terminal_lists_every_run(mixed: tuple[Path, Path], tmp_path: Path, capsys: Printed) -> None:
@@ -293,19 +324,8 @@ def test_nothing_to_report_on_is_an_error_that_leaves_nothing(tmp_path: Path, ca
     assert "runs/failed: failed after step 300 of 300: the loss is nan" in message
     assert "runs/damaged: summary.json is damaged: it is no summary" in message
     assert not (tmp_path / "new").exists()
-
-
-def test_paths_are_looked_at_first_and_errors_say_what_to_give(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    run = write_run(tmp_path / "runs" / "sweep" / "one")
+    write_run(tmp_path / "good")
     (tmp_path / "file").write_text("mine")
-    for arguments, said in (
-        (["runs/swep"], "no run in runs/swep: it is not there, did you mean 'sweep'?; give the run_dir of a run"),
-        ([str(run / "summary.json")], "is a file; give the run_dir of a run or of a sweep, or a folder that holds"),
-        (["runs", "--out", "file"], "cannot be written (Not a directory); name a folder to write to"),
-    ):
-        assert famba(["report", *arguments]) == 2
-        assert said in capsys.readouterr().err
+    assert famba(["report", str(tmp_path / "good"), "--out", str(tmp_path / "file")]) == 2
+    assert "cannot be written (Not a directory); name a folder to write to" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"

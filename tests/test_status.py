@@ -53,6 +53,8 @@ def test_every_state_is_told(tmp_path: Path, capsys: Printed) -> None:
     write_run(tmp_path / "failed", EPOCH, status="failed", error="the loss is nan")
     write_run(tmp_path / "stopped", {"validation_top1" if key == "test_top1" else key: EPOCH[key] for key in EPOCH})
     (write_run(tmp_path / "lost", EPOCH) / "summary.json").unlink()
+    for name, text in (("empty", ""), ("foreign", '{"status": 3}')):
+        (write_run(tmp_path / name, EPOCH) / "summary.json").write_text(text)
     held = write_run(tmp_path / "running", EPOCH)
     again = write_run(tmp_path / "again", EPOCH, status="failed", error="before")
     write_sweep(tmp_path, "later")
@@ -60,12 +62,13 @@ def test_every_state_is_told(tmp_path: Path, capsys: Printed) -> None:
         found = states(tmp_path)
         assert famba(["status", str(tmp_path)]) == 0
     named = {name: name for name in ("finished", "interrupted", "failed", "stopped", "running")}
-    assert found == {**named, "again": "running", "later": "not started", "lost": "stopped"}
+    damaged = dict.fromkeys(("empty", "foreign"), "damaged")
+    assert found == {**named, **damaged, "again": "running", "later": "not started", "lost": "stopped"}
     table = capsys.readouterr().out
-    assert all(part in table for part in ("failed: the loss is nan", " 30.00 "))
+    assert all(part in table for part in ("failed: the loss is nan", " 30.00 ", "empty/summary.json is damaged"))
     assert "again: before" not in table
     assert " 12.50 val " in next(line for line in table.splitlines() if line.startswith("stopped"))
-    counts = "8 runs: 1 finished, 2 running, 1 interrupted, 2 stopped, 1 failed, 1 not started"
+    counts = "10 runs: 1 finished, 2 running, 1 interrupted, 2 stopped, 1 failed, 2 damaged, 1 not started"
     assert table.splitlines()[-1] == counts
 
 
@@ -97,14 +100,6 @@ def test_jobs_that_wait_in_slurm_are_told_from_those_that_never_were(
     monkeypatch.setattr(looking, "queue", lambda: {"7_0": "PENDING", "7_2": "PENDING"})
     waiting, never = dict.fromkeys(("new", "requeued"), "waiting"), dict.fromkeys(("gone", "never"), "not started")
     assert states(tmp_path) == {**waiting, **never}
-
-
-@pytest.mark.parametrize("text", ["", '{"status": 3}'])
-def test_a_damaged_summary_is_marked(tmp_path: Path, text: str, capsys: Printed) -> None:
-    (write_run(tmp_path / "bad", EPOCH) / "summary.json").write_text(text)
-    assert states(tmp_path) == {"bad": "damaged"}
-    assert famba(["status", str(tmp_path)]) == 0
-    assert "summary.json is damaged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("folder", ["/etc", "a/../../escape", "", "a\0b"])

@@ -41,17 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the report."""
-    report, works = diagnose()
-    print(report)
-    return 0 if works else 1
-
-
-def diagnose() -> tuple[str, bool]:
-    """Describe this machine and check every usable backend.
-
-    Returns the report, and whether all that can be used works and the environment names nothing that cannot be used.
-    """
+    """Print versions, devices and checks; return 0 where all that can be used, or that the environment names, works."""
     rows = [*_machine(), *_backends()]
     checks, raised = [], []
     for *case, found in _checks():
@@ -62,23 +52,19 @@ def diagnose() -> tuple[str, bool]:
             raised.append(textwrap.fill(f"{' '.join(case)}: {found}", WIDTH, subsequent_indent="  "))
     headers = ["backend", "device", "instructions", "dtype", "op", "worst error", "result"]
     works = not any("FAILED" in cell for row in [*rows, *checks] for cell in row)
-    sections = [
-        tabulate(rows, tablefmt="plain", disable_numparse=True, maxcolwidths=[None, WIDTH - 15]),
-        "Self-check against the reference in float64, relative to the largest value",
-        "\n".join([tabulate(checks, headers=headers, disable_numparse=True), *raised]),
-        "All that can be used works." if works else "Not all works: see FAILED above.",
-    ]
-    return "\n\n".join(sections), works
+    print(tabulate(rows, tablefmt="plain", disable_numparse=True, maxcolwidths=[None, WIDTH - 15]))
+    print("\nSelf-check against the reference in float64, relative to the largest value\n")
+    print("\n".join([tabulate(checks, headers=headers, disable_numparse=True), *raised]))
+    print("\nAll that can be used works." if works else "\nNot all works: see FAILED above.")
+    return 0 if works else 1
 
 
 def _machine() -> Iterator[tuple[str, str]]:
     """Yield names and values of versions and devices."""
     yield "famba", famba.__version__
     yield "Python", platform.python_version()
-    yield (
-        "torch",
-        f"{torch.__version__}, built {'for' if torch.version.cuda else 'without'} CUDA {torch.version.cuda or ''}",
-    )
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    yield "torch", f"{torch.__version__}, built {built}"
     yield "system", platform.platform()
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     for device in map(torch.device, devices):

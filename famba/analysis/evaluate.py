@@ -1,4 +1,8 @@
-"""Measure accuracy, speed and multiply-adds of one network that fuses in several ways: `famba evaluate`."""
+"""Measure accuracy, throughput and multiply-adds of a trained network that fuses in several ways: `famba evaluate`.
+
+The schedule that it was trained with and others take the same test images in turn. Top-1 and its paired difference to
+the network as it was trained have 95 % intervals over test images.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,10 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import binomtest, norm
@@ -21,34 +25,30 @@ from tqdm import tqdm
 from famba import data
 from famba.analysis import options as shared
 from famba.analysis.figures import confusion_matrix
-from famba.analysis.options import CHECKPOINT, add_fusion_options, count, prepare_folder, write_files
+from famba.analysis.options import Variant, label_variants, own, unfused, variants
+from famba.analysis.report import difference as written
 from famba.analysis.trained import Trained, load_trained
-from famba.analysis.variants import Variant, label_variants, own, unfused, variants
 from famba.errors import ConfigError, FambaError, TrainingError, check_choice, named, some
-from famba.fusion import tokens_per_layer
+from famba.fusion import Fusion, tokens_per_layer
 from famba.models import Backbone
 from famba.training.config import RunConfig
 from famba.training.devices import choose_precision, loading_workers, out_of_memory, synchronize
 from famba.training.interrupts import StopRequest
-from famba.training.logging import signed
 from famba.training.measure import Tally, macs_per_image, provenance
-
-_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-Source = data.Source
 
 
 @dataclass(frozen=True)
 class Request:
-    """Hold an evaluation that can begin.
+    """Hold an evaluation that can begin, of a network and others beside it on the same images.
 
-    variants: first the one that the network was trained with, to which the others are compared. beside: other networks
-    for the same images, such as smaller ones. config: of the run. root: the folder that holds its images. subset: None
-    for all.
+    variants: first the one that it was trained with, to which others are compared. rule: the first of several that were
+    asked for, to which others are compared too. root: the folder of the images. subset: None for all.
     """
 
     trained: Trained
     beside: tuple[Trained, ...]
     variants: tuple[Variant, ...]
+    rule: str | None
     config: RunConfig
     root: str | None
     subset: int | None
@@ -69,16 +69,16 @@ class Request:
 class Evaluation:
     """Hold a row for each variant, as evaluate.json has them, of so many images; of fewer than asked if interrupted.
 
-    Top-1, Top-5 in percent; difference of Top-1 to the first row in points, None in the first itself; both with the
-    ends of their 95 % intervals. images_per_s: median over batches. confusion: by the first row, how many images of
-    each class (row) were taken for each class (column).
+    Top-1, Top-5 in percent, differences in points: difference of Top-1 to the first row, difference_to_first to the row
+    with the first rule and all else equal; None without one. images_per_s: median over batches. ranked: of the first
+    row, for each image its class and the one that it was taken for (2, n).
     """
 
     request: Request
     rows: list[dict[str, Any]]
     images: int
     interrupted: bool
-    confusion: Tensor
+    ranked: Tensor
 
 
 def check(options: argparse.Namespace) -> Request:
@@ -86,7 +86,7 @@ def check(options: argparse.Namespace) -> Request:
     asked = shared.read_fusion(options)
     device = shared.device(options.device)
     if options.precision is not None:
-        check_choice("--precision", options.precision, _PRECISIONS)
+        check_choice("--precision", options.precision, ("auto", "fp32", "bf16", "fp16"))
     trained = load_trained(options.checkpoint)
     if (config := trained.config) is None:
         raise ConfigError(f"{trained.source} says no data set to evaluate it on; give a run or a checkpoint of one")
@@ -102,10 +102,11 @@ def check(options: argparse.Namespace) -> Request:
     with named({"root": root_name}):
         data.check_request(name, root, subset=None, val_fraction=0.0, num_classes=classes)
         data.check_folder(name, root, trained.reading.version)
-    compared = tuple(dict.fromkeys([first, *found]))
+    compared, rules = tuple(dict.fromkeys([first, *found])), asked.get("rule", [])
     size = options.batch_size or config.trainer.batch_size // config.trainer.accumulation
     beside = tuple(_beside(trained, path.strip()) for path in (options.beside or "").split(",") if path.strip())
-    return Request(trained, beside, compared, config, root, options.subset, size, device, autocast)
+    rule = rules[0] if len(rules) > 1 else None
+    return Request(trained, beside, compared, rule, config, root, options.subset, size, device, autocast)
 
 
 def _beside(trained: Trained, path: str) -> Trained:
@@ -140,37 +141,42 @@ class _Contestant:
     @property
     def right(self) -> Tensor:
         """Return which images have their label ranked first (n,)."""
-        labels, best = torch.cat(self.pairs, dim=1)
-        return labels == best
+        return torch.eq(*torch.cat(self.pairs, dim=1))
 
-    def confusion(self, classes: int) -> Tensor:
-        """Return how many images of each class (row) were taken for each class (column), int64."""
-        labels, best = torch.cat(self.pairs, dim=1).long()
-        return torch.bincount(classes * labels + best, minlength=classes**2).view(classes, classes)
+    def macs(self, image_size: int) -> int:
+        """Count the multiply-adds of an image."""
+        self.variant.put_into(self.model)
+        return macs_per_image(self.model, image_size)
 
-    def row(self, first: Tensor) -> dict[str, Any]:
-        """Return accuracy and speed; first: which images the variant that was trained gets right (n,)."""
+    @property
+    def way(self) -> tuple[Any, ...]:
+        """Return all that says how it fuses but the rule, so that those with equal ways differ in their rules alone."""
+        fusion = self.variant.fusion
+        return self.model, self.variant.removed, replace(fusion, rule=Fusion.rule, guard=0, budget=0, layers=None)
+
+    def row(self, trained: Tensor, same_way: Tensor | None) -> dict[str, Any]:
+        """Return accuracy, speed, and differences to what the trained variant and another rule get right (n,)."""
         right, known = self.right, self.tally.results()
         low, high = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
-        difference: tuple[float | None, ...] = (None,) * 3
-        if not self.variant.own:
-            gained, lost = int((right & ~first).sum()), int((first & ~right).sum())
-            difference = 100 * (gained - lost) / len(right), *of_difference(gained, lost, len(right))
-        names = ("difference", "difference_low95", "difference_high95")
-        found = {"top1": known["top1"], "top1_low95": 100 * low, "top1_high95": 100 * high}
-        found |= {**dict(zip(names, difference, strict=True)), "top5": known["top5"], "loss": known["loss"]}
         full = max(images for images, _ in self.times)  # the last batch may be smaller, and less of a load
-        return found | {"images_per_s": statistics.median(n / seconds for n, seconds in self.times if n == full)}
+        return {
+            "top1": known["top1"],
+            "top1_low95": 100 * low,
+            "top1_high95": 100 * high,
+            **difference("difference", right, None if self.variant.own else trained),
+            **difference("difference_to_first", right, same_way),
+            "top5": known["top5"],
+            "loss": known["loss"],
+            "images_per_s": statistics.median(n / seconds for n, seconds in self.times if n == full),
+        }
 
 
 def evaluate(request: Request) -> Evaluation:
     """Evaluate as asked; a Ctrl-C ends it after the batch that has begun, and keeps what is known by then.
 
-    Raises ConfigError or DataError where the images do not fit the network or are damaged, TrainingError for too little
-    memory.
+    Raises ConfigError or DataError for images that do not fit or are damaged, TrainingError for too little memory.
     """
     source = _source(request)
-    size, macs = request.trained.image_size, list[int]()
     labelled = zip(label_variants(request.variants), request.variants, strict=True)
     asked = [(label, request.trained, variant) for label, variant in labelled]
     asked += [(f"{other.strategy}, {other.source}", other, replace(own(other), own=False)) for other in request.beside]
@@ -180,14 +186,14 @@ def evaluate(request: Request) -> Evaluation:
     ]
     try:
         interrupted = _race(request, contestants, source)
-        for one in contestants:
-            one.variant.put_into(one.model)
-            macs.append(macs_per_image(one.model, size))
+        macs = [one.macs(request.trained.image_size) for one in contestants]
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
         raise TrainingError(f"out of memory with {request.batch_size} images at once; less: --batch-size") from error
     first = contestants[0].right
+    others = {one.way: one for one in contestants if one.variant.fusion.rule == request.rule}
+    pairs = [others.get(one.way, one) for one in contestants]
     rows = [
         {
             "label": one.label,
@@ -197,20 +203,29 @@ def evaluate(request: Request) -> Evaluation:
             "removed": one.variant.removed,
             "patches": one.model.num_patches,
             "tokens_per_layer": tokens_per_layer(one.variant.schedule, one.model.num_tokens),
-            **one.row(first),
+            **one.row(first, None if other is one else other.right),
             "macs_per_image": count,
         }
-        for one, count in zip(contestants, macs, strict=True)
+        for one, other, count in zip(contestants, pairs, macs, strict=True)
     ]
-    return Evaluation(request, rows, len(first), interrupted, contestants[0].confusion(request.trained.classes))
+    return Evaluation(request, rows, len(first), interrupted, torch.cat(contestants[0].pairs, dim=1))
+
+
+def difference(name: str, right: Tensor, base: Tensor | None) -> dict[str, float | None]:
+    """Return the difference in Top-1, in points, and the ends of its interval, of which images are right (n,)."""
+    found: tuple[float | None, ...] = (None,) * 3
+    if base is not None:
+        gained, lost = int((right & ~base).sum()), int((base & ~right).sum())
+        found = 100 * (gained - lost) / len(right), *of_difference(gained, lost, len(right))
+    return dict(zip((name, f"{name}_low95", f"{name}_high95"), found, strict=True))
 
 
 def of_difference(gained: int, lost: int, images: int) -> tuple[float, float]:
     """Return the 95 % interval of a paired difference in Top-1, in points, over test images of the same kind.
 
     By Agresti and Min (Statistics in Medicine 24, 2005): Wald's interval after half an image more in each of the four
-    cells, so that two networks that never differ are not said to be equal beyond doubt. gained: of so many images those
-    that this network alone gets right; lost: those that the other alone does.
+    cells, so that two networks that never differ are not said to be equal beyond doubt. gained: images that this
+    network alone gets right; lost: those that the other alone does.
     """
     gained_more, lost_more, total = gained + 0.5, lost + 0.5, images + 2
     middle = (gained_more - lost_more) / total
@@ -218,11 +233,15 @@ def of_difference(gained: int, lost: int, images: int) -> tuple[float, float]:
     return 100 * max(-1.0, middle - half), 100 * min(1.0, middle + half)
 
 
-def _race(request: Request, contestants: list[_Contestant], source: Source) -> bool:
+def _race(request: Request, contestants: list[_Contestant], source: data.Source) -> bool:
     """Let contestants take each batch in turn; return whether it was cut short."""
-    done, device = 0, request.device
+    done, device, trained = 0, request.device, request.trained
+    workers = loading_workers(request.config.data.workers)
+    loading = data.Loading(trained.image_size, trained.mean, trained.std, workers=workers)
+    batches = data.eval_batches(source, trained.scaling, loading, request.batch_size)
     with StopRequest() as stop, tqdm(total=len(source), unit="image", file=sys.stderr, leave=False) as bar:
-        for images, classes in _batches(request, source):
+        for batch in batches:
+            images, classes = (part.to(device) for part in batch)
             for one in contestants if not done else ():  # what is compiled, tuned or allocated once
                 request.infer(one.model, one.variant, images)
             for one in contestants:
@@ -238,30 +257,20 @@ def _race(request: Request, contestants: list[_Contestant], source: Source) -> b
     return done < len(source)
 
 
-def _batches(request: Request, source: Source) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield images (b, 3, s, s) and labels (b,) on the device."""
-    trained = request.trained
-    workers = loading_workers(request.config.data.workers)
-    loading = data.Loading(trained.image_size, trained.mean, trained.std, workers=workers)
-    for images, classes in data.eval_batches(source, trained.scaling, loading, request.batch_size):
-        yield images.to(request.device), classes.to(request.device)
-
-
-def _source(request: Request) -> Source:
+def _source(request: Request) -> data.Source:
     """Return the test images, with the class numbers of the network's training."""
-    subset, reading, of = request.subset, request.trained.reading, request.config.data
+    reading, of = request.trained.reading, request.config.data
+    whole: dict[str, Any] = {"subset": None, "val_fraction": 0.0, "num_classes": of.num_classes}
     read: dict[str, Any] = {"background": reading.background, "version": reading.version}
-    all_of: dict[str, Any] = {"subset": None, "val_fraction": 0.0, "num_classes": of.num_classes}
-    splits = data.load_splits(of.name, request.root, **all_of, **read)
-    test = _numbered_as_trained(request.trained, splits)
-    if subset is None:
+    test = _numbered_as_trained(request.trained, data.load_splits(of.name, request.root, **whole, **read))
+    if request.subset is None:
         return test
-    if subset > len(test):
-        raise ConfigError(f"--subset is {subset}; allowed: 1 to {len(test)}, the test images of {of.name}")
-    return data.sample(test, subset, reading.version)
+    if request.subset > len(test):
+        raise ConfigError(f"--subset is {request.subset}; allowed: 1 to {len(test)}, the test images of {of.name}")
+    return data.sample(test, request.subset, reading.version)
 
 
-def _numbered_as_trained(trained: Trained, splits: data.Splits) -> Source:
+def _numbered_as_trained(trained: Trained, splits: data.Splits) -> data.Source:
     """Return the test images with the class numbers of the network's training; by name where names are known.
 
     Raises ConfigError where they hold a class that the network does not tell apart.
@@ -276,31 +285,25 @@ def _numbered_as_trained(trained: Trained, splits: data.Splits) -> Source:
             f"the images have classes that the network was not trained on: {some(strange)}; it knows {some(known)}. "
             "Give images of its own classes, or train from its weights: python train.py init_from=WEIGHTS"
         )
-    numbers = tuple(known.index(name) for name in found)
-    if numbers == tuple(range(len(found))):
-        return test
-    return data.renumber(test, numbers, trained.classes)
+    numbers = tuple(map(known.index, found))
+    return test if numbers == tuple(range(len(found))) else data.renumber(test, numbers, trained.classes)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `famba evaluate`."""
-    parser.description = (
-        "Evaluate a trained model on test images: Top-1, Top-5 and loss, throughput and multiply-adds, with the "
-        "schedule that it was trained with and with others, on the same images in turn. Top-1 and its paired "
-        "difference to the model as it was trained have 95 % intervals over test images."
-    )
+    parser.description = __doc__
     parser.epilog = "example: famba evaluate runs/mine --fusion all,upper --budget 0.2,0.4,0.6,0.8 --out curves"
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
+    add("checkpoint", metavar="CHECKPOINT", help=shared.CHECKPOINT)
     add("--data-root", metavar="DIR", help="folder that holds the data (default: the run's own)")
-    add("--subset", type=count, metavar="N", help="N test images, spread evenly over all")
-    add_fusion_options(
+    add("--subset", type=shared.count, metavar="N", help="N test images, spread evenly over all")
+    shared.add_fusion_options(
         parser,
         "the schedule that the model was trained with is always evaluated, and beside any other that without fusion",
     )
     text = "other runs or weights, as they were trained, on the same images: such as a smaller network of the same cost"
     add("--beside", metavar="CHECKPOINT[,...]", help=text)
-    add("--batch-size", type=count, metavar="N", help="images at once (default: as the run's)")
+    add("--batch-size", type=shared.count, metavar="N", help="images at once (default: as the run's)")
     add("--precision", metavar="NAME", help="auto, fp32, bf16 or fp16 (default: as the run's)")
     add("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or mps")
     add("--out", metavar="FOLDER", help="write evaluate.csv and evaluate.json there")
@@ -313,26 +316,26 @@ def run(options: argparse.Namespace) -> int:
     if options.per_class and options.out is None:
         raise ConfigError("--per-class writes files; name a folder for them by --out FOLDER")
     request = check(options)
-    folder = None if options.out is None else prepare_folder(options.out)
+    folder = None if options.out is None else shared.prepare_folder(options.out)
     found = evaluate(request)
     print(table(found))
     if folder is not None:
         files = {"evaluate.csv": as_csv(found), "evaluate.json": as_json(found)}
-        written = write_files(folder, {**files, **(per_class(found) if options.per_class else {})})
+        written = shared.write_files(folder, {**files, **(per_class(found) if options.per_class else {})})
         print(f"in {folder}: {', '.join(file.name for file in written)}", file=sys.stderr)
     return 130 if found.interrupted else 0
 
 
 def table(evaluation: Evaluation) -> str:
     """Return a line for each way of fusing, and what it was evaluated on, as text."""
-    several = len(evaluation.rows) > 1
+    request, trained, several = evaluation.request, evaluation.request.trained, len(evaluation.rows) > 1
     rows = [
         {
             "fusion": f"{row['label']} *" if row["own"] else row["label"],
             "removed": f"{row['removed']} of {row['patches']}",
             "Top-1 %": f"{row['top1']:.2f}",
             "95 % interval": f"{row['top1_low95']:.2f} to {row['top1_high95']:.2f}",
-            **({"difference to *": _difference(row)} if several else {}),
+            **({"difference to *": written(row, "difference")} if several else {}),
             "Top-5 %": f"{row['top5']:.2f}",
             "loss": f"{row['loss']:.4f}",
             "images/s": f"{row['images_per_s']:.1f}",
@@ -342,7 +345,6 @@ def table(evaluation: Evaluation) -> str:
     ]
     sides = ["left", *["right"] * (len(rows[0]) - 1)]
     shown = tabulate(rows, headers="keys", missingval="-", disable_numparse=True, colalign=sides)
-    request, trained = evaluation.request, evaluation.request.trained
     notes = {
         f"* as trained, by {trained.source}.": True,
         "Difference: Top-1 minus that of *, in points, on the same images, with its 95 % interval (paired; Agresti and "
@@ -354,12 +356,6 @@ def table(evaluation: Evaluation) -> str:
         "Interrupted: these are the first images of those asked for.": evaluation.interrupted,
     }
     return "\n".join([shown, "", *(note for note, holds in notes.items() if holds)])
-
-
-def _difference(row: dict[str, Any]) -> str | None:
-    if row["difference"] is None:
-        return None
-    return "{} ({} to {})".format(*(signed(row[f"difference{end}"]) for end in ("", "_low95", "_high95")))
 
 
 def as_json(evaluation: Evaluation) -> str:
@@ -395,12 +391,14 @@ def per_class(evaluation: Evaluation) -> dict[str, str | bytes]:
     """
     trained = evaluation.request.trained
     names = list(trained.class_names or map(str, range(trained.classes)))
-    counts = pd.DataFrame(evaluation.confusion.numpy(), index=pd.Index(names, name="true class"), columns=names)
-    images, right = counts.sum(axis=1), pd.Series(evaluation.confusion.diagonal().numpy(), counts.index)
-    wrong = counts - pd.DataFrame(evaluation.confusion.diag().diag().numpy(), counts.index, names)
-    table = pd.DataFrame({"images": images, "right": right, "top1": 100 * right / images})
-    table["most_often_taken_for"] = wrong.idxmax(axis=1).where(wrong.max(axis=1) > 0, "")
-    table = table[images > 0].sort_values(["top1", "images"], kind="stable")
+    every = range(len(names))
+    counts = pd.crosstab(*evaluation.ranked.numpy()).reindex(index=every, columns=every, fill_value=0)
+    counts = counts.set_axis(pd.Index(names, name="true class")).set_axis(names, axis=1)
+    images, right = counts.sum(axis=1), np.diag(counts)
+    wrong = counts - np.diag(right)
+    taken_for = wrong.idxmax(axis=1).where(wrong.max(axis=1) > 0, "")
+    columns = {"images": images, "right": right, "top1": 100 * right / images, "most_often_taken_for": taken_for}
+    table = pd.DataFrame(columns)[images > 0].sort_values(["top1", "images"], kind="stable")
     return {
         "per_class.csv": table.to_csv(index_label="class", lineterminator="\n"),
         "confusion.csv": counts.to_csv(lineterminator="\n"),

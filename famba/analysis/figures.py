@@ -6,14 +6,12 @@ Ito (2008) and a few more, and markers all differ.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from famba.drawing import INK, drawing, files
+from famba.drawing import drawing, files
 
 # Colour and marker of each strategy, and of those of other packages.
 _LOOKS = {
@@ -27,23 +25,7 @@ _LOOKS = {
     "custom": ("#D55E00", "X"),
 }
 _OTHER = ("#7A3FB0", "p")
-_FACES = ("white", "#BDBDBD", "#666666")
-
-
-def looks(strategies: Sequence[str]) -> list[dict[str, str]]:
-    """Return how each of several points looks as arguments of `Axes.plot`, by the names of their strategies.
-
-    A strategy has one colour and marker everywhere; its second point and those after it have other fillings.
-    """
-    found = []
-    for place, name in enumerate(strategies):
-        color, marker = _LOOKS.get(name, _OTHER)
-        turn = strategies[:place].count(name)
-        face = _FACES[(turn - 1) % len(_FACES)] if turn else color
-        found.append({"color": color, "marker": marker, "markerfacecolor": face})
-    return found
-
-
+_FACES = ("white", "#BDBDBD", "#666666")  # of the second point of a strategy, and of those after it
 _UNITS = ((5400.0, 3600.0, "h"), (90.0, 60.0, "min"), (0.0, 1.0, "s"))
 
 
@@ -52,7 +34,6 @@ class Plot(NamedTuple):
 
     name: str
     title: str
-    caption: str
     files: dict[str, bytes]
 
 
@@ -63,61 +44,58 @@ def time_unit(rows: pd.DataFrame) -> tuple[float, str]:
 
 
 def draw(rows: pd.DataFrame, stem: str) -> list[Plot]:
-    """Draw all pictures that rows of report.csv have numbers for; their names begin with the stem."""
+    """Draw Top-1 against each cost that rows of report.csv have numbers for; names of pictures begin with the stem."""
     seconds, unit = time_unit(rows)
-    rows = rows.assign(look=looks(list(rows["strategy"])))
+    costs = {
+        "time": ("train_time_s", f"training time, {unit}", 1 / seconds),
+        "memory": ("peak_memory_mib", "peak memory, MiB", 1.0),
+        "saved": ("saved_bytes_per_image", "memory saved for the backward, kB/image", 1e-3),
+    }
+    rows = rows.assign(turn=rows.groupby("strategy").cumcount())
     with drawing():
-        plots = [
-            _accuracy(rows, f"{stem}-accuracy_time", "train_time_s", f"training time, {unit}", 1 / seconds),
-            _accuracy(rows, f"{stem}-accuracy_memory", "peak_memory_mib", "peak memory, MiB", 1.0),
-            _accuracy(
-                rows, f"{stem}-accuracy_saved", "saved_bytes_per_image", "memory saved for the backward, kB/image", 1e-3
-            ),
+        return [
+            _accuracy(rows[rows[f"{cost}_mean"].notna()], f"{stem}-accuracy_{kind}", cost, label, factor)
+            for kind, (cost, label, factor) in costs.items()
+            if rows[f"{cost}_mean"].notna().any()
         ]
-    return [plot for plot in plots if plot]
 
 
-def _accuracy(rows: pd.DataFrame, name: str, cost: str, label: str, factor: float) -> Plot | None:
-    """Draw Top-1 against a cost, None where it is not known."""
-    known = rows[rows[f"{cost}_mean"].notna()]
+def _accuracy(rows: pd.DataFrame, name: str, cost: str, label: str, factor: float) -> Plot:
     figure = Figure(layout="constrained")
     axes = figure.add_subplot(xlabel=label, ylabel="Top-1, %")
     columns = [f"{cost}_mean", "top1_percent_mean", f"{cost}_sd", "top1_percent_sd"]
-    for (setting, row), look in zip((known[columns] * [factor, 1, factor, 1]).iterrows(), known["look"], strict=True):
-        x, y, x_sd, y_sd = row
-        axes.errorbar(x, y, y_sd, x_sd, "none", ecolor=look["color"], elinewidth=1.0, capsize=2.0)
-        axes.plot(x, y, **look, markersize=6.5, linestyle="none", label=setting)
+    for setting, row in rows.iterrows():
+        x, y, x_sd, y_sd = row[columns] * [factor, 1, factor, 1]
+        color, marker = _LOOKS.get(row["strategy"], _OTHER)
+        face = _FACES[(row["turn"] - 1) % len(_FACES)] if row["turn"] else color
+        axes.errorbar(x, y, y_sd, x_sd, "none", ecolor=color, elinewidth=1.0, capsize=2.0)
+        axes.plot(x, y, marker, color=color, markerfacecolor=face, markersize=6.5, label=setting)
     axes.margins(0.09)
-    title = f"Accuracy against {label.partition(',')[0]}"
-    return _plot(name, title, "Bars are standard deviations over seeds.", figure) if len(known) else None
-
-
-def _plot(name: str, title: str, caption: str, figure: Figure) -> Plot:
-    (axes,) = figure.axes
     axes.grid(visible=True)
     handles, names = axes.get_legend_handles_labels()
-    columns = min(len(names), 3 if max(map(len, names)) <= 16 else 2)
-    figure.set_size_inches(5.2, 3.3 + 0.2 * -(-len(names) // columns))
-    figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3.2, columnspacing=1.4)
-    return Plot(name, title, caption, files(name, figure))
+    columns_of_legend = min(len(names), 3 if max(map(len, names)) <= 16 else 2)
+    figure.set_size_inches(5.2, 3.3 + 0.2 * -(-len(names) // columns_of_legend))
+    place: Any = {"loc": "outside lower center", "ncols": columns_of_legend}
+    figure.legend(handles, names, **place, handlelength=3.2, columnspacing=1.4)
+    return Plot(name, f"Accuracy against {label.partition(',')[0]}", files(name, figure))
 
 
-_NAMED, _COUNTED = 40, 15  # the most classes whose names, and whose counts, can be read
+_NAMED, _WRITTEN = 40, 15  # the most classes whose names, and whose shares, can be read
 
 
 def confusion_matrix(counts: pd.DataFrame) -> bytes:
-    """Draw how many images of each class (row) were taken for each class (column) as a PNG; colours are row shares."""
+    """Draw what share of the images of each class (row) was taken for each class (column), as a PNG."""
+    from sklearn.metrics import ConfusionMatrixDisplay  # takes a second, and only this picture needs it
+
     classes, shares = len(counts), counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
     side = 3.5 + 0.16 * min(classes, _NAMED)
     with drawing():
         figure = Figure(figsize=(side + 1.0, side), layout="constrained")
-        axes = figure.add_subplot(xlabel="taken for", ylabel="true class")
-        image = axes.imshow(shares.to_numpy(), cmap="Blues", vmin=0, vmax=(most := shares.to_numpy().max()))
-        if classes <= _NAMED:
-            axes.set_xticks(range(classes), [str(name)[:24] for name in counts], rotation=90)
-            axes.set_yticks(range(classes), [str(name)[:24] for name in counts.index])
-        for row, column in itertools.product(range(classes), repeat=2) if classes <= _COUNTED else ():
-            color = "white" if shares.iat[row, column] > most / 2 else INK
-            axes.text(column, row, f"{counts.iat[row, column]}", ha="center", va="center", color=color, fontsize=7)
-        figure.colorbar(image, label="share of the class's images")
+        axes = figure.add_subplot()
+        display = ConfusionMatrixDisplay(shares.to_numpy(), display_labels=[str(name)[:24] for name in counts])
+        look: Any = {"include_values": classes <= _WRITTEN, "text_kw": {"fontsize": 7}, "values_format": ".2f"}
+        display.plot(ax=axes, cmap="Blues", xticks_rotation="vertical", **look)
+        axes.set(xlabel="taken for", ylabel="true class")
+        if classes > _NAMED:
+            axes.set(xticks=[], yticks=[])
         return files("confusion", figure, ["png"])["confusion.png"]

@@ -1,14 +1,18 @@
-"""Count what strategies cost before anything runs: `famba plan`."""
+"""Count what strategies cost, layer by layer and in total, before anything runs: `famba plan`.
+
+That is tokens, multiply-adds, bytes kept for the backward, and the share of an unfused model's step that is left.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -21,7 +25,7 @@ from famba.fusion import Fusion, labels, tokens_per_layer
 from famba.fusion.schedules import ADAPTIVE, NONE
 from famba.models import Backbone
 from famba.ops.registry import AUTO, backends, counting_as, resolve
-from famba.training.build import build_model
+from famba.training.build import build_model, check_model
 from famba.training.compose import Command, run_config
 from famba.training.config import RunConfig, flatten, plain
 from famba.training.devices import choose_device, choose_precision
@@ -41,10 +45,7 @@ _BY_LAYER = {
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `famba plan`."""
-    parser.description = (
-        "Count what strategies cost, layer by layer and in total, before anything runs: tokens, multiply-adds, bytes "
-        "kept for the backward, and the share of an unfused model's step that is left."
-    )
+    parser.description = __doc__
     parser.epilog = "example: famba plan model=vim_s fusion=all,lower,upper trainer.device=cuda trainer.precision=bf16"
     add = parser.add_argument
     add("overrides", nargs="*", metavar="KEY=VALUE", help="as train.py takes them, several values by commas; "
@@ -60,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     folder = None if options.out is None else prepare_folder(options.out)
     print(tables(plans))
     if folder is not None:
-        layers = [[asdict(layer) for layer in one.cost.layers] for one in plans]
+        layers = [[layer._asdict() for layer in one.cost.layers] for one in plans]
         nested = rows(plans).assign(layers=layers).to_dict("records")
         table = rows(plans).to_csv(index=False, lineterminator="\n")
         write_files(folder, {"plan.csv": table, "plan.json": json.dumps(nested, indent=2) + "\n"})
@@ -68,8 +69,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class LayerCost:
+class LayerCost(NamedTuple):
     """Hold the costs of a layer per image; entering and leaving count the tokens around its fusion."""
 
     entering: int
@@ -78,23 +78,16 @@ class LayerCost:
     saved_bytes: int
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Hold the costs of a model with its schedule, per image; embedding and head as (macs, saved bytes)."""
+class Cost(NamedTuple):
+    """Hold the costs of a model with its schedule, per image, embedding and head included.
+
+    macs: multiply-adds of a forward pass, which papers call FLOPs; norms, activations and sums do not count.
+    saved_bytes: what autograd keeps of it for the backward, parameters not counted.
+    """
 
     layers: tuple[LayerCost, ...]
-    embedding: tuple[int, int]
-    head: tuple[int, int]
-
-    @property
-    def macs(self) -> int:
-        """Multiply-adds of a forward pass, which papers call FLOPs; norms, activations and sums do not count."""
-        return sum(layer.macs for layer in self.layers) + self.embedding[0] + self.head[0]
-
-    @property
-    def saved_bytes(self) -> int:
-        """Bytes that autograd keeps of a forward pass for the backward, parameters not counted."""
-        return sum(layer.saved_bytes for layer in self.layers) + self.embedding[1] + self.head[1]
+    macs: int
+    saved_bytes: int
 
     @property
     def token_layers(self) -> int:
@@ -112,10 +105,12 @@ def cost(model: Backbone, autocast: torch.dtype | None = None) -> Cost:
     more = MANY - FEW
     # Operations count multiplications and additions apart.
     marks = [((b[0] - a[0]) // more // 2, (b[1] - a[1]) // more) for a, b in zip(few, many, strict=True)]
-    parts = [(after[0] - before[0], after[1] - before[1]) for before, after in pairwise([(0, 0), *marks])]
     left = [model.num_tokens, *tokens_per_layer(model.fusion, model.num_tokens)]
-    layers = [LayerCost(*tokens, *part) for tokens, part in zip(pairwise(left), parts[1:-1], strict=True)]
-    return Cost(tuple(layers), parts[0], parts[-1])
+    layers = [
+        LayerCost(*tokens, after[0] - before[0], after[1] - before[1])
+        for tokens, (before, after) in zip(pairwise(left), pairwise(marks[:-1]), strict=True)
+    ]
+    return Cost(tuple(layers), *marks[-1])
 
 
 @dataclass(frozen=True)
@@ -130,11 +125,6 @@ class Planned:
     cost: Cost
 
     @property
-    def strategy(self) -> str:
-        """Name the strategy of fusion."""
-        return self.config.fusion.strategy
-
-    @property
     def memory(self) -> int:
         """Sum up the bytes of weights, gradients, optimizer, and what a step keeps for the backward."""
         cast = 0 if self.setup.autocast is None else self.setup.autocast.itemsize
@@ -143,14 +133,12 @@ class Planned:
 
 
 def plan(overrides: Sequence[str], config_dir: Path | None = None) -> list[Planned]:
-    """Count every configuration that overrides ask for, and for each model the one without fusion before them.
-
-    Raises FambaError for what cannot work on any machine, as train.py does.
-    """
+    """Count all configurations that overrides ask for, behind each model's without fusion; raises as train.py does."""
     asked: list[RunConfig] = []
     command = Command(tuple(overrides), multirun=True, config_dir=config_dir)
     for job in command.jobs():
         config = replace(run_config(command.compose(job)), seed=0, run_dir="planned")
+        check_model(config)  # before the one without fusion, which has its place and would be refused for that
         wanted = [] if config.fusion.strategy == NONE else [config]
         asked += [one for one in (_unfused(config), *wanted) if one not in asked]
     return [_planned(name, config) for name, config in zip(_names(asked), asked, strict=True)]
@@ -165,19 +153,14 @@ def _names(configs: Sequence[RunConfig]) -> list[str]:
     """Name each by its model and fusion, and by what else differs among those that are planned."""
     flat = [flatten(plain(config)) for config in configs]
     differ = [key for key in flat[0] if not key.startswith("fusion.") and len({json.dumps(f[key]) for f in flat}) > 1]
-    names = []
-    for values, label in zip(flat, labels([one.fusion for one in configs]), strict=True):
-        parts = [f"{key.split('.')[-1]}={values[key]}" for key in differ if key != "model.name"]
-        names.append(" ".join([*([values["model.name"]] if "model.name" in differ else []), label, *parts]))
-    return names
+    told = [[f"{key.split('.')[-1]}={values[key]}" for key in differ if key != "model.name"] for values in flat]
+    models = [f"{values['model.name']} " if "model.name" in differ else "" for values in flat]
+    named = zip(models, labels([one.fusion for one in configs]), told, strict=True)
+    return [model + " ".join([label, *parts]) for model, label, parts in named]
 
 
 def _planned(name: str, config: RunConfig) -> Planned:
-    """Count for a device, a precision and a backend, none of which need be on this machine.
-
-    A choice that "auto" leaves open is made as on this machine, and for a GPU that is not here as on most: bfloat16, by
-    the CUDA kernels.
-    """
+    """Count, also for a GPU that is not here: "auto" is bfloat16 by the CUDA kernels there."""
     backend, precision = config.ops.backend, config.trainer.precision
     check_choice("ops.backend", backend, [*backends(), AUTO])
     try:
@@ -188,11 +171,8 @@ def _planned(name: str, config: RunConfig) -> Planned:
             raise
         device = torch.device(kind)
     if precision == "auto" and not is_here:
-        autocast = torch.bfloat16 if device.type == "cuda" else None
-    elif precision == "bf16":
-        autocast = torch.bfloat16
-    else:
-        autocast = choose_precision(precision, device)
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    autocast = torch.bfloat16 if precision == "bf16" else choose_precision(precision, device)
     if backend == AUTO:
         is_cuda = not is_here and device.type == "cuda" and find_spec("triton")
         backend = "cuda" if is_cuda else resolve(device.type, autocast or torch.float32)
@@ -211,13 +191,12 @@ def _planned(name: str, config: RunConfig) -> Planned:
 
 def rows(plans: Sequence[Planned]) -> pd.DataFrame:
     """Return each configuration in numbers, with units in the names of the columns."""
-    found = []
-    for one in plans:
-        base = next(other for other in plans if other.config == _unfused(one.config))
-        row = {
+    bases = [next(other for other in plans if other.config == _unfused(one.config)) for one in plans]
+    return pd.DataFrame([
+        {
             "model": one.config.model.name,
             "name": one.name,
-            "strategy": one.strategy,
+            "strategy": one.config.fusion.strategy,
             "tokens": one.setup.tokens,
             "tokens_removed": sum(one.setup.schedule),
             "tokens_left": one.cost.layers[-1].leaving,
@@ -231,8 +210,8 @@ def rows(plans: Sequence[Planned]) -> pd.DataFrame:
             "memory_of_none_predicted": one.memory / base.memory,
             "schedule": " ".join(map(str, one.setup.schedule)),
         }
-        found.append(row)
-    return pd.DataFrame(found)
+        for one, base in zip(plans, bases, strict=True)
+    ])  # fmt: skip
 
 
 def tables(plans: Sequence[Planned]) -> str:
@@ -252,6 +231,6 @@ def tables(plans: Sequence[Planned]) -> str:
         f"Kept is what autograd holds of one image for the backward, computed in {computed}; memory adds weights, "
         "gradients and AdamW's moments, for the images of a micro-batch.",
     ]
-    if any(one.strategy == ADAPTIVE for one in plans):
+    if any(one.config.fusion.strategy == ADAPTIVE for one in plans):
         notes.append("What adaptive removes where is measured in training; until then it is spread as that of all.")
     return "\n".join([*parts, "In total", totals, "", *notes])

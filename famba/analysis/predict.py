@@ -1,4 +1,7 @@
-"""Name what is in images by a trained network: `famba predict`."""
+"""Print the five likeliest classes of each image by a trained network that fuses as in training: `famba predict`.
+
+Images are read, scaled and cropped as evaluation does.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,7 @@ _MOST, _AT_ONCE = 5, 16
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `famba predict`."""
-    parser.description = (
-        "Print the five likeliest classes of each image, with their probabilities, by a trained network that fuses as "
-        "in training. Images are read, scaled and cropped as evaluation does."
-    )
+    parser.description = __doc__
     parser.epilog = "example: famba predict runs/mine cat.jpg photos/"
     parser.add_argument("checkpoint", metavar="RUN", help=shared.CHECKPOINT)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders with images at any depth")
@@ -47,9 +47,8 @@ def run(options: argparse.Namespace) -> int:
         return 0
     for one in found:
         rows = [(f"{100 * likely['probability']:.1f} %", likely["class"]) for likely in one["classes"]]
-        print(
-            f"{one['image']}\n{tabulate(rows, tablefmt='plain', colalign=('right', 'left'), disable_numparse=True)}\n"
-        )
+        table = tabulate(rows, tablefmt="plain", colalign=("right", "left"), disable_numparse=True)
+        print(f"{one['image']}\n{table}\n")
     return 0
 
 

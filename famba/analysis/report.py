@@ -86,8 +86,7 @@ class Table:
     """Hold the settings of a model that may be compared.
 
     runs: as `read_runs` gives them, with label, seed, numbers as floats, and here (whether on the table's machine).
-    rows: the columns of report.csv by label. sheets: the same as text. shared: what the runs share, and the machine
-    that costs are of. notes: what a reader has to know.
+    rows: the columns of report.csv by label; sheets: as text. shared: what the runs share, and the machine of costs.
     """
 
     model: str
@@ -112,22 +111,19 @@ class Report(NamedTuple):
     headline: str
 
 
-# What is written
-
-
 def write_report(paths: Iterable[str | Path], out: Path) -> Report:
     """Write report.md, .csv, .tex, .html and plots/ on the runs in some folders and CSV files.
 
-    Raises DataError where no table can be made, ConfigError where the folder cannot be written, before anything is
-    drawn, and CheckpointError where the disk refuses later.
+    Raises DataError where no table can be made, ConfigError or CheckpointError where the folder cannot be written.
     """
     report = gather(paths)
     prepare_folder(out / "plots")
-    texts = {"report.md": rendered(report, "md"), "report.csv": table_csv(report), "report.tex": latex(report)}
-    plots = [plot for table in report.tables for plot in table.plots]
-    pictures = {f"plots/{name}": content for plot in plots for name, content in plot.files.items()}
+    files: dict[str, str | bytes] = {"report.md": rendered(report, "md"), "report.csv": table_csv(report)}
+    files["report.tex"] = latex(report)
+    for plot in (plot for table in report.tables for plot in table.plots):
+        files |= {f"plots/{name}": content for name, content in plot.files.items()}
     # The page last, so that it is there only with all that belongs to it.
-    write_files(out, {**texts, **pictures, "report.html": rendered(report, "html")})
+    write_files(out, files | {"report.html": rendered(report, "html")})
     return report
 
 
@@ -148,9 +144,6 @@ def gather(paths: Iterable[str | Path]) -> Report:
     counted, moved = sum(len(table.runs) for table in tables), int((found["kind"] == "elsewhere").sum())
     headline = f"{counted} runs in the tables, {moved} of them for accuracy alone; {len(found) - moved} left out."
     return Report(tables, listed, headline)
-
-
-# Which runs may be compared
 
 
 def _prepared(runs: pd.DataFrame) -> pd.DataFrame:
@@ -188,25 +181,23 @@ def _tables(runs: pd.DataFrame, left_out: list[tuple[str, str, str]]) -> list[Ta
     models = _with_smaller(dict(list(runs.assign(smaller="").groupby(_MODEL))))
     keys = pd.DataFrame(list(models), columns=_MODEL)
     for key, own in models.items():
-        alike = keys[keys["model"] == key[0]].nunique() > 1
-        told = [
-            f"{name.removeprefix('config.model.')} {key[i] or 'as registered'}"
-            for i, name in enumerate(_MODEL)
-            if alike[name]
-        ]
+        apart = keys[keys["model"] == key[0]].nunique() > 1
+        told = [(name, value) for name, value in zip(_MODEL, key, strict=True) if apart[name]]
         chosen = _largest(own, what)
         first, others = chosen.iloc[0], own.drop(chosen.index)
         left_out += [("other", run["run"], _differences(first[what], run)) for _, run in others.iterrows()]
         here = _largest(chosen, place).iloc[0][place]
         chosen = chosen.assign(here=(chosen[place] == here).all(axis=1), label=_labels(chosen))
-        order = ["here", "provenance.started", "train_time_s", "run"]
-        chosen = chosen.sort_values(order, ascending=[False, *[True] * 3])
-        again = chosen.duplicated(["label", "seed"])
-        left_out += [("repeated", run.run, f"seed {run.seed} of {run.label}") for run in chosen[again].itertuples()]
-        chosen = chosen[~again]
-        moved = chosen[~chosen["here"]]
-        left_out += [("elsewhere", run["run"], _differences(here, run)) for _, run in moved.iterrows()]
-        tables.append(_table(", ".join([key[0], *told]), chosen, first[what], here))
+        chosen = chosen.sort_values(["provenance.started", "train_time_s", "run"])
+        chosen = chosen.sort_values("here", ascending=False, kind="stable")
+        again = chosen[chosen.duplicated(["label", "seed"])]
+        left_out += [("repeated", run.run, f"seed {run.seed} of {run.label}") for run in again.itertuples()]
+        chosen = chosen.drop(again.index)
+        left_out += [
+            ("elsewhere", run["run"], _differences(here, run)) for _, run in chosen.iterrows() if not run["here"]
+        ]
+        name = ", ".join([key[0], *(f"{name.rpartition('.')[2]} {value or 'as registered'}" for name, value in told)])
+        tables.append(_table(name, chosen, first[what], here))
     return sorted(tables, key=lambda table: (table.rows["parameters"].min(), table.model))
 
 
@@ -215,9 +206,7 @@ def _with_smaller(models: dict[Any, pd.DataFrame]) -> dict[Any, pd.DataFrame]:
 
     A reduction of tokens that loses to a smaller network is worth nothing.
     """
-    sizes = {
-        place: name.rpartition(".")[2] for place, name in enumerate(_MODEL) if name.endswith((".depth", ".embed_dim"))
-    }
+    sizes = {_MODEL.index(f"config.model.{name}"): name for name in ("depth", "embed_dim")}
     unfused = [key for key, runs in models.items() if set(runs["strategy"]) == {NONE}]
     fused = [key for key in models if key not in unfused]
     for key in unfused:
@@ -240,21 +229,16 @@ def _largest(runs: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     return max((group for _, group in runs.groupby(names)), key=size)
 
 
-# Names of settings
-
-
 def _labels(runs: pd.DataFrame) -> pd.Series:
     """Return a label for each run's setting: the strategy, and what tells it from the other settings."""
     common = _usual(runs)
-    told = {i: [name for name in common if runs.at[i, name] not in ("", common[name])] for i in runs.index}
-    for _, alike in runs.groupby(["strategy", *common]):
-        differs = [name for name in ("adapt_at", "adapt_images", "schedule") if alike[name].nunique() > 1]
-        told |= {i: [*told[i], *differs] for i in alike.index}
-    labels = {
-        i: [runs.at[i, "strategy"], runs.at[i, "smaller"], *(f"{name} {runs.at[i, name]}" for name in told[i])]
-        for i in runs.index
-    }
-    return pd.Series({i: ", ".join(filter(None, parts)) for i, parts in labels.items()})
+    told = {name: runs[name].where(runs[name] != usual, "") for name, usual in common.items()}
+    for name in ("adapt_at", "adapt_images", "schedule"):
+        apart = runs.groupby(["strategy", *common])[name].transform("nunique") > 1
+        told[name] = runs[name].where(apart, "")
+    parts = {name: (f"{name} " + cells).where(cells != "", "") for name, cells in told.items()}
+    columns = pd.DataFrame({"strategy": runs["strategy"], "smaller": runs["smaller"], **parts})
+    return columns.apply(lambda row: ", ".join(filter(None, row)), axis=1)
 
 
 def _usual(runs: pd.DataFrame) -> dict[str, str]:
@@ -270,21 +254,16 @@ def _short(name: str) -> str:
 
 def _differences(table: pd.Series, run: pd.Series) -> str:
     """Return the keys in which a run differs from what a table's runs share."""
-    lines = []
-    for name in sorted(name for name in table.index if run.get(name, "") != table[name]):
-        here, there = ((value.get(name) or "not known")[:80] for value in (run, table))
-        lines.append(f"{_short(name)}: {here}, in the table {there}")
-    return "; ".join(lines)
-
-
-# Numbers
+    names = sorted(name for name in table.index if run.get(name, "") != table[name])
+    here, there = ([(of.get(name) or "not known")[:80] for name in names] for of in (run, table))
+    pairs = zip(names, here, there, strict=True)
+    return "; ".join(f"{_short(name)}: {own}, in the table {shared}" for name, own, shared in pairs)
 
 
 def _table(model: str, runs: pd.DataFrame, what: pd.Series, here: pd.Series) -> Table:
     order = {name: place for place, name in enumerate(strategy_names())}
-    runs = runs.assign(rank=runs["strategy"].map(order).fillna(len(order))).sort_values(
-        ["rank", "smaller", *_SETTING, "seed"]
-    )
+    runs = runs.assign(rank=runs["strategy"].map(order).fillna(len(order)))
+    runs = runs.sort_values(["rank", "smaller", *_SETTING, "seed"])
 
     def by_seed(value: str) -> pd.DataFrame:
         of = runs[runs["here"]] if value in COSTS else runs
@@ -308,7 +287,10 @@ def _rows(runs: pd.DataFrame, by_seed: dict[str, pd.DataFrame], what: pd.Series,
     for name, values in by_seed.items():
         name = f"{name}_percent" if name in ("top1", "top5") else name
         columns |= {f"{name}_mean": values.mean(), f"{name}_sd": values.std()}
-    columns |= _to_none(by_seed["top1"]).add_prefix(_TOP1)
+    top1, unknown = by_seed["top1"], by_seed["top1"].iloc[:, 0] * NAN
+    pairs = {label: (unknown if label == NONE else top1[label], top1.get(NONE, unknown)) for label in top1}
+    gains = pd.DataFrame({label: interval(*pair) for label, pair in pairs.items()}).T
+    columns |= gains.astype({"": float, "_low95": float, "_high95": float}).add_prefix(_TOP1)
     columns |= {_TOP1.replace("points", "seeds"): columns.pop(f"{_TOP1}_seeds")}
     for cost, name in zip(COSTS, ("train_time", "peak_memory", "saved_bytes"), strict=False):
         columns[f"{name}_share_of_none"] = _share_of_none(by_seed[cost])
@@ -338,22 +320,11 @@ def interval(ours: pd.Series, base: pd.Series) -> pd.Series:
     return pd.Series({"": found.mean(), "_low95": found.mean() - half, "_high95": found.mean() + half, "_seeds": seeds})
 
 
-def _to_none(by_seed: pd.DataFrame) -> pd.DataFrame:
-    """Return the interval of each label's difference to none; NaN for none itself, and where it is missing."""
-    unknown = by_seed.iloc[:, 0] * NAN
-    base = by_seed.get(NONE, unknown)
-    found = pd.DataFrame({label: interval(unknown if label == NONE else by_seed[label], base) for label in by_seed}).T
-    return found.astype({"": float, "_low95": float, "_high95": float})
-
-
 def _share_of_none(by_seed: pd.DataFrame) -> pd.Series:
     """Return each label's cost as a share of that of none, over the seeds that both have."""
     base = by_seed.get(NONE, by_seed.iloc[:, 0] * NAN)
     both = by_seed.where(base.notna(), axis=0)
     return both.sum(min_count=1) / both.notna().mul(base, axis=0).sum(min_count=1)
-
-
-# Text
 
 
 def spread(mean: float, sd: float, digits: int, factor: float = 1.0) -> str:

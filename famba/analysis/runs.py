@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
-from famba.analysis.status import LOADER, Status, differing, settings, status
+from famba.analysis.status import Status, differing, read_config, settings, status
 from famba.errors import DataError
 from famba.training.config import with_added_keys
 from famba.training.records import SUMMARY, Summary, flatten, from_cell, nested, to_cell
@@ -24,11 +23,9 @@ _NEEDED = ("model", "strategy", "top1", "tokens", "schedule", "tokens_per_layer"
 def read_runs(paths: Iterable[str | Path]) -> pd.DataFrame:
     """Read the runs in or below some folders and in some CSV files, each once, sorted by name.
 
-    Returns a row for each run, all text, with an empty cell for what is not known: run (a name that does not depend on
-    where the folders lie), folder, state (as `famba status` names it), kind and problem (why a run cannot be used:
-    "unfinished" or "damaged", and the reason), and the columns of `to_row`.
-
-    Raises DataError for a path without runs and for a file that is no table of runs.
+    Returns a row for each run, all text, empty where unknown: run (a name that does not depend on where folders lie),
+    folder, state (as `famba status` names it), kind and problem (why a run cannot be used: "unfinished" or "damaged",
+    and the reason), and the columns of `to_row`. Raises DataError for a path without runs, or a file of something else.
     """
     found: dict[Any, dict[str, str]] = {}
     for path in map(Path, paths):
@@ -49,8 +46,7 @@ def runs_csv(runs: pd.DataFrame) -> str:
 
 def run_table(runs: pd.DataFrame) -> str:
     """Return a line for each run: what differs between them, and results; below it what they share, and is damaged."""
-    begin = "config."
-    kept = runs[[name for name in runs if name.startswith(begin)]].rename(columns=lambda name: name.removeprefix(begin))
+    kept = runs[[name for name in runs if name.startswith(_CONFIG)]].rename(columns=lambda name: name[len(_CONFIG) :])
     known = [{key: cell for key, cell in cells.items() if cell} for cells in kept.to_dict("records")]
     known = [own or settings(Path(folder)) for own, folder in zip(known, runs["folder"], strict=True)]
     table = pd.DataFrame(differing(known), index=runs.index)
@@ -61,18 +57,15 @@ def run_table(runs: pd.DataFrame) -> str:
         table.insert(0, "run", runs["run"])
     sides = ["left"] * len(table.columns) + ["right", "right", "left", "left"]
     table["Top-1 %"] = runs["top1"].map(lambda cell: f"{float(cell):.2f}" if cell else "")
-    times = runs[[name for name in runs if name.startswith("epoch_time_s.")]].apply(pd.to_numeric, errors="coerce")
-    table["time per epoch s"] = times.sum(axis=1, min_count=1).map(lambda time: "" if pd.isna(time) else f"{time:.2f}")
+    times = runs.filter(regex=r"^epoch_time_s\.").apply(pd.to_numeric, errors="coerce").sum(axis=1, min_count=1)
+    table["time per epoch s"] = times.map("{:.2f}".format).replace("nan", "")
     left = runs.get("tokens_per_layer", runs["run"].map(lambda _: ""))
     table["tokens left"] = left.str.extract(r"(\d+)\]$", expand=False) + " of " + runs.get("tokens", left)
     table = table.fillna("").assign(status=runs["state"]).replace("", "-")
     text = table.to_markdown(index=False, tablefmt="simple", disable_numparse=True, colalign=sides)
     damaged = runs[runs["kind"] == "damaged"]
-    named = {"model": "model.name", "data": "data.name", "fusion": "fusion.strategy", "seed": "seed"}
-    shared = {name: {own[key] for own in known if key in own} for name, key in named.items()}
-    same = ", ".join(f"{name} {next(iter(found))}" for name, found in shared.items() if len(found) == 1)
-    notes = [f"All: {same}."] * bool(same) + ["Top-1 is of the test images, by the weights of the last step."]
-    return "\n".join([text, "", *notes, *(damaged["run"] + ": " + damaged["problem"])])
+    note = "Top-1 is of the test images, by the weights of the last step."
+    return "\n".join([text, "", note, *(damaged["run"] + ": " + damaged["problem"])])
 
 
 def to_row(summary: Summary, config: Mapping[str, Any]) -> dict[str, str]:
@@ -111,7 +104,8 @@ def _read(name: str, run: Status, folder: Path) -> dict[str, str]:
         summary, config = Summary.parse((folder / SUMMARY).read_bytes()), {}
         if run.state == "finished":
             _check(summary)
-            config = _config(folder)
+            if not (config := read_config(folder)).keys() >= {"model", "fusion", "data", "trainer"}:
+                raise ValueError("config.yaml is damaged: it holds no configuration")
         return row | to_row(summary, config)
     except FileNotFoundError as error:  # not begun, or gone by now
         return row if row["problem"] else row | _damaged(str(error))
@@ -148,15 +142,3 @@ def _check(summary: Summary) -> None:
     unknown = [name for name in _NEEDED if getattr(summary, name) is None]
     if unknown or not isinstance(summary.provenance.get("seed"), int):
         raise ValueError(f"the summary does not say {', '.join(unknown) or 'provenance.seed'}")
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = yaml.load((folder / "config.yaml").read_bytes(), LOADER)  # noqa: S506 - a safe one
-    except FileNotFoundError:
-        raise ValueError("config.yaml is missing, so its recipe is not known") from None
-    except (OSError, yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"config.yaml is damaged: {error}") from error
-    if not isinstance(config, dict) or not config.keys() >= {"model", "fusion", "data", "trainer"}:
-        raise ValueError("config.yaml is damaged: it holds no configuration")
-    return config

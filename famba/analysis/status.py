@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -35,7 +35,7 @@ from famba.training.records import (
 # Files that a run leaves behind even if it has no summary yet, or has lost it.
 _TRACES = (METRICS, "train.log")
 _FILES = (SUMMARY, "config.yaml", *_TRACES, "output.log")
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # Settings that make no run another one, and the most that a table shows.
 _UNTOLD = ("run_dir", "resume", "data.root", "data.workers", "logger.", "trainer.log_every", "trainer.save_every_min")
 _COLUMNS = 8
@@ -45,7 +45,7 @@ _ORDER = ("finished", "running", "waiting", "interrupted", "stopped", "failed", 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `famba status`."""
-    parser.description = "Show how far runs are, in a table of all in some folders, and the count of each state."
+    parser.description = __doc__
     parser.add_argument("runs", nargs="+", metavar="FOLDER", help="runs, sweeps, or folders that hold some")
     parser.add_argument("--json", action="store_true", help="print a list of JSON objects instead")
 
@@ -174,52 +174,62 @@ def _state(folder: Path, said: str, queued: str | None) -> str:
 
 def _last_lines(metrics: Path) -> list[dict[str, Any]]:
     """Return lines of metrics.jsonl, the last first, without those that are damaged or being written."""
-    lines, found = list[bytes](), list[dict[str, Any]]()
+    found: list[dict[str, Any]] = []
     with suppress(OSError), open(metrics, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
-        lines = file.read().splitlines()
-    for line in reversed(lines):
-        with suppress(ValueError):
-            values = json.loads(line)
-            found += [values] if isinstance(values, dict) and "kind" in values else []
+        for line in reversed(file.read().splitlines()):
+            with suppress(ValueError):
+                values = json.loads(line)
+                found += [values] if isinstance(values, dict) and "kind" in values else []
     return found
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return what a run's config.yaml holds. Raises ValueError where it is missing or damaged."""
+    try:
+        config = yaml.load((folder / "config.yaml").read_bytes(), _LOADER)  # noqa: S506 - a safe one
+    except FileNotFoundError:
+        raise ValueError("config.yaml is missing, so its recipe is not known") from None
+    except (OSError, yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"config.yaml is damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError("config.yaml is damaged: it holds no configuration")
+    return config
 
 
 def settings(folder: Path) -> dict[str, str]:
     """Return the settings of a run by dotted keys, as text; none where its config.yaml cannot be read."""
-    with suppress(OSError, ValueError, yaml.YAMLError):
-        config = yaml.load((folder / "config.yaml").read_bytes(), LOADER)  # noqa: S506 - a safe one
-        return {key: to_cell(value) for key, value in flatten(config).items()} if isinstance(config, dict) else {}
+    with suppress(ValueError):
+        return {key: to_cell(value) for key, value in flatten(read_config(folder)).items()}
     return {}
 
 
 def differing(runs: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
     """Return the settings that differ between runs: by a short name the value in each, "" where there is none.
 
-    runs: of each its settings by dotted keys as text, none where they are not known. Without fusion, how to fuse is no
-    setting. Of more than `_COLUMNS` the last column says how many.
+    runs: of each its settings by dotted keys as text. Of more than `_COLUMNS` the last column says how many.
     """
-    known = [{key: text for key, text in run.items() if not _is_idle(key, run)} for run in runs]
-    keys = {key for run in known for key in run if not key.startswith(_UNTOLD)}
+    known = [_telling(run) for run in runs]
+    values: dict[str, set[str]] = defaultdict(set)
+    for run in known:
+        for key, text in run.items():
+            values[key].add(text)
     # A key that an earlier version did not have tells no runs apart.
-    values = {key: {run[key] for run in known if key in run} for key in keys}
-    differ = [key for key in sorted(keys, key=_place) if len(values[key]) > 1]
-    short = {
-        key: {"strategy": "fusion", "name": key.split(".")[0]}.get(end := key.split(".")[-1], end) for key in differ
-    }
+    differ = sorted((key for key, texts in values.items() if len(texts) > 1), key=_place)
+    short = [key.removesuffix(".name").removesuffix(".strategy").split(".")[-1] for key in differ]
     found = {
-        short[key] if list(short.values()).count(short[key]) == 1 else key: [
-            run.get(key, "").replace("null", "") for run in known
-        ]
-        for key in differ[:_COLUMNS]
+        name if short.count(name) == 1 else key: [run.get(key, "").replace("null", "") for run in known]
+        for key, name in zip(differ[:_COLUMNS], short, strict=False)
     }
     if (more := len(differ) - _COLUMNS) > 0:
         found["more settings"] = [f"{more} more differ"] * len(runs)
     return found
 
 
-def _is_idle(key: str, run: Mapping[str, str]) -> bool:
-    return key.startswith("fusion.") and key != "fusion.strategy" and run.get("fusion.strategy") == "none"
+def _telling(run: Mapping[str, str]) -> dict[str, str]:
+    """Return the settings that may tell a run from others; without fusion, how to fuse is none."""
+    untold = (*_UNTOLD, "fusion.") if run.get("fusion.strategy") == "none" else _UNTOLD
+    return {key: text for key, text in run.items() if key == "fusion.strategy" or not key.startswith(untold)}
 
 
 def _place(key: str) -> tuple[int, str]:
@@ -243,7 +253,8 @@ def status_table(runs: Sequence[Status]) -> str:
         for place, run in enumerate(runs)
     ]
     notes = [f"{run.run}: {run.note}" for run in runs if run.note]
+    notes += [""] if notes else []
     counts = Counter(run.state for run in runs)
     listed = ", ".join(f"{counts[state]} {state}" for state in _ORDER if counts[state])
     table = tabulate(rows, headers="keys", missingval="-", disable_numparse=True)
-    return "\n".join([table, "", *notes, *([""] if notes else []), f"{len(runs)} runs: {listed}"])
+    return "\n".join([table, "", *notes, f"{len(runs)} runs: {listed}"])

@@ -1,4 +1,7 @@
-"""Draw which patches each token of a trained network holds on images: `famba visualize`."""
+"""Draw, for each image, which patches each token of a trained network holds, in up to eight layers: `famba visualize`.
+
+Patches that share a token are outlined, in their mean colour; parts of one token that do not touch share a letter.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import itertools
 import math
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from string import ascii_letters
 from typing import Any, NamedTuple
@@ -19,17 +22,17 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
 from famba.analysis import options as shared
+from famba.analysis.options import Variant, label_variants, own, variants
+from famba.analysis.predict import image_files
 from famba.analysis.trained import Trained, load_trained
-from famba.analysis.variants import Variant, label_variants, own, variants
 from famba.data.augment import Normalize, evaluation_scaling
-from famba.data.images import Colour, decode_rgb, naming
+from famba.data.images import read_file
 from famba.drawing import FAINT, INK, drawing, files
-from famba.errors import DataError
 from famba.fusion import tokens_per_layer
 
 Grid = npt.NDArray[np.int64]
@@ -106,12 +109,11 @@ def _shared(held: Grid) -> npt.NDArray[np.bool_]:
 
 def mean_colours(image: npt.NDArray[np.uint8], held: Grid) -> npt.NDArray[np.uint8]:
     """Give the patches of each token that holds several their mean colour; image and result (height, width, 3)."""
-    rows, columns = held.shape
-    patches = image.reshape(rows, image.shape[0] // rows, columns, image.shape[1] // columns, 3).mean(axis=(1, 3))
-    tokens, places = np.unique(held, return_inverse=True)
-    means = np.stack([ndimage.mean(patches[..., c], held, tokens) for c in range(3)], axis=-1)[places]
-    filled = np.floor(means + 0.5).astype(np.uint8).reshape(*held.shape, 3)
-    return np.where(_spread(_shared(held), image)[..., None], _spread(filled, image), image)
+    _, places = np.unique(_spread(held, image), return_inverse=True)
+    counts = np.bincount(places.flat)
+    means = [np.bincount(places.flat, image[..., channel].flat) / counts for channel in range(3)]
+    filled = np.floor(np.stack(means, axis=1)[places.reshape(image.shape[:2])] + 0.5).astype(np.uint8)
+    return np.where(_spread(_shared(held), image)[..., None], filled, image)
 
 
 def borders(held: Grid) -> npt.NDArray[np.int64]:
@@ -126,35 +128,22 @@ def borders(held: Grid) -> npt.NDArray[np.int64]:
     return np.concatenate(found)
 
 
-def tagged(held: Grid) -> list[tuple[str, list[tuple[int, int]]]]:
-    """Give each token whose patches do not all touch a tag of its own, those with the most patches first.
-
-    Returns for each its tag, and of each part the patch (row, column) nearest to its middle.
-    """
-    found: list[tuple[int, list[tuple[int, int]]]] = []
-    for token in dict.fromkeys(held.flat):
-        parts, count = ndimage.label(held == token)
-        if count > 1:
-            found.append((-int((held == token).sum()), [_middle(np.argwhere(parts == n + 1)) for n in range(count)]))
-    tags = itertools.chain(ascii_letters, map(str, itertools.count(1)))
-    ordered = sorted(found, key=lambda sized: sized[0])
-    return [(tag, places) for tag, (_, places) in zip(tags, ordered, strict=False)]
-
-
-def _middle(part: npt.NDArray[np.int64]) -> tuple[int, int]:
-    row, column = part[np.square(part - part.mean(axis=0)).sum(axis=1).argmin()].tolist()
-    return row, column
-
-
 def draw_tags(axes: Axes, held: Grid, pixels: int, points: float) -> None:
-    """Write the tag of each token in each of its parts, on patches of so many pixels, and so many points on paper."""
+    """Write a letter in the middle of each part of a token whose patches do not all touch; the largest token has "a".
+
+    pixels, points: side of a patch in the image, and on paper.
+    """
+    parts = {token: ndimage.label(held == token) for token in dict.fromkeys(held.flat)}
+    scattered = [token for token, (_, count) in parts.items() if count > 1]
+    scattered.sort(key=lambda token: -int((held == token).sum()))
+    edge = withStroke(linewidth=1.6, foreground="black")
     look: dict[str, Any] = {"color": "white", "ha": "center", "va": "center_baseline", "zorder": 3}
-    for tag, places in tagged(held):
-        for row, column in places:
-            at, edge = (
-                (pixels * (column + 0.5) - 0.5, pixels * (row + 0.5) - 0.5),
-                withStroke(linewidth=1.6, foreground="black"),
-            )
+    for tag, token in zip(itertools.chain(ascii_letters, map(str, itertools.count(1))), scattered, strict=False):
+        labelled, count = parts[token]
+        for number in range(1, count + 1):
+            part = np.argwhere(labelled == number)
+            row, column = part[np.square(part - part.mean(axis=0)).sum(axis=1).argmin()]
+            at = pixels * (column + 0.5) - 0.5, pixels * (row + 0.5) - 0.5
             axes.text(*at, tag, size=_HEIGHT * points, path_effects=[edge], **look)
 
 
@@ -167,14 +156,12 @@ _MOST_LAYERS, _AT_ONCE, _LONGEST_NAME = 8, 16, 80
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `famba visualize`."""
-    parser.description = (
-        "Draw, for each image, which patches each token holds, in up to eight layers. Patches that share a token are "
-        "outlined, in their mean colour; parts of one token that do not touch carry the same letter."
-    )
+    parser.description = __doc__
     parser.epilog = "example: famba visualize runs/mine cat.jpg dog.jpg --fusion lower,upper --out pictures"
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help=shared.CHECKPOINT)
-    add("images", nargs="*", metavar="IMAGE", help="image files of any size (default: two photos of scikit-learn's)")
+    text = "image files of any size, or folders of them (default: two photos of scikit-learn's)"
+    add("images", nargs="*", metavar="IMAGE", help=text)
     shared.add_fusion_options(parser, "without these, the schedule that the model was trained with; a row for each")
     add("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or mps")
     add("--out", default="pictures", metavar="FOLDER", help="where to write (default: %(default)s)")
@@ -195,26 +182,21 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def shown_layers(schedules: Sequence[Sequence[int]], most: int = _MOST_LAYERS) -> list[int]:
-    """Choose layers to show: all where they are few, else evenly from the first that fuses in any schedule to the last.
-
-    Returns at most `most` of 0 .. depth - 1, ascending.
-    """
+def shown_layers(schedules: Sequence[Sequence[int]]) -> list[int]:
+    """Choose layers to show, ascending: all where they are few, else evenly from the first that fuses to the last."""
     depth = len(schedules[0])
-    if most >= depth:
+    if depth <= _MOST_LAYERS:
         return list(range(depth))
     first = next((layer for layer in range(depth) if any(one[layer] for one in schedules)), 0)
-    return sorted({round(place) for place in np.linspace(depth - 1, first, most)})
+    return sorted({round(place) for place in np.linspace(depth - 1, first, _MOST_LAYERS)})
 
 
 def read_images(trained: Trained, given: Sequence[str]) -> dict[str, Tensor]:
-    """Read image files, decoded, scaled and cropped as evaluation does; samples where none is given.
+    """Read image files, scaled and cropped as evaluation does; samples where none is given.
 
-    Returns uint8 (3, s, s) of the network's size, by distinct names without what shells and systems stumble over.
-    Raises DataError naming the file that is missing or is no image.
+    Returns uint8 (3, s, s) by distinct plain names. Raises DataError for a file that is missing or is no image.
     """
-    background = trained.reading.colour
-    found = [(Path(file).stem, _read(Path(file), background)) for file in given] if given else list(_samples())
+    found = [(file.stem, read_file(file, trained.reading.colour)) for file in image_files(given)] or _samples()
     scaling = evaluation_scaling(trained.scaling, trained.image_size)
     images: dict[str, Tensor] = {}
     for stem, image in found:
@@ -229,23 +211,11 @@ def normalized(trained: Trained, images: dict[str, Tensor]) -> Tensor:
     return Normalize(trained.mean, trained.std)(torch.stack(list(images.values())))
 
 
-def _read(file: Path, background: Colour | None) -> Image.Image:
-    if not file.is_file():
-        what = "is a folder; give the image files in it" if file.is_dir() else "is not there; give image files"
-        raise DataError(f"{file} {what}")
-    with naming(lambda: str(file)), open(file, "rb") as opened:
-        try:
-            return decode_rgb(opened, background)
-        except UnidentifiedImageError:  # whose own message names Python's file object
-            raise DataError(f"{file} is no image of a kind that Pillow knows; give PNG, JPEG or the like") from None
-
-
-def _samples() -> Iterable[tuple[str, Image.Image]]:
+def _samples() -> list[tuple[str, Image.Image]]:
     from sklearn.datasets import load_sample_images  # takes a second, and only these images need it
 
     found = load_sample_images()
-    for file, image in zip(found.filenames, found.images, strict=True):
-        yield Path(file).stem, Image.fromarray(image)
+    return [(Path(name).stem, Image.fromarray(x)) for name, x in zip(found.filenames, found.images, strict=True)]
 
 
 def draw(
@@ -253,7 +223,7 @@ def draw(
 ) -> dict[str, bytes]:
     """Return tokens_NAME.png for each image."""
     model = trained.model.to(device)
-    inputs = [part.to(device) for part in normalized(trained, images).split(_AT_ONCE)]
+    inputs = normalized(trained, images).split(_AT_ONCE)
     layers, side = shown_layers([one.schedule for one in compared]), math.isqrt(model.num_patches)
     rows: dict[str, list[Row]] = {name: [] for name in images}
     for variant, label in zip(compared, label_variants(compared), strict=True):
@@ -263,9 +233,9 @@ def draw(
             label = f"{label}: {variant.removed} of {model.num_patches} {'pruned' if is_pruned else 'removed'}"
         tokens, held = tokens_per_layer(variant.schedule, model.num_tokens), list[Tensor]()
         for part in inputs:
-            traced = model.trace(part)
+            traced = model.trace(part.to(device))
             if is_pruned:
-                pairs = zip(traced, model.not_pruned(part), strict=True)
+                pairs = zip(traced, model.not_pruned(part.to(device)), strict=True)
                 traced = tuple(places.masked_fill(~there, PRUNED) for places, there in pairs)
             held += torch.stack([traced[layer] for layer in layers], dim=1).unflatten(2, (side, side)).cpu()
         for own_rows, grids in zip(rows.values(), held, strict=True):

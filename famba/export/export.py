@@ -1,4 +1,8 @@
-"""Write a trained network for timm, torch.export or ONNX, and try the file before it is kept: `famba export`."""
+"""Write a trained network as a folder for timm, a program of torch.export or an ONNX graph: `famba export`.
+
+It keeps its fusion, and its operations are standard ones; programs and graphs take any batch size. What was written is
+run in a fresh process on random inputs and compared with the model; it is kept only where they agree.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from famba.analysis.options import CHECKPOINT, add_fusion_options, prepare_folder, read_fusion
+from famba.analysis.options import CHECKPOINT, Variant, add_fusion_options, own, prepare_folder, read_fusion, variants
 from famba.analysis.trained import Trained, load_trained
-from famba.analysis.variants import Variant, own, variants
 from famba.errors import ConfigError, check_choice
 from famba.export.check import check_file
 from famba.export.folder import FILES, describe, find_summary, write_folder
@@ -24,11 +27,7 @@ _WRITERS = {"torch_export": "program", "onnx": "onnx_graph"}
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `famba export`."""
-    parser.description = (
-        "Write a trained model as a folder that timm loads (safetensors), as a program of torch.export or as an ONNX "
-        "graph, both for any batch size, with its fusion, and of standard operations alone. What was written is run in "
-        "a fresh process on random inputs and compared with the model; it is kept only where they agree."
-    )
+    parser.description = __doc__
     parser.epilog = "example: famba export runs/mine --format onnx --out mine.onnx"
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
     parser.add_argument("--format", required=True, metavar="NAME", help=", ".join(FORMATS))

@@ -14,8 +14,8 @@ from safetensors.torch import save
 from tabulate import tabulate
 
 import famba
+from famba.analysis.options import Variant
 from famba.analysis.trained import Trained
-from famba.analysis.variants import Variant
 from famba.data.augment import evaluation_scaling
 from famba.errors import CheckpointError
 from famba.files import sha256

@@ -53,7 +53,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Fusion:
-    """Say how many tokens a network reduces, in which layers, and how. It checks itself.
+    """Say how many tokens a network reduces, in which layers, and how. Each field checks itself.
 
     Attributes:
         strategy: which layers fuse, as in `famba.fusion.schedule`.
@@ -96,6 +96,18 @@ class Fusion:
             check_choice(f"fusion {name}", getattr(self, name), SETTINGS[name].names, name)
         if isinstance(self.budget, str) and self.budget != PAPER:
             raise ConfigError(f"budget is {self.budget!r}; allowed as text: {PAPER!r}", "budget")
+        shares, images = self.adapt_at, self.adapt_images
+        if shares is not None and not (1 <= len(shares) <= _MOST_MEASURED and all(0 <= share < 1 for share in shares)):
+            allowed = f"1 to {_MOST_MEASURED} shares of the run, each at least 0 and less than 1"
+            raise ConfigError(f"adapt_at is {list(shares)}; allowed: {allowed}", "adapt_at")
+        if images is not None and not 1 <= images <= _MOST_IMAGES:
+            raise ConfigError(f"adapt_images is {images}; allowed: 1 to {_MOST_IMAGES:,}", "adapt_images")
+
+    def check_rule(self) -> None:
+        """Raise ConfigError, with the name of the field at fault, where the rule cannot do what other fields ask for.
+
+        `Backbone.check_fusion` calls it, behind the question whether the rule can serve the network at all.
+        """
         rule = RULES[self.rule]
         for name, value, known in (("order", self.order, rule.orders), ("mode", self.mode, rule.modes)):
             if value not in known:
@@ -109,12 +121,6 @@ class Fusion:
             told = f"measures the pairs that rule {BIPARTITE!r} makes, and the rule is {self.rule!r}"
             told = f"strategy {ADAPTIVE!r} {told}; choose another strategy, or rule={BIPARTITE}"
             raise ConfigError(told, "strategy")
-        shares, images = self.adapt_at, self.adapt_images
-        if shares is not None and not (1 <= len(shares) <= _MOST_MEASURED and all(0 <= share < 1 for share in shares)):
-            allowed = f"1 to {_MOST_MEASURED} shares of the run, each at least 0 and less than 1"
-            raise ConfigError(f"adapt_at is {list(shares)}; allowed: {allowed}", "adapt_at")
-        if images is not None and not 1 <= images <= _MOST_IMAGES:
-            raise ConfigError(f"adapt_images is {images}; allowed: 1 to {_MOST_IMAGES:,}", "adapt_images")
 
     @property
     def counts_patches(self) -> bool:

@@ -10,9 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from famba.errors import ConfigError
-from famba.fusion.joining import Free, unit
 from famba.fusion.rules import LayerTokens, Layout, register_rule
-from famba.fusion.token_map import TokenMap
+from famba.fusion.token_map import Free, TokenMap, unit
 from famba.ops import fuse_tokens
 from famba.ops.reference import group_shares
 

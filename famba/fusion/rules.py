@@ -16,8 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from famba.errors import ConfigError, check_choice
-from famba.fusion.joining import Free, split_protected, unit
-from famba.fusion.token_map import Protected, Shares, TokenMap
+from famba.fusion.token_map import Free, Protected, Shares, TokenMap, split_protected, unit
 from famba.ops import match_tokens
 from famba.ops.reference import split_alternately
 

@@ -128,18 +128,26 @@ class Backbone(nn.Module):
     @classmethod
     def check_fusion(cls, fusion: Fusion) -> None:
         """Raise ConfigError, with the name of the field at fault, for what networks of this kind cannot do."""
+        # First of all: no other field makes up for a rule that the network cannot serve anywhere.
+        cls._check_needs(fusion.rule, frozenset().union(*cls.places.values()), "", "another model")
         if fusion.place not in cls.places:
             told = f"where {cls.kind} reduces no tokens; allowed: {', '.join(cls.places)}"
             raise ConfigError(f"place is {fusion.place!r}{near_miss(fusion.place, cls.places)}, {told}", "place")
         if fusion.proportional and not cls.has_attention:
             told = f"proportional is about attention, and {cls.kind} has none; leave it out, or choose a transformer"
             raise ConfigError(told, "proportional")
-        needs = RULES[fusion.rule].needs
-        if lacking := sorted(needs - cls.places[fusion.place]):
-            able = [f"place={place}" for place, known in cls.places.items() if needs <= known]
-            told = f"which {cls.kind} does not have at {fusion.place}; choose another rule"
-            told = f"{', '.join(lacking)} of the tokens, {told}, or {[*able, 'another model'][0]}"
-            raise ConfigError(f"rule {fusion.rule!r} needs {told}", "rule")
+        able = [f"place={place}" for place, known in cls.places.items() if RULES[fusion.rule].needs <= known]
+        remedy = [*able, "another model"][0]
+        cls._check_needs(fusion.rule, cls.places[fusion.place], f" at {fusion.place}", remedy)
+        fusion.check_rule()
+
+    @classmethod
+    def _check_needs(cls, rule: str, known: frozenset[str], at: str, remedy: str) -> None:
+        """Raise ConfigError where a rule needs more of the tokens than is known of them."""
+        if lacking := sorted(RULES[rule].needs - known):
+            serve = ", ".join(name for name, one in RULES.items() if one.needs <= known)
+            told = f"needs {', '.join(lacking)} of the tokens, which {cls.kind} does not have{at}"
+            raise ConfigError(f"rule {rule!r} {told}; choose one of {serve}, or {remedy}", "rule")
 
     @classmethod
     def fusion_of(cls, schedule: Sequence[int] | str | None, settings: Mapping[str, Any]) -> Fusion:

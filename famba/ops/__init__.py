@@ -3,11 +3,10 @@
 from famba.ops.add_rms_norm import add_rms_norm
 from famba.ops.bidirectional_mixer import Direction, bidirectional_mixer
 from famba.ops.causal_conv1d import causal_conv1d
-from famba.ops.fuse_tokens import fuse_tokens
 from famba.ops.inputs import TokenMeasures
-from famba.ops.match_tokens import match_tokens
 from famba.ops.registry import backends, use_backend
 from famba.ops.selective_scan import selective_scan
+from famba.ops.tokens import fuse_tokens, match_tokens
 
 __all__ = [
     "Direction",

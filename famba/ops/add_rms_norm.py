@@ -3,8 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from famba.ops.checks import check_rank, check_shapes
-from famba.ops.definition import define, fresh
+from famba.ops.definition import check_rank, check_shapes, define, fresh
 from famba.ops.reference import compute_dtype
 from famba.ops.registry import backend_of
 

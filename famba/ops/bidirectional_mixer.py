@@ -16,8 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from famba.errors import ConfigError
 from famba.ops.causal_conv1d import causal_conv1d
-from famba.ops.checks import check_rank, check_shapes
-from famba.ops.definition import define, fresh
+from famba.ops.definition import check_rank, check_shapes, define, fresh
 from famba.ops.inputs import Direction, MixerInputs, TokenMeasures
 from famba.ops.reference import compute_dtype
 from famba.ops.registry import backend_of, kernels

@@ -6,8 +6,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from famba.errors import ConfigError
-from famba.ops.checks import check_rank, check_shapes
-from famba.ops.definition import define, differentiate, fresh
+from famba.ops.definition import check_rank, check_shapes, define, differentiate, fresh
 from famba.ops.registry import backend_of
 
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from famba.errors import ConfigError
-from famba.ops.inputs import MixerInputs, ScanGradients, ScanInputs
-from famba.ops.layout import as_tokens, common_dtype, even_rows, flatten
+from famba.ops.inputs import MixerInputs, ScanGradients, ScanInputs, as_tokens, common_dtype, even_rows, flatten
 from famba.ops.products import Columns, ProductWeights
 
 MEASURED = 32

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from famba.errors import ConfigError
 from famba.ops.availability import MAMBA_SSM, convolution
-from famba.ops.inputs import ScanGradients, ScanInputs
-from famba.ops.layout import common_dtype
+from famba.ops.inputs import ScanGradients, ScanInputs, common_dtype
 from famba.ops.reference import scan_state_shape
 from famba.ops.triton import add_rms_norm, add_rms_norm_backward, fuse_tokens, fuse_tokens_backward, match_tokens
 

@@ -7,8 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from famba.ops.checks import check_rank, check_shapes
-from famba.ops.definition import define, differentiate, fresh
+from famba.ops.definition import check_rank, check_shapes, define, differentiate, fresh
 from famba.ops.inputs import ScanGradients, ScanInputs
 from famba.ops.reference import compute_dtype
 from famba.ops.registry import Kernels, backend_of

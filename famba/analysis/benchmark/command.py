@@ -1,65 +1,76 @@
-"""Define the options of `famba benchmark`, measure, and show what was measured."""
+"""Time ops, training steps, and what docs/performance.md says of a GPU: `famba benchmark`.
+
+A step is that of `train.py` on random images.
+"""
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from tempfile import gettempdir
+from typing import Any, NamedTuple, cast
 
+import torch
+from torch import nn
+
+from famba import data
 from famba.analysis import options as shared
-from famba.analysis.benchmark import ops, steps
-from famba.analysis.benchmark.report import Report, Row, filled
-from famba.analysis.benchmark.timing import NOTE, Race, keep_freed_memory
-from famba.errors import ConfigError, TrainingError
+from famba.analysis.benchmark import ops, timing
+from famba.analysis.benchmark.timing import Race, Report, Row, keep_freed_memory
+from famba.errors import ConfigError, FambaError, TrainingError
+from famba.fusion import tokens_per_layer
+from famba.ops import backends
+from famba.ops.registry import resolve
+from famba.training.checkpoint import TrainedOn
+from famba.training.compose import compose
+from famba.training.config import RunConfig
 from famba.training.devices import has_bf16, out_of_memory
-from famba.training.measure import provenance
+from famba.training.distributed import Process
+from famba.training.graph import GraphStep, obstacle
+from famba.training.measure import provenance, saved_bytes_per_image
+from famba.training.setup import Setup, prepare
+from famba.training.step import Step
+from famba.training.trainer import new_state
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what can be timed, and its options."""
     parser.description = "Time contestants in turn, after a warm-up. A table on stdout, progress on stderr."
     kinds = parser.add_subparsers(title="what to time", required=True, metavar="WHAT")
-    texts = {
-        "ops": "each op by every backend",
-        "model": "a training step of Vim by strategy, and of a DeiT",
-        "gpu": "a CUDA device: the tables of docs/performance.md",
-    }
-    of_ops, of_model, of_gpu = (kinds.add_parser(name, help=t, description=f"Time {t}.") for name, t in texts.items())
     shown: dict[str, Any] = {"metavar": "N", "help": "default: %(default)s"}
+
+    def kind(name: str, text: str, measure: Callable[..., None], rounds: int) -> argparse.ArgumentParser:
+        added = kinds.add_parser(name, help=text, description=f"Time {text}.")
+        added.add_argument("--rounds", type=shared.count, default=rounds, **shown)
+        added.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
+        added.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to FILE as well")
+        added.set_defaults(measure=measure, what=name, precision=None)
+        return added
+
+    of_ops = kind("ops", "each op by every backend", _measure_ops, 9)
     of_ops.add_argument("--op", nargs="+", choices=ops.OPS, default=list(ops.OPS), help="default: all")
     of_ops.add_argument("--batch", nargs="+", type=shared.count, default=[8, 32], **shown)
     of_ops.add_argument("--length", nargs="+", type=shared.count, default=[65, 197, 785], **shown)
-    models: dict[str, Any] = {"choices": steps.DEITS, "default": list(steps.DEITS), "help": "default: both"}
-    of_model.add_argument("--model", nargs="+", **models)
+    of_model = kind("model", "a training step of Vim by strategy, and of a DeiT", _measure_models, 5)
+    of_model.add_argument("--model", nargs="+", choices=DEITS, default=list(DEITS), help="default: both")
     of_model.add_argument("--batch", type=shared.count, default=32, **shown)
+    for one in (of_ops, of_model):
+        one.add_argument("--precision", nargs="+", choices=ops.DTYPES, help="default: fp32 and bf16")
+    of_gpu = kind("gpu", "a CUDA device: the tables of docs/performance.md", measure_gpu, 5)
     of_gpu.add_argument("--minutes", type=shared.count, default=8, metavar="N", help="stop in time (default: 8)")
-    of_gpu.add_argument("--fill", type=Path, metavar="FILE", help="put the tables between the markers in FILE")
-    kinds_of = ((of_ops, "ops", _measure_ops), (of_model, "model", _measure_models), (of_gpu, "gpu", steps.measure_gpu))
-    for kind, what, measure in kinds_of:
-        if kind is not of_gpu:
-            kind.add_argument("--precision", nargs="+", choices=ops.DTYPES, help="default: fp32 and bf16")
-        kind.add_argument("--rounds", type=shared.count, default=9 if kind is of_ops else 5, **shown)
-        kind.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
-        kind.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to FILE as well")
-        kind.set_defaults(measure=measure, what=what, fill=None, precision=None)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, and fill a page where one is named; refuse first what cannot be written."""
-    if options.fill is not None:
-        filled(options.fill, "")
-    report = _measure(options)
-    if options.fill is not None:
-        options.fill.write_text(filled(options.fill, report.text("pipe")))
-    return 0
-
-
-def _measure(options: argparse.Namespace) -> Report:
     """Measure, and tell what has been measured whatever ended it: it took its time."""
     options.device = device = shared.device(options.device)
     if options.what == "gpu":
-        steps.check(device)
+        check(device)
     options.precision = options.precision or (["fp32", "bf16"] if has_bf16(device) else ["fp32"])
     if "fp16" in options.precision and device.type != "cuda":
         raise ConfigError(f"fp16 is timed on CUDA devices alone, this is a {device.type} device; use fp32 or bf16")
@@ -70,7 +81,8 @@ def _measure(options: argparse.Namespace) -> Report:
     except OSError as error:
         raise ConfigError(f"--json {options.json} cannot be written ({error.strerror}); name another file") from error
     settings = {name: value for name, value in vars(options).items() if isinstance(value, int | list | str)}
-    report = Report(options.what, provenance(device, 0, 1), settings, notes=[NOTE] if device.type == "cuda" else [])
+    notes = [timing.NOTE] if device.type == "cuda" else []
+    report = Report(options.what, provenance(device, 0, 1), settings, notes=notes)
     keep_freed_memory()
     try:
         options.measure(options, report)
@@ -81,9 +93,9 @@ def _measure(options: argparse.Namespace) -> Report:
         raise TrainingError(f"out of memory ({error!r}); use a smaller --batch or --length") from error
     finally:
         if any(report.tables.values()):
-            print(report.text("simple"))
+            print(report.text())
             report.write(options.json)
-    return report
+    return 0
 
 
 def _measure_ops(options: argparse.Namespace, report: Report) -> None:
@@ -95,15 +107,162 @@ def _measure_ops(options: argparse.Namespace, report: Report) -> None:
 
 
 def _measure_models(options: argparse.Namespace, report: Report) -> None:
-    report.notes.append(steps.NOTE)
+    report.notes.append(NOTE)
     for name, precision in product(options.model, options.precision):
-        size, deit = (options.batch, 224, precision), steps.DEITS[name]
-        race = Race(f"{name}, {options.batch} images of 224 pixels, {precision}", options.device)
-        report.tables[race.title] = rows = list[Row]()
+        contestants = [Contestant(s, name, s, options.batch, 224, precision) for s in STRATEGIES]
+        contestants.append(Contestant(DEITS[name], DEITS[name], "none", options.batch, 224, precision))
+        _measure_steps(f"{name}, {precision}", contestants, options, report, lambda _, call: call())
+
+
+def _measure_steps(
+    title: str,
+    contestants: Sequence[Contestant],
+    options: argparse.Namespace,
+    report: Report,
+    attempt: Callable[[str, Callable[[], object]], object],
+) -> None:
+    """Add a table of steps to the report; attempt: calls what lets the contestant of a name enter the race."""
+    race = Race(f"{title}, {contestants[0].batch} images of {contestants[0].image_size} pixels", options.device)
+    report.tables[race.title] = rows = list[Row]()
+    try:
+        for one in contestants:
+            attempt(f"{race.title}: {one.name}", partial(enter, race, one, rows))
+        race.run(options.rounds)
+    finally:
+        for row in rows:
+            row |= race.entries(row["contestant"])
+            row["images_per_s"] = 1000 * row["batch"] / row["ms"]
+        none = next((row["ms"] for row in rows if row["contestant"] == "none"), None)
+        for row in rows:
+            row["of_none"] = none and row["ms"] / none
+
+
+NOTE = "a step is that of `train.py recipe=light` on random images that lie on the device"
+STRATEGIES = ("none", "all", "interleaved", "lower", "upper")
+# Each Vim's counterpart, by their timm names.
+DEITS = {"vim_tiny_patch16_224": "deit_tiny_patch16_224", "vim_small_patch16_224": "deit_small_patch16_224"}
+_CLASSES = 100
+
+
+class Contestant(NamedTuple):
+    """Name a model of a table of steps by its timm name, at a batch and size; more: overrides of its configuration."""
+
+    name: str
+    model: str
+    strategy: str
+    batch: int
+    image_size: int
+    precision: str
+    more: tuple[str, ...] = ()
+
+    def config(self, device: torch.device) -> RunConfig:
+        """Compose its run of `recipe=light`; raises ConfigError as `train.py` does."""
+        group = "vit_tiny" if self.model in DEITS.values() else "vim_ti"
+        asked = [f"model={group}", f"model.name={self.model}", f"fusion={self.strategy}", "data=digits", "recipe=light"]
+        asked += [f"model.num_classes={_CLASSES}", f"data.image_size={self.image_size}", "recipe.warmup_epochs=0"]
+        asked += [f"trainer.batch_size={self.batch}", f"trainer.precision={self.precision}", "trainer.epochs=2"]
+        return replace(compose([*asked, f"trainer.device={device}", *self.more]), run_dir=gettempdir())
+
+
+class TimedStep:
+    """Training steps of a run without its loop; a CUDA graph where the run's would be one."""
+
+    def __init__(self, config: RunConfig, setup: Setup | None = None) -> None:
+        self.config, self.setup = config, setup or prepare(config)
+        device, size, generator = self.setup.device, self.setup.image_size, torch.Generator().manual_seed(0)
+        images = torch.randn(config.trainer.batch_size, 3, size, size, generator=generator).to(device)
+        self.batch = images, torch.randint(2, (len(images),), generator=generator).to(device)
+        with shared.chosen_backend(config.ops.backend):
+            fused = obstacle(config, device, 1, resolve(device.type, self.setup.dtype)) is None
+        classes = config.data.num_classes or data.NUM_CLASSES.get(config.data.name) or _CLASSES
+        state = new_state(config, self.setup, TrainedOn(classes, None, {}), device, fresh=False, fused=fused)
+        self.model = state.model.train()
+        forward: nn.Module = self.model
+        if config.trainer.compile:
+            forward = cast(nn.Module, torch.compile(self.model, fullgraph=True, dynamic=False))
+        self.step = (GraphStep if fused else Step)(config, state, forward, Process(0, 1, device), self.setup.autocast)
+
+    def train(self) -> None:
+        """Do a training step."""
+        with shared.chosen_backend(self.config.ops.backend):
+            self.step.gradients(itertools.repeat(self.batch))
+            self.step.update()
+
+
+def enter(race: Race, one: Contestant, rows: list[Row]) -> None:
+    """Let a step enter a race, beside a graph one that is none, and add its row, of what is known by now."""
+    step = TimedStep(one.config(race.device))
+    if isinstance(step.step, GraphStep):
+        step.train()  # which captures
+        trainer = replace(step.config.trainer, cuda_graphs=False)
+        eager = TimedStep(replace(step.config, trainer=trainer), step.setup)
+        race.enter(one.name, [eager.train], graph=step.step.replay)
+    else:
+        race.enter(one.name, [step.train], graph=step.train)
+    model = step.model
+    left = sum(tokens_per_layer(model.fusion, model.num_tokens)) / (model.depth * model.num_tokens)
+    row: Row = {"contestant": one.name, "precision": one.precision, "tokens": model.num_tokens, "batch": one.batch}
+    saved = saved_bytes_per_image(model, step.setup.image_size, step.setup.autocast)
+    rows.append({**row, "token_layers": left, **race.entries(one.name), "saved_bytes_per_image": saved})
+
+
+PRECISION, (_TINY, _SMALL) = "bf16", DEITS
+
+
+def blocks(device: torch.device) -> Iterator[tuple[str, list[Contestant]]]:
+    """Yield title and contestants of each table of steps, in order of value; none for that of ops."""
+    size, pair, deit = (128, 224, PRECISION), ("none", "upper"), DEITS[_TINY]
+    yield "Vim-Ti", [Contestant(s, _TINY, s, *size) for s in STRATEGIES]
+    auto = resolve(device.type, ops.DTYPES[PRECISION])
+    for name in (n for n in backends() if n not in (auto, "reference") and ops.obstacle(n, device, PRECISION) is None):
+        yield f"Vim-Ti by {name}", [Contestant(s, _TINY, s, *size, (f"ops.backend={name}",)) for s in pair]
+    compiled = Contestant("DeiT-Ti, torch.compile", deit, "none", *size, ("trainer.compile=true",))
+    yield "timm's DeiT-Ti", [Contestant("DeiT-Ti", deit, "none", *size), compiled]
+    yield "Ops", []
+    four = ("model.patch_size=4",)
+    yield "Vim-Ti, patches of 4", [Contestant(s, _TINY, s, 512, 32, PRECISION, four) for s in pair]
+    yield "Vim-Ti, 785 tokens", [Contestant(s, _TINY, s, 32, 448, PRECISION) for s in pair]
+    yield "Vim-S", [Contestant(s, _SMALL, s, *size) for s in pair]
+
+
+def cases() -> list[ops.Case]:
+    """Return the ops at the size of Vim-Ti."""
+    outer = ("add_rms_norm", "match_tokens", "fuse_tokens")
+    return [ops.Case(op, 128, 197, 192 if op in outer else 384, 16, PRECISION) for op in ops.OPS]
+
+
+def check(device: torch.device) -> None:
+    """Raise ConfigError where a device is no GPU, or steps on it would take minutes."""
+    if device.type != "cuda":
+        raise ConfigError(
+            f"famba benchmark gpu measures a CUDA device, and was given {device} (torch {torch.__version__}); "
+            "run it on a machine with an NVIDIA GPU and its driver"
+        )
+    if resolve(device.type, ops.DTYPES[PRECISION]) == "reference":
+        raise ConfigError("only the reference serves this GPU, and its steps take minutes; famba doctor says why")
+
+
+def measure_gpu(options: argparse.Namespace, report: Report) -> None:
+    """Measure block by block while there is time; the report is written after each contestant."""
+    end, longest = time.monotonic() + 60 * options.minutes, 0.0
+    report.notes += [NOTE, ops.NOTE]
+
+    def attempt(name: str, call: Callable[[], object]) -> None:
+        """Do what there is time for, which is where the longest before would fit; go on after what fails."""
+        nonlocal longest
+        if (began := time.monotonic()) + longest > end:
+            report.left_out[name] = f"no time was left of --minutes {options.minutes}"
+            return
         try:
-            for strategy in steps.STRATEGIES:
-                steps.enter(race, steps.Contestant(strategy, name, strategy, *size), rows)
-            steps.enter(race, steps.Contestant(deit, deit, "none", *size), rows)
-            race.run(options.rounds)
-        finally:
-            steps.finish(race, rows)
+            call()
+        except (FambaError, RuntimeError) as error:
+            report.left_out[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        longest = max(longest, time.monotonic() - began)
+        report.write(options.json)
+
+    for title, contestants in blocks(options.device):
+        if not contestants:
+            for case in cases():
+                attempt(case.op, partial(ops.measure, case, options.device, options.rounds, report))
+            continue
+        _measure_steps(title, contestants, options, report, attempt)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from famba import ops
-from famba.analysis.benchmark.report import Report, Row
-from famba.analysis.benchmark.timing import Call, Race
+from famba.analysis.benchmark.timing import Call, Race, Report, Row
 from famba.errors import BackendError
 from famba.ops.availability import interpreted
 from famba.ops.registry import resolve
 
+OPS = ("selective_scan", "causal_conv1d", "add_rms_norm", "bidirectional_mixer", "match_tokens", "fuse_tokens")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOTE = (
     "forward is without autograd; on CUDA, inputs rotate among so many copies as exceed twice the second-level cache, "
@@ -48,23 +48,27 @@ class Case(NamedTuple):
     def built(self) -> Built:
         """Return what the op computes, on seeded inputs as a model has them under autocast."""
         torch.manual_seed(0)
-        return OPS[self.op](*self[1:5], DTYPES[self.precision])
+        _, b, l, d, n, _ = self  # noqa: E741
+        dtype, fused = DTYPES[self.precision], max(1, self.length // _SHARE)
+        x = torch.randn(b, l, d).to(dtype)
 
+        def match(x: Tensor) -> tuple[Tensor, ...]:
+            return ops.match_tokens(x, 1, None, None, fused, "sequence")
 
-def _scan(b: int, l: int, d: int, n: int, dtype: torch.dtype) -> Built:  # noqa: E741
-    u, delta = torch.randn(b, l, d).to(dtype), (0.1 * torch.rand(b, l, d)).to(dtype)
-    B, C = torch.randn(2, b, l, n).to(dtype).unbind()
-    return Built(ops.selective_scan, [u, delta, -16 * torch.rand(d, n), B, C, torch.ones(d)], [])
-
-
-def _convolution(b: int, l: int, d: int, n: int, dtype: torch.dtype) -> Built:  # noqa: E741
-    given = [torch.randn(b, l, d).to(dtype), torch.randn(d, 4), torch.randn(d)]
-    return Built(partial(ops.causal_conv1d, activation="silu"), given, [])
-
-
-def _norm(b: int, l: int, d: int, n: int, dtype: torch.dtype) -> Built:  # noqa: E741
-    given = [torch.randn(b, l, d).to(dtype), torch.randn(b, l, d), torch.rand(d) + 0.5]
-    return Built(partial(ops.add_rms_norm, eps=1e-5), given, [])
+        if self.op == "selective_scan":
+            delta, (B, C) = (0.1 * torch.rand(b, l, d)).to(dtype), torch.randn(2, b, l, n).to(dtype)
+            return Built(ops.selective_scan, [x, delta, -16 * torch.rand(d, n), B, C, torch.ones(d)], [])
+        if self.op == "causal_conv1d":
+            return Built(partial(ops.causal_conv1d, activation="silu"), [x, torch.randn(d, 4), torch.randn(d)], [])
+        if self.op == "add_rms_norm":
+            return Built(partial(ops.add_rms_norm, eps=1e-5), [x, torch.randn(b, l, d), torch.rand(d) + 0.5], [])
+        if self.op == "bidirectional_mixer":
+            return _mixer(b, l, d, n, dtype)
+        if self.op == "match_tokens":
+            return Built(match, [], [x])
+        with ops.use_backend("reference"):
+            fixed = list(match(torch.randn(b, l, d))[:2])
+        return Built(partial(ops.fuse_tokens, length=l - fused), [x], fixed)
 
 
 def _mixer(b: int, l: int, d: int, n: int, dtype: torch.dtype) -> Built:  # noqa: E741
@@ -85,30 +89,6 @@ def _mixer(b: int, l: int, d: int, n: int, dtype: torch.dtype) -> Built:  # noqa
     return Built(mix, given, [])
 
 
-def _matching(b: int, l: int, d: int, n: int, dtype: torch.dtype) -> Built:  # noqa: E741
-    return Built(_match, [], [torch.randn(b, l, d).to(dtype)])
-
-
-def _fusing(b: int, l: int, d: int, n: int, dtype: torch.dtype) -> Built:  # noqa: E741
-    with ops.use_backend("reference"):
-        fixed = list(_match(torch.randn(b, l, d))[:2])
-    return Built(partial(ops.fuse_tokens, length=l - max(1, l // _SHARE)), [torch.randn(b, l, d).to(dtype)], fixed)
-
-
-def _match(x: Tensor) -> tuple[Tensor, ...]:
-    return ops.match_tokens(x, 1, None, None, max(1, x.shape[1] // _SHARE), "sequence")
-
-
-OPS: dict[str, Callable[[int, int, int, int, torch.dtype], Built]] = {
-    "selective_scan": _scan,
-    "causal_conv1d": _convolution,
-    "add_rms_norm": _norm,
-    "bidirectional_mixer": _mixer,
-    "match_tokens": _matching,
-    "fuse_tokens": _fusing,
-}
-
-
 def obstacle(backend: str, device: torch.device, precision: str) -> str | None:
     """Return why a backend is not timed, None where it is."""
     if backend == "triton" and interpreted():
@@ -122,10 +102,7 @@ def obstacle(backend: str, device: torch.device, precision: str) -> str | None:
 
 
 def measure(case: Case, device: torch.device, rounds: int, report: Report) -> None:
-    """Time a case, forward and with its backward, and add its rows to the table of ops.
-
-    On a GPU plain torch, which is hundreds of times slower there, is left out.
-    """
+    """Add the times of a case, forward and with its backward; on a GPU without plain torch, which is far slower."""
     race, built = Race(" ".join(map(str, case)), device), case.built()
     tensors = [x.to(device).requires_grad_() for x in built.learned] + [x.to(device) for x in built.fixed]
     try:

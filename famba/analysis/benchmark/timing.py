@@ -1,18 +1,25 @@
-"""Time contestants in turn: on a CPU by the host's clock, on a GPU as CUDA graphs and as the calls come."""
+"""Time contestants in turn: on a CPU by the host's clock, on a GPU as CUDA graphs and as the calls come.
+
+A report holds what was found: tables for the terminal and for a page, and as JSON.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import json
 import math
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
+from tabulate import tabulate
 
-from famba.analysis.benchmark.report import Row
 from famba.training.devices import synchronize
 from famba.training.graph import captured, graph_memory
 
@@ -26,10 +33,7 @@ NOTE = (
 
 
 class Race:
-    """Contestants that take turns, so that whatever else the machine does falls on all of them alike.
-
-    samples: milliseconds of each contestant by column.
-    """
+    """Contestants that take turns, so that other load falls on all alike; samples: milliseconds of each by column."""
 
     def __init__(self, title: str, device: torch.device) -> None:
         self.title, self.device = title, device
@@ -37,10 +41,9 @@ class Race:
         self._clocks: dict[str, dict[str, Callable[[], float]]] = {}
 
     def enter(self, name: str, calls: Sequence[Call], graph: Call | None = None) -> None:
-        """Warm a contestant up and take its first sample.
+        """Warm a contestant up and take its first sample, of all calls: the same work on a copy of the inputs each.
 
-        calls: the same work on one copy of the inputs each; a sample holds all of them. graph: replays the work of all
-        calls as a CUDA graph; captured here where None. Read on CUDA alone.
+        graph: replays all of that as a CUDA graph; captured here where None. Read on CUDA alone.
         """
         sys.stderr.write(f"{self.title}: {name}\n")
 
@@ -103,3 +106,54 @@ def keep_freed_memory() -> None:
     if platform.system() == "Linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+_PACKAGES = ("torch", "timm", "triton", "mamba-ssm", "causal-conv1d")
+Row = dict[str, Any]
+
+
+@dataclass
+class Report:
+    """Hold what `famba benchmark` has found by now: rows of tables by title, and why others were not measured."""
+
+    benchmark: str
+    provenance: dict[str, Any]
+    settings: dict[str, Any]
+    tables: dict[str, list[Row]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    complete: bool = False
+
+    def text(self) -> str:
+        """Return everything, with tables as Markdown has them."""
+        of = self.provenance
+        packages = ", ".join(f"{name} {of['packages'][name]}" for name in _PACKAGES if name in of["packages"])
+        parts = [
+            f"`famba benchmark {self.benchmark}` on {of['device']}, CUDA {of['cuda']}, ops by {of['backend']}; "
+            f"{of['started']}, famba {of['famba']} at commit {of['git_commit']}, Python {of['python']}, {packages}; "
+            f"medians of {self.settings['rounds']} rounds."
+        ]
+        parts += [f"{title}:\n\n{_table(rows)}" for title, rows in self.tables.items() if rows]
+        parts += [f"Left out: {name}: {reason}." for name, reason in self.left_out.items()]
+        parts += [f"Note: {note}." for note in self.notes]
+        parts += [] if self.complete else ["Stopped before the end: this is what had been measured."]
+        return "\n\n".join(parts)
+
+    def write(self, file: Path | None) -> None:
+        """Write everything as JSON where a file is given, unrounded, every sample included."""
+        if file is not None:
+            file.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def _table(rows: list[Row]) -> str:
+    """Return rows without samples, and without columns that no row fills."""
+    keys = dict.fromkeys(key for row in rows for key in row if not key.endswith("_samples"))
+    shown = [key for key in keys if any(row.get(key) is not None for row in rows)]
+    cells = [[_cell(row.get(key)) for key in shown] for row in rows]
+    return tabulate(cells, [key.replace("_", " ") for key in shown], "github", disable_numparse=True, missingval="-")
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:,.{0 if value >= 1000 else 3}f}"
+    return f"{value:,}" if type(value) is int else value

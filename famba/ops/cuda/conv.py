@@ -13,7 +13,7 @@ from torch import Tensor
 from famba.ops.cuda.launch import TYPES, Constants, Launch
 from famba.ops.cuda.scan import column_sums
 from famba.ops.directional import Convolution
-from famba.ops.layout import optional_parameter, parameter
+from famba.ops.inputs import optional_parameter, parameter
 
 _THREADS = 64
 # Steps that a thread walks over, at most: enough to make little of those that it reads beside them.

@@ -7,11 +7,13 @@ from famba.ops.native.kernels import (
     causal_conv1d_backward,
     fuse_tokens,
     fuse_tokens_backward,
+    mixer,
+    mixer_backward,
+    mixer_kept_shapes,
     scan_state_shape,
     selective_scan,
     selective_scan_backward,
 )
-from famba.ops.native.mixer import mixer, mixer_backward, mixer_kept_shapes
 
 # A product and a sort, which torch does well on a CPU.
 from famba.ops.reference import match_tokens

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from famba.ops.directional import Convolution
-from famba.ops.layout import optional_parameter, parameter
+from famba.ops.inputs import optional_parameter, parameter
 from famba.ops.triton.launch import Configuration, Grid, kernel
 from famba.ops.triton.scan_kernels import column_sums
 

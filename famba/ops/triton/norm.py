@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from famba.errors import BackendError
-from famba.ops.layout import even_rows, parameter
+from famba.ops.inputs import even_rows, parameter
 from famba.ops.triton.launch import Configuration, kernel
 
 # A row lies in the registers of one program.
