@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int64, UInt8
 from torch import Tensor
 
+from famba.ops.native import pictures
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -86,13 +88,35 @@ def blur(images: Float[Tensor, "n c h w"], weights: Int64[Tensor, "n 3"]) -> Ten
     return pixels.to(images.dtype)
 
 
-def shift_rows(images: Float[Tensor, "n c h w"], line: Float64[Tensor, "n 2"], geometry: Geometry) -> Tensor:
-    """Move each row to the left by slope * (its centre) + offset pixels; line: (slope, offset).
+def move(
+    slowly: Callable[[Tensor, Tensor, Geometry], Tensor],
+    images: Float[Tensor, "n c h w"],
+    matrix: Float64[Tensor, "n 6"],
+    geometry: Geometry,
+) -> Tensor:
+    """Take the pixel at (x, y) from (a x + b y + c, d x + e y + f), as `Image.transform` does; matrix: a to f.
 
-    So it shears and moves along x. All of a row moves alike, so it takes four neighbours where `affine` takes sixteen.
+    slowly: one of the functions below, in torch, for where the compiled kernel does not run.
     """
+    if pictures.usable(images):
+        return pictures.move(images, matrix, geometry.fill, geometry.interpolation == "bicubic")
+    return slowly(images, matrix, geometry)
+
+
+def shift_rows(images: Tensor, matrix: Tensor, geometry: Geometry) -> Tensor:
+    """Shear and move along x, where the matrix does nothing else."""
+    return _shift(images, matrix[:, 1:2], matrix[:, 2:3], geometry)
+
+
+def shift_columns(images: Tensor, matrix: Tensor, geometry: Geometry) -> Tensor:
+    """Shear and move along y, where the matrix does nothing else."""
+    return _shift(images.transpose(2, 3), matrix[:, 3:4], matrix[:, 5:], geometry).transpose(2, 3)
+
+
+def _shift(images: Tensor, slope: Tensor, offset: Tensor, geometry: Geometry) -> Tensor:
+    """Move each row to the left by slope * (its centre) + offset: four neighbours, where `affine` takes sixteen."""
     high, wide = images.shape[2:]
-    distance = line[:, :1] * _centres(high, images) + line[:, 1:]
+    distance = slope * _centres(high, images) + offset
     whole = distance.floor()
     taps = _taps((distance - whole).to(images.dtype)[:, None, :, None], geometry)
     reach = torch.arange(min(taps), wide + max(taps), device=images.device)
@@ -103,13 +127,8 @@ def shift_rows(images: Float[Tensor, "n c h w"], line: Float64[Tensor, "n 2"], g
     return _filled(moved, (centre >= 0) & (centre < wide), geometry)
 
 
-def shift_columns(images: Float[Tensor, "n c h w"], line: Float64[Tensor, "n 2"], geometry: Geometry) -> Tensor:
-    """Move each column up, as `shift_rows` moves rows."""
-    return shift_rows(images.transpose(2, 3), line, geometry).transpose(2, 3)
-
-
-def affine(images: Float[Tensor, "n c h w"], matrix: Float64[Tensor, "n 6"], geometry: Geometry) -> Tensor:
-    """Take the pixel at (x, y) from (a x + b y + c, d x + e y + f), as `Image.transform` does; matrix: a to f."""
+def affine(images: Tensor, matrix: Tensor, geometry: Geometry) -> Tensor:
+    """Move by any matrix."""
     high, wide = images.shape[2:]
     a, b, c, d, e, f = matrix[..., None, None].unbind(1)
     x, y = _centres(wide, images), _centres(high, images)[:, None]
@@ -198,8 +217,8 @@ OPERATIONS: Mapping[str, Operation] = {
     "contrast": lambda images, values, _: contrast(images, values),
     "sharpness": lambda images, values, _: sharpness(images, values),
     "blur": lambda images, values, _: blur(images, values),
-    "shift_rows": shift_rows,
-    "shift_columns": shift_columns,
-    "affine": affine,
+    "shift_rows": functools.partial(move, shift_rows),
+    "shift_columns": functools.partial(move, shift_columns),
+    "affine": functools.partial(move, affine),
 }
 """Map each kind of operation to a function of images, one row of values for each, and geometry."""

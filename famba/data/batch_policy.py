@@ -120,12 +120,10 @@ def _threshold(drawn: _Drawn) -> Array:
     return np.minimum(256, np.trunc(drawn.level * 256))
 
 
-def _sheared(drawn: _Drawn) -> Array:
-    return np.stack([drawn.signed * 0.3, drawn.level * 0], axis=1)
-
-
-def _moved(drawn: _Drawn) -> Array:
-    return np.stack([drawn.level * 0, drawn.signed * 0.45 * drawn.size], axis=1)
+def _matrix(place: int, amount: Array) -> Array:
+    matrix = np.tile([1.0, 0.0, 0.0, 0.0, 1.0, 0.0], (len(amount), 1))
+    matrix[:, place] = amount
+    return matrix
 
 
 BY_NAME: Mapping[str, tuple[str, Callable[[_Drawn], Array]]] = {
@@ -147,10 +145,10 @@ BY_NAME: Mapping[str, tuple[str, Callable[[_Drawn], Array]]] = {
     "BrightnessIncreasing": ("table", lambda drawn: brightness_tables(_enhanced_increasing(drawn))),
     "Sharpness": ("sharpness", _enhanced),
     "SharpnessIncreasing": ("sharpness", _enhanced_increasing),
-    "ShearX": ("shift_rows", _sheared),
-    "ShearY": ("shift_columns", _sheared),
-    "TranslateXRel": ("shift_rows", _moved),
-    "TranslateYRel": ("shift_columns", _moved),
+    "ShearX": ("shift_rows", lambda drawn: _matrix(1, drawn.signed * 0.3)),
+    "ShearY": ("shift_columns", lambda drawn: _matrix(3, drawn.signed * 0.3)),
+    "TranslateXRel": ("shift_rows", lambda drawn: _matrix(2, drawn.signed * 0.45 * drawn.size)),
+    "TranslateYRel": ("shift_columns", lambda drawn: _matrix(5, drawn.signed * 0.45 * drawn.size)),
     "Desaturate": ("color", lambda drawn: 1 - np.clip(0.5 + drawn.level * 0.5, 0.5, 1)),
     "GaussianBlur": ("blur", lambda drawn: blur_weights(np.clip(0.1 + drawn.level * 1.9, 0.1, 2))),
     "GaussianBlurRand": (

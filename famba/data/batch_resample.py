@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float64, UInt8
 from torch import Tensor
 
+from famba.ops.native import pictures
+
 _SUPPORT = {"bilinear": 1, "bicubic": 2}
 _KERNELS = {"bilinear": lambda x: (1 - x).clamp_(min=0), "bicubic": lambda x: _cubic(x)}
 _ATTEMPTS = 10
@@ -103,8 +105,8 @@ def _weights(
     source: int,
     largest_scale: float,
     interpolation: str,
-) -> Float64[Tensor, "b s n"]:
-    """Return the weights of `source` pixels in each output.
+) -> tuple[Float64[Tensor, "b s"], Float64[Tensor, "b s t"]]:
+    """Return the first of the `source` pixels that each output sums up, and the weights of t pixels from there.
 
     places: of outputs, in output pixels from `start`, `scaled` of which cover the extent. The kernel widens where it
     shrinks, to `largest_scale` at most, and sees nothing outside of the extent.
@@ -120,8 +122,7 @@ def _weights(
     weight = _KERNELS[interpolation](distance.abs())
     low, high = start[:, None, None], (start + extent)[:, None, None]
     weight = weight * ((pixel >= low) & (pixel < high))
-    full = weight.new_zeros(*weight.shape[:-1], source)
-    return full.scatter_(-1, pixel.long(), weight / weight.sum(-1, keepdim=True))
+    return first, weight / weight.sum(-1, keepdim=True)
 
 
 def _cubic(x: Tensor) -> Tensor:
@@ -132,26 +133,34 @@ def _cubic(x: Tensor) -> Tensor:
 
 def _resample(
     images: UInt8[Tensor, "b c h w"],
-    rows: Float64[Tensor, "_ s h"],
-    columns: Float64[Tensor, "_ t w"],
-    out: Float[Tensor, "b c s t"],
-) -> Float[Tensor, "b c s t"]:
+    rows: tuple[Tensor, Tensor],
+    columns: tuple[Tensor, Tensor],
+    out: Float[Tensor, "b c s s"],
+) -> Float[Tensor, "b c s s"]:
     """Apply the weights of columns, round, then those of rows, and round again, as Pillow does; fill and return `out`.
 
     A sum of 255 w is exact in float32 where the weights w have 15 bits after the point. Pillow's have 22: two products
     of 11 bits each make columns as exact as Pillow's, the rows after them need no more to be at most 1 away.
     """
+    if pictures.usable(out):
+        return pictures.resample(images, rows, columns, out)
     number, channels, high, wide = images.shape
-    exact = _to_bits(columns, 22)
+    exact = _to_bits(_matrix(*columns, wide), 22)
     coarse = _to_bits(exact, 11)
     with _exact_products(images.device):
         lines = images.to(out.dtype).reshape(number, channels * high, wide)
         parts = [lines @ part.to(out.dtype).transpose(1, 2) for part in (coarse, exact - coarse)]
         whole = parts[0].add_(0.5).floor()
         across = parts[1].add_(parts[0].sub_(whole)).floor_().add_(whole).clamp_(0, 255)
-        each = _to_bits(rows, 15).to(out.dtype)[:, None].expand(number, channels, -1, -1).flatten(0, 1)
+        each = _to_bits(_matrix(*rows, high), 15).to(out.dtype)[:, None].expand(number, channels, -1, -1).flatten(0, 1)
         torch.bmm(each, across.view(number * channels, high, -1), out=out.flatten(0, 1))
     return out.add_(0.5).floor_().clamp_(0, 255)
+
+
+def _matrix(first: Float64[Tensor, "b s"], weights: Float64[Tensor, "b s t"], source: int) -> Float64[Tensor, "b s n"]:
+    """Return the weights of all `source` pixels."""
+    pixel = first.long()[..., None] + torch.arange(weights.shape[-1], device=first.device)
+    return weights.new_zeros(*weights.shape[:-1], source).scatter_(-1, pixel, weights)
 
 
 def _to_bits(weights: Tensor, bits: int) -> Tensor:

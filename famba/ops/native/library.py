@@ -72,6 +72,16 @@ Fuse = _structure(
     (Array, "x y"),
     (c_void_p, "places weights"),
 )
+Scaling = _structure(
+    (c_int64, "batch height width size taps_down taps_across"),
+    (c_int32, "dtype threads"),
+    (c_void_p, "images first_rows first_columns rows columns out"),
+)
+Motion = _structure(
+    (c_int64, "batch height width"),
+    (c_int32, "dtype threads bicubic"),
+    (c_void_p, "images matrices fill out"),
+)
 
 
 _isa: int | None = None
@@ -174,9 +184,9 @@ def _load() -> ctypes.CDLL:
         library = ctypes.CDLL(str(PATH))
     except OSError as error:
         raise BackendError(f"{PATH.name} does not load on {sysconfig.get_platform()} ({error}); {remedy}") from error
-    sizes = (c_int64 * 4)()
+    sizes = (c_int64 * 6)()
     if hasattr(library, "famba_struct_sizes"):
         library.famba_struct_sizes(sizes)
-    if list(sizes) != [ctypes.sizeof(kind) for kind in (Scan, Conv, Norm, Fuse)]:
+    if list(sizes) != [ctypes.sizeof(kind) for kind in (Scan, Conv, Norm, Fuse, Scaling, Motion)]:
         raise BackendError(f"{PATH.name} is of another version of famba; install famba again, or use 'reference'")
     return library

@@ -68,6 +68,30 @@ typedef struct {
     const float *weights;   // (batch, length)
 } famba_fuse;
 
+// Pictures (batch, 3, height, width) scaled to (batch, 3, size, size), first across, then down. Each result is the sum
+// of `taps` pixels from the first on, by weights of 2**22 across and 2**15 down; every one of them lies in the picture.
+typedef struct {
+    int64_t batch, height, width, size, taps_down, taps_across;
+    int32_t dtype;  // FAMBA_FLOAT32
+    int32_t threads;
+    const uint8_t *images;
+    const int32_t *first_rows, *first_columns;  // (batch, size)
+    const int32_t *rows, *columns;              // (batch, size, taps)
+    float *out;
+} famba_scaling;
+
+// Pictures (batch, 3, height, width) whose pixel at (x, y) comes from (a x + b y + c, d x + e y + f), or is the fill.
+typedef struct {
+    int64_t batch, height, width;
+    int32_t dtype;  // FAMBA_FLOAT32
+    int32_t threads;
+    int32_t bicubic;  // or else bilinear
+    const float *images;
+    const double *matrices;  // (batch, 6), a to f
+    const float *fill;       // (3)
+    float *out;
+} famba_motion;
+
 #pragma GCC visibility push(default)
 
 // Instruction sets in rising order. `famba_isa_best` is what this processor has of what was built.
@@ -82,12 +106,13 @@ int famba_isa_lanes(int isa);
     DO(scan_forward, famba_scan) DO(scan_backward, famba_scan)       \
     DO(conv_forward, famba_conv) DO(conv_backward, famba_conv)       \
     DO(norm_forward, famba_norm) DO(norm_backward, famba_norm)       \
-    DO(fuse_forward, famba_fuse) DO(fuse_backward, famba_fuse)
+    DO(fuse_forward, famba_fuse) DO(fuse_backward, famba_fuse)       \
+    DO(resample, famba_scaling) DO(move, famba_motion)
 #define FAMBA_DECLARE(name, arguments) int famba_##name(int isa, const arguments *);
 FAMBA_KERNELS(FAMBA_DECLARE)
 
 // Sizes of the structs above, in their order, for the loader to compare.
-void famba_struct_sizes(int64_t sizes[4]);
+void famba_struct_sizes(int64_t sizes[6]);
 
 #pragma GCC visibility pop
 
