@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 
-from famba.data.batch_operations import OPERATIONS, Geometry, column, erase
+from famba.data.batch_operations import Geometry, change, column, erase
 from famba.data.batch_policy import DRAWS, Array, Policy, Step, jitter
 from famba.data.batch_resample import BOX_DRAWS, crop, random_boxes
 from famba.data.draws import Stream, sent, uniforms, words
@@ -34,7 +34,6 @@ _ATTEMPTS = 10
 _ERASING_DRAWS = 1 + 2 * _ATTEMPTS + 2 + 3  # whether, sizes, place, colour
 _ERASED_AREA, _LOG_ERASED_ASPECT = (0.02, 1 / 3), (math.log(0.3), math.log(1 / 0.3))
 _NOISE_STARTS = 2**20  # places at which the noise of an image may start in the table
-_AT_ONCE = 32  # images whose values fit into a CPU's caches: at once 128 take twice as long
 
 
 @dataclass(frozen=True)
@@ -84,29 +83,17 @@ class BatchAugmentation:
 
         cropped: whether the images went through `crop_each` before.
         """
-        done = torch.empty(len(images), 3, self.size, self.size, dtype=self.dtype, device=images.device)
-        at_once = _AT_ONCE if images.device.type == "cpu" else len(images)
-        for first in range(0, len(images), at_once):
-            part, place = images[first : first + at_once], done[first : first + at_once]
-            draws = self.draw(epoch, start + first, len(part), *part.shape[2:]).to(images.device)
-            if cropped:
-                self.finish(place.copy_(part), draws)
-            else:
-                self.apply(part, draws, place)
-        return done
+        draws, options = self.draw(epoch, start, len(images), *images.shape[2:]).to(images.device), self.options
+        if cropped:
+            return self._finish(images.clone(), draws)
+        padding, box = options.crop_padding or 0, (draws.boxes, draws.flip, self.size)
+        return self._finish(crop(images, *box, options.interpolation, padding, self.dtype), draws)
 
     def draw(self, epoch: int, start: int, count: int, height: int, width: int) -> Draws:
         """Draw for `count` images of height x width pixels, from position `start` of the epoch on."""
         boxes, flip = self._crops(epoch, start, np.full(count, height), np.full(count, width))
         steps = tuple(self._steps(epoch, start, count))
         return Draws(torch.from_numpy(boxes), torch.from_numpy(flip), steps, self._erasing(epoch, start, count))
-
-    def apply(
-        self, images: UInt8[Tensor, "b 3 h w"], draws: Draws, out: Tensor | None = None
-    ) -> Float[Tensor, "b 3 s s"]:
-        """Augment images by draws on the same device; out: of `crop`."""
-        padding, interpolation = self.options.crop_padding or 0, self.options.interpolation
-        return self.finish(crop(images, draws.boxes, draws.flip, self.size, interpolation, padding, out), draws)
 
     def crop_each(self, images: Iterable[Image.Image], epoch: int, start: int) -> UInt8[Tensor, "b 3 s s"]:
         """Crop, scale and flip RGB images of any size one by one by Pillow, as a batch without padding."""
@@ -119,15 +106,14 @@ class BatchAugmentation:
             done.append(vision.pil_to_tensor(vision.hflip(part) if mirrored else part))
         return torch.stack(done)
 
-    def finish(self, images: Float[Tensor, "b 3 s s"], draws: Draws) -> Float[Tensor, "b 3 s s"]:
-        """Apply all that follows the crop, in place, to whole numbers in 0..255."""
+    def _finish(self, pixels: UInt8[Tensor, "b 3 s s"], draws: Draws) -> Float[Tensor, "b 3 s s"]:
+        """Apply all that follows the crop; changes what is given."""
         red, green, blue = (min(255, round(255 * value)) for value in self.mean)
         geometry = Geometry((red, green, blue), self.options.interpolation)
         for step in draws.steps:
-            changed = OPERATIONS[step.kind](images.index_select(0, step.rows), step.values, geometry)
-            images.index_copy_(0, step.rows, changed)
-        mean, std = (column(values, images.dtype, images.device) * 255 for values in (self.mean, self.std))
-        images.sub_(mean).div_(std)
+            change(pixels, step, geometry, self.dtype)
+        mean, std = (column(values, self.dtype, pixels.device) * 255 for values in (self.mean, self.std))
+        images = pixels.to(self.dtype).sub_(mean).div_(std)
         if (erasing := draws.erasing) is not None:
             part = images.index_select(0, erasing.rows)
             images.index_copy_(0, erasing.rows, erase(part, erasing.boxes, self._content(erasing, part)))

@@ -1,6 +1,6 @@
 """Change whole batches of images by Pillow's operations, with parameters of its own for each image.
 
-Images are (n, 3, h, w), whole numbers in 0..255 held as floats, on any device. Arithmetic is whole numbers, or single
+Images are (n, 3, h, w), whole numbers in 0..255 that are held as floats within an operation, on any device. Arithmetic is whole numbers, or single
 steps of IEEE arithmetic in Pillow's order, so every device makes the same picture.
 """
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int64, UInt8
 from torch import Tensor
 
+from famba.data.batch_policy import Step
 from famba.ops.native import pictures
 
 
@@ -26,40 +27,63 @@ class Geometry:
     interpolation: str  # "bilinear" or "bicubic"
 
 
-def look_up(images: Float[Tensor, "n c h w"], tables: UInt8[Tensor, "n 256"]) -> Tensor:
-    """Replace every value by its entry in a table of the image."""
-    pixels = images.flatten(1).long()
-    return tables.to(images.dtype).gather(1, pixels).view_as(images)
+def change(pixels: UInt8[Tensor, "b 3 h w"], step: Step, geometry: Geometry, dtype: torch.dtype) -> None:
+    """Apply an operation to some of the images, in place; dtype: of the arithmetic.
+
+    Compiled kernels move pixels and look them up where they can be used; elsewhere the functions below do.
+    """
+    is_native, rows, kind = pictures.usable(pixels.device, dtype), step.rows, step.kind
+    if is_native and kind in MOVES:
+        return pictures.move(pixels, rows, step.values, geometry.fill, geometry.interpolation == "bicubic")
+    images = pixels.index_select(0, rows).to(dtype)
+    if kind in TABLES:
+        tables = TABLES[kind](images, step.values)
+        if is_native:
+            return pictures.look_up(pixels, rows, tables)
+        images = look_up(images, tables)
+    elif kind in MOVES:
+        images = MOVES[kind](images, step.values, geometry)
+    else:
+        images = BLENDS[kind](images, step.values)
+    pixels.index_copy_(0, rows, images.byte())
+    return None
 
 
-def equalize(images: Float[Tensor, "n c h w"]) -> Tensor:
-    """Spread the values of each channel evenly, as `ImageOps.equalize` does."""
+def look_up(images: Float[Tensor, "n c h w"], tables: UInt8[Tensor, "n _ 256"]) -> UInt8[Tensor, "n c h w"]:
+    """Replace every value by its entry in a table, of the image or of the channel."""
+    tables = tables.expand(-1, images.shape[1], -1)
+    return tables.gather(2, images.flatten(2).long()).view_as(images)
+
+
+def equalize(images: Float[Tensor, "n c h w"], _: Tensor) -> UInt8[Tensor, "n c 256"]:
+    """Return tables that spread the values of each channel evenly, as `ImageOps.equalize` does."""
     pixels = images.flatten(2).long()
     counts = pixels.new_zeros(*pixels.shape[:2], 256).scatter_add_(2, pixels, torch.ones_like(pixels))
     last = counts.gather(2, pixels.amax(2, keepdim=True))
     step = (pixels.shape[2] - last) // 255
     table = (step // 2 + counts.cumsum(2) - counts) // step.clamp(min=1)
-    table = torch.where(step == 0, torch.arange(256, device=images.device), table.clamp(max=255))
-    return table.to(images.dtype).gather(2, pixels).view_as(images)
+    return torch.where(step == 0, torch.arange(256, device=images.device), table.clamp(max=255)).byte()
 
 
-def autocontrast(images: Float[Tensor, "n c h w"]) -> Tensor:
-    """Stretch each channel to 0..255, as `ImageOps.autocontrast` does, in float64 as there."""
-    low, high = (extreme(images, (2, 3), keepdim=True).double() for extreme in (torch.amin, torch.amax))
+def autocontrast(images: Float[Tensor, "n c h w"], _: Tensor) -> UInt8[Tensor, "n c 256"]:
+    """Return tables that stretch each channel to 0..255, as `ImageOps.autocontrast` does, in float64 as there."""
+    flat, values = images.flatten(2), torch.arange(256, device=images.device)
+    low, high = (extreme(flat, 2, keepdim=True).double() for extreme in (torch.amin, torch.amax))
     scale = low.new_full((), 255) / (high - low).clamp(min=1)  # a tensor: torch divides numbers inexactly
-    stretched = (images * scale).add_(-low * scale).clamp_(0, 255).floor_().to(images.dtype)
-    return torch.where(high > low, stretched, images)
+    stretched = (values * scale).add_(-low * scale).clamp_(0, 255).byte()
+    return torch.where(high > low, stretched, values.byte())
+
+
+def contrast(images: Float[Tensor, "n c h w"], factor: Float64[Tensor, " n"]) -> UInt8[Tensor, "n 1 256"]:
+    """Return tables that blend with the mean grey; a factor of 0 gives one grey, 1 the image."""
+    mean = _grey(images).mean((1, 2, 3), keepdim=True, dtype=torch.float64)
+    values = torch.arange(256, dtype=images.dtype, device=images.device).view(1, 1, 1, -1)
+    return _blend((mean + 0.5).floor().to(images.dtype), values, factor)[:, 0].byte()
 
 
 def color(images: Float[Tensor, "n c h w"], factor: Float64[Tensor, " n"]) -> Tensor:
     """Blend with the grey picture; a factor of 0 gives grey, 1 the image."""
     return _blend(_grey(images), images, factor)
-
-
-def contrast(images: Float[Tensor, "n c h w"], factor: Float64[Tensor, " n"]) -> Tensor:
-    """Blend with the mean grey; a factor of 0 gives one grey, 1 the image."""
-    mean = _grey(images).mean((1, 2, 3), keepdim=True, dtype=torch.float64)
-    return _blend((mean + 0.5).floor().to(images.dtype), images, factor)
 
 
 def sharpness(images: Float[Tensor, "n c h w"], factor: Float64[Tensor, " n"]) -> Tensor:
@@ -86,21 +110,6 @@ def blur(images: Float[Tensor, "n c h w"], weights: Int64[Tensor, "n 3"]) -> Ten
             pixels = (total + 2**23) >> 24
         pixels = pixels.transpose(2, 3)
     return pixels.to(images.dtype)
-
-
-def move(
-    slowly: Callable[[Tensor, Tensor, Geometry], Tensor],
-    images: Float[Tensor, "n c h w"],
-    matrix: Float64[Tensor, "n 6"],
-    geometry: Geometry,
-) -> Tensor:
-    """Take the pixel at (x, y) from (a x + b y + c, d x + e y + f), as `Image.transform` does; matrix: a to f.
-
-    slowly: one of the functions below, in torch, for where the compiled kernel does not run.
-    """
-    if pictures.usable(images):
-        return pictures.move(images, matrix, geometry.fill, geometry.interpolation == "bicubic")
-    return slowly(images, matrix, geometry)
 
 
 def shift_rows(images: Tensor, matrix: Tensor, geometry: Geometry) -> Tensor:
@@ -208,17 +217,19 @@ def _filled(moved: Tensor, inside: Tensor, geometry: Geometry) -> Tensor:
     return torch.where(inside[:, None], moved.add_(2**-10).clamp_(0, 255).floor_(), fill)
 
 
-Operation = Callable[[Tensor, Tensor, Geometry], Tensor]
-OPERATIONS: Mapping[str, Operation] = {
-    "table": lambda images, values, _: look_up(images, values),
-    "equalize": lambda images, _, __: equalize(images),
-    "autocontrast": lambda images, _, __: autocontrast(images),
-    "color": lambda images, values, _: color(images, values),
-    "contrast": lambda images, values, _: contrast(images, values),
-    "sharpness": lambda images, values, _: sharpness(images, values),
-    "blur": lambda images, values, _: blur(images, values),
-    "shift_rows": functools.partial(move, shift_rows),
-    "shift_columns": functools.partial(move, shift_columns),
-    "affine": functools.partial(move, affine),
+TABLES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "table": lambda _, tables: tables[:, None],
+    "contrast": contrast,
+    "equalize": equalize,
+    "autocontrast": autocontrast,
 }
-"""Map each kind of operation to a function of images, one row of values for each, and geometry."""
+"""Map operations on single values to functions of images, and a row of values for each, that return tables."""
+BLENDS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"color": color, "sharpness": sharpness, "blur": blur}
+"""Map operations to functions of images, and values for each, that return images."""
+MOVES: Mapping[str, Callable[[Tensor, Tensor, Geometry], Tensor]] = {
+    "shift_rows": shift_rows,
+    "shift_columns": shift_columns,
+    "affine": affine,
+}
+"""Map operations that take the pixel at (x, y) from (a x + b y + c, d x + e y + f) to functions of images, matrices
+(n, 6) of a to f, and geometry, that return images as `Image.transform` makes them."""

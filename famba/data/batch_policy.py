@@ -37,7 +37,7 @@ _VALUES = np.arange(256)
 class Step:
     """Says which images go through an operation, and with which parameters."""
 
-    kind: str  # a key of `batch_operations.OPERATIONS`
+    kind: str  # a key of one of the maps at the end of `batch_operations`
     rows: Tensor  # int64 (n,), the images' numbers in the batch
     values: Tensor  # (n, ...), a row for each image
 

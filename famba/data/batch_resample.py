@@ -60,12 +60,12 @@ def crop(
     size: int,
     interpolation: str,
     padding: int = 0,
-    out: Tensor | None = None,
-) -> Float[Tensor, "b c {size} {size}"]:
+    dtype: torch.dtype = torch.float32,
+) -> UInt8[Tensor, "b c {size} {size}"]:
     """Cut a box (top, left, height, width) out of each image, scale it to size x size, and mirror it where `flip` is.
 
-    Boxes count from the corner of the image with `padding` black pixels on each side, and lie within. Results are whole
-    numbers in 0..255, float32, or in `out`, of whose dtype the arithmetic is then.
+    Boxes count from the corner of the image with `padding` black pixels on each side, and lie within. dtype: of the
+    arithmetic.
     """
     images = F.pad(images, (padding,) * 4)
     step = torch.arange(size, device=images.device, dtype=torch.float64)
@@ -77,15 +77,13 @@ def crop(
             (mirrored, boxes[:, 1], boxes[:, 3], images.shape[3]),
         )
     )
-    if out is None:
-        out = torch.empty(*images.shape[:2], size, size, device=images.device)
-    return _resample(images, rows, columns, out)
+    return _resample(images, rows, columns, dtype)
 
 
 def resize_and_crop(
     images: UInt8[Tensor, "b c h w"], side: int, size: int, interpolation: str
-) -> Float[Tensor, "b c {size} {size}"]:
-    """Scale the shorter side to `side` pixels, at least `size`, and cut out the centre; results as those of `crop`."""
+) -> UInt8[Tensor, "b c {size} {size}"]:
+    """Scale the shorter side to `side` pixels, at least `size`, and cut out the centre."""
     high, wide = images.shape[2:]
     parts: list[Tensor] = []
     for source in (high, wide):
@@ -94,7 +92,7 @@ def resize_and_crop(
         start, extent = (places.new_full((1,), value) for value in (0, source))
         parts.append(_weights(places[None], start, extent, scaled, source, max(1.0, source / scaled), interpolation))
     rows, columns = parts
-    return _resample(images, rows, columns, torch.empty(*images.shape[:2], size, size, device=images.device))
+    return _resample(images, rows, columns, torch.float32)
 
 
 def _weights(
@@ -135,26 +133,26 @@ def _resample(
     images: UInt8[Tensor, "b c h w"],
     rows: tuple[Tensor, Tensor],
     columns: tuple[Tensor, Tensor],
-    out: Float[Tensor, "b c s s"],
-) -> Float[Tensor, "b c s s"]:
-    """Apply the weights of columns, round, then those of rows, and round again, as Pillow does; fill and return `out`.
+    dtype: torch.dtype,
+) -> UInt8[Tensor, "b c s s"]:
+    """Apply the weights of columns, round, then those of rows, and round again, as Pillow does.
 
     A sum of 255 w is exact in float32 where the weights w have 15 bits after the point. Pillow's have 22: two products
     of 11 bits each make columns as exact as Pillow's, the rows after them need no more to be at most 1 away.
     """
-    if pictures.usable(out):
-        return pictures.resample(images, rows, columns, out)
+    if pictures.usable(images.device, dtype):
+        return pictures.resample(images, rows, columns)
     number, channels, high, wide = images.shape
     exact = _to_bits(_matrix(*columns, wide), 22)
     coarse = _to_bits(exact, 11)
     with _exact_products(images.device):
-        lines = images.to(out.dtype).reshape(number, channels * high, wide)
-        parts = [lines @ part.to(out.dtype).transpose(1, 2) for part in (coarse, exact - coarse)]
+        lines = images.to(dtype).reshape(number, channels * high, wide)
+        parts = [lines @ part.to(dtype).transpose(1, 2) for part in (coarse, exact - coarse)]
         whole = parts[0].add_(0.5).floor()
         across = parts[1].add_(parts[0].sub_(whole)).floor_().add_(whole).clamp_(0, 255)
-        each = _to_bits(_matrix(*rows, high), 15).to(out.dtype)[:, None].expand(number, channels, -1, -1).flatten(0, 1)
-        torch.bmm(each, across.view(number * channels, high, -1), out=out.flatten(0, 1))
-    return out.add_(0.5).floor_().clamp_(0, 255)
+        each = _to_bits(_matrix(*rows, high), 15).to(dtype)[:, None]
+        found = each @ across.view(number, channels, high, -1)
+    return found.add_(0.5).floor_().clamp_(0, 255).byte()
 
 
 def _matrix(first: Float64[Tensor, "b s"], weights: Float64[Tensor, "b s t"], source: int) -> Float64[Tensor, "b s n"]:

@@ -78,9 +78,14 @@ Scaling = _structure(
     (c_void_p, "images first_rows first_columns rows columns out"),
 )
 Motion = _structure(
-    (c_int64, "batch height width"),
+    (c_int64, "count height width"),
     (c_int32, "dtype threads bicubic"),
-    (c_void_p, "images matrices fill out"),
+    (c_void_p, "images rows matrices fill"),
+)
+Lookup = _structure(
+    (c_int64, "count area"),
+    (c_int32, "dtype threads"),
+    (c_void_p, "images rows tables"),
 )
 
 
@@ -184,9 +189,9 @@ def _load() -> ctypes.CDLL:
         library = ctypes.CDLL(str(PATH))
     except OSError as error:
         raise BackendError(f"{PATH.name} does not load on {sysconfig.get_platform()} ({error}); {remedy}") from error
-    sizes = (c_int64 * 6)()
+    sizes = (c_int64 * 7)()
     if hasattr(library, "famba_struct_sizes"):
         library.famba_struct_sizes(sizes)
-    if list(sizes) != [ctypes.sizeof(kind) for kind in (Scan, Conv, Norm, Fuse, Scaling, Motion)]:
+    if list(sizes) != [ctypes.sizeof(kind) for kind in (Scan, Conv, Norm, Fuse, Scaling, Motion, Lookup)]:
         raise BackendError(f"{PATH.name} is of another version of famba; install famba again, or use 'reference'")
     return library

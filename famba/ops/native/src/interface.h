@@ -77,20 +77,31 @@ typedef struct {
     const uint8_t *images;
     const int32_t *first_rows, *first_columns;  // (batch, size)
     const int32_t *rows, *columns;              // (batch, size, taps)
-    float *out;
+    uint8_t *out;
 } famba_scaling;
 
-// Pictures (batch, 3, height, width) whose pixel at (x, y) comes from (a x + b y + c, d x + e y + f), or is the fill.
+// Those at `rows` of pictures (any, 3, height, width), changed in place: the pixel at (x, y) comes from
+// (a x + b y + c, d x + e y + f), or is the fill.
 typedef struct {
-    int64_t batch, height, width;
+    int64_t count, height, width;
     int32_t dtype;  // FAMBA_FLOAT32
     int32_t threads;
     int32_t bicubic;  // or else bilinear
-    const float *images;
-    const double *matrices;  // (batch, 6), a to f
-    const float *fill;       // (3)
-    float *out;
+    uint8_t *images;
+    const int64_t *rows;     // (count), each once
+    const double *matrices;  // (count, 6), a to f
+    const uint8_t *fill;     // (3)
 } famba_motion;
+
+// Those at `rows` of pictures (any, 3, area), changed in place: each value becomes its entry in a table.
+typedef struct {
+    int64_t count, area;
+    int32_t dtype;  // FAMBA_FLOAT32
+    int32_t threads;
+    uint8_t *images;
+    const int64_t *rows;    // (count), each once
+    const uint8_t *tables;  // (count, 3, 256)
+} famba_lookup;
 
 #pragma GCC visibility push(default)
 
@@ -107,12 +118,12 @@ int famba_isa_lanes(int isa);
     DO(conv_forward, famba_conv) DO(conv_backward, famba_conv)       \
     DO(norm_forward, famba_norm) DO(norm_backward, famba_norm)       \
     DO(fuse_forward, famba_fuse) DO(fuse_backward, famba_fuse)       \
-    DO(resample, famba_scaling) DO(move, famba_motion)
+    DO(resample, famba_scaling) DO(move, famba_motion) DO(look_up, famba_lookup)
 #define FAMBA_DECLARE(name, arguments) int famba_##name(int isa, const arguments *);
 FAMBA_KERNELS(FAMBA_DECLARE)
 
 // Sizes of the structs above, in their order, for the loader to compare.
-void famba_struct_sizes(int64_t sizes[6]);
+void famba_struct_sizes(int64_t sizes[7]);
 
 #pragma GCC visibility pop
 

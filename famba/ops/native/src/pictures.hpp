@@ -9,7 +9,7 @@
 namespace famba {
 namespace FAMBA_ISA {
 
-// Sums of whole numbers, so every order of adding gives the same picture. T is not used: results are float32.
+// Sums of whole numbers, so every order of adding gives the same picture. T is not used.
 template <class T>
 void resample(const famba_scaling &p) {
     for_each(p.threads, p.batch, [&](int64_t image) {
@@ -29,7 +29,7 @@ void resample(const famba_scaling &p) {
             for (int64_t y = 0; y < p.size; ++y) {
                 const int32_t *above = across + (channel * p.height + p.first_rows[image * p.size + y]) * p.size;
                 const int32_t *weight = p.rows + (image * p.size + y) * p.taps_down;
-                float *out = p.out + ((image * 3 + channel) * p.size + y) * p.size;
+                uint8_t *out = p.out + ((image * 3 + channel) * p.size + y) * p.size;
                 for (int64_t start = 0; start < p.size; start += 64) {
                     const int64_t count = std::min<int64_t>(64, p.size - start);
                     int32_t totals[64];
@@ -37,7 +37,7 @@ void resample(const famba_scaling &p) {
                     for (int64_t k = 0; k < p.taps_down; ++k)
                         for (int64_t x = 0; x < count; ++x) totals[x] += weight[k] * above[k * p.size + start + x];
                     for (int64_t x = 0; x < count; ++x)
-                        out[start + x] = static_cast<float>(std::clamp(totals[x] >> 15, 0, 255));
+                        out[start + x] = static_cast<uint8_t>(std::clamp(totals[x] >> 15, 0, 255));
                 }
             }
     });
@@ -58,17 +58,17 @@ inline void taps(float right, bool bicubic, float (&weights)[4]) {
 
 template <class T>
 void move(const famba_motion &p) {
-    for_each(p.threads, p.batch, [&](int64_t image) {
+    for_each(p.threads, p.count, [&](int64_t image) {
         const int64_t area = p.height * p.width, stride = p.width + 4;
         float *memory, *part_x, *part_y;  // the image with its border twice around it; and a x, d x, b y, e y in float64
         carve(task_scratch(), {4 * (p.height + 4) * stride, 4 * p.width, 4 * p.height}, {&memory, &part_x, &part_y});
-        const float *pixels = p.images + image * 3 * area;
+        uint8_t *out = p.images + p.rows[image] * 3 * area;
         for (int64_t y = 0; y < p.height + 4; ++y) {
-            const float *row = pixels + std::clamp<int64_t>(y - 2, 0, p.height - 1) * p.width;
+            const uint8_t *row = out + std::clamp<int64_t>(y - 2, 0, p.height - 1) * p.width;
             for (int64_t x = 0; x < stride; ++x) {
-                const float *pixel = row + std::clamp<int64_t>(x - 2, 0, p.width - 1);
-                const Colours colours = {pixel[0], pixel[area], pixel[2 * area], 0};
-                reinterpret_cast<Colours *>(memory)[y * stride + x] = colours;
+                const uint8_t *pixel = row + std::clamp<int64_t>(x - 2, 0, p.width - 1);
+                for (int channel = 0; channel < 4; ++channel)
+                    memory[4 * (y * stride + x) + channel] = channel < 3 ? pixel[channel * area] : 0;
             }
         }
         // Products apart from the sums: a fused multiply-add would round otherwise than the other devices.
@@ -78,7 +78,6 @@ void move(const famba_motion &p) {
             for (int64_t line = 0; line < 2; ++line) by_x[line * p.width + x] = matrix[3 * line] * (x + 0.5);
         for (int64_t y = 0; y < p.height; ++y)
             for (int64_t line = 0; line < 2; ++line) by_y[line * p.height + y] = matrix[3 * line + 1] * (y + 0.5);
-        float *out = p.out + image * 3 * area;
         for (int64_t y = 0; y < p.height; ++y)
             for (int64_t x = 0; x < p.width; ++x, ++out) {
                 const double across = by_x[x] + by_y[y] + matrix[2];
@@ -103,8 +102,17 @@ void move(const famba_motion &p) {
                 // Cut off as in Pillow, but a sum that rounding left just below a whole number is that number.
                 for (int channel = 0; channel < 3; ++channel)
                     out[channel * area] =
-                        static_cast<float>(static_cast<int>(std::clamp(total[channel] + 0x1p-10F, 0.0F, 255.0F)));
+                        static_cast<uint8_t>(std::clamp(total[channel] + 0x1p-10F, 0.0F, 255.0F));
             }
+    });
+}
+
+template <class T>
+void look_up(const famba_lookup &p) {
+    for_each(p.threads, 3 * p.count, [&](int64_t plane) {
+        uint8_t *pixels = p.images + (p.rows[plane / 3] * 3 + plane % 3) * p.area;
+        const uint8_t *table = p.tables + plane * 256;
+        for (int64_t i = 0; i < p.area; ++i) pixels[i] = table[pixels[i]];
     });
 }
 
