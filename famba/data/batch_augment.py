@@ -18,7 +18,6 @@ from jaxtyping import Bool, Float, Float64, UInt8
 from PIL import Image
 from scipy.special import ndtri
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 
 from famba.data.batch_operations import Geometry, change, column, erase
@@ -34,6 +33,7 @@ _ATTEMPTS = 10
 _ERASING_DRAWS = 1 + 2 * _ATTEMPTS + 2 + 3  # whether, sizes, place, colour
 _ERASED_AREA, _LOG_ERASED_ASPECT = (0.02, 1 / 3), (math.log(0.3), math.log(1 / 0.3))
 _NOISE_STARTS = 2**20  # places at which the noise of an image may start in the table
+_AT_ONCE = 64  # images whose values stay near a processor
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,16 @@ class BatchAugmentation:
 
         cropped: whether the images went through `crop_each` before.
         """
-        draws, options = self.draw(epoch, start, len(images), *images.shape[2:]).to(images.device), self.options
-        if cropped:
-            return self._finish(images.clone(), draws)
-        padding, box = options.crop_padding or 0, (draws.boxes, draws.flip, self.size)
-        return self._finish(crop(images, *box, options.interpolation, padding, self.dtype), draws)
+        done = torch.empty(len(images), 3, self.size, self.size, dtype=self.dtype, device=images.device)
+        at_once = _AT_ONCE if images.device.type == "cpu" else len(images)
+        padding, interpolation = self.options.crop_padding or 0, self.options.interpolation
+        for first in range(0, len(images), at_once):
+            part, out = images[first : first + at_once], done[first : first + at_once]
+            draws = self.draw(epoch, start + first, len(part), *part.shape[2:]).to(images.device)
+            box = draws.boxes, draws.flip, self.size
+            pixels = part.clone() if cropped else crop(part, *box, interpolation, padding, self.dtype)
+            self._finish(pixels, draws, out)
+        return done
 
     def draw(self, epoch: int, start: int, count: int, height: int, width: int) -> Draws:
         """Draw for `count` images of height x width pixels, from position `start` of the epoch on."""
@@ -96,28 +101,27 @@ class BatchAugmentation:
         return Draws(torch.from_numpy(boxes), torch.from_numpy(flip), steps, self._erasing(epoch, start, count))
 
     def crop_each(self, images: Iterable[Image.Image], epoch: int, start: int) -> UInt8[Tensor, "b 3 s s"]:
-        """Crop, scale and flip RGB images of any size one by one by Pillow, as a batch without padding."""
+        """Crop, scale and flip RGB images of any size one by one, as a batch without padding."""
         images = list(images)
-        mode = InterpolationMode(self.options.interpolation)
         boxes, flip = self._crops(epoch, start, *np.array([(image.height, image.width) for image in images]).T)
-        done = []
-        for image, box, mirrored in zip(images, boxes.astype(int).tolist(), flip, strict=True):
-            part = vision.resized_crop(image, *box, [self.size, self.size], mode)
-            done.append(vision.pil_to_tensor(vision.hflip(part) if mirrored else part))
-        return torch.stack(done)
+        done = torch.empty(len(images), 3, self.size, self.size, dtype=torch.uint8)
+        for number, (top, left, height, width) in enumerate(boxes.astype(int).tolist()):
+            part = vision.pil_to_tensor(images[number].crop((left, top, left + width, top + height)))
+            whole, mirrored = torch.tensor([[0.0, 0.0, height, width]], dtype=torch.float64), torch.tensor([flip[number]])
+            done[number] = crop(part[None], whole, mirrored, self.size, self.options.interpolation)[0]
+        return done
 
-    def _finish(self, pixels: UInt8[Tensor, "b 3 s s"], draws: Draws) -> Float[Tensor, "b 3 s s"]:
-        """Apply all that follows the crop; changes what is given."""
+    def _finish(self, pixels: UInt8[Tensor, "b 3 s s"], draws: Draws, out: Float[Tensor, "b 3 s s"]) -> None:
+        """Apply all that follows the crop, in place at first."""
         red, green, blue = (min(255, round(255 * value)) for value in self.mean)
         geometry = Geometry((red, green, blue), self.options.interpolation)
         for step in draws.steps:
             change(pixels, step, geometry, self.dtype)
         mean, std = (column(values, self.dtype, pixels.device) * 255 for values in (self.mean, self.std))
-        images = pixels.to(self.dtype).sub_(mean).div_(std)
+        out.copy_(pixels).sub_(mean).div_(std)
         if (erasing := draws.erasing) is not None:
-            part = images.index_select(0, erasing.rows)
-            images.index_copy_(0, erasing.rows, erase(part, erasing.boxes, self._content(erasing, part)))
-        return images
+            part = out.index_select(0, erasing.rows)
+            out.index_copy_(0, erasing.rows, erase(part, erasing.boxes, self._content(erasing, part)))
 
     def _uniforms(self, part: int, epoch: int, start: int, count: int, numbers: int) -> Array:
         return uniforms(Stream.BATCH, (self.seed, part), epoch, start, count, numbers)

@@ -68,59 +68,43 @@ def crop(
     arithmetic.
     """
     images = F.pad(images, (padding,) * 4)
-    step = torch.arange(size, device=images.device, dtype=torch.float64)
-    mirrored = torch.where(flip[:, None], size - 1 - step, step)
-    rows, columns = (
-        _weights(places + 0.5, start, extent, size, source, max(1.0, source / size), interpolation)
-        for places, start, extent, source in (
-            (step.expand(len(images), -1), boxes[:, 0], boxes[:, 2], images.shape[2]),
-            (mirrored, boxes[:, 1], boxes[:, 3], images.shape[3]),
-        )
-    )
-    return _resample(images, rows, columns, dtype)
+    one = boxes.new_ones(len(boxes))
+    first, step = torch.where(flip, size - 0.5 * one, 0.5 * one), torch.where(flip, -one, one)
+    rows = torch.stack([boxes[:, 0], boxes[:, 2], 0.5 * one, one], 1)
+    columns = torch.stack([boxes[:, 1], boxes[:, 3], first, step], 1)
+    return _resample(images, (rows, size), (columns, size), size, interpolation, dtype)
 
 
 def resize_and_crop(
     images: UInt8[Tensor, "b c h w"], side: int, size: int, interpolation: str
 ) -> UInt8[Tensor, "b c {size} {size}"]:
     """Scale the shorter side to `side` pixels, at least `size`, and cut out the centre."""
-    high, wide = images.shape[2:]
-    parts: list[Tensor] = []
-    for source in (high, wide):
-        scaled = int(side * source / min(high, wide))
-        places = torch.arange(size, device=images.device, dtype=torch.float64) + round((scaled - size) / 2) + 0.5
-        start, extent = (places.new_full((1,), value) for value in (0, source))
-        parts.append(_weights(places[None], start, extent, scaled, source, max(1.0, source / scaled), interpolation))
-    rows, columns = parts
-    return _resample(images, rows, columns, torch.float32)
+    spans = []
+    for source in images.shape[2:]:
+        scaled = int(side * source / min(images.shape[2:]))
+        numbers = (0, source, round((scaled - size) / 2) + 0.5, 1)
+        spans.append((torch.cat([torch.full((1, 1), x, dtype=torch.float64, device=images.device) for x in numbers], 1), scaled))
+    rows, columns = spans
+    return _resample(images, rows, columns, size, interpolation, torch.float32)
 
 
-def _weights(
-    places: Float64[Tensor, "b s"],
-    start: Float64[Tensor, " b"],
-    extent: Float64[Tensor, " b"],
-    scaled: int,
-    source: int,
-    largest_scale: float,
-    interpolation: str,
-) -> tuple[Float64[Tensor, "b s"], Float64[Tensor, "b s t"]]:
-    """Return the first of the `source` pixels that each output sums up, and the weights of t pixels from there.
+def _weights(span: pictures.Span, size: int, source: int, interpolation: str) -> Float64[Tensor, "b s n"]:
+    """Return the weights of `source` pixels in each of `size` outputs.
 
-    places: of outputs, in output pixels from `start`, `scaled` of which cover the extent. The kernel widens where it
-    shrinks, to `largest_scale` at most, and sees nothing outside of the extent.
+    The kernel widens where it shrinks, and sees nothing outside of the extent.
     """
+    (start, extent, place, step), scaled = span[0].T[..., None], span[1]
     support = _SUPPORT[interpolation]
-    taps = min(source, 2 * math.ceil(support * largest_scale) + 1)
+    taps = min(source, 2 * math.ceil(support * max(1.0, source / scaled)) + 1)
     scale = extent / extent.new_full((), scaled)  # a tensor: CUDA divides by a number inexactly
-    widened = scale.clamp(min=1)[:, None]
-    centre = start[:, None] + places * scale[:, None]
+    widened = scale.clamp(min=1)
+    centre = start + (place + step * torch.arange(size, device=start.device)) * scale
     first = (centre - support * widened).floor().clamp(0, source - taps)
-    pixel = first[..., None] + torch.arange(taps, device=places.device)
-    distance = (pixel + 0.5 - centre[..., None]) / widened[..., None]
-    weight = _KERNELS[interpolation](distance.abs())
-    low, high = start[:, None, None], (start + extent)[:, None, None]
-    weight = weight * ((pixel >= low) & (pixel < high))
-    return first, weight / weight.sum(-1, keepdim=True)
+    pixel = first[..., None] + torch.arange(taps, device=start.device)
+    weight = _KERNELS[interpolation](((pixel + 0.5 - centre[..., None]) / widened[..., None]).abs())
+    weight = weight * ((pixel >= start[..., None]) & (pixel < (start + extent)[..., None]))
+    full = weight.new_zeros(*weight.shape[:-1], source)
+    return full.scatter_(-1, pixel.long(), weight / weight.sum(-1, keepdim=True))
 
 
 def _cubic(x: Tensor) -> Tensor:
@@ -131,34 +115,33 @@ def _cubic(x: Tensor) -> Tensor:
 
 def _resample(
     images: UInt8[Tensor, "b c h w"],
-    rows: tuple[Tensor, Tensor],
-    columns: tuple[Tensor, Tensor],
+    rows: pictures.Span,
+    columns: pictures.Span,
+    size: int,
+    interpolation: str,
     dtype: torch.dtype,
 ) -> UInt8[Tensor, "b c s s"]:
     """Apply the weights of columns, round, then those of rows, and round again, as Pillow does.
+
+    rows, columns: start and extent of what is scaled, in pixels, and where it is scaled, the centre of the first result
+    and the way to the next, float64 (b, 4) or (1, 4); and the length of the scaled.
 
     A sum of 255 w is exact in float32 where the weights w have 15 bits after the point. Pillow's have 22: two products
     of 11 bits each make columns as exact as Pillow's, the rows after them need no more to be at most 1 away.
     """
     if pictures.usable(images.device, dtype):
-        return pictures.resample(images, rows, columns)
+        return pictures.resample(images, rows, columns, size, interpolation == "bicubic")
     number, channels, high, wide = images.shape
-    exact = _to_bits(_matrix(*columns, wide), 22)
+    exact = _to_bits(_weights(columns, size, wide, interpolation), 22)
     coarse = _to_bits(exact, 11)
     with _exact_products(images.device):
         lines = images.to(dtype).reshape(number, channels * high, wide)
         parts = [lines @ part.to(dtype).transpose(1, 2) for part in (coarse, exact - coarse)]
         whole = parts[0].add_(0.5).floor()
         across = parts[1].add_(parts[0].sub_(whole)).floor_().add_(whole).clamp_(0, 255)
-        each = _to_bits(_matrix(*rows, high), 15).to(dtype)[:, None]
+        each = _to_bits(_weights(rows, size, high, interpolation), 15).to(dtype)[:, None]
         found = each @ across.view(number, channels, high, -1)
     return found.add_(0.5).floor_().clamp_(0, 255).byte()
-
-
-def _matrix(first: Float64[Tensor, "b s"], weights: Float64[Tensor, "b s t"], source: int) -> Float64[Tensor, "b s n"]:
-    """Return the weights of all `source` pixels."""
-    pixel = first.long()[..., None] + torch.arange(weights.shape[-1], device=first.device)
-    return weights.new_zeros(*weights.shape[:-1], source).scatter_(-1, pixel, weights)
 
 
 def _to_bits(weights: Tensor, bits: int) -> Tensor:

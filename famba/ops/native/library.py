@@ -9,7 +9,7 @@ import ctypes
 import functools
 import os
 import sysconfig
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +73,11 @@ Fuse = _structure(
     (c_void_p, "places weights"),
 )
 Scaling = _structure(
-    (c_int64, "batch height width size taps_down taps_across"),
-    (c_int32, "dtype threads"),
-    (c_void_p, "images first_rows first_columns rows columns out"),
+    (c_int64, "batch height width size"),
+    (c_int32, "dtype threads bicubic"),
+    (c_void_p, "images rows columns"),
+    (c_double, "down across"),
+    (c_void_p, "out"),
 )
 Motion = _structure(
     (c_int64, "count height width"),

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
 from famba.ops.native.library import Lookup, Motion, Scaling, call, obstacle
+
+
+Span: TypeAlias = tuple[Tensor, int]
+"""What is scaled along an axis: float64 (b, 4) or (1, 4), and its length when it is scaled."""
 
 
 def usable(device: torch.device, dtype: torch.dtype) -> bool:
@@ -13,23 +19,17 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype == torch.float32 and obstacle() is None
 
 
-def resample(images: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor]) -> Tensor:
-    """Return weighted sums, uint8 (b, 3, s, s), of uint8 (b, 3, h, w).
+def resample(images: Tensor, rows: Span, columns: Span, size: int, bicubic: bool) -> Tensor:
+    """Return uint8 (b, 3, s, s): parts of uint8 (b, 3, h, w), scaled first across and then down.
 
-    rows, columns: the first pixel of each sum, (b, s), from which all lie within, and weights, (b, s, taps); or (1, ...)
-    for all images. Weights have 15 bits after the point in rows, 22 in columns.
+    rows, columns: as in `famba.data.batch_resample`.
     """
     number, _, height, width = images.shape
-    given = []
-    for (first, weights), bits in ((rows, 15), (columns, 22)):
-        fixed = (weights * 2**bits).round().int()
-        given += [x.expand(number, *x.shape[1:]).contiguous() for x in (first.int(), fixed)]
-    side = rows[0].shape[1]
-    out = torch.empty(number, 3, side, side, dtype=torch.uint8)
-    sizes = {"batch": number, "height": height, "width": width, "size": side}
-    taps = {"taps_down": given[1].shape[-1], "taps_across": given[3].shape[-1]}
-    arrays = dict(zip(("first_rows", "rows", "first_columns", "columns"), given, strict=True))
-    call("resample", Scaling, torch.float32, **sizes, **taps, images=images.contiguous(), **arrays, out=out)
+    out = torch.empty(number, 3, size, size, dtype=torch.uint8)
+    sizes = {"batch": number, "height": height, "width": width, "size": size, "bicubic": bicubic}
+    spans = {"rows": rows[0].expand(number, 4).contiguous(), "columns": columns[0].expand(number, 4).contiguous()}
+    scaled = {"down": rows[1], "across": columns[1]}
+    call("resample", Scaling, torch.float32, **sizes, **spans, **scaled, images=images.contiguous(), out=out)
     return out
 
 

@@ -68,15 +68,17 @@ typedef struct {
     const float *weights;   // (batch, length)
 } famba_fuse;
 
-// Pictures (batch, 3, height, width) scaled to (batch, 3, size, size), first across, then down. Each result is the sum
-// of `taps` pixels from the first on, by weights of 2**22 across and 2**15 down; every one of them lies in the picture.
+// Pictures (batch, 3, height, width) scaled to (batch, 3, size, size), first across, then down.
 typedef struct {
-    int64_t batch, height, width, size, taps_down, taps_across;
+    int64_t batch, height, width, size;
     int32_t dtype;  // FAMBA_FLOAT32
     int32_t threads;
+    int32_t bicubic;  // or else bilinear
     const uint8_t *images;
-    const int32_t *first_rows, *first_columns;  // (batch, size)
-    const int32_t *rows, *columns;              // (batch, size, taps)
+    // (batch, 4): start and extent of what is scaled, in pixels; its sides when it is scaled; the first result's centre
+    // there and the way to the next. down, across: the same for all images.
+    const double *rows, *columns;
+    double down, across;
     uint8_t *out;
 } famba_scaling;
 

@@ -3,43 +3,86 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "parallel.hpp"
 
 namespace famba {
 namespace FAMBA_ISA {
 
+// The pixels that each result along an axis sums up: `taps` from the first on, by weights of 2**bits in all.
+struct Sums {
+    int64_t taps;
+    std::vector<int64_t> first;
+    std::vector<int32_t> weights;
+
+    Sums(const double *span, double scaled, int64_t source, int64_t size, bool bicubic, int bits) {
+        const double start = span[0], end = start + span[1], scale = span[1] / scaled, widened = std::max(scale, 1.0);
+        const double reach = (bicubic ? 2 : 1) * widened;
+        taps = std::min(source, 2 * static_cast<int64_t>(std::ceil(reach)) + 1);
+        std::vector<double> exact(static_cast<size_t>(taps));
+        for (int64_t i = 0; i < size; ++i) {
+            const double centre = start + (span[2] + span[3] * i) * scale;
+            first.push_back(std::clamp<int64_t>(static_cast<int64_t>(std::floor(centre - reach)), 0, source - taps));
+            double total = 0;
+            for (int64_t k = 0; k < taps; ++k) {
+                const double pixel = first.back() + k, x = std::abs((pixel + 0.5 - centre) / widened);
+                exact[k] = pixel >= start && pixel < end ? (bicubic ? cubic(x) : std::max(0.0, 1 - x)) : 0;
+                total += exact[k];
+            }
+            for (const double weight : exact) weights.push_back(std::lrint(std::ldexp(weight / total, bits)));
+        }
+    }
+
+    // The kernel of Keys (1981) with a = -0.5.
+    static double cubic(double x) {
+        if (x < 1) return (1.5 * x - 2.5) * x * x + 1;
+        return x < 2 ? (((x - 5) * x + 8) * x - 4) * -0.5 : 0;
+    }
+};
+
 // Sums of whole numbers, so every order of adding gives the same picture. T is not used.
 template <class T>
 void resample(const famba_scaling &p) {
     for_each(p.threads, p.batch, [&](int64_t image) {
-        const int64_t lines = 3 * p.height;
-        int32_t *across = reinterpret_cast<int32_t *>(task_scratch().take(lines * p.size));
-        const uint8_t *pixels = p.images + image * lines * p.width;
-        const int32_t *first = p.first_columns + image * p.size;
-        const int32_t *weights = p.columns + image * p.size * p.taps_across;
-        for (int64_t line = 0; line < lines; ++line)
-            for (int64_t x = 0; x < p.size; ++x) {
-                const uint8_t *near = pixels + line * p.width + first[x];
-                int32_t total = 1 << 21;
-                for (int64_t k = 0; k < p.taps_across; ++k) total += near[k] * weights[x * p.taps_across + k];
-                across[line * p.size + x] = std::clamp(total >> 22, 0, 255);
+        const Sums rows(p.rows + image * 4, p.down, p.height, p.size, p.bicubic, 15);
+        const Sums columns(p.columns + image * 4, p.across, p.width, p.size, p.bicubic, 22);
+        const auto ends = std::minmax_element(rows.first.begin(), rows.first.end());
+        const int64_t top = *ends.first, bottom = *ends.second + rows.taps, size = p.size;
+        float *memory[2];
+        carve(task_scratch(), {16 * p.width, (bottom - top) * size}, {&memory[0], &memory[1]});
+        int32_t *tile = reinterpret_cast<int32_t *>(memory[0]), *across = reinterpret_cast<int32_t *>(memory[1]);
+        for (int64_t channel = 0; channel < 3; ++channel) {
+            const uint8_t *pixels = p.images + (image * 3 + channel) * p.height * p.width;
+            for (int64_t line = top; line < bottom; line += 16) {  // lines side by side, for vectors
+                const int64_t count = std::min<int64_t>(16, bottom - line);
+                for (int64_t j = 0; j < 16; ++j)
+                    for (int64_t x = 0; x < p.width; ++x)
+                        tile[x * 16 + j] = pixels[(line + std::min(j, count - 1)) * p.width + x];
+                for (int64_t x = 0; x < size; ++x) {
+                    int32_t totals[16];
+                    std::fill_n(totals, 16, 1 << 21);
+                    for (int64_t k = 0; k < columns.taps; ++k)
+                        for (int64_t j = 0; j < 16; ++j)
+                            totals[j] += columns.weights[x * columns.taps + k] * tile[(columns.first[x] + k) * 16 + j];
+                    for (int64_t j = 0; j < count; ++j)
+                        across[(line - top + j) * size + x] = std::clamp(totals[j] >> 22, 0, 255);
+                }
             }
-        for (int64_t channel = 0; channel < 3; ++channel)
-            for (int64_t y = 0; y < p.size; ++y) {
-                const int32_t *above = across + (channel * p.height + p.first_rows[image * p.size + y]) * p.size;
-                const int32_t *weight = p.rows + (image * p.size + y) * p.taps_down;
-                uint8_t *out = p.out + ((image * 3 + channel) * p.size + y) * p.size;
-                for (int64_t start = 0; start < p.size; start += 64) {
-                    const int64_t count = std::min<int64_t>(64, p.size - start);
+            for (int64_t y = 0; y < size; ++y) {
+                const int32_t *above = across + (rows.first[y] - top) * size, *weight = &rows.weights[y * rows.taps];
+                uint8_t *out = p.out + ((image * 3 + channel) * size + y) * size;
+                for (int64_t start = 0; start < size; start += 64) {
+                    const int64_t count = std::min<int64_t>(64, size - start);
                     int32_t totals[64];
                     std::fill_n(totals, 64, 1 << 14);
-                    for (int64_t k = 0; k < p.taps_down; ++k)
-                        for (int64_t x = 0; x < count; ++x) totals[x] += weight[k] * above[k * p.size + start + x];
+                    for (int64_t k = 0; k < rows.taps; ++k)
+                        for (int64_t x = 0; x < count; ++x) totals[x] += weight[k] * above[k * size + start + x];
                     for (int64_t x = 0; x < count; ++x)
                         out[start + x] = static_cast<uint8_t>(std::clamp(totals[x] >> 15, 0, 255));
                 }
             }
+        }
     });
 }
 
