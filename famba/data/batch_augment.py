@@ -22,7 +22,7 @@ from torchvision.transforms import functional as vision
 
 from famba.data.batch_operations import Geometry, change, column, erase
 from famba.data.batch_policy import DRAWS, Array, Policy, Step, jitter
-from famba.data.batch_resample import BOX_DRAWS, crop, random_boxes
+from famba.data.batch_resample import BOX_DRAWS, crop, crop_each, random_boxes
 from famba.data.draws import Stream, sent, uniforms, words
 
 if TYPE_CHECKING:
@@ -104,12 +104,11 @@ class BatchAugmentation:
         """Crop, scale and flip RGB images of any size one by one, as a batch without padding."""
         images = list(images)
         boxes, flip = self._crops(epoch, start, *np.array([(image.height, image.width) for image in images]).T)
-        done = torch.empty(len(images), 3, self.size, self.size, dtype=torch.uint8)
-        for number, (top, left, height, width) in enumerate(boxes.astype(int).tolist()):
-            part = vision.pil_to_tensor(images[number].crop((left, top, left + width, top + height)))
-            whole, mirrored = torch.tensor([[0.0, 0.0, height, width]], dtype=torch.float64), torch.tensor([flip[number]])
-            done[number] = crop(part[None], whole, mirrored, self.size, self.options.interpolation)[0]
-        return done
+        parts = [
+            vision.pil_to_tensor(image.crop((left, top, left + width, top + height)))
+            for image, (top, left, height, width) in zip(images, boxes.astype(int).tolist(), strict=True)
+        ]
+        return crop_each(parts, torch.from_numpy(flip), self.size, self.options.interpolation)
 
     def _finish(self, pixels: UInt8[Tensor, "b 3 s s"], draws: Draws, out: Float[Tensor, "b 3 s s"]) -> None:
         """Apply all that follows the crop, in place at first."""

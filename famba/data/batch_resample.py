@@ -7,7 +7,7 @@ these sums are exact in float32, in any order: every device makes the same pictu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -67,12 +67,29 @@ def crop(
     Boxes count from the corner of the image with `padding` black pixels on each side, and lie within. dtype: of the
     arithmetic.
     """
-    images = F.pad(images, (padding,) * 4)
+    images = F.pad(images, (padding,) * 4) if padding else images
+    rows, columns = _spans(boxes, flip, size)
+    return _resample(images, (rows, size), (columns, size), size, interpolation, dtype)
+
+
+def crop_each(
+    parts: Sequence[UInt8[Tensor, "c _ _"]], flip: Bool[Tensor, " b"], size: int, interpolation: str
+) -> UInt8[Tensor, "b c {size} {size}"]:
+    """Scale images of any size to size x size, and mirror them where `flip` is."""
+    boxes = torch.tensor([(0, 0, *part.shape[1:]) for part in parts], dtype=torch.float64)
+    spans = zip(*(span.split(1) for span in _spans(boxes, flip, size)), strict=True)
+    done = [
+        _resample(part[None], (rows, size), (columns, size), size, interpolation, torch.float32)
+        for part, (rows, columns) in zip(parts, spans, strict=True)
+    ]
+    return torch.cat(done)
+
+
+def _spans(boxes: Float64[Tensor, "b 4"], flip: Bool[Tensor, " b"], size: int) -> tuple[Tensor, Tensor]:
     one = boxes.new_ones(len(boxes))
     first, step = torch.where(flip, size - 0.5 * one, 0.5 * one), torch.where(flip, -one, one)
     rows = torch.stack([boxes[:, 0], boxes[:, 2], 0.5 * one, one], 1)
-    columns = torch.stack([boxes[:, 1], boxes[:, 3], first, step], 1)
-    return _resample(images, (rows, size), (columns, size), size, interpolation, dtype)
+    return rows, torch.stack([boxes[:, 1], boxes[:, 3], first, step], 1)
 
 
 def resize_and_crop(

@@ -10,6 +10,12 @@
 namespace famba {
 namespace FAMBA_ISA {
 
+// No fused multiply-adds here: weights that are rounded otherwise than on other devices would make other pictures.
+#if !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=off")
+#endif
+
 // The pixels that each result along an axis sums up: `taps` from the first on, by weights of 2**bits in all.
 struct Sums {
     int64_t taps;
@@ -17,6 +23,9 @@ struct Sums {
     std::vector<int32_t> weights;
 
     Sums(const double *span, double scaled, int64_t source, int64_t size, bool bicubic, int bits) {
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#endif
         const double start = span[0], end = start + span[1], scale = span[1] / scaled, widened = std::max(scale, 1.0);
         const double reach = (bicubic ? 2 : 1) * widened;
         taps = std::min(source, 2 * static_cast<int64_t>(std::ceil(reach)) + 1);
@@ -36,10 +45,17 @@ struct Sums {
 
     // The kernel of Keys (1981) with a = -0.5.
     static double cubic(double x) {
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#endif
         if (x < 1) return (1.5 * x - 2.5) * x * x + 1;
         return x < 2 ? (((x - 5) * x + 8) * x - 4) * -0.5 : 0;
     }
 };
+
+#if !defined(__clang__)
+#pragma GCC pop_options
+#endif
 
 // Sums of whole numbers, so every order of adding gives the same picture. T is not used.
 template <class T>
@@ -88,6 +104,7 @@ void resample(const famba_scaling &p) {
 
 // Four colours, the last of which is empty.
 typedef float Colours __attribute__((vector_size(16)));
+typedef int32_t Whole __attribute__((vector_size(16)));
 
 // Weights of the pixels at -1, 0, 1 and 2, for a place `right` of the pixel at 0. Bicubic: the kernel of Keys (1981)
 // with a = -1.
@@ -114,6 +131,9 @@ void move(const famba_motion &p) {
                     memory[4 * (y * stride + x) + channel] = channel < 3 ? pixel[channel * area] : 0;
             }
         }
+        float to_right[4] = {}, to_below[4] = {};
+        double right = -1, below = -1;  // of which these are the weights
+        const Colours none = {0, 0, 0, 0}, full = {255, 255, 255, 255};
         // Products apart from the sums: a fused multiply-add would round otherwise than the other devices.
         const double *matrix = p.matrices + image * 6;
         double *by_x = reinterpret_cast<double *>(part_x), *by_y = reinterpret_cast<double *>(part_y);
@@ -130,22 +150,22 @@ void move(const famba_motion &p) {
                     continue;
                 }
                 const double column = std::floor(across - 0.5), row = std::floor(down - 0.5);
-                float to_right[4], to_below[4];
-                taps(static_cast<float>(across - 0.5 - column), p.bicubic, to_right);
-                taps(static_cast<float>(down - 0.5 - row), p.bicubic, to_below);
+                if (across - column != right) taps(static_cast<float>((right = across - column) - 0.5), p.bicubic, to_right);
+                if (down - row != below) taps(static_cast<float>((below = down - row) - 0.5), p.bicubic, to_below);
                 const Colours *corner = reinterpret_cast<const Colours *>(memory) +
                                         (static_cast<int64_t>(row) + 1) * stride + static_cast<int64_t>(column) + 1;
                 Colours total = {};
-                for (int below = 0; below < 4; ++below) {
-                    if (to_below[below] == 0) continue;  // a row that moves along itself
-                    const Colours *near = corner + below * stride;
+                for (int line = 0; line < 4; ++line) {
+                    if (to_below[line] == 0) continue;  // a row that moves along itself
+                    const Colours *near = corner + line * stride;
                     total += (near[0] * to_right[0] + near[1] * to_right[1] + near[2] * to_right[2] +
-                              near[3] * to_right[3]) * to_below[below];
+                              near[3] * to_right[3]) * to_below[line];
                 }
                 // Cut off as in Pillow, but a sum that rounding left just below a whole number is that number.
-                for (int channel = 0; channel < 3; ++channel)
-                    out[channel * area] =
-                        static_cast<uint8_t>(std::clamp(total[channel] + 0x1p-10F, 0.0F, 255.0F));
+                total += 0x1p-10F;
+                total = total < none ? none : total > full ? full : total;
+                const auto whole = __builtin_convertvector(total, Whole);
+                for (int channel = 0; channel < 3; ++channel) out[channel * area] = static_cast<uint8_t>(whole[channel]);
             }
     });
 }
