@@ -2,7 +2,8 @@
 
     python scripts/check_augmentation.py --root data            # each operation on 1,000 images, as a table
     python scripts/check_augmentation.py --sheet operations.png # each operation at three magnitudes beside timm's
-    python scripts/check_augmentation.py --rate                 # images per second of a core, to 224 x 224, recipe=paper
+    python scripts/check_augmentation.py --rate                 # images per second of a core, recipe=paper at 224
+    python scripts/check_augmentation.py --statistics 32        # of what comes out, with 95 % intervals, recipe=paper
 
 Without a folder of CIFAR-100 the images are crops of the photographs that scikit-learn ships.
 """
@@ -13,7 +14,6 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -159,6 +159,47 @@ def rates(images: list[Image.Image], in_memory: bool, repeats: int = 9) -> tuple
     return tuple(len(images) / np.median(times, axis=0))
 
 
+def features(batch: Tensor) -> dict[str, Tensor]:
+    """Return statistics, float64 (b,) each, of normalised images: brightness, contrast, sharpness, and more."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (_MEAN, _STD))
+    values = (batch * std + mean) * 255
+    fill = (values - torch.tensor(_FILL).view(3, 1, 1)).abs().amax(1) < 0.5
+    found = {
+        **{f"mean of {name}": values[:, number].mean((1, 2)) for number, name in enumerate(("red", "green", "blue"))},
+        "standard deviation": values.std((1, 2, 3)),
+        "horizontal gradient": values.diff(dim=3).square().mean((1, 2, 3)).sqrt(),
+        "vertical gradient": values.diff(dim=2).square().mean((1, 2, 3)).sqrt(),
+        "saturation": (values.amax(1) - values.amin(1)).mean((1, 2)),
+        "share of fill": fill.float().mean((1, 2)),
+        "share out of 0..255 (noise)": ((values < -0.5) | (values > 255.5)).float().mean((1, 2, 3)),
+        "share of 0 and 255": ((values < 0.5) | (values > 254.5)).float().mean((1, 2, 3)),
+        "left half less right": (values[..., : values.shape[3] // 2].mean((1, 2, 3)) - values.mean((1, 2, 3))),
+        "upper half less lower": (values[:, :, : values.shape[2] // 2].mean((1, 2, 3)) - values.mean((1, 2, 3))),
+    }
+    return {name: value.double() for name, value in found.items()}
+
+
+def statistics(images: list[Image.Image], size: int) -> list[tuple[str, float, float, float, float]]:
+    """Return name, timm's mean, and the batch's less timm's with its 95 % interval, for each feature of the images.
+
+    The same images go through both, so the differences are paired; draws are each one's own.
+    """
+    alone = timm_transform(Augmentation(kind="timm", crop_padding=0, **_OPTIONS), size, _MEAN, _STD)  # type: ignore[arg-type]
+    whole = BatchAugmentation(AugmentationOptions(crop_padding=None, **_OPTIONS), size, _MEAN, _STD, 0)  # type: ignore[arg-type]
+    found: dict[str, list[Tensor]] = {}
+    for start in range(0, len(images), 100):
+        part = images[start : start + 100]
+        pair = features(torch.stack([alone(image) for image in part])), features(whole(tensor_of(part), 0, start))
+        for name in pair[0]:
+            found.setdefault(name, []).append(torch.stack([one[name] for one in pair]))
+    rows = []
+    for name, parts in found.items():
+        theirs, ours = torch.cat(parts, 1)
+        away, half = float((ours - theirs).mean()), 1.96 * float((ours - theirs).std()) / len(ours) ** 0.5
+        rows.append((name, float(theirs.mean()), away, away - half, away + half))
+    return rows
+
+
 def main() -> None:
     """Run what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -166,17 +207,25 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--sheet", type=Path, help="PNG to write")
     parser.add_argument("--rate", action="store_true")
+    parser.add_argument("--statistics", type=int, metavar="SIDE", help="of the model's images")
     arguments = parser.parse_args()
     if arguments.sheet:
         return draw_sheet(arguments.sheet, images_of(None, 1, 160)[0])
     if arguments.rate:
-        photos = [Image.fromarray(image).resize((500, 375 - number)) for number, image in enumerate(load_sample_images().images * 64)]
+        photos = [
+            Image.fromarray(image).resize((500, 375 - number))
+            for number, image in enumerate(load_sample_images().images * 64)
+        ]
         for name, some in (("32 x 32", images_of(arguments.root, 128)), ("500 x 300", photos)):
             timm_rate, batch_rate = rates(some, name == "32 x 32")
             rate = f"timm {timm_rate:.0f} images/s, batch {batch_rate:.0f}, ratio {batch_rate / timm_rate:.2f}"
             sys.stdout.write(f"{name}: {rate}\n")
         return None
     images = images_of(arguments.root, arguments.images)
+    if arguments.statistics:
+        headers = ["feature", "timm", "batch less timm", "95 % from", "to"]
+        sys.stdout.write(tabulate(statistics(images, arguments.statistics), headers, floatfmt=".4g") + "\n")
+        return None
     rows = differences(images)
     sys.stdout.write(
         tabulate(rows, ["operation", "magnitude", "largest difference of 255", "mean"], floatfmt=".4g") + "\n"

@@ -74,8 +74,7 @@ class BatchAugmentation:
     dtype: torch.dtype = torch.float32  # of the arithmetic
 
     @functools.cached_property
-    def policy(self) -> Policy | None:
-        """Read the policy. Raises ConfigError for one that has no batched form."""
+    def _policy(self) -> Policy | None:
         return None if self.options.auto_augment is None else Policy.of(self.options.auto_augment)
 
     def __call__(self, images: Tensor, epoch: int, start: int, cropped: bool = False) -> Float[Tensor, "b 3 s s"]:
@@ -137,9 +136,9 @@ class BatchAugmentation:
 
     def _steps(self, epoch: int, start: int, count: int) -> Iterator[Step]:
         text, strength = self.options.auto_augment, self.options.color_jitter
-        if self.policy is not None and self.policy.layers:
-            numbers = self._uniforms(_POLICY, epoch, start, count, self.policy.layers * DRAWS)
-            yield from self.policy.draw(numbers.reshape(count, -1, DRAWS), self.size)
+        if self._policy is not None and self._policy.layers:
+            numbers = self._uniforms(_POLICY, epoch, start, count, self._policy.layers * DRAWS)
+            yield from self._policy.draw(numbers.reshape(count, -1, DRAWS), self.size)
         if strength and (text is None or "3a" in text):  # as timm has it
             yield from jitter(self._uniforms(_JITTER, epoch, start, count, DRAWS), strength)
 

@@ -1,6 +1,6 @@
 """Change whole batches of images by Pillow's operations, with parameters of its own for each image.
 
-Images are (n, 3, h, w), whole numbers in 0..255 that are held as floats within an operation, on any device. Arithmetic is whole numbers, or single
+Images are (n, 3, h, w) on any device, bytes that are floats within an operation. Arithmetic is whole numbers, or single
 steps of IEEE arithmetic in Pillow's order, so every device makes the same picture.
 """
 
@@ -33,7 +33,7 @@ def change(pixels: UInt8[Tensor, "b 3 h w"], step: Step, geometry: Geometry, dty
     Compiled kernels move pixels and look them up where they can be used; elsewhere the functions below do.
     """
     is_native, rows, kind = pictures.usable(pixels.device, dtype), step.rows, step.kind
-    if is_native and kind in MOVES:
+    if is_native and kind == "move":
         return pictures.move(pixels, rows, step.values, geometry.fill, geometry.interpolation == "bicubic")
     images = pixels.index_select(0, rows).to(dtype)
     if kind in TABLES:
@@ -41,8 +41,8 @@ def change(pixels: UInt8[Tensor, "b 3 h w"], step: Step, geometry: Geometry, dty
         if is_native:
             return pictures.look_up(pixels, rows, tables)
         images = look_up(images, tables)
-    elif kind in MOVES:
-        images = MOVES[kind](images, step.values, geometry)
+    elif kind == "move":
+        images = move(images, step.values, geometry)
     else:
         images = BLENDS[kind](images, step.values)
     pixels.index_copy_(0, rows, images.byte())
@@ -112,32 +112,8 @@ def blur(images: Float[Tensor, "n c h w"], weights: Int64[Tensor, "n 3"]) -> Ten
     return pixels.to(images.dtype)
 
 
-def shift_rows(images: Tensor, matrix: Tensor, geometry: Geometry) -> Tensor:
-    """Shear and move along x, where the matrix does nothing else."""
-    return _shift(images, matrix[:, 1:2], matrix[:, 2:3], geometry)
-
-
-def shift_columns(images: Tensor, matrix: Tensor, geometry: Geometry) -> Tensor:
-    """Shear and move along y, where the matrix does nothing else."""
-    return _shift(images.transpose(2, 3), matrix[:, 3:4], matrix[:, 5:], geometry).transpose(2, 3)
-
-
-def _shift(images: Tensor, slope: Tensor, offset: Tensor, geometry: Geometry) -> Tensor:
-    """Move each row to the left by slope * (its centre) + offset: four neighbours, where `affine` takes sixteen."""
-    high, wide = images.shape[2:]
-    distance = slope * _centres(high, images) + offset
-    whole = distance.floor()
-    taps = _taps((distance - whole).to(images.dtype)[:, None, :, None], geometry)
-    reach = torch.arange(min(taps), wide + max(taps), device=images.device)
-    index = (whole.long()[:, None, :, None] + reach).clamp_(0, wide - 1)
-    near = images.gather(3, index.expand(-1, images.shape[1], -1, -1))
-    moved = _sum(near.narrow(3, offset - min(taps), wide) * weight for offset, weight in taps.items())
-    centre = distance[..., None] + _centres(wide, images)
-    return _filled(moved, (centre >= 0) & (centre < wide), geometry)
-
-
-def affine(images: Tensor, matrix: Tensor, geometry: Geometry) -> Tensor:
-    """Move by any matrix."""
+def move(images: Float[Tensor, "n c h w"], matrix: Float64[Tensor, "n 6"], geometry: Geometry) -> Tensor:
+    """Take the pixel at (x, y) from (a x + b y + c, d x + e y + f), as `Image.transform` does; matrix: a to f."""
     high, wide = images.shape[2:]
     a, b, c, d, e, f = matrix[..., None, None].unbind(1)
     x, y = _centres(wide, images), _centres(high, images)[:, None]
@@ -156,7 +132,9 @@ def affine(images: Tensor, matrix: Tensor, geometry: Geometry) -> Tensor:
         return padded.narrow(2, start, length).gather(2, corner).to(images.dtype).view_as(images)
 
     lines = (_sum(neighbour(y, x).mul_(part) for x, part in columns.items()).mul_(weight) for y, weight in rows.items())
-    return _filled(_sum(lines), inside, geometry)
+    fill = column(geometry.fill, images.dtype, images.device)
+    # Cut off as in Pillow, but a sum that rounding left just below a whole number is that number.
+    return torch.where(inside[:, None], _sum(lines).add_(2**-10).clamp_(0, 255).floor_(), fill)
 
 
 def _neighbours(
@@ -211,12 +189,6 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
     return functools.reduce(Tensor.add_, terms)
 
 
-def _filled(moved: Tensor, inside: Tensor, geometry: Geometry) -> Tensor:
-    fill = column(geometry.fill, moved.dtype, moved.device)
-    # Cut off as in Pillow, but a sum that rounding left just below a whole number is that number.
-    return torch.where(inside[:, None], moved.add_(2**-10).clamp_(0, 255).floor_(), fill)
-
-
 TABLES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "table": lambda _, tables: tables[:, None],
     "contrast": contrast,
@@ -226,10 +198,3 @@ TABLES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 """Map operations on single values to functions of images, and a row of values for each, that return tables."""
 BLENDS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"color": color, "sharpness": sharpness, "blur": blur}
 """Map operations to functions of images, and values for each, that return images."""
-MOVES: Mapping[str, Callable[[Tensor, Tensor, Geometry], Tensor]] = {
-    "shift_rows": shift_rows,
-    "shift_columns": shift_columns,
-    "affine": affine,
-}
-"""Map operations that take the pixel at (x, y) from (a x + b y + c, d x + e y + f) to functions of images, matrices
-(n, 6) of a to f, and geometry, that return images as `Image.transform` makes them."""

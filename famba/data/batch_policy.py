@@ -37,7 +37,7 @@ _VALUES = np.arange(256)
 class Step:
     """Says which images go through an operation, and with which parameters."""
 
-    kind: str  # a key of one of the maps at the end of `batch_operations`
+    kind: str  # "move", or a key of one of the maps at the end of `batch_operations`
     rows: Tensor  # int64 (n,), the images' numbers in the batch
     values: Tensor  # (n, ...), a row for each image
 
@@ -71,10 +71,7 @@ def rotations(degrees: Array, size: int) -> Float64[np.ndarray, "n 6"]:
     """Return the matrices that rotate size x size images counter-clockwise about their centre."""
     angle = -np.radians(degrees)
     cos, sin, middle = np.cos(angle).round(15), np.sin(angle).round(15), size / 2
-    return np.stack(
-        [cos, sin, middle - middle * (cos + sin), -sin, cos, middle + middle * (sin - cos)],
-        axis=1,
-    )
+    return np.stack([cos, sin, middle - middle * (cos + sin), -sin, cos, middle + middle * (sin - cos)], axis=1)
 
 
 def _posterize(bits: Array) -> Array:
@@ -100,24 +97,12 @@ class _Drawn(NamedTuple):
     size: int
 
 
-def _nothing(drawn: _Drawn) -> Array:
-    return np.zeros((len(drawn.level), 0))
-
-
 def _enhanced(drawn: _Drawn) -> Array:
     return drawn.level * 1.8 + 0.1
 
 
 def _enhanced_increasing(drawn: _Drawn) -> Array:
     return np.maximum(0.1, 1 + drawn.signed * 0.9)
-
-
-def _bits(drawn: _Drawn) -> Array:
-    return np.trunc(drawn.level * 4)
-
-
-def _threshold(drawn: _Drawn) -> Array:
-    return np.minimum(256, np.trunc(drawn.level * 256))
 
 
 def _matrix(place: int, amount: Array) -> Array:
@@ -127,15 +112,15 @@ def _matrix(place: int, amount: Array) -> Array:
 
 
 BY_NAME: Mapping[str, tuple[str, Callable[[_Drawn], Array]]] = {
-    "AutoContrast": ("autocontrast", _nothing),
-    "Equalize": ("equalize", _nothing),
+    "AutoContrast": ("autocontrast", lambda drawn: drawn.level),
+    "Equalize": ("equalize", lambda drawn: drawn.level),
     "Invert": ("table", lambda drawn: _solarize(drawn.level * 0)),
-    "Rotate": ("affine", lambda drawn: rotations(drawn.signed * 30, drawn.size)),
-    "Posterize": ("table", lambda drawn: _posterize(_bits(drawn))),
-    "PosterizeIncreasing": ("table", lambda drawn: _posterize(4 - _bits(drawn))),
-    "PosterizeOriginal": ("table", lambda drawn: _posterize(4 + _bits(drawn))),
-    "Solarize": ("table", lambda drawn: _solarize(_threshold(drawn))),
-    "SolarizeIncreasing": ("table", lambda drawn: _solarize(256 - _threshold(drawn))),
+    "Rotate": ("move", lambda drawn: rotations(drawn.signed * 30, drawn.size)),
+    "Posterize": ("table", lambda drawn: _posterize(np.trunc(drawn.level * 4))),
+    "PosterizeIncreasing": ("table", lambda drawn: _posterize(4 - np.trunc(drawn.level * 4))),
+    "PosterizeOriginal": ("table", lambda drawn: _posterize(4 + np.trunc(drawn.level * 4))),
+    "Solarize": ("table", lambda drawn: _solarize(np.trunc(drawn.level * 256))),
+    "SolarizeIncreasing": ("table", lambda drawn: _solarize(256 - np.trunc(drawn.level * 256))),
     "SolarizeAdd": ("table", lambda drawn: _solarize_add(np.minimum(128, np.trunc(drawn.level * 110)))),
     "Color": ("color", _enhanced),
     "ColorIncreasing": ("color", _enhanced_increasing),
@@ -145,10 +130,10 @@ BY_NAME: Mapping[str, tuple[str, Callable[[_Drawn], Array]]] = {
     "BrightnessIncreasing": ("table", lambda drawn: brightness_tables(_enhanced_increasing(drawn))),
     "Sharpness": ("sharpness", _enhanced),
     "SharpnessIncreasing": ("sharpness", _enhanced_increasing),
-    "ShearX": ("shift_rows", lambda drawn: _matrix(1, drawn.signed * 0.3)),
-    "ShearY": ("shift_columns", lambda drawn: _matrix(3, drawn.signed * 0.3)),
-    "TranslateXRel": ("shift_rows", lambda drawn: _matrix(2, drawn.signed * 0.45 * drawn.size)),
-    "TranslateYRel": ("shift_columns", lambda drawn: _matrix(5, drawn.signed * 0.45 * drawn.size)),
+    "ShearX": ("move", lambda drawn: _matrix(1, drawn.signed * 0.3)),
+    "ShearY": ("move", lambda drawn: _matrix(3, drawn.signed * 0.3)),
+    "TranslateXRel": ("move", lambda drawn: _matrix(2, drawn.signed * 0.45 * drawn.size)),
+    "TranslateYRel": ("move", lambda drawn: _matrix(5, drawn.signed * 0.45 * drawn.size)),
     "Desaturate": ("color", lambda drawn: 1 - np.clip(0.5 + drawn.level * 0.5, 0.5, 1)),
     "GaussianBlur": ("blur", lambda drawn: blur_weights(np.clip(0.1 + drawn.level * 1.9, 0.1, 2))),
     "GaussianBlurRand": (

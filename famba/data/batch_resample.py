@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Float64, UInt8
+from jaxtyping import Bool, Float64, UInt8
 from torch import Tensor
 
 from famba.ops.native import pictures
@@ -100,7 +100,9 @@ def resize_and_crop(
     for source in images.shape[2:]:
         scaled = int(side * source / min(images.shape[2:]))
         numbers = (0, source, round((scaled - size) / 2) + 0.5, 1)
-        spans.append((torch.cat([torch.full((1, 1), x, dtype=torch.float64, device=images.device) for x in numbers], 1), scaled))
+        spans.append(
+            (torch.cat([torch.full((1, 1), x, dtype=torch.float64, device=images.device) for x in numbers], 1), scaled)
+        )
     rows, columns = spans
     return _resample(images, rows, columns, size, interpolation, torch.float32)
 

@@ -159,16 +159,15 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 @cache
-def image_suffixes() -> frozenset[str]:
-    """Return the endings, in lower case and with the dot, of the files that Pillow decodes here."""
+def _suffixes() -> frozenset[str]:
     Image.init()
     kinds = Image.registered_extensions().items()
     return frozenset(suffix for suffix, kind in kinds if kind in Image.OPEN and kind not in _NOT_DECODED)
 
 
 def is_image(name: str) -> bool:
-    """Return whether a file's name ends as those of images do."""
-    return os.path.splitext(name)[1].lower() in image_suffixes()
+    """Return whether a file's name ends as those of images that Pillow decodes here."""
+    return os.path.splitext(name)[1].lower() in _suffixes()
 
 
 def is_hidden(name: str) -> bool:
@@ -189,5 +188,5 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return the first few names in order; file systems hold names that are no text, and a log cannot."""
+    """Return the first few names in order, of which those that are no text become text."""
     return some([os.fsencode(name).decode(errors="replace") for name in in_order(names)])

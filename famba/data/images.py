@@ -35,10 +35,8 @@ class Reading:
         if self.version not in (1, 2):
             raise ConfigError(f"version is {self.version}; allowed: 2, or 1 to read as Famba 0.1 did.", "version")
         if _colour(self.background) != (255, 255, 255) and self.version == 1:
-            said = (
-                f"background is {self.background!r}, but version 1 drops transparency; leave it out, or use version 2."
-            )
-            raise ConfigError(said, "background")
+            said = f"background is {self.background!r}, but version 1 drops transparency"
+            raise ConfigError(f"{said}; leave it out, or use version 2.", "background")
 
     @property
     def colour(self) -> Colour | None:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from famba.ops.native.library import Lookup, Motion, Scaling, call, obstacle
 
-
 Span: TypeAlias = tuple[Tensor, int]
 """What is scaled along an axis: float64 (b, 4) or (1, 4), and its length when it is scaled."""
 
@@ -36,7 +35,7 @@ def resample(images: Tensor, rows: Span, columns: Span, size: int, bicubic: bool
 def move(images: Tensor, rows: Tensor, matrices: Tensor, fill: tuple[int, int, int], bicubic: bool) -> None:
     """Take the pixel at (x, y) from (a x + b y + c, d x + e y + f), or from the fill, in the images at `rows`.
 
-    images: contiguous uint8 (b, 3, h, w), changed in place. rows: int64 (n,), each once. matrices: float64 (n, 6), a to f.
+    images: contiguous uint8 (b, 3, h, w), changed in place. rows: int64 (n,), each once. matrices: float64 (n, 6).
     """
     height, width = images.shape[2:]
     sizes = {"count": len(rows), "height": height, "width": width, "bicubic": bicubic}
