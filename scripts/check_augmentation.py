@@ -28,8 +28,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 
 from famba.data import ArraySource, Augmentation, load_splits
-from famba.data.augment import AugmentationOptions, timm_transform
-from famba.data.batch_augment import BatchAugmentation
+from famba.data.augment import AugmentationOptions, BatchAugmentation, timm_transform
 from famba.data.batch_operations import Geometry, change
 from famba.data.batch_policy import BY_NAME, DRAWS, Policy
 from famba.data.batch_resample import BOX_DRAWS, crop, random_boxes, resize_and_crop

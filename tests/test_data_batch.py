@@ -23,8 +23,13 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 
 from famba.data import ArraySource, Augmentation
-from famba.data.augment import AugmentationOptions, Normalize, evaluation_transform, training_transform
-from famba.data.batch_augment import BatchAugmentation
+from famba.data.augment import (
+    AugmentationOptions,
+    BatchAugmentation,
+    Normalize,
+    evaluation_transform,
+    training_transform,
+)
 from famba.data.batch_operations import Geometry, change
 from famba.data.batch_policy import BY_NAME, DRAWS, Policy, jitter
 from famba.data.batch_resample import BOX_DRAWS, crop, random_boxes, resize_and_crop

@@ -38,8 +38,8 @@ class MicroBatch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class EpochSampler:
-    """Draws the order of each epoch, and says which images this process loads at which step.
+class TrainBatches:
+    """Gives the training batches of one process, in an order drawn for each epoch.
 
     Micro-batch m of process r in step s holds the positions from s * batch_size + (m * world_size + r) * micro_batch
     on. Images that do not fill a step are left out, others in each epoch. Raises ConfigError where numbers do not fit.
@@ -54,6 +54,7 @@ class EpochSampler:
     # Times that an image comes up, in different processes with different augmentation (Hoffer et al. 2020, "Augment
     # your batch"), while an epoch stays as long as without; acts only where world_size is above 1, as in DeiT.
     repeats: int
+    load: _Batches
 
     def __post_init__(self) -> None:
         names = ("batch_size", "accumulation", "world_size", "repeats")
@@ -65,7 +66,7 @@ class EpochSampler:
         if self.batch_size % unit:
             raise ConfigError(f"batch_size is {self.batch_size}, but must be {fits}.", "batch_size")
         if self.batch_size > self.length or self.steps_per_epoch == 0:
-            largest = min(self.length, self._images_per_process() * self.world_size)
+            largest = min(self.length, self._own_images * self.world_size)
             said = f"batch_size {self.batch_size} does not fit into the {self.length} training images"
             raise ConfigError(f"{said}: at most {largest}, and {fits}.", "batch_size")
 
@@ -76,23 +77,34 @@ class EpochSampler:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Return the number of whole steps in an epoch."""
-        repeating = self._repeating
-        own = self.length // self.world_size if repeating is None else repeating.num_selected_samples
-        return own // (self.micro_batch * self.accumulation)
+        """Return the number of whole steps in every epoch."""
+        return self._own_images // (self.micro_batch * self.accumulation)
 
-    def micro_batches(self, epoch: int, start_step: int) -> Iterator[MicroBatch]:
-        """Yield this process's micro-batches of an epoch from a step on."""
-        indices, size = self._indices(epoch), self.micro_batch
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
+        """Yield the micro-batches of an epoch from a step on, `accumulation` for each step.
+
+        Workers end with the generator, also when it is closed early. Raises ConfigError where there is no such step;
+        DataError on the way, where an image cannot be read.
+        """
+        if epoch < 0 or not 0 <= start_step <= self.steps_per_epoch:
+            there = f"epochs count from 0, each has {self.steps_per_epoch} steps"
+            raise ConfigError(f"there is no step {start_step} in epoch {epoch}: {there}.")
+        indices, size, parts = self._indices(epoch), self.micro_batch, []
         for number in range(start_step * self.accumulation, self.steps_per_epoch * self.accumulation):
             start = (number * self.world_size + self.rank) * size
-            yield MicroBatch(epoch, start, indices[number * size : (number + 1) * size])
+            parts.append(MicroBatch(epoch, start, indices[number * size : (number + 1) * size]))
+        return self.load(parts)
 
     @cached_property
     def _repeating(self) -> RepeatAugSampler | None:
         if self.repeats == 1 or self.world_size == 1:
             return None
         return RepeatAugSampler(range(self.length), self.world_size, self.rank, num_repeats=self.repeats)
+
+    @property
+    def _own_images(self) -> int:
+        repeating = self._repeating
+        return self.length // self.world_size if repeating is None else repeating.num_selected_samples
 
     def _indices(self, epoch: int) -> npt.NDArray[np.int64]:
         if self._repeating is None:
@@ -145,11 +157,11 @@ def train_batches(
     A step depends on (seed, epoch, step) and the numbers below, never on what ran before, nor on `workers`; with
     `repeats` 1 the processes together see the same images and augmentation however many they are.
 
-    seed: of order and augmentation. seed to repeats: as in `EpochSampler`. Raises ConfigError where they do not fit.
+    seed: of order and augmentation. seed to repeats: as in `TrainBatches`. Raises ConfigError where they do not fit.
     """
-    sampler = EpochSampler(len(source), seed, batch_size, accumulation, loading.rank, loading.world_size, repeats)
     transform = training_transform(augmentation, loading.image_size, Normalize(loading.mean, loading.std), seed)
-    return TrainBatches(sampler, _Batches(source, transform, loading))
+    numbers = (len(source), seed, batch_size, accumulation, loading.rank, loading.world_size, repeats)
+    return TrainBatches(*numbers, _Batches(source, transform, loading))
 
 
 def eval_batches(source: Source, augmentation: Augmentation, loading: Loading, batch_size: int) -> EvalBatches:
@@ -178,30 +190,6 @@ class EvalBatches:
 
     def __iter__(self) -> Generator[Batch, None, None]:
         return self.load(self.parts)
-
-
-@dataclass(frozen=True)
-class TrainBatches:
-    """Gives the training batches of one process."""
-
-    sampler: EpochSampler
-    load: _Batches
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Return the number of steps in every epoch."""
-        return self.sampler.steps_per_epoch
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
-        """Yield the micro-batches of an epoch from a step on, `accumulation` for each step.
-
-        Workers end with the generator, also when it is closed early. Raises ConfigError where there is no such step;
-        DataError on the way, where an image cannot be read.
-        """
-        if epoch < 0 or not 0 <= start_step <= self.steps_per_epoch:
-            there = f"epochs count from 0, each has {self.steps_per_epoch} steps"
-            raise ConfigError(f"there is no step {start_step} in epoch {epoch}: {there}.")
-        return self.load(list(self.sampler.micro_batches(epoch, start_step)))
 
 
 @dataclass(frozen=True)
