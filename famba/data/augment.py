@@ -377,14 +377,10 @@ def _cropped(whole: BatchAugmentation, normalize: Normalize, images: Tensor, epo
     """Pad-crop, flip, scale and normalise uint8 (b, 3, h, w), on a CPU bit by bit as Famba 0.1."""
     size, padding = whole.size, whole.options.crop_padding or 0
     draws = whole.draw(epoch, start, len(images), *images.shape[2:]).to(images.device)
-    down, right = draws.boxes[:, :2].long().T[..., None]
-    row, across = (torch.arange(side, device=images.device) for side in images.shape[2:])
-    mirrored = right + torch.where(draws.flip[:, None], across.flip(0), across)
-    number, channel = (torch.arange(n, device=images.device) for n in images.shape[:2])
-    padded = F.pad(images, (padding,) * 4)
-    cropped = padded[
-        number[:, None, None, None], channel[:, None, None], (down + row)[:, None, :, None], mirrored[:, None, None]
-    ]
+    down, right = draws.boxes[:, :2].long().T
+    windows = F.pad(images, (padding,) * 4).unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)
+    cropped = windows[torch.arange(len(images), device=images.device), :, down, right]
+    cropped = torch.where(draws.flip.view(-1, 1, 1, 1), cropped.flip(-1), cropped)
     if cropped.shape[2:] != (size, size):
         scaled = vision.resize(_without_ends(cropped).float(), size, InterpolationMode(whole.options.interpolation))
         cropped = vision.center_crop(scaled.clamp(0, 255), [size, size])  # bicubic weights overshoot at edges

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float64, UInt8
 from torch import Tensor
 
+from famba.data.batch_operations import column
 from famba.ops.native import pictures
 
 _SUPPORT = {"bilinear": 1, "bicubic": 2}
@@ -100,11 +101,8 @@ def resize_and_crop(
     for source in images.shape[2:]:
         scaled = int(side * source / min(images.shape[2:]))
         numbers = (0, source, round((scaled - size) / 2) + 0.5, 1)
-        spans.append(
-            (torch.cat([torch.full((1, 1), x, dtype=torch.float64, device=images.device) for x in numbers], 1), scaled)
-        )
-    rows, columns = spans
-    return _resample(images, rows, columns, size, interpolation, torch.float32)
+        spans.append((column(numbers, torch.float64, images.device).view(1, 4), scaled))
+    return _resample(images, *spans, size, interpolation, torch.float32)
 
 
 def _weights(span: pictures.Span, size: int, source: int, interpolation: str) -> Float64[Tensor, "b s n"]:
@@ -133,12 +131,7 @@ def _cubic(x: Tensor) -> Tensor:
 
 
 def _resample(
-    images: UInt8[Tensor, "b c h w"],
-    rows: pictures.Span,
-    columns: pictures.Span,
-    size: int,
-    interpolation: str,
-    dtype: torch.dtype,
+    images: Tensor, rows: pictures.Span, columns: pictures.Span, size: int, interpolation: str, dtype: torch.dtype
 ) -> UInt8[Tensor, "b c s s"]:
     """Apply the weights of columns, round, then those of rows, and round again, as Pillow does.
 

@@ -7,7 +7,6 @@ import logging
 import os
 import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets import utils as torchvision_utils
 
 from famba.data.images import Colour, Reading, decode_rgb, naming
-from famba.data.sources import ArraySource, Labels, Source, Splits, check_labels, check_num_classes
+from famba.data.sources import ArraySource, LazySource, Source, Splits, check_labels, check_num_classes
 from famba.errors import ConfigError, DataError, near_miss, some
 
 _SIDE = 32  # pixels
@@ -189,22 +188,10 @@ def _read_parquet(name: str, paths: list[Path], background: Colour | None) -> Ar
     return _in_memory(np.stack(images), labels, classes)
 
 
-@dataclass(frozen=True, eq=False)
-class HubSource:
-    """Gives the images of timm's reader of the hub, whose own ImageDataset skips those that are broken."""
-
-    reader: Any
-    labels: Labels
-    num_classes: int
-    background: Colour | None  # as in `images.to_rgb`
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def image(self, index: int) -> Image.Image:
-        """Return an RGB image; DataError naming its file where it cannot be read."""
-        with naming(lambda: self.reader.filename(index, absolute=True)), self.reader[index][0] as file:
-            return decode_rgb(file, self.background)
+def _read_hub(reader: Any, background: Colour | None, index: int) -> Image.Image:
+    # timm's own ImageDataset skips images that are broken.
+    with naming(lambda: reader.filename(index, absolute=True)), reader[index][0] as file:
+        return decode_rgb(file, background)
 
 
 def load_named(name: str, root: Path | None, num_classes: int | None, reading: Reading) -> Splits:
@@ -244,4 +231,4 @@ def _open(
         raise ConfigError(f"data {name!r} does not say how many classes it has: set num_classes.", "num_classes")
     labels = np.asarray(reader.dataset[reader.label_key][:])
     labels = check_labels(labels, count, lambda index: reader.filename(index, absolute=True))
-    return HubSource(reader, labels, count, reading.colour), classes
+    return LazySource(partial(_read_hub, reader, reading.colour), range(len(labels)), labels, count), classes
