@@ -89,11 +89,9 @@ class Augmentation(AugmentationOptions):
             said = f"crop_padding is {self.crop_padding!r}, but augmentation 'timm' does not use it"
             raise ConfigError(f"{said}: set it to null, or use the other one.", "crop_padding")
         if self.kind == "batch" and self.crop_padding == 0 and self.changes_pixels:
-            raise ConfigError(
-                "crop_padding is 0, which is no crop at all, but auto_augment, color_jitter or random_erasing is on: "
-                "set it to null for timm's random resized crop, or to a number of pixels above 0.",
-                "crop_padding",
-            )
+            said = "crop_padding is 0, which is no crop at all, but auto_augment, color_jitter or random_erasing is on"
+            advice = "set it to null for timm's random resized crop, or to a number of pixels above 0"
+            raise ConfigError(f"{said}: {advice}.", "crop_padding")
         timm_transform(self, 8, (0.5,) * 3, (0.5,) * 3)  # a wrong policy shows here, before any work
         if self.kind == "batch" and self.auto_augment is not None:
             Policy.of(self.auto_augment)
@@ -160,8 +158,7 @@ class Normalize:
         return (images.float() - mean).div_(std)
 
 
-@dataclass(frozen=True)
-class Erasing:
+class Erasing(NamedTuple):
     """Holds n erased boxes."""
 
     rows: Tensor  # int64 (n,), the images' numbers in the batch
@@ -170,20 +167,13 @@ class Erasing:
     starts: Tensor  # int64 (n,), where the noise of the image starts in the table
 
 
-@dataclass(frozen=True)
-class Draws:
+class Draws(NamedTuple):
     """Holds all that is drawn for a batch of b images."""
 
     boxes: Float64[Tensor, "b 4"]  # top, left, height, width in pixels, from the padding's corner
     flip: Bool[Tensor, " b"]
     steps: tuple[Step, ...]  # in their order
     erasing: Erasing | None
-
-    def to(self, device: torch.device) -> Draws:
-        """Return the same on a device, without waiting for it."""
-        boxes, flip = sent(self.boxes, device), sent(self.flip, device)
-        erasing = self.erasing and Erasing(*(sent(x, device) for x in vars(self.erasing).values()))
-        return Draws(boxes, flip, tuple(step.to(device) for step in self.steps), erasing)
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +201,7 @@ class BatchAugmentation:
         padding, interpolation = self.options.crop_padding or 0, self.options.interpolation
         for first in range(0, len(images), at_once):
             part, out = images[first : first + at_once], done[first : first + at_once]
-            draws = self.draw(epoch, start + first, len(part), *part.shape[2:]).to(images.device)
+            draws = sent(self.draw(epoch, start + first, len(part), *part.shape[2:]), images.device)
             box = draws.boxes, draws.flip, self.size
             pixels = part.clone() if cropped else crop(part, *box, interpolation, padding, self.dtype)
             self._finish(pixels, draws, out)
@@ -376,7 +366,7 @@ def _each(
 def _cropped(whole: BatchAugmentation, normalize: Normalize, images: Tensor, epoch: int, start: int) -> Tensor:
     """Pad-crop, flip, scale and normalise uint8 (b, 3, h, w), on a CPU bit by bit as Famba 0.1."""
     size, padding = whole.size, whole.options.crop_padding or 0
-    draws = whole.draw(epoch, start, len(images), *images.shape[2:]).to(images.device)
+    draws = sent(whole.draw(epoch, start, len(images), *images.shape[2:]), images.device)
     down, right = draws.boxes[:, :2].long().T
     windows = F.pad(images, (padding,) * 4).unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)
     cropped = windows[torch.arange(len(images), device=images.device), :, down, right]

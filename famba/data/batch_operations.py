@@ -40,19 +40,13 @@ def change(pixels: UInt8[Tensor, "b 3 h w"], step: Step, geometry: Geometry, dty
         tables = TABLES[kind](images, step.values)
         if is_native:
             return pictures.look_up(pixels, rows, tables)
-        images = look_up(images, tables)
+        images = tables.expand(-1, 3, -1).gather(2, images.flatten(2).long()).view_as(images)
     elif kind == "move":
         images = move(images, step.values, geometry)
     else:
         images = BLENDS[kind](images, step.values)
     pixels.index_copy_(0, rows, images.byte())
     return None
-
-
-def look_up(images: Float[Tensor, "n c h w"], tables: UInt8[Tensor, "n _ 256"]) -> UInt8[Tensor, "n c h w"]:
-    """Replace every value by its entry in a table, of the image or of the channel."""
-    tables = tables.expand(-1, images.shape[1], -1)
-    return tables.gather(2, images.flatten(2).long()).view_as(images)
 
 
 def equalize(images: Float[Tensor, "n c h w"], _: Tensor) -> UInt8[Tensor, "n c 256"]:
@@ -119,12 +113,12 @@ def move(images: Float[Tensor, "n c h w"], matrix: Float64[Tensor, "n 6"], geome
     x, y = _centres(wide, images), _centres(high, images)[:, None]
     across, down = a * x + b * y + c, d * x + e * y + f
     inside = (across >= 0) & (across < wide) & (down >= 0) & (down < high)
-    (column, columns), (row, rows) = (
+    (first_x, columns), (first_y, rows) = (
         _neighbours(*pair, geometry, images.dtype) for pair in ((across, wide), (down, high))
     )
     # Neighbours are at the same distance in memory for all pixels, so one index serves all sixteen; bytes fit a cache.
     padded = F.pad(images, (2,) * 4, mode="replicate").byte().flatten(2)
-    corner = ((row + 1) * (wide + 4) + column + 1).flatten(1)[:, None].expand(-1, images.shape[1], -1)
+    corner = ((first_y + 1) * (wide + 4) + first_x + 1).flatten(1)[:, None].expand(-1, images.shape[1], -1)
     length = padded.shape[2] - 3 * (wide + 5)
 
     def neighbour(below: int, right: int) -> Tensor:

@@ -20,36 +20,27 @@ from scipy.special import ndtri
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from torch import Tensor
 
-from famba.data.draws import sent
 from famba.errors import ConfigError
 
 Array: TypeAlias = npt.NDArray[Any]
 
-DRAWS = 4
-"""Uniform numbers that one operation takes: for its choice, whether it acts, its magnitude, and its sign."""
-
+DRAWS = 4  # uniform numbers that one operation takes: for its choice, whether it acts, its magnitude, and its sign
 _NAMED = ("v0", "v0r", "original", "originalr", "3a")
 _LEVELS = 10.0  # magnitudes count from 0 to this
 _VALUES = np.arange(256)
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """Says which images go through an operation, and with which parameters."""
 
     kind: str  # "move", or a key of one of the maps at the end of `batch_operations`
     rows: Tensor  # int64 (n,), the images' numbers in the batch
     values: Tensor  # (n, ...), a row for each image
 
-    def to(self, device: torch.device) -> Step:
-        """Return the same on a device."""
-        return Step(self.kind, sent(self.rows, device), sent(self.values, device))
-
 
 def brightness_tables(factor: Array) -> Array:
     """Return tables, uint8 (n, 256), that scale values by a factor as `ImageEnhance.Brightness` does."""
-    scaled = factor.astype(np.float32)[:, None] * _VALUES.astype(np.float32)
-    return scaled.clip(0, 255).astype(np.uint8)
+    return (factor.astype(np.float32)[:, None] * _VALUES.astype(np.float32)).clip(0, 255).astype(np.uint8)
 
 
 def blur_weights(radius: Array) -> Int64[np.ndarray, "n 3"]:
@@ -136,10 +127,7 @@ BY_NAME: Mapping[str, tuple[str, Callable[[_Drawn], Array]]] = {
     "TranslateYRel": ("move", lambda drawn: _matrix(5, drawn.signed * 0.45 * drawn.size)),
     "Desaturate": ("color", lambda drawn: 1 - np.clip(0.5 + drawn.level * 0.5, 0.5, 1)),
     "GaussianBlur": ("blur", lambda drawn: blur_weights(np.clip(0.1 + drawn.level * 1.9, 0.1, 2))),
-    "GaussianBlurRand": (
-        "blur",
-        lambda drawn: blur_weights(0.1 + (2 * np.clip(drawn.level, 0, 1) - 0.1) * drawn.uniform),
-    ),
+    "GaussianBlurRand": ("blur", lambda drawn: blur_weights(0.1 + (2 * drawn.level.clip(0, 1) - 0.1) * drawn.uniform)),
 }
 
 
@@ -168,17 +156,11 @@ class Policy:
         layers, weights = (len(groups[0]), None) if tied else (transform.num_layers, transform.choice_weights)
         if weights is not None and layers > len(weights):
             raise _unknown(text, f"it draws {layers} of {len(weights)} operations without repetition")
-        one = operations[0]
-        return cls(
-            tuple(operation.name for operation in operations),
-            np.array([operation.prob for operation in operations]),
-            np.array([operation.magnitude for operation in operations], dtype=np.float64),
-            one.magnitude_std,
-            one.magnitude_max or _LEVELS,
-            layers,
-            weights,
-            tied,
-        )
+        names = tuple(operation.name for operation in operations)
+        probability = np.array([operation.prob for operation in operations])
+        magnitude = np.array([operation.magnitude for operation in operations], dtype=np.float64)
+        spread, upper = operations[0].magnitude_std, operations[0].magnitude_max or _LEVELS
+        return cls(names, probability, magnitude, spread, upper, layers, weights, tied)
 
     def choose(self, uniform: Float64[np.ndarray, "b l {DRAWS}"]) -> tuple[Array, Array, Array]:
         """Return operations, their numbers in `names`; whether they act; and their magnitudes: (b, l) each."""

@@ -20,12 +20,9 @@ from torch import Tensor
 from famba.data.batch_operations import column
 from famba.ops.native import pictures
 
-_SUPPORT = {"bilinear": 1, "bicubic": 2}
-_KERNELS = {"bilinear": lambda x: (1 - x).clamp_(min=0), "bicubic": lambda x: _cubic(x)}
+_KERNELS = {"bilinear": (1, lambda x: (1 - x).clamp_(min=0)), "bicubic": (2, lambda x: _cubic(x))}
 _ATTEMPTS = 10
-BOX_DRAWS = 2 * _ATTEMPTS + 2
-"""Uniform numbers that one random box takes."""
-
+BOX_DRAWS = 2 * _ATTEMPTS + 2  # uniform numbers that one random box takes
 _AREA, _LOG_ASPECT = (0.08, 1.0), (math.log(3 / 4), math.log(4 / 3))
 
 
@@ -97,12 +94,12 @@ def resize_and_crop(
     images: UInt8[Tensor, "b c h w"], side: int, size: int, interpolation: str
 ) -> UInt8[Tensor, "b c {size} {size}"]:
     """Scale the shorter side to `side` pixels, at least `size`, and cut out the centre."""
-    spans = []
+    spans: list[pictures.Span] = []
     for source in images.shape[2:]:
         scaled = int(side * source / min(images.shape[2:]))
         numbers = (0, source, round((scaled - size) / 2) + 0.5, 1)
         spans.append((column(numbers, torch.float64, images.device).view(1, 4), scaled))
-    return _resample(images, *spans, size, interpolation, torch.float32)
+    return _resample(images, spans[0], spans[1], size, interpolation, torch.float32)
 
 
 def _weights(span: pictures.Span, size: int, source: int, interpolation: str) -> Float64[Tensor, "b s n"]:
@@ -111,14 +108,14 @@ def _weights(span: pictures.Span, size: int, source: int, interpolation: str) ->
     The kernel widens where it shrinks, and sees nothing outside of the extent.
     """
     (start, extent, place, step), scaled = span[0].T[..., None], span[1]
-    support = _SUPPORT[interpolation]
+    support, kernel = _KERNELS[interpolation]
     taps = min(source, 2 * math.ceil(support * max(1.0, source / scaled)) + 1)
     scale = extent / extent.new_full((), scaled)  # a tensor: CUDA divides by a number inexactly
     widened = scale.clamp(min=1)
     centre = start + (place + step * torch.arange(size, device=start.device)) * scale
     first = (centre - support * widened).floor().clamp(0, source - taps)
     pixel = first[..., None] + torch.arange(taps, device=start.device)
-    weight = _KERNELS[interpolation](((pixel + 0.5 - centre[..., None]) / widened[..., None]).abs())
+    weight = kernel(((pixel + 0.5 - centre[..., None]) / widened[..., None]).abs())
     weight = weight * ((pixel >= start[..., None]) & (pixel < (start + extent)[..., None]))
     full = weight.new_zeros(*weight.shape[:-1], source)
     return full.scatter_(-1, pixel.long(), weight / weight.sum(-1, keepdim=True))

@@ -13,9 +13,7 @@ from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from famba.errors import ConfigError, DataError, near_miss
 
-Colour: TypeAlias = tuple[int, int, int]
-"""Red, green and blue in 0..255."""
-
+Colour: TypeAlias = tuple[int, int, int]  # red, green and blue in 0..255
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _MIN_IS_WHITE = 258, 262, 0  # two tags, and a value of the second
 
 

@@ -18,8 +18,7 @@ from famba.errors import ConfigError, DataError, near_miss
 
 LOADERS: dict[str, Callable[[Path | None, int | None], Splits]] = {}
 """Map names of data sets that were added to Famba's own to functions of data.root and data.num_classes."""
-PUBLISHED = tuple(NUM_CLASSES)
-"""Data sets that are the same wherever their files lie."""
+PUBLISHED = tuple(NUM_CLASSES)  # data sets that are the same wherever their files lie
 
 
 def load_splits(
