@@ -42,7 +42,7 @@ _ATTEMPTS = 10
 _ERASING_DRAWS = 1 + 2 * _ATTEMPTS + 2 + 3  # whether, sizes, place, colour
 _ERASED_AREA, _LOG_ERASED_ASPECT = (0.02, 1 / 3), (math.log(0.3), math.log(1 / 0.3))
 _NOISE_STARTS = 2**20  # places at which the noise of an image may start in the table
-_AT_ONCE = 64  # images whose values stay near a processor
+_AT_ONCE = 64  # images on a CPU: larger intermediate results are given back to the system, and cost new pages
 _LONGEST = 8  # times the shorter side that an image is scaled at
 _NUMBER = r"\d{1,2}(\.\d+)?"
 # timm's settings, with whole numbers where it reads whole numbers. More than 99 operations on an image is a slip.

@@ -24,8 +24,7 @@ from famba.data.sources import ArraySource, LazySource, Source, Splits, check_la
 from famba.errors import ConfigError, DataError, near_miss, some
 
 _SIDE = 32  # pixels
-# Readers of torchvision's, which know the MD5 sums of the published files.
-CIFAR: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}  # torchvision knows the MD5 sums of the published files
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10}  # where the name alone tells them, as below
 _LABELS = {"cifar10": "label", "cifar100": "fine_label"}  # columns of the parquet files
 TRAINING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "digits": 1437}
