@@ -105,7 +105,7 @@ def differences(images: list[Image.Image]) -> list[tuple[str, float, float, floa
         )
     pairs += [(name, magnitude, both(name, magnitude, images)) for name in BY_NAME for magnitude in _MAGNITUDES]
     for name, magnitude, (ours, theirs) in pairs:
-        away = (ours.int() - theirs).abs()
+        away = (ours.float() - theirs).abs()
         rows.append((name, magnitude, float(away.max()), float(away.mean())))
     return rows
 

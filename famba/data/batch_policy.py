@@ -75,8 +75,7 @@ def _solarize(threshold: Array) -> Array:
 
 
 def _solarize_add(added: Array) -> Array:
-    more = np.minimum(255, _VALUES + added.astype(np.int64)[:, None])
-    return np.where(_VALUES < 128, more, _VALUES).astype(np.uint8)
+    return np.where(_VALUES < 128, (_VALUES + added.astype(np.int64)[:, None]).clip(max=255), _VALUES).astype(np.uint8)
 
 
 class _Drawn(NamedTuple):
