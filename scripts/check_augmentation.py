@@ -2,7 +2,8 @@
 
     python scripts/check_augmentation.py --root data            # each operation on 1,000 images, as a table
     python scripts/check_augmentation.py --sheet operations.png # each operation at three magnitudes beside timm's
-    python scripts/check_augmentation.py --rate                 # images per second, 32 x 32 to 224 x 224, recipe=paper
+    python scripts/check_augmentation.py --rate                 # images per second of a core, recipe=paper at 224
+    python scripts/check_augmentation.py --statistics 32        # of what comes out, with 95 % intervals, recipe=paper
 
 Without a folder of CIFAR-100 the images are crops of the photographs that scikit-learn ships.
 """
@@ -13,7 +14,6 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -28,9 +28,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 
 from famba.data import ArraySource, Augmentation, load_splits
-from famba.data.augment import AugmentationOptions, timm_transform
-from famba.data.batch_augment import BatchAugmentation
-from famba.data.batch_operations import OPERATIONS, Geometry
+from famba.data.augment import AugmentationOptions, BatchAugmentation, timm_transform
+from famba.data.batch_operations import Geometry, change
 from famba.data.batch_policy import BY_NAME, DRAWS, Policy
 from famba.data.batch_resample import BOX_DRAWS, crop, random_boxes, resize_and_crop
 
@@ -74,7 +73,8 @@ def both(name: str, magnitude: float, images: list[Image.Image]) -> tuple[Tensor
     numbers[:, 0, -1] = [random.Random(number).random() for number in range(len(images))]  # noqa: S311
     operation = AugmentOp(name, 1.0, magnitude, {"img_mean": _FILL, "interpolation": Image.Resampling.BICUBIC})
     (step,) = policy.draw(numbers, images[0].width)
-    found = OPERATIONS[step.kind](tensor_of(images).float(), step.values, Geometry(_FILL, "bicubic"))
+    found = tensor_of(images)
+    change(found, step, Geometry(_FILL, "bicubic"), torch.float32)
     wanted = []
     for number, image in enumerate(images):
         random.seed(number)
@@ -105,7 +105,7 @@ def differences(images: list[Image.Image]) -> list[tuple[str, float, float, floa
         )
     pairs += [(name, magnitude, both(name, magnitude, images)) for name in BY_NAME for magnitude in _MAGNITUDES]
     for name, magnitude, (ours, theirs) in pairs:
-        away = (ours - theirs).abs()
+        away = (ours.float() - theirs).abs()
         rows.append((name, magnitude, float(away.max()), float(away.mean())))
     return rows
 
@@ -123,7 +123,7 @@ def draw_sheet(path: Path, photo: Image.Image) -> None:
         for turn, magnitude in enumerate(_MAGNITUDES):
             for side, picture in enumerate(both(name, magnitude, [photo])):
                 place = axes[row, start + 2 * turn + side]
-                place.imshow(picture[0].byte().permute(1, 2, 0).numpy())
+                place.imshow(picture[0].permute(1, 2, 0).numpy())
                 place.set_title(f"{'timm' if side else 'batch'} {magnitude:g}", fontsize=6, pad=2)
         axes[row, start].text(
             -0.04, 0.5, name, transform=axes[row, start].transAxes, rotation=90, fontsize=6, ha="right", va="center"
@@ -133,22 +133,70 @@ def draw_sheet(path: Path, photo: Image.Image) -> None:
     sys.stdout.write(f"wrote {path}\n")
 
 
-def rates(images: list[Image.Image], repeats: int) -> tuple[float, float]:
-    """Return images per second of timm's transforms and of the batched augmentation, best of some runs in turn."""
+def rates(images: list[Image.Image], in_memory: bool, repeats: int = 9) -> tuple[float, float]:
+    """Return images per second of processor time, of timm's transforms and of the batched augmentation.
+
+    They run in turn, the median counts. in_memory: images lie there as one batch; else each is cropped by Pillow.
+    """
     torch.set_num_threads(1)
     alone = timm_transform(Augmentation(kind="timm", crop_padding=0, **_OPTIONS), 224, _MEAN, _STD)  # type: ignore[arg-type]
     whole = BatchAugmentation(AugmentationOptions(crop_padding=None, **_OPTIONS), 224, _MEAN, _STD, 0)  # type: ignore[arg-type]
-    pixels, best = tensor_of(images), [float("inf")] * 2
+    pixels = tensor_of(images) if in_memory else None
 
-    def timed(call: Callable[[], object]) -> float:
-        began = time.perf_counter()
-        call()
-        return time.perf_counter() - began
+    def batched(turn: int) -> Tensor:
+        if pixels is not None:
+            return whole(pixels, turn, 0)
+        return whole(whole.crop_each(images, turn, 0), turn, 0, cropped=True)
 
+    times = []
     for turn in range(repeats):
-        best[0] = min(best[0], timed(lambda: torch.stack([alone(vision.to_pil_image(image)) for image in pixels])))
-        best[1] = min(best[1], timed(lambda turn=turn: whole(pixels, turn, 0)))  # type: ignore[misc]
-    return len(images) / best[0], len(images) / best[1]
+        began = time.process_time()
+        torch.stack([alone(image) for image in images])
+        between = time.process_time()
+        batched(turn)
+        times.append((between - began, time.process_time() - between))
+    return tuple(len(images) / np.median(times, axis=0))
+
+
+def features(batch: Tensor) -> dict[str, Tensor]:
+    """Return statistics, float64 (b,) each, of normalised images: brightness, contrast, sharpness, and more."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (_MEAN, _STD))
+    values = (batch * std + mean) * 255
+    fill = (values - torch.tensor(_FILL).view(3, 1, 1)).abs().amax(1) < 0.5
+    found = {
+        **{f"mean of {name}": values[:, number].mean((1, 2)) for number, name in enumerate(("red", "green", "blue"))},
+        "standard deviation": values.std((1, 2, 3)),
+        "horizontal gradient": values.diff(dim=3).square().mean((1, 2, 3)).sqrt(),
+        "vertical gradient": values.diff(dim=2).square().mean((1, 2, 3)).sqrt(),
+        "saturation": (values.amax(1) - values.amin(1)).mean((1, 2)),
+        "share of fill": fill.float().mean((1, 2)),
+        "share out of 0..255 (noise)": ((values < -0.5) | (values > 255.5)).float().mean((1, 2, 3)),
+        "share of 0 and 255": ((values < 0.5) | (values > 254.5)).float().mean((1, 2, 3)),
+        "left half less right": (values[..., : values.shape[3] // 2].mean((1, 2, 3)) - values.mean((1, 2, 3))),
+        "upper half less lower": (values[:, :, : values.shape[2] // 2].mean((1, 2, 3)) - values.mean((1, 2, 3))),
+    }
+    return {name: value.double() for name, value in found.items()}
+
+
+def statistics(images: list[Image.Image], size: int) -> list[tuple[str, float, float, float, float]]:
+    """Return name, timm's mean, and the batch's less timm's with its 95 % interval, for each feature of the images.
+
+    The same images go through both, so the differences are paired; draws are each one's own.
+    """
+    alone = timm_transform(Augmentation(kind="timm", crop_padding=0, **_OPTIONS), size, _MEAN, _STD)  # type: ignore[arg-type]
+    whole = BatchAugmentation(AugmentationOptions(crop_padding=None, **_OPTIONS), size, _MEAN, _STD, 0)  # type: ignore[arg-type]
+    found: dict[str, list[Tensor]] = {}
+    for start in range(0, len(images), 100):
+        part = images[start : start + 100]
+        pair = features(torch.stack([alone(image) for image in part])), features(whole(tensor_of(part), 0, start))
+        for name in pair[0]:
+            found.setdefault(name, []).append(torch.stack([one[name] for one in pair]))
+    rows = []
+    for name, parts in found.items():
+        theirs, ours = torch.cat(parts, 1)
+        away, half = float((ours - theirs).mean()), 1.96 * float((ours - theirs).std()) / len(ours) ** 0.5
+        rows.append((name, float(theirs.mean()), away, away - half, away + half))
+    return rows
 
 
 def main() -> None:
@@ -158,13 +206,24 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--sheet", type=Path, help="PNG to write")
     parser.add_argument("--rate", action="store_true")
+    parser.add_argument("--statistics", type=int, metavar="SIDE", help="of the model's images")
     arguments = parser.parse_args()
     if arguments.sheet:
         return draw_sheet(arguments.sheet, images_of(None, 1, 160)[0])
-    images = images_of(arguments.root, 128 if arguments.rate else arguments.images)
     if arguments.rate:
-        timm_rate, batch_rate = rates(images, 8)
-        sys.stdout.write(f"timm {timm_rate:.0f} images/s, batch {batch_rate:.0f}, ratio {batch_rate / timm_rate:.2f}\n")
+        photos = [
+            Image.fromarray(image).resize((500, 375 - number))
+            for number, image in enumerate(load_sample_images().images * 64)
+        ]
+        for name, some in (("32 x 32", images_of(arguments.root, 128)), ("500 x 300", photos)):
+            timm_rate, batch_rate = rates(some, name == "32 x 32")
+            rate = f"timm {timm_rate:.0f} images/s, batch {batch_rate:.0f}, ratio {batch_rate / timm_rate:.2f}"
+            sys.stdout.write(f"{name}: {rate}\n")
+        return None
+    images = images_of(arguments.root, arguments.images)
+    if arguments.statistics:
+        headers = ["feature", "timm", "batch less timm", "95 % from", "to"]
+        sys.stdout.write(tabulate(statistics(images, arguments.statistics), headers, floatfmt=".4g") + "\n")
         return None
     rows = differences(images)
     sys.stdout.write(

@@ -23,12 +23,18 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 
 from famba.data import ArraySource, Augmentation
-from famba.data.augment import AugmentationOptions, Normalize, evaluation_transform, training_transform
-from famba.data.batch_augment import BatchAugmentation
-from famba.data.batch_operations import OPERATIONS, Geometry
+from famba.data.augment import (
+    AugmentationOptions,
+    BatchAugmentation,
+    Normalize,
+    evaluation_transform,
+    training_transform,
+)
+from famba.data.batch_operations import Geometry, change
 from famba.data.batch_policy import BY_NAME, DRAWS, Policy, jitter
 from famba.data.batch_resample import BOX_DRAWS, crop, random_boxes, resize_and_crop
 from famba.errors import ConfigError
+from famba.ops.native import pictures
 
 FILL = (10, 128, 200)
 PAPER = AugmentationOptions(
@@ -68,13 +74,21 @@ def augmentation(options: AugmentationOptions = PAPER, size: int = 48, **changes
     return BatchAugmentation(options, size, (0.5, 0.25, 0.75), (0.25, 0.5, 0.2), 7, **changes)
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run by the compiled kernels, and by torch, as on other devices."""
+    assert pictures.usable(torch.device("cpu"), torch.float32)
+    if request.param == "torch":
+        monkeypatch.setattr(pictures, "usable", lambda device, dtype: False)
+
+
 def assert_same_distribution(one: Any, other: Any) -> None:
     assert stats.ks_2samp(one, other).pvalue > 0.001
 
 
 @pytest.mark.parametrize(("high", "wide", "size"), [(32, 32, 80), (40, 61, 33), (32, 32, 32), (150, 120, 20)])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_crops_are_those_of_pillow(high: int, wide: int, size: int, interpolation: str) -> None:
+def test_crops_are_those_of_pillow(way: None, high: int, wide: int, size: int, interpolation: str) -> None:
     images, mode = photos(200 if size == 80 else 30, high, wide), InterpolationMode(interpolation)
     boxes, flips = random_boxes(uniform(len(images), BOX_DRAWS), high, wide), uniform(len(images)) < 0.5
     found = crop(tensor_of(images), torch.from_numpy(boxes), torch.from_numpy(flips), size, interpolation)
@@ -82,33 +96,33 @@ def test_crops_are_those_of_pillow(high: int, wide: int, size: int, interpolatio
         vision.resized_crop(image, *map(int, box), [size, size], mode) for image, box in zip(images, boxes, strict=True)
     ]
     flipped = [vision.hflip(image) if flip else image for image, flip in zip(wanted, flips, strict=True)]
-    assert (found - tensor_of(flipped)).abs().max() <= 1
+    assert (found.int() - tensor_of(flipped)).abs().max() <= 1
     side = round(size / 0.875)
     central = [vision.center_crop(vision.resize(image, side, mode), [size, size]) for image in images]
-    assert (resize_and_crop(tensor_of(images), side, size, interpolation) - tensor_of(central)).abs().max() <= 1
+    found = resize_and_crop(tensor_of(images), side, size, interpolation)
+    assert (found.int() - tensor_of(central)).abs().max() <= 1
 
 
 @pytest.mark.parametrize("magnitude", [0, 3, 9.7])
 @pytest.mark.parametrize("name", BY_NAME)
-def test_operations_are_those_of_timm(name: str, magnitude: float) -> None:
+def test_operations_are_those_of_timm(way: None, name: str, magnitude: float) -> None:
     images = photos(200 // 3, 48, 48)
     one = Policy((name,), np.ones(1), np.array([magnitude]), 0.0, 10.0, 1, None, False)
     seeds = [random.Random(number).random() for number in range(len(images))]
     numbers = np.stack([np.zeros((len(images), DRAWS - 1)).T[0]] * (DRAWS - 1) + [np.array(seeds)], axis=1)[:, None]
     for interpolation in ("bicubic", "bilinear") if "shift" in BY_NAME[name][0] or name == "Rotate" else ("bicubic",):
-        pixels = tensor_of(images).float()
+        found = tensor_of(images)
         (step,) = one.draw(numbers, 48)
         assert step.rows.tolist() == list(range(len(images)))
-        found = OPERATIONS[step.kind](pixels, step.values, Geometry(FILL, interpolation))
+        change(found, step, Geometry(FILL, interpolation), torch.float32)
         settings = {"img_mean": FILL, "interpolation": Image.Resampling[interpolation.upper()]}
         operation = AugmentOp(name, prob=1, magnitude=magnitude, hparams=settings)
         wanted = []
         for number, image in enumerate(images):
             random.seed(number)
             wanted.append(operation(image))
-        away = (found - tensor_of(wanted)).abs()
+        away = (found.int() - tensor_of(wanted)).abs()
         assert away.max() <= (0 if name in ("Equalize", "AutoContrast") else 1)
-        assert bool((found == found.round()).all())
 
 
 @pytest.mark.parametrize(
@@ -199,9 +213,9 @@ def test_erasing_fills_the_box_alone(mode: Any) -> None:
 
 def test_jitter_is_that_of_torchvision() -> None:
     images, numbers = photos(60, 32, 32), uniform(60, DRAWS)
-    found = tensor_of(images).float()
+    found = tensor_of(images)
     for step in jitter(numbers, 0.4):
-        found[step.rows] = OPERATIONS[step.kind](found[step.rows], step.values, Geometry(FILL, "bicubic"))
+        change(found, step, Geometry(FILL, "bicubic"), torch.float32)
     factors = 0.6 + 0.8 * numbers[:, 1:]
     functions = (vision.adjust_brightness, vision.adjust_contrast, vision.adjust_saturation)
     orders = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
@@ -209,7 +223,7 @@ def test_jitter_is_that_of_torchvision() -> None:
         wanted = image
         for turn in orders[int(number[0] * 6)]:
             wanted = functions[turn](wanted, factor[turn])
-        assert (row - vision.pil_to_tensor(wanted)).abs().max() <= 1
+        assert (row.int() - vision.pil_to_tensor(wanted)).abs().max() <= 1
 
 
 def test_the_parts_come_in_the_order_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,12 +243,14 @@ def test_the_parts_come_in_the_order_of_timm(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("text", ["rand-m9-mstd0.5-inc1", "rand-t3aw-n3", "original-mstd0.5", None])
-def test_float32_and_float64_make_the_same_pictures(text: str | None) -> None:
+def test_float32_and_float64_make_the_same_pictures(way: None, text: str | None) -> None:
     options = replace(PAPER, auto_augment=text, random_erasing=1.0)
     images = tensor_of(photos(100, 32, 32))
     one, other = (augmentation(options, dtype=dtype)(images, 0, 0) for dtype in (torch.float32, torch.float64))
     assert other.dtype == torch.float64
-    assert ((one - other).abs() * torch.tensor([0.25, 0.5, 0.2]).view(3, 1, 1) * 255).max() < 1.01
+    away = (one - other).abs() * torch.tensor([0.25, 0.5, 0.2]).view(3, 1, 1) * 255
+    assert away.max() < 1.01
+    assert (away > 0.01).double().mean() < 1e-3
 
 
 def test_draws_belong_to_positions() -> None:
@@ -290,8 +306,7 @@ def test_nothing_waits_for_the_device_or_depends_on_pixels(text: str) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         images = torch.empty(64, 3, 32, 32, dtype=torch.uint8, device="cuda")
         one = augmentation(replace(PAPER, auto_augment=text, erasing_mode="rand"))
-        drawn = one.draw(0, 0, 64, 32, 32)
-        found = one.apply(images, drawn.to(torch.device("cuda")))
+        found = one(images, 0, 0)
         assert (found.device.type, found.shape) == ("cuda", (64, 3, 48, 48))
         labels = torch.empty(64, dtype=torch.int64, device="cuda")
         for mixing in (Mixup(0.8, 0.0, num_classes=10), Mixup(0.0, 1.0, num_classes=10)):  # as training mixes

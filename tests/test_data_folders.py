@@ -14,7 +14,8 @@ import pytest
 from images_and_loaders import encoded, load, red, write
 
 from famba.data import Splits, check_folder, load_splits
-from famba.data.folders import FileSource, in_order
+from famba.data.folders import in_order
+from famba.data.sources import LazySource
 from famba.errors import ConfigError, DataError
 
 FOUR = ("cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png")
@@ -23,9 +24,9 @@ FOUR = ("cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png")
 def there(splits: Splits, part: str = "train") -> list[tuple[str, str]]:
     """Paths in the part and names of classes, in order."""
     source = getattr(splits, part)
-    assert isinstance(source, FileSource)
+    assert isinstance(source, LazySource)
     assert splits.classes is not None
-    return [(name, splits.classes[label]) for name, label in zip(source.names, source.labels, strict=True)]
+    return [(name, splits.classes[label]) for name, label in zip(source.keys, source.labels, strict=True)]
 
 
 @pytest.fixture
@@ -40,10 +41,10 @@ NAMES = ["b/1.png", "B/1.png", "a/1.png", "A/1.png", "01/x.png", "1/x.png", "10/
 
 
 def said(root: str) -> list[Any]:
+    whole: Any = load("folder", Path(root))
     splits: Any = load_splits("folder", root, subset=6, val_fraction=0.3, num_classes=None)
-    whole, test = splits.train.source.source, splits.test
-    held = [splits.train.indices.tolist(), splits.validation.indices.tolist()]
-    return [list(splits.classes), whole.names, whole.labels.tolist(), test.names, test.labels.tolist(), held]
+    parts = [[part.keys, part.labels.tolist()] for part in (whole.train, whole.test, splits.train, splits.validation)]
+    return [list(whole.classes), *parts]
 
 
 def test_classes_and_images_have_one_order_in_every_process(tmp_path: Path) -> None:
@@ -61,7 +62,7 @@ def test_classes_and_images_have_one_order_in_every_process(tmp_path: Path) -> N
     )
     mine = said(str(tmp_path))
     assert json.loads(other.stdout) == mine
-    classes, names, labels, test_names, test_labels, _ = mine
+    classes, (names, labels), (test_names, test_labels), *_ = mine
     assert classes == ["01", "1", "2", "10", "A", "a", "B", "b"]
     expected = ["01/x.png", "1/x.png", "2/A.png", "2/a.png", "10/x.png", "A/1.png", "a/1.png", "B/1.png", "b/1.png"]
     assert names == test_names == expected

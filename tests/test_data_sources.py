@@ -10,7 +10,7 @@ import pytest
 import torch
 from images_and_loaders import load, red, write
 
-from famba.data import LOADERS, ArraySource, Splits, labels_of, named, sample
+from famba.data import LOADERS, ArraySource, Splits, labels_of, published, sample
 from famba.errors import ConfigError, DataError
 
 
@@ -97,7 +97,7 @@ def test_a_sample_does_not_follow_the_order_of_the_images() -> None:
 
 
 def test_names_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(named, "create_dataset", Mock(side_effect=OSError("offline")))
+    monkeypatch.setattr(published, "create_dataset", Mock(side_effect=OSError("offline")))
     for name, message in (
         ("digit", "did you mean 'digits'.*Known are cifar10, .*, folder,.* hfds/NAME"),
         ("digits", "leave out data.root"),
@@ -146,7 +146,7 @@ def test_a_data_set_of_the_hub_is_read_from_its_files(
         classes = PETS if split == "train" else changes.get("test", PETS)
         return SimpleNamespace(reader=Hub(tmp_path, classes, changes.get("labels", [0, 0, 0])))
 
-    monkeypatch.setattr(named, "create_dataset", create)
+    monkeypatch.setattr(published, "create_dataset", create)
     if said:
         with pytest.raises((ConfigError, DataError), match=said):
             load("hfds/somebody/pets", num_classes=changes.get("num_classes"))

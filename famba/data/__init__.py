@@ -7,14 +7,7 @@ from famba.data.images import Reading, open_image
 from famba.data.loader import Batch, Loading, TrainBatches, eval_batches, train_batches
 from famba.data.published import NUM_CLASSES, TRAINING_IMAGES, download
 from famba.data.sources import ArraySource, Source, Splits, labels_of, renumber, sample
-from famba.data.splits import (
-    LOADERS,
-    PUBLISHED,
-    check_folder,
-    check_request,
-    held_out,
-    load_splits,
-)
+from famba.data.splits import LOADERS, PUBLISHED, check_folder, check_request, held_out, load_splits
 
 __all__ = [
     "LOADERS",

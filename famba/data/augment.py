@@ -1,31 +1,35 @@
 """Turn images as a source gives them into what the model takes.
 
-Training images are augmented in whole uint8 batches, or one by one by timm's transforms; both draw from (seed, epoch,
-position) alone, see `draws`.
+Training images are augmented in whole batches, with the same pictures on every device and in the order of
+`timm.data.create_transform`; or one by one by timm's transforms. Both draw on the host, from (seed, epoch, position)
+alone, see `draws`; nothing waits for the device.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_type_hints
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Float64, UInt8
 from PIL import Image
 from pydantic import Field, TypeAdapter, ValidationError
+from scipy.special import ndtri
 from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 
-from famba.data.batch_augment import BatchAugmentation
-from famba.data.batch_operations import column
-from famba.data.batch_policy import Policy
-from famba.data.batch_resample import resize_and_crop
-from famba.data.draws import Stream, seed_global_generators
+from famba.data.batch_operations import Geometry, change, column, erase
+from famba.data.batch_policy import DRAWS, Array, Policy, Step, jitter
+from famba.data.batch_resample import BOX_DRAWS, crop, crop_each, random_boxes, resize_and_crop
+from famba.data.draws import Stream, seed_global_generators, sent, uniforms, words
 from famba.errors import ConfigError, near_miss
 
 Batched: TypeAlias = Callable[[Tensor, int, int], Tensor]
@@ -33,6 +37,12 @@ Batched: TypeAlias = Callable[[Tensor, int, int], Tensor]
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
+_BOXES, _OPERATIONS, _JITTER, _ERASING, _NOISE = range(5)  # parts of the stream of draws
+_ATTEMPTS = 10
+_ERASING_DRAWS = 1 + 2 * _ATTEMPTS + 2 + 3  # whether, sizes, place, colour
+_ERASED_AREA, _LOG_ERASED_ASPECT = (0.02, 1 / 3), (math.log(0.3), math.log(1 / 0.3))
+_NOISE_STARTS = 2**20  # places at which the noise of an image may start in the table
+_AT_ONCE = 64  # images on a CPU: larger intermediate results are given back to the system, and cost new pages
 _LONGEST = 8  # times the shorter side that an image is scaled at
 _NUMBER = r"\d{1,2}(\.\d+)?"
 # timm's settings, with whole numbers where it reads whole numbers. More than 99 operations on an image is a slip.
@@ -79,11 +89,9 @@ class Augmentation(AugmentationOptions):
             said = f"crop_padding is {self.crop_padding!r}, but augmentation 'timm' does not use it"
             raise ConfigError(f"{said}: set it to null, or use the other one.", "crop_padding")
         if self.kind == "batch" and self.crop_padding == 0 and self.changes_pixels:
-            raise ConfigError(
-                "crop_padding is 0, which is no crop at all, but auto_augment, color_jitter or random_erasing is on: "
-                "set it to null for timm's random resized crop, or to a number of pixels above 0.",
-                "crop_padding",
-            )
+            said = "crop_padding is 0, which is no crop at all, but auto_augment, color_jitter or random_erasing is on"
+            advice = "set it to null for timm's random resized crop, or to a number of pixels above 0"
+            raise ConfigError(f"{said}: {advice}.", "crop_padding")
         timm_transform(self, 8, (0.5,) * 3, (0.5,) * 3)  # a wrong policy shows here, before any work
         if self.kind == "batch" and self.auto_augment is not None:
             Policy.of(self.auto_augment)
@@ -148,6 +156,141 @@ class Normalize:
         """Return the values in the same shape; there is nothing to draw."""
         mean, std = (column(values, torch.float32, images.device) * 255 for values in (self.mean, self.std))
         return (images.float() - mean).div_(std)
+
+
+class Erasing(NamedTuple):
+    """Holds n erased boxes."""
+
+    rows: Tensor  # int64 (n,), the images' numbers in the batch
+    boxes: Tensor  # int64 (n, 4): top, left, height, width
+    colours: Tensor  # float64 (n, 3), standard normal, for boxes of one colour
+    starts: Tensor  # int64 (n,), where the noise of the image starts in the table
+
+
+class Draws(NamedTuple):
+    """Holds all that is drawn for a batch of b images."""
+
+    boxes: Float64[Tensor, "b 4"]  # top, left, height, width in pixels, from the padding's corner
+    flip: Bool[Tensor, " b"]
+    steps: tuple[Step, ...]  # in their order
+    erasing: Erasing | None
+
+
+@dataclass(frozen=True, eq=False)
+class BatchAugmentation:
+    """Augments the training images of one run in whole batches."""
+
+    options: AugmentationOptions  # where `crop_padding` is None, boxes are those of a random resized crop
+    size: int  # side of the results in pixels
+    mean: Sequence[float]  # of the colours, in 0..1
+    std: Sequence[float]
+    seed: int
+    dtype: torch.dtype = torch.float32  # of the arithmetic
+
+    @cached_property
+    def _policy(self) -> Policy | None:
+        return None if self.options.auto_augment is None else Policy.of(self.options.auto_augment)
+
+    def __call__(self, images: Tensor, epoch: int, start: int, cropped: bool = False) -> Float[Tensor, "b 3 s s"]:
+        """Augment uint8 (b, 3, h, w), on its device, at positions start, start + 1, ... of the epoch.
+
+        cropped: whether the images went through `crop_each` before.
+        """
+        done = torch.empty(len(images), 3, self.size, self.size, dtype=self.dtype, device=images.device)
+        at_once = _AT_ONCE if images.device.type == "cpu" else len(images)
+        padding, interpolation = self.options.crop_padding or 0, self.options.interpolation
+        for first in range(0, len(images), at_once):
+            part, out = images[first : first + at_once], done[first : first + at_once]
+            draws = sent(self.draw(epoch, start + first, len(part), *part.shape[2:]), images.device)
+            box = draws.boxes, draws.flip, self.size
+            pixels = part.clone() if cropped else crop(part, *box, interpolation, padding, self.dtype)
+            self._finish(pixels, draws, out)
+        return done
+
+    def draw(self, epoch: int, start: int, count: int, height: int, width: int) -> Draws:
+        """Draw for `count` images of height x width pixels, from position `start` of the epoch on."""
+        boxes, flip = self._crops(epoch, start, np.full(count, height), np.full(count, width))
+        steps = tuple(self._steps(epoch, start, count))
+        return Draws(torch.from_numpy(boxes), torch.from_numpy(flip), steps, self._erasing(epoch, start, count))
+
+    def crop_each(self, images: Iterable[Image.Image], epoch: int, start: int) -> UInt8[Tensor, "b 3 s s"]:
+        """Crop, scale and flip RGB images of any size one by one, as a batch without padding."""
+        images = list(images)
+        boxes, flip = self._crops(epoch, start, *np.array([(image.height, image.width) for image in images]).T)
+        parts = [
+            vision.pil_to_tensor(image.crop((left, top, left + width, top + height)))
+            for image, (top, left, height, width) in zip(images, boxes.astype(int).tolist(), strict=True)
+        ]
+        return crop_each(parts, torch.from_numpy(flip), self.size, self.options.interpolation)
+
+    def _finish(self, pixels: UInt8[Tensor, "b 3 s s"], draws: Draws, out: Float[Tensor, "b 3 s s"]) -> None:
+        """Apply all that follows the crop, in place at first."""
+        red, green, blue = (min(255, round(255 * value)) for value in self.mean)
+        geometry = Geometry((red, green, blue), self.options.interpolation)
+        for step in draws.steps:
+            change(pixels, step, geometry, self.dtype)
+        mean, std = (column(values, self.dtype, pixels.device) * 255 for values in (self.mean, self.std))
+        out.copy_(pixels).sub_(mean).div_(std)
+        if (erasing := draws.erasing) is not None:
+            part = out.index_select(0, erasing.rows)
+            out.index_copy_(0, erasing.rows, erase(part, erasing.boxes, self._content(erasing, part)))
+
+    def _uniforms(self, part: int, epoch: int, start: int, count: int, numbers: int) -> Array:
+        return uniforms(Stream.BATCH, (self.seed, part), epoch, start, count, numbers)
+
+    def _crops(self, epoch: int, start: int, heights: Array, widths: Array) -> tuple[Array, Array]:
+        """Return boxes, float64 (b, 4), and flips, bool (b,)."""
+        drawn = words(Stream.AUGMENTATION, (self.seed,), epoch, start, len(heights))
+        flip = (drawn[:, 2] >> np.uint64(11)) * 2.0**-53 < self.options.hflip
+        if self.options.crop_padding is None:
+            numbers = self._uniforms(_BOXES, epoch, start, len(heights), BOX_DRAWS)
+            return random_boxes(numbers, heights, widths), flip
+        corner = drawn[:, :2] % np.uint64(2 * self.options.crop_padding + 1)
+        return np.concatenate([corner, heights[:, None], widths[:, None]], axis=1).astype(np.float64), flip
+
+    def _steps(self, epoch: int, start: int, count: int) -> Iterator[Step]:
+        text, strength = self.options.auto_augment, self.options.color_jitter
+        if self._policy is not None and self._policy.layers:
+            numbers = self._uniforms(_OPERATIONS, epoch, start, count, self._policy.layers * DRAWS)
+            yield from self._policy.draw(numbers.reshape(count, -1, DRAWS), self.size)
+        if strength and (text is None or "3a" in text):  # as timm has it
+            yield from jitter(self._uniforms(_JITTER, epoch, start, count, DRAWS), strength)
+
+    def _erasing(self, epoch: int, start: int, count: int) -> Erasing | None:
+        """Draw boxes as timm's RandomErasing does; an image into which ten of them do not fit is left whole."""
+        if not self.options.random_erasing:
+            return None
+        numbers = self._uniforms(_ERASING, epoch, start, count, _ERASING_DRAWS)
+        tries, place, colours = numbers[:, 1 : 1 + 2 * _ATTEMPTS], numbers[:, -5:-3], ndtri(numbers[:, -3:])
+        (small, large), (flat, tall) = _ERASED_AREA, _LOG_ERASED_ASPECT
+        area = (small + (large - small) * tries[:, ::2]) * self.size**2
+        aspect = np.exp(flat + (tall - flat) * tries[:, 1::2])
+        sides = np.rint(np.sqrt(np.stack([area * aspect, area / aspect], axis=2)))
+        fits = np.asarray((sides < self.size).all(2))
+        chosen: Array = sides[np.arange(count), fits.argmax(1)]
+        corner = np.floor(place * (self.size - chosen + 1))
+        rows = np.flatnonzero(fits.any(1) & (numbers[:, 0] <= self.options.random_erasing))
+        boxes = np.concatenate([corner, chosen], axis=1).astype(np.int64)
+        # The last number serves twice: only one of the two modes uses it.
+        starts = np.floor(numbers[:, -1] * _NOISE_STARTS).astype(np.int64)
+        return Erasing(*(torch.from_numpy(x[rows]) for x in (np.arange(count), boxes, colours, starts)))
+
+    def _content(self, erasing: Erasing, images: Tensor) -> Tensor:
+        """Return what erased boxes of images (n, 3, s, s) are filled with, as large as they or (n, 3, 1, 1)."""
+        if self.options.erasing_mode == "const":
+            return images.new_zeros(1, 3, 1, 1)
+        if self.options.erasing_mode == "rand":
+            return erasing.colours[..., None, None].to(images.dtype)
+        length = images.shape[1:].numel()
+        table = _noise(images.device, length)
+        return table.as_strided((_NOISE_STARTS, length), (1, 1)).index_select(0, erasing.starts).view_as(images)
+
+
+@lru_cache(maxsize=2)
+def _noise(device: torch.device, length: int) -> Tensor:
+    """Return standard normal numbers, float32, of which `length` start at each of the places."""
+    numbers = uniforms(Stream.BATCH, (_NOISE,), 0, 0, 1, _NOISE_STARTS + length)
+    return torch.from_numpy(ndtri(numbers[0])).float().to(device)
 
 
 def evaluation_scaling(augmentation: Augmentation, image_size: int) -> Scaling:
@@ -223,15 +366,11 @@ def _each(
 def _cropped(whole: BatchAugmentation, normalize: Normalize, images: Tensor, epoch: int, start: int) -> Tensor:
     """Pad-crop, flip, scale and normalise uint8 (b, 3, h, w), on a CPU bit by bit as Famba 0.1."""
     size, padding = whole.size, whole.options.crop_padding or 0
-    draws = whole.draw(epoch, start, len(images), *images.shape[2:]).to(images.device)
-    down, right = draws.boxes[:, :2].long().T[..., None]
-    row, across = (torch.arange(side, device=images.device) for side in images.shape[2:])
-    mirrored = right + torch.where(draws.flip[:, None], across.flip(0), across)
-    number, channel = (torch.arange(n, device=images.device) for n in images.shape[:2])
-    padded = F.pad(images, (padding,) * 4)
-    cropped = padded[
-        number[:, None, None, None], channel[:, None, None], (down + row)[:, None, :, None], mirrored[:, None, None]
-    ]
+    draws = sent(whole.draw(epoch, start, len(images), *images.shape[2:]), images.device)
+    down, right = draws.boxes[:, :2].long().T
+    windows = F.pad(images, (padding,) * 4).unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)
+    cropped = windows[torch.arange(len(images), device=images.device), :, down, right]
+    cropped = torch.where(draws.flip.view(-1, 1, 1, 1), cropped.flip(-1), cropped)
     if cropped.shape[2:] != (size, size):
         scaled = vision.resize(_without_ends(cropped).float(), size, InterpolationMode(whole.options.interpolation))
         cropped = vision.center_crop(scaled.clamp(0, 255), [size, size])  # bicubic weights overshoot at edges

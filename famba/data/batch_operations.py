@@ -1,6 +1,6 @@
 """Change whole batches of images by Pillow's operations, with parameters of its own for each image.
 
-Images are (n, 3, h, w), whole numbers in 0..255 held as floats, on any device. Arithmetic is whole numbers, or single
+Images are (n, 3, h, w) on any device, bytes that are floats within an operation. Arithmetic is whole numbers, or single
 steps of IEEE arithmetic in Pillow's order, so every device makes the same picture.
 """
 
@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int64, UInt8
 from torch import Tensor
 
+from famba.data.batch_policy import Step
+from famba.ops.native import pictures
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -24,40 +27,57 @@ class Geometry:
     interpolation: str  # "bilinear" or "bicubic"
 
 
-def look_up(images: Float[Tensor, "n c h w"], tables: UInt8[Tensor, "n 256"]) -> Tensor:
-    """Replace every value by its entry in a table of the image."""
-    pixels = images.flatten(1).long()
-    return tables.to(images.dtype).gather(1, pixels).view_as(images)
+def change(pixels: UInt8[Tensor, "b 3 h w"], step: Step, geometry: Geometry, dtype: torch.dtype) -> None:
+    """Apply an operation to some of the images, in place; dtype: of the arithmetic.
+
+    Compiled kernels move pixels and look them up where they can be used; elsewhere the functions below do.
+    """
+    is_native, rows, kind = pictures.usable(pixels.device, dtype), step.rows, step.kind
+    if is_native and kind == "move":
+        return pictures.move(pixels, rows, step.values, geometry.fill, geometry.interpolation == "bicubic")
+    images = pixels.index_select(0, rows).to(dtype)
+    if kind in TABLES:
+        tables = TABLES[kind](images, step.values)
+        if is_native:
+            return pictures.look_up(pixels, rows, tables)
+        images = tables.expand(-1, 3, -1).gather(2, images.flatten(2).long()).view_as(images)
+    elif kind == "move":
+        images = move(images, step.values, geometry)
+    else:
+        images = BLENDS[kind](images, step.values)
+    pixels.index_copy_(0, rows, images.byte())
+    return None
 
 
-def equalize(images: Float[Tensor, "n c h w"]) -> Tensor:
-    """Spread the values of each channel evenly, as `ImageOps.equalize` does."""
+def equalize(images: Float[Tensor, "n c h w"], _: Tensor) -> UInt8[Tensor, "n c 256"]:
+    """Return tables that spread the values of each channel evenly, as `ImageOps.equalize` does."""
     pixels = images.flatten(2).long()
     counts = pixels.new_zeros(*pixels.shape[:2], 256).scatter_add_(2, pixels, torch.ones_like(pixels))
     last = counts.gather(2, pixels.amax(2, keepdim=True))
     step = (pixels.shape[2] - last) // 255
     table = (step // 2 + counts.cumsum(2) - counts) // step.clamp(min=1)
-    table = torch.where(step == 0, torch.arange(256, device=images.device), table.clamp(max=255))
-    return table.to(images.dtype).gather(2, pixels).view_as(images)
+    return torch.where(step == 0, torch.arange(256, device=images.device), table.clamp(max=255)).byte()
 
 
-def autocontrast(images: Float[Tensor, "n c h w"]) -> Tensor:
-    """Stretch each channel to 0..255, as `ImageOps.autocontrast` does, in float64 as there."""
-    low, high = (extreme(images, (2, 3), keepdim=True).double() for extreme in (torch.amin, torch.amax))
+def autocontrast(images: Float[Tensor, "n c h w"], _: Tensor) -> UInt8[Tensor, "n c 256"]:
+    """Return tables that stretch each channel to 0..255, as `ImageOps.autocontrast` does, in float64 as there."""
+    flat, values = images.flatten(2), torch.arange(256, device=images.device)
+    low, high = (extreme(flat, 2, keepdim=True).double() for extreme in (torch.amin, torch.amax))
     scale = low.new_full((), 255) / (high - low).clamp(min=1)  # a tensor: torch divides numbers inexactly
-    stretched = (images * scale).add_(-low * scale).clamp_(0, 255).floor_().to(images.dtype)
-    return torch.where(high > low, stretched, images)
+    stretched = (values * scale).add_(-low * scale).clamp_(0, 255).byte()
+    return torch.where(high > low, stretched, values.byte())
+
+
+def contrast(images: Float[Tensor, "n c h w"], factor: Float64[Tensor, " n"]) -> UInt8[Tensor, "n 1 256"]:
+    """Return tables that blend with the mean grey; a factor of 0 gives one grey, 1 the image."""
+    mean = _grey(images).mean((1, 2, 3), keepdim=True, dtype=torch.float64)
+    values = torch.arange(256, dtype=images.dtype, device=images.device).view(1, 1, 1, -1)
+    return _blend((mean + 0.5).floor().to(images.dtype), values, factor)[:, 0].byte()
 
 
 def color(images: Float[Tensor, "n c h w"], factor: Float64[Tensor, " n"]) -> Tensor:
     """Blend with the grey picture; a factor of 0 gives grey, 1 the image."""
     return _blend(_grey(images), images, factor)
-
-
-def contrast(images: Float[Tensor, "n c h w"], factor: Float64[Tensor, " n"]) -> Tensor:
-    """Blend with the mean grey; a factor of 0 gives one grey, 1 the image."""
-    mean = _grey(images).mean((1, 2, 3), keepdim=True, dtype=torch.float64)
-    return _blend((mean + 0.5).floor().to(images.dtype), images, factor)
 
 
 def sharpness(images: Float[Tensor, "n c h w"], factor: Float64[Tensor, " n"]) -> Tensor:
@@ -86,41 +106,19 @@ def blur(images: Float[Tensor, "n c h w"], weights: Int64[Tensor, "n 3"]) -> Ten
     return pixels.to(images.dtype)
 
 
-def shift_rows(images: Float[Tensor, "n c h w"], line: Float64[Tensor, "n 2"], geometry: Geometry) -> Tensor:
-    """Move each row to the left by slope * (its centre) + offset pixels; line: (slope, offset).
-
-    So it shears and moves along x. All of a row moves alike, so it takes four neighbours where `affine` takes sixteen.
-    """
-    high, wide = images.shape[2:]
-    distance = line[:, :1] * _centres(high, images) + line[:, 1:]
-    whole = distance.floor()
-    taps = _taps((distance - whole).to(images.dtype)[:, None, :, None], geometry)
-    reach = torch.arange(min(taps), wide + max(taps), device=images.device)
-    index = (whole.long()[:, None, :, None] + reach).clamp_(0, wide - 1)
-    near = images.gather(3, index.expand(-1, images.shape[1], -1, -1))
-    moved = _sum(near.narrow(3, offset - min(taps), wide) * weight for offset, weight in taps.items())
-    centre = distance[..., None] + _centres(wide, images)
-    return _filled(moved, (centre >= 0) & (centre < wide), geometry)
-
-
-def shift_columns(images: Float[Tensor, "n c h w"], line: Float64[Tensor, "n 2"], geometry: Geometry) -> Tensor:
-    """Move each column up, as `shift_rows` moves rows."""
-    return shift_rows(images.transpose(2, 3), line, geometry).transpose(2, 3)
-
-
-def affine(images: Float[Tensor, "n c h w"], matrix: Float64[Tensor, "n 6"], geometry: Geometry) -> Tensor:
+def move(images: Float[Tensor, "n c h w"], matrix: Float64[Tensor, "n 6"], geometry: Geometry) -> Tensor:
     """Take the pixel at (x, y) from (a x + b y + c, d x + e y + f), as `Image.transform` does; matrix: a to f."""
     high, wide = images.shape[2:]
     a, b, c, d, e, f = matrix[..., None, None].unbind(1)
     x, y = _centres(wide, images), _centres(high, images)[:, None]
     across, down = a * x + b * y + c, d * x + e * y + f
     inside = (across >= 0) & (across < wide) & (down >= 0) & (down < high)
-    (column, columns), (row, rows) = (
+    (first_x, columns), (first_y, rows) = (
         _neighbours(*pair, geometry, images.dtype) for pair in ((across, wide), (down, high))
     )
     # Neighbours are at the same distance in memory for all pixels, so one index serves all sixteen; bytes fit a cache.
     padded = F.pad(images, (2,) * 4, mode="replicate").byte().flatten(2)
-    corner = ((row + 1) * (wide + 4) + column + 1).flatten(1)[:, None].expand(-1, images.shape[1], -1)
+    corner = ((first_y + 1) * (wide + 4) + first_x + 1).flatten(1)[:, None].expand(-1, images.shape[1], -1)
     length = padded.shape[2] - 3 * (wide + 5)
 
     def neighbour(below: int, right: int) -> Tensor:
@@ -128,7 +126,9 @@ def affine(images: Float[Tensor, "n c h w"], matrix: Float64[Tensor, "n 6"], geo
         return padded.narrow(2, start, length).gather(2, corner).to(images.dtype).view_as(images)
 
     lines = (_sum(neighbour(y, x).mul_(part) for x, part in columns.items()).mul_(weight) for y, weight in rows.items())
-    return _filled(_sum(lines), inside, geometry)
+    fill = column(geometry.fill, images.dtype, images.device)
+    # Cut off as in Pillow, but a sum that rounding left just below a whole number is that number.
+    return torch.where(inside[:, None], _sum(lines).add_(2**-10).clamp_(0, 255).floor_(), fill)
 
 
 def _neighbours(
@@ -183,23 +183,12 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
     return functools.reduce(Tensor.add_, terms)
 
 
-def _filled(moved: Tensor, inside: Tensor, geometry: Geometry) -> Tensor:
-    fill = column(geometry.fill, moved.dtype, moved.device)
-    # Cut off as in Pillow, but a sum that rounding left just below a whole number is that number.
-    return torch.where(inside[:, None], moved.add_(2**-10).clamp_(0, 255).floor_(), fill)
-
-
-Operation = Callable[[Tensor, Tensor, Geometry], Tensor]
-OPERATIONS: Mapping[str, Operation] = {
-    "table": lambda images, values, _: look_up(images, values),
-    "equalize": lambda images, _, __: equalize(images),
-    "autocontrast": lambda images, _, __: autocontrast(images),
-    "color": lambda images, values, _: color(images, values),
-    "contrast": lambda images, values, _: contrast(images, values),
-    "sharpness": lambda images, values, _: sharpness(images, values),
-    "blur": lambda images, values, _: blur(images, values),
-    "shift_rows": shift_rows,
-    "shift_columns": shift_columns,
-    "affine": affine,
+TABLES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "table": lambda _, tables: tables[:, None],
+    "contrast": contrast,
+    "equalize": equalize,
+    "autocontrast": autocontrast,
 }
-"""Map each kind of operation to a function of images, one row of values for each, and geometry."""
+"""Map operations on single values to functions of images, and a row of values for each, that return tables."""
+BLENDS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"color": color, "sharpness": sharpness, "blur": blur}
+"""Map operations to functions of images, and values for each, that return images."""

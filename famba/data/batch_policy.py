@@ -20,36 +20,27 @@ from scipy.special import ndtri
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from torch import Tensor
 
-from famba.data.draws import sent
 from famba.errors import ConfigError
 
 Array: TypeAlias = npt.NDArray[Any]
 
-DRAWS = 4
-"""Uniform numbers that one operation takes: for its choice, whether it acts, its magnitude, and its sign."""
-
+DRAWS = 4  # uniform numbers that one operation takes: for its choice, whether it acts, its magnitude, and its sign
 _NAMED = ("v0", "v0r", "original", "originalr", "3a")
 _LEVELS = 10.0  # magnitudes count from 0 to this
 _VALUES = np.arange(256)
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """Says which images go through an operation, and with which parameters."""
 
-    kind: str  # a key of `batch_operations.OPERATIONS`
+    kind: str  # "move", or a key of one of the maps at the end of `batch_operations`
     rows: Tensor  # int64 (n,), the images' numbers in the batch
     values: Tensor  # (n, ...), a row for each image
-
-    def to(self, device: torch.device) -> Step:
-        """Return the same on a device."""
-        return Step(self.kind, sent(self.rows, device), sent(self.values, device))
 
 
 def brightness_tables(factor: Array) -> Array:
     """Return tables, uint8 (n, 256), that scale values by a factor as `ImageEnhance.Brightness` does."""
-    scaled = factor.astype(np.float32)[:, None] * _VALUES.astype(np.float32)
-    return scaled.clip(0, 255).astype(np.uint8)
+    return (factor.astype(np.float32)[:, None] * _VALUES.astype(np.float32)).clip(0, 255).astype(np.uint8)
 
 
 def blur_weights(radius: Array) -> Int64[np.ndarray, "n 3"]:
@@ -71,10 +62,7 @@ def rotations(degrees: Array, size: int) -> Float64[np.ndarray, "n 6"]:
     """Return the matrices that rotate size x size images counter-clockwise about their centre."""
     angle = -np.radians(degrees)
     cos, sin, middle = np.cos(angle).round(15), np.sin(angle).round(15), size / 2
-    return np.stack(
-        [cos, sin, middle - middle * (cos + sin), -sin, cos, middle + middle * (sin - cos)],
-        axis=1,
-    )
+    return np.stack([cos, sin, middle - middle * (cos + sin), -sin, cos, middle + middle * (sin - cos)], axis=1)
 
 
 def _posterize(bits: Array) -> Array:
@@ -87,8 +75,7 @@ def _solarize(threshold: Array) -> Array:
 
 
 def _solarize_add(added: Array) -> Array:
-    more = np.minimum(255, _VALUES + added.astype(np.int64)[:, None])
-    return np.where(_VALUES < 128, more, _VALUES).astype(np.uint8)
+    return np.where(_VALUES < 128, (_VALUES + added.astype(np.int64)[:, None]).clip(max=255), _VALUES).astype(np.uint8)
 
 
 class _Drawn(NamedTuple):
@@ -100,10 +87,6 @@ class _Drawn(NamedTuple):
     size: int
 
 
-def _nothing(drawn: _Drawn) -> Array:
-    return np.zeros((len(drawn.level), 0))
-
-
 def _enhanced(drawn: _Drawn) -> Array:
     return drawn.level * 1.8 + 0.1
 
@@ -112,32 +95,22 @@ def _enhanced_increasing(drawn: _Drawn) -> Array:
     return np.maximum(0.1, 1 + drawn.signed * 0.9)
 
 
-def _bits(drawn: _Drawn) -> Array:
-    return np.trunc(drawn.level * 4)
-
-
-def _threshold(drawn: _Drawn) -> Array:
-    return np.minimum(256, np.trunc(drawn.level * 256))
-
-
-def _sheared(drawn: _Drawn) -> Array:
-    return np.stack([drawn.signed * 0.3, drawn.level * 0], axis=1)
-
-
-def _moved(drawn: _Drawn) -> Array:
-    return np.stack([drawn.level * 0, drawn.signed * 0.45 * drawn.size], axis=1)
+def _matrix(place: int, amount: Array) -> Array:
+    matrix = np.tile([1.0, 0.0, 0.0, 0.0, 1.0, 0.0], (len(amount), 1))
+    matrix[:, place] = amount
+    return matrix
 
 
 BY_NAME: Mapping[str, tuple[str, Callable[[_Drawn], Array]]] = {
-    "AutoContrast": ("autocontrast", _nothing),
-    "Equalize": ("equalize", _nothing),
+    "AutoContrast": ("autocontrast", lambda drawn: drawn.level),
+    "Equalize": ("equalize", lambda drawn: drawn.level),
     "Invert": ("table", lambda drawn: _solarize(drawn.level * 0)),
-    "Rotate": ("affine", lambda drawn: rotations(drawn.signed * 30, drawn.size)),
-    "Posterize": ("table", lambda drawn: _posterize(_bits(drawn))),
-    "PosterizeIncreasing": ("table", lambda drawn: _posterize(4 - _bits(drawn))),
-    "PosterizeOriginal": ("table", lambda drawn: _posterize(4 + _bits(drawn))),
-    "Solarize": ("table", lambda drawn: _solarize(_threshold(drawn))),
-    "SolarizeIncreasing": ("table", lambda drawn: _solarize(256 - _threshold(drawn))),
+    "Rotate": ("move", lambda drawn: rotations(drawn.signed * 30, drawn.size)),
+    "Posterize": ("table", lambda drawn: _posterize(np.trunc(drawn.level * 4))),
+    "PosterizeIncreasing": ("table", lambda drawn: _posterize(4 - np.trunc(drawn.level * 4))),
+    "PosterizeOriginal": ("table", lambda drawn: _posterize(4 + np.trunc(drawn.level * 4))),
+    "Solarize": ("table", lambda drawn: _solarize(np.trunc(drawn.level * 256))),
+    "SolarizeIncreasing": ("table", lambda drawn: _solarize(256 - np.trunc(drawn.level * 256))),
     "SolarizeAdd": ("table", lambda drawn: _solarize_add(np.minimum(128, np.trunc(drawn.level * 110)))),
     "Color": ("color", _enhanced),
     "ColorIncreasing": ("color", _enhanced_increasing),
@@ -147,16 +120,13 @@ BY_NAME: Mapping[str, tuple[str, Callable[[_Drawn], Array]]] = {
     "BrightnessIncreasing": ("table", lambda drawn: brightness_tables(_enhanced_increasing(drawn))),
     "Sharpness": ("sharpness", _enhanced),
     "SharpnessIncreasing": ("sharpness", _enhanced_increasing),
-    "ShearX": ("shift_rows", _sheared),
-    "ShearY": ("shift_columns", _sheared),
-    "TranslateXRel": ("shift_rows", _moved),
-    "TranslateYRel": ("shift_columns", _moved),
+    "ShearX": ("move", lambda drawn: _matrix(1, drawn.signed * 0.3)),
+    "ShearY": ("move", lambda drawn: _matrix(3, drawn.signed * 0.3)),
+    "TranslateXRel": ("move", lambda drawn: _matrix(2, drawn.signed * 0.45 * drawn.size)),
+    "TranslateYRel": ("move", lambda drawn: _matrix(5, drawn.signed * 0.45 * drawn.size)),
     "Desaturate": ("color", lambda drawn: 1 - np.clip(0.5 + drawn.level * 0.5, 0.5, 1)),
     "GaussianBlur": ("blur", lambda drawn: blur_weights(np.clip(0.1 + drawn.level * 1.9, 0.1, 2))),
-    "GaussianBlurRand": (
-        "blur",
-        lambda drawn: blur_weights(0.1 + (2 * np.clip(drawn.level, 0, 1) - 0.1) * drawn.uniform),
-    ),
+    "GaussianBlurRand": ("blur", lambda drawn: blur_weights(0.1 + (2 * drawn.level.clip(0, 1) - 0.1) * drawn.uniform)),
 }
 
 
@@ -185,17 +155,11 @@ class Policy:
         layers, weights = (len(groups[0]), None) if tied else (transform.num_layers, transform.choice_weights)
         if weights is not None and layers > len(weights):
             raise _unknown(text, f"it draws {layers} of {len(weights)} operations without repetition")
-        one = operations[0]
-        return cls(
-            tuple(operation.name for operation in operations),
-            np.array([operation.prob for operation in operations]),
-            np.array([operation.magnitude for operation in operations], dtype=np.float64),
-            one.magnitude_std,
-            one.magnitude_max or _LEVELS,
-            layers,
-            weights,
-            tied,
-        )
+        names = tuple(operation.name for operation in operations)
+        probability = np.array([operation.prob for operation in operations])
+        magnitude = np.array([operation.magnitude for operation in operations], dtype=np.float64)
+        spread, upper = operations[0].magnitude_std, operations[0].magnitude_max or _LEVELS
+        return cls(names, probability, magnitude, spread, upper, layers, weights, tied)
 
     def choose(self, uniform: Float64[np.ndarray, "b l {DRAWS}"]) -> tuple[Array, Array, Array]:
         """Return operations, their numbers in `names`; whether they act; and their magnitudes: (b, l) each."""

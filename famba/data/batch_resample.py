@@ -7,22 +7,22 @@ these sums are exact in float32, in any order: every device makes the same pictu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Float64, UInt8
+from jaxtyping import Bool, Float64, UInt8
 from torch import Tensor
 
-_SUPPORT = {"bilinear": 1, "bicubic": 2}
-_KERNELS = {"bilinear": lambda x: (1 - x).clamp_(min=0), "bicubic": lambda x: _cubic(x)}
-_ATTEMPTS = 10
-BOX_DRAWS = 2 * _ATTEMPTS + 2
-"""Uniform numbers that one random box takes."""
+from famba.data.batch_operations import column
+from famba.ops.native import pictures
 
+_KERNELS = {"bilinear": (1, lambda x: (1 - x).clamp_(min=0)), "bicubic": (2, lambda x: _cubic(x))}
+_ATTEMPTS = 10
+BOX_DRAWS = 2 * _ATTEMPTS + 2  # uniform numbers that one random box takes
 _AREA, _LOG_ASPECT = (0.08, 1.0), (math.log(3 / 4), math.log(4 / 3))
 
 
@@ -58,68 +58,65 @@ def crop(
     size: int,
     interpolation: str,
     padding: int = 0,
-    out: Tensor | None = None,
-) -> Float[Tensor, "b c {size} {size}"]:
+    dtype: torch.dtype = torch.float32,
+) -> UInt8[Tensor, "b c {size} {size}"]:
     """Cut a box (top, left, height, width) out of each image, scale it to size x size, and mirror it where `flip` is.
 
-    Boxes count from the corner of the image with `padding` black pixels on each side, and lie within. Results are whole
-    numbers in 0..255, float32, or in `out`, of whose dtype the arithmetic is then.
+    Boxes count from the corner of the image with `padding` black pixels on each side, and lie within. dtype: of the
+    arithmetic.
     """
-    images = F.pad(images, (padding,) * 4)
-    step = torch.arange(size, device=images.device, dtype=torch.float64)
-    mirrored = torch.where(flip[:, None], size - 1 - step, step)
-    rows, columns = (
-        _weights(places + 0.5, start, extent, size, source, max(1.0, source / size), interpolation)
-        for places, start, extent, source in (
-            (step.expand(len(images), -1), boxes[:, 0], boxes[:, 2], images.shape[2]),
-            (mirrored, boxes[:, 1], boxes[:, 3], images.shape[3]),
-        )
-    )
-    if out is None:
-        out = torch.empty(*images.shape[:2], size, size, device=images.device)
-    return _resample(images, rows, columns, out)
+    images = F.pad(images, (padding,) * 4) if padding else images
+    rows, columns = _spans(boxes, flip, size)
+    return _resample(images, (rows, size), (columns, size), size, interpolation, dtype)
+
+
+def crop_each(
+    parts: Sequence[UInt8[Tensor, "c _ _"]], flip: Bool[Tensor, " b"], size: int, interpolation: str
+) -> UInt8[Tensor, "b c {size} {size}"]:
+    """Scale images of any size to size x size, and mirror them where `flip` is."""
+    boxes = torch.tensor([(0, 0, *part.shape[1:]) for part in parts], dtype=torch.float64)
+    spans = zip(*(span.split(1) for span in _spans(boxes, flip, size)), strict=True)
+    done = [
+        _resample(part[None], (rows, size), (columns, size), size, interpolation, torch.float32)
+        for part, (rows, columns) in zip(parts, spans, strict=True)
+    ]
+    return torch.cat(done)
+
+
+def _spans(boxes: Float64[Tensor, "b 4"], flip: Bool[Tensor, " b"], size: int) -> tuple[Tensor, Tensor]:
+    one = boxes.new_ones(len(boxes))
+    first, step = torch.where(flip, size - 0.5 * one, 0.5 * one), torch.where(flip, -one, one)
+    rows = torch.stack([boxes[:, 0], boxes[:, 2], 0.5 * one, one], 1)
+    return rows, torch.stack([boxes[:, 1], boxes[:, 3], first, step], 1)
 
 
 def resize_and_crop(
     images: UInt8[Tensor, "b c h w"], side: int, size: int, interpolation: str
-) -> Float[Tensor, "b c {size} {size}"]:
-    """Scale the shorter side to `side` pixels, at least `size`, and cut out the centre; results as those of `crop`."""
-    high, wide = images.shape[2:]
-    parts: list[Tensor] = []
-    for source in (high, wide):
-        scaled = int(side * source / min(high, wide))
-        places = torch.arange(size, device=images.device, dtype=torch.float64) + round((scaled - size) / 2) + 0.5
-        start, extent = (places.new_full((1,), value) for value in (0, source))
-        parts.append(_weights(places[None], start, extent, scaled, source, max(1.0, source / scaled), interpolation))
-    rows, columns = parts
-    return _resample(images, rows, columns, torch.empty(*images.shape[:2], size, size, device=images.device))
+) -> UInt8[Tensor, "b c {size} {size}"]:
+    """Scale the shorter side to `side` pixels, at least `size`, and cut out the centre."""
+    spans: list[pictures.Span] = []
+    for source in images.shape[2:]:
+        scaled = int(side * source / min(images.shape[2:]))
+        numbers = (0, source, round((scaled - size) / 2) + 0.5, 1)
+        spans.append((column(numbers, torch.float64, images.device).view(1, 4), scaled))
+    return _resample(images, spans[0], spans[1], size, interpolation, torch.float32)
 
 
-def _weights(
-    places: Float64[Tensor, "b s"],
-    start: Float64[Tensor, " b"],
-    extent: Float64[Tensor, " b"],
-    scaled: int,
-    source: int,
-    largest_scale: float,
-    interpolation: str,
-) -> Float64[Tensor, "b s n"]:
-    """Return the weights of `source` pixels in each output.
+def _weights(span: pictures.Span, size: int, source: int, interpolation: str) -> Float64[Tensor, "b s n"]:
+    """Return the weights of `source` pixels in each of `size` outputs.
 
-    places: of outputs, in output pixels from `start`, `scaled` of which cover the extent. The kernel widens where it
-    shrinks, to `largest_scale` at most, and sees nothing outside of the extent.
+    The kernel widens where it shrinks, and sees nothing outside of the extent.
     """
-    support = _SUPPORT[interpolation]
-    taps = min(source, 2 * math.ceil(support * largest_scale) + 1)
+    (start, extent, place, step), scaled = span[0].T[..., None], span[1]
+    support, kernel = _KERNELS[interpolation]
+    taps = min(source, 2 * math.ceil(support * max(1.0, source / scaled)) + 1)
     scale = extent / extent.new_full((), scaled)  # a tensor: CUDA divides by a number inexactly
-    widened = scale.clamp(min=1)[:, None]
-    centre = start[:, None] + places * scale[:, None]
+    widened = scale.clamp(min=1)
+    centre = start + (place + step * torch.arange(size, device=start.device)) * scale
     first = (centre - support * widened).floor().clamp(0, source - taps)
-    pixel = first[..., None] + torch.arange(taps, device=places.device)
-    distance = (pixel + 0.5 - centre[..., None]) / widened[..., None]
-    weight = _KERNELS[interpolation](distance.abs())
-    low, high = start[:, None, None], (start + extent)[:, None, None]
-    weight = weight * ((pixel >= low) & (pixel < high))
+    pixel = first[..., None] + torch.arange(taps, device=start.device)
+    weight = kernel(((pixel + 0.5 - centre[..., None]) / widened[..., None]).abs())
+    weight = weight * ((pixel >= start[..., None]) & (pixel < (start + extent)[..., None]))
     full = weight.new_zeros(*weight.shape[:-1], source)
     return full.scatter_(-1, pixel.long(), weight / weight.sum(-1, keepdim=True))
 
@@ -131,27 +128,29 @@ def _cubic(x: Tensor) -> Tensor:
 
 
 def _resample(
-    images: UInt8[Tensor, "b c h w"],
-    rows: Float64[Tensor, "_ s h"],
-    columns: Float64[Tensor, "_ t w"],
-    out: Float[Tensor, "b c s t"],
-) -> Float[Tensor, "b c s t"]:
-    """Apply the weights of columns, round, then those of rows, and round again, as Pillow does; fill and return `out`.
+    images: Tensor, rows: pictures.Span, columns: pictures.Span, size: int, interpolation: str, dtype: torch.dtype
+) -> UInt8[Tensor, "b c s s"]:
+    """Apply the weights of columns, round, then those of rows, and round again, as Pillow does.
+
+    rows, columns: start and extent of what is scaled, in pixels, and where it is scaled, the centre of the first result
+    and the way to the next, float64 (b, 4) or (1, 4); and the length of the scaled.
 
     A sum of 255 w is exact in float32 where the weights w have 15 bits after the point. Pillow's have 22: two products
     of 11 bits each make columns as exact as Pillow's, the rows after them need no more to be at most 1 away.
     """
+    if pictures.usable(images.device, dtype):
+        return pictures.resample(images, rows, columns, size, interpolation == "bicubic")
     number, channels, high, wide = images.shape
-    exact = _to_bits(columns, 22)
+    exact = _to_bits(_weights(columns, size, wide, interpolation), 22)
     coarse = _to_bits(exact, 11)
     with _exact_products(images.device):
-        lines = images.to(out.dtype).reshape(number, channels * high, wide)
-        parts = [lines @ part.to(out.dtype).transpose(1, 2) for part in (coarse, exact - coarse)]
+        lines = images.to(dtype).reshape(number, channels * high, wide)
+        parts = [lines @ part.to(dtype).transpose(1, 2) for part in (coarse, exact - coarse)]
         whole = parts[0].add_(0.5).floor()
         across = parts[1].add_(parts[0].sub_(whole)).floor_().add_(whole).clamp_(0, 255)
-        each = _to_bits(rows, 15).to(out.dtype)[:, None].expand(number, channels, -1, -1).flatten(0, 1)
-        torch.bmm(each, across.view(number * channels, high, -1), out=out.flatten(0, 1))
-    return out.add_(0.5).floor_().clamp_(0, 255)
+        each = _to_bits(_weights(rows, size, high, interpolation), 15).to(dtype)[:, None]
+        found = each @ across.view(number, channels, high, -1)
+    return found.add_(0.5).floor_().clamp_(0, 255).byte()
 
 
 def _to_bits(weights: Tensor, bits: int) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import random
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -75,8 +76,13 @@ def seed_global_generators(stream: Stream, values: tuple[int, ...], epoch: int, 
     torch.default_generator.manual_seed(int(state[2]) >> 1)
 
 
-def sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a tensor on a device, without waiting for it: from page-locked memory, which CUDA can read meanwhile."""
+def sent(values: Any, device: torch.device) -> Any:
+    """Return a tensor, or tuples of them, on a device without waiting: CUDA reads page-locked memory meanwhile."""
+    if isinstance(values, tuple):
+        moved = [sent(value, device) for value in values]
+        return type(values)(*moved) if hasattr(values, "_fields") else tuple(moved)
+    if not isinstance(values, torch.Tensor):
+        return values
     if values.device.type == "cpu" and device.type == "cuda" and torch.cuda.is_available() and not values.is_pinned():
         values = values.pin_memory()
     return values.to(device, non_blocking=True)

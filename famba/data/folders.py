@@ -7,18 +7,16 @@ import os
 import posixpath
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from famba.data.images import Colour, Reading, read_file
-from famba.data.sources import Splits, check_num_classes
+from famba.data.sources import LazySource, Splits, check_num_classes
 from famba.errors import DataError, some
 
 # Formats that Pillow knows, but decodes not at all, or by another program alone.
@@ -28,22 +26,8 @@ _VALIDATION = {1: ("val", "validation"), 2: ("val", "valid", "validation")}
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class FileSource:
-    """Gives the images of a part. Each is opened anew, so no open file is shared with another process."""
-
-    path: Path  # the folder that holds them
-    names: list[str]  # their paths in it
-    labels: npt.NDArray[np.int64]  # (n,)
-    num_classes: int
-    background: Colour | None  # as in `images.to_rgb`
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def image(self, index: int) -> Image.Image:
-        """Return an RGB image; DataError naming its file where that is missing or corrupt."""
-        return read_file(self.path / self.names[index], self.background)
+def _read(folder: Path, background: Colour | None, name: str) -> Image.Image:
+    return read_file(folder / name, background)
 
 
 def load_folder(root: Path, num_classes: int | None, reading: Reading) -> Splits:
@@ -64,7 +48,8 @@ def load_folder(root: Path, num_classes: int | None, reading: Reading) -> Splits
     found, numbers = {}, {name: number for number, name in enumerate(classes)}
     for part, images in parts.items():
         labels = np.array([numbers[label] for label in images.values()], dtype=np.int64)
-        found[part] = FileSource(places[part], [*images], labels, len(classes), reading.colour)
+        read = partial(_read, places[part], reading.colour)
+        found[part] = LazySource(read, [*images], labels, len(classes))
     return Splits(found["train"], found.get("validation"), found["test"], tuple(classes))
 
 
@@ -159,16 +144,15 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 @cache
-def image_suffixes() -> frozenset[str]:
-    """Return the endings, in lower case and with the dot, of the files that Pillow decodes here."""
+def _suffixes() -> frozenset[str]:
     Image.init()
     kinds = Image.registered_extensions().items()
     return frozenset(suffix for suffix, kind in kinds if kind in Image.OPEN and kind not in _NOT_DECODED)
 
 
 def is_image(name: str) -> bool:
-    """Return whether a file's name ends as those of images do."""
-    return os.path.splitext(name)[1].lower() in image_suffixes()
+    """Return whether a file's name ends as those of images that Pillow decodes here."""
+    return os.path.splitext(name)[1].lower() in _suffixes()
 
 
 def is_hidden(name: str) -> bool:
@@ -189,5 +173,5 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return the first few names in order; file systems hold names that are no text, and a log cannot."""
+    """Return the first few names in order, of which those that are no text become text."""
     return some([os.fsencode(name).decode(errors="replace") for name in in_order(names)])

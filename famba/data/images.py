@@ -13,9 +13,7 @@ from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from famba.errors import ConfigError, DataError, near_miss
 
-Colour: TypeAlias = tuple[int, int, int]
-"""Red, green and blue in 0..255."""
-
+Colour: TypeAlias = tuple[int, int, int]  # red, green and blue in 0..255
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _MIN_IS_WHITE = 258, 262, 0  # two tags, and a value of the second
 
 
@@ -35,10 +33,8 @@ class Reading:
         if self.version not in (1, 2):
             raise ConfigError(f"version is {self.version}; allowed: 2, or 1 to read as Famba 0.1 did.", "version")
         if _colour(self.background) != (255, 255, 255) and self.version == 1:
-            said = (
-                f"background is {self.background!r}, but version 1 drops transparency; leave it out, or use version 2."
-            )
-            raise ConfigError(said, "background")
+            said = f"background is {self.background!r}, but version 1 drops transparency"
+            raise ConfigError(f"{said}; leave it out, or use version 2.", "background")
 
     @property
     def colour(self) -> Colour | None:

@@ -7,25 +7,119 @@ import warnings
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, TypeAlias
+from functools import cache, cached_property
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from famba.data.augment import Augmentation, Normalize, Transform, evaluation_transform, training_transform, unchanged
-from famba.data.draws import sent
-from famba.data.sampler import EpochSampler, MicroBatch, check_numbers, check_rank
+from famba.data.draws import Stream, derived_integer, permutation, sent
 from famba.data.sources import ArraySource, Source
-from famba.errors import FambaError
+from famba.errors import ConfigError, FambaError
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
 """Images as the transform gives them, float32 (b, 3, s, s), and labels, int64 (b,)."""
 
 _TIME_TO_SAVE_S = 60
 _CPU = torch.device("cpu")
+
+
+class MicroBatch(NamedTuple):
+    """Names images that are loaded at once: `indices`, int64 (b,), at positions start .. start + b - 1."""
+
+    epoch: int
+    start: int
+    indices: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TrainBatches:
+    """Gives the training batches of one process, in an order drawn for each epoch.
+
+    Micro-batch m of process r in step s holds the positions from s * batch_size + (m * world_size + r) * micro_batch
+    on. Images that do not fill a step are left out, others in each epoch. Raises ConfigError where numbers do not fit.
+    """
+
+    length: int  # number of training images
+    seed: int  # of the order, non-negative
+    batch_size: int  # images in one step of all processes
+    accumulation: int  # micro-batches per step
+    rank: int  # number of this process
+    world_size: int  # number of processes
+    # Times that an image comes up, in different processes with different augmentation (Hoffer et al. 2020, "Augment
+    # your batch"), while an epoch stays as long as without; acts only where world_size is above 1, as in DeiT.
+    repeats: int
+    load: _Batches
+
+    def __post_init__(self) -> None:
+        names = ("batch_size", "accumulation", "world_size", "repeats")
+        check_numbers(**{name: getattr(self, name) for name in names})
+        if not 0 <= self.seed < 2**64:
+            raise ConfigError(f"seed is {self.seed}, but must be at least 0 and below 2**64.")
+        unit = self.world_size * self.accumulation
+        fits = f"a multiple of {unit}, world_size {self.world_size} times accumulation {self.accumulation}"
+        if self.batch_size % unit:
+            raise ConfigError(f"batch_size is {self.batch_size}, but must be {fits}.", "batch_size")
+        if self.batch_size > self.length or self.steps_per_epoch == 0:
+            largest = min(self.length, self._own_images * self.world_size)
+            said = f"batch_size {self.batch_size} does not fit into the {self.length} training images"
+            raise ConfigError(f"{said}: at most {largest}, and {fits}.", "batch_size")
+
+    @property
+    def micro_batch(self) -> int:
+        """Return the number of images that one process loads at once."""
+        return self.batch_size // (self.world_size * self.accumulation)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Return the number of whole steps in every epoch."""
+        return self._own_images // (self.micro_batch * self.accumulation)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
+        """Yield the micro-batches of an epoch from a step on, `accumulation` for each step.
+
+        Workers end with the generator, also when it is closed early. Raises ConfigError where there is no such step;
+        DataError on the way, where an image cannot be read.
+        """
+        if epoch < 0 or not 0 <= start_step <= self.steps_per_epoch:
+            there = f"epochs count from 0, each has {self.steps_per_epoch} steps"
+            raise ConfigError(f"there is no step {start_step} in epoch {epoch}: {there}.")
+        indices, size, parts = self._indices(epoch), self.micro_batch, []
+        for number in range(start_step * self.accumulation, self.steps_per_epoch * self.accumulation):
+            start = (number * self.world_size + self.rank) * size
+            parts.append(MicroBatch(epoch, start, indices[number * size : (number + 1) * size]))
+        return self.load(parts)
+
+    @cached_property
+    def _repeating(self) -> RepeatAugSampler | None:
+        if self.repeats == 1 or self.world_size == 1:
+            return None
+        return RepeatAugSampler(range(self.length), self.world_size, self.rank, num_repeats=self.repeats)
+
+    @property
+    def _own_images(self) -> int:
+        repeating = self._repeating
+        return self.length // self.world_size if repeating is None else repeating.num_selected_samples
+
+    def _indices(self, epoch: int) -> npt.NDArray[np.int64]:
+        if self._repeating is None:
+            used = permutation(Stream.ORDER, self.seed, epoch, self.length)[: self.steps_per_epoch * self.batch_size]
+            return used.reshape(-1, self.world_size, self.micro_batch)[:, self.rank].reshape(-1)
+        # The sampler seeds its order with the epoch alone; this makes it depend on the run's seed too.
+        self._repeating.set_epoch(derived_integer(Stream.REPEATED_ORDER, self.seed, epoch))
+        return np.fromiter(self._repeating, dtype=np.int64)
+
+
+def check_numbers(least: int = 1, **numbers: int) -> None:
+    """Raise ConfigError for a number that is too small."""
+    for name, number in numbers.items():
+        if number < least:
+            raise ConfigError(f"{name} is {number}, but must be at least {least}.", name)
 
 
 @dataclass(frozen=True)
@@ -44,7 +138,8 @@ class Loading:
     def __post_init__(self) -> None:
         check_numbers(0, workers=self.workers)
         check_numbers(image_size=self.image_size)
-        check_rank(self.rank, self.world_size)
+        if not 0 <= self.rank < self.world_size:
+            raise ConfigError(f"rank is {self.rank}, but must be from 0 to world_size - 1 = {self.world_size - 1}.")
 
 
 def train_batches(
@@ -62,11 +157,11 @@ def train_batches(
     A step depends on (seed, epoch, step) and the numbers below, never on what ran before, nor on `workers`; with
     `repeats` 1 the processes together see the same images and augmentation however many they are.
 
-    seed: of order and augmentation. seed to repeats: as in `EpochSampler`. Raises ConfigError where they do not fit.
+    seed: of order and augmentation. seed to repeats: as in `TrainBatches`. Raises ConfigError where they do not fit.
     """
-    sampler = EpochSampler(len(source), seed, batch_size, accumulation, loading.rank, loading.world_size, repeats)
     transform = training_transform(augmentation, loading.image_size, Normalize(loading.mean, loading.std), seed)
-    return TrainBatches(sampler, _Batches(source, transform, loading))
+    numbers = (len(source), seed, batch_size, accumulation, loading.rank, loading.world_size, repeats)
+    return TrainBatches(*numbers, _Batches(source, transform, loading))
 
 
 def eval_batches(source: Source, augmentation: Augmentation, loading: Loading, batch_size: int) -> EvalBatches:
@@ -85,10 +180,7 @@ def eval_batches(source: Source, augmentation: Augmentation, loading: Loading, b
 
 @dataclass(frozen=True)
 class EvalBatches:
-    """Gives one process's share of the images, as often as it is iterated; raises DataError on the way.
-
-    Workers end when the iterator does or is closed.
-    """
+    """Gives one process's share of the images, as often as it is iterated; workers end with the iterator."""
 
     parts: list[MicroBatch]
     load: _Batches
@@ -98,28 +190,6 @@ class EvalBatches:
 
     def __iter__(self) -> Generator[Batch, None, None]:
         return self.load(self.parts)
-
-
-@dataclass(frozen=True)
-class TrainBatches:
-    """Gives the training batches of one process."""
-
-    sampler: EpochSampler
-    load: _Batches
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Return the number of steps in every epoch."""
-        return self.sampler.steps_per_epoch
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
-        """Yield the micro-batches of an epoch from a step on, `accumulation` for each step.
-
-        Workers end with the generator, also when it is closed early. Raises ConfigError where there is no such step;
-        DataError on the way, where an image cannot be read.
-        """
-        self.sampler.check_place(epoch, start_step)
-        return self.load(list(self.sampler.micro_batches(epoch, start_step)))
 
 
 @dataclass(frozen=True)
@@ -204,10 +274,7 @@ def _leave_signals_to_parent(_: int) -> None:
 
 
 def ahead(batches: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
-    """Yield batches of a GPU, each of which is prepared, on a second stream, before the one before it is handed over.
-
-    So a step that runs on the current stream and the preparation of the next batch go on at the same time.
-    """
+    """Yield batches of a GPU, and prepare the next on a second stream while a step runs on the current one."""
     side, current = _second_stream(device), torch.cuda.current_stream(device)
     side.wait_stream(current)
 

@@ -1,33 +1,35 @@
-"""Load the data sets that are the same wherever their files lie: CIFAR-10, CIFAR-100 and scikit-learn's digits."""
+"""Load published data sets: CIFAR-10, CIFAR-100, scikit-learn's digits, and those of the Hugging Face hub."""
 
 from __future__ import annotations
 
 import io
+import logging
 import os
 import tarfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
 import torch
 from PIL import Image
+from timm.data import create_dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets import utils as torchvision_utils
 
-from famba.data.images import Colour, decode_rgb, naming
-from famba.data.sources import ArraySource, Splits
-from famba.errors import ConfigError, DataError, near_miss
+from famba.data.images import Colour, Reading, decode_rgb, naming
+from famba.data.sources import ArraySource, LazySource, Source, Splits, check_labels, check_num_classes
+from famba.errors import ConfigError, DataError, near_miss, some
 
 _SIDE = 32  # pixels
-CIFAR: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
-"""Readers of torchvision's, which know the MD5 sums of the published files."""
-NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10}
-"""Numbers of classes where the name alone tells them."""
+CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}  # torchvision knows the MD5 sums of the published files
+NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10}  # where the name alone tells them, as below
 _LABELS = {"cifar10": "label", "cifar100": "fine_label"}  # columns of the parquet files
 TRAINING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "digits": 1437}
-"""Numbers of training images where the name alone tells them."""
+_TEST_SPLITS = ("validation", "val", "valid", "test")  # of the hub, where a "test" often has secret labels
+_log = logging.getLogger(__name__)
 
 
 def load_digits() -> Splits:
@@ -181,3 +183,49 @@ def _read_parquet(name: str, paths: list[Path], background: Colour | None) -> Ar
             images.append(np.asarray(image))
             labels.append(label)
     return _in_memory(np.stack(images), labels, classes)
+
+
+def _read_hub(reader: Any, background: Colour | None, index: int) -> Image.Image:
+    # timm's own ImageDataset skips images that are broken.
+    with naming(lambda: reader.filename(index, absolute=True)), reader[index][0] as file:
+        return decode_rgb(file, background)
+
+
+def load_named(name: str, root: Path | None, num_classes: int | None, reading: Reading) -> Splits:
+    """Open a data set of the hub by its name after "hfds/".
+
+    root: the cache; None for that of the hub's own. num_classes is None where the data set tells it. The test set is
+    the first of `_TEST_SPLITS` that exists. Raises ConfigError for a number of classes that is missing or wrong;
+    DataError where timm cannot open the data, or training and test images have other classes.
+    """
+    train, classes = _open(name, root, ("train",), num_classes, reading)
+    test, others = _open(name, root, _TEST_SPLITS, num_classes, reading)
+    if classes != others:
+        said = f"{some(classes)} in training, and {some(others)} in the test set"
+        raise DataError(f"data {name!r} in {root}: its parts have other classes, or in another order: {said}.")
+    return Splits(train=train, validation=None, test=test, classes=classes or None)
+
+
+def _open(
+    name: str, root: Path | None, splits: tuple[str, ...], num_classes: int | None, reading: Reading
+) -> tuple[Source, tuple[str, ...]]:
+    """Return the images of the first split that exists, and the names of their classes, none where it has none."""
+    reasons: list[str] = []
+    for split in splits:
+        try:
+            reader = create_dataset(name, None if root is None else str(root), split=split).reader
+            break
+        except Exception as error:  # the reader and the packages behind it raise all kinds
+            reasons.append(f"{split}: {str(error) or type(error).__name__}")
+    else:
+        raise DataError(f"data {name!r} in {root} cannot be opened ({'; '.join(reasons)}).")
+    if reasons:
+        _log.warning("%r: split %r is the test set, since others cannot be opened: %s", name, split, reasons[0])
+    classes = tuple(sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__))
+    check_num_classes(num_classes, len(classes) or None, repr(name))
+    count = len(classes) or num_classes
+    if not count:
+        raise ConfigError(f"data {name!r} does not say how many classes it has: set num_classes.", "num_classes")
+    labels = np.asarray(reader.dataset[reader.label_key][:])
+    labels = check_labels(labels, count, lambda index: reader.filename(index, absolute=True))
+    return LazySource(partial(_read_hub, reader, reading.colour), range(len(labels)), labels, count), classes

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -70,27 +70,27 @@ class ArraySource:
 
 
 @dataclass(frozen=True, eq=False)
-class SubsetSource:
-    """Gives images of a source that is not in memory: those at `indices`, int64 (n,), in that order."""
+class LazySource:
+    """Gives images that are read when they are wanted: each is opened anew, so processes share no open file."""
 
-    source: Source
-    indices: npt.NDArray[np.int64]
+    read: Callable[[Any], Image.Image]  # key to RGB image; DataError naming its file where it cannot be read
+    keys: Sequence[Any]  # n, such as the paths of files
     labels: Labels  # (n,)
     num_classes: int
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.keys)
 
     def image(self, index: int) -> Image.Image:
-        """Return an RGB image; DataError as in the whole source."""
-        return self.source.image(int(self.indices[index]))
+        """Return an RGB image; DataError naming its file where that is missing or corrupt."""
+        return self.read(self.keys[index])
 
 
 def take(source: Source, indices: npt.NDArray[np.int64]) -> Source:
     """Return the images at `indices` (int64 (n,)), in that order; an ArraySource stays one."""
     if isinstance(source, ArraySource):
         return ArraySource(source.images[indices], source.labels[indices], source.num_classes)
-    return SubsetSource(source, indices, labels_of(source)[indices], source.num_classes)
+    return LazySource(source.image, indices.tolist(), labels_of(source)[indices], source.num_classes)
 
 
 def renumber(source: Source, numbers: tuple[int, ...], num_classes: int) -> Source:
@@ -98,7 +98,7 @@ def renumber(source: Source, numbers: tuple[int, ...], num_classes: int) -> Sour
     labels = np.array(numbers, dtype=np.int64)[labels_of(source)]
     if isinstance(source, ArraySource):
         return ArraySource(source.images, torch.from_numpy(labels), num_classes)
-    return SubsetSource(source, np.arange(len(source)), labels, num_classes)
+    return LazySource(source.image, range(len(source)), labels, num_classes)
 
 
 def labels_of(source: Source) -> Labels:

@@ -5,25 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from famba.data.draws import Stream, permutation
 from famba.data.folders import find_parts, load_folder
 from famba.data.images import Reading
-from famba.data.named import load_named
-from famba.data.published import CIFAR, NUM_CLASSES, TRAINING_IMAGES, find_cifar, load_cifar, load_digits
+from famba.data.published import CIFAR, NUM_CLASSES, TRAINING_IMAGES, find_cifar, load_cifar, load_digits, load_named
 from famba.data.sources import Splits, balanced_order, check_num_classes, labels_of, sample, take
 from famba.errors import ConfigError, DataError, near_miss
 
-Loader: TypeAlias = Callable[[Path | None, int | None], Splits]
-"""(data.root, data.num_classes) to the images, either None where it is not given."""
-
-LOADERS: dict[str, Loader] = {}
-"""Functions that open the data sets that were added to Famba's own. A new one is one more entry."""
-PUBLISHED = tuple(NUM_CLASSES)
-"""Data sets that are the same wherever their files lie."""
+LOADERS: dict[str, Callable[[Path | None, int | None], Splits]] = {}
+"""Map names of data sets that were added to Famba's own to functions of data.root and data.num_classes."""
+PUBLISHED = tuple(NUM_CLASSES)  # data sets that are the same wherever their files lie
 
 
 def load_splits(
@@ -87,10 +82,7 @@ def check_request(
 
 
 def check_folder(name: str, root: str | Path | None, version: int = Reading.version) -> None:
-    """Raise DataError where the folder that is given cannot hold the data; no image is read.
-
-    Other packages' caches and the folders of loaders that were added are not judged.
-    """
+    """Raise DataError where the folder of CIFAR or of class folders cannot hold the data; no image is read."""
     if root is None or not (name in CIFAR or name == "folder"):
         return
     folder = Path(root).expanduser()
@@ -98,7 +90,7 @@ def check_folder(name: str, root: str | Path | None, version: int = Reading.vers
         raise DataError(f"root {folder} is no folder; give the one that holds the data.", "root")
     if name in CIFAR:
         find_cifar(name, folder)
-    elif name == "folder":
+    else:
         find_parts(folder, version)
 
 

@@ -9,7 +9,7 @@ import ctypes
 import functools
 import os
 import sysconfig
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,23 @@ Fuse = _structure(
     (c_int32, "dtype threads"),
     (Array, "x y"),
     (c_void_p, "places weights"),
+)
+Scaling = _structure(
+    (c_int64, "batch height width size"),
+    (c_int32, "dtype threads bicubic"),
+    (c_void_p, "images rows columns"),
+    (c_double, "down across"),
+    (c_void_p, "out"),
+)
+Motion = _structure(
+    (c_int64, "count height width"),
+    (c_int32, "dtype threads bicubic"),
+    (c_void_p, "images rows matrices fill"),
+)
+Lookup = _structure(
+    (c_int64, "count area"),
+    (c_int32, "dtype threads"),
+    (c_void_p, "images rows tables"),
 )
 
 
@@ -174,9 +191,9 @@ def _load() -> ctypes.CDLL:
         library = ctypes.CDLL(str(PATH))
     except OSError as error:
         raise BackendError(f"{PATH.name} does not load on {sysconfig.get_platform()} ({error}); {remedy}") from error
-    sizes = (c_int64 * 4)()
+    sizes = (c_int64 * 7)()
     if hasattr(library, "famba_struct_sizes"):
         library.famba_struct_sizes(sizes)
-    if list(sizes) != [ctypes.sizeof(kind) for kind in (Scan, Conv, Norm, Fuse)]:
+    if list(sizes) != [ctypes.sizeof(kind) for kind in (Scan, Conv, Norm, Fuse, Scaling, Motion, Lookup)]:
         raise BackendError(f"{PATH.name} is of another version of famba; install famba again, or use 'reference'")
     return library

@@ -102,9 +102,10 @@ int famba_isa_lanes(int isa) {
     int famba_##name(int isa, const arguments *p) { return famba::call(&famba::Table::name, isa, p); }
 FAMBA_KERNELS(FAMBA_DEFINE)
 
-void famba_struct_sizes(int64_t sizes[4]) {
-    const int64_t found[] = {sizeof(famba_scan), sizeof(famba_conv), sizeof(famba_norm), sizeof(famba_fuse)};
-    std::copy(found, found + 4, sizes);
+void famba_struct_sizes(int64_t sizes[7]) {
+    const int64_t found[] = {sizeof(famba_scan),    sizeof(famba_conv),   sizeof(famba_norm),  sizeof(famba_fuse),
+                             sizeof(famba_scaling), sizeof(famba_motion), sizeof(famba_lookup)};
+    std::copy(found, found + 7, sizes);
 }
 
 }  // extern "C"

@@ -68,6 +68,43 @@ typedef struct {
     const float *weights;   // (batch, length)
 } famba_fuse;
 
+// Pictures (batch, 3, height, width) scaled to (batch, 3, size, size), first across, then down.
+typedef struct {
+    int64_t batch, height, width, size;
+    int32_t dtype;  // FAMBA_FLOAT32
+    int32_t threads;
+    int32_t bicubic;  // or else bilinear
+    const uint8_t *images;
+    // (batch, 4): start and extent of what is scaled, in pixels; its sides when it is scaled; the first result's centre
+    // there and the way to the next. down, across: the same for all images.
+    const double *rows, *columns;
+    double down, across;
+    uint8_t *out;
+} famba_scaling;
+
+// Those at `rows` of pictures (any, 3, height, width), changed in place: the pixel at (x, y) comes from
+// (a x + b y + c, d x + e y + f), or is the fill.
+typedef struct {
+    int64_t count, height, width;
+    int32_t dtype;  // FAMBA_FLOAT32
+    int32_t threads;
+    int32_t bicubic;  // or else bilinear
+    uint8_t *images;
+    const int64_t *rows;     // (count), each once
+    const double *matrices;  // (count, 6), a to f
+    const uint8_t *fill;     // (3)
+} famba_motion;
+
+// Those at `rows` of pictures (any, 3, area), changed in place: each value becomes its entry in a table.
+typedef struct {
+    int64_t count, area;
+    int32_t dtype;  // FAMBA_FLOAT32
+    int32_t threads;
+    uint8_t *images;
+    const int64_t *rows;    // (count), each once
+    const uint8_t *tables;  // (count, 3, 256)
+} famba_lookup;
+
 #pragma GCC visibility push(default)
 
 // Instruction sets in rising order. `famba_isa_best` is what this processor has of what was built.
@@ -82,12 +119,13 @@ int famba_isa_lanes(int isa);
     DO(scan_forward, famba_scan) DO(scan_backward, famba_scan)       \
     DO(conv_forward, famba_conv) DO(conv_backward, famba_conv)       \
     DO(norm_forward, famba_norm) DO(norm_backward, famba_norm)       \
-    DO(fuse_forward, famba_fuse) DO(fuse_backward, famba_fuse)
+    DO(fuse_forward, famba_fuse) DO(fuse_backward, famba_fuse)       \
+    DO(resample, famba_scaling) DO(move, famba_motion) DO(look_up, famba_lookup)
 #define FAMBA_DECLARE(name, arguments) int famba_##name(int isa, const arguments *);
 FAMBA_KERNELS(FAMBA_DECLARE)
 
 // Sizes of the structs above, in their order, for the loader to compare.
-void famba_struct_sizes(int64_t sizes[4]);
+void famba_struct_sizes(int64_t sizes[7]);
 
 #pragma GCC visibility pop
 

@@ -2,6 +2,7 @@
 #include "conv.hpp"
 #include "fuse.hpp"
 #include "norm.hpp"
+#include "pictures.hpp"
 #include "scan_backward.hpp"
 
 namespace famba {
