@@ -54,7 +54,7 @@ class TrainBatches:
     # Times that an image comes up, in different processes with different augmentation (Hoffer et al. 2020, "Augment
     # your batch"), while an epoch stays as long as without; acts only where world_size is above 1, as in DeiT.
     repeats: int
-    load: _Batches
+    load: _Batches | None = None  # None where the numbers alone are asked for
 
     def __post_init__(self) -> None:
         names = ("batch_size", "accumulation", "world_size", "repeats")
@@ -62,7 +62,7 @@ class TrainBatches:
         if not 0 <= self.seed < 2**64:
             raise ConfigError(f"seed is {self.seed}, but must be at least 0 and below 2**64.")
         unit = self.world_size * self.accumulation
-        fits = f"a multiple of {unit}, world_size {self.world_size} times accumulation {self.accumulation}"
+        fits = f"a multiple of {unit}, processes {self.world_size} times accumulation {self.accumulation}"
         if self.batch_size % unit:
             raise ConfigError(f"batch_size is {self.batch_size}, but must be {fits}.", "batch_size")
         if self.batch_size > self.length or self.steps_per_epoch == 0:
@@ -93,6 +93,7 @@ class TrainBatches:
         for number in range(start_step * self.accumulation, self.steps_per_epoch * self.accumulation):
             start = (number * self.world_size + self.rank) * size
             parts.append(MicroBatch(epoch, start, indices[number * size : (number + 1) * size]))
+        assert self.load is not None
         return self.load(parts)
 
     @cached_property

@@ -118,7 +118,7 @@ def make_loaders(config: RunConfig, image_size: int, splits: data.Splits, proces
             repeats=config.recipe.repeats,
             **shared,
         )
-    shared["batch_size"] = train.sampler.micro_batch
+    shared["batch_size"] = train.micro_batch
     evaluated: Callable[[data.Source], Batches] = partial(data.eval_batches, **shared)
     test = evaluated(splits.test)
     if splits.validation is not None:

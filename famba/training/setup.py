@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from famba import data, ops
-from famba.data.sampler import EpochSampler
+from famba.data.loader import TrainBatches
 from famba.errors import BackendError, ConfigError, named, near_miss
 from famba.fusion.schedules import ADAPTIVE
 from famba.ops.registry import AUTO, ENVIRONMENT_VARIABLE, resolve
@@ -105,9 +105,9 @@ def _check_data(config: RunConfig, processes: int) -> None:
     images = wanted.subset or data.TRAINING_IMAGES.get(wanted.name, _MANY)
     deal = (trainer.batch_size, trainer.accumulation, 0, processes, recipe.repeats)
     with named({"batch_size": "trainer.batch_size", "repeats": "recipe.repeats"}):
-        sampler = EpochSampler(images - data.held_out(images, wanted.val_fraction), config.seed, *deal)
-    if (recipe.mixup > 0 or recipe.cutmix > 0) and sampler.micro_batch % 2:
-        told = f"mixup and cutmix pair the images of a micro-batch, but {sampler.micro_batch} is odd"
+        batches = TrainBatches(images - data.held_out(images, wanted.val_fraction), config.seed, *deal)
+    if (recipe.mixup > 0 or recipe.cutmix > 0) and batches.micro_batch % 2:
+        told = f"mixup and cutmix pair the images of a micro-batch, but {batches.micro_batch} is odd"
         raise ConfigError(f"{told}; choose an even trainer.batch_size, or recipe.mixup=0 recipe.cutmix=0")
 
 
