@@ -102,17 +102,19 @@ def texts(report: Report) -> dict[tuple[Path, str], str]:
 
 
 def shelf(name: str) -> str:
-    """Return a table of Top-1 without training, by the number of tokens removed, and by mode and order."""
+    """Return a table of Top-1 without training, by strategy and number of tokens removed, mode and order."""
     found = pd.read_csv(KEPT / f"off_the_shelf_{name}.csv")
-    fused = found[(found["removed"] == 0) | ((found["mode"] == "fuse") & (found["order"] == "sequence"))]
-    speed = fused.set_index("removed")["images_per_s"]
-    ways = found[found["removed"] > 0].assign(way=found["mode"] + ", " + found["order"])
-    table = ways.pivot(index="removed", columns="way", values="top1")[list(ways["way"].unique())]
-    table = pd.concat([pd.DataFrame(found["top1"].iloc[0], [0], table.columns), table]).map("{:.2f}".format)
-    table.insert(0, f"{SHELF[name]}: tokens removed", table.index.astype(str))
-    return tabulated(
-        table.assign(**{"images/s, fused": [f"{s:.0f} ({s / speed[0]:.2f} of none)" for s in speed]}), "github"
-    )
+    whole, found = found[found["removed"] == 0].iloc[0], found[found["removed"] > 0]
+    found = found.assign(way=found["mode"] + ", " + found["order"])
+    rows = ["strategy", "removed"]
+    table = found.pivot(index=rows, columns="way", values="top1")[list(found["way"].unique())].map("{:.2f}".format)
+    fused = found[found["way"] == "fuse, sequence"].set_index(rows)["images_per_s"]
+    table["images/s, relative to none"] = (fused / whole["images_per_s"]).map("{:.2f}".format)
+    table.loc[("none", 0), :] = [f"{whole['top1']:.2f}"] * (len(table.columns) - 1) + ["1.00"]
+    order = {one: place for place, one in enumerate(("none", *found["strategy"].unique()))}
+    table = table.reset_index().sort_values("strategy", key=lambda column: column.map(order), kind="stable")
+    table["removed"] = table["removed"].map(str)
+    return tabulated(table.rename(columns={"strategy": SHELF[name], "removed": "tokens removed"}), "github")
 
 
 def gpu_runs() -> str:
