@@ -78,6 +78,10 @@ def test_the_class_is_the_folder_directly_below_the_part(tmp_path: Path) -> None
     assert (red(splits.train), splits.train.num_classes, splits.validation) == ([0, 2, 3, 1], 2, None)
     with pytest.raises(ConfigError, match=r"num_classes is 3, but .* 2 classes"):
         load("folder", tmp_path, num_classes=3)
+    for part in ("train", "val"):
+        write(tmp_path / "deep" / part, ("images/cat/1.png", "images/dog/1.png"))
+    with pytest.raises(DataError, match="folders of 'images', so all are of one class.*move them up into"):
+        load("folder", tmp_path / "deep")
 
 
 def test_every_format_that_pillow_reads_counts(root: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -132,13 +136,6 @@ def test_a_part_that_cannot_be_meant_so_is_refused(
         (root / "train" / name).symlink_to(target)
     with pytest.raises(DataError, match=said):
         load("folder", root)
-
-
-def test_images_that_tell_no_classes_are_refused(tmp_path: Path) -> None:
-    for part in ("train", "test"):
-        write(tmp_path / part, ("images/cat/1.png", "images/dog/1.png"))
-    with pytest.raises(DataError, match="folders of 'images', so all are of one class.*move them up into"):
-        load("folder", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
