@@ -11,7 +11,7 @@ from PIL import Image
 
 from famba.data import open_image
 from famba.data.images import to_rgb
-from famba.errors import ConfigError, DataError
+from famba.errors import DataError
 
 # A red corner shows how an image is turned.
 CORNER = np.zeros((4, 6, 3), np.uint8)
@@ -85,13 +85,6 @@ def test_images_stand_upright(tmp_path: Path, suffix: str) -> None:
         assert found.size == ((96, 64) if orientation < 5 else (64, 96))
         reds = np.argwhere(np.asarray(found)[..., 0] > 128).mean(0) // 16
         assert tuple(reds[::-1]) == corner, orientation
-
-
-@pytest.mark.parametrize("background", ["wihte", "#12345", "#11223344", "", "12"])
-def test_a_background_that_is_no_colour_is_refused(tmp_path: Path, background: str) -> None:
-    with pytest.raises(ConfigError, match="is no colour; allowed: a name such as white") as caught:
-        open_image(tmp_path / "any.png", background)
-    assert caught.value.argument == "background"
 
 
 @pytest.mark.parametrize("mode", ["La", "PA", "RGBa", "1", "L", "P", "RGB", "CMYK"])
