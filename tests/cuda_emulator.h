@@ -4,7 +4,6 @@
 #include <pthread.h>
 #include <ucontext.h>
 
-#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -18,11 +17,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
-#ifdef EMULATE_BY_THREADS
 #define __shared__ static
-#else
-#define __shared__ static thread_local
-#endif
 
 struct __align__(16) float4 { float x, y, z, w; };
 struct __align__(8) uint2 { unsigned x, y; };
@@ -59,11 +54,11 @@ struct Fibre {
     int state;  // 0 done, 1 at a barrier, 2 at an exchange
     unsigned exchanges;
 };
-inline thread_local std::vector<Fibre> fibres;
-inline thread_local ucontext_t scheduler;
-inline thread_local float slots[2][MOST_THREADS];
-inline thread_local void (*call)(void *);
-inline thread_local void *argument;
+inline std::vector<Fibre> fibres;
+inline ucontext_t scheduler;
+inline float slots[2][MOST_THREADS];
+inline void (*call)(void *);
+inline void *argument;
 
 inline void meet(bool warp) {
     Fibre &mine = fibres[thread];
@@ -114,17 +109,7 @@ void launch(void (*kernel)(Argument), const void *packed, const double *constant
     std::memcpy(&argument, packed, sizeof argument);
     std::memcpy(values, constants, sizeof values);
     grid = {x, y};
-    std::atomic<unsigned> next{0};
-    auto work = [&] {
-        for (unsigned i; (i = next++) < x * y;) run_block([&] { kernel(argument); }, {i % x, i / x}, threads);
-    };
-#ifdef EMULATE_BY_THREADS
-    work();
-#else
-    std::thread other(work);
-    work();
-    other.join();
-#endif
+    for (unsigned i = 0; i < x * y; i++) run_block([&] { kernel(argument); }, {i % x, i / x}, threads);
 }
 }  // namespace emulator
 
