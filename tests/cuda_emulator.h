@@ -30,11 +30,11 @@ inline double values[32];  // of the constants that are no part of a type
 inline Index grid;
 inline thread_local Index block;
 inline thread_local unsigned thread;
-inline thread_local unsigned exchanges;  // that a thread has taken part in
+inline unsigned exchanges[MOST_THREADS];  // that each thread of a block has taken part in
+inline float slots[2][MOST_THREADS];
 
 #ifdef EMULATE_BY_THREADS
 inline pthread_barrier_t of_block, of_warp[MOST_THREADS / 32];
-inline float slots[2][MOST_THREADS];
 inline void meet(bool warp) { pthread_barrier_wait(warp ? &of_warp[thread / 32] : &of_block); }
 
 template <typename Kernel> void run_block(Kernel kernel, Index at, unsigned threads) {
@@ -42,21 +42,17 @@ template <typename Kernel> void run_block(Kernel kernel, Index at, unsigned thre
     pthread_barrier_init(&of_block, nullptr, threads);
     for (unsigned warp = 0; warp < threads / 32; warp++) pthread_barrier_init(&of_warp[warp], nullptr, 32);
     for (unsigned t = 0; t < threads; t++)
-        all.emplace_back([=] { block = at; thread = t; exchanges = 0; kernel(); });
+        all.emplace_back([=] { block = at; thread = t; exchanges[t] = 0; kernel(); });
     for (auto &one : all) one.join();
 }
-inline unsigned exchanges_so_far() { return exchanges; }
-inline void count_exchange() { exchanges++; }
 #else
 struct Fibre {
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[STACK]};
     int state;  // 0 done, 1 at a barrier, 2 at an exchange
-    unsigned exchanges;
 };
 inline std::vector<Fibre> fibres;
 inline ucontext_t scheduler;
-inline float slots[2][MOST_THREADS];
 inline void (*call)(void *);
 inline void *argument;
 
@@ -65,8 +61,6 @@ inline void meet(bool warp) {
     mine.state = warp ? 2 : 1;
     swapcontext(&mine.context, &scheduler);
 }
-inline unsigned exchanges_so_far() { return fibres[thread].exchanges; }
-inline void count_exchange() { fibres[thread].exchanges++; }
 inline void enter() { call(argument); fibres[thread].state = 0; }
 
 template <typename Kernel> void run_block(Kernel kernel, Index at, unsigned threads) {
@@ -80,7 +74,7 @@ template <typename Kernel> void run_block(Kernel kernel, Index at, unsigned thre
         one.context.uc_stack.ss_sp = one.stack.get();
         one.context.uc_stack.ss_size = STACK;
         one.context.uc_link = &scheduler;
-        one.exchanges = 0;
+        exchanges[t] = 0;
         makecontext(&one.context, enter, 0);
     }
     do {
@@ -96,8 +90,7 @@ template <typename Kernel> void run_block(Kernel kernel, Index at, unsigned thre
 
 inline float exchange(float x, int mask) {
     // Two sets of slots by turns: nobody writes where another still reads.
-    const unsigned turn = exchanges_so_far() & 1;
-    count_exchange();
+    const unsigned turn = exchanges[thread]++ & 1;
     slots[turn][thread] = x;
     meet(true);
     return slots[turn][thread ^ mask];

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from famba.data import ArraySource, Augmentation, Batch, Loading, Splits, eval_batches, load_splits, train_batches
+from famba.data.loader import EvalBatches, TrainBatches
 
 BATCH = Augmentation(
     kind="batch",
@@ -33,22 +34,25 @@ def load(name: str, root: Path | None = None, **changes: Any) -> Splits:
     return load_splits(name, root, **{"subset": None, "val_fraction": 0.0, "num_classes": None, **changes})
 
 
-def training(source: Any, augmentation: Augmentation = BATCH, **changes: Any) -> Any:
-    loading = _loading(changes)
-    options = {"seed": 3, "batch_size": 8, "accumulation": 1, "repeats": 1, **changes}
-    return train_batches(source, augmentation, loading, **options)
+def training(
+    source: Any,
+    augmentation: Augmentation = BATCH,
+    seed: int = 3,
+    batch_size: int = 8,
+    accumulation: int = 1,
+    repeats: int = 1,
+    **loading: Any,
+) -> TrainBatches:
+    numbers = {"seed": seed, "batch_size": batch_size, "accumulation": accumulation, "repeats": repeats}
+    return train_batches(source, augmentation, _loading(**loading), **numbers)
 
 
-def evaluation(source: Any, augmentation: Augmentation = PLAIN, **changes: Any) -> Any:
-    loading = _loading(changes)
-    return eval_batches(source, augmentation, loading, **{"batch_size": 4, **changes})
+def evaluation(source: Any, augmentation: Augmentation = PLAIN, batch_size: int = 4, **loading: Any) -> EvalBatches:
+    return eval_batches(source, augmentation, _loading(**loading), batch_size)
 
 
-def _loading(changes: dict[str, Any]) -> Loading:
-    """Take from the changes those of `Loading`."""
-    names = [field.name for field in fields(Loading) if field.name in changes]
-    own = {"image_size": 8, "mean": (0.0,) * 3, "std": (1.0,) * 3, **{name: changes.pop(name) for name in names}}
-    return Loading(**own)
+def _loading(**changes: Any) -> Loading:
+    return Loading(**{"image_size": 8, "mean": (0.0,) * 3, "std": (1.0,) * 3, **changes})
 
 
 def labels_in(batches: Iterable[Batch]) -> list[int]:

@@ -20,7 +20,7 @@ from runs import Hostile
 from torchvision.datasets import CIFAR100
 from torchvision.datasets import utils as torchvision_utils
 
-from famba.data import ArraySource, download
+from famba.data import download
 from famba.errors import ConfigError, DataError
 
 NAMES = [f"class {number}" for number in range(100)]
@@ -29,13 +29,6 @@ COLUMNS = ("img", "fine_label")
 
 def pixels(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-
-
-def shown(source: Any) -> np.ndarray:
-    """Images (n, 32, 32, 3) of a source in memory."""
-    assert isinstance(source, ArraySource)
-    assert source.images.is_contiguous()
-    return source.images.permute(0, 2, 3, 1).numpy()
 
 
 def write_parquet(
@@ -79,7 +72,7 @@ def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_official_files_load_from_the_folder_or_the_one_above(official: Path) -> None:
     for root in (official, official.parent):
         splits: Any = load("cifar100", root)
-        assert np.array_equal(shown(splits.train), pixels(6, 1))
+        assert np.array_equal(splits.train.images.permute(0, 2, 3, 1), pixels(6, 1))
         assert splits.train.labels.tolist() == [0, 1, 2, 3, 98, 99]
         assert (splits.test.num_classes, len(splits.test), splits.classes) == (100, 3, tuple(NAMES))
     with pytest.raises(ConfigError, match="num_classes is 10, but cifar100 has 100"):
@@ -101,17 +94,13 @@ def test_a_file_that_was_not_published_is_named_and_its_code_does_not_run(
 
 @pytest.mark.parametrize(
     ("name", "below", "columns"),
-    [
-        ("cifar100", "", COLUMNS),
-        ("cifar100", "cifar100", COLUMNS),
-        ("cifar10", "plain_text", ("image", "label")),
-    ],
+    [("cifar100", "", COLUMNS), ("cifar100", "cifar100", COLUMNS), ("cifar10", "plain_text", ("image", "label"))],
 )
 def test_parquet_is_found_and_decoded(tmp_path: Path, name: str, below: str, columns: tuple[str, str]) -> None:
     write_splits(tmp_path / below, columns)
     splits: Any = load(name, tmp_path)
     assert splits.train.labels.tolist() == list(range(5))
-    assert np.array_equal(shown(splits.train), pixels(5, 1))
+    assert np.array_equal(splits.train.images.permute(0, 2, 3, 1), pixels(5, 1))
     assert (len(splits.test), splits.validation) == (5, None)
 
 
@@ -136,24 +125,18 @@ def test_parquet_without_the_column_or_the_other_split_is_refused(tmp_path: Path
         load("cifar100", tmp_path)
 
 
-def test_a_given_folder_without_data_is_never_downloaded_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torchvision_utils, "download_url", lambda *_, **__: pytest.fail("got"))
-    for root in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(DataError) as caught:
-            load("cifar100", root)
-        message = str(caught.value)
-        for folder in ("cifar-100-python", "data", "cifar100"):
-            assert str(root / folder) in message
-        assert f"famba download cifar100 --root {root}" in message
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_failed_download_says_what_to_do_and_none_is_needed_for_what_is_there(
+def test_where_no_data_is_it_says_what_to_do_and_downloads_into_its_own_folder_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FAMBA_DATA", str(tmp_path))
     refuse = Mock(side_effect=OSError("Network is unreachable"))
     monkeypatch.setattr(torchvision_utils, "download_url", refuse)
+    for root in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(DataError, match=f"famba download cifar100 --root {root}") as caught:
+            load("cifar100", root)
+        assert all(str(root / folder) in str(caught.value) for folder in ("cifar-100-python", "data", "cifar100"))
+    refuse.assert_not_called()
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("FAMBA_DATA", str(tmp_path))
     with pytest.raises(DataError, match=r"Network is unreachable.*famba download cifar100 .*data\.root"):
         load("cifar100", None)
     write_splits(tmp_path / "cifar100")

@@ -110,15 +110,13 @@ def test_scans_have_their_meaning(length: int, reverse: bool) -> None:
             torch.testing.assert_close(scan(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_that_is_not_ready_is_refused() -> None:
+def test_a_model_that_is_not_ready_or_cannot_be_traced_is_refused_in_one_line() -> None:
     model = nn.Linear(2, 2)
     with pytest.raises(ConfigError, match="training mode"):
         trace_program(model, (2,))
     with pytest.raises(ConfigError, match="weights are torch.bfloat16 on cpu; expected float32"):
         trace_program(model.eval().bfloat16(), (2,))
 
-
-def test_what_cannot_be_traced_is_said_in_one_line() -> None:
     class Branching(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x if x.sum() > 0 else -x

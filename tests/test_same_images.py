@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from earlier import write_images
+from images_and_loaders import training
 from PIL import Image, ImageOps
 from runs import run
 from torch import Tensor
@@ -17,7 +18,6 @@ from torch import Tensor
 from famba.analysis.trained import load_trained
 from famba.analysis.visualize import normalized, read_images
 from famba.cli import main as famba
-from famba.data import Loading, train_batches
 from famba.data.augment import evaluation_scaling
 from famba.data.folders import in_order
 from famba.export import export
@@ -67,11 +67,8 @@ def test_evaluation_pictures_and_training_see_upright_images_on_the_background(t
     files = [str(file) for file in files_of(trained)]
     torch.testing.assert_close(normalized(one, read_images(one, files)), scaled(trained))
     # The test images, which training would read just so, without augmentation.
-    scaling, loading = (
-        replace(one.scaling, kind="batch", crop_padding=0, hflip=0.0),
-        Loading(32, (0.0,) * 3, (1.0,) * 3),
-    )
-    (batch,) = train_batches(test, scaling, loading, seed=0, batch_size=17, accumulation=1, repeats=1).epoch(0)
+    plain = replace(one.scaling, kind="batch", crop_padding=0, hflip=0.0)
+    (batch,) = training(test, plain, image_size=32, batch_size=17).epoch(0)
     scaling = evaluation_scaling(replace(one.scaling, eval_crop=1.0), 32)
     expected = {scaling.image(image).numpy().tobytes() for image in map(shown, files_of(trained))}
     assert {image.mul(255).round().to(torch.uint8).numpy().tobytes() for image in batch[0]} == expected
