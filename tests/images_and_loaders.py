@@ -34,17 +34,10 @@ def load(name: str, root: Path | None = None, **changes: Any) -> Splits:
     return load_splits(name, root, **{"subset": None, "val_fraction": 0.0, "num_classes": None, **changes})
 
 
-def training(
-    source: Any,
-    augmentation: Augmentation = BATCH,
-    seed: int = 3,
-    batch_size: int = 8,
-    accumulation: int = 1,
-    repeats: int = 1,
-    **loading: Any,
-) -> TrainBatches:
-    numbers = {"seed": seed, "batch_size": batch_size, "accumulation": accumulation, "repeats": repeats}
-    return train_batches(source, augmentation, _loading(**loading), **numbers)
+def training(source: Any, augmentation: Augmentation = BATCH, **changes: Any) -> TrainBatches:
+    usual = {"seed": 3, "batch_size": 8, "accumulation": 1, "repeats": 1}
+    numbers = {name: changes.pop(name, number) for name, number in usual.items()}
+    return train_batches(source, augmentation, _loading(**changes), **numbers)
 
 
 def evaluation(source: Any, augmentation: Augmentation = PLAIN, batch_size: int = 4, **loading: Any) -> EvalBatches:

@@ -19,6 +19,7 @@ from images_and_loaders import (
     evaluation,
     labels_in,
     load,
+    saved,
     training,
     write,
 )
@@ -38,11 +39,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Source:
     root = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     for part in ("train", "val"):
-        for name in ("a", "b"):
-            (root / part / name).mkdir(parents=True)
-            for i in range(9):
-                pixels = generator.integers(0, 256, (10 + i, 12, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
+        for number in range(18):
+            pixels = generator.integers(0, 256, (10 + number % 9, 12, 3), dtype=np.uint8)
+            write(root / part, [f"{number // 9}/{number}.png"], saved(Image.fromarray(pixels)))
     return load("folder", root).train  # type: ignore[return-value]
 
 
@@ -60,16 +59,10 @@ def test_an_epoch_shows_each_image_at_most_once_in_whole_steps() -> None:
     assert len(set(labels_in(epoch))) == 24
     for images, labels in epoch:
         assert torch.allclose(images * 255, source.images[labels].float(), atol=1e-3)
-
-
-def test_the_order_is_a_permutation_of_its_own_for_each_seed_and_epoch() -> None:
-    orders = [
-        labels_in(training(arrays(26, side=2), PLAIN, batch_size=1, seed=seed, image_size=2).epoch(epoch))
-        for seed, epoch in ((3, 0), (3, 0), (3, 1), (4, 0))
-    ]
+    runs = [(training(source, PLAIN, batch_size=1, seed=seed), number) for seed, number in ((3, 0), (3, 1), (4, 0))]
+    orders = [labels_in(one.epoch(number)) for one, number in runs]
     assert all(sorted(order) == list(range(26)) for order in orders)
-    assert orders[0] == orders[1]
-    assert len(set(map(tuple, orders))) == 3
+    assert len(set(map(tuple, orders))) == 3, "each seed and epoch has an order of its own"
 
 
 @BOTH
