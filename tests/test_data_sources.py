@@ -73,7 +73,7 @@ def test_a_subset_and_what_is_held_out_have_every_class_in_proportion(uneven: An
         ("digits", {"subset": 1438}, "from 1 to the 1437"),
         ("digits", {"val_fraction": 1.0}, "val_fraction"),
         ("digits", {"background": "wite"}, "background 'wite' is no colour.*did you mean 'white'"),
-        ("digits", {"background": "#12345"}, "background '#12345' is no colour; allowed: a name such as white"),
+        ("digits", {"background": "#11223344"}, "background '#11223344' is no colour; allowed: a name such as white"),
         ("digits", {"background": ""}, "background '' is no colour; allowed: a name such as white"),
         ("digits", {"background": "black", "version": 1}, "version 1 drops transparency"),
         ("digits", {"version": 3}, "version is 3; allowed: 2, or 1"),

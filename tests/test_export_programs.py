@@ -98,16 +98,19 @@ def test_decays_that_vanish_leave_what_is_new() -> None:
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("length", [1, 2, 17, 65])
-def test_scans_have_their_meaning(length: int, reverse: bool) -> None:
+def test_scans_and_convolutions_have_their_meaning(length: int, reverse: bool) -> None:
     """Also in chunks, the last of which is shorter."""
     torch.manual_seed(0)
     u, delta, z = (torch.randn(2, length, 3) for _ in range(3))
     B, C = torch.randn(2, length, 4), torch.randn(2, length, 4)
-    scan = partial(ops.selective_scan, u, delta, -torch.rand(3, 4), B, C, z=z, delta_softplus=True, reverse=reverse)
+    A, D, bias = -torch.rand(3, 4), torch.randn(3), torch.randn(3)
+    scan = partial(ops.selective_scan, u, delta, A, B, C, D, z, bias, delta_softplus=True, reverse=reverse)
+    conv = partial(ops.causal_conv1d, u, torch.randn(3, 4), bias, "silu", reverse)
     with ops.use_backend("reference"):
-        expected = scan()
-        with PlainOps(chunked):
-            torch.testing.assert_close(scan(), expected, rtol=1e-5, atol=1e-5)
+        for op in (scan, conv):
+            expected = op()
+            with PlainOps(chunked):
+                torch.testing.assert_close(op(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_that_is_not_ready_or_cannot_be_traced_is_refused_in_one_line() -> None:
