@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from famba.data import ArraySource, Augmentation, Batch, Loading, Splits, eval_batches, load_splits, train_batches
-from famba.data.loader import EvalBatches, TrainBatches
 
 BATCH = Augmentation(
     kind="batch",
@@ -34,13 +33,13 @@ def load(name: str, root: Path | None = None, **changes: Any) -> Splits:
     return load_splits(name, root, **{"subset": None, "val_fraction": 0.0, "num_classes": None, **changes})
 
 
-def training(source: Any, augmentation: Augmentation = BATCH, **changes: Any) -> TrainBatches:
+def training(source: Any, augmentation: Augmentation = BATCH, **changes: Any) -> Any:
     usual = {"seed": 3, "batch_size": 8, "accumulation": 1, "repeats": 1}
     numbers = {name: changes.pop(name, number) for name, number in usual.items()}
     return train_batches(source, augmentation, _loading(**changes), **numbers)
 
 
-def evaluation(source: Any, augmentation: Augmentation = PLAIN, batch_size: int = 4, **loading: Any) -> EvalBatches:
+def evaluation(source: Any, augmentation: Augmentation = PLAIN, batch_size: int = 4, **loading: Any) -> Any:
     return eval_batches(source, augmentation, _loading(**loading), batch_size)
 
 
