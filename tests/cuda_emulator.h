@@ -4,7 +4,6 @@
 #include <pthread.h>
 #include <ucontext.h>
 
-#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -18,11 +17,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
-#ifdef EMULATE_BY_THREADS
 #define __shared__ static
-#else
-#define __shared__ static thread_local
-#endif
 
 struct __align__(16) float4 { float x, y, z, w; };
 struct __align__(8) uint2 { unsigned x, y; };
@@ -35,11 +30,11 @@ inline double values[32];  // of the constants that are no part of a type
 inline Index grid;
 inline thread_local Index block;
 inline thread_local unsigned thread;
-inline thread_local unsigned exchanges;  // that a thread has taken part in
+inline unsigned exchanges[MOST_THREADS];  // that each thread of a block has taken part in
+inline float slots[2][MOST_THREADS];
 
 #ifdef EMULATE_BY_THREADS
 inline pthread_barrier_t of_block, of_warp[MOST_THREADS / 32];
-inline float slots[2][MOST_THREADS];
 inline void meet(bool warp) { pthread_barrier_wait(warp ? &of_warp[thread / 32] : &of_block); }
 
 template <typename Kernel> void run_block(Kernel kernel, Index at, unsigned threads) {
@@ -47,31 +42,25 @@ template <typename Kernel> void run_block(Kernel kernel, Index at, unsigned thre
     pthread_barrier_init(&of_block, nullptr, threads);
     for (unsigned warp = 0; warp < threads / 32; warp++) pthread_barrier_init(&of_warp[warp], nullptr, 32);
     for (unsigned t = 0; t < threads; t++)
-        all.emplace_back([=] { block = at; thread = t; exchanges = 0; kernel(); });
+        all.emplace_back([=] { block = at; thread = t; exchanges[t] = 0; kernel(); });
     for (auto &one : all) one.join();
 }
-inline unsigned exchanges_so_far() { return exchanges; }
-inline void count_exchange() { exchanges++; }
 #else
 struct Fibre {
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[STACK]};
     int state;  // 0 done, 1 at a barrier, 2 at an exchange
-    unsigned exchanges;
 };
-inline thread_local std::vector<Fibre> fibres;
-inline thread_local ucontext_t scheduler;
-inline thread_local float slots[2][MOST_THREADS];
-inline thread_local void (*call)(void *);
-inline thread_local void *argument;
+inline std::vector<Fibre> fibres;
+inline ucontext_t scheduler;
+inline void (*call)(void *);
+inline void *argument;
 
 inline void meet(bool warp) {
     Fibre &mine = fibres[thread];
     mine.state = warp ? 2 : 1;
     swapcontext(&mine.context, &scheduler);
 }
-inline unsigned exchanges_so_far() { return fibres[thread].exchanges; }
-inline void count_exchange() { fibres[thread].exchanges++; }
 inline void enter() { call(argument); fibres[thread].state = 0; }
 
 template <typename Kernel> void run_block(Kernel kernel, Index at, unsigned threads) {
@@ -85,7 +74,7 @@ template <typename Kernel> void run_block(Kernel kernel, Index at, unsigned thre
         one.context.uc_stack.ss_sp = one.stack.get();
         one.context.uc_stack.ss_size = STACK;
         one.context.uc_link = &scheduler;
-        one.exchanges = 0;
+        exchanges[t] = 0;
         makecontext(&one.context, enter, 0);
     }
     do {
@@ -101,8 +90,7 @@ template <typename Kernel> void run_block(Kernel kernel, Index at, unsigned thre
 
 inline float exchange(float x, int mask) {
     // Two sets of slots by turns: nobody writes where another still reads.
-    const unsigned turn = exchanges_so_far() & 1;
-    count_exchange();
+    const unsigned turn = exchanges[thread]++ & 1;
     slots[turn][thread] = x;
     meet(true);
     return slots[turn][thread ^ mask];
@@ -114,17 +102,7 @@ void launch(void (*kernel)(Argument), const void *packed, const double *constant
     std::memcpy(&argument, packed, sizeof argument);
     std::memcpy(values, constants, sizeof values);
     grid = {x, y};
-    std::atomic<unsigned> next{0};
-    auto work = [&] {
-        for (unsigned i; (i = next++) < x * y;) run_block([&] { kernel(argument); }, {i % x, i / x}, threads);
-    };
-#ifdef EMULATE_BY_THREADS
-    work();
-#else
-    std::thread other(work);
-    work();
-    other.join();
-#endif
+    for (unsigned i = 0; i < x * y; i++) run_block([&] { kernel(argument); }, {i % x, i / x}, threads);
 }
 }  // namespace emulator
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +34,17 @@ def load(name: str, root: Path | None = None, **changes: Any) -> Splits:
 
 
 def training(source: Any, augmentation: Augmentation = BATCH, **changes: Any) -> Any:
-    loading = _loading(changes)
-    options = {"seed": 3, "batch_size": 8, "accumulation": 1, "repeats": 1, **changes}
-    return train_batches(source, augmentation, loading, **options)
+    usual = {"seed": 3, "batch_size": 8, "accumulation": 1, "repeats": 1}
+    numbers = {name: changes.pop(name, number) for name, number in usual.items()}
+    return train_batches(source, augmentation, _loading(**changes), **numbers)
 
 
-def evaluation(source: Any, augmentation: Augmentation = PLAIN, **changes: Any) -> Any:
-    loading = _loading(changes)
-    return eval_batches(source, augmentation, loading, **{"batch_size": 4, **changes})
+def evaluation(source: Any, augmentation: Augmentation = PLAIN, batch_size: int = 4, **loading: Any) -> Any:
+    return eval_batches(source, augmentation, _loading(**loading), batch_size)
 
 
-def _loading(changes: dict[str, Any]) -> Loading:
-    """Take from the changes those of `Loading`."""
-    names = [field.name for field in fields(Loading) if field.name in changes]
-    own = {"image_size": 8, "mean": (0.0,) * 3, "std": (1.0,) * 3, **{name: changes.pop(name) for name in names}}
-    return Loading(**own)
+def _loading(**changes: Any) -> Loading:
+    return Loading(**{"image_size": 8, "mean": (0.0,) * 3, "std": (1.0,) * 3, **changes})
 
 
 def labels_in(batches: Iterable[Batch]) -> list[int]:

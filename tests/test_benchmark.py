@@ -17,7 +17,6 @@ from famba.cli import main as famba
 
 Patch, Printed = pytest.MonkeyPatch, pytest.CaptureFixture[str]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-OPS = ["ops", "--batch", "2", "--length", "9", "--rounds", "2", "--precision", "fp32"]
 TINY = ("model.depth=2", "model.embed_dim=16", "model.d_state=2")
 
 
@@ -55,7 +54,7 @@ def test_contestants_take_turns_and_the_warm_up_does_not_count(monkeypatch: Patc
 
 
 def test_ops_are_timed_on_every_usable_backend(tmp_path: Path, capsys: Printed) -> None:
-    told = found(tmp_path, *OPS, "--precision", "fp32", "bf16")
+    told = found(tmp_path, "ops", "--batch", "2", "--length", "9", "--rounds", "2", "--precision", "fp32", "bf16")
     rows = told["tables"]["Ops"]
     by_reference = {(r["op"], r["precision"], r["mode"]) for r in rows if r["contestant"] == "reference"}
     both = {(op, dtype, mode) for op in ops.OPS for dtype in ("fp32", "bf16") for mode in ("forward", "both")}
@@ -81,20 +80,16 @@ def test_strategies_are_told_against_none(tmp_path: Path) -> None:
     assert upper["saved_bytes_per_image"] < none["saved_bytes_per_image"]
 
 
-@pytest.fixture
-def stand_in(monkeypatch: Patch, tiny: None) -> None:
-    """A CPU that is taken for a GPU, and smaller sizes."""
+@pytest.mark.usefixtures("tiny")
+def test_one_command_measures_a_gpu_in_time_and_prints_tables_for_a_page(
+    tmp_path: Path, capsys: Printed, monkeypatch: Patch
+) -> None:
+    # A CPU that is taken for a GPU, and smaller sizes.
     monkeypatch.setattr(command, "check", lambda device: None)
     monkeypatch.setattr(command, "cases", lambda: [ops.Case("causal_conv1d", 2, 9, 6, 3, "fp32")])
     asked = [Contestant(s, "vim_tiny_patch16_224", s, 2, 32, "fp32") for s in ("none", "upper")]
     broken = Contestant("broken", "vim_tiny_patch16_224", "none", 3, 32, "fp32")
     monkeypatch.setattr(command, "blocks", lambda device: [("Vim-Ti", [*asked, broken]), ("Ops", [])])
-
-
-@pytest.mark.usefixtures("stand_in")
-def test_one_command_measures_a_gpu_in_time_and_prints_tables_for_a_page(
-    tmp_path: Path, capsys: Printed, monkeypatch: Patch
-) -> None:
     told = found(tmp_path, "gpu", "--device", "cpu", "--rounds", "1")
     none, upper = told["tables"]["Vim-Ti, 2 images of 32 pixels"]
     assert upper["of_none"] == pytest.approx(upper["ms"] / none["ms"])

@@ -5,6 +5,7 @@ import multiprocessing
 import pickle
 import shutil
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -16,45 +17,32 @@ import pytest
 from images_and_loaders import load, saved
 from PIL import Image
 from runs import Hostile
-from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets import CIFAR100
 from torchvision.datasets import utils as torchvision_utils
 
-from famba.data import NUM_CLASSES, ArraySource, download
+from famba.data import download
 from famba.errors import ConfigError, DataError
 
 NAMES = [f"class {number}" for number in range(100)]
 COLUMNS = ("img", "fine_label")
-SHARD = "train-00000-of-00001.parquet"
 
 
 def pixels(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
 
 
-def shown(source: Any) -> np.ndarray:
-    """Images (n, 32, 32, 3) of a source in memory."""
-    assert isinstance(source, ArraySource)
-    assert source.images.is_contiguous()
-    return source.images.permute(0, 2, 3, 1).numpy()
-
-
-def png(image: np.ndarray) -> bytes:
-    return saved(Image.fromarray(image))
-
-
-def write_parquet(path: Path, images: list[Any], labels: list[Any], columns: tuple[str, str] = COLUMNS) -> None:
+def write_parquet(
+    path: Path, columns: tuple[str, str] = COLUMNS, seed: int = 1, labels: Sequence[int] = range(5)
+) -> None:
+    """Write random images with these labels."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    cells = [{"bytes": encoded, "path": "x.png"} for encoded in images]
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    table = pa.table({columns[0]: pa.array(cells, kind), columns[1]: pa.array(labels, pa.int64())})
-    pq.write_table(table, path)
+    images = [{"bytes": saved(Image.fromarray(image)), "path": "x.png"} for image in pixels(len(labels), seed)]
+    pq.write_table(pa.table({columns[0]: images, columns[1]: list(labels)}), path)
 
 
 def write_splits(folder: Path, columns: tuple[str, str] = COLUMNS, parts: tuple[str, ...] = ("train", "test")) -> None:
-    """Write `pixels(5, 1)`, labelled by their numbers, as each part."""
     for part in parts:
-        path = folder / f"{part}-00000-of-00001.parquet"
-        write_parquet(path, [*map(png, pixels(5, 1))], list(range(5)), columns)
+        write_parquet(folder / f"{part}-00000-of-00001.parquet", columns)
 
 
 def write_pickle(path: Path, entry: dict[str, Any]) -> list[str]:
@@ -68,29 +56,27 @@ def batch(images: np.ndarray, labels: list[int], key: str) -> dict[str, Any]:
     return {"data": images.transpose(0, 3, 1, 2).reshape(len(images), -1), key: labels}
 
 
-def publish(monkeypatch: pytest.MonkeyPatch, kind: type[CIFAR10], train: Any, test: Any, meta: list[str]) -> None:
-    """Let files be those that were published."""
-    monkeypatch.setattr(kind, "train_list", train)
-    monkeypatch.setattr(kind, "test_list", test)
-    monkeypatch.setattr(kind, "meta", {**kind.meta, "filename": meta[0], "md5": meta[1]})
-
-
 @pytest.fixture
 def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a small CIFAR-100 in the official form, with `pixels(6, 1)` as training images."""
     folder = tmp_path / "source" / "cifar-100-python"
     train = write_pickle(folder / "train", batch(pixels(6, 1), [0, 1, 2, 3, 98, 99], "fine_labels"))
     test = write_pickle(folder / "test", batch(pixels(3, 2), [5, 6, 7], "fine_labels"))
-    publish(monkeypatch, CIFAR100, [train], [test], write_pickle(folder / "meta", {"fine_label_names": NAMES}))
+    name, digest = write_pickle(folder / "meta", {"fine_label_names": NAMES})
+    monkeypatch.setattr(CIFAR100, "train_list", [train])
+    monkeypatch.setattr(CIFAR100, "test_list", [test])
+    monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "filename": name, "md5": digest})
     return folder
 
 
 def test_official_files_load_from_the_folder_or_the_one_above(official: Path) -> None:
     for root in (official, official.parent):
         splits: Any = load("cifar100", root)
-        assert np.array_equal(shown(splits.train), pixels(6, 1))
+        assert np.array_equal(splits.train.images.permute(0, 2, 3, 1), pixels(6, 1))
         assert splits.train.labels.tolist() == [0, 1, 2, 3, 98, 99]
         assert (splits.test.num_classes, len(splits.test), splits.classes) == (100, 3, tuple(NAMES))
+    with pytest.raises(ConfigError, match="num_classes is 10, but cifar100 has 100"):
+        load("cifar100", official, num_classes=10)
     (official / "test").unlink()
     with pytest.raises(DataError, match=r"no official files \(not in the first: test\) nor .* in .*cifar-100-python"):
         load("cifar100", official.parent)
@@ -108,17 +94,13 @@ def test_a_file_that_was_not_published_is_named_and_its_code_does_not_run(
 
 @pytest.mark.parametrize(
     ("name", "below", "columns"),
-    [
-        ("cifar100", "", COLUMNS),
-        ("cifar100", "cifar100", COLUMNS),
-        ("cifar10", "plain_text", ("image", "label")),
-    ],
+    [("cifar100", "", COLUMNS), ("cifar100", "cifar100", COLUMNS), ("cifar10", "plain_text", ("image", "label"))],
 )
 def test_parquet_is_found_and_decoded(tmp_path: Path, name: str, below: str, columns: tuple[str, str]) -> None:
     write_splits(tmp_path / below, columns)
     splits: Any = load(name, tmp_path)
     assert splits.train.labels.tolist() == list(range(5))
-    assert np.array_equal(shown(splits.train), pixels(5, 1))
+    assert np.array_equal(splits.train.images.permute(0, 2, 3, 1), pixels(5, 1))
     assert (len(splits.test), splits.validation) == (5, None)
 
 
@@ -126,7 +108,7 @@ def test_parquet_shards_are_joined_in_order_and_must_be_complete(tmp_path: Path)
     write_splits(tmp_path, parts=("test",))
     for shard in (1, 0):
         path = tmp_path / f"train-{shard:05}-of-00002.parquet"
-        write_parquet(path, [*map(png, pixels(2, shard))], [10 * shard, 10 * shard + 1])
+        write_parquet(path, seed=shard, labels=[10 * shard, 10 * shard + 1])
     train: Any = load("cifar100", tmp_path).train
     assert train.labels.tolist() == [0, 1, 10, 11]
     (tmp_path / "train-00000-of-00002.parquet").unlink()
@@ -143,24 +125,18 @@ def test_parquet_without_the_column_or_the_other_split_is_refused(tmp_path: Path
         load("cifar100", tmp_path)
 
 
-def test_a_given_folder_without_data_is_never_downloaded_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torchvision_utils, "download_url", lambda *_, **__: pytest.fail("got"))
-    for root in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(DataError) as caught:
-            load("cifar100", root)
-        message = str(caught.value)
-        for folder in ("cifar-100-python", "data", "cifar100"):
-            assert str(root / folder) in message
-        assert f"famba download cifar100 --root {root}" in message
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_failed_download_says_what_to_do_and_none_is_needed_for_what_is_there(
+def test_where_no_data_is_it_says_what_to_do_and_downloads_into_its_own_folder_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FAMBA_DATA", str(tmp_path))
     refuse = Mock(side_effect=OSError("Network is unreachable"))
     monkeypatch.setattr(torchvision_utils, "download_url", refuse)
+    for root in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(DataError, match=f"famba download cifar100 --root {root}") as caught:
+            load("cifar100", root)
+        assert all(str(root / folder) in str(caught.value) for folder in ("cifar-100-python", "data", "cifar100"))
+    refuse.assert_not_called()
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("FAMBA_DATA", str(tmp_path))
     with pytest.raises(DataError, match=r"Network is unreachable.*famba download cifar100 .*data\.root"):
         load("cifar100", None)
     write_splits(tmp_path / "cifar100")
@@ -184,16 +160,16 @@ def counted_download(tmp_path: Path, official: Path, monkeypatch: pytest.MonkeyP
     return calls
 
 
-def _load_and_report(start: Any, answers: Any) -> None:
-    start.wait()
-    answers.put(len(load("cifar100", None).train))
-
-
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_processes_that_need_the_same_data_download_it_once(counted_download: Path) -> None:
     context = multiprocessing.get_context("fork")  # the children must inherit the replaced download
     start, answers = context.Barrier(3), context.Queue()
-    children = [context.Process(target=_load_and_report, args=(start, answers)) for _ in range(3)]
+
+    def load_and_report() -> None:
+        start.wait()
+        answers.put(len(load("cifar100", None).train))
+
+    children = [context.Process(target=load_and_report) for _ in range(3)]
     for child in children:
         child.start()
     for child in children:
@@ -213,10 +189,3 @@ def test_download_skips_what_is_there_and_mends_damage(counted_download: Path, t
     assert len(load("cifar100", root).test) == 3
     with pytest.raises(ConfigError, match="only cifar10 and cifar100, did you mean 'cifar100'.* yours to provide"):
         download("cifar1000", tmp_path)
-
-
-def test_classes_known_by_name() -> None:
-    names = ["cifar100", "cifar10", "digits", "folder", "hfds/x"]
-    assert [NUM_CLASSES.get(name) for name in names] == [100, 10, 10, None, None]
-    with pytest.raises(ConfigError, match="num_classes is 10, but cifar100 has 100"):
-        load("cifar100", None, num_classes=10)

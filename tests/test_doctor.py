@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-import types
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,11 +67,9 @@ def test_a_backend_that_raises_is_reported_and_the_rest_goes_on(capsys: Printed,
     def broken(*args: Any) -> Any:
         raise RuntimeError("no such instruction\nand many more lines")
 
-    module: Any = types.ModuleType("other_kernels")
-    vars(module).update({name: value for name, value in vars(reference).items() if not name.startswith("__")})
-    module.causal_conv1d = broken
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(registry._BACKENDS, "other", registry.Backend(module.__name__, ("cpu",), lambda: None))
+    kernels: Any = SimpleNamespace(**{**vars(reference), "causal_conv1d": broken})
+    monkeypatch.setitem(sys.modules, "other_kernels", kernels)
+    monkeypatch.setitem(registry._BACKENDS, "other", registry.Backend("other_kernels", ("cpu",), lambda: None))
     status, text = doctor(capsys)
     assert status == 1
     assert "Not all works" in text

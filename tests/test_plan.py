@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -61,8 +60,6 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: Printed) -> None:
 @pytest.mark.parametrize("more", [[], ["fusion.place=after_scan"], ["fusion.order=sequence"], ["fusion.guard=1"]])
 def test_a_rule_that_cannot_serve_the_model_is_the_first_error(more: list[str]) -> None:
     asked = ["model=vit_micro", "fusion=all", "fusion.rule=delta", *more]
-    pairs = (one.replace("fusion.", "fusion_").split("=") for one in more)
-    settings: dict[str, Any] = {name: int(value) if value.isdecimal() else value for name, value in pairs}
     refused = (
         "needs step_sizes of the tokens, which a vision transformer does not have; choose one of bipartite, grid, "
     )
@@ -70,7 +67,7 @@ def test_a_rule_that_cannot_serve_the_model_is_the_first_error(more: list[str]) 
         lambda: prepare(compose(asked)),
         lambda: check_command(["-m", *asked, "fusion.budget=4,8"]),
         lambda: plan(asked),
-        lambda: create_network("vit_micro_patch4_32", fusion="all", fusion_rule="delta", **settings),
+        lambda: create_network("vit_micro_patch4_32", fusion="all", fusion_rule="delta"),
     ):
         with pytest.raises(ConfigError, match=refused):
             refuse()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -120,15 +120,11 @@ def test_keys_and_choices_named_in_the_documents_exist() -> None:
 
 
 def test_the_documents_hold_the_report_of_the_kept_runs() -> None:
-    spec = importlib.util.spec_from_file_location("keep_runs", ROOT / "scripts" / "keep_runs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = runpy.run_path(str(ROOT / "scripts" / "keep_runs.py"))
     kept = ROOT / "docs" / "results" / "runs.csv"
     report = gather([kept])
-    for (document, name), text in script.texts(report).items():
-        assert script.parts(document, name)[1] == text, f"{name} in {document.name}"
-    for name in script.PLOTS:
+    for (document, name), text in script["texts"](report).items():
+        assert script["parts"](document, name)[1] == text, f"{name} in {document.name}"
+    for name in script["PLOTS"]:
         assert any(plot.name.endswith(name) for plot in report.tables[0].plots)
-    assert not any(start in kept.read_text() for start in script.PRIVATE)
+    assert not any(start in kept.read_text() for start in script["PRIVATE"])

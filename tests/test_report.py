@@ -8,12 +8,14 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-import yaml
+from earlier import KEPT
+from omegaconf import OmegaConf
 from scipy.stats import ttest_rel
 
 from famba.analysis.report import Table, gather, interval, table_csv
@@ -21,27 +23,10 @@ from famba.analysis.runs import read_runs, runs_csv
 from famba.cli import main as famba
 
 Printed = pytest.CaptureFixture[str]
-ROOT = Path(__file__).parents[1]
 MODEL = "vim_micro_patch4_32"
 SCHEDULES = {"none": [0, 0, 0, 0], "all": [3, 3, 3, 3], "lower": [4, 4, 4, 0], "upper": [0, 4, 4, 4]}
-CONFIG: dict[str, Any] = {
-    "model": {"name": MODEL, "depth": 4, "drop_path": 0.0, "cls_position": "head"},
-    "fusion": {"strategy": "none", "budget": 12, "layers": None, "order": "sequence", "weighting": "mean",
-               "place": "before_mixer", "adapt_at": None, "adapt_images": None},
-    "data": {"name": "cifar100", "root": "data/one", "image_size": None, "subset": None, "workers": 2},
-    "recipe": {"lr": 0.004, "mixup": 0.8},
-    "trainer": {"epochs": 3, "batch_size": 64, "precision": "auto", "log_every": 10, "compile": False},
-    "logger": {"name": "none"}, "ops": {"backend": "auto"}, "seed": 0, "run_dir": "runs/x", "init_from": None,
-}  # fmt: skip
-PROVENANCE = {
-    "started": "2026-11-24T10:00:00+00:00", "famba": "0.1.0", "git_commit": "a" * 40, "packages": {"torch": "2.14.1"},
-    "device": "A CPU, 2 cores, 1 threads", "processes": 1, "cuda": None, "backend": "native",
-}  # fmt: skip
-SUMMARY: dict[str, Any] = {
-    "status": "finished", "top5": 40.0, "images_per_s": 120.0, "peak_memory_mib": 1000.0,
-    "saved_bytes_per_image": 700_000, "macs_per_image": 28_000_000, "parameters": 340_068, "image_size": 32,
-    "precision": "fp32", "steps": 300, "step": 300, "tokens": 17, "adapted": None,
-}  # fmt: skip
+CONFIG = OmegaConf.load(KEPT / "config.yaml")
+SUMMARY: dict[str, Any] = json.loads((KEPT / "summary.json").read_text())
 NONE = {0: 12.0, 1: 13.0, 2: 12.5}
 UPPER = {0: 11.5, 1: 12.2, 2: 12.3}
 
@@ -51,34 +36,30 @@ def write_run(folder: Path, strategy: str = "none", seed: int = 0, top1: float =
     config, origin = summary.pop("config", {}), summary.pop("origin", {})
     folder.mkdir(parents=True)
     schedule = summary.pop("schedule", SCHEDULES[strategy])
+    own = {"fusion.strategy": strategy, "model.depth": 4, "data.name": "cifar100", "data.subset": None}
     told = copy.deepcopy(CONFIG)
-    for key, value in {"fusion.strategy": strategy, "seed": seed, "run_dir": str(folder), **config}.items():
-        *groups, name = key.split(".")
-        place = told
-        for group in groups:
-            place = place[group]
-        place[name] = value
-    left = [17 - sum(schedule[: i + 1]) for i in range(len(schedule))]
+    for key, value in {**own, "seed": seed, "run_dir": str(folder), **config}.items():
+        OmegaConf.update(told, key, value)
     found = {
-        **SUMMARY, "model": told["model"]["name"], "strategy": strategy, "top1": top1, "schedule": schedule,
-        "tokens_per_layer": left, "train_time_s": 600.0 + seed if strategy == "none" else 360.0 + 2 * seed,
-        "provenance": {**PROVENANCE, "seed": seed, **origin}, **summary,
+        **SUMMARY, "model": told.model.name, "strategy": strategy, "top1": top1, "schedule": schedule, "tokens": 17,
+        "tokens_per_layer": [17 - sum(schedule[: i + 1]) for i in range(len(schedule))],
+        "train_time_s": 600.0 + seed if strategy == "none" else 360.0 + 2 * seed,
+        "provenance": {**SUMMARY["provenance"], "seed": seed, **origin}, **summary,
     }  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(found))
-    (folder / "config.yaml").write_text(yaml.safe_dump(told))
+    OmegaConf.save(told, folder / "config.yaml")
     return folder
 
 
-def write_seeds(folder: Path, strategy: str, top1: list[float], **costs: list[float]) -> None:
-    """A seed of a strategy for each Top-1, with its costs."""
+def write_seeds(folder: Path, strategy: str, top1: Iterable[float]) -> None:
     for seed, value in enumerate(top1):
-        write_run(folder / f"{strategy}{seed}", strategy, seed, value, **{key: of[seed] for key, of in costs.items()})
+        write_run(folder / f"{strategy}{seed}", strategy, seed, value)
 
 
 def write_pair(folder: Path) -> Path:
     """Without fusion and upper, three seeds each."""
-    write_seeds(folder, "none", list(NONE.values()))
-    write_seeds(folder, "upper", list(UPPER.values()))
+    write_seeds(folder, "none", NONE.values())
+    write_seeds(folder, "upper", UPPER.values())
     return folder
 
 
@@ -123,7 +104,8 @@ def test_odd_runs_are_listed_with_what_differs_and_not_averaged(tmp_path: Path) 
     write_run(tmp_path / "unfinished", "upper", 3, 99.0, status="interrupted")
     write_run(tmp_path / "recipe", "upper", 3, 99.0, config={"recipe.lr": 0.001, "trainer.epochs": 9})
     write_run(tmp_path / "data", "upper", 4, 99.0, config={"data.subset": 500})
-    write_run(tmp_path / "code", "upper", 5, 99.0, origin={"git_commit": "a" * 40 + "-dirty"})
+    commit = SUMMARY["provenance"]["git_commit"]
+    write_run(tmp_path / "code", "upper", 5, 99.0, origin={"git_commit": f"{commit}-dirty"})
     (write_run(tmp_path / "damaged", "upper", 8, 99.0) / "summary.json").write_text('{"status": "fin')
     (write_run(tmp_path / "bare", "upper", 9, 99.0) / "config.yaml").unlink()
     (write_run(tmp_path / "torn", "upper", 9, 99.0) / "config.yaml").write_text("model: [")
@@ -131,10 +113,10 @@ def test_odd_runs_are_listed_with_what_differs_and_not_averaged(tmp_path: Path) 
     upper, others = table_of(tmp_path).rows.loc["upper"], left_out(tmp_path)
     assert (upper["seeds"], upper["top1_percent_mean"]) == ("0 1 2", pytest.approx(12.0))
     assert {name: reason for name, (_, reason) in others.items() if name not in ("damaged", "torn")} == {
-        "unfinished": "interrupted after step 300 of 300",
-        "recipe": "recipe.lr: 0.001, in the table 0.004; trainer.epochs: 9, in the table 3",
+        "unfinished": "interrupted after step 7 of 7",
+        "recipe": "recipe.lr: 0.001, in the table 0.01; trainer.epochs: 9, in the table 4",
         "data": "data.subset: 500, in the table not known",
-        "code": f"git_commit: {'a' * 40}-dirty, in the table {'a' * 40}",
+        "code": f"git_commit: {commit}-dirty, in the table {commit}",
         "bare": "config.yaml is missing, so its recipe is not known",
         "hollow": "the summary does not say top1",
     }
@@ -147,7 +129,7 @@ def test_another_precision_is_another_table_and_what_has_no_bearing_parts_no_run
     for seed in range(2):
         write_run(tmp_path / f"half{seed}", "upper", seed, 99.0, precision="bfloat16")
     free = {"data.root": "elsewhere", "trainer.log_every": 5, "logger.name": "wandb", "ops.backend": "native",
-            "trainer.precision": "fp32", "data.image_size": 32, "fusion.mode": "fuse"}  # fmt: skip
+            "trainer.precision": "auto", "data.image_size": 32, "fusion.mode": "fuse"}  # fmt: skip
     write_run(tmp_path / "free", "upper", 3, 12.0, config=free)
     report = gather([tmp_path])
     (half,) = (table for table in report.tables if "bfloat16" in table.model)
@@ -167,36 +149,30 @@ def test_runs_from_other_weights_are_kept_apart_wherever_these_lie(tmp_path: Pat
     assert "aaaa" in left_out(tmp_path)["2"][1]
 
 
-def test_a_run_from_another_device_counts_for_accuracy_alone(tmp_path: Path) -> None:
+def test_of_repeated_seeds_the_first_counts_and_of_another_device_the_accuracy_alone(tmp_path: Path) -> None:
     write_pair(tmp_path)
     gpu = {"device": "A GPU", "cuda": "12.9", "backend": "triton"}
     write_run(tmp_path / "gpu", "upper", 3, 16.0, origin=gpu, train_time_s=1.0, peak_memory_mib=5.0)
     write_run(tmp_path / "moved", "lower", 0, 11.0, origin=gpu, train_time_s=2.0)
-    table = table_of(tmp_path)
-    upper, lower = table.rows.loc["upper"], table.rows.loc["lower"]
-    assert (upper["top1_percent_mean"], upper["train_time_s_mean"]) == (13.0, 362.0)
-    assert lower[["train_time_s_mean", "train_time_share_of_none", "peak_memory_mib_mean"]].isna().all()
-    assert "device: A GPU, in the table A CPU, 2 cores, 1 threads" in left_out(tmp_path)["gpu"][1]
-    assert table.sheets["Results"].loc["lower"].to_list()[5:7] == ["-", "-"]
-    assert any("lower 0 of 1" in note for note in table.notes)
-
-
-def test_of_repeated_seeds_the_first_counts(tmp_path: Path) -> None:
-    write_pair(tmp_path)
-    late = {"started": "2026-11-25T10:00:00+00:00"}
+    late = {"started": "2026-11-28T10:00:00+00:00"}
     write_run(tmp_path / "again", "none", 0, NONE[0], origin=late, config={"fusion.order": "tome"}, train_time_s=9.0)
     write_run(tmp_path / "other", "upper", 1, 50.0, origin=late)
-    rows, others = table_of(tmp_path).rows, left_out(tmp_path)
-    assert rows["seeds"].to_list() == ["0 1 2", "0 1 2"]
-    assert rows.loc["none", "train_time_s_mean"] == 601.0
-    assert (rows.loc["upper", "top1_percent_mean"], others["other"][1]) == (pytest.approx(12.0), "seed 1 of upper")
+    table, others = table_of(tmp_path), left_out(tmp_path)
+    assert (table.rows.loc["none", "train_time_s_mean"], others["other"][1]) == (601.0, "seed 1 of upper")
+    upper, lower = table.rows.loc["upper"], table.rows.loc["lower"]
+    assert upper["seeds"] == "0 1 2 3"
+    assert (upper["top1_percent_mean"], upper["train_time_s_mean"]) == (13.0, 362.0)
+    assert lower[["train_time_s_mean", "train_time_share_of_none", "peak_memory_mib_mean"]].isna().all()
+    assert "device: A GPU, in the table AMD EPYC, 2 cores, 2 threads" in others["gpu"][1]
+    assert table.sheets["Results"].loc["lower"].to_list()[5:7] == ["-", "-"]
+    assert any("lower 0 of 1" in note for note in table.notes)
 
 
 def test_a_smaller_network_without_fusion_stands_beside_the_fused_ones(tmp_path: Path) -> None:
     write_pair(tmp_path / "whole")
     for seed in range(3):
         folder, config = tmp_path / f"smaller{seed}", {"model.depth": 3}
-        write_run(folder, seed=seed, top1=11.0 + NONE[seed], config=config, schedule=[0, 0, 0], parameters=250_000)
+        write_run(folder, seed=seed, top1=11.0 + NONE[seed], config=config, schedule=[0, 0, 0], parameters=2_500)
     rows = table_of(tmp_path).rows
     assert list(rows.index) == ["none", "none, depth 3", "upper"]
     assert rows["top1_difference_to_none_points"]["none, depth 3"] == pytest.approx(11.0)
@@ -225,7 +201,7 @@ def test_no_conclusion_rests_on_an_interval_around_0(tmp_path: Path) -> None:
         ("b", [9.98, 11.0, 10.52], "less accurate: upper."),
         ("c", [13.98, 15.0, 14.52], "more accurate: upper."),
     ):
-        write_seeds(tmp_path / name, "none", list(NONE.values()))
+        write_seeds(tmp_path / name, "none", NONE.values())
         write_seeds(tmp_path / name, "upper", top1)
         assert table_of(tmp_path / name).conclusion == f"Against none, {said}"
 
@@ -254,21 +230,7 @@ def test_the_report_is_these_files_and_they_are_whole(mixed: tuple[Path, Path]) 
     assert all((mixed[1] / link).is_file() for link in links)
 
 
-def test_all_formats_hold_the_same_numbers(mixed: tuple[Path, Path]) -> None:
-    texts = {suffix: (mixed[1] / f"report.{suffix}").read_text() for suffix in ("md", "tex", "html")}
-    texts["tex"] = texts["tex"].replace(r"$\pm$", "±").replace("$-$", "-")
-    for text in texts.values():
-        for number in ("12.00 ± 0.44", "12.50 ± 0.50", "-0.50 (-1.25 to +0.25)", "0.602", "5 of 17", "75.00"):
-            assert number in text.replace("\N{MINUS SIGN}", "-")
-    rows = list(csv.DictReader((mixed[1] / "report.csv").read_text().splitlines()))
-    small = "vim_small_patch16_224"
-    assert [(row["model"], row["fusion"]) for row in rows] == [(MODEL, "none"), (MODEL, "upper"), (small, "upper")]
-    assert float(rows[1]["top1_percent_sd"]) == pytest.approx(0.43588989)
-    assert float(rows[1]["top1_difference_to_none_points_low95"]) == pytest.approx(-1.2452413)
-    assert (rows[1]["seeds"], rows[1]["train_time_s_mean"]) == ("0 1 2", "362.0")
-
-
-def test_names_are_escaped_in_every_format(mixed: tuple[Path, Path]) -> None:
+def test_all_formats_hold_the_same_numbers_and_escape_names(mixed: tuple[Path, Path]) -> None:
     page, text, tex = ((mixed[1] / f"report.{suffix}").read_text() for suffix in ("html", "md", "tex"))
     assert "runs/&lt;b&gt;|$x_1 &amp; --&gt; {y}" in page
     assert r"runs/\<b\>\|$x\_1 & --\> \{y\}" in text
@@ -277,8 +239,17 @@ def test_names_are_escaped_in_every_format(mixed: tuple[Path, Path]) -> None:
     assert page.count('src="data:image/svg+xml;base64,') == 6
     assert not re.search(r"https?:|@import|url\(|<script|<iframe", page), "the page needs nothing but itself"
     for document in (page, text.replace("\\", "")):
-        assert "recipe.lr: 0.001, in the table 0.004" in document
-        assert "stopped after step 300 of 300" in document
+        assert "recipe.lr: 0.001, in the table 0.01" in document
+        assert "stopped after step 7 of 7" in document
+    for document in (page, text, tex.replace(r"$\pm$", "±").replace("$-$", "-")):
+        for number in ("12.00 ± 0.44", "12.50 ± 0.50", "-0.50 (-1.25 to +0.25)", "0.602", "5 of 17", "75.00"):
+            assert number in document.replace("\N{MINUS SIGN}", "-")
+    rows = list(csv.DictReader((mixed[1] / "report.csv").read_text().splitlines()))
+    small = "vim_small_patch16_224"
+    assert [(row["model"], row["fusion"]) for row in rows] == [(MODEL, "none"), (MODEL, "upper"), (small, "upper")]
+    assert float(rows[1]["top1_percent_sd"]) == pytest.approx(0.43588989)
+    assert float(rows[1]["top1_difference_to_none_points_low95"]) == pytest.approx(-1.2452413)
+    assert (rows[1]["seeds"], rows[1]["train_time_s_mean"]) == ("0 1 2", "362.0")
 
 
 def test_the_same_runs_give_the_same_bytes_elsewhere(mixed: tuple[Path, Path], tmp_path: Path) -> None:
@@ -302,7 +273,7 @@ def test_a_csv_file_reports_as_the_folders_that_it_was_made_of(mixed: tuple[Path
     write_run(tmp_path / "more", "upper", 4, 12.0)
     both = gather([tmp_path / "runs.csv", tmp_path / "more"]).tables[0]
     assert both.rows.loc["upper", "seeds"] == "0 1 2 4"
-    assert gather([ROOT / "tests" / "earlier" / "0.1"]).tables[0].rows.loc["upper", "top1_percent_mean"] == 25.0
+    assert gather([KEPT]).tables[0].rows.loc["upper", "top1_percent_mean"] == 25.0
 
 
 def test_the_terminal_lists_every_run(mixed: tuple[Path, Path], tmp_path: Path, capsys: Printed) -> None:
@@ -321,7 +292,7 @@ def test_nothing_to_report_on_is_an_error_that_leaves_nothing(tmp_path: Path, ca
     assert famba(["report", str(tmp_path / "runs"), "--out", str(out)]) == 2
     message = capsys.readouterr().err
     assert "no run of these can stand in a table" in message
-    assert "runs/failed: failed after step 300 of 300: the loss is nan" in message
+    assert "runs/failed: failed after step 7 of 7: the loss is nan" in message
     assert "runs/damaged: summary.json is damaged: it is no summary" in message
     assert not (tmp_path / "new").exists()
     write_run(tmp_path / "good")

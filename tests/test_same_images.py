@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from earlier import write_images
+from images_and_loaders import training
 from PIL import Image, ImageOps
 from runs import run
 from torch import Tensor
@@ -17,7 +18,6 @@ from torch import Tensor
 from famba.analysis.trained import load_trained
 from famba.analysis.visualize import normalized, read_images
 from famba.cli import main as famba
-from famba.data import Loading, train_batches
 from famba.data.augment import evaluation_scaling
 from famba.data.folders import in_order
 from famba.export import export
@@ -25,28 +25,11 @@ from famba.training.build import load_images, load_splits
 from famba.training.setup import prepare
 
 BACKGROUND = "#336699"
-CLASSES = ("A", "a", "b")
-ORIENTATION = 0x0112
-
-
-def write_images(root: Path) -> None:
-    """Write turned, transparent images of several sizes, whose class shows in their colour."""
-    drawn = np.random.default_rng(0)
-    exif = Image.Exif()
-    exif[ORIENTATION] = 6
-    for part, count in (("train", 8), ("val", 4)):
-        for number, name in enumerate(CLASSES):
-            (root / part / name).mkdir(parents=True)
-            for place in range(count):
-                pixels = drawn.integers(0, 64, (40, 30 + place, 4), dtype=np.uint8)
-                pixels[..., number] += 190
-                pixels[..., 3] = 255 * (pixels[..., 3] > 20)
-                Image.fromarray(pixels, "RGBA").save(root / part / name / f"{place}.png", exif=exif)
 
 
 def shown(file: Path) -> Image.Image:
     """The image as a viewer shows it on the background."""
-    image = ImageOps.exif_transpose(Image.open(file))
+    image = ImageOps.exif_transpose(Image.open(file)).convert("RGBA")
     canvas = Image.new("RGB", image.size, BACKGROUND)
     canvas.paste(image, mask=image.getchannel("A"))
     return canvas
@@ -64,8 +47,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def files_of(root: Path) -> list[Path]:
     """The test images in order."""
-    names = in_order(f"{name}/{place}.png" for name in CLASSES for place in range(4))
-    return [root / "images" / "val" / name for name in names]
+    folder = root / "images" / "test"
+    return [folder / name for name in in_order(str(file.relative_to(folder)) for file in folder.rglob("*.*"))]
 
 
 def scaled(root: Path) -> Tensor:
@@ -84,11 +67,8 @@ def test_evaluation_pictures_and_training_see_upright_images_on_the_background(t
     files = [str(file) for file in files_of(trained)]
     torch.testing.assert_close(normalized(one, read_images(one, files)), scaled(trained))
     # The test images, which training would read just so, without augmentation.
-    scaling, loading = (
-        replace(one.scaling, kind="batch", crop_padding=0, hflip=0.0),
-        Loading(32, (0.0,) * 3, (1.0,) * 3),
-    )
-    (batch,) = train_batches(test, scaling, loading, seed=0, batch_size=12, accumulation=1, repeats=1).epoch(0)
+    plain = replace(one.scaling, kind="batch", crop_padding=0, hflip=0.0)
+    (batch,) = training(test, plain, image_size=32, batch_size=17).epoch(0)
     scaling = evaluation_scaling(replace(one.scaling, eval_crop=1.0), 32)
     expected = {scaling.image(image).numpy().tobytes() for image in map(shown, files_of(trained))}
     assert {image.mul(255).round().to(torch.uint8).numpy().tobytes() for image in batch[0]} == expected
