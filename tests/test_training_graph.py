@@ -8,15 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from runs import last_checkpoint, metrics, run, weights
+from runs import TINY, last_checkpoint, metrics, run, weights
 from torch import Tensor
 
 from famba.errors import TrainingError
 from famba.training import graph, step, trainer
-from famba.training.checkpoint import load
+from famba.training.checkpoint import TrainedOn, load
 from famba.training.compose import compose
+from famba.training.distributed import Process
 from famba.training.graph import obstacle
 from famba.training.interrupts import Interrupted
+from famba.training.setup import prepare
 
 EVERYTHING = ("recipe.mixup=0.8", "recipe.cutmix=1.0", "recipe.ema_decay=0.9", "recipe.clip_grad=1.0",
               "recipe.warmup_epochs=1", "model.drop_path=0.2", "fusion=upper", "fusion.budget=4",
@@ -171,3 +173,14 @@ def test_what_is_no_graph_says_why(
     config = compose(["model=vim_micro", "recipe=quick", "run_dir=unused", *overrides])
     found = obstacle(config, torch.device("cuda"), processes, backend)
     assert (found is None) if reason is None else (found is not None and reason in found)
+
+
+def test_a_new_schedule_is_evaluated_by_a_new_graph(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "captured", lambda function, memory: function)
+    config = compose([*TINY, "run_dir=unused", f"trainer.device={device}"])
+    state = trainer.new_state(config, prepare(config), TrainedOn(10, None, {}), torch.device(device), fused=True)
+    steps = graph.GraphStep(config, state, state.model, Process(0, 1, torch.device(device)), None)
+    before = steps.infer(state.model)
+    assert steps.infer(state.model) is before
+    steps.schedule_changes()
+    assert steps.infer(state.model) is not before

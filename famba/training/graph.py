@@ -95,6 +95,7 @@ class GraphStep(Step):
         """Forget the graphs, and give their memory back; the next step is captured anew."""
         self._add: Callable[[], None] | None = None
         self._finish: Callable[[], None] | None = None
+        self._evaluations.clear()
         self._memory = graph_memory(self.device)
 
     def _load(self, images: Tensor, labels: Tensor) -> None:
