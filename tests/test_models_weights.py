@@ -357,7 +357,7 @@ def test_as_created_they_have_the_accuracy_of_their_run() -> None:
     with torch.no_grad():
         images, labels = sample(model)
         assert torch.equal(model(images), trained.model(images))
-        # On all 10,000 test images TOP1 % as created, and UPPER1 % with 55 tokens fused by `upper`.
+        # On all 10,000 test images 50.64 % as created, and 41.74 % with 55 tokens removed by `upper`.
         assert abs(int((model(images).argmax(1) == labels).sum()) - 65) <= 1
         assert abs(int((fused(images).argmax(1) == labels).sum()) - 55) <= 1
     assert timm.create_model(f"{NAME}.famba_cifar100", pretrained=True).fusion == model.fusion
