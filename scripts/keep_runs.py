@@ -113,7 +113,6 @@ def shelf(name: str) -> str:
     table.loc[("none", 0), :] = [f"{whole['top1']:.2f}"] * (len(table.columns) - 1) + ["1.00"]
     order = {one: place for place, one in enumerate(("none", *found["strategy"].unique()))}
     table = table.reset_index().sort_values("strategy", key=lambda column: column.map(order), kind="stable")
-    table["removed"] = table["removed"].map(str)
     return tabulated(table.rename(columns={"strategy": SHELF[name], "removed": "tokens removed"}), "github")
 
 

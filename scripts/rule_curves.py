@@ -39,19 +39,12 @@ def compared(rows: pd.DataFrame) -> pd.DataFrame:
 def as_markdown(rows: pd.DataFrame) -> str:
     """Return for each rule, mode and budget Top-1, and the interval of its difference to the network as trained."""
     found = compared(rows).copy()
-    found["text"] = [
-        f"{row.top1:.2f} ({signed(row.difference_low95)} to {signed(row.difference_high95)})"
-        for row in found.itertuples()
-    ]
-    lines: dict[str, list[str]] = {"rule": [], "mode": [], **{str(budget): [] for budget in found["removed"].unique()}}
-    for (rule, mode), own in found.groupby(["rule", "mode"], sort=False):
-        for name, cell in {
-            "rule": f"`{rule}`",
-            "mode": mode,
-            **dict(zip(own["removed"].map(str), own["text"], strict=True)),
-        }.items():
-            lines[name].append(cell)
-    return pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
+    ends = [found[f"difference_{end}95"].map(signed) for end in ("low", "high")]
+    found["text"] = found["top1"].map("{:.2f}".format) + " (" + ends[0] + " to " + ends[1] + ")"
+    order = list(dict.fromkeys(zip(found["rule"], found["mode"], strict=True)))
+    table = found.set_index(["rule", "mode", "removed"])["text"].unstack().loc[order].reset_index()
+    table["rule"] = "`" + table["rule"] + "`"
+    return str(table.to_markdown(index=False, disable_numparse=True))
 
 
 def draw(rows: pd.DataFrame) -> Figure:
