@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from famba.analysis.report import Report, difference, gather, interval, spread, tabulated, write_report
+from famba.analysis.report import Report, Table, difference, gather, interval, spread, tabulated, write_report
 from famba.analysis.runs import read_runs, runs_csv
 from famba.errors import DataError, FambaError
 
@@ -48,8 +48,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         report = write_report([RUNS], Path(folder))
         for name in PLOTS:
-            plot = next(plot for plot in report.tables[0].plots if plot.name.endswith(name))
-            (KEPT / f"{name}.png").write_bytes(plot.files[f"{plot.name}.png"])
+            save_plots(report.tables[0], name, name)
     for (document, name), text in texts(report).items():
         before, _, after = parts(document, name)
         document.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- end of {name} -->{after}")
@@ -120,8 +119,20 @@ def gpu_runs() -> str:
     """Return the results of scripts/campaign.py, a table for each network and length of training."""
     if not GPU_RUNS.exists():
         return NOT_RUN
-    named = {f"{table.model}, {table.runs['epochs'].iloc[0]} epochs": table for table in gather([GPU_RUNS]).tables}
-    return "\n\n".join(f"{name}:\n\n{tabulated(one.sheets['Results'], 'github')}" for name, one in named.items())
+    parts = []
+    for number, table in enumerate(gather([GPU_RUNS]).tables):
+        name = f"{table.model}, {table.runs['epochs'].iloc[0]} epochs"
+        parts += [f"{name}:", tabulated(table.sheets["Results"], "github")]
+        parts += [f"![{name}](results/{file})" for file in save_plots(table, PLOTS[0], f"gpu_{number}")]
+    return "\n\n".join(parts)
+
+
+def save_plots(table: Table, kind: str, name: str) -> list[str]:
+    """Write the plot of a kind as a PNG, and return its name; no name where the table has too few runs for it."""
+    found = [plot.files[f"{plot.name}.png"] for plot in table.plots if plot.name.endswith(kind)]
+    for content in found:
+        (KEPT / f"{name}.png").write_bytes(content)
+    return [f"{name}.png" for _ in found]
 
 
 def gpu_costs() -> str:

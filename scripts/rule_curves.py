@@ -50,31 +50,18 @@ def as_markdown(rows: pd.DataFrame) -> str:
 def draw(rows: pd.DataFrame) -> Figure:
     """Draw Top-1 over multiply-adds and over time per image, a line for each rule and mode."""
     figure = Figure(figsize=(9.0, 4.2), layout="constrained")
+    rows = rows.assign(macs=rows["macs_per_image"] / 1e6, ms=1e3 / rows["images_per_s"])
     found, whole = compared(rows), rows[rows["removed"] == 0].iloc[0]
     looks = dict(zip(dict.fromkeys(found["rule"]), LOOKS, strict=False))
-    panels = {
-        "multiply-adds, M": lambda row: row["macs_per_image"] / 1e6,
-        "ms per image": lambda row: 1e3 / row["images_per_s"],
-    }
-    for number, (label, x_of) in enumerate(panels.items()):
+    for number, (x, label) in enumerate({"macs": "multiply-adds, M", "ms": "ms per image"}.items()):
         axes = figure.add_subplot(1, 2, number + 1)
-        for (rule, mode), own in found.groupby(["rule", "mode"], sort=False):
-            own = own.sort_values("removed")
+        for (rule, mode), own in found.sort_values("removed", kind="stable").groupby(["rule", "mode"], sort=False):
             color, marker = looks[rule]
             face = color if mode == "fuse" else "white"
-            axes.plot(
-                x_of(own),
-                own["top1"],
-                color=color,
-                marker=marker,
-                markerfacecolor=face,
-                markersize=5,
-                linestyle=MODES[mode],
-                linewidth=1.2,
-                label=f"{rule}, {mode}",
-            )
-        axes.plot([x_of(whole)], [whole["top1"]], "o", color=INK, label="no reduction", markersize=6)
-        axes.vlines(x_of(found), found["top1_low95"], found["top1_high95"], colors=FAINT, linewidth=0.4, zorder=0)
+            look = {"color": color, "marker": marker, "markerfacecolor": face, "linestyle": MODES[mode]}
+            axes.plot(own[x], own["top1"], markersize=5, linewidth=1.2, label=f"{rule}, {mode}", **look)
+        axes.plot([whole[x]], [whole["top1"]], "o", color=INK, label="no reduction", markersize=6)
+        axes.vlines(found[x], found["top1_low95"], found["top1_high95"], colors=FAINT, linewidth=0.4, zorder=0)
         axes.set(xlabel=label, ylabel="Top-1, %" if not number else None)
         axes.grid(visible=True)
     handles, names = figure.axes[0].get_legend_handles_labels()
