@@ -153,7 +153,8 @@ def cases(draw: st.DrawFn, name: str) -> dict[str, Any]:
     weighted, mode = draw(st.booleans()), draw(st.sampled_from(["fuse", "prune"]))
     sizes = torch.randint(1, 5, (batch, length), generator=generator).double() if weighted else None
     guard = draw(st.sampled_from([0, 0, 1, 2])) if name == "neighbours" else 0
-    most = (patches - 2 * guard * count) // 2 if guard else patches // 2
+    others = patches - 2 * guard * count
+    most = min(others // 2, others - count - 1) if guard and count else patches // 2
     guard, most = (guard, most) if most >= 1 else (0, patches // 2)
     possible = [r for r in range(1, most + 1) if name != "grid" or shapes(size, r)]
     r = draw(st.sampled_from(possible)) if possible else 0
@@ -296,8 +297,10 @@ def test_what_a_grid_cannot_spend_is_refused_with_the_nearest() -> None:
 def test_a_guard_leaves_enough_tokens_or_is_refused() -> None:
     guarded = Fusion(strategy="custom", budget=(4, 2), rule="neighbours", guard=1)
     assert guarded.schedule(2, 11) == (4, 2)
-    with pytest.raises(ConfigError, match="layer 1 removes 3 tokens where up to 2 of the 6 .*, 2, can go"):
+    with pytest.raises(ConfigError, match="layer 1 removes 3 tokens where up to 2 of the 6 .* at most 2 of"):
         guarded.changed(budget=(4, 3)).schedule(2, 11)
+    with pytest.raises(ConfigError, match="at most 0 of the others can go"):  # they may stand on both sides
+        guarded.changed(budget=(1, 0)).schedule(2, 5)
     with pytest.raises(ConfigError, match="guard is 1 with rule 'bipartite'; allowed: 0, or more with neighbours"):
         Fusion(guard=1).check_rule()
     with pytest.raises(ConfigError, match="guard is -1"):

@@ -24,10 +24,12 @@ def check_guard(counts: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
     """Return a schedule, or raise ConfigError where too few tokens lie beyond those beside special ones."""
     guarded, left = 2 * layout.guard * layout.special, layout.patches
     for layer, count in enumerate(counts):
-        most = max(0, (left - guarded) // 2) if guarded else left // 2
+        # Guarded tokens part the others: of each part, one stays.
+        others = left - guarded
+        most = max(0, min(others // 2, others - layout.special - 1)) if guarded else left // 2
         if count > most:
             told = f"where up to {guarded} of the {left} tokens may stand beside special ones (guard={layout.guard})"
-            told = f"{told}; at most half of the others, {most}, can go in one layer. Lower the budget, or the guard"
+            told = f"{told}; at most {most} of the others can go in one layer. Lower the budget, or the guard"
             raise ConfigError(f"layer {layer} removes {count} tokens {told}", "budget")
         left -= count
     return counts
