@@ -17,7 +17,6 @@ from famba.training.compose import compose
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILES = ["docker/Dockerfile", "docker/Dockerfile.cpu"]
-APPTAINER = (ROOT / "docker/famba.def").read_text()
 
 
 def joined(text: str) -> Iterator[str]:
@@ -52,32 +51,13 @@ def test_pinned_versions_are_those_that_famba_asks_for() -> None:
         assert requirement.specifier.contains(pinned[requirement.name]), requirement
 
 
-def test_apptainer_builds_the_same_image() -> None:
-    text = (ROOT / DOCKERFILES[0]).read_text()
-    assert set(re.findall(r"^From: (\S+)", APPTAINER, re.MULTILINE)) <= set(
-        re.findall(r"^FROM (\S+)", text, re.MULTILINE)
-    )
-    sections = re.findall(r"^%files\n((?:    .*\n)+)", APPTAINER, re.MULTILINE)
-    copied = {line.split()[0] for section in sections for line in joined(section)}
-    assert copied == {re.sub("(docker/requirements)/.*", r"\1", source) for source in sources(DOCKERFILES[0])}
-    targets = re.compile(r'TORCH_CUDA_ARCH_LIST=("\S+")')
-    assert targets.findall(text) == targets.findall(APPTAINER)
-
-
 @pytest.mark.parametrize("path", DOCKERFILES)
-def test_what_is_copied_is_there_and_the_user_is_not_root(path: str) -> None:
-    ignored, *kept = joined((ROOT / ".dockerignore").read_text())
-    assert ignored == "*"
-    context = {line[1:] for line in kept if line.startswith("!")}
+def test_what_is_copied_is_there_and_not_ignored(path: str) -> None:
+    kept = {line[1:] for line in joined((ROOT / ".dockerignore").read_text()) if line.startswith("!")}
+    assert sources(path)
     for source in sources(path):
         assert (ROOT / source).exists()
-        assert Path(source).parts[0] in context
-    assert context == {"configs", "docker", "famba", "LICENSE", "pyproject.toml", "README.md", "setup.py", "train.py"}
-
-    words, users = zip(*instructions(path), strict=True)
-    last = len(words) - 1 - words[::-1].index("USER")
-    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", users[last]), "images do not run as root"
-    assert "FROM" not in words[last:]
+        assert Path(source).parts[0] in kept
 
 
 def commands(text: str) -> list[list[str]]:
