@@ -53,7 +53,7 @@ def table_run(name: str, *arguments: str, seed: int = 0, epochs: int = 30) -> Ru
 def cost_run(model: str, strategy: str) -> Run:
     """Return some steps of experiment=paper_table, for the time of an epoch and the peak memory."""
     steps = (f"trainer.max_steps={COST_STEPS}", f"trainer.batch_size={COST_BATCH}", "trainer.precision=bf16")
-    given = ("experiment=paper_table", f"model={model}", f"fusion={strategy}", *steps, "data.subset=30000")
+    given = ("experiment=paper_table", f"model={model}", f"fusion={strategy}", "seed=0", *steps, "data.subset=30000")
     return Run(f"cost/{model}/{strategy}", "gpu_costs.csv", given, COST_STEPS * COST_BATCH)
 
 
@@ -89,7 +89,7 @@ def reduced(run: Run) -> Run:
         return run._replace(arguments=(*run.arguments, *small, "data.image_size=32", "trainer.max_steps=5"), images=320)
     arguments = [one for one in run.arguments if not one.startswith("model")]
     return run._replace(
-        arguments=(*arguments, *small, "model.depth=4", "trainer.epochs=1", "recipe.warmup_epochs=0.3"), images=2000
+        arguments=(*arguments, *small, "model.depth=6", "trainer.epochs=1", "recipe.warmup_epochs=0.3"), images=2000
     )
 
 
