@@ -16,6 +16,7 @@ from famba.errors import ConfigError
 from famba.fusion import schedule, tokens_per_layer
 from famba.training import compose as composing
 from famba.training.config import keys
+from famba.training.setup import prepare
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -128,3 +129,11 @@ def test_the_documents_hold_the_report_of_the_kept_runs() -> None:
     for name in script["PLOTS"]:
         assert any(plot.name.endswith(name) for plot in report.tables[0].plots)
     assert not any(start in kept.read_text() for start in script["PRIVATE"])
+
+
+def test_the_runs_of_the_campaign_can_begin() -> None:
+    campaign = runpy.run_path(str(ROOT / "scripts/campaign.py"))
+    runs = [run for run in campaign["campaign"]() if "seed=0" in run.arguments]
+    for run in (*runs, *map(campaign["reduced"], runs)):
+        on_any_machine = [given for given in run.arguments if not given.startswith("trainer.precision")]
+        prepare(composing.compose([*on_any_machine, "run_dir=unused"]), processes=1)
