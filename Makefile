@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-DEMO ?= runs/demo-$(shell date +%Y-%m-%d_%H-%M-%S)
+STARTED := $(shell date +%Y-%m-%d_%H-%M-%S)
+DEMO ?= runs/demo-$(STARTED)
 
 .PHONY: help setup train test test-all test-gpu lint format clean retry
 

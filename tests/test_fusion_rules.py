@@ -418,8 +418,8 @@ def test_a_transformer_fuses_by_the_rules_that_need_no_scan(rule: str, mode: str
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["fusion.rule=delta"], "needs step_sizes of the tokens, .* at before_mixer; .* or place=after_scan"),
-        (["fusion.rule=output"], "needs outputs of the tokens, .* or place=after_scan"),
+        (["fusion.rule=delta"], "needs step_sizes of the tokens, .* at before_mixer; .* or fusion.place=after_scan"),
+        (["fusion.rule=output"], "needs outputs of the tokens, .* or fusion.place=after_scan"),
         *(
             (["model=vit_micro", f"fusion.rule={rule}", "fusion.order=sequence"], f"{need}.* transformer does not have")
             for rule, need in (("delta", "step_sizes"), ("output", "outputs"), ("r_meeto", "hidden"))

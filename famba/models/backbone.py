@@ -136,7 +136,7 @@ class Backbone(nn.Module):
         if fusion.proportional and not cls.has_attention:
             told = f"proportional is about attention, and {cls.kind} has none; leave it out, or choose a transformer"
             raise ConfigError(told, "proportional")
-        able = [f"place={place}" for place, known in cls.places.items() if RULES[fusion.rule].needs <= known]
+        able = [f"fusion.place={place}" for place, known in cls.places.items() if RULES[fusion.rule].needs <= known]
         remedy = [*able, "another model"][0]
         cls._check_needs(fusion.rule, cls.places[fusion.place], f" at {fusion.place}", remedy)
         fusion.check_rule()
