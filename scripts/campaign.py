@@ -165,6 +165,8 @@ def main() -> int:
             keep(run, folder, tables / run.table)
         elif time.monotonic() < end:
             failed.append(run.name)
+        else:
+            print(f"{run.name} ran out of time; the next call begins it anew", flush=True)
     if failed:
         print(f"error: failed: {', '.join(failed)}; their logs are in {options.out}", file=sys.stderr)
     return int(bool(failed))
