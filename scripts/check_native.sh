@@ -30,13 +30,13 @@ with() {
     for library in "$@" stdc++; do preload+=" $(g++ -print-file-name="lib$library.so")"; done
     # Addresses must not be drawn: ThreadSanitizer cannot run with all that Linux may draw.
     LD_PRELOAD=$preload setarch --addr-no-randomize "$python" -m pytest --quiet -p no:cacheprovider \
-        tests/test_ops_{kernels,mixer,native_safety}.py -k "$tests"
+        tests/test_{data_batch,ops_kernels,ops_mixer,ops_native_safety}.py -k "$tests"
 }
 
 echo "== AddressSanitizer and UndefinedBehaviorSanitizer"
 build -fsanitize=address,undefined -fno-sanitize-recover=all
 # Leaks of the interpreter do not matter here.
-tests=native ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 with asan ubsan
+tests="native or compiled" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 with asan ubsan
 
 echo "== sixteen lanes"
 change 's/("avx2", 8, /("avx2", 16, /' setup.py

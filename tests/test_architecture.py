@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -48,3 +49,14 @@ def test_imports_run_downwards(module: str) -> None:
         below = other.split(".")[1]
         same = below == room or LEVELS.get(below, 0) == LEVELS.get(room, 0) == 0
         assert same or LEVELS.get(below, 0) < LEVELS.get(room, 0), f"{module} imports {other}"
+
+
+def test_no_room_but_models_asks_for_the_class_of_a_network() -> None:
+    """`Backbone` is what every network offers: a class to ask for where others may be given."""
+    texts = {module: path.read_text() for module, path in FILES.items()}
+    of_models = "".join(text for module, text in texts.items() if module.startswith("famba.models"))
+    classes = "|".join(set(re.findall(r"^class (\w+)", of_models, re.MULTILINE)) - {"Backbone"})
+    assert "VimMixer" in classes
+    for module, text in texts.items():
+        asked = re.findall(rf"isinstance\([^,()]*, [^)]*\b({classes})\b", text)
+        assert module.startswith("famba.models") or not asked, f"{module} asks for {asked}"

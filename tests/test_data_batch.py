@@ -29,6 +29,7 @@ from famba.data.batch_policy import BY_NAME, DRAWS, Policy, jitter
 from famba.data.batch_resample import BOX_DRAWS, crop, random_boxes
 from famba.data.sources import LazySource
 from famba.ops.native import pictures
+from famba.ops.native.library import obstacle
 
 FILL = (10, 128, 200)
 PAPER = replace(POLICY, color_jitter=0.3, random_erasing=0.25, eval_crop=0.875)
@@ -62,7 +63,8 @@ def augmentation(options: Augmentation = PAPER, size: int = 48, **changes: Any) 
 @pytest.fixture(params=["compiled", "torch"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run by the compiled kernels, and by torch, as on other devices."""
-    assert pictures.usable(torch.device("cpu"), torch.float32)
+    if request.param == "compiled" and not pictures.usable(torch.device("cpu"), torch.float32):
+        pytest.skip(f"the kernels for CPUs cannot be used: {obstacle()}")
     if request.param == "torch":
         monkeypatch.setattr(pictures, "usable", lambda device, dtype: False)
 
@@ -202,6 +204,14 @@ def test_jitter_is_that_of_torchvision() -> None:
         for turn in orders[int(number[0] * 6)]:
             wanted = functions[turn](wanted, factor[turn])
         assert (row.int() - vision.pil_to_tensor(wanted)).abs().max() <= 1
+
+
+@pytest.mark.parametrize("text", ["rand-m9-mstd0.5-inc1", "rand-t3aw-n3", "original-mstd0.5", None])
+def test_float32_and_float64_make_the_same_pictures(text: str | None) -> None:
+    images, options = tensor_of(photos(60, 32, 32)), replace(PAPER, auto_augment=text, random_erasing=1.0)
+    one, other = (augmentation(options, dtype=dtype)(images, 0, 0) for dtype in (torch.float32, torch.float64))
+    assert other.dtype == torch.float64
+    assert ((one - other).abs() * torch.tensor([0.25, 0.5, 0.2]).view(3, 1, 1) * 255).max() < 1.01
 
 
 def test_the_parts_come_in_the_order_of_timm(way: None, monkeypatch: pytest.MonkeyPatch) -> None:

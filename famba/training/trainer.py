@@ -81,9 +81,7 @@ class Training:
         # Shares of all epochs: a run that continues with more max_steps measures at the same steps.
         self.adapt_steps = {int(share * in_all_epochs) for share in config.fusion.adapt_at or ()}
         adapt_images = min(config.fusion.adapt_images or 0, len(splits.train))
-        self.adapt_source = (
-            data.sample(splits.train, adapt_images, config.data.version) if adapt_images else splits.test
-        )
+        self.adapt_source = data.sample(splits.train, adapt_images, config.data.version) if adapt_images else None
 
         found = find_checkpoint(config, folder.checkpoints, process)
         if found is not None:
@@ -182,6 +180,7 @@ class Training:
         self.step.changing = True  # until the step is done: a run that continues measures again
         adapted = None
         if self.process.is_main:
+            assert self.adapt_source is not None, "a run has steps to adapt at and images for it, or neither"
             images = load_images(self.config, self.setup.image_size, self.adapt_source).to(self.device)
             state.model.eval()
             with torch.autocast(self.device.type, self.setup.autocast, enabled=self.setup.autocast is not None):
@@ -225,10 +224,12 @@ class Training:
         for step, (loss, norm) in enumerate(records, start=last_step - len(records) + 1):
             if not math.isfinite(loss) or not (math.isfinite(norm) or self.state.scaler.is_enabled()):
                 epoch, lr = (step - 1) // self.steps_per_epoch, self.learning_rate.set(step - 1)
+                saved = self._saved[0]
+                kept = f"the last good state is that of step {saved}" if saved else "no earlier state is kept"
                 raise _DivergedError(
                     f"the loss is {loss} at step {step} (epoch {epoch + 1}), with learning rate {lr:.3g} and gradient "
-                    f"norm {norm:.3g}; the last good state is that of step {self._saved[0]}. In a new run_dir, a "
-                    "smaller recipe.lr, recipe.clip_grad=1 or trainer.precision=fp32 may help"
+                    f"norm {norm:.3g}; {kept}. In a new run_dir, a smaller recipe.lr, recipe.clip_grad=1 or "
+                    "trainer.precision=fp32 may help"
                 )
             self.state.totals.epoch_loss += loss
             self.state.totals.epoch_losses += 1

@@ -10,7 +10,7 @@ from torch import Tensor
 from famba.ops.native.library import Lookup, Motion, Scaling, call, obstacle
 
 Span: TypeAlias = tuple[Tensor, int]
-"""What is scaled along an axis: float64 (b, 4) or (1, 4), and its length when it is scaled."""
+"""Give what is scaled along an axis, float64 (b, 4) or (1, 4), and its length when it is scaled."""
 
 
 def usable(device: torch.device, dtype: torch.dtype) -> bool:
