@@ -85,6 +85,9 @@ class Augmentation(AugmentationOptions):
                 TypeAdapter(kind).validate_python(value, strict=True)
             except ValidationError as error:
                 raise ConfigError(f"{name} is {value!r}. {error.errors()[0]['msg']}.", name) from None
+        timm_transform(self, 8, (0.5,) * 3, (0.5,) * 3)  # a wrong policy shows here, before any work
+        if self.kind == "batch" and self.auto_augment is not None:
+            Policy.of(self.auto_augment)
         if self.kind == "timm" and self.crop_padding:
             said = f"crop_padding is {self.crop_padding!r}, but augmentation 'timm' does not use it"
             raise ConfigError(f"{said}: set it to null, or use the other one.", "crop_padding")
@@ -92,9 +95,6 @@ class Augmentation(AugmentationOptions):
             said = "crop_padding is 0, which is no crop at all, but auto_augment, color_jitter or random_erasing is on"
             advice = "set it to null for timm's random resized crop, or to a number of pixels above 0"
             raise ConfigError(f"{said}: {advice}.", "crop_padding")
-        timm_transform(self, 8, (0.5,) * 3, (0.5,) * 3)  # a wrong policy shows here, before any work
-        if self.kind == "batch" and self.auto_augment is not None:
-            Policy.of(self.auto_augment)
 
     @property
     def changes_pixels(self) -> bool:

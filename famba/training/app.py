@@ -161,6 +161,10 @@ def announce(training: Training) -> None:
     removed, parameters = sum(setup.schedule), sum(p.numel() for p in training.state.model.parameters()) / 1e6
     tokens = f"{setup.tokens} tokens, {removed} removed, {setup.tokens - removed} left after the last layer"
     steps = f"{trainer.epochs} epochs of {training.steps_per_epoch} steps of {trainer.batch_size} images"
+    if training.total_steps < trainer.epochs * training.steps_per_epoch:
+        steps += f", stopped after {training.total_steps} steps"
+    padding = None if recipe.augmentation == "timm" else recipe.crop_padding
+    crop = {None: "random resized crop", 0: "no crop"}.get(padding, f"crop padding {padding}")
     images = ", ".join(f"{n:,} {part}" for part, n in on.images.items())
     named = ("mixup", "cutmix", "label_smoothing", "augmentation", "auto_augment", "random_erasing", "ema_decay")
     extras = [f", {name.replace('_', ' ')} {getattr(recipe, name)}" for name in named if getattr(recipe, name)]
@@ -168,7 +172,7 @@ def announce(training: Training) -> None:
         ("model", f"{config.model.name}: {parameters:.2f} M parameters, {macs:,.1f} M multiply-adds an image"),
         ("tokens", f"at {size} x {size}, fusion {config.fusion.strategy}: {tokens}"),
         ("data", f"{config.data.name}: {on.num_classes} classes, {images} images"),
-        ("recipe", f"{steps}, {recipe.optimizer}, lr {recipe.lr} for {recipe.lr_batch} images{''.join(extras)}"),
+        ("recipe", f"{steps}, {recipe.optimizer}, lr {recipe.lr} for {recipe.lr_batch} images, {crop}{''.join(extras)}"),
         ("device", f"{setup.device} ({training.provenance['device']}), {training.process.world_size} process(es)"),
         ("compute", f"{str(setup.dtype).removeprefix('torch.')}, ops by {explain(setup.device.type, setup.dtype)}"),
     ):
