@@ -3,33 +3,31 @@
     python scripts/keep_runs.py runs/cpu_table    # add the runs of a sweep, then fill the tables
     python scripts/keep_runs.py                   # only fill the tables
 
---without-times leaves out times and throughput and records the reason. Use it for runs that shared their machine.
-The tables stand between markers; the rest of the documents is written by hand.
+--into names another table than runs. --without-times leaves out times and throughput and records the reason, for
+runs that shared their machine. The tables stand between markers; the rest of the documents is written by hand.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 import pandas as pd
 
-from famba.analysis.report import Report, Table, difference, gather, interval, spread, tabulated, write_report
+from famba.analysis.report import Report, Table, difference, gather, interval, spread, tabulated
 from famba.analysis.runs import read_runs, runs_csv
 from famba.errors import DataError, FambaError
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "docs/results"
-RUNS, GPU_RUNS, GPU_COSTS = (KEPT / f"{name}.csv" for name in ("runs", "gpu_runs", "gpu_costs"))
+RUNS, GPU_COSTS = (KEPT / f"{name}.csv" for name in ("runs", "gpu_costs"))
 NOT_RUN = "Not run yet: `python scripts/campaign.py`."
 RESULTS, README = ROOT / "docs/results.md", ROOT / "README.md"
 TIMES = ("train_time_s", "eval_time_s", "images_per_s")
 PRIVATE = ("/home/", "/root/", "/tmp/", "/mnt/", "/Users/")  # noqa: S108
 PLOTS = ("accuracy_time", "accuracy_saved")
 README_COLUMNS = (0, 2, 1, 3, 5, 6)
-DIFFERENCE = "top1_difference_to_none_points"
 SHELF = {"vim": "`vim_micro`", "vit": "`vit_micro`"}
 
 
@@ -37,18 +35,20 @@ def main() -> int:
     """Add runs and fill the documents; return the exit status, 2 if a run is refused."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="folders of runs to add")
+    parser.add_argument("--into", default="runs", metavar="NAME", help="add them to docs/results/NAME.csv")
     parser.add_argument("--without-times", metavar="REASON", help="leave out times and throughput, for this reason")
     options = parser.parse_args()
     try:
         if options.runs:
-            RUNS.write_text(runs_csv(added(read_runs([RUNS]), read_runs(options.runs), options.without_times)))
+            new, table = read_runs(options.runs), KEPT / f"{options.into}.csv"
+            kept = read_runs([table]) if table.exists() else new.head(0)
+            table.write_text(runs_csv(added(kept, new, options.without_times)))
     except FambaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    with tempfile.TemporaryDirectory() as folder:
-        report = write_report([RUNS], Path(folder))
-        for name in PLOTS:
-            save_plots(report.tables[0], name, name)
+    report = gather([RUNS])
+    for name in PLOTS:
+        save_plots(report.tables[0], name, name)
     for (document, name), text in texts(report).items():
         before, _, after = parts(document, name)
         document.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- end of {name} -->{after}")
@@ -62,9 +62,7 @@ def added(kept: pd.DataFrame, runs: pd.DataFrame, without_times: str | None) -> 
     if private:
         raise DataError(f"{', '.join(private)} name folders of this machine; train with relative paths")
     if again := sorted(set(runs["run"]) & set(kept["run"])):
-        raise DataError(
-            f"{', '.join(again)} are already in {RUNS.name}; remove them there first, or rename their folders"
-        )
+        raise DataError(f"{', '.join(again)} are kept already; remove them from the table, or rename their folders")
     if without_times:
         gone = [name for name in runs if name in TIMES or name.startswith("epoch_time_s.")]
         runs = runs.assign(**dict.fromkeys(gone, ""), times_left_out=without_times)
@@ -87,14 +85,16 @@ def texts(report: Report) -> dict[tuple[Path, str], str]:
     for label, row in table.rows[table.rows["strategy"].isin(["all", "upper"])].iterrows():
         first = "-" if label == row["strategy"] else difference(interval(top1[label], top1[row["strategy"]]))
         mean = spread(row["top1_percent_mean"], row["top1_percent_sd"], 2)
-        ways.append([label, str(len(row["seeds"].split())), mean, first, difference(row, DIFFERENCE)])
+        to_none = difference(row, "top1_difference_to_none_points")
+        ways.append([label, str(len(row["seeds"].split())), mean, first, to_none])
     headers = ["fusion", "seeds", "Top-1, %", "difference to the first, points (95 % interval)", "to none"]
     return {
         (RESULTS, "tables"): "\n\n".join(tabulated(sheet, "github") for sheet in (results, costs)),
         (RESULTS, "shares"): tabulated(shares, "github"),
         (RESULTS, "ways"): tabulated(pd.DataFrame(ways, columns=headers), "github"),
         (RESULTS, "shelf"): "\n\n".join(map(shelf, SHELF)),
-        (RESULTS, "gpu runs"): gpu_runs(),
+        (RESULTS, "finetune"): other_runs("finetune"),
+        (RESULTS, "gpu runs"): other_runs("gpu_runs"),
         (RESULTS, "gpu costs"): gpu_costs(),
         (README, "results"): tabulated(results.iloc[:, list(README_COLUMNS)], "github"),
     }
@@ -115,15 +115,15 @@ def shelf(name: str) -> str:
     return tabulated(table.rename(columns={"strategy": SHELF[name], "removed": "tokens removed"}), "github")
 
 
-def gpu_runs() -> str:
-    """Return the results of scripts/campaign.py, a table for each network and length of training."""
-    if not GPU_RUNS.exists():
+def other_runs(kept: str) -> str:
+    """Return the results of docs/results/KEPT.csv, a table for each network and length of training."""
+    if not (KEPT / f"{kept}.csv").exists():
         return NOT_RUN
     parts = []
-    for number, table in enumerate(gather([GPU_RUNS]).tables):
+    for number, table in enumerate(gather([KEPT / f"{kept}.csv"]).tables):
         name = f"{table.model}, {table.runs['epochs'].iloc[0]} epochs"
         parts += [f"{name}:", tabulated(table.sheets["Results"], "github")]
-        parts += [f"![{name}](results/{file})" for file in save_plots(table, PLOTS[0], f"gpu_{number}")]
+        parts += [f"![{name}](results/{file})" for file in save_plots(table, PLOTS[0], f"{kept}_{number}")]
     return "\n\n".join(parts)
 
 
