@@ -7,9 +7,7 @@ Arithmetic is in float32, or in float64 where the input is. Layout is (batch, le
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,34 +38,60 @@ def selective_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     Returns y (b, l, d) in u's dtype, and an empty tensor.
     """
     scan = _Scan(inputs)
-    y = torch.empty(inputs.u.shape, dtype=inputs.u.dtype, device=inputs.u.device)
-    for rows in scan.row_tiles():
-        state = scan.initial_state(rows)
-        for steps in scan.chunks():
-            chunk = scan.load(rows, steps)
-            states = scan.run(chunk, state)[0]
-            state = states[-1].clone()
-            out = scan.read_out(states, chunk)
-            if chunk.z is not None:
-                out = out * F.silu(chunk.z)
-            scan.store(y, rows, steps, out)
-    return y, y.new_empty(0, dtype=scan.dtype)
+    y = torch.empty_like(scan.u)
+    for images in scan.tiles:
+        state = scan.start(images)
+        for steps in scan.chunks:
+            here = steps, images
+            states = scan.run(here, state)[0]
+            state = states[-1]
+            out = scan.read_out(here, states)
+            y[here] = out if scan.z is None else out * F.silu(scan.z[here])
+    return scan.as_given(y).to(inputs.u.dtype), y.new_empty(0)
 
 
 def selective_scan_backward(dy: Tensor, inputs: ScanInputs, state: Tensor) -> ScanGradients:
     """Return the gradients; `state` is the forward's empty tensor."""
-    scan = _Scan(inputs)
-    grads = _ScanBackward(scan)
-    for rows in scan.row_tiles():
-        carry = scan.initial_state(rows)
+    scan, (_, channels) = _Scan(inputs), inputs.A.t().shape
+    dy = scan.ordered(dy)
+    du, ddelta, dB, dC = (torch.empty_like(x) for x in (scan.u, scan.delta, scan.B, scan.C))
+    dz = None if scan.z is None else torch.empty_like(scan.z)
+    dA, dD, dbias = (scan.A.new_zeros(shape) for shape in (scan.A.shape, channels, channels))
+    for images in scan.tiles:
+        carry = scan.start(images)  # gradient of a chunk's last state, from the chunks after it
         entering = [carry]
-        for steps in scan.chunks()[:-1]:
-            entering.append(scan.run(scan.load(rows, steps), entering[-1])[0][-1].clone())
-        for steps, start in reversed(list(zip(scan.chunks(), entering, strict=False))):
-            chunk = scan.load(rows, steps)
-            out = dy[rows, steps].transpose(0, 1).to(scan.dtype)
-            carry = grads.add(rows, steps, chunk, out.flip(0) if inputs.reverse else out, start, carry)
-    return grads.results()
+        for steps in scan.chunks[:-1]:
+            entering.append(scan.run((steps, images), entering[-1])[0][-1].clone())
+        for steps, before in reversed(list(zip(scan.chunks, entering, strict=False))):
+            here = steps, images
+            states, decay, delta, slope = scan.run(here, before)
+            u, B, C, dout = scan.u[here], scan.B[here], scan.C[here], dy[here]
+            if scan.z is not None and dz is not None:
+                dz[here] = dout * scan.read_out(here, states) * _silu_slope(scan.z[here])
+                dout = dout * F.silu(scan.z[here])
+            dC[here] = torch.matmul(states, dout.unsqueeze(3)).squeeze(3)
+
+            dstates = dout.unsqueeze(2) * C.unsqueeze(3)
+            dstates[-1] += carry
+            backwards = dstates.unbind()[::-1]
+            for rate, after, earlier in zip(decay.unbind()[:0:-1], backwards, backwards[1:], strict=False):
+                earlier.addcmul_(rate, after)
+            carry = decay[0] * dstates[0]
+            dB[here] = torch.matmul(dstates, (delta * u).unsqueeze(3)).squeeze(3)
+            ddrive = torch.matmul(B.unsqueeze(2), dstates).squeeze(2)
+
+            dexponent = dstates.mul_(decay)
+            dexponent[0] *= before
+            dexponent[1:] *= states[:-1]
+            dstep = (dexponent * scan.A).sum(2) + ddrive * u
+            ddelta[here] = dstep = dstep if slope is None else dstep * slope
+            du[here] = ddrive * delta if scan.D is None else ddrive * delta + dout * scan.D
+            dA += dexponent.mul_(delta.unsqueeze(2)).sum((0, 1))
+            dD += (dout * u).sum((0, 1))
+            dbias += dstep.sum((0, 1))
+    du, ddelta, dB, dC = map(scan.as_given, (du, ddelta, dB, dC))
+    dz = None if dz is None else scan.as_given(dz)
+    return ScanGradients.cast(inputs, du, ddelta, dA.t().contiguous(), dB, dC, dD, dz, dbias)
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
@@ -206,151 +230,61 @@ def take(x: Tensor, places: Tensor) -> Tensor:
     return x.gather(1, places.unsqueeze(2).expand(-1, -1, x.shape[2]))
 
 
-@dataclass
-class _Chunk:
-    """Hold the inputs of some steps of some images, (t, b, channels), in the order in which the scan meets them."""
-
-    u: Tensor
-    delta: Tensor
-    slope: Tensor | None
-    B: Tensor
-    C: Tensor
-    z: Tensor | None
-
-
 class _Scan:
-    """Hold the inputs of a scan, cut into tiles of images (rows) and chunks of time steps."""
+    """Hold a scan's inputs in the dtype of the arithmetic, those of tokens as (l, b, c) in the order of the scan.
+
+    Work is on tiles of images, and within these on chunks of steps.
+    """
 
     def __init__(self, inputs: ScanInputs) -> None:
-        self.inputs, self.dtype = inputs, compute_dtype(inputs.u)
+        u, delta, A, B, C, D, z, bias, self.softplus, self.reverse = inputs
+        self.dtype = compute_dtype(u)
         # (n, d): with the channels innermost every elementwise op runs over contiguous memory.
-        self.A = inputs.A.t().to(self.dtype).contiguous()
-        self.D, self._bias = (None if x is None else x.to(self.dtype) for x in (inputs.D, inputs.delta_bias))
-        self._buffers: dict[str, Tensor] = {}
-        step = max(1, self.A.numel())
-        self._rows = max(1, min(inputs.u.shape[0], _STEP_ELEMENTS // step))
-        self._steps = max(1, min(inputs.u.shape[1], _CHUNK_ELEMENTS // (step * self._rows)))
+        self.A = A.t().to(self.dtype).contiguous()
+        self.D, self.bias = (None if x is None else x.to(self.dtype) for x in (D, bias))
+        self.u, self.delta, self.B, self.C = map(self.ordered, (u, delta, B, C))
+        self.z = None if z is None else self.ordered(z)
+        size = max(1, A.numel())
+        images = max(1, min(u.shape[0], _STEP_ELEMENTS // size))
+        self.tiles = _pieces(u.shape[0], images)
+        self.chunks = _pieces(u.shape[1], max(1, _CHUNK_ELEMENTS // (size * images)))
 
-    def row_tiles(self) -> list[slice]:
-        return _pieces(self.inputs.u.shape[0], self._rows)
+    def ordered(self, x: Tensor) -> Tensor:
+        """Return what belongs to tokens (b, l, c) as (l, b, c), the last step first if the scan is reversed."""
+        x = x.to(self.dtype).transpose(0, 1)
+        return x.flip(0) if self.reverse else x.contiguous()
 
-    def chunks(self) -> list[slice]:
-        """Return the chunks of time steps in the order in which the scan meets them."""
-        chunks = _pieces(self.inputs.u.shape[1], self._steps)
-        return chunks[::-1] if self.inputs.reverse else chunks
+    def as_given(self, x: Tensor) -> Tensor:
+        """Undo `ordered`."""
+        return (x.flip(0) if self.reverse else x).transpose(0, 1).contiguous()
 
-    def initial_state(self, rows: slice) -> Tensor:
-        """Return a state (b, n, d) of zeros."""
-        return self.A.new_zeros(rows.stop - rows.start, *self.A.shape)
+    def start(self, images: slice) -> Tensor:
+        """Return states (b, n, d) of zeros."""
+        return self.A.new_zeros(images.stop - images.start, *self.A.shape)
 
-    def load(self, rows: slice, steps: slice) -> _Chunk:
-        def take(x: Tensor) -> Tensor:
-            x = x[rows, steps].transpose(0, 1).to(self.dtype)
-            return x.flip(0) if self.inputs.reverse else x.contiguous()
+    def run(self, here: tuple[slice, slice], state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return the states after each step and their decays (t, b, n, d), step sizes (t, b, d), and softplus' slope.
 
-        u, delta, _, B, C, _, z, _, softplus, _ = self.inputs
-        delta = take(delta) if self._bias is None else take(delta) + self._bias
-        slope = None
-        if softplus:
-            slope = torch.sigmoid(delta)
-            # The same as softplus, which is several times slower in torch's CPU build.
-            delta = -F.logsigmoid(-delta)
-        return _Chunk(take(u), delta, slope, take(B), take(C), None if z is None else take(z))
-
-    def buffer(self, name: str, steps: int, rows: int) -> Tensor:
-        """Return memory (steps, rows, n, d) that each chunk uses again: fresh pages cost more than the arithmetic."""
-        if name not in self._buffers:
-            self._buffers[name] = self.A.new_empty((self._steps + 1) * self._rows * self.A.numel())
-        shape = (steps, rows, *self.A.shape)
-        return self._buffers[name][: math.prod(shape)].view(shape)
-
-    def run(self, chunk: _Chunk, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the states after each step, after the one that enters, and decays: (t + 1, b, n, d) and (t, b, n, d).
-
-        Both are overwritten by the next call.
+        here: steps and images. state: enters the first step (b, n, d).
         """
-        length, rows, _ = chunk.u.shape
-        decay = self.buffer("decay", length, rows)
-        torch.mul(chunk.delta.unsqueeze(2), self.A, out=decay).exp_()
-        states = self.buffer("states", length + 1, rows)
-        states[0] = state
-        torch.mul((chunk.delta * chunk.u).unsqueeze(2), chunk.B.unsqueeze(3), out=states[1:])
-        by_step = states.unbind()
-        for rate, before, after in zip(decay.unbind(), by_step, by_step[1:], strict=False):
-            after.addcmul_(rate, before)
-        return states, decay
+        delta = self.delta[here] if self.bias is None else self.delta[here] + self.bias
+        slope = torch.sigmoid(delta) if self.softplus else None
+        # The same as softplus, which is several times slower in torch's CPU build.
+        delta = -F.logsigmoid(-delta) if self.softplus else delta
+        decay = (delta.unsqueeze(2) * self.A).exp_()
+        states = (delta * self.u[here]).unsqueeze(2) * self.B[here].unsqueeze(3)
+        for rate, after in zip(decay.unbind(), states.unbind(), strict=True):
+            state = after.addcmul_(rate, state)
+        return states, decay, delta, slope
 
-    def store(self, out: Tensor, rows: slice, steps: slice, value: Tensor) -> None:
-        out[rows, steps] = (value.flip(0) if self.inputs.reverse else value).transpose(0, 1).to(out.dtype)
-
-    def read_out(self, states: Tensor, chunk: _Chunk) -> Tensor:
+    def read_out(self, here: tuple[slice, slice], states: Tensor) -> Tensor:
         """Return the output before the gate, (t, b, d)."""
-        out = torch.matmul(chunk.C.unsqueeze(2), states[1:]).squeeze(2)
-        return out if self.D is None else out + self.D * chunk.u
-
-
-class _ScanBackward:
-    """Gather the gradients of a scan chunk by chunk; those of parameters are added up and then cast. A's is (n, d)."""
-
-    def __init__(self, scan: _Scan) -> None:
-        self._scan = scan
-        u, delta, _, B, C, _, z, *_ = scan.inputs
-        self._u, self._delta, self._B, self._C = (_like(x) for x in (u, delta, B, C))
-        self._z = None if z is None else _like(z)
-        self._A = torch.zeros_like(scan.A)
-        self._D, self._bias = scan.A.new_zeros(2, u.shape[2])
-
-    def add(self, rows: slice, steps: slice, chunk: _Chunk, dy: Tensor, start: Tensor, carry: Tensor) -> Tensor:
-        """Add one chunk's gradients; `carry` is the gradient of its last state from later chunks.
-
-        Returns the gradient of the state that enters the chunk.
-        """
-        scan = self._scan
-        states, decay = scan.run(chunk, start)
-        if chunk.z is not None and self._z is not None:
-            scan.store(self._z, rows, steps, dy * scan.read_out(states, chunk) * _silu_slope(chunk.z))
-            dy = dy * F.silu(chunk.z)
-
-        scan.store(self._C, rows, steps, torch.matmul(states[1:], dy.unsqueeze(3)).squeeze(3))
-        dstates = scan.buffer("dstates", *dy.shape[:2])
-        torch.mul(dy.unsqueeze(2), chunk.C.unsqueeze(3), out=dstates)
-        dstates[-1] += carry
-        by_step = dstates.unbind()[::-1]
-        for rate, after, before in zip(decay.unbind()[:0:-1], by_step, by_step[1:], strict=False):
-            before.addcmul_(rate, after)
-        carry = decay[0] * dstates[0]
-
-        weighted_u = chunk.delta * chunk.u
-        scan.store(self._B, rows, steps, torch.matmul(dstates, weighted_u.unsqueeze(3)).squeeze(3))
-        dweighted_u = torch.matmul(chunk.B.unsqueeze(2), dstates).squeeze(2)
-        dexponent = decay.mul_(dstates).mul_(states[:-1])
-        ddelta = torch.mul(dexponent, scan.A, out=dstates).sum(2) + dweighted_u * chunk.u
-        self._A += dexponent.mul_(chunk.delta.unsqueeze(2)).sum((0, 1))
-        if chunk.slope is not None:
-            ddelta = ddelta * chunk.slope
-        scan.store(self._delta, rows, steps, ddelta)
-        self._bias += ddelta.sum((0, 1))
-
-        du = dweighted_u * chunk.delta
-        if scan.D is not None:
-            du = du + dy * scan.D
-            self._D += (dy * chunk.u).sum((0, 1))
-        scan.store(self._u, rows, steps, du)
-        return carry
-
-    def results(self) -> ScanGradients:
-        """Return all in their inputs' dtypes."""
-        inputs = self._scan.inputs
-        dA, D, bias = self._A.t().contiguous(), self._D.clone(), self._bias.clone()
-        return ScanGradients.cast(inputs, self._u, self._delta, dA, self._B, self._C, D, self._z, bias)
+        out = torch.matmul(self.C[here].unsqueeze(2), states).squeeze(2)
+        return out if self.D is None else out + self.D * self.u[here]
 
 
 def _pieces(count: int, most: int) -> list[slice]:
     return [slice(i, min(i + most, count)) for i in range(0, count, most)]
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _silu_slope(x: Tensor) -> Tensor:
