@@ -1,4 +1,4 @@
-"""The `famba` command. Each command's options stand in its own module, which is imported once it is asked for."""
+"""Run the `famba` command. Each command's options are in its own module, which is imported only when it is called."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMMANDS = {
     "benchmark": ("famba.analysis.benchmark.command", "time ops and training steps"),
     "plan": ("famba.analysis.plan", "show what strategies cost before a run"),
     "evaluate": ("famba.analysis.evaluate", "evaluate a trained model, with other ways of fusing if asked"),
-    "predict": ("famba.analysis.predict", "name what is in images: the five likeliest classes of each"),
+    "predict": ("famba.analysis.predict", "print the five likeliest classes of each image"),
     "visualize": ("famba.analysis.visualize", "draw which patches each token holds, layer by layer"),
     "export": ("famba.export.export", "write a trained model for timm, torch.export or ONNX"),
     "doctor": ("famba.analysis.doctor", "show versions, devices and backends, and check that they work"),

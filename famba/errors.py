@@ -71,7 +71,7 @@ def some(names: Sequence[str]) -> str:
 
 
 def check_choice(name: str, value: object, allowed: Collection[str], argument: str | None = None) -> None:
-    """Raise ConfigError where a named choice is none of those allowed; argument: where it is not called by its name."""
+    """Raise ConfigError if a value is none of those allowed; argument: the argument at fault, if not called `name`."""
     if value not in allowed:
         close = near_miss(str(value), allowed)
         raise ConfigError(f"unknown {name} {value!r}{close}; allowed: {', '.join(allowed)}", argument or name)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, seals that show damage, and reading without running code."""
+"""Write files whole or not at all, seal them so that damage shows, and read them without running code."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def write_whole(path: Path, write: Callable[[str], object]) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what writes into this folder left behind that were killed; nobody may be writing there."""
+    """Remove the temporary files that killed writes left in this folder; nobody may be writing there."""
     for path in folder.glob(f".*{_TEMPORARY}"):
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
@@ -114,7 +114,7 @@ def _reason(error: Exception) -> str:
 def read_file(path: str | Path) -> dict[str, Any]:
     """Read what a .pth or .safetensors file holds, without running any code that it may hold.
 
-    Raises CheckpointError where the file is missing, of another kind or damaged, as its seal tells where it bears one.
+    Raises CheckpointError if the file is missing, of another kind, or damaged; a seal, if there is one, shows damage.
     """
     path = Path(path)
     if not path.is_file():
@@ -152,7 +152,7 @@ def _why_not_read(path: Path, error: Exception) -> str:
         return f"{path} would call {found[1]} when it is read, which weights never need; do not trust this file"
     converted = str(path.with_name(f"{path.stem}.weights.pt"))
     return (
-        f"{path} holds an object of the type {found[1]}, and reading one can run code, so nothing was read. Where you "
+        f"{path} holds an object of the type {found[1]}, and reading one can run code, so nothing was read. If you "
         f"trust the file, write its weights to {converted} by this Python code, and give that file:"
         f"{_CONVERSION % (str(path), converted)}"
     )

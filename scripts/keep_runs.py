@@ -22,7 +22,7 @@ from famba.errors import DataError, FambaError
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "docs/results"
 RUNS, GPU_COSTS = (KEPT / f"{name}.csv" for name in ("runs", "gpu_costs"))
-NOT_RUN = "Not run yet: `python scripts/campaign.py`."
+NOT_RUN = "Not run yet."
 RESULTS, README = ROOT / "docs/results.md", ROOT / "README.md"
 TIMES = ("train_time_s", "eval_time_s", "images_per_s")
 PRIVATE = ("/home/", "/root/", "/tmp/", "/mnt/", "/Users/")  # noqa: S108

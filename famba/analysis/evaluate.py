@@ -89,7 +89,7 @@ def check(options: argparse.Namespace) -> Request:
         check_choice("--precision", options.precision, ("auto", "fp32", "bf16", "fp16"))
     trained = load_trained(options.checkpoint)
     if (config := trained.config) is None:
-        raise ConfigError(f"{trained.source} says no data set to evaluate it on; give a run or a checkpoint of one")
+        raise ConfigError(f"{trained.source} has no data set to evaluate on; give a run or a checkpoint of one")
     first, found = own(trained), variants(trained, asked)
     if any(one != first for one in found):
         found = [unfused(trained), *found]
@@ -273,12 +273,12 @@ def _source(request: Request) -> data.Source:
 def _numbered_as_trained(trained: Trained, splits: data.Splits) -> data.Source:
     """Return the test images with the class numbers of the network's training; by name where names are known.
 
-    Raises ConfigError where they hold a class that the network does not tell apart.
+    Raises ConfigError where they have a class that the network was not trained on.
     """
     test, known, found = splits.test, trained.class_names, splits.classes
     if known is None or found is None:
         if test.num_classes > trained.classes:
-            raise ConfigError(f"the images have {test.num_classes} classes, the network tells {trained.classes} apart")
+            raise ConfigError(f"the images have {test.num_classes} classes, but the network knows {trained.classes}")
         return test
     if strange := [name for name in found if name not in set(known)]:
         raise ConfigError(
@@ -299,7 +299,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--subset", type=shared.count, metavar="N", help="N test images, spread evenly over all")
     shared.add_fusion_options(
         parser,
-        "the schedule that the model was trained with is always evaluated, and beside any other that without fusion",
+        "the schedule of the training is always evaluated; with any other, the model without fusion is too",
     )
     text = "other runs or weights, as they were trained, on the same images: such as a smaller network of the same cost"
     add("--beside", metavar="CHECKPOINT[,...]", help=text)
@@ -348,11 +348,11 @@ def table(evaluation: Evaluation) -> str:
     notes = {
         f"* as trained, by {trained.source}.": True,
         "Difference: Top-1 minus that of *, in points, on the same images, with its 95 % interval (paired; Agresti and "
-        "Min 2005). The interval of Top-1 alone is Wilson's. Both are over test images: another training would differ "
-        "too.": several,
+        "Min 2005). The interval of Top-1 alone is Wilson's. Both cover the choice of test images alone: another "
+        "training run would differ too.": several,
         f"On {evaluation.images:,} test images of {request.config.data.name} at {trained.image_size} x "
         f"{trained.image_size}, {request.batch_size} at once on {request.device.type}. images/s is the median over "
-        "batches, each taken by all in turn.": True,
+        "batches; all networks take each batch in turn.": True,
         "Interrupted: these are the first images of those asked for.": evaluation.interrupted,
     }
     return "\n".join([shown, "", *(note for note, holds in notes.items() if holds)])

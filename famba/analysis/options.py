@@ -33,11 +33,11 @@ def add_fusion_options(parser: argparse.ArgumentParser, default: str) -> None:
     group = parser.add_argument_group("fusion", f"{default}; fusion needs no training to be applied")
     helps = {
         "fusion": f"strategies: {', '.join(strategy_names())} (default: that of the training, if it had one)",
-        "budget": "each with these: tokens to remove, or a share of the patches, as fusion.budget (default: the run's)",
+        "budget": "combined with the other options: tokens to remove, or a share of the patches (default: the run's)",
     }
     for setting in SETTINGS.values():
         listed = f": {', '.join(setting.names)}" if setting.names else ""
-        helps[setting.option] = f"each with these: {setting.help}{listed} (default: as trained)"
+        helps[setting.option] = f"combined with the other options: {setting.help}{listed} (default: as trained)"
     for option, text in helps.items():
         group.add_argument(f"--{option}", metavar="VALUE[,VALUE...]", help=text)
 
@@ -113,7 +113,7 @@ def write_files(folder: Path, files: Mapping[str, str | bytes]) -> list[Path]:
 
 @dataclass(frozen=True)
 class Variant:
-    """Hold one way of fusing, as it turned out in the network, so that two that come to the same are equal.
+    """Hold one way of fusing, as the network carries it out; two that do the same are equal.
 
     schedule: tokens to remove in each layer. own: whether the network was trained with it.
     """
@@ -145,7 +145,7 @@ def unfused(trained: Trained) -> Variant:
 
 
 def label_variants(compared: Sequence[Variant]) -> list[str]:
-    """Name each variant by its strategy and by what tells it from the others, but for its budget."""
+    """Name each variant by its strategy and by its differences to the others, except the budget."""
     return labels([one.fusion for one in compared], ignore=["budget"])
 
 

@@ -232,5 +232,5 @@ def tables(plans: Sequence[Planned]) -> str:
         "gradients and AdamW's moments, for the images of a micro-batch.",
     ]
     if any(one.config.fusion.strategy == ADAPTIVE for one in plans):
-        notes.append("What adaptive removes where is measured in training; until then it is spread as that of all.")
+        notes.append("Training measures the schedule of adaptive; this plan counts its first one, that of all.")
     return "\n".join([*parts, "In total", totals, "", *notes])

@@ -52,13 +52,13 @@ _KINDS = {
     "unfinished": "Not finished",
     "damaged": "Damaged",
     "other": "Another recipe, other data or other code than the table of their model",
-    "repeated": "The same setting and seed as a run that started before, which counts",
+    "repeated": "The same setting and seed as an earlier run; only the earlier one counts",
     "elsewhere": "Counted for accuracy alone, since they were trained on another machine",
 }
 READING = """± is the sample standard deviation over seeds; a single number is of one seed.
 Differences are paired by seed, with 95 % intervals by Student's t; about one in twenty misses the true difference.
-Costs are of the runs on the table's machine; shares of none are over the seeds that both have. Training time is that \
-of data and steps, without evaluation; other costs of an adaptive schedule are of its last one.
+Costs come from runs on the table's machine; costs relative to none use the seeds that both have. Training time is for \
+data and steps, without evaluation; other costs of an adaptive run are those of its last schedule.
 Top-1 and Top-5 are of the test images after the last step.""".splitlines()
 _TOP1 = "top1_difference_to_none_points"
 
@@ -389,8 +389,8 @@ def _notes(rows: pd.DataFrame, known: pd.Series) -> list[str]:
     """Return what a reader has to know to read a table right; known: runs by label whose time is known."""
     seeds = rows["seeds"].str.split().str.len()
     fewer = "; ".join(f"{name} {known[name]} of {seeds[name]}" for name in rows.index if known[name] < seeds[name])
-    notes = ["No run without fusion (none) is among these: differences and shares are left open."] * (NONE not in known)
-    return notes + [f"Training time is of the runs on the table's machine of which it is known: {fewer}."] * bool(fewer)
+    notes = ["No run without fusion (none) is among these, so nothing is compared with it."] * (NONE not in known)
+    return notes + [f"Training time is known only for some runs on the table's machine: {fewer}."] * bool(fewer)
 
 
 def rendered(report: Report, kind: str) -> str:

@@ -227,7 +227,7 @@ def differing(runs: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
 
 
 def _telling(run: Mapping[str, str]) -> dict[str, str]:
-    """Return the settings that may tell a run from others; without fusion, how to fuse is none."""
+    """Return the settings by which a run may differ from others; without fusion, those of fusion are left out."""
     untold = (*_UNTOLD, "fusion.") if run.get("fusion.strategy") == "none" else _UNTOLD
     return {key: text for key, text in run.items() if key == "fusion.strategy" or not key.startswith(untold)}
 

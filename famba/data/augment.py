@@ -90,7 +90,7 @@ class Augmentation(AugmentationOptions):
             Policy.of(self.auto_augment)
         if self.kind == "timm" and self.crop_padding:
             said = f"crop_padding is {self.crop_padding!r}, but augmentation 'timm' does not use it"
-            raise ConfigError(f"{said}: set it to null, or use the other one.", "crop_padding")
+            raise ConfigError(f"{said}: set it to null, or use augmentation 'batch'.", "crop_padding")
         if self.kind == "batch" and self.crop_padding == 0 and self.changes_pixels:
             said = "crop_padding is 0, which is no crop at all, but auto_augment, color_jitter or random_erasing is on"
             advice = "set it to null for timm's random resized crop, or to a number of pixels above 0"

@@ -106,7 +106,7 @@ class Fusion:
     def check_rule(self) -> None:
         """Raise ConfigError, with the name of the field at fault, where the rule cannot do what other fields ask for.
 
-        `Backbone.check_fusion` calls it, behind the question whether the rule can serve the network at all.
+        `Backbone.check_fusion` calls it, after it has checked that the rule works with the network at all.
         """
         rule = RULES[self.rule]
         for name, value, known in (("order", self.order, rule.orders), ("mode", self.mode, rule.modes)):
@@ -178,7 +178,8 @@ class Fusion:
     def resolved(self, counts: Sequence[int]) -> Fusion:
         """Return a form to compare with others, for a network whose layers remove `counts` tokens.
 
-        Its budget is in tokens and its layers are listed; counts that layers do not give stand as the budget.
+        The budget is in tokens. Even counts of "custom" become a budget and a list of layers; other counts become the
+        budget.
         """
         total = sum(counts)
         if self.strategy == NONE:

@@ -101,10 +101,10 @@ def grid(tokens: LayerTokens, r: int) -> TokenMap:
     """Reduce a grid of tokens to a smaller one, as STORM does (arXiv 2606.19932).
 
     In each row only the neighbours (2j, 2j + 1) are compared, by cosine; the most similar pairs of every row fuse, the
-    even token into the odd one, equally many in each row. Then the same in each column of what is left. Of equal pairs
-    the first fuses. r says how many rows and columns go: of several ways the one that leaves the squarest grid. Up to
-    four tokens become one, their mean. The tokens that are left stand row by row; a special token that is not at the
-    head stays behind the same share of them.
+    even token into the odd one, equally many in each row. Then the same is done in each column that is left. Of equal
+    pairs the first fuses. r decides how many rows and columns go: of several ways, the one that leaves the squarest
+    grid. Up to four tokens become one, their mean. The tokens that are left stand row by row; a special token that is
+    not at the head stays behind the same share of them.
     """
     (rows, columns), (left_rows, left_columns) = tokens.grid, grid_after(tokens.grid, r)
     free = tokens.free

@@ -40,9 +40,9 @@ def neighbours(tokens: LayerTokens, r: int) -> TokenMap:
     """Reduce neighbours in the scan, after STM (arXiv 2509.22691), of which we know the abstract alone.
 
     Each token is paired with the more similar of its two neighbours by cosine, in equal cases the one before it. The r
-    most similar of these pairs fuse, of equal ones the first, so that tokens in a chain of pairs all become one, at the
-    place of the first of them, which is the one that stays where tokens are pruned. Tokens that have fewer than `guard`
-    others between themselves and a special token are left alone. Tokens that a special one parts are paired only where
+    most similar of these pairs fuse, of equal ones the first. Tokens in a chain of pairs become one, at the place of
+    the first of them; where tokens are pruned, this first one stays. Tokens that have fewer than `guard` others between
+    themselves and a special token are left alone. Two tokens with a special one between them are paired only where
     nothing else is left.
     """
     free = tokens.free
@@ -94,8 +94,8 @@ def delta(tokens: LayerTokens, r: int) -> TokenMap:
 
     Importance is the mean over channels of the step size, both directions added. The r least important tokens are the
     sources; the most important stay as they are; the rest are the targets. Each source joins the target of the highest
-    cosine. As many tokens stay as they are as there are sources, fewer where fewer than r targets would be left: how
-    many do in the paper is not known to us.
+    cosine. The number of tokens that stay is r, or less where fewer than r targets would be left; we do not know the
+    number in the paper.
     """
     assert tokens.step_sizes is not None
     free = tokens.free

@@ -1,4 +1,4 @@
-"""Maps from the tokens of a sequence to those that are left, and from patches to the tokens that hold them."""
+"""Map the tokens of a sequence to those that are left, and patches to the tokens that hold them."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ class Free:
 
     @classmethod
     def of(cls, protected: Protected, x: Tensor) -> Free:
-        """Tell apart the tokens of a sequence (b, l, ...), or raise ConfigError for places that do not fit it."""
+        """Find the tokens of a sequence (b, l, ...) that may be reduced; raise ConfigError for wrong places."""
         batch, length = x.shape[:2]
         split = split_protected(protected, batch, length, x.device)
         return cls(protected, batch, length, *split, free_places(*split, length, x.device))

@@ -1,4 +1,4 @@
-"""Backbones: what a network offers so that it can be trained, fused, planned, evaluated and shown.
+"""Define what a network must offer so that it can be trained, fused, planned, evaluated and shown.
 
 A backbone is a class that derives from `Backbone` and is registered by `@register_backbone`; `create_network` then
 builds it by its timm names. A YAML file in a folder `model/`, of configs/ or --config-dir, makes it a choice of
@@ -374,9 +374,9 @@ class Backbone(nn.Module):
             raise ConfigError(f"forward_head was given {x.shape[1]} tokens per image; {told}")
         if takes_mean and any(self.fusion) and not self.settings.counts_patches:
             raise ConfigError(
-                "this model takes the mean over its tokens, however many patches each holds, which the features of "
-                "patches do not tell; call the model itself for logits, or fuse with weighting='size', or choose a "
-                "model that reads a class token"
+                "this model takes the mean over its tokens, and the features of patches do not say which patches share "
+                "a token; call the model itself for logits, or fuse with weighting='size', or choose a model that "
+                "reads a class token"
             )
 
     def _held(self, maps: list[TokenMap | None], x: Tensor) -> tuple[Tensor, ...]:

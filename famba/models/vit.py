@@ -217,7 +217,7 @@ def apply_tome(vit: VisionTransformer, schedule: Sequence[int] | str, **settings
             is attended by, as ToMe does in transformers that were trained without fusion.
 
     Raises:
-        ConfigError: vit is none that this can do, or the schedule does not fit it.
+        ConfigError: vit is not a transformer that can be fused, or the schedule does not fit it.
     """
     given: Any = schedule
     if not isinstance(given, Sequence):

@@ -197,7 +197,7 @@ def _beside(folder: Path) -> Origin:
         config = (json.loads if file.suffix == ".json" else yaml.safe_load)(file.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise CheckpointError(
-            f"{file}, which would say what network the weights beside it are of, cannot be read "
+            f"{file} describes the network of the weights beside it, but cannot be read "
             f"({type(error).__name__}); mend it, or move the weights to another folder"
         ) from error
     return _origin(config)
@@ -354,8 +354,8 @@ def _on_grid(fit: Fit, patches: Tensor, own: tuple[int, int], given: tuple[int, 
         return patches
     if given is None and own[0] * own[1] == count:
         fit.doubts.append(
-            f"its {count} patches are taken to lie {_by(old)}, since nothing says how they do, and the model's lie "
-            f"{_by(own)}; where the file's do too, give load_vim_checkpoint grid={own}"
+            f"its {count} patches are taken to lie {_by(old)}, since nothing says their grid; the model's grid is "
+            f"{_by(own)}. If the file has the same grid, give load_vim_checkpoint grid={own}"
         )
     fit.changes.append(f"the position embedding is resampled from {_by(old)} to {_by(own)} patches")
     return resample_abs_pos_embed(patches, list(own), list(old), num_prefix_tokens=0)

@@ -108,9 +108,9 @@ def backends() -> dict[str, str | None]:
 class use_backend:  # noqa: N801 - called like a function, and a context manager as well
     """Choose the backend of all ops in this process: by itself for good, in a `with` block until its end.
 
-    name: "cuda", "triton", "mamba_ssm", "native", "reference", or "auto" (the fastest usable one for a tensor's
-    device, never mamba_ssm). A `with` block takes a fresh call. Raises BackendError, with reason and remedy, for an
-    unknown name or a backend that cannot be used here.
+    name: "cuda", "triton", "mamba_ssm", "native", "reference", or "auto" (the first of these that can be used
+    for a tensor's device and dtype). Call it anew for a `with` block. Raises BackendError, with reason and
+    remedy, for an unknown name or a backend that cannot be used here.
     """
 
     def __init__(self, name: str) -> None:

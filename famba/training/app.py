@@ -167,12 +167,12 @@ def announce(training: Training) -> None:
     crop = {None: "random resized crop", 0: "no crop"}.get(padding, f"crop padding {padding}")
     images = ", ".join(f"{n:,} {part}" for part, n in on.images.items())
     named = ("mixup", "cutmix", "label_smoothing", "augmentation", "auto_augment", "random_erasing", "ema_decay")
-    extras = [f", {name.replace('_', ' ')} {getattr(recipe, name)}" for name in named if getattr(recipe, name)]
+    extras = [crop, *(f"{name.replace('_', ' ')} {getattr(recipe, name)}" for name in named if getattr(recipe, name))]
     for name, text in (
         ("model", f"{config.model.name}: {parameters:.2f} M parameters, {macs:,.1f} M multiply-adds an image"),
         ("tokens", f"at {size} x {size}, fusion {config.fusion.strategy}: {tokens}"),
         ("data", f"{config.data.name}: {on.num_classes} classes, {images} images"),
-        ("recipe", f"{steps}, {recipe.optimizer}, lr {recipe.lr} for {recipe.lr_batch} images, {crop}{''.join(extras)}"),
+        ("recipe", f"{steps}, {recipe.optimizer}, lr {recipe.lr} for {recipe.lr_batch} images, {', '.join(extras)}"),
         ("device", f"{setup.device} ({training.provenance['device']}), {training.process.world_size} process(es)"),
         ("compute", f"{str(setup.dtype).removeprefix('torch.')}, ops by {explain(setup.device.type, setup.dtype)}"),
     ):

@@ -206,7 +206,7 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
 def find_checkpoint(config: RunConfig, folder: Checkpoints, process: Process) -> dict[str, Any] | None:
     """Read the checkpoint to continue from, the same in all processes; None if the run starts anew.
 
-    One that is named is where a run begins that has none of its own yet.
+    The checkpoint that `resume` names is used only while the run has none of its own.
     """
     if interrupts.starts_anew(config.resume):
         return None

@@ -129,7 +129,7 @@ def compose(arguments: Sequence[str]) -> RunConfig:
 
 def run_config(values: DictConfig) -> RunConfig:
     """Return the part of a composed configuration that is famba's."""
-    # Plugins are of a command line: files of a run name no code that reading it would run.
+    # Plugins belong to a command line, not to the run's files: reading a run must not run code.
     own = [str(key) for key in values if key not in ("hydra", "plugins")]
     with explained():
         found: Any = OmegaConf.to_container(OmegaConf.masked_copy(values, own), resolve=True, throw_on_missing=True)

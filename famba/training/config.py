@@ -29,7 +29,7 @@ def without_credentials(text: str) -> str:
 
 def _check_text(text: str) -> str:
     if "\0" in text:
-        raise ValueError("a NUL character is in no name and no path")
+        raise ValueError("names and paths cannot contain a NUL character")
     if _CREDENTIALS.search(text):
         raise ValueError("a password or token in an address would be written to the run folder; leave it out")
     return text

@@ -106,7 +106,7 @@ def start_process(device: torch.device) -> Process:
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=_JOIN_TIMEOUT))
     except (ValueError, RuntimeError) as error:
-        told = f"the {size} processes cannot meet: {str(error).splitlines()[0]}"
+        told = f"the {size} processes cannot connect to one another: {str(error).splitlines()[0]}"
         raise ConfigError(f"{told}; start them by torchrun or srun, or unset WORLD_SIZE") from error
     on_gpu = device.type == "cuda"
     if on_gpu:  # Slurm may show each process its own GPU alone, as number 0

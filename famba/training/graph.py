@@ -26,7 +26,7 @@ _DEVICES = ["cuda"]  # that graphs are made for; tests add the CPU, which does t
 
 
 def obstacle(config: RunConfig, device: torch.device, processes: int, backend: str) -> str | None:
-    """Return why a run's steps are no graphs, None if they are; without graphs they are as right, but slower."""
+    """Return why a run's steps cannot be graphs, None if they can; without graphs, steps are slower, not wrong."""
     if config.trainer.cuda_graphs is False:
         return "trainer.cuda_graphs=false"
     if device.type not in _DEVICES:

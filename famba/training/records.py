@@ -134,7 +134,7 @@ def queue() -> dict[str, str]:
 
 
 def remembered(folder: Path) -> dict[str, str]:
-    """Return the job of each run that was submitted last, from a sweep's slurm folder."""
+    """Return the last submitted job of each run, from a sweep's slurm folder."""
     try:
         return {str(name): str(job) for name, job in json.loads((folder / "jobs.json").read_text()).items()}
     except (OSError, ValueError, AttributeError):

@@ -148,7 +148,7 @@ def finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
     if before is None or (done is None and not begun):
         return None
     if differ := differences(with_added_keys(before), now):
-        what, advice = "run", "Leave them out to go on with its own, or choose another run_dir"
+        what, advice = "run", "Leave these settings out to continue with the run's own, or choose another run_dir"
         if done is not None:
             what = "finished run"
             advice = f"Choose another run_dir. To train on from its weights:\n  {_trained_on(folder.path, now)}"

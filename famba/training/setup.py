@@ -27,7 +27,7 @@ _MANY = 10**9  # images, where only reading the data can count them
 
 @dataclass(frozen=True)
 class Setup:
-    """Hold what a configuration comes to on this machine.
+    """Hold what a configuration means on this machine.
 
     image_size: pixels. schedule: tokens that each layer removes, at first where it adapts. tokens: length of the
     unfused sequence. matched: whether the schedule removes the same total as the other strategies of its budget.
@@ -49,7 +49,7 @@ class Setup:
 
 
 def prepare(config: RunConfig, processes: int | None = None) -> Setup:
-    """Check a configuration and work out what it comes to, for `processes` on other machines, None for this one."""
+    """Check a configuration and return its Setup; processes: their number on another machine, None for this one."""
     processes_of_a_step = processes or world_size()
     check_model(config)
     device = choose_device(config.trainer.device)

@@ -62,12 +62,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     of_model.add_argument("--batch", type=shared.count, default=32, **shown)
     for one in (of_ops, of_model):
         one.add_argument("--precision", nargs="+", choices=ops.DTYPES, help="default: fp32 and bf16")
-    of_gpu = kind("gpu", "a CUDA device: the tables of docs/performance.md", measure_gpu, 5)
+    of_gpu = kind("gpu", "a CUDA device: tables of training steps and ops", measure_gpu, 5)
     of_gpu.add_argument("--minutes", type=shared.count, default=8, metavar="N", help="stop in time (default: 8)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, and tell what has been measured whatever ended it: it took its time."""
+    """Measure, and print what was measured, also after an error or Ctrl-C, since measuring takes long."""
     options.device = device = shared.device(options.device)
     if options.what == "gpu":
         check(device)
