@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -252,7 +253,9 @@ def test_a_gpu_makes_the_pictures_of_a_cpu_and_nothing_waits_for_it(folder: Sour
         expected = list(training(one, augmentation, image_size=11).epoch(1))
         batches = training(other, augmentation, image_size=11, device=device, finish_on=device)
         list(batches.epoch(0))  # the table of noise is sent once
-        torch.cuda.set_sync_debug_mode("error")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature")
+            torch.cuda.set_sync_debug_mode("error")
         try:
             found = list(batches.epoch(1))
         finally:

@@ -349,7 +349,7 @@ def test_each_obstacle_of_the_cuda_kernels_has_a_remedy(monkeypatch: pytest.Monk
 
     def told(owner: Any, name: str, value: Any) -> str:
         monkeypatch.setattr(owner, name, value)
-        return str(cuda_obstacle())
+        return str(cuda_obstacle.__wrapped__())
 
     monkeypatch.setattr(torch.version, "hip", None)
     assert "sees no CUDA device; use 'auto', or a Linux" in told(torch.cuda, "is_available", lambda: False)

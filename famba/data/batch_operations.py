@@ -70,7 +70,8 @@ def autocontrast(images: Float[Tensor, "n c h w"], _: Tensor) -> UInt8[Tensor, "
 
 def contrast(images: Float[Tensor, "n c h w"], factor: Float64[Tensor, " n"]) -> UInt8[Tensor, "n 1 256"]:
     """Return tables that blend with the mean grey; a factor of 0 gives one grey, 1 the image."""
-    mean = _grey(images).mean((1, 2, 3), keepdim=True, dtype=torch.float64)
+    total = _grey(images).sum((1, 2, 3), keepdim=True, dtype=torch.float64)
+    mean = total / total.new_full((), images.shape[2] * images.shape[3])  # a tensor: CUDA divides by a number inexactly
     values = torch.arange(256, dtype=images.dtype, device=images.device).view(1, 1, 1, -1)
     return _blend((mean + 0.5).floor().to(images.dtype), values, factor)[:, 0].byte()
 

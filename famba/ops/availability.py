@@ -55,6 +55,7 @@ def triton_on_request() -> tuple[str, ...]:
     return ("cpu", "cuda") if interpreted() else ()
 
 
+@cache
 def cuda_obstacle() -> str | None:
     """Say what hinders the CUDA kernels here, with the remedy behind a semicolon; compiles nothing."""
     if torch.version.hip is not None:

@@ -6,6 +6,7 @@ weights go in as they are: a backend casts them for its products, all at once, a
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import torch
@@ -153,6 +154,7 @@ def gated_scan(
 
 
 @torch.compiler.assume_constant_result
+@cache
 def _is_fused(backend: str) -> bool:
     """Return whether a backend has the mixer as one op; not traced by torch.compile, since it imports the backend."""
     return isinstance(kernels(backend), MixerKernels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import random
@@ -44,6 +45,7 @@ def make_current(device: torch.device) -> None:
     if device.type == "cuda":
         own = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
         torch.cuda.set_device(own % torch.cuda.device_count())
+        torch.backends.cudnn.deterministic = True  # or else the patch embedding's gradient differs from run to run
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -71,6 +73,13 @@ def describe_device(device: torch.device) -> str:
     with suppress(OSError, IndexError):
         name = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
     return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what an earlier run in this process left behind in cycles, such as its CUDA graphs."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def reset_peak_memory(device: torch.device) -> None:

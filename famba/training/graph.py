@@ -6,6 +6,7 @@ What changes from step to step lies at fixed places in the device's memory. Draw
 from __future__ import annotations
 
 import gc
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -60,7 +61,7 @@ class GraphStep(Step):
 
     def gradients(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
         """Do the next step; `update` has nothing left to do."""
-        self.data_s = 0.0
+        self.data_s = self.once_s = 0.0
         if self.state.ema is not None:
             self._ema_weight.fill_(1 - self.state.ema.get_decay(self.state.step))
         for part in range(self.parts):
@@ -68,7 +69,9 @@ class GraphStep(Step):
             self.seed_draws(part)
             self._load(images, labels)
             if self._finish is None:
+                began = time.perf_counter()
                 self._capture()
+                self.once_s = time.perf_counter() - began
                 self.seed_draws(part)
                 self._load(images, labels)
             if self._add is not None:
@@ -140,12 +143,12 @@ class GraphStep(Step):
         try:
             return captured(function, self._memory)
         except RuntimeError as error:
-            if out_of_memory(error):
-                raise
-            cause: BaseException = error
-            while cause.__context__ is not None:  # the end of the capture fails after what made it fail
-                cause = cause.__context__
-            reason = (str(cause) or repr(cause)).splitlines()[0]
+            chain: list[BaseException] = [error]
+            while (before := chain[-1].__context__) is not None:  # the end of the capture fails after what made it fail
+                chain.append(before)
+            if (short := next(filter(out_of_memory, chain), None)) is not None:
+                raise short from None
+            reason = (str(chain[-1]) or repr(chain[-1])).splitlines()[0]
             told = f"the step cannot be captured as a CUDA graph ({reason}); use trainer.cuda_graphs=false"
             raise TrainingError(told) from error
 

@@ -47,7 +47,7 @@ class Tally:
         logits = logits.float()
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
-        self.sums += torch.stack([best[:, 0].sum().float(), best.sum().float(), loss, loss.new_tensor(len(labels))])
+        self.sums += torch.stack([best[:, 0].sum().float(), best.sum().float(), loss, loss.new_full((), len(labels))])
 
     def results(self) -> dict[str, float]:
         """Return "top1" and "top5" in percent, and "loss", the mean cross-entropy."""

@@ -31,10 +31,10 @@ class Summary:
     status is running, interrupted (it saved itself), failed or finished; format the version of these fields, 0 for
     Famba 0.1. top1, top5 and loss are of the test images after the last step, accuracies in percent; ema_ of the
     averaged weights; selected of the weights that validation selected, with their epoch from 1. Times are seconds:
-    train_time_s without evaluation, epoch_time_s means of data, step and evaluation. schedule has the tokens removed in
-    each layer, tokens_per_layer those left after each, tokens those before the first, adapted each measurement of an
-    adaptive schedule. budget_matched tells whether other strategies remove as many. weights_sha256 is of
-    model.safetensors; times_left_out says why a kept summary has no times.
+    train_time_s without evaluation and the capture of CUDA graphs, epoch_time_s means of data, step and evaluation.
+    schedule has the tokens removed in each layer, tokens_per_layer those left after each, tokens those before the
+    first, adapted each measurement of an adaptive schedule. budget_matched tells whether other strategies remove as
+    many. weights_sha256 is of model.safetensors; times_left_out says why a kept summary has no times.
     """
 
     status: str

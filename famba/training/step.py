@@ -32,6 +32,8 @@ class Step:
     """True if a step whose loss or gradient is not finite leaves the state of the step before it."""
     changing = False
     """True from where a step begins to change the state until it is counted."""
+    data_s = once_s = 0.0
+    """Seconds of the last step: for its data, and for what no other step does, such as the capture of a graph."""
 
     def __init__(
         self,
@@ -46,7 +48,6 @@ class Step:
         self.seed, self.clip_grad = config.seed, config.recipe.clip_grad
         self.mix = create_mixing(config.recipe, state.model.num_classes)
         self.loss = create_loss(config.recipe)
-        self.data_s = 0.0
         # Processes exchange gradients once per step, with the last micro-batch.
         self._keep_gradients = forward.no_sync if isinstance(forward, DistributedDataParallel) else nullcontext
 

@@ -72,6 +72,7 @@ class Training:
     def __init__(self, config: RunConfig, setup: Setup, folder: RunFolder, process: Process, stop: StopRequest) -> None:
         self.config, self.setup, self.folder, self.process, self.stop = config, setup, folder, process, stop
         self.device = process.device
+        devices.release_memory(self.device)
         splits = load_splits(config)
         self.loaders = make_loaders(config, setup.image_size, splits, process)
         self.trained_on = TrainedOn.of(splits)
@@ -208,7 +209,7 @@ class Training:
         self.step.update()
         state.step = done
         state.totals.epoch_open = True
-        state.totals.add(1, self.step.data_s, time.perf_counter() - begin - self.step.data_s)
+        state.totals.add(1, self.step.data_s, time.perf_counter() - begin - self.step.data_s - self.step.once_s)
         self.step.changing = False
         if seen is not None and done % self.config.trainer.log_every == 0:
             values = {"loss": seen[0], "grad_norm": seen[1], "lr": lr, "images_per_s": self._images_per_s()}
