@@ -3,8 +3,8 @@
     python scripts/keep_runs.py runs/cpu_table    # add the runs of a sweep, then fill the tables
     python scripts/keep_runs.py                   # only fill the tables
 
---into names another table than runs. --without-times leaves out times and throughput and records the reason, for
-runs that shared their machine. The tables stand between markers; the rest of the documents is written by hand.
+--into names another table than runs. --without-times leaves out times, throughput and peak memory and keeps the reason,
+for runs that shared their machine. The tables stand between markers; the rest of the documents is written by hand.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ KEPT = ROOT / "docs/results"
 RUNS, GPU_COSTS = (KEPT / f"{name}.csv" for name in ("runs", "gpu_costs"))
 NOT_RUN = "Not run yet."
 RESULTS, README = ROOT / "docs/results.md", ROOT / "README.md"
-TIMES = ("train_time_s", "eval_time_s", "images_per_s")
+TIMES = ("train_time_s", "eval_time_s", "images_per_s", "peak_memory_mib")
 PRIVATE = ("/home/", "/root/", "/tmp/", "/mnt/", "/Users/")  # noqa: S108
 PLOTS = ("accuracy_time", "accuracy_saved")
-README_COLUMNS = (0, 2, 1, 3, 5, 6)
 SHELF = {"vim": "`vim_micro`", "vit": "`vit_micro`"}
 
 
@@ -36,7 +35,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="folders of runs to add")
     parser.add_argument("--into", default="runs", metavar="NAME", help="add them to docs/results/NAME.csv")
-    parser.add_argument("--without-times", metavar="REASON", help="leave out times and throughput, for this reason")
+    parser.add_argument("--without-times", metavar="REASON", help="leave out times and peak memory, for this reason")
     options = parser.parse_args()
     try:
         if options.runs:
@@ -87,6 +86,8 @@ def texts(report: Report) -> dict[tuple[Path, str], str]:
         mean = spread(row["top1_percent_mean"], row["top1_percent_sd"], 2)
         to_none = difference(row, "top1_difference_to_none_points")
         ways.append([label, str(len(row["seeds"].split())), mean, first, to_none])
+    tuned, detail = gather([KEPT / "finetune.csv"]).tables[0].sheets.values()
+    tuned = pd.concat([tuned.iloc[:, [0, 2, 1, 3]], detail[["FLOPs (multiply-adds), M/image"]]], axis=1)
     headers = ["fusion", "seeds", "Top-1, %", "difference to the first, points (95 % interval)", "to none"]
     return {
         (RESULTS, "tables"): "\n\n".join(tabulated(sheet, "github") for sheet in (results, costs)),
@@ -96,7 +97,7 @@ def texts(report: Report) -> dict[tuple[Path, str], str]:
         (RESULTS, "finetune"): other_runs("finetune"),
         (RESULTS, "gpu runs"): other_runs("gpu_runs"),
         (RESULTS, "gpu costs"): gpu_costs(),
-        (README, "results"): tabulated(results.iloc[:, list(README_COLUMNS)], "github"),
+        (README, "results"): tabulated(tuned[~tuned.index.str.contains(",")], "github"),
     }
 
 
@@ -122,8 +123,8 @@ def other_runs(kept: str) -> str:
     parts = []
     for number, table in enumerate(gather([KEPT / f"{kept}.csv"]).tables):
         name = f"{table.model}, {table.runs['epochs'].iloc[0]} epochs"
-        parts += [f"{name}:", tabulated(table.sheets["Results"], "github")]
-        parts += [f"![{name}](results/{file})" for file in save_plots(table, PLOTS[0], f"{kept}_{number}")]
+        parts += [f"{name}:", tabulated(table.sheets["Results"].loc[:, lambda sheet: (sheet != "-").any()], "github")]
+        parts += [f"![{name}](results/{file})" for file in save_plots(table, table.plots[0].name, f"{kept}_{number}")]
     return "\n\n".join(parts)
 
 
