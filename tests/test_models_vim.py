@@ -285,6 +285,12 @@ def test_another_input_size_is_as_that_of_timms_vits_and_of_a_file(cls: str, tmp
         with pytest.raises(ConfigError, match=message):
             model.set_input_size(size)
     assert model.image_size == (16, 16)
+    grid = tiny(fusion="all", budget=0.5, fusion_rule="grid")
+    grid.set_input_size((24, 24))
+    assert sum(grid.fusion) == grid.num_patches // 2
+    grid.prune_intermediate_layers([1])
+    grid.set_input_size((24, 24))
+    assert len(grid.fusion) == 2, "the part of the schedule that is left"
 
 
 @pytest.mark.parametrize("name", ["vim_micro_patch4_32", "vit_micro_patch4_32"])

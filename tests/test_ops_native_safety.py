@@ -71,6 +71,18 @@ def test_equal_input_gives_equal_bits_on_any_number_of_threads() -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
+    inputs = inputs_of(3)
+    expected = run_all(inputs)
+    torch.set_default_dtype(dtype)
+    try:
+        assert same_bits(run_all(inputs), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@needs_kernels
 @pytest.mark.parametrize("per_call", [1, 2])
 def test_calls_from_two_threads_at_once(per_call: int) -> None:
     both = [inputs_of(batch=2), inputs_of(batch=3, length=41)]

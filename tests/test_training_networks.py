@@ -90,6 +90,11 @@ def test_what_a_network_cannot_do_is_refused(overrides: str, message: str) -> No
 # The budget of fusion=adaptive goes where tokens are similar, exactly, and stays there until it is measured again.
 
 
+def test_similarity_is_measured_in_float32_under_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert closest_cosines(torch.randn(2, 9, 4), 0).dtype == torch.float32
+
+
 @pytest.mark.parametrize("protected", [None, 0, 3, torch.tensor([5, 0])])
 def test_similarity_is_that_of_the_pairs_that_fuse(protected: int | torch.Tensor | None) -> None:
     torch.manual_seed(0)

@@ -202,7 +202,11 @@ class BatchAugmentation:
         for first in range(0, len(images), at_once):
             part, out = images[first : first + at_once], done[first : first + at_once]
             draws = sent(self.draw(epoch, start + first, len(part), *part.shape[2:]), images.device)
-            box = draws.boxes, draws.flip, self.size
+            boxes = draws.boxes
+            if padding:  # of the centre of what is not square, as in evaluation
+                sides = boxes[:, 2:].amin(1, keepdim=True)
+                boxes = torch.cat([boxes[:, :2] + ((boxes[:, 2:] - sides) / 2).floor(), sides, sides], 1)
+            box = boxes, draws.flip, self.size
             pixels = part.clone() if cropped else crop(part, *box, interpolation, padding, self.dtype)
             self._finish(pixels, draws, out)
         return done
@@ -295,7 +299,7 @@ def _noise(device: torch.device, length: int) -> Tensor:
 
 def evaluation_scaling(augmentation: Augmentation, image_size: int) -> Scaling:
     """Return the scaling and centre crop of evaluation."""
-    return Scaling(round(image_size / augmentation.eval_crop), image_size, augmentation.interpolation)
+    return Scaling(math.floor(image_size / augmentation.eval_crop), image_size, augmentation.interpolation)
 
 
 def evaluation_transform(augmentation: Augmentation, image_size: int, normalize: Normalize) -> Transform:

@@ -111,8 +111,8 @@ def move(images: Float[Tensor, "n c h w"], matrix: Float64[Tensor, "n 6"], geome
     """Take the pixel at (x, y) from (a x + b y + c, d x + e y + f), as `Image.transform` does; matrix: a to f."""
     high, wide = images.shape[2:]
     a, b, c, d, e, f = matrix[..., None, None].unbind(1)
-    x, y = _centres(wide, images), _centres(high, images)[:, None]
-    across, down = a * x + b * y + c, d * x + e * y + f
+    x, y = (torch.arange(side, dtype=torch.float64, device=images.device) + 0.5 for side in (wide, high))
+    across, down = (p * x + q * y[:, None] + at for p, q, at in ((a, b, c), (d, e, f)))
     inside = (across >= 0) & (across < wide) & (down >= 0) & (down < high)
     (first_x, columns), (first_y, rows) = (
         _neighbours(*pair, geometry, images.dtype) for pair in ((across, wide), (down, high))
@@ -165,10 +165,6 @@ def _grey(images: Tensor) -> Tensor:
 def _blend(other: Tensor, images: Tensor, factor: Tensor) -> Tensor:
     mixed = (images - other).mul_(factor.to(images.dtype)[:, None, None, None]).add_(other)
     return mixed.clamp_(0, 255).floor_()  # cut off, not rounded, as in Pillow
-
-
-def _centres(length: int, like: Tensor) -> Tensor:
-    return torch.arange(length, dtype=torch.float64, device=like.device) + 0.5
 
 
 def _taps(right: Tensor, geometry: Geometry) -> dict[int, Tensor]:

@@ -74,7 +74,7 @@ def crop_each(
     parts: Sequence[UInt8[Tensor, "c _ _"]], flip: Bool[Tensor, " b"], size: int, interpolation: str
 ) -> UInt8[Tensor, "b c {size} {size}"]:
     """Scale images of any size to size x size, and mirror them where `flip` is."""
-    boxes = torch.tensor([(0, 0, *part.shape[1:]) for part in parts], dtype=torch.float64)
+    boxes = parts[0].new_tensor([(0, 0, *part.shape[1:]) for part in parts], dtype=torch.float64)
     spans = zip(*(span.split(1) for span in _spans(boxes, flip, size)), strict=True)
     done = [
         _resample(part[None], (rows, size), (columns, size), size, interpolation, torch.float32)

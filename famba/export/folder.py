@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,6 @@ from tabulate import tabulate
 import famba
 from famba.analysis.options import Variant
 from famba.analysis.trained import Trained
-from famba.data.augment import evaluation_scaling
 from famba.errors import CheckpointError
 from famba.files import sha256
 from famba.fusion import tokens_per_layer
@@ -37,8 +35,7 @@ _PROVENANCE = ("started", "famba", "git_commit", "python", "packages", "platform
 
 def describe(trained: Trained, architecture: str, fused: Variant, summary: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return as plain values what an exported file says of itself; architecture: timm name of the network."""
-    model, size, scaling = trained.model, trained.image_size, trained.scaling
-    side, crop = evaluation_scaling(scaling, size).side, scaling.eval_crop
+    model, scaling = trained.model, trained.scaling
     origin = None if summary is None else summary.get("provenance") or {}
     return {
         "exported_by": f"famba {famba.__version__}",
@@ -47,8 +44,7 @@ def describe(trained: Trained, architecture: str, fused: Variant, summary: Mappi
         "classes": trained.class_names,
         "input_size": [model.in_chans, *model.image_size],
         "interpolation": scaling.interpolation,
-        # timm rounds down, and scales images as evaluation does by this share.
-        "crop_pct": crop if math.floor(size / crop) == side else size / (side + 0.5),
+        "crop_pct": scaling.eval_crop,
         "crop_mode": "center",
         "mean": list(trained.mean),
         "std": list(trained.std),

@@ -8,8 +8,9 @@ other rules stand in modules of their own. All are written from what the papers 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -204,7 +205,13 @@ def match(
 def cosines(metric: Float[Tensor, "b l c"]) -> Float[Tensor, "b l l"]:
     """Return the cosine of every token with every other, in float32 at least."""
     units = unit(metric)
-    return units @ units.transpose(1, 2)
+    with in_full_precision(metric.device.type):
+        return units @ units.transpose(1, 2)
+
+
+def in_full_precision(kind: str) -> AbstractContextManager[Any]:
+    """Leave autocast, where a kind of device is in it: tracing would note it otherwise."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def closest_cosines(metric: Float[Tensor, "b l c"], protected: Protected) -> Float[Tensor, "b a"]:

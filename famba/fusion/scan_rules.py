@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from famba.errors import ConfigError
-from famba.fusion.rules import LayerTokens, Layout, register_rule
+from famba.fusion.rules import LayerTokens, Layout, in_full_precision, register_rule
 from famba.fusion.token_map import Free, TokenMap, unit
 from famba.ops import match_tokens
 from famba.ops.reference import compute_dtype
@@ -139,11 +136,6 @@ def _closest(
     rows = x.gather(1, sources.unsqueeze(2).expand(-1, -1, x.shape[2]))
     # Of the lengths those of the targets alone matter; dividing the products is cheaper than the tokens.
     scale = x.norm(dim=2).clamp(min=torch.finfo(x.dtype).tiny).reciprocal()
-    with _in_full_precision(x.device.type):
+    with in_full_precision(x.device.type):
         cosines = (rows @ x.transpose(1, 2)) * scale.unsqueeze(1)
     return cosines.nan_to_num().masked_fill(~is_target.unsqueeze(1), -torch.inf).argmax(dim=2)
-
-
-def _in_full_precision(kind: str) -> AbstractContextManager[Any]:
-    """Leave autocast, where a kind of device is in it: tracing would note it otherwise."""
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

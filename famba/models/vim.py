@@ -228,9 +228,9 @@ class Vim(Backbone):
         """
         image = self.image_size if img_size is None else _pair(img_size)
         image, patch = _check_patches(image, _pair(self.patch_embed.patch_size if patch_size is None else patch_size))
-        patches, grid = (image[0] // patch[0]) * (image[1] // patch[1]), self.grid_size
-        tokens = patches + self.protected
-        schedule = self.settings.schedule(self.depth, tokens, self.protected)
+        rows, columns, grid = image[0] // patch[0], image[1] // patch[1], self.grid_size
+        patches, tokens = rows * columns, rows * columns + self.protected
+        schedule = self.settings.schedule(self.depth, tokens, self.protected, (rows, columns))
         self.patch_embed.set_input_size(image, patch)
         self.num_patches, self.num_tokens, self.fusion = patches, tokens, schedule
         embed = fit_pos_embed(Fit({}), self, self.pos_embed.detach(), Origin(self.cls_position, grid))
@@ -346,6 +346,7 @@ class Vim(Backbone):
         if left < self.depth:
             # It drops what the last layer that is left adds.
             self.drop_path = self.layers[left].drop_path  # type: ignore[assignment]
+            self.settings = backbone.with_schedule(self.settings, self.fusion[:left])
         self.layers, self.fusion = self.layers[:left], self.fusion[:left]
         if prune_norm:
             self.norm_f = nn.Identity()

@@ -30,6 +30,10 @@ from famba.ops.products import Columns, ProductWeights
 _CHUNK = 384
 
 
+def _floats(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32)  # whatever torch.set_default_dtype says
+
+
 def scan_chunk(length: int) -> int:
     """Return the steps between two kept states: chunks as equal as can be."""
     chunks = max(1, -(-length // _CHUNK))
@@ -47,7 +51,7 @@ def selective_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     scan = readable(inputs)
     y = torch.empty(scan.u.shape, dtype=scan.u.dtype)
     batch, length, channels = y.shape
-    state = torch.empty(scan_state_shape(batch, length, channels, inputs.A.shape[1]))
+    state = _floats(*scan_state_shape(batch, length, channels, inputs.A.shape[1]))
     run_scan(scan, state, y)
     return y.to(inputs.u.dtype), state
 
@@ -79,7 +83,7 @@ def causal_conv1d_backward(
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return the normed sum and the sum."""
-    normed, total = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape)
+    normed, total = torch.empty(x.shape, dtype=x.dtype), _floats(*x.shape)
     given = {"x": x.contiguous(), "residual": optional_parameter(residual), "weight": parameter(weight)}
     _norm("norm_forward", x, eps, **given, normed=normed, total=total)
     return normed, total
@@ -89,7 +93,7 @@ def add_rms_norm_backward(
     dnormed: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of the sum and of weight."""
-    grad, dweight = torch.empty(total.shape), torch.empty(weight.shape)
+    grad, dweight = _floats(*total.shape), _floats(*weight.shape)
     given = {"dtotal": parameter(dtotal), "total": parameter(total), "weight": parameter(weight)}
     _norm("norm_backward", dnormed, eps, dnormed=dnormed.contiguous(), **given, grad=grad, dweight=dweight)
     return grad, dweight.to(weight.dtype)
@@ -153,7 +157,7 @@ def run_scan(inputs: ScanInputs, state: Tensor, y: Tensor, **more: Any) -> None:
 def run_scan_backward(inputs: ScanInputs, state: Tensor, dy: Tensor, **more: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of A, D and delta_bias; write du, ddelta, dB, dC, dz, and y again, where memory is given."""
     A, dtype = inputs.A, inputs.u.dtype
-    dA, dD, dbias = torch.empty(A.shape), torch.empty(A.shape[0]), torch.empty(A.shape[0])
+    dA, dD, dbias = _floats(*A.shape), _floats(A.shape[0]), _floats(A.shape[0])
     sums = {"dA": dA, "dD": dD, "ddelta_bias": dbias}
     call("scan_backward", Scan, dtype, **_scan(inputs, state) | more, dy=activation(dy, dtype), **sums)
     return dA, dD, dbias
@@ -180,7 +184,7 @@ def convolve_backward(
     convolution: x, weight, bias, silu and reverse.
     """
     x, weight, *_ = convolution
-    dweight, dbias = torch.empty(weight.shape), torch.empty(weight.shape[0])
+    dweight, dbias = _floats(*weight.shape), _floats(weight.shape[0])
     written = {"dx": dx, "dweight": dweight, "dbias": dbias, "accumulate": accumulate}
     call("conv_backward", Conv, x.dtype, **_conv(*convolution), dy=activation(dy, x.dtype), **written)
     return dweight, dbias
@@ -209,8 +213,8 @@ def mixer(inputs: MixerInputs, measure: bool) -> tuple[Tensor | None, ...]:
     u, z = (as_tokens(tokens @ half.t(), x) for half in weights.into.chunk(2))
     y, inner, delta = (torch.empty_like(u) for _ in range(3))
     projected = u.new_empty(2, *u.shape[:2], weights.x.shape[1])
-    states = torch.empty(mixer_kept_shapes(inputs)[1][0])
-    measures = torch.empty(2, 2, *u.shape[:2]) if measure else None
+    states = _floats(*mixer_kept_shapes(inputs)[1][0])
+    measures = _floats(2, 2, *u.shape[:2]) if measure else None
     for reverse, side in enumerate(inputs.directions):
         convolve(u, side.conv_weight, side.conv_bias, True, bool(reverse), inner)
         torch.mm(flatten(inner), weights.x[reverse].t(), out=flatten(projected[reverse]))

@@ -24,7 +24,7 @@ def resample(images: Tensor, rows: Span, columns: Span, size: int, bicubic: bool
     rows, columns: as in `famba.data.batch_resample`.
     """
     number, _, height, width = images.shape
-    out = torch.empty(number, 3, size, size, dtype=torch.uint8)
+    out = images.new_empty(number, 3, size, size)
     sizes = {"batch": number, "height": height, "width": width, "size": size, "bicubic": bicubic}
     spans = {"rows": rows[0].expand(number, 4).contiguous(), "columns": columns[0].expand(number, 4).contiguous()}
     scaled = {"down": rows[1], "across": columns[1]}
@@ -39,7 +39,7 @@ def move(images: Tensor, rows: Tensor, matrices: Tensor, fill: tuple[int, int, i
     """
     height, width = images.shape[2:]
     sizes = {"count": len(rows), "height": height, "width": width, "bicubic": bicubic}
-    colour = torch.tensor(fill, dtype=torch.uint8)
+    colour = images.new_tensor(fill)
     call("move", Motion, torch.float32, **sizes, images=images, rows=rows, matrices=matrices.contiguous(), fill=colour)
 
 
