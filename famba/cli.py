@@ -36,6 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             train = _import("famba.training.app").main
             gc.freeze()  # what the imports made lives to the end: no collection has to look through it
             return train(arguments[1:])
+        if arguments[0] in COMMANDS and arguments[0] != "benchmark":  # which has commands of its own
+            module, parser = _import(COMMANDS[arguments[0]][0]), argparse.ArgumentParser(f"famba {arguments[0]}")
+            module.add_options(parser)
+            return module.run(parser.parse_intermixed_args(arguments[1:]))
         options = _parser(arguments).parse_args(arguments)
         return options.run(options)
     except FambaError as error:

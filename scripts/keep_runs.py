@@ -42,21 +42,23 @@ def main() -> int:
             new, table = read_runs(options.runs), KEPT / f"{options.into}.csv"
             kept = read_runs([table]) if table.exists() else new.head(0)
             table.write_text(runs_csv(added(kept, new, options.without_times)))
+        report = gather([RUNS])
+        for name in PLOTS:
+            save_plots(report.tables[0], name, name)
+        for (document, name), text in texts(report).items():
+            before, _, after = parts(document, name)
+            document.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- end of {name} -->{after}")
     except FambaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    report = gather([RUNS])
-    for name in PLOTS:
-        save_plots(report.tables[0], name, name)
-    for (document, name), text in texts(report).items():
-        before, _, after = parts(document, name)
-        document.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- end of {name} -->{after}")
     return 0
 
 
 def added(kept: pd.DataFrame, runs: pd.DataFrame, without_times: str | None) -> pd.DataFrame:
     """Return the kept runs and the finished new ones. Raises DataError if one names folders of this machine."""
-    runs = runs[runs["problem"] == ""].drop(columns="folder")
+    if left := [f"{one.run}: {one.problem}" for one in runs[runs["problem"] != ""].itertuples()]:
+        print("left out:", *left, sep="\n  ", file=sys.stderr)
+    runs = runs.assign(**{"config.run_dir": "runs/" + runs["run"]})[runs["problem"] == ""].drop(columns="folder")
     private = [run for run, *cells in runs.to_numpy() if any(start in cell for cell in cells for start in PRIVATE)]
     if private:
         raise DataError(f"{', '.join(private)} name folders of this machine; train with relative paths")

@@ -1,7 +1,5 @@
 """Time what each rule of token reduction adds to a training step of a Vim-Ti that fuses in every layer.
 
-Usage: python scripts/rule_cost.py [--batch 8] [--rounds 5] [--device cpu] [--precision fp32] [--out FILE.csv]
-
 Prints, for each rule, the time of its reductions in the 24 layers (choosing, fusing, and the backward of that), beside
 that of bipartite and as a share of the whole step with rule bipartite. Rules take turns; times are medians.
 """

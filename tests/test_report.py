@@ -295,6 +295,13 @@ def test_nothing_to_report_on_is_an_error_that_leaves_nothing(tmp_path: Path, ca
     assert "runs/failed: failed after step 7 of 7: the loss is nan" in message
     assert "runs/damaged: summary.json is damaged: it is no summary" in message
     assert not (tmp_path / "new").exists()
+    (tmp_path / "later").mkdir()
+    (tmp_path / "later/sweep.json").write_text('{"runs": [{"folder": "run", "overrides": []}]}')
+    assert famba(["report", str(tmp_path / "later")]) == 0
+    assert "not started" in capsys.readouterr().out
+    (tmp_path / "no.csv").write_text("run,status,model,strategy,top1,tokens,schedule,tokens_per_layer\n")
+    assert famba(["report", str(tmp_path / "no.csv")]) == 2
+    assert "no.csv is no table of runs (it has no rows)" in capsys.readouterr().err
     write_run(tmp_path / "good")
     (tmp_path / "file").write_text("mine")
     assert famba(["report", str(tmp_path / "good"), "--out", str(tmp_path / "file")]) == 2

@@ -114,6 +114,8 @@ def test_json_and_folders_without_runs(tmp_path: Path, capsys: Printed) -> None:
     write_run(tmp_path / "run", EPOCH, status="finished", top1=30.0)
     assert famba(["status", str(tmp_path / "rum")]) == 2
     assert "rum: it is not there, did you mean 'run'?; give the run_dir" in capsys.readouterr().err
+    assert famba(["status", str(tmp_path), "--json", str(tmp_path / "no such")]) == 2, "options stand anywhere"
+    assert "no such: it is not there" in capsys.readouterr().err
     assert famba(["status", "--json", str(tmp_path)]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert (found["run"], found["state"], found["top1"]) == ("run", "finished", 30.0)

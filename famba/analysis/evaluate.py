@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,7 +105,9 @@ def check(options: argparse.Namespace) -> Request:
         data.check_folder(name, root, trained.reading.version)
     compared, rules = tuple(dict.fromkeys([first, *found])), asked.get("rule", [])
     size = options.batch_size or config.trainer.batch_size // config.trainer.accumulation
-    beside = tuple(_beside(trained, path.strip()) for path in (options.beside or "").split(",") if path.strip())
+    # Commas also stand in the names of a sweep's folders.
+    parts = (path for given in options.beside for path in ([given] if Path(given).exists() else given.split(",")))
+    beside = tuple(_beside(trained, path.strip()) for path in parts)
     rule = rules[0] if len(rules) > 1 else None
     return Request(trained, beside, compared, rule, config, root, options.subset, size, device, autocast)
 
@@ -302,7 +305,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "the schedule of the training is always evaluated; with any other, the model without fusion is too",
     )
     text = "other runs or weights, as they were trained, on the same images: such as a smaller network of the same cost"
-    add("--beside", metavar="CHECKPOINT[,...]", help=text)
+    add("--beside", action="append", default=[], metavar="CHECKPOINT[,...]", help=text)
     add("--batch-size", type=shared.count, metavar="N", help="images at once (default: as the run's)")
     add("--precision", metavar="NAME", help="auto, fp32, bf16 or fp16 (default: as the run's)")
     add("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or mps")

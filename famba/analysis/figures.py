@@ -26,6 +26,7 @@ _LOOKS = {
 }
 _OTHER = ("#7A3FB0", "p")
 _FACES = ("white", "#BDBDBD", "#666666")  # of the second point of a strategy, and of those after it
+_FILLS = ("full", "left", "bottom", "right", "top")  # of a marker: the next when the faces are used up
 _UNITS = ((5400.0, 3600.0, "h"), (90.0, 60.0, "min"), (0.0, 1.0, "s"))
 
 
@@ -51,7 +52,7 @@ def draw(rows: pd.DataFrame, stem: str) -> list[Plot]:
         "memory": ("peak_memory_mib", "peak memory, MiB", 1.0),
         "saved": ("saved_bytes_per_image", "memory saved for the backward, kB/image", 1e-3),
     }
-    rows = rows.assign(turn=rows.groupby("strategy").cumcount())
+    rows = rows.assign(turn=rows.groupby(rows["strategy"].where(rows["strategy"].isin([*_LOOKS]), "")).cumcount())
     with drawing():
         return [
             _accuracy(rows[rows[f"{cost}_mean"].notna()], f"{stem}-accuracy_{kind}", cost, label, factor)
@@ -69,7 +70,9 @@ def _accuracy(rows: pd.DataFrame, name: str, cost: str, label: str, factor: floa
         color, marker = _LOOKS.get(row["strategy"], _OTHER)
         face = _FACES[(row["turn"] - 1) % len(_FACES)] if row["turn"] else color
         axes.errorbar(x, y, y_sd, x_sd, "none", ecolor=color, elinewidth=1.0, capsize=2.0)
-        axes.plot(x, y, marker, color=color, markerfacecolor=face, markersize=6.5, label=setting)
+        fill: Any = _FILLS[(row["turn"] - 1) // len(_FACES) % len(_FILLS)] if row["turn"] else "full"
+        look: Any = {"fillstyle": fill, "markerfacecolor": face, "markerfacecoloralt": color, "markersize": 6.5}
+        axes.plot(x, y, marker, color=color, **look, label=setting)
     axes.margins(0.09)
     axes.grid(visible=True)
     handles, names = axes.get_legend_handles_labels()

@@ -214,7 +214,7 @@ def _with_smaller(models: dict[Any, pd.DataFrame]) -> dict[Any, pd.DataFrame]:
         parameters = {one: models[one]["parameters"].min() for one in same}
         if larger := [one for one in same if parameters[one] > models[key]["parameters"].max()]:
             nearest = min(larger, key=lambda one: parameters[one])
-            told = ", ".join(f"{name} {key[i]}" for i, name in sizes.items() if key[i] != nearest[i])
+            told = ", ".join(f"{n} {key[i] or 'as registered'}" for i, n in sizes.items() if key[i] != nearest[i])
             models[nearest] = pd.concat([models[nearest], models.pop(key).assign(smaller=told)])
     return models
 
@@ -382,7 +382,7 @@ def _conclusion(rows: pd.DataFrame) -> str:
     if low.isna().all():
         return "Not enough seeds to compare: at least 2 that a setting and none share are needed."
     shown = {"more accurate": low > 0, "less accurate": high < 0, "no difference shown": (low <= 0) & (high >= 0)}
-    return f"Against none, {'; '.join(f'{of}: ' + ', '.join(rows.index[at]) for of, at in shown.items() if at.any())}."
+    return f"Against none, {'; '.join(f'{of}: ' + ' / '.join(rows.index[at]) for of, at in shown.items() if at.any())}."
 
 
 def _notes(rows: pd.DataFrame, known: pd.Series) -> list[str]:

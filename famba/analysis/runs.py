@@ -34,6 +34,7 @@ def read_runs(paths: Iterable[str | Path]) -> pd.DataFrame:
             found.setdefault(key, row)
     rows = sorted(found.values(), key=lambda row: (row["run"], row["folder"]))
     runs = pd.DataFrame(rows).fillna("")
+    runs = runs.assign(**dict.fromkeys({*_NEEDED, "config.data.name", "provenance.started"} - {*runs}, ""))
     again = runs.groupby("run").cumcount()
     return runs.assign(run=runs["run"].where(again == 0, runs["run"] + " (" + (again + 1).astype(str) + ")"))
 
@@ -59,8 +60,7 @@ def run_table(runs: pd.DataFrame) -> str:
     table["Top-1 %"] = runs["top1"].map(lambda cell: f"{float(cell):.2f}" if cell else "")
     times = runs.filter(regex=r"^epoch_time_s\.").apply(pd.to_numeric, errors="coerce").sum(axis=1, min_count=1)
     table["time per epoch s"] = times.map("{:.2f}".format).replace("nan", "")
-    left = runs.get("tokens_per_layer", runs["run"].map(lambda _: ""))
-    table["tokens left"] = left.str.extract(r"(\d+)\]$", expand=False) + " of " + runs.get("tokens", left)
+    table["tokens left"] = runs["tokens_per_layer"].str.extract(r"(\d+)\]$", expand=False) + " of " + runs["tokens"]
     table = table.fillna("").assign(status=runs["state"]).replace("", "-")
     text = table.to_markdown(index=False, tablefmt="simple", disable_numparse=True, colalign=sides)
     damaged = runs[runs["kind"] == "damaged"]
@@ -118,6 +118,8 @@ def _from_csv(path: Path) -> Iterator[tuple[tuple[Path, int], dict[str, str]]]:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
         if missing := [name for name in ("run", "status", *_NEEDED) if name not in table]:
             raise ValueError(f"it has no column {', '.join(missing)}")
+        if table.empty:
+            raise ValueError("it has no rows")
     except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
         raise DataError(f"{path} is no table of runs ({error}); write one by scripts/keep_runs.py") from error
     for index, cells in enumerate(table.to_dict("records")):

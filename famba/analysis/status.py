@@ -158,9 +158,9 @@ def _look(folder: Path, name: str, queued: str | None) -> Status:
 def _state(folder: Path, said: str, queued: str | None) -> str:
     if said == "finished":
         return "finished"
-    try:  # take the run's lock as famba.training.run_folder does, and let go of it at once
-        with open(folder / ".lock", "rb+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:  # a shared lock, which any user may take at once, but not beside that of the run itself
+        with open(folder / ".lock", "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return "running"
     except OSError:  # no such file, or no locks on this file system
