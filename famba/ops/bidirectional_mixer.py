@@ -153,8 +153,8 @@ def gated_scan(
     return (y * F.silu(z.to(wide))).to(u.dtype)
 
 
+@cache  # outside: torch.compile looks through a cache
 @torch.compiler.assume_constant_result
-@cache
 def _is_fused(backend: str) -> bool:
     """Return whether a backend has the mixer as one op; not traced by torch.compile, since it imports the backend."""
     return isinstance(kernels(backend), MixerKernels)

@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = Command.parse(arguments)
         if command.question == "help":
             print(help_text(command.config_dir), end="")
+        elif command.question is not None and command.multirun:
+            raise ConfigError("--cfg shows one run; leave out -m, and name one value of each key")
         elif command.question is not None:
             print(yaml.safe_dump(plain(command.config()), sort_keys=False), end="")
         elif command.multirun:

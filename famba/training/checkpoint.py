@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -200,7 +200,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
 def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Write weights alone as safetensors; equal weights give equal bytes."""
     on_cpu = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    write_whole(path, lambda file: save_file(on_cpu, file))
+    write_whole(path, lambda file: Path(file).write_bytes(save(on_cpu)))  # save_file hides a full disk
 
 
 def find_checkpoint(config: RunConfig, folder: Checkpoints, process: Process) -> dict[str, Any] | None:

@@ -51,7 +51,7 @@ class Command:
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> Command:
         """Parse a command line. Raises ConfigError for a --config-dir that is no folder, and for options not taken."""
-        known, unknown = get_args_parser().parse_known_args(list(arguments))
+        known, unknown = get_args_parser().parse_known_intermixed_args(list(arguments))
         if unknown:
             option = unknown[0].split("=")[0]
             near = near_miss(option.replace("-", "_"), [*keys(), *groups()])

@@ -39,7 +39,8 @@ def check_optimizer(config: RunConfig, device: torch.device) -> None:
 
 def has_fused_form(name: str) -> bool:
     """Return whether a step of an optimizer can be one kernel, which can skip it by a flag on the device."""
-    return get_optimizer_class(name, bind_defaults=False) in (torch.optim.Adam, torch.optim.AdamW)
+    fused = (torch.optim.Adam, torch.optim.AdamW)
+    return name in list_optimizers() and get_optimizer_class(name, bind_defaults=False) in fused
 
 
 def _highest_rate(config: RunConfig) -> float:

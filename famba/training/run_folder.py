@@ -23,7 +23,7 @@ from famba.training.checkpoint import Checkpoints, changes_weights, differences,
 from famba.training.compose import Command, compose, parse_overrides, quoted
 from famba.training.config import ADDED_KEYS, CHANGED_DEFAULTS, RunConfig, flatten, parse, plain, with_added_keys
 from famba.training.distributed import world_size
-from famba.training.records import FORMAT, METRICS, SUMMARY, Summary, nested
+from famba.training.records import FORMAT, METRICS, SUMMARY, SWEEP, Summary, nested
 
 CONFIG = "config.yaml"
 WEIGHTS = "model.safetensors"
@@ -166,7 +166,8 @@ def _trained_on(run_dir: Path, config: dict[str, Any]) -> str:
         new = Path(f"{new}-on")
     wanted = {**flatten(config), "run_dir": str(new), "init_from": str(run_dir), "resume": "auto"}
     default = flatten(plain(compose([])))
-    return command_line([override(key, value) for key, value in wanted.items() if default[key] != value])
+    changed = [override(key, value) for key, value in wanted.items() if default[key] != value]
+    return command_line([*changed, *_plugins()])
 
 
 def as_begun(config: RunConfig, run_dir: Path) -> RunConfig:
@@ -193,6 +194,9 @@ def continued(command: Command) -> RunConfig:
     config = command.config()
     folder = RunFolder(Path(config.run_dir), writes=False)
     before = None if interrupts.starts_anew(config.resume) else folder.config
+    if before is None and (folder.path / SWEEP).is_file():
+        told = "is the folder of a sweep; repeat the command of the sweep, or name one of its runs"
+        raise ConfigError(f"run_dir={folder.path} {told}")
     if before is None:
         return config
     command.notes.clear()  # they are of a new run
@@ -211,15 +215,18 @@ def continued(command: Command) -> RunConfig:
 
 def again(run_dir: str | Path) -> str:
     """Return the command that goes on with a run."""
-    arguments = [override("run_dir", str(run_dir))]
-    if plugins := [name for name in os.environ.get(VARIABLE, "").split(os.pathsep) if name]:
-        arguments.append(override("plugins", plugins))
+    arguments = [override("run_dir", str(run_dir)), *_plugins()]
     if (processes := world_size()) == 1:
         return command_line(arguments)
     if os.environ.get("LOCAL_WORLD_SIZE") == str(processes):  # torchrun on one machine
         train = [] if _is_train_py() else ["train"]
         return shlex.join(["torchrun", f"--nproc-per-node={processes}", sys.argv[0], *train, *arguments])
     return f"{command_line(arguments)}  # in {processes} processes, as before"
+
+
+def _plugins() -> list[str]:
+    names = [name for name in os.environ.get(VARIABLE, "").split(os.pathsep) if name]
+    return [override("plugins", names)] if names else []
 
 
 def command_line(arguments: Sequence[str]) -> str:

@@ -88,7 +88,11 @@ class Sweep:
         for job in command.jobs():
             overrides = [line for line in job if not _key(line).startswith("hydra")]
             folder = self.folder / folder_name(overrides, given_once)
-            config = replace(run_config(command.compose(job)), run_dir=str(folder.absolute()))
+            values = command.compose(job)
+            if several := swept_by_config(values).keys() - set(map(_key, job)):
+                told = f"an experiment has several values of {', '.join(sorted(several))}"
+                raise ConfigError(f"{told}; sweep one experiment at a time, or give one of each")
+            config = replace(run_config(values), run_dir=str(folder.absolute()))
             self.runs[folder.name] = Run(folder, overrides, config)
 
     def launch(self, train: Train) -> None:
@@ -213,7 +217,8 @@ class Slurm:
             raise ConfigError(f"{told}; start it on a login node, outside of containers, or use hydra/launcher=local")
         # A login node has neither the GPU nor its precisions and kernels.
         trainer = replace(config.trainer, device="cpu", precision="fp32", cuda_graphs="auto")
-        config = replace(config, trainer=trainer, ops=replace(config.ops, backend="auto"))
+        data, ops = replace(config.data, device="auto"), replace(config.ops, backend="auto")
+        config = replace(config, trainer=trainer, data=data, ops=ops)
         return config, self.nodes * self.tasks_per_node
 
     def launch(self, sweep: Sweep, runs: list[Run], train: Train) -> list[str]:

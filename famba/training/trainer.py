@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
@@ -94,6 +95,9 @@ class Training:
         self.computed = f"{str(setup.dtype).removeprefix('torch.')} on {self.device.type} by {backend}"
         if found is not None:
             self.state.restore(found)
+            most, ended = config.trainer.max_steps, not self.state.totals.epoch_open
+            if most not in (None, found["config"]["trainer"]["max_steps"]) and self.state.step + ended > most:
+                raise CheckpointError(f"{self.state.step} steps are done; trainer.max_steps={most} must be more")
             if (before := found.get("computed", self.computed)) != self.computed:
                 _log.warning("begun in %s, continuing in %s: results will differ", before, self.computed)
             _log.info("continuing after step %d of %d", self.state.step, self.total_steps)
@@ -314,6 +318,8 @@ class Training:
         """Test the checkpoint that validation selected."""
         best, path, found = self.state.totals.best, self.folder.checkpoints.best, None
         if self.process.is_main:
+            if not path.is_file():  # selected before the run went on here, by resume=FILE
+                path = Path(self.config.resume).with_name(path.name)
             try:
                 content = checkpoint.load(path)
                 if content["totals"]["best"].get("epoch") != best["epoch"]:
