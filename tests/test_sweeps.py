@@ -96,6 +96,8 @@ REFUSED = [
     (["hydra/launcher=local"], "'hydra/launcher=local' is for sweeps; add -m"),
     (["experiment=paper_table", "fusion=upper"], "several values of model, seed; add -m"),
     (["hydra.sweeper=x"], "hydra.sweeper is not taken; allowed of Hydra's: hydra/launcher"),
+    (["-m", "experiment=cpu_table,small_table"], "several values of fusion, seed; sweep one experiment at a time"),
+    (["seed=0", "-m", "fusion=upper", "hydra/launcher=slrm"], "unknown hydra/launcher 'slrm'"),
     (["-m", "hydra/launcher=slrm"], "unknown hydra/launcher 'slrm', did you mean 'slurm'"),
     (["-m", _TARGET], "BasicLauncher' does not use run folders; allowed"),
     (["-m", _SLURM], "needs Slurm's commands, sbatch, srun, squeue not found"),
@@ -131,7 +133,7 @@ def test_slurm_is_checked_for_its_own_processes_and_not_for_what_the_login_node_
     with pytest.raises(ConfigError, match="batch_size is 512, but must be a multiple of 3"):
         check_command(mine)
     check_command([*mine, "trainer.batch_size=384", "trainer.device=cuda", "trainer.precision=bf16"])
-    check_command(["-m", _SLURM, "ops.backend=triton"])
+    check_command(["-m", _SLURM, "ops.backend=triton", "data.device=cuda"])
     monkeypatch.setattr(sweeps, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'famba\[slurm\]'"):
         check_command(["-m", _SLURM])

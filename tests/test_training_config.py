@@ -114,6 +114,7 @@ REFUSED = [
     ("data=cifar100 data.num_classes=80", "data.num_classes is 80, but cifar100 has 100 classes"),
     ("--config-name=other", "--config-name is not taken; add your own files by --config-dir"),
     ("fusion=none,upper", "add -m for a run with each"),
+    ("-m seed=0,1 --cfg=job", "--cfg shows one run; leave out -m"),
     ("-m fusion=upper fusion.layers=20 model.depth=24,8", "fusion.layers is 20; allowed: 1 to 8"),
 ]
 SMALL = ("model=vim_micro", "model.depth=2", "data=digits", "recipe=quick", "fusion.budget=8")
@@ -145,6 +146,7 @@ def test_an_unknown_optimizer_is_named_where_steps_would_be_graphs_too(monkeypat
     monkeypatch.setattr(graph, "_DEVICES", ["cuda", "cpu"])
     with pytest.raises(ConfigError, match="recipe.optimizer=adamx does not work .* did you mean 'adam"):
         prepare(compose([*SMALL, "recipe.optimizer=adamx"]))
+    prepare(compose([*SMALL, "recipe.optimizer=lookahead_adamw"]))
 
 
 def test_a_recipes_warm_up_shrinks_with_the_epochs() -> None:

@@ -18,9 +18,9 @@ from famba.errors import CheckpointError, ConfigError
 from famba.training import step
 from famba.training.app import main
 from famba.training.checkpoint import load
-from famba.training.compose import quoted
+from famba.training.compose import Command, quoted
 from famba.training.interrupts import Interrupted
-from famba.training.run_folder import RunFolder, again
+from famba.training.run_folder import RunFolder, again, continued
 
 EVERYTHING = ("recipe.mixup=0.8", "recipe.cutmix=1.0", "recipe.ema_decay=0.9", "recipe.layer_decay=0.8",
               "trainer.accumulation=2", "trainer.batch_size=12", "model.drop_path=0.2", "fusion=upper",
@@ -108,6 +108,13 @@ def test_a_finished_run_ends_at_once_and_more_steps_continue_it(
     assert weights(tmp_path) == weights(whole)
 
 
+def test_fewer_steps_than_are_done_are_refused(tmp_path: Path, stop_after: Any) -> None:
+    stopped(tmp_path, stop_after, 3)
+    with pytest.raises(CheckpointError, match="3 steps are done; trainer.max_steps=2 must be more"):
+        run(tmp_path, "trainer.max_steps=2")
+    assert run(tmp_path, "trainer.max_steps=4")["step"] == 4
+
+
 def test_other_settings_do_not_continue_a_run_and_leave_it_as_it_was(tmp_path: Path, stop_after: Any) -> None:
     stopped(tmp_path, stop_after, 2)
     before = {name: (tmp_path / name).read_bytes() for name in ("config.yaml", "summary.json", "metrics.jsonl")}
@@ -189,6 +196,8 @@ def test_what_a_stopped_sweep_prints_does_what_is_left(
     command = ["-m", *TINY, "trainer.max_steps=2", "seed=0,1", f"run_dir={quoted(str(tmp_path / 'a b, c'))}"]
     assert main(command) == 130
     stop_after(-1)
+    with pytest.raises(ConfigError, match="is the folder of a sweep; repeat the command of the sweep"):
+        continued(Command.parse([f"run_dir={quoted(str(tmp_path / 'a b, c'))}"]))
     assert main(printed_command(capsys.readouterr().err, "to do what is left of the sweep: ")) == 0
     assert [summary(path)["status"] for path in (tmp_path / "a b, c").glob("seed=*")] == ["finished", "finished"]
 
