@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from images_and_loaders import PLAIN, arrays, training
 from PIL import Image
-from timm.data import create_transform
 from torchvision.transforms import functional as vision
 
 from famba.data import ArraySource, Augmentation
-from famba.data.augment import Scaling, evaluation_scaling
+from famba.data.augment import Scaling
 from famba.errors import ConfigError
 
 TIMM = replace(PLAIN, kind="timm", interpolation="bilinear")
@@ -69,14 +68,6 @@ def test_a_very_long_image_is_cut_before_it_is_scaled(monkeypatch: pytest.Monkey
     assert (found.int() - scaling.image(middle).int()).abs().max() <= 1
     pixels = vision.pil_to_tensor(image)[None]
     assert (scaling.batch(pixels)[0].int() - found).abs().max() <= 1
-
-
-@pytest.mark.parametrize(("size", "share"), [(224, 0.9), (160, 0.875), (32, 0.95)])
-def test_evaluation_scales_as_timm_does(size: int, share: float) -> None:
-    image = Image.effect_noise((300, 260), 60).convert("RGB")
-    transform = create_transform(size, crop_pct=share, interpolation="bicubic", mean=(0.0,) * 3, std=(1 / 255,) * 3)
-    scaling = evaluation_scaling(replace(PLAIN, eval_crop=share, interpolation="bicubic"), size)
-    assert torch.equal(scaling.image(image).float(), transform(image).round())
 
 
 def test_of_images_that_are_not_square_the_centre_is_seen() -> None:

@@ -84,7 +84,7 @@ def test_crops_are_those_of_pillow(way: None, high: int, wide: int, size: int, i
     ]
     flipped = [vision.hflip(image) if flip else image for image, flip in zip(wanted, flips, strict=True)]
     assert (found.int() - tensor_of(flipped)).abs().max() <= 1
-    side = round(size / 0.875)
+    side = int(size / 0.875)
     central = [vision.center_crop(vision.resize(image, side, mode), [size, size]) for image in images]
     as_they_are = Normalize((0.0,) * 3, (1 / 255,) * 3)
     whole = evaluation_transform(replace(PAPER, interpolation=interpolation), size, as_they_are).whole

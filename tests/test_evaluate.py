@@ -91,8 +91,8 @@ def test_classes_are_told_apart_in_a_table_and_a_confusion_matrix(
 
 
 def test_a_smaller_network_is_evaluated_beside_it(upper: Trained, tmp_path: Path, capsys: Printed) -> None:
-    smaller = run(tmp_path / "smaller,seed=0", "model.depth=1", "trainer.max_steps=2")
-    asked = ["--beside", str(tmp_path / "smaller,seed=0")]
+    smaller = run(tmp_path / "smaller", "model.depth=1", "trainer.max_steps=2")
+    asked = ["--beside", str((tmp_path / "smaller").rename(tmp_path / "fusion=none,seed=0"))]
     found = results_of(capsys, tmp_path, str(upper[0]), *asked)
     row = found["results"][-1]
     assert (row["top1"], row["macs_per_image"], row["own"]) == (smaller["top1"], smaller["macs_per_image"], False)

@@ -93,8 +93,7 @@ class Augmentation(AugmentationOptions):
             raise ConfigError(f"{said}: set it to null, or use augmentation 'batch'.", "crop_padding")
         if self.kind == "batch" and self.crop_padding == 0 and self.changes_pixels:
             said = "crop_padding is 0, which is no crop at all, but auto_augment, color_jitter or random_erasing is on"
-            advice = "set it to null for timm's random resized crop, or to a number of pixels above 0"
-            raise ConfigError(f"{said}: {advice}.", "crop_padding")
+            raise ConfigError(f"{said}: set it to null for a random resized crop, or above 0.", "crop_padding")
 
     @property
     def changes_pixels(self) -> bool:
@@ -198,7 +197,7 @@ class BatchAugmentation:
         """
         done = torch.empty(len(images), 3, self.size, self.size, dtype=self.dtype, device=images.device)
         at_once = _AT_ONCE if images.device.type == "cpu" else len(images)
-        padding, interpolation = self.options.crop_padding or 0, self.options.interpolation
+        padding, kind = self.options.crop_padding or 0, self.options.interpolation
         for first in range(0, len(images), at_once):
             part, out = images[first : first + at_once], done[first : first + at_once]
             draws = sent(self.draw(epoch, start + first, len(part), *part.shape[2:]), images.device)
@@ -206,8 +205,7 @@ class BatchAugmentation:
             if padding:  # of the centre of what is not square, as in evaluation
                 sides = boxes[:, 2:].amin(1, keepdim=True)
                 boxes = torch.cat([boxes[:, :2] + ((boxes[:, 2:] - sides) / 2).floor(), sides, sides], 1)
-            box = boxes, draws.flip, self.size
-            pixels = part.clone() if cropped else crop(part, *box, interpolation, padding, self.dtype)
+            pixels = part.clone() if cropped else crop(part, boxes, draws.flip, self.size, kind, padding, self.dtype)
             self._finish(pixels, draws, out)
         return done
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
-from famba.data.images import Reading, read_file
+from famba.data.images import Colour, Reading, read_file
 from famba.data.sources import LazySource, Splits, check_num_classes
 from famba.errors import DataError, some
 
@@ -24,6 +24,10 @@ _NOT_DECODED = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"))
 _HIDDEN = frozenset(("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"))
 _VALIDATION = {1: ("val", "validation"), 2: ("val", "valid", "validation")}
 _log = logging.getLogger(__name__)
+
+
+def _read(folder: Path, background: Colour | None, name: str) -> Image.Image:
+    return read_file(folder / name, background)
 
 
 def load_folder(root: Path, num_classes: int | None, reading: Reading) -> Splits:
@@ -44,8 +48,8 @@ def load_folder(root: Path, num_classes: int | None, reading: Reading) -> Splits
     found, numbers = {}, {name: number for number, name in enumerate(classes)}
     for part, images in parts.items():
         labels = np.array([numbers[label] for label in images.values()], dtype=np.int64)
-        read = partial(read_file, background=reading.colour)
-        found[part] = LazySource(read, [f"{places[part]}/{name}" for name in images], labels, len(classes))
+        read = partial(_read, places[part], reading.colour)
+        found[part] = LazySource(read, [*images], labels, len(classes))
     return Splits(found["train"], found.get("validation"), found["test"], tuple(classes))
 
 
