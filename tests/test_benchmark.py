@@ -96,6 +96,7 @@ def test_one_command_measures_a_gpu_in_time_and_prints_tables_for_a_page(
     (reason,) = [reason for name, reason in told["left_out"].items() if "broken" in name]
     assert "mixup and cutmix pair the images" in reason, "what fails does not keep the rest from being measured"
     assert {row["op"] for row in told["tables"]["Ops"]} == {"causal_conv1d"}
+    assert told["tables"]["Augmentation, 128 images of 224 pixels"][0]["ms"] > 0
     text = capsys.readouterr().out
     assert text.startswith("`famba benchmark gpu` on ")
     assert "| none " in text

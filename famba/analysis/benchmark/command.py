@@ -23,10 +23,12 @@ from famba import data
 from famba.analysis import options as shared
 from famba.analysis.benchmark import ops, timing
 from famba.analysis.benchmark.timing import Race, Report, Row, keep_freed_memory
+from famba.data.augment import Normalize, training_transform
 from famba.errors import ConfigError, FambaError, TrainingError
 from famba.fusion import tokens_per_layer
 from famba.ops import backends
 from famba.ops.registry import resolve
+from famba.training.build import augmentation
 from famba.training.checkpoint import TrainedOn
 from famba.training.compose import compose
 from famba.training.config import RunConfig
@@ -262,7 +264,20 @@ def measure_gpu(options: argparse.Namespace, report: Report) -> None:
 
     for title, contestants in blocks(options.device):
         if not contestants:
+            attempt("augmentation", partial(_measure_augmentation, options.device, options.rounds, report))
             for case in cases():
                 attempt(case.op, partial(ops.measure, case, options.device, options.rounds, report))
             continue
         _measure_steps(title, contestants, options, report, attempt)
+
+
+def _measure_augmentation(device: torch.device, rounds: int, report: Report) -> None:
+    """Add the time in which recipe=paper augments the images of a step, as many and as large as those of Vim-Ti."""
+    config, images = compose(["recipe=paper"]), torch.randint(256, (128, 3, 32, 32), dtype=torch.uint8, device=device)
+    normalize = Normalize(config.data.mean, config.data.std)
+    whole = training_transform(augmentation(config), 224, normalize, 0).whole
+    assert whole is not None, "it takes whole batches"
+    race, call = Race("Augmentation, 128 images of 224 pixels", device), partial(whole, images, 0, 0)
+    race.enter("recipe=paper", [call], graph=call)  # no graph: its shapes follow what is drawn
+    race.run(rounds)
+    report.tables[race.title] = [{"contestant": "recipe=paper", **race.entries("recipe=paper")}]
