@@ -6,7 +6,6 @@ weights go in as they are: a backend casts them for its products, all at once, a
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import torch
@@ -153,11 +152,15 @@ def gated_scan(
     return (y * F.silu(z.to(wide))).to(u.dtype)
 
 
-@cache  # outside: torch.compile looks through a cache
+_fused: dict[str, bool] = {}  # not functools.cache, of which torch.compile warns
+
+
 @torch.compiler.assume_constant_result
 def _is_fused(backend: str) -> bool:
     """Return whether a backend has the mixer as one op; not traced by torch.compile, since it imports the backend."""
-    return isinstance(kernels(backend), MixerKernels)
+    if backend not in _fused:
+        _fused[backend] = isinstance(kernels(backend), MixerKernels)
+    return _fused[backend]
 
 
 @torch.compiler.assume_constant_result
