@@ -36,10 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             train = _import("famba.training.app").main
             gc.freeze()  # what the imports made lives to the end: no collection has to look through it
             return train(arguments[1:])
-        if arguments[0] in COMMANDS and arguments[0] != "benchmark":  # which has commands of its own
+        if arguments[0] in COMMANDS:
             module, parser = _import(COMMANDS[arguments[0]][0]), argparse.ArgumentParser(f"famba {arguments[0]}")
             module.add_options(parser)
-            return module.run(parser.parse_intermixed_args(arguments[1:]))
+            # Options may stand anywhere, but not those of benchmark, which has commands of its own.
+            parse = parser.parse_args if arguments[0] == "benchmark" else parser.parse_intermixed_args
+            return module.run(parse(arguments[1:]))
         options = _parser(arguments).parse_args(arguments)
         return options.run(options)
     except FambaError as error:
@@ -55,11 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """Return a parser that knows every command, and the options of the one that is asked for."""
+    """Return a parser that lists every command. Raises ConfigError for one that is not there."""
     parser = argparse.ArgumentParser("famba", description="Train Vision Mamba models with cross-layer token fusion.")
     parser.add_argument("--version", action="version", version=f"famba {famba.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    # Listed for its help; main has taken it before.
+    # This and those of COMMANDS are listed for their help; main has taken them before.
     commands.add_parser("train", help="train a model: the same as python train.py in a checkout")
     download = commands.add_parser("download", help="fetch a data set ahead of time, for machines without network")
     download.add_argument("name", help="cifar100 or cifar10")
@@ -68,12 +70,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     asked = next((argument for argument in arguments if not argument.startswith("-")), None)
     if asked is not None and asked not in (known := [*commands.choices, *COMMANDS]):
         raise ConfigError(f"unknown command {asked!r}{near_miss(asked, known)}; `famba --help` lists all")
-    for name, (module, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text)
-        if name == asked:
-            found = _import(module)
-            command.set_defaults(run=found.run)
-            found.add_options(command)
+    for name, (_, text) in COMMANDS.items():
+        commands.add_parser(name, help=text)
     return parser
 
 

@@ -224,7 +224,9 @@ def test_a_checkpoint_that_is_named_begins_a_run_in_another_folder(
     whole: Path, tmp_path: Path, stop_after: Any
 ) -> None:
     begun = f"resume={shutil.copy(whole / 'checkpoints' / 'step_00000003.pt', tmp_path)}"
+    (tmp_path / "best.pt").write_text("selected before")
     stopped(tmp_path / "other", stop_after, 4, begun)
+    assert (tmp_path / "other/checkpoints/best.pt").read_text() == "selected before"
     run(tmp_path / "other", begun)
     assert "continuing after step 4" in (tmp_path / "other" / "train.log").read_text()
     assert weights(tmp_path / "other") == weights(whole)

@@ -58,7 +58,7 @@ _KINDS = {
 READING = """± is the sample standard deviation over seeds; a single number is of one seed.
 Differences are paired by seed, with 95 % intervals by Student's t; about one in twenty misses the true difference.
 Costs come from runs on the table's machine; costs relative to none use the seeds that both have. Training time is for \
-data and steps, without evaluation; other costs of an adaptive run are those of its last schedule.
+data and steps, without evaluation and the capture of CUDA graphs; other costs of an adaptive run are of its last one.
 Top-1 and Top-5 are of the test images after the last step.""".splitlines()
 _TOP1 = "top1_difference_to_none_points"
 
@@ -150,7 +150,8 @@ def _prepared(runs: pd.DataFrame) -> pd.DataFrame:
     """Add numbers, seed and lists, and the fusion setting as text: without fusion nothing but the strategy counts."""
     names = {f"config.fusion.{name}": name for name in (*_SETTING, "layers")}
     needed = [*names, *_NUMBERS, *_MODEL, *_PLACE, *_OUTCOME, "started_from.weights_sha256", "config.init_from"]
-    runs = runs.reindex(columns=list(dict.fromkeys([*runs, *needed, "config.data.root"])), fill_value="")
+    needed += ["config.data.name", "config.data.root", "provenance.started"]
+    runs = runs.reindex(columns=list(dict.fromkeys([*runs, *needed])), fill_value="")
     counts = {name: runs[name].map(lambda cell: float(cell or "nan")) for name in _NUMBERS}
     counts |= {name: counts[name].where(counts[name] > 0) for name in COSTS}
     counts |= {"seed": runs["provenance.seed"].astype(int), "left": runs["tokens_per_layer"].map(from_cell)}

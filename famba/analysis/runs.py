@@ -34,7 +34,7 @@ def read_runs(paths: Iterable[str | Path]) -> pd.DataFrame:
             found.setdefault(key, row)
     rows = sorted(found.values(), key=lambda row: (row["run"], row["folder"]))
     runs = pd.DataFrame(rows).fillna("")
-    runs = runs.assign(**dict.fromkeys({*_NEEDED, "config.data.name", "provenance.started"} - {*runs}, ""))
+    runs = runs.reindex(columns=list(dict.fromkeys([*runs, *_NEEDED])), fill_value="")
     again = runs.groupby("run").cumcount()
     return runs.assign(run=runs["run"].where(again == 0, runs["run"] + " (" + (again + 1).astype(str) + ")"))
 

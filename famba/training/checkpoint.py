@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -215,6 +216,9 @@ def find_checkpoint(config: RunConfig, folder: Checkpoints, process: Process) ->
         return None
     found = load(path or Path(config.resume))
     check_same_run(found, plain(config), process.world_size)
+    best = Path(config.resume).with_name(folder.best.name)
+    if path is None and process.is_main and best.is_file():  # selected before the run goes on here
+        write_whole(folder.best, lambda file: shutil.copyfile(best, file))
     return found
 
 

@@ -194,10 +194,10 @@ def continued(command: Command) -> RunConfig:
     config = command.config()
     folder = RunFolder(Path(config.run_dir), writes=False)
     before = None if interrupts.starts_anew(config.resume) else folder.config
-    if before is None and (folder.path / SWEEP).is_file():
-        told = "is the folder of a sweep; repeat the command of the sweep, or name one of its runs"
-        raise ConfigError(f"run_dir={folder.path} {told}")
     if before is None:
+        if (folder.path / SWEEP).is_file():
+            told = "is the folder of a sweep; repeat the command of the sweep, or name one of its runs"
+            raise ConfigError(f"run_dir={folder.path} {told}")
         return config
     command.notes.clear()  # they are of a new run
     given = {item.key_or_group for item in parse_overrides(command.overrides)}

@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
@@ -318,8 +317,6 @@ class Training:
         """Test the checkpoint that validation selected."""
         best, path, found = self.state.totals.best, self.folder.checkpoints.best, None
         if self.process.is_main:
-            if not path.is_file():  # selected before the run went on here, by resume=FILE
-                path = Path(self.config.resume).with_name(path.name)
             try:
                 content = checkpoint.load(path)
                 if content["totals"]["best"].get("epoch") != best["epoch"]:
