@@ -13,8 +13,10 @@ from typing import Any
 import famba
 from famba.errors import ConfigError, FambaError, near_miss
 
-# Of each command its module, with add_options(parser) and run(options), and a line of help.
+# Of each command its module, with add_options(parser) and run(options), and a line of help; download's are here.
 COMMANDS = {
+    "train": ("famba.training.app", "train a model: the same as python train.py in a checkout"),
+    "download": ("famba.cli", "fetch a data set ahead of time, for machines without network"),
     "resume": ("famba.training.app", "go on with a run from its folder alone"),
     "report": ("famba.analysis.report", "compare runs in a table, or in a report with plots"),
     "status": ("famba.analysis.status", "show how far runs are"),
@@ -30,20 +32,23 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status, 2 for what the user can mend."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        if arguments[0] == "train":  # Hydra reads everything behind it itself, --help included
-            train = _import("famba.training.app").main
+        if command.startswith("-"):
+            _overview().parse_args([command, *rest])  # which ends here, for there is no command
+        if command not in COMMANDS:
+            raise ConfigError(f"unknown command {command!r}{near_miss(command, COMMANDS)}; `famba --help` lists all")
+        gc.disable()  # looking for garbage among the 400,000 objects that torch and timm make takes a fifth of the time
+        module: Any = importlib.import_module(COMMANDS[command][0])
+        gc.enable()
+        if command == "train":  # Hydra reads everything behind it itself, --help included
             gc.freeze()  # what the imports made lives to the end: no collection has to look through it
-            return train(arguments[1:])
-        if arguments[0] in COMMANDS:
-            module, parser = _import(COMMANDS[arguments[0]][0]), argparse.ArgumentParser(f"famba {arguments[0]}")
-            module.add_options(parser)
-            # Options may stand anywhere, but not those of benchmark, which has commands of its own.
-            parse = parser.parse_args if arguments[0] == "benchmark" else parser.parse_intermixed_args
-            return module.run(parse(arguments[1:]))
-        options = _parser(arguments).parse_args(arguments)
-        return options.run(options)
+            return module.main(rest)
+        parser = argparse.ArgumentParser(f"famba {command}")
+        module.add_options(parser)
+        # Options may stand anywhere, but not those of benchmark, which has commands of its own.
+        parse = parser.parse_args if command == "benchmark" else parser.parse_intermixed_args
+        return module.run(parse(rest))
     except FambaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -56,34 +61,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """Return a parser that lists every command. Raises ConfigError for one that is not there."""
+def _overview() -> argparse.ArgumentParser:
+    """Return a parser that lists every command."""
     parser = argparse.ArgumentParser("famba", description="Train Vision Mamba models with cross-layer token fusion.")
     parser.add_argument("--version", action="version", version=f"famba {famba.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    # This and those of COMMANDS are listed for their help; main has taken them before.
-    commands.add_parser("train", help="train a model: the same as python train.py in a checkout")
-    download = commands.add_parser("download", help="fetch a data set ahead of time, for machines without network")
-    download.add_argument("name", help="cifar100 or cifar10")
-    download.add_argument("--root", help="folder for it, as in data.root (default: $FAMBA_DATA or ~/.cache/famba/data)")
-    download.set_defaults(run=_download)
-    asked = next((argument for argument in arguments if not argument.startswith("-")), None)
-    if asked is not None and asked not in (known := [*commands.choices, *COMMANDS]):
-        raise ConfigError(f"unknown command {asked!r}{near_miss(asked, known)}; `famba --help` lists all")
     for name, (_, text) in COMMANDS.items():
         commands.add_parser(name, help=text)
     return parser
 
 
-def _import(module: str) -> Any:
-    """Import a module without looking for garbage meanwhile, among the 400,000 objects that torch and timm make."""
-    gc.disable()  # looking would take a fifth of the time
-    found = importlib.import_module(module)
-    gc.enable()
-    return found
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `famba download`."""
+    parser.add_argument("name", help="cifar100 or cifar10")
+    parser.add_argument("--root", help="folder for it, as in data.root (default: $FAMBA_DATA or ~/.cache/famba/data)")
 
 
-def _download(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
+    """Fetch a data set."""
     from famba.data import download
 
     folder = download(options.name, options.root)
