@@ -6,15 +6,15 @@ Equal figures are equal bytes.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
-import matplotlib as mpl
+from matplotlib import style
 from matplotlib.figure import Figure
 
 INK, FAINT = "#222222", "#777777"
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {  # some releases' stubs know each name, others none
     "axes.axisbelow": True,
     "axes.edgecolor": "#555555",
     "axes.spines.right": False,
@@ -36,13 +36,9 @@ _DOTTED = 100  # points
 _METADATA = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None, "Format": None, "Type": None}}
 
 
-@contextmanager
-def drawing() -> Iterator[None]:
+def drawing() -> AbstractContextManager[None]:
     """Use the project's style inside the block; `files` belongs inside too."""
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        cast(Any, mpl.rcParams).update(_STYLE)  # some releases' stubs know each name, others none
-        yield
+    return style.context(_STYLE, after_reset=True)
 
 
 def files(stem: str, figure: Figure, kinds: Sequence[str] = ("svg", "png")) -> dict[str, bytes]:
