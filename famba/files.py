@@ -8,7 +8,6 @@ import errno
 import hashlib
 import os
 import re
-import struct
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -49,8 +48,10 @@ def write_whole(path: Path, write: Callable[[str], object]) -> None:
         os.replace(temporary, path)
         with contextlib.suppress(OSError):  # not every file system syncs folders
             _sync(path.parent)
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError where a disk is full
-        raise CheckpointError(f"cannot write {path}: {_reason(error)}; the file before it is unharmed") from error
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError where a disk is full, and hides its own error
+        cause = error.__cause__ or error.__context__
+        told = str(cause if isinstance(cause, OSError) else error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"cannot write {path}: {told}; the file before it is unharmed") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -58,8 +59,7 @@ def write_whole(path: Path, write: Callable[[str], object]) -> None:
 def remove_unfinished(folder: Path) -> None:
     """Remove the temporary files that killed writes left in this folder; nobody may be writing there."""
     for path in folder.glob(f".*{_TEMPORARY}"):
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def seal(path: str | Path) -> None:
@@ -68,7 +68,7 @@ def seal(path: str | Path) -> None:
         end = file.seek(-len(_NO_COMMENT), os.SEEK_END)
         assert file.read() == _NO_COMMENT, "a zip file without a comment"
         file.seek(end)
-        file.write(struct.pack("<H", _SEAL_BYTES))
+        file.write(_SEAL_BYTES.to_bytes(2, "little"))
         file.flush()
         file.write(_MARK + sha256(path).encode())
 
@@ -102,13 +102,6 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _reason(error: Exception) -> str:
-    """Say in one line what went wrong; a full disk by its own error, which torch hides behind another."""
-    cause = error.__cause__ or error.__context__
-    told = str(cause if isinstance(cause, OSError) else error)
-    return told.splitlines()[0] if told else type(error).__name__
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
