@@ -127,7 +127,7 @@ def _from_timm(name: str) -> Trained:
     except FambaError:
         raise
     except Exception as error:  # the client of each host has its own
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise CheckpointError(f"there are no weights of {name}, or they cannot be fetched ({reason})") from error
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     plain: dict[str, Any] = {"crop_padding": 0, "hflip": 0.0, "color_jitter": 0.0, "random_erasing": 0.0}
