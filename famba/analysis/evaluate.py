@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import binomtest, norm
-from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,6 +27,7 @@ from famba.analysis import options as shared
 from famba.analysis.figures import confusion_matrix
 from famba.analysis.options import Variant, label_variants, own, unfused, variants
 from famba.analysis.report import difference as written
+from famba.analysis.report import tabulated
 from famba.analysis.trained import Trained, load_trained
 from famba.errors import ConfigError, FambaError, TrainingError, check_choice, named, some
 from famba.fusion import Fusion, tokens_per_layer
@@ -43,7 +43,7 @@ class Request:
     """Hold an evaluation that can begin, of a network and others beside it on the same images.
 
     variants: first the one that it was trained with, to which others are compared. rule: the first of several that were
-    asked for, to which others are compared too. root: the folder of the images. subset: None for all.
+    asked for, to which others are compared too. source: the test images, with the class numbers of the training.
     """
 
     trained: Trained
@@ -51,8 +51,7 @@ class Request:
     variants: tuple[Variant, ...]
     rule: str | None
     config: RunConfig
-    root: str | None
-    subset: int | None
+    source: data.Source
     batch_size: int
     device: torch.device
     autocast: torch.dtype | None
@@ -83,7 +82,7 @@ class Evaluation:
 
 
 def check(options: argparse.Namespace) -> Request:
-    """Load the network, and check all that is asked of it. Raises FambaError for what cannot work; reads no image."""
+    """Load the network, open the images, and check all that is asked. Raises FambaError for what cannot work."""
     asked = shared.read_fusion(options)
     device = shared.device(options.device)
     if options.precision is not None:
@@ -98,18 +97,29 @@ def check(options: argparse.Namespace) -> Request:
         autocast = choose_precision(options.precision or config.trainer.precision, device)
     except FambaError as error:
         raise ConfigError(str(error).replace("trainer.precision=", "--precision ")) from error
-    name, root, classes = config.data.name, options.data_root or config.data.root, config.data.num_classes
-    root_name = "--data-root" if options.data_root else "the run's data.root (--data-root names another)"
-    with named({"root": root_name}):
-        data.check_request(name, root, subset=None, val_fraction=0.0, num_classes=classes)
-        data.check_folder(name, root, trained.reading.version)
     compared, rules = tuple(dict.fromkeys([first, *found])), asked.get("rule", [])
     size = options.batch_size or config.trainer.batch_size // config.trainer.accumulation
     # Commas also stand in the names of a sweep's folders.
     parts = (path for given in options.beside for path in ([given] if Path(given).exists() else given.split(",")))
     beside = tuple(_beside(trained, path.strip()) for path in parts)
     rule = rules[0] if len(rules) > 1 else None
-    return Request(trained, beside, compared, rule, config, root, options.subset, size, device, autocast)
+    source = _source(trained, config, options.data_root, options.subset)
+    return Request(trained, beside, compared, rule, config, source, size, device, autocast)
+
+
+def _source(trained: Trained, config: RunConfig, other_root: str | None, subset: int | None) -> data.Source:
+    """Return the test images, with the class numbers of the network's training; other_root: None for the run's own."""
+    name, root, reading = config.data.name, other_root or config.data.root, trained.reading
+    whole: dict[str, Any] = {"subset": None, "val_fraction": 0.0, "num_classes": config.data.num_classes}
+    with named({"root": "--data-root" if other_root else "the run's data.root (--data-root names another)"}):
+        data.check_folder(name, root, reading.version)
+        splits = data.load_splits(name, root, **whole, **asdict(reading))
+    test = _numbered_as_trained(trained, splits)
+    if subset is None:
+        return test
+    if subset > len(test):
+        raise ConfigError(f"--subset is {subset}; allowed: 1 to {len(test)}, the test images of {name}")
+    return data.sample(test, subset, reading.version)
 
 
 def _beside(trained: Trained, path: str) -> Trained:
@@ -146,11 +156,6 @@ class _Contestant:
         """Return which images have their label ranked first (n,)."""
         return torch.eq(*torch.cat(self.pairs, dim=1))
 
-    def macs(self, image_size: int) -> int:
-        """Count the multiply-adds of an image."""
-        self.variant.put_into(self.model)
-        return macs_per_image(self.model, image_size)
-
     @property
     def way(self) -> tuple[Any, ...]:
         """Return all that says how it fuses but the rule, so that those with equal ways differ in their rules alone."""
@@ -158,19 +163,28 @@ class _Contestant:
         return self.model, self.variant.removed, replace(fusion, rule=Fusion.rule, guard=0, budget=0, layers=None)
 
     def row(self, trained: Tensor, same_way: Tensor | None) -> dict[str, Any]:
-        """Return accuracy, speed, and differences to what the trained variant and another rule get right (n,)."""
-        right, known = self.right, self.tally.results()
+        """Return a row, with differences to what the trained variant and another rule get right (n,)."""
+        variant, right, known = self.variant, self.right, self.tally.results()
+        variant.put_into(self.model)
         low, high = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
         full = max(images for images, _ in self.times)  # the last batch may be smaller, and less of a load
         return {
+            "label": self.label,
+            **asdict(replace(variant.fusion, budget=variant.removed)),
+            "schedule": variant.schedule,
+            "own": variant.own,
+            "removed": variant.removed,
+            "patches": self.model.num_patches,
+            "tokens_per_layer": tokens_per_layer(variant.schedule, self.model.num_tokens),
             "top1": known["top1"],
             "top1_low95": 100 * low,
             "top1_high95": 100 * high,
-            **difference("difference", right, None if self.variant.own else trained),
+            **difference("difference", right, None if variant.own else trained),
             **difference("difference_to_first", right, same_way),
             "top5": known["top5"],
             "loss": known["loss"],
             "images_per_s": statistics.median(n / seconds for n, seconds in self.times if n == full),
+            "macs_per_image": macs_per_image(self.model, self.model.image_size[0]),
         }
 
 
@@ -179,39 +193,25 @@ def evaluate(request: Request) -> Evaluation:
 
     Raises ConfigError or DataError for images that do not fit or are damaged, TrainingError for too little memory.
     """
-    source = _source(request)
     labelled = zip(label_variants(request.variants), request.variants, strict=True)
     asked = [(label, request.trained, variant) for label, variant in labelled]
-    asked += [(f"{other.strategy}, {other.source}", other, replace(own(other), own=False)) for other in request.beside]
+    beside = [(other, replace(own(other), own=False)) for other in request.beside]
+    asked += [(f"{variant.fusion.strategy}, {other.source}", other, variant) for other, variant in beside]
     contestants = [
         _Contestant(label, trained.model.to(request.device), variant, Tally(request.device))
         for label, trained, variant in asked
     ]
     try:
-        interrupted = _race(request, contestants, source)
-        macs = [one.macs(request.trained.image_size) for one in contestants]
+        interrupted = _race(request, contestants)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
         raise TrainingError(f"out of memory with {request.batch_size} images at once; less: --batch-size") from error
-    first = contestants[0].right
+    first = contestants[0]
     others = {one.way: one for one in contestants if one.variant.fusion.rule == request.rule}
-    pairs = [others.get(one.way, one) for one in contestants]
-    rows = [
-        {
-            "label": one.label,
-            **asdict(replace(one.variant.fusion, budget=one.variant.removed)),
-            "schedule": one.variant.schedule,
-            "own": one.variant.own,
-            "removed": one.variant.removed,
-            "patches": one.model.num_patches,
-            "tokens_per_layer": tokens_per_layer(one.variant.schedule, one.model.num_tokens),
-            **one.row(first, None if other is one else other.right),
-            "macs_per_image": count,
-        }
-        for one, other, count in zip(contestants, pairs, macs, strict=True)
-    ]
-    return Evaluation(request, rows, len(first), interrupted, torch.cat(contestants[0].pairs, dim=1))
+    pairs = [(one, others.get(one.way, one)) for one in contestants]
+    rows = [one.row(first.right, None if other is one else other.right) for one, other in pairs]
+    return Evaluation(request, rows, len(first.right), interrupted, torch.cat(first.pairs, dim=1))
 
 
 def difference(name: str, right: Tensor, base: Tensor | None) -> dict[str, float | None]:
@@ -236,9 +236,9 @@ def of_difference(gained: int, lost: int, images: int) -> tuple[float, float]:
     return 100 * max(-1.0, middle - half), 100 * min(1.0, middle + half)
 
 
-def _race(request: Request, contestants: list[_Contestant], source: data.Source) -> bool:
+def _race(request: Request, contestants: list[_Contestant]) -> bool:
     """Let contestants take each batch in turn; return whether it was cut short."""
-    done, device, trained = 0, request.device, request.trained
+    done, device, trained, source = 0, request.device, request.trained, request.source
     workers = loading_workers(request.config.data.workers)
     loading = data.Loading(trained.image_size, trained.mean, trained.std, workers=workers)
     batches = data.eval_batches(source, trained.scaling, loading, request.batch_size)
@@ -258,19 +258,6 @@ def _race(request: Request, contestants: list[_Contestant], source: data.Source)
             if stop.number:
                 break
     return done < len(source)
-
-
-def _source(request: Request) -> data.Source:
-    """Return the test images, with the class numbers of the network's training."""
-    reading, of = request.trained.reading, request.config.data
-    whole: dict[str, Any] = {"subset": None, "val_fraction": 0.0, "num_classes": of.num_classes}
-    read: dict[str, Any] = {"background": reading.background, "version": reading.version}
-    test = _numbered_as_trained(request.trained, data.load_splits(of.name, request.root, **whole, **read))
-    if request.subset is None:
-        return test
-    if request.subset > len(test):
-        raise ConfigError(f"--subset is {request.subset}; allowed: 1 to {len(test)}, the test images of {of.name}")
-    return data.sample(test, request.subset, reading.version)
 
 
 def _numbered_as_trained(trained: Trained, splits: data.Splits) -> data.Source:
@@ -346,8 +333,6 @@ def table(evaluation: Evaluation) -> str:
         }
         for row in evaluation.rows
     ]
-    sides = ["left", *["right"] * (len(rows[0]) - 1)]
-    shown = tabulate(rows, headers="keys", missingval="-", disable_numparse=True, colalign=sides)
     notes = {
         f"* as trained, by {trained.source}.": True,
         "Difference: Top-1 minus that of *, in points, on the same images, with its 95 % interval (paired; Agresti and "
@@ -358,7 +343,7 @@ def table(evaluation: Evaluation) -> str:
         "batches; all networks take each batch in turn.": True,
         "Interrupted: these are the first images of those asked for.": evaluation.interrupted,
     }
-    return "\n".join([shown, "", *(note for note, holds in notes.items() if holds)])
+    return "\n".join([tabulated(pd.DataFrame(rows), "simple"), "", *(note for note, holds in notes.items() if holds)])
 
 
 def as_json(evaluation: Evaluation) -> str:
