@@ -189,8 +189,8 @@ def test_every_combination_of_what_is_asked_is_compared(upper: Trained) -> None:
     assert label_variants(found)[0::2] == [f"upper, order {order}, mode {mode}" for order, mode in ways]
     with pytest.raises(ConfigError, match="--attention is about attention, and a Vim has none; leave it out"):
         variants(trained, {"proportional": [True]})
-    trained.model.set_fusion(trained.schedule, rule="neighbours", guard=1)
-    found = variants(trained, {"rule": ["bipartite", "neighbours"]})
+    guarded = replace(trained.config, fusion=trained.config.fusion.changed(rule="neighbours", guard=1))
+    found = variants(replace(trained, config=guarded), {"rule": ["bipartite", "neighbours"]})
     assert [(one.fusion.rule, one.fusion.guard) for one in found] == [("bipartite", 0), ("neighbours", 1)], "a guard"
     with pytest.raises(ConfigError, match="guard is 1 with rule 'bipartite'"):
         variants(trained, {"rule": ["bipartite"], "guard": [1]})

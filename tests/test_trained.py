@@ -36,7 +36,7 @@ def test_folder_weights_and_checkpoint_are_the_same_network(upper: Trained) -> N
     found = [load_trained(place) for place in (folder, folder / "model.safetensors", last_checkpoint(folder))]
     for one in found:
         assert not one.model.training
-        assert (list(one.schedule), one.strategy) == (summary["schedule"], "upper")
+        assert (list(one.schedule), one.fusion.strategy) == (summary["schedule"], "upper")
         assert (one.classes, one.image_size) == (10, 32)
         assert one.model.cls_position == "middle"
         torch.testing.assert_close(logits(one.model), logits(found[0].model), rtol=0, atol=0)
@@ -107,6 +107,6 @@ def test_a_timm_name_brings_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("famba.models.weights.weights_folder", lambda name: None)
     monkeypatch.setattr(trained, "build_model", build)
     found = load_trained(name)
-    assert (found.config, found.strategy, found.classes, found.image_size) == (None, "none", 7, 32)
+    assert (found.config, found.fusion.strategy, found.classes, found.image_size) == (None, "none", 7, 32)
     assert (found.mean, found.std, found.scaling.eval_crop) == ((0.5,) * 3, (0.25,) * 3, 1.0)
     assert not found.model.training

@@ -6,21 +6,18 @@ import argparse
 import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from famba import ops
 from famba.analysis.trained import Trained
 from famba.errors import ConfigError, check_choice, named
 from famba.files import write_whole
 from famba.fusion import RULES, SETTINGS, Fusion, labels
 from famba.fusion.schedules import ADAPTIVE, CUSTOM, NONE, PAPER, strategy_names
 from famba.models import Backbone
-from famba.ops.registry import AUTO
 from famba.training.devices import choose_device, make_current
 
 CHECKPOINT = "a run folder, weights in one, a checkpoint (.pt), or a timm model"
@@ -86,11 +83,6 @@ def device(name: str) -> torch.device:
     return found
 
 
-def chosen_backend(name: str) -> AbstractContextManager[None]:
-    """Let the named backend compute the ops inside the block; "auto" leaves the environment's choice."""
-    return nullcontext() if name == AUTO else ops.use_backend(name)
-
-
 def prepare_folder(path: str | Path) -> Path:
     """Make a folder, or take the one that is there. Raises ConfigError where nothing could be written to it."""
     folder = Path(path)
@@ -134,14 +126,12 @@ class Variant:
 
 def own(trained: Trained) -> Variant:
     """Return the way of fusing that a network was trained with."""
-    fusion = replace(trained.fusion, **trained.model.settings.settings())
-    return Variant(fusion.resolved(trained.schedule), trained.schedule, own=True)
+    return Variant(trained.fusion.resolved(trained.schedule), trained.schedule, own=True)
 
 
 def unfused(trained: Trained) -> Variant:
     """Return the network with all of its tokens."""
-    schedule = (0,) * len(trained.schedule)
-    return own(trained) if trained.strategy == NONE else Variant(Fusion().resolved(schedule), schedule, own=False)
+    return Variant(Fusion(budget=0), (0,) * len(trained.schedule), own=trained.fusion.strategy == NONE)
 
 
 def label_variants(compared: Sequence[Variant]) -> list[str]:
@@ -158,50 +148,43 @@ def variants(trained: Trained, asked: Mapping[str, Sequence[Any]]) -> list[Varia
     """
     if not asked:
         return []
-    strategies = asked.get("strategy", [trained.strategy])
-    if trained.strategy == NONE and "strategy" not in asked:
+    if trained.fusion.strategy == NONE and "strategy" not in asked:
         raise ConfigError("the network was trained without fusion: name the strategies to fuse by, by --fusion")
-    usual = _usual(trained)
-    values = {name: asked.get(name, [getattr(usual, name)]) for name in (*SETTINGS, "budget")}
+    usual = replace(trained.fusion, layers=None, adapt_at=None, adapt_images=None)
+    if trained.fusion.strategy == NONE:
+        usual = replace(usual, proportional=trained.model.has_attention)
+    if isinstance(usual.budget, tuple):  # counts are good for one strategy alone, their sum for all
+        usual = replace(usual, budget=sum(trained.schedule) or Fusion().budget)
+    values = {name: asked.get(name, [getattr(usual, name)]) for name in ("strategy", *SETTINGS, "budget")}
     found = []
     with named({name: f"--{option}" for name, option in FUSION.items()}):
-        for strategy in strategies:
-            for chosen in itertools.product(*values.values()) if strategy != NONE else ():
-                changes = dict(zip(values, chosen, strict=True))
-                if "guard" not in asked and not RULES[changes["rule"]].guards:
-                    changes["guard"] = 0
-                if changes["mode"] == "prune":
-                    # A token holds one patch or nothing, without a size: weighting and attention have no effect.
-                    changes |= {name: getattr(trained.model.settings, name) for name in ("weighting", "proportional")}
-                found.append(_variant(trained, replace(usual, strategy=strategy, **changes), asked))
-            found += [unfused(trained)] if strategy == NONE else []
+        for chosen in itertools.product(*values.values()):
+            changes = dict(zip(values, chosen, strict=True))
+            if "guard" not in asked and not RULES[changes["rule"]].guards:
+                changes["guard"] = 0
+            if changes["mode"] == "prune":
+                # A token holds one patch or nothing, without a size: weighting and attention have no effect.
+                changes |= {name: getattr(trained.fusion, name) for name in ("weighting", "proportional")}
+            found.append(_variant(trained, replace(usual, **changes), asked))
     return list(dict.fromkeys(found))
 
 
 def _variant(trained: Trained, fusion: Fusion, asked: Mapping[str, Sequence[Any]]) -> Variant:
     """Return one way of fusing, in the layers of the training where its strategy is that of the training."""
     model, mine, strategy = trained.model, own(trained), fusion.strategy
+    if strategy == NONE:
+        return unfused(trained)
     model.check_fusion(fusion)
-    if strategy == trained.strategy and "budget" not in asked:
+    if strategy == trained.fusion.strategy and "budget" not in asked:
         fusion = replace(mine.fusion, **fusion.settings())
         counts = fusion.fitted(trained.schedule, model.num_tokens, model.protected, model.grid_size)
     else:
-        if strategy == ADAPTIVE or (strategy == CUSTOM and strategy != trained.strategy):
+        if strategy == ADAPTIVE or (strategy == CUSTOM and strategy != trained.fusion.strategy):
             raise ConfigError(
                 f"--fusion {strategy} is no fixed schedule: it comes with the training. This network was trained with "
-                f"{trained.strategy}; name another strategy, or leave out --budget where it was trained so"
+                f"{trained.fusion.strategy}; name another strategy, or leave out --budget where it was trained so"
             )
-        fusion = replace(fusion, layers=trained.fusion.layers if strategy == trained.strategy else None)
+        fusion = replace(fusion, layers=trained.fusion.layers if strategy == trained.fusion.strategy else None)
         counts = model.schedule_of(fusion)
     one = Variant(fusion.resolved(counts), counts, own=True)
     return one if one == mine else replace(one, own=False)
-
-
-def _usual(trained: Trained) -> Fusion:
-    """Return what holds where nothing else is asked for."""
-    fusion = replace(trained.fusion, layers=None, adapt_at=None, adapt_images=None, **trained.model.settings.settings())
-    if trained.strategy == NONE:
-        fusion = replace(fusion, proportional=trained.model.has_attention)
-    if isinstance(fusion.budget, tuple):  # counts are good for one strategy alone, their sum for all
-        fusion = replace(fusion, budget=sum(trained.schedule) if any(trained.schedule) else Fusion().budget)
-    return fusion

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,11 +54,6 @@ class Trained:
         return self.model.settings if any(self.schedule) else replace(self.model.settings, strategy=NONE, layers=None)
 
     @property
-    def strategy(self) -> str:
-        """Name of the strategy that it was trained with."""
-        return self.fusion.strategy
-
-    @property
     def reading(self) -> data.Reading:
         """Return how images are read, as in training."""
         if self.config is None:
@@ -82,24 +76,19 @@ def load_trained(path: str | Path) -> Trained:
     file = find_file(str(path))
     if file is None:
         return _from_timm(str(path))
+    content: dict[str, Any] = {}
     if file.suffix != ".safetensors":
         content = checkpoint.load(file)
+        values, weights, schedule = content["config"], content["model"], content["schedule"]
         source = f"checkpoint {file}, step {content['step']}"
-        return _from_run(content["config"], content["model"], content["schedule"], file, source, content)
-    folder = RunFolder(file.parent, writes=False)
-    values, summary = folder.config, folder.summary
-    if values is None or (summary is None and values.get("fusion", {}).get("strategy") == ADAPTIVE):
-        raise CheckpointError(
-            f"{file} lies beside no {CONFIG if values is None else SUMMARY}, which describes its network"
-        )
-    source = f"{path}, which comes with the package" if str(path) in bundled() else f"run {folder.path}"
-    schedule = None if summary is None else summary["schedule"]
-    return _from_run(values, read_file(file), schedule, file, source, {})
-
-
-def _from_run(
-    values: Any, weights: dict[str, Any], schedule: Any, file: Path, source: str, content: Mapping[str, Any]
-) -> Trained:
+    else:
+        folder = RunFolder(file.parent, writes=False)
+        values, summary = folder.config, folder.summary
+        if values is None or (summary is None and values.get("fusion", {}).get("strategy") == ADAPTIVE):
+            lacking = CONFIG if values is None else SUMMARY
+            raise CheckpointError(f"{file} lies beside no {lacking}, which describes its network")
+        weights, schedule = read_file(file), None if summary is None else summary["schedule"]
+        source = f"{path}, which comes with the package" if str(path) in bundled() else f"run {folder.path}"
     head = weights.get("head.weight")
     try:
         config = parse(with_added_keys(values))

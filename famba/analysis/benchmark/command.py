@@ -9,6 +9,7 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -26,8 +27,8 @@ from famba.analysis.benchmark.timing import Race, Report, Row, keep_freed_memory
 from famba.data.augment import Normalize, training_transform
 from famba.errors import ConfigError, FambaError, TrainingError
 from famba.fusion import tokens_per_layer
-from famba.ops import backends
-from famba.ops.registry import resolve
+from famba.ops import backends, use_backend
+from famba.ops.registry import AUTO, resolve
 from famba.training.build import augmentation
 from famba.training.checkpoint import TrainedOn
 from famba.training.compose import compose
@@ -174,7 +175,9 @@ class TimedStep:
         device, size, generator = self.setup.device, self.setup.image_size, torch.Generator().manual_seed(0)
         images = torch.randn(config.trainer.batch_size, 3, size, size, generator=generator).to(device)
         self.batch = images, torch.randint(2, (len(images),), generator=generator).to(device)
-        with shared.chosen_backend(config.ops.backend):
+        chosen = config.ops.backend
+        self.computing = nullcontext if chosen == AUTO else partial(use_backend, chosen)
+        with self.computing():
             fused = obstacle(config, device, 1, resolve(device.type, self.setup.dtype)) is None
         classes = config.data.num_classes or data.NUM_CLASSES.get(config.data.name) or _CLASSES
         state = new_state(config, self.setup, TrainedOn(classes, None, {}), device, fresh=False, fused=fused)
@@ -186,7 +189,7 @@ class TimedStep:
 
     def train(self) -> None:
         """Do a training step."""
-        with shared.chosen_backend(self.config.ops.backend):
+        with self.computing():
             self.step.gradients(itertools.repeat(self.batch))
             self.step.update()
 
