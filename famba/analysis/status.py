@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -36,9 +36,10 @@ from famba.training.records import (
 _TRACES = (METRICS, "train.log")
 _FILES = (SUMMARY, "config.yaml", *_TRACES, "output.log")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-# Settings that make no run another one, and the most that a table shows.
+# Settings that make no run another one, the most that a table shows, and those that it shows first.
 _UNTOLD = ("run_dir", "resume", "data.root", "data.workers", "logger.", "trainer.log_every", "trainer.save_every_min")
 _COLUMNS = 8
+_FIRST = ("model.name", "data.name", "fusion.strategy", "seed")
 _TAIL = 1 << 16  # bytes at the end of metrics.jsonl that are read
 _ORDER = ("finished", "running", "waiting", "interrupted", "stopped", "failed", "damaged", "not started")
 
@@ -134,10 +135,10 @@ def _look(folder: Path, name: str, queued: str | None) -> Status:
     lines = _last_lines(folder / METRICS)
     last = lines[0] if lines else {}
     state = "damaged" if damage else _state(folder, said.status, queued)
-    epoch, top1_of, top1 = last.get("epoch"), "test", said.top1
-    if said.status != "finished" and top1 is None:
-        logged = ((of, line.get(f"{of}_top1")) for line in lines for of in ("test", "validation"))
-        top1_of, top1 = next((found for found in logged if found[1] is not None), ("", None))
+    epoch, measured = last.get("epoch"), [("test", said.top1)]
+    if said.status != "finished":
+        measured += [(of, line.get(f"{of}_top1")) for line in lines for of in ("test", "validation")]
+    top1_of, top1 = next(((of, top1) for of, top1 in measured if top1 is not None), (None, None))
     # A run that was stopped has saved steps that it has not logged.
     step = max((known for known in (said.step, last.get("step")) if known is not None), default=None)
     return Status(
@@ -149,7 +150,7 @@ def _look(folder: Path, name: str, queued: str | None) -> Status:
         step=step,
         steps=said.steps,
         top1=top1,
-        top1_of=top1_of if top1 is not None else None,
+        top1_of=top1_of,
         updated=max((path.stat().st_mtime for name in _FILES if (path := folder / name).exists()), default=None),
         note=damage or (said.error if state == "failed" else None),
     )
@@ -210,12 +211,9 @@ def differing(runs: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
     runs: of each its settings by dotted keys as text. Of more than `_COLUMNS` the last column says how many.
     """
     known = [_telling(run) for run in runs]
-    values: dict[str, set[str]] = defaultdict(set)
-    for run in known:
-        for key, text in run.items():
-            values[key].add(text)
+    keys = [*_FIRST, *sorted({key for run in known for key in run} - {*_FIRST})]
     # A key that an earlier version did not have tells no runs apart.
-    differ = sorted((key for key, texts in values.items() if len(texts) > 1), key=_place)
+    differ = [key for key in keys if len({run[key] for run in known if key in run}) > 1]
     short = [key.removesuffix(".name").removesuffix(".strategy").split(".")[-1] for key in differ]
     found = {
         name if short.count(name) == 1 else key: [run.get(key, "").replace("null", "") for run in known]
@@ -230,11 +228,6 @@ def _telling(run: Mapping[str, str]) -> dict[str, str]:
     """Return the settings by which a run may differ from others; without fusion, those of fusion are left out."""
     untold = (*_UNTOLD, "fusion.") if run.get("fusion.strategy") == "none" else _UNTOLD
     return {key: text for key, text in run.items() if key == "fusion.strategy" or not key.startswith(untold)}
-
-
-def _place(key: str) -> tuple[int, str]:
-    first = ("model.name", "data.name", "fusion.strategy", "seed")
-    return (first.index(key), "") if key in first else (len(first), key)
 
 
 def status_table(runs: Sequence[Status]) -> str:
