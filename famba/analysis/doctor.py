@@ -7,10 +7,8 @@ import os
 import platform
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from itertools import product
-from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -18,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import famba
-from famba.analysis.benchmark.ops import OPS, Built, Case
+from famba.analysis.benchmark.ops import OPS, Case
 from famba.errors import BackendError
 from famba.ops import backends, registry, use_backend
 from famba.ops.native import library
@@ -111,23 +109,21 @@ def _checks() -> Iterator[tuple[str, str, str, str, str, float | str]]:
         if (backend, device) == ("triton", "cpu"):  # in Triton's interpreter, where a token takes a second
             continue
         for isa, op in product(library.isas() if backend == "native" else [None], OPS):
-            built = Case(op, 2, _LONG if op in _DIRECTED else _SHORT, _CHANNELS, _STATES).built()
-            error = _error(built, backend, device, isa, dtype, op in _DIRECTED)
+            error = _error(op, backend, device, isa, dtype)
             yield backend, device, isa or "-", str(dtype).removeprefix("torch."), op, error
 
 
-def _error(
-    built: Built, backend: str, device: str, isa: str | None, dtype: torch.dtype, is_directed: bool
-) -> float | str:
+def _error(op: str, backend: str, device: str, isa: str | None, dtype: torch.dtype) -> float | str:
     """Return the worst error of an op's outputs and gradients, or else what it raised; reversed too if directed."""
-    runs: list[Callable[..., Any]] = [built.run, *([partial(built.run, reverse=True)] if is_directed else [])]
+    built = Case(op, 2, _LONG if op in _DIRECTED else _SHORT, _CHANNELS, _STATES).built()
+    ways = [{}, {"reverse": True}] if op in _DIRECTED else [{}]
     given = [x.to(dtype) for x in built.learned or built.fixed]
     others = built.fixed if built.learned else []
 
     def results(name: str, x: list[Tensor], where: str) -> list[Tensor]:
         leaves = [leaf.detach().requires_grad_(bool(built.learned)) for leaf in x]
         with use_backend(name):
-            found = [run(*leaves, *(one.to(where) for one in others)) for run in runs]
+            found = [built.run(*leaves, *(one.to(where) for one in others), **way) for way in ways]
             outputs = [y for one in found for y in ([one] if isinstance(one, Tensor) else one)]
             grads = torch.autograd.grad(outputs, leaves, [y.detach() for y in outputs]) if built.learned else ()
         return [y.detach().cpu().double() for y in (*outputs, *grads)]

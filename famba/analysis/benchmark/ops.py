@@ -111,7 +111,7 @@ def measure(case: Case, device: torch.device, rounds: int, report: Report) -> No
                 report.left_out[name] = reason
                 continue
             run, copies = partial(_by, name, built.run), _copies(tensors, device)
-            race.enter(f"{name}, forward", [partial(_forward, run, own) for own in copies])
+            race.enter(f"{name}, forward", [partial(torch.no_grad()(run), *own) for own in copies])
             if built.learned:
                 race.enter(f"{name}, both", [_both(run, own) for own in copies])
         race.run(rounds)
@@ -138,11 +138,6 @@ def _copies(tensors: Sequence[Tensor], device: torch.device) -> list[list[Tensor
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         count = min(_MOST_COPIES, 1 + 2 * cache // sum(x.nbytes for x in tensors))
     return [[x.detach().clone().requires_grad_(x.requires_grad) for x in tensors] for _ in range(count)]
-
-
-def _forward(run: _Run, tensors: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        run(*tensors)
 
 
 def _both(run: _Run, tensors: Sequence[Tensor]) -> Call:
