@@ -189,8 +189,8 @@ def _tables(runs: pd.DataFrame, left_out: list[tuple[str, str, str]]) -> list[Ta
         left_out += [("other", run["run"], _differences(first[what], run)) for _, run in others.iterrows()]
         here = _largest(chosen, place).iloc[0][place]
         chosen = chosen.assign(here=(chosen[place] == here).all(axis=1), label=_labels(chosen))
-        chosen = chosen.sort_values(["provenance.started", "train_time_s", "run"])
-        chosen = chosen.sort_values("here", ascending=False, kind="stable")
+        order = ["here", "provenance.started", "train_time_s", "run"]
+        chosen = chosen.sort_values(order, ascending=[False, True, True, True])
         again = chosen[chosen.duplicated(["label", "seed"])]
         left_out += [("repeated", run.run, f"seed {run.seed} of {run.label}") for run in again.itertuples()]
         chosen = chosen.drop(again.index)
@@ -262,8 +262,7 @@ def _differences(table: pd.Series, run: pd.Series) -> str:
 
 
 def _table(model: str, runs: pd.DataFrame, what: pd.Series, here: pd.Series) -> Table:
-    order = {name: place for place, name in enumerate(strategy_names())}
-    runs = runs.assign(rank=runs["strategy"].map(order).fillna(len(order)))
+    runs = runs.assign(rank=pd.Categorical(runs["strategy"], strategy_names()))  # those of other packages come last
     runs = runs.sort_values(["rank", "smaller", *_SETTING, "seed"])
 
     def by_seed(value: str) -> pd.DataFrame:

@@ -75,13 +75,6 @@ def to_row(summary: Summary, config: Mapping[str, Any]) -> dict[str, str]:
     return {name: to_cell(value) for name, value in [*flatten(known).items(), *settings.items()]}
 
 
-def from_row(row: Mapping[str, str]) -> tuple[Summary, dict[str, Any]]:
-    """Return the summary and the configuration that `to_row` made a row of. Raises ValueError if it is none."""
-    values = nested({name: from_cell(cell) for name, cell in row.items() if cell != ""})
-    config = values.pop(_CONFIG.removesuffix("."), {})
-    return Summary.parse(json.dumps(values)), with_added_keys(config)
-
-
 def printable(text: str) -> str:
     """Return a text that UTF-8 can hold and that stays on its line."""
     text = text.encode("utf-8", "backslashreplace").decode()
@@ -125,7 +118,8 @@ def _from_csv(path: Path) -> Iterator[tuple[tuple[Path, int], dict[str, str]]]:
     for index, cells in enumerate(table.to_dict("records")):
         row = dict(zip(_OWN, (printable(cells.pop("run")), "", "finished", "", ""), strict=True))
         try:
-            summary, config = from_row(cells)
+            values = nested({name: from_cell(cell) for name, cell in cells.items() if cell != ""})
+            config, summary = values.pop(_CONFIG.removesuffix("."), {}), Summary.parse(json.dumps(values))
             _check(summary)
             if summary.status != "finished":
                 raise ValueError(f"status is {summary.status}, not finished")

@@ -109,10 +109,9 @@ def _shared(held: Grid) -> npt.NDArray[np.bool_]:
 
 def mean_colours(image: npt.NDArray[np.uint8], held: Grid) -> npt.NDArray[np.uint8]:
     """Give the patches of each token that holds several their mean colour; image and result (height, width, 3)."""
-    _, places = np.unique(_spread(held, image), return_inverse=True)
-    counts = np.bincount(places.flat)
-    means = [np.bincount(places.flat, image[..., channel].flat) / counts for channel in range(3)]
-    filled = np.floor(np.stack(means, axis=1)[places.reshape(image.shape[:2])] + 0.5).astype(np.uint8)
+    token = _spread(held, image)
+    means = np.stack([ndimage.mean(image[..., channel], token, index=token) for channel in range(3)], axis=-1)
+    filled = np.floor(means + 0.5).astype(np.uint8)
     return np.where(_spread(_shared(held), image)[..., None], filled, image)
 
 
