@@ -24,7 +24,6 @@ from famba.fusion.rules import RULES, LayerTokens
 from famba.fusion.schedules import CUSTOM, Adapted, similar_pairs, spend
 from famba.fusion.token_map import TokenMap, not_pruned, trace, unfuse
 
-FORMATS = ("NCHW", "NLC")
 CLS_POSITIONS = ("head", "middle", "none")
 OF_A_STRATEGY = ("budget", "layers")  # fields of `Fusion` that networks also take without "fusion_" before them
 _MOST_LISTED = 8  # names of a kind of network in an error
@@ -319,7 +318,7 @@ class Backbone(nn.Module):
         Returns:
             The features of `forward_features`, for the last layer that ran; and those of the layers, in their order.
         """
-        check_choice("output_fmt", output_fmt, FORMATS)
+        check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         layers = chosen_layers(self.depth, indices)
         run = self.run(x, taken=layers, depth=max(layers) + 1 if stop_early else None)
         held = self._held(run.maps, x)
