@@ -127,26 +127,23 @@ class Backbone(nn.Module):
     @classmethod
     def check_fusion(cls, fusion: Fusion) -> None:
         """Raise ConfigError, with the name of the field at fault, for what networks of this kind cannot do."""
+        needs, anywhere = RULES[fusion.rule].needs, frozenset().union(*cls.places.values())
         # First of all: no other field makes up for a rule that the network cannot serve anywhere.
-        cls._check_needs(fusion.rule, frozenset().union(*cls.places.values()), "", "another model")
+        known = cls.places.get(fusion.place, anywhere) if needs <= anywhere else anywhere
+        if lacking := sorted(needs - known):
+            serve = ", ".join(name for name, one in RULES.items() if one.needs <= known)
+            able = [f"fusion.place={place}" for place, met in cls.places.items() if needs <= met]
+            at = "" if known == anywhere else f" at {fusion.place}"
+            told = f"needs {', '.join(lacking)} of the tokens, which {cls.kind} does not have{at}"
+            told = f"{told}; choose one of {serve}, or {[*able, 'another model'][0]}"
+            raise ConfigError(f"rule {fusion.rule!r} {told}", "rule")
         if fusion.place not in cls.places:
             told = f"where {cls.kind} reduces no tokens; allowed: {', '.join(cls.places)}"
             raise ConfigError(f"place is {fusion.place!r}{near_miss(fusion.place, cls.places)}, {told}", "place")
         if fusion.proportional and not cls.has_attention:
             told = f"proportional is about attention, and {cls.kind} has none; leave it out, or choose a transformer"
             raise ConfigError(told, "proportional")
-        able = [f"fusion.place={place}" for place, known in cls.places.items() if RULES[fusion.rule].needs <= known]
-        remedy = [*able, "another model"][0]
-        cls._check_needs(fusion.rule, cls.places[fusion.place], f" at {fusion.place}", remedy)
         fusion.check_rule()
-
-    @classmethod
-    def _check_needs(cls, rule: str, known: frozenset[str], at: str, remedy: str) -> None:
-        """Raise ConfigError where a rule needs more of the tokens than is known of them."""
-        if lacking := sorted(RULES[rule].needs - known):
-            serve = ", ".join(name for name, one in RULES.items() if one.needs <= known)
-            told = f"needs {', '.join(lacking)} of the tokens, which {cls.kind} does not have{at}"
-            raise ConfigError(f"rule {rule!r} {told}; choose one of {serve}, or {remedy}", "rule")
 
     @classmethod
     def fusion_of(cls, schedule: Sequence[int] | str | None, settings: Mapping[str, Any]) -> Fusion:
