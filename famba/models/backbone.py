@@ -22,7 +22,8 @@ from famba.errors import ConfigError, check_choice, near_miss
 from famba.fusion.config import Fusion
 from famba.fusion.rules import RULES, LayerTokens
 from famba.fusion.schedules import CUSTOM, Adapted, similar_pairs, spend
-from famba.fusion.token_map import TokenMap, not_pruned, trace, unfuse
+from famba.fusion.token_map import TokenMap, not_pruned, split_protected, trace, unfuse
+from famba.ops.reference import free_places
 
 CLS_POSITIONS = ("head", "middle", "none")
 OF_A_STRATEGY = ("budget", "layers")  # fields of `Fusion` that networks also take without "fusion_" before them
@@ -330,10 +331,7 @@ class Backbone(nn.Module):
 
     def patch_places(self, device: torch.device) -> Int[Tensor, " n"]:
         """Return the places of the patches in the sequence that enters the first layer."""
-        places = torch.arange(self.num_patches, device=device)
-        for special in sorted(self.special):
-            places = places + (places >= special)
-        return places
+        return free_places(*split_protected(self.special, 1, self.num_tokens, device), self.num_tokens, device)[0]
 
     @torch.no_grad()
     def trace(self, x: Float[Tensor, "b c h w"]) -> tuple[Int[Tensor, "b n"], ...]:
