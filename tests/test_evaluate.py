@@ -20,7 +20,7 @@ from famba.analysis.evaluate import of_difference
 from famba.analysis.options import label_variants, own, variants
 from famba.analysis.trained import load_trained
 from famba.cli import main as famba
-from famba.data.loader import EvalBatches
+from famba.data.loader import Batches
 from famba.errors import ConfigError
 from famba.export import export
 
@@ -108,15 +108,15 @@ def test_a_smaller_network_is_evaluated_beside_it(upper: Trained, tmp_path: Path
 def test_interrupted_it_keeps_what_all_contestants_have_had(
     upper: Trained, tmp_path: Path, capsys: Printed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = EvalBatches.__iter__
+    whole = Batches.__iter__
 
-    def interrupted(self: EvalBatches) -> Iterator[Any]:
+    def interrupted(self: Batches) -> Iterator[Any]:
         for number, batch in enumerate(whole(self)):
             if number == 2:
                 os.kill(os.getpid(), signal.SIGINT)
             yield batch
 
-    monkeypatch.setattr(EvalBatches, "__iter__", interrupted)
+    monkeypatch.setattr(Batches, "__iter__", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = famba(["evaluate", str(upper[0]), "--batch-size", "20", "--fusion", "all", "--out", str(tmp_path)])

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_type_hints
 
 import numpy as np
@@ -186,10 +186,6 @@ class BatchAugmentation:
     seed: int
     dtype: torch.dtype = torch.float32  # of the arithmetic
 
-    @cached_property
-    def _policy(self) -> Policy | None:
-        return None if self.options.auto_augment is None else Policy.of(self.options.auto_augment)
-
     def __call__(self, images: Tensor, epoch: int, start: int, cropped: bool = False) -> Float[Tensor, "b 3 s s"]:
         """Augment uint8 (b, 3, h, w), on its device, at positions start, start + 1, ... of the epoch.
 
@@ -252,9 +248,9 @@ class BatchAugmentation:
 
     def _steps(self, epoch: int, start: int, count: int) -> Iterator[Step]:
         text, strength = self.options.auto_augment, self.options.color_jitter
-        if self._policy is not None and self._policy.layers:
-            numbers = self._uniforms(_OPERATIONS, epoch, start, count, self._policy.layers * DRAWS)
-            yield from self._policy.draw(numbers.reshape(count, -1, DRAWS), self.size)
+        if text is not None and (policy := Policy.of(text)).layers:
+            numbers = self._uniforms(_OPERATIONS, epoch, start, count, policy.layers * DRAWS)
+            yield from policy.draw(numbers.reshape(count, -1, DRAWS), self.size)
         if strength and (text is None or "3a" in text):  # as timm has it
             yield from jitter(self._uniforms(_JITTER, epoch, start, count, DRAWS), strength)
 

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -144,6 +145,7 @@ class Policy:
     tied: bool  # whether the operations stand in groups of `layers`, one of which is drawn
 
     @classmethod
+    @cache
     def of(cls, text: str) -> Policy:
         """Read a policy that timm can read. Raises ConfigError for one that has no batched form or cannot be drawn."""
         name, tied = text.split("-")[0], not text.startswith("rand")

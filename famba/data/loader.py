@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import signal
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -54,7 +54,7 @@ class TrainBatches:
     # Times that an image comes up, in different processes with different augmentation (Hoffer et al. 2020, "Augment
     # your batch"), while an epoch stays as long as without; acts only where world_size is above 1, as in DeiT.
     repeats: int
-    load: _Batches | None = None  # None where the numbers alone are asked for
+    load: Callable[[list[MicroBatch]], Batches] | None = None  # None where the numbers alone are asked for
 
     def __post_init__(self) -> None:
         names = ("batch_size", "accumulation", "world_size", "repeats")
@@ -94,7 +94,7 @@ class TrainBatches:
             start = (number * self.world_size + self.rank) * size
             parts.append(MicroBatch(epoch, start, indices[number * size : (number + 1) * size]))
         assert self.load is not None
-        return self.load(parts)
+        return iter(self.load(parts))
 
     @cached_property
     def _repeating(self) -> RepeatAugSampler | None:
@@ -162,10 +162,10 @@ def train_batches(
     """
     transform = training_transform(augmentation, loading.image_size, Normalize(loading.mean, loading.std), seed)
     numbers = (len(source), seed, batch_size, accumulation, loading.rank, loading.world_size, repeats)
-    return TrainBatches(*numbers, _Batches(source, transform, loading))
+    return TrainBatches(*numbers, partial(Batches, source, transform, loading))
 
 
-def eval_batches(source: Source, augmentation: Augmentation, loading: Loading, batch_size: int) -> EvalBatches:
+def eval_batches(source: Source, augmentation: Augmentation, loading: Loading, batch_size: int) -> Batches:
     """Return one process's share of the images, in order: each once over all processes, without padding.
 
     So the last batch may be smaller, and processes may have different numbers of batches, or none. `eval_crop` and
@@ -176,37 +176,27 @@ def eval_batches(source: Source, augmentation: Augmentation, loading: Loading, b
     first, last = (len(source) * rank // loading.world_size for rank in (loading.rank, loading.rank + 1))
     images = np.arange(first, last)
     parts = [MicroBatch(0, start, images[start : start + batch_size]) for start in range(0, len(images), batch_size)]
-    return EvalBatches(parts, _Batches(source, transform, loading))
+    return Batches(source, transform, loading, parts)
 
 
 @dataclass(frozen=True)
-class EvalBatches:
-    """Gives one process's share of the images, as often as it is iterated; workers end with the iterator."""
+class Batches:
+    """Gives parts of a source, as often as it is iterated; workers end with the iterator."""
 
+    source: Source
+    transform: Transform
+    loading: Loading
     parts: list[MicroBatch]
-    load: _Batches
 
     def __len__(self) -> int:
         return len(self.parts)
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        return self.load(self.parts)
-
-
-@dataclass(frozen=True)
-class _Batches:
-    """Loads batches of a source."""
-
-    source: Source
-    transform: Transform
-    loading: Loading
-
-    def __call__(self, parts: list[MicroBatch]) -> Generator[Batch, None, None]:
-        batches, device = self._batches(parts), self.loading.device
+        batches, device = self._load(), self.loading.device
         return ahead(batches, device) if device.type == "cuda" else batches
 
-    def _batches(self, parts: list[MicroBatch]) -> Generator[Batch, None, None]:
-        if not parts:
+    def _load(self) -> Generator[Batch, None, None]:
+        if not (parts := self.parts):
             return
         source, finish, labels = self.source, self.transform.whole, torch.as_tensor(self.source.labels)
         # The order of the epoch, where the images are: it is sent there once.

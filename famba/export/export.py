@@ -39,7 +39,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Export, and print what came of it."""
     check_choice("--format", options.format, FORMATS)
-    if options.format == "onnx" and (missing := [name for name in ("onnx", "onnxscript") if not _is_here(name)]):
+    needed = ("onnx", "onnxscript") if options.format == "onnx" else ()
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"--format onnx needs {' and '.join(missing)}; install: pip install 'famba[onnx]'")
     asked = read_fusion(options)
     out = _place(options.format, options.out)
@@ -50,10 +51,6 @@ def run(options: argparse.Namespace) -> int:
     found[0].put_into(trained.model)
     print(export(options.format, out, trained, found[0], options.checkpoint))
     return 0
-
-
-def _is_here(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def _place(target: str, out: Path) -> Path:
@@ -95,7 +92,7 @@ def export(target: str, out: Path, trained: Trained, fused: Variant, checkpoint:
                 # Imported here, since ONNX needs packages that may be missing.
                 module = importlib.import_module(f"famba.export.{_WRITERS[target]}")
                 content = module.write(model, shape, written, json.dumps(said, indent=2))
-            if target != "onnx" or _is_here("onnxruntime"):
+            if target != "onnx" or importlib.util.find_spec("onnxruntime"):
                 checked = check_file(target, written, model, shape)
             files = [written / name for name in FILES] if is_folder else [written]
             size = sum(file.stat().st_size for file in files)

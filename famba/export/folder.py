@@ -15,12 +15,11 @@ from tabulate import tabulate
 import famba
 from famba.analysis.options import Variant
 from famba.analysis.trained import Trained
-from famba.errors import CheckpointError
 from famba.files import sha256
 from famba.fusion import tokens_per_layer
-from famba.models.weights import weights_folder
 from famba.training.build import model_arguments
-from famba.training.records import SUMMARY, Summary
+from famba.training.run_folder import RunFolder
+from famba.training.weights import find_file
 
 FILES = ("config.json", "model.safetensors", "README.md")
 _SAID_ABOVE = ("num_classes", "classes")
@@ -68,17 +67,11 @@ def find_summary(checkpoint: str) -> dict[str, Any] | None:
     None where there is none, or it is of other weights: a checkpoint of some step, weights that were replaced, or a run
     that did not finish. Raises CheckpointError where it cannot be read.
     """
-    place = Path(checkpoint)
-    at_hand = place if place.is_dir() else place.parent
-    folder = at_hand if place.exists() else weights_folder(checkpoint)
-    if folder is None or place.suffix == ".pt" or not (folder / SUMMARY).is_file():
+    file = find_file(checkpoint)
+    if file is None or file.suffix != ".safetensors":
         return None
-    try:
-        summary = Summary.parse((folder / SUMMARY).read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / SUMMARY} cannot be read ({error}); mend it or move it away") from error
-    weights = place if place.is_file() else folder / "model.safetensors"
-    return summary.values() if summary.weights_sha256 == sha256(weights) else None
+    summary = RunFolder(file.parent, writes=False).summary
+    return summary if summary is not None and summary["weights_sha256"] == sha256(file) else None
 
 
 def write_folder(trained: Trained, said: Mapping[str, Any], summary: Mapping[str, Any] | None, folder: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,8 +11,6 @@ from torch import Tensor
 from famba.errors import ConfigError
 from famba.fusion.rules import LayerTokens, Layout, register_rule
 from famba.fusion.token_map import Free, TokenMap, unit
-from famba.ops import fuse_tokens
-from famba.ops.reference import group_shares
 
 Grid = tuple[int, int]
 
@@ -89,13 +86,6 @@ def _nearest(wanted: int, possible: dict[int, Grid] | list[int]) -> list[int]:
     return [*([max(below)] if below else []), *([min(above)] if above else [])]
 
 
-class _Merged(NamedTuple):
-    """Hold which tokens (b, lines, n) stay as their lines shrink, and the place in its line of each, or of its pair."""
-
-    stays: Bool[Tensor, "b lines n"]
-    places: Int[Tensor, "b lines n"]
-
-
 @register_rule("grid", orders=["sequence"], plan=plan_grid, grid_after=grid_after)
 def grid(tokens: LayerTokens, r: int) -> TokenMap:
     """Reduce a grid of tokens to a smaller one, as STORM does (arXiv 2606.19932).
@@ -109,12 +99,12 @@ def grid(tokens: LayerTokens, r: int) -> TokenMap:
     (rows, columns), (left_rows, left_columns) = tokens.grid, grid_after(tokens.grid, r)
     free = tokens.free
     x = free.take(tokens.metric).unflatten(1, (rows, columns))
-    along_rows = _merge(x, columns - left_columns)
-    stays, places = along_rows
+    stays, places = _merge(x, columns - left_columns)
     if left_rows < rows:
-        weights = torch.ones(x.shape[:3], device=x.device) if tokens.sizes is None else free.take(tokens.sizes)
-        weights = weights.detach().reshape(x.shape[:3])
-        x = _fused(x, along_rows, weights, left_columns, tokens.mode)
+        sizes = None if tokens.sizes is None else free.take(tokens.sizes).detach().reshape(-1, columns)
+        kept = stays.flatten(0, 1).float() if tokens.mode == "prune" else None
+        along_rows = TokenMap(places.flatten(0, 1), left_columns, kept=kept)
+        x = along_rows.fuse(x.flatten(0, 1), sizes).unflatten(0, (-1, rows))
         along_columns = _merge(x.transpose(1, 2), rows - left_rows)
         down_stays, down = (part.transpose(1, 2).gather(2, places) for part in along_columns)
         stays, places = stays & down_stays, down * left_columns + places
@@ -123,8 +113,11 @@ def grid(tokens: LayerTokens, r: int) -> TokenMap:
     return _in_sequence(free, stays.flatten(1), places.flatten(1), r, tokens.mode)
 
 
-def _merge(x: Float[Tensor, "b lines n c"], count: int) -> _Merged:
-    """Merge the `count` most similar pairs (2j, 2j + 1) of each line."""
+def _merge(x: Float[Tensor, "b lines n c"], count: int) -> tuple[Bool[Tensor, "b lines n"], Int[Tensor, "b lines n"]]:
+    """Merge the `count` most similar pairs (2j, 2j + 1) of each line.
+
+    Returns which tokens stay, and the place in its shorter line of each, or of its pair.
+    """
     batch, lines, n, _ = x.shape
     stays = torch.ones(batch, lines, n, dtype=torch.bool, device=x.device)
     if count:
@@ -133,31 +126,17 @@ def _merge(x: Float[Tensor, "b lines n c"], count: int) -> _Merged:
         chosen = pairs.argsort(dim=2, descending=True, stable=True)[:, :, :count]
         stays = stays.scatter(2, 2 * chosen, False)
     # Before a token that stays stand as many as before one that joins it: it is the next.
-    return _Merged(stays, stays.long().cumsum(2) - stays.long())
-
-
-def _fused(
-    x: Float[Tensor, "b rows n c"], merged: _Merged, weights: Float[Tensor, "b rows n"], left: int, mode: str
-) -> Float[Tensor, "b rows left c"]:
-    """Average the tokens of each place of each row, or pass on those that stay."""
-    places = merged.places.flatten(0, 1)
-    if mode == "prune":
-        shares = merged.stays.flatten(0, 1).to(torch.float32)
-    else:
-        shares = group_shares(places, weights.flatten(0, 1), left, torch.float32)[0]
-    return fuse_tokens(x.flatten(0, 1), places, shares, left).unflatten(0, x.shape[:2])
+    return stays, stays.long().cumsum(2) - stays.long()
 
 
 def _in_sequence(free: Free, stays: Bool[Tensor, "b m"], places: Int[Tensor, "b m"], r: int, mode: str) -> TokenMap:
     """Map a sequence to places of a grid, row by row, with the special tokens between them as before."""
-    special, left = free.special(), free.count - r
+    if free.others is None:
+        return free.join(~stays, places, r, mode)
+    special = free.special()
     numbers = torch.arange(special.shape[1], device=special.device)
-    if free.others is not None:
-        # How many patches stand before each special token, before and afterwards.
-        before = (special - numbers) * left // free.count
-        places = places + (before.unsqueeze(1) <= places.unsqueeze(2)).sum(2)
-        special = before + numbers
-    else:
-        places = places + free.leading
+    # How many patches stand before each special token, before and afterwards.
+    before = (special - numbers) * (free.count - r) // free.count
+    places = places + (before.unsqueeze(1) <= places.unsqueeze(2)).sum(2)
     kept = free.put(stays.float(), 1) if mode == "prune" else None
-    return TokenMap(free.put(places, special), free.length - r, free.protected, kept=kept)
+    return TokenMap(free.put(places, before + numbers), free.length - r, free.protected, kept=kept)

@@ -19,7 +19,7 @@ from torch import Tensor
 from famba.errors import ConfigError, check_choice
 from famba.fusion.token_map import Free, Protected, Shares, TokenMap, split_protected, unit
 from famba.ops import match_tokens
-from famba.ops.reference import split_alternately
+from famba.ops.reference import split_alternately, take
 
 ORDERS = ("sequence", "tome")
 MODES = ("fuse", "prune")
@@ -202,13 +202,6 @@ def match(
     return TokenMap(matched[0], length - r, protected, Shares(weighed, *matched[1:]))
 
 
-def cosines(metric: Float[Tensor, "b l c"]) -> Float[Tensor, "b l l"]:
-    """Return the cosine of every token with every other, in float32 at least."""
-    units = unit(metric)
-    with in_full_precision(metric.device.type):
-        return units @ units.transpose(1, 2)
-
-
 def in_full_precision(kind: str) -> AbstractContextManager[Any]:
     """Leave autocast, where a kind of device is in it: tracing would note it otherwise."""
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
@@ -221,7 +214,7 @@ def closest_cosines(metric: Float[Tensor, "b l c"], protected: Protected) -> Flo
     """
     batch, length, _ = metric.shape
     split = split_protected(protected, batch, length, metric.device)
-    in_a, in_b = (places.expand(batch, -1) for places in split_alternately(*split, length, metric.device))
-    between = cosines(metric).gather(1, in_a.unsqueeze(2).expand(-1, -1, length))
-    between = between.gather(2, in_b.unsqueeze(1).expand(-1, in_a.shape[1], -1))
-    return between.amax(2).sort(dim=1, descending=True).values
+    units = unit(metric)
+    a, b = (take(units, places) for places in split_alternately(*split, length, metric.device))
+    with in_full_precision(metric.device.type):
+        return (a @ b.transpose(1, 2)).amax(2).sort(dim=1, descending=True).values

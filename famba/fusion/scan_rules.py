@@ -48,24 +48,14 @@ def neighbours(tokens: LayerTokens, r: int) -> TokenMap:
     if free.others is not None:
         similarity = similarity - _PARTED * (free.places.diff(dim=1) > 1)
     if tokens.guard and free.count < free.length:
-        guarded = _is_guarded(free, tokens.guard)
+        guarded = (free.places.unsqueeze(2) - free.special().unsqueeze(1)).abs().amin(2) <= tokens.guard
         similarity = similarity - _GUARDED * (guarded[:, 1:] | guarded[:, :-1])
-    chosen = (similarity - _NOT_BEST * ~_is_best(similarity)).argsort(dim=1, descending=True, stable=True)[:, :r]
-    joins = torch.zeros(free.batch, free.count, dtype=torch.bool, device=chosen.device).scatter(1, chosen + 1, True)
-    return free.join(joins, (~joins).long().cumsum(1) - 1, r, tokens.mode)
-
-
-def _is_best(similarity: Float[Tensor, "b pairs"]) -> Bool[Tensor, "b pairs"]:
-    """Return whether a pair of neighbours is the more similar one for either of the two."""
     before = F.pad(similarity, (1, 0), value=-torch.inf)[:, :-1]
     behind = F.pad(similarity, (0, 1), value=-torch.inf)[:, 1:]
-    return (similarity > before) | (similarity >= behind)
-
-
-def _is_guarded(free: Free, guard: int) -> Bool[Tensor, "images m"]:
-    """Return whether a token has fewer than `guard` others between itself and a special one."""
-    distances = (free.places.unsqueeze(2) - free.special().unsqueeze(1)).abs()
-    return distances.amin(2) <= guard
+    is_best = (similarity > before) | (similarity >= behind)  # for one of its two tokens, or both
+    chosen = (similarity - _NOT_BEST * ~is_best).argsort(dim=1, descending=True, stable=True)[:, :r]
+    joins = torch.zeros(free.batch, free.count, dtype=torch.bool, device=chosen.device).scatter(1, chosen + 1, True)
+    return free.join(joins, (~joins).long().cumsum(1) - 1, r, tokens.mode)
 
 
 @register_rule("r_meeto", needs=["hidden"], orders=["sequence"])

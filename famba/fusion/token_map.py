@@ -77,8 +77,8 @@ class TokenMap:
             (b, length, c) in x's dtype. A token that stands alone is passed on bit for bit.
         """
         if self.kept is not None:
-            return fuse_tokens(x, self.places, self.kept.to(_sum_dtype(x)), self.length)
-        weights = self._shares(sizes, _sum_dtype(x)).weights.to(_sum_dtype(x))
+            return fuse_tokens(x, self.places, self.kept.to(compute_dtype(x)), self.length)
+        weights = self._shares(sizes, compute_dtype(x)).weights.to(compute_dtype(x))
         if weights.requires_grad:
             ones = torch.ones_like(weights)
             return fuse_tokens(x * weights.unsqueeze(2), self.places, ones, self.length).to(x.dtype)
@@ -97,10 +97,6 @@ class TokenMap:
         if shares is not None and sizes is shares.sizes and (shares.weights.dtype == dtype or dtype != torch.float64):
             return shares
         return Shares(sizes, *group_shares(self.places, sizes, self.length, dtype))
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def trace(maps: Sequence[TokenMap | None], patches: Int[Tensor, "b n"]) -> tuple[Int[Tensor, "b n"], ...]:

@@ -22,9 +22,9 @@ from famba.errors import ConfigError, check_choice, near_miss
 from famba.fusion.config import Fusion
 from famba.fusion.rules import RULES, LayerTokens
 from famba.fusion.schedules import CUSTOM, Adapted, similar_pairs, spend
-from famba.fusion.token_map import TokenMap, not_pruned, trace, unfuse
+from famba.fusion.token_map import TokenMap, not_pruned, split_protected, trace, unfuse
+from famba.ops.reference import free_places
 
-FORMATS = ("NCHW", "NLC")
 CLS_POSITIONS = ("head", "middle", "none")
 OF_A_STRATEGY = ("budget", "layers")  # fields of `Fusion` that networks also take without "fusion_" before them
 _MOST_LISTED = 8  # names of a kind of network in an error
@@ -128,26 +128,23 @@ class Backbone(nn.Module):
     @classmethod
     def check_fusion(cls, fusion: Fusion) -> None:
         """Raise ConfigError, with the name of the field at fault, for what networks of this kind cannot do."""
+        needs, anywhere = RULES[fusion.rule].needs, frozenset().union(*cls.places.values())
         # First of all: no other field makes up for a rule that the network cannot serve anywhere.
-        cls._check_needs(fusion.rule, frozenset().union(*cls.places.values()), "", "another model")
+        known = cls.places.get(fusion.place, anywhere) if needs <= anywhere else anywhere
+        if lacking := sorted(needs - known):
+            serve = ", ".join(name for name, one in RULES.items() if one.needs <= known)
+            able = [f"fusion.place={place}" for place, met in cls.places.items() if needs <= met]
+            at = "" if known == anywhere else f" at {fusion.place}"
+            told = f"needs {', '.join(lacking)} of the tokens, which {cls.kind} does not have{at}"
+            told = f"{told}; choose one of {serve}, or {[*able, 'another model'][0]}"
+            raise ConfigError(f"rule {fusion.rule!r} {told}", "rule")
         if fusion.place not in cls.places:
             told = f"where {cls.kind} reduces no tokens; allowed: {', '.join(cls.places)}"
             raise ConfigError(f"place is {fusion.place!r}{near_miss(fusion.place, cls.places)}, {told}", "place")
         if fusion.proportional and not cls.has_attention:
             told = f"proportional is about attention, and {cls.kind} has none; leave it out, or choose a transformer"
             raise ConfigError(told, "proportional")
-        able = [f"fusion.place={place}" for place, known in cls.places.items() if RULES[fusion.rule].needs <= known]
-        remedy = [*able, "another model"][0]
-        cls._check_needs(fusion.rule, cls.places[fusion.place], f" at {fusion.place}", remedy)
         fusion.check_rule()
-
-    @classmethod
-    def _check_needs(cls, rule: str, known: frozenset[str], at: str, remedy: str) -> None:
-        """Raise ConfigError where a rule needs more of the tokens than is known of them."""
-        if lacking := sorted(RULES[rule].needs - known):
-            serve = ", ".join(name for name, one in RULES.items() if one.needs <= known)
-            told = f"needs {', '.join(lacking)} of the tokens, which {cls.kind} does not have{at}"
-            raise ConfigError(f"rule {rule!r} {told}; choose one of {serve}, or {remedy}", "rule")
 
     @classmethod
     def fusion_of(cls, schedule: Sequence[int] | str | None, settings: Mapping[str, Any]) -> Fusion:
@@ -319,7 +316,7 @@ class Backbone(nn.Module):
         Returns:
             The features of `forward_features`, for the last layer that ran; and those of the layers, in their order.
         """
-        check_choice("output_fmt", output_fmt, FORMATS)
+        check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         layers = chosen_layers(self.depth, indices)
         run = self.run(x, taken=layers, depth=max(layers) + 1 if stop_early else None)
         held = self._held(run.maps, x)
@@ -334,10 +331,7 @@ class Backbone(nn.Module):
 
     def patch_places(self, device: torch.device) -> Int[Tensor, " n"]:
         """Return the places of the patches in the sequence that enters the first layer."""
-        places = torch.arange(self.num_patches, device=device)
-        for special in sorted(self.special):
-            places = places + (places >= special)
-        return places
+        return free_places(*split_protected(self.special, 1, self.num_tokens, device), self.num_tokens, device)[0]
 
     @torch.no_grad()
     def trace(self, x: Float[Tensor, "b c h w"]) -> tuple[Int[Tensor, "b n"], ...]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import timm
 import torch
 from jaxtyping import Float
-from timm.layers import DropPath, PatchEmbed, lecun_normal_, trunc_normal_
+from timm.layers import DropPath, PatchEmbed, lecun_normal_, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ from famba.models.weights import WEIGHTS, Fit, Origin, fit_pos_embed, fitting_we
 from famba.ops import TokenMeasures, add_rms_norm
 
 BEFORE_MIXER, AFTER_SCAN = "before_mixer", "after_scan"
+Size = int | tuple[int, int]  # of a square, or height and width
 
 
 class Stream(NamedTuple):
@@ -116,8 +117,8 @@ class Vim(Backbone):
 
     def __init__(
         self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int | tuple[int, int] = 16,
+        img_size: Size = 224,
+        patch_size: Size = 16,
         in_chans: int = 3,
         num_classes: int = 1000,
         embed_dim: int = 192,
@@ -139,13 +140,12 @@ class Vim(Backbone):
             raise TypeError(f"Vim takes no argument {unknown[0]!r}{near_miss(unknown[0], known)}")
         self.settings = self.fusion_of(fusion, settings)
         self.check_fusion(self.settings)
-        image, patch = _check_patches(_pair(img_size), _pair(patch_size))
+        image, patch = _check_patches(img_size, patch_size)
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.cls_position: str = cls_position
         usual = "avg" if cls_position == "none" else "token"
         self.global_pool = self._pool(usual if global_pool is None else global_pool)
-        self.grad_checkpointing = False
 
         # timm's annotation says int, its code takes both.
         self.patch_embed = PatchEmbed(image, patch, in_chans, embed_dim)  # type: ignore[arg-type]
@@ -218,16 +218,14 @@ class Vim(Backbone):
         self.head.to(device=self.pos_embed.device, dtype=self.pos_embed.dtype)
         self._init_head()
 
-    def set_input_size(
-        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
-    ) -> None:
+    def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
         """Take images, or patches, of another size from now on, in pixels: weights are resampled as from a file.
 
         A strategy is worked out again for the new number of patches. Raises ConfigError, and changes nothing, where the
         sizes or the schedule do not fit.
         """
-        image = self.image_size if img_size is None else _pair(img_size)
-        image, patch = _check_patches(image, _pair(self.patch_embed.patch_size if patch_size is None else patch_size))
+        image = self.image_size if img_size is None else img_size
+        image, patch = _check_patches(image, self.patch_embed.patch_size if patch_size is None else patch_size)
         rows, columns, grid = image[0] // patch[0], image[1] // patch[1], self.grid_size
         patches, tokens = rows * columns, rows * columns + self.protected
         schedule = self.settings.schedule(self.depth, tokens, self.protected, (rows, columns))
@@ -355,17 +353,15 @@ class Vim(Backbone):
         return layers
 
 
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def _check_patches(image: tuple[int, int], patch: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    for side, size, step in zip(("height", "width"), image, patch, strict=True):
+def _check_patches(image: Size, patch: Size) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return height and width of both. Raises ConfigError where images are not whole patches."""
+    sizes = to_2tuple(image), to_2tuple(patch)
+    for side, size, step in zip(("height", "width"), *sizes, strict=True):
         if step < 1 or size < step or size % step:
             low = max(step, size - size % step) if step >= 1 else 0
             told = f"divisible by patch size {step}; use {low} or {low + step}, or another patch size"
             raise ConfigError(f"image {side} {size} is not {told}", "img_size")
-    return image, patch
+    return sizes
 
 
 _SHIPPED = {"crop_pct": 1.0, "license": "apache-2.0", "file": str(WEIGHTS / "vim_micro_patch4_32/model.safetensors")}
@@ -389,7 +385,7 @@ def create_vim(variant: str, pretrained: bool, shape: dict[str, Any], chosen: di
     ConfigError for what does not fit, such as the schedule of training on images of another size.
     """
     if chosen.get("pretrained_cfg") is None and get_pretrained_cfg(variant) is None:  # timm would warn
-        chosen = {**chosen, "pretrained_cfg": timm_cfg(_pair(shape.get("img_size", 224))[0])}
+        chosen = {**chosen, "pretrained_cfg": timm_cfg(to_2tuple(shape.get("img_size", 224))[0])}
     trained = fusion_of_training(variant, shape, chosen) if pretrained else {}
     # With features_only=True: by forward_intermediates, of the last three layers as timm's ViTs do.
     features = {"out_indices": 3, "feature_cls": "getter"}

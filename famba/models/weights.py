@@ -236,18 +236,17 @@ def fit_weights(model: Backbone, weights: dict[str, Any], source: str, origin: O
 
     Raises CheckpointError with the list of all that does not fit.
     """
-    own, named = model.state_dict(), {str(name): value for name, value in weights.items()}
+    own, kept = model.state_dict(), _HEADS if reset_head else ()
+    named = {str(name): value for name, value in weights.items() if not str(name).startswith(kept)}
     given = {name: value for name, value in named.items() if isinstance(value, Tensor)}
     if given and not any(name.startswith(f"{model.layers_name}.") for name in own.keys() & given.keys()):
         there, here = some(sorted(given)), some(sorted(own))
         raise CheckpointError(f"{source} is of another network: it holds {there}; this model has {here}")
     fit = Fit(given, [f"{name}: not a tensor" for name in named.keys() - given.keys()])
-    for name in [name for name in given if reset_head and name.startswith(_HEADS)]:
-        del given[name]
     for name in given.keys() & own.keys():
         if given[name].is_floating_point() and not given[name].float().isfinite().all():
             fit.misfits.append(f"{name}: holds NaN or infinity; take weights from before training failed")
-    given |= {name: value for name, value in own.items() if reset_head and name.startswith(_HEADS)}
+    given |= {name: value for name, value in own.items() if name.startswith(kept)}
     _fit_patch_embed(fit, own)
     embed = given.get("pos_embed")
     if embed is not None and embed.ndim == 3 and embed.shape[0] == 1:
