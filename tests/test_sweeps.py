@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,7 @@ def test_a_run_that_fails_leaves_the_others_alone_and_the_same_command_does_what
         (3, None, None, ["0", "1", "2"]),
         (2, "5,7", None, ["5", "7"]),
         (2, "GPU-a,GPU-b", 1, ["GPU-a"]),
+        (2, "0,1,2,3", None, ["0", "1"]),
         (0, None, None, [None]),
         (0, "", 2, [None, None]),
     ],
@@ -216,7 +218,10 @@ def test_each_run_gets_its_own_gpu(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert Local(jobs).places() == places
+    runs = [Run(Path("unused"), [], compose(["run_dir=unused"]))]
+    assert Local(jobs).places(runs) == places
+    on_one = replace(runs[0].config, trainer=replace(runs[0].config.trainer, device="cuda:1"))
+    assert Local(jobs).places([*runs, runs[0]._replace(config=on_one)]) == [None]
 
 
 def test_runs_go_on_at_once_and_one_that_fails_leaves_the_others_alone(

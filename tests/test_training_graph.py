@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from runs import TINY, last_checkpoint, metrics, run, weights
 from torch import Tensor
 
-from famba.errors import TrainingError
+from famba.errors import BackendError, TrainingError
 from famba.training import graph, step, trainer
 from famba.training.checkpoint import TrainedOn, load
 from famba.training.compose import compose
@@ -145,16 +146,24 @@ def test_a_loss_that_is_not_finite_leaves_the_state_of_the_step_before(
         assert all(torch.equal(state["optimizer"]["state"][number][name].cpu(), v) for name, v in values.items())
 
 
-def test_a_failed_capture_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    def broken(function: object, memory: object) -> None:
-        try:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        except RuntimeError:
-            raise RuntimeError("capture failed")  # noqa: B904 - as torch's own context manager does
-
-    monkeypatch.setattr(graph, "captured", broken)
-    with pytest.raises(TrainingError, match=r"\(operation not permitted .*\); use trainer\.cuda_graphs=false"):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("not permitted when capturing"), r"\(not permitted .*\); use trainer\.cuda_graphs=false"),
+        (BackendError("conv.cu does not compile; use 'triton'"), "^conv.cu does not compile; use 'triton'$"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "Less memory: trainer.accumulation=2"),
+    ],
+)
+def test_a_failed_capture_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, error: Exception, said: str
+) -> None:
+    calls, warm_up = [], graph.warm_up
+    monkeypatch.setattr(graph, "reset_peak_memory", lambda device: calls.append("peak"))
+    monkeypatch.setattr(graph, "warm_up", lambda *given: calls.append("warm-up") or warm_up(*given))
+    monkeypatch.setattr(graph, "captured", Mock(side_effect=error))
+    with pytest.raises((BackendError, TrainingError), match=said):
         run(tmp_path, *everything(device))
+    assert calls == ["warm-up", "peak", "warm-up"], "tuning takes memory that is not part of the peak"
 
 
 @pytest.mark.parametrize(

@@ -17,19 +17,18 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from famba.analysis.options import prepare_folder, write_files
 from famba.errors import ConfigError, check_choice
 from famba.fusion import Fusion, labels, tokens_per_layer
 from famba.fusion.schedules import ADAPTIVE, NONE
 from famba.models import Backbone
-from famba.ops.registry import AUTO, backends, counting_as, resolve
-from famba.training.build import build_model, check_model
+from famba.ops.registry import AUTO, backends, resolve
+from famba.training.build import check_model
 from famba.training.compose import Command, run_config
 from famba.training.config import RunConfig, flatten, plain
 from famba.training.devices import choose_device, choose_precision
-from famba.training.measure import FEW, MANY, count
+from famba.training.measure import FEW, MANY, count, without_data
 from famba.training.setup import Setup, check_cuda_graphs, prepare
 
 # Weights, gradients and AdamW's two moments, in float32.
@@ -181,11 +180,9 @@ def _planned(name: str, config: RunConfig) -> Planned:
     trainer = replace(config.trainer, device="cpu", precision="fp32", cuda_graphs="auto")
     setup = prepare(replace(config, trainer=trainer, ops=replace(config.ops, backend=AUTO)), processes=1)
     setup = replace(setup, device=device, autocast=autocast)
-    with torch.device("meta"):
-        model = build_model(config.model.name, setup.model_arguments)
-    parameters = sum(weight.numel() for weight in model.parameters())
-    with FakeTensorMode(allow_non_fake_inputs=True), counting_as(backend):
-        counted = cost(model.to_empty(device=device.type if device.type == "cuda" else "cpu"), autocast)
+    with without_data(config.model.name, setup.model_arguments, device, backend) as model:
+        model.set_grad_checkpointing(config.trainer.grad_checkpointing)
+        parameters, counted = sum(weight.numel() for weight in model.parameters()), cost(model, autocast)
     return Planned(name, config, setup, backend, parameters, counted)
 
 

@@ -19,6 +19,7 @@ import torch
 
 from famba.data.draws import Stream, derived_integer
 from famba.errors import ConfigError, TrainingError
+from famba.training.config import TrainerConfig
 
 _MOST_WORKERS = 16
 
@@ -114,17 +115,19 @@ def synchronize(device: torch.device) -> None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory ran out, on a GPU or a CPU."""
-    told = re.search("(?i)can't allocate memory|out of memory", str(error)) and isinstance(error, RuntimeError)
+    said = "(?i)can't allocate memory|out of memory|_ALLOC_FAILED"  # the latter by cuBLAS and cuDNN
+    told = re.search(said, str(error)) and isinstance(error, RuntimeError)
     return bool(told) or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
-def memory_error(error: BaseException, batch: int, accumulation: int) -> TrainingError:
-    """Return an error that says which settings need less memory."""
+def memory_error(error: BaseException, batch: int, trainer: TrainerConfig) -> TrainingError:
+    """Return an error that says which settings need less memory than those of a run with `batch` images at once."""
     reason = (str(error) or repr(error)).splitlines()[0]
-    return TrainingError(
-        f"out of memory with {batch} images at once ({reason}). Less memory: trainer.accumulation={2 * accumulation}, "
-        "trainer.grad_checkpointing=true, trainer.precision=bf16, a larger fusion.budget, or a smaller model"
-    )
+    less = [f"trainer.accumulation={2 * trainer.accumulation}", "a smaller trainer.batch_size"]
+    less += [] if trainer.grad_checkpointing else ["trainer.grad_checkpointing=true"]
+    less += ["trainer.precision=bf16"] if trainer.precision == "fp32" else []
+    told = f"{', '.join(less)}, a larger fusion.budget, or a smaller model"
+    return TrainingError(f"out of memory with {batch} images at once ({reason}). Less memory: {told}")
 
 
 def seed_generators(stream: Stream, *place: int) -> None:

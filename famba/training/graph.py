@@ -9,14 +9,15 @@ import gc
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from famba.errors import TrainingError
+from famba.errors import FambaError, TrainingError
 from famba.training.config import RunConfig
-from famba.training.devices import out_of_memory
+from famba.training.devices import out_of_memory, reset_peak_memory
 from famba.training.optimizer import has_fused_form
 from famba.training.step import Infer, Step
 
@@ -57,6 +58,7 @@ class GraphStep(Step):
             torch.zeros(shape, device=self.device) for shape in shapes
         )
         self._evaluations: dict[nn.Module, _Evaluation] = {}
+        self._is_tuned = False
         self.schedule_changes()
 
     def gradients(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
@@ -122,11 +124,14 @@ class GraphStep(Step):
         try:
             with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "(?s).*step\\(\\) is running without CUDA graph capture")
+                if not self._is_tuned:  # tuning takes memory that no step takes
+                    warm_up(self._whole if self.parts == 1 else self._micro_batch, self._memory)
+                    reset_peak_memory(self.device)
+                    self._is_tuned = True
                 if self.parts == 1:
                     self._finish = self._captured(self._whole)
                 else:
                     # Gradients get fixed places.
-                    self._micro_batch()
                     for parameter in state.model.parameters():
                         if parameter.grad is not None:
                             parameter.grad = torch.zeros_like(parameter.grad)
@@ -140,15 +145,15 @@ class GraphStep(Step):
 
     def _captured(self, function: Callable[[], None]) -> Callable[[], None]:
         """Return a function as a graph. Raises TrainingError if it cannot be captured; the device is lost then."""
+        warm_up(function, self._memory)
         try:
             return captured(function, self._memory)
+        except FambaError:
+            raise
         except RuntimeError as error:
-            chain: list[BaseException] = [error]
-            while (before := chain[-1].__context__) is not None:  # the end of the capture fails after what made it fail
-                chain.append(before)
-            if (short := next(filter(out_of_memory, chain), None)) is not None:
-                raise short from None
-            reason = (str(chain[-1]) or repr(chain[-1])).splitlines()[0]
+            if out_of_memory(error):
+                raise
+            reason = (str(error) or repr(error)).splitlines()[0]
             told = f"the step cannot be captured as a CUDA graph ({reason}); use trainer.cuda_graphs=false"
             raise TrainingError(told) from error
 
@@ -195,20 +200,21 @@ def average(averaged: nn.Module, model: nn.Module, weight: Tensor) -> None:
 
 def graph_memory(device: torch.device) -> Memory | None:
     """Return memory for graphs, which those that take turns may share; None without GPU."""
-    return (torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)) if device.type == "cuda" else None
+    return (torch.cuda.graph_pool_handle(), _capture_stream(device)) if device.type == "cuda" else None
 
 
-def captured(function: Callable[[], None], memory: Memory | None) -> Callable[[], None]:
-    """Return what replays a function as a CUDA graph, or the function itself if memory is None.
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # one for all runs: cuBLAS keeps memory for each stream that it has seen
 
-    The function reads and writes tensors that stay where they are. It runs a few times first, so that kernels are
-    compiled, tuned and given their memory. memory: of `graph_memory`.
-    """
+
+def warm_up(function: Callable[[], None], memory: Memory | None) -> None:
+    """Call a function that is to be captured a few times: kernels are compiled, tuned and given their memory."""
     if memory is None:
         for _ in range(_WARM_UPS):
             function()
-        return function
-    pool, stream = memory
+        return
+    _, stream = memory
     stream.wait_stream(torch.cuda.current_stream(stream.device))
     with torch.cuda.stream(stream):
         for _ in range(_WARM_UPS):
@@ -218,10 +224,30 @@ def captured(function: Callable[[], None], memory: Memory | None) -> Callable[[]
     # The graph has memory of its own: what the warm-up used is given back first.
     gc.collect()
     torch.cuda.empty_cache()
-    graph = torch.cuda.CUDAGraph()
-    # Other threads, such as the one that pins batches, may use the device meanwhile.
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        function()
+
+
+def captured(function: Callable[[], None], memory: Memory | None) -> Callable[[], None]:
+    """Return what replays a function as a CUDA graph, or the function itself if memory is None.
+
+    The function, called by `warm_up` before, reads and writes tensors that stay where they are. memory: of
+    `graph_memory`.
+    """
+    if memory is None:
+        return function
+    pool, stream = memory
+    graph, failure = torch.cuda.CUDAGraph(), None
+    try:
+        # Other threads, such as the one that pins batches, may use the device meanwhile.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            try:
+                function()
+            except Exception as error:
+                failure = error
+                raise
+    except RuntimeError:
+        if failure is not None:  # after which the end of the capture fails, too
+            raise failure from None
+        raise
     return graph.replay
 
 

@@ -6,8 +6,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 import famba
-from famba.ops.registry import resolve
-from famba.training.build import Batches
+from famba.models import Backbone
+from famba.ops.registry import counting_as, resolve
+from famba.training.build import Batches, build_model
 from famba.training.config import without_credentials
 from famba.training.devices import describe_device
 from famba.training.distributed import Process
@@ -79,6 +81,15 @@ def evaluate(
         raise Interrupted("stopped in an evaluation", number)
     process.sum(tally.sums)
     return tally.results()
+
+
+@contextmanager
+def without_data(name: str, arguments: dict[str, Any], device: torch.device, backend: str) -> Iterator[Backbone]:
+    """Build a network whose tensors hold no data, to count inside the block what it costs on a device, here or not."""
+    with torch.device("meta"):
+        model = build_model(name, arguments)
+    with FakeTensorMode(allow_non_fake_inputs=True), counting_as(backend):
+        yield model.to_empty(device=device.type if device.type == "cuda" else "cpu")
 
 
 def macs_per_image(model: nn.Module, image_size: int) -> int:

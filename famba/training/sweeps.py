@@ -118,15 +118,17 @@ class Local:
         """Return a configuration without what cannot be checked here, and the processes of a run, None for its own."""
         return config, None
 
-    def places(self) -> list[str | None]:
-        """Return CUDA_VISIBLE_DEVICES for each run that goes on at once, None to leave it as it is."""
+    def places(self, runs: Iterable[Run]) -> list[str | None]:
+        """Return CUDA_VISIBLE_DEVICES for each of the runs that go on at once, None to leave it as it is."""
+        if any(run.config.trainer.device.startswith("cuda:") for run in runs):  # a number, which counts all GPUs
+            return [None]
         count = torch.cuda.device_count()
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-        return [*gpus.split(",")[: self.jobs]] if count else [None] * (self.jobs or 1)
+        return [*gpus.split(",")[:count][: self.jobs]] if count else [None] * (self.jobs or 1)
 
     def launch(self, sweep: Sweep, runs: list[Run], train: Train) -> list[str]:
         """Do these runs of a sweep, and return the errors of those that failed."""
-        if len(places := self.places()[: len(runs)]) > 1:
+        if len(places := self.places(runs)[: len(runs)]) > 1:
             return _at_once(runs, sweep.config_dir, places)
         errors = []
         for run in runs:
@@ -145,6 +147,7 @@ def _at_once(runs: list[Run], config_dir: Path | None, places: list[str | None])
     """Do runs in processes of their own, as many at once as there are places, and return the errors."""
     # A run must not put the job of the whole sweep back into Slurm's queue.
     shared = {key: value for key, value in os.environ.items() if key != "SLURM_JOB_ID"}
+    shared["LOCAL_WORLD_SIZE"] = str(len(places))  # processes that share the cores, as torchrun says it
     shared.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // len(places))))
     # In a session of its own it does not get the terminal's Ctrl-C, too.
     start = partial(Popen, stdin=DEVNULL, stderr=STDOUT, start_new_session=True)

@@ -30,7 +30,7 @@ from famba.training.distributed import Process
 from famba.training.graph import GraphStep, obstacle
 from famba.training.interrupts import Interrupted, StopRequest
 from famba.training.logging import FILE_ONLY, Metrics, Progress, epoch_line
-from famba.training.measure import evaluate, macs_per_image, now, provenance, saved_bytes_per_image
+from famba.training.measure import evaluate, macs_per_image, now, provenance, saved_bytes_per_image, without_data
 from famba.training.optimizer import LearningRate, create_optimizer
 from famba.training.run_folder import WEIGHTS, RunFolder, again
 from famba.training.setup import Setup
@@ -87,11 +87,11 @@ class Training:
         found = find_checkpoint(config, folder.checkpoints, process)
         if found is not None:
             check_same_data(found, self.trained_on)
-        backend = resolve(self.device.type, setup.dtype)
-        no_graph = obstacle(config, self.device, process.world_size, backend)
+        self.backend = resolve(self.device.type, setup.dtype)
+        no_graph = obstacle(config, self.device, process.world_size, self.backend)
         self.state = new_state(config, setup, self.trained_on, self.device, fresh=found is None, fused=no_graph is None)
         self.learning_rate = LearningRate(self.state.optimizer, config, self.steps_per_epoch)
-        self.computed = f"{str(setup.dtype).removeprefix('torch.')} on {self.device.type} by {backend}"
+        self.computed = f"{str(setup.dtype).removeprefix('torch.')} on {self.device.type} by {self.backend}"
         if found is not None:
             self.state.restore(found)
             most, ended = config.trainer.max_steps, not self.state.totals.epoch_open
@@ -103,6 +103,7 @@ class Training:
         folder.rewind_metrics(self.state.step, epoch_ended=not self.state.totals.epoch_open)
         folder.write_config(plain(config))
         self._saved, self._saved_at = self._place(), time.monotonic()
+        self._first_step = self.state.step
 
         self.provenance = provenance(process.device, config.seed, process.world_size, setup.dtype)
         self._measure_costs()
@@ -118,12 +119,19 @@ class Training:
 
     def _measure_costs(self) -> None:
         """Count multiply-adds, and bytes saved for the backward, per image with the schedule as it is."""
-        self.saved_bytes = saved_bytes_per_image(self.state.model, self.setup.image_size, self.setup.autocast)
-        self.macs = macs_per_image(self.state.model, self.setup.image_size)
+        setup, own = self.setup, self.state.model
+        arguments = {**setup.model_arguments, "num_classes": own.num_classes}
+        # With data, kernels would be tuned here for batches of a few images.
+        with without_data(self.config.model.name, arguments, self.device, self.backend) as model:
+            model.set_fusion(own.fusion)
+            model.set_grad_checkpointing(self.config.trainer.grad_checkpointing)
+            self.saved_bytes = saved_bytes_per_image(model, setup.image_size, setup.autocast)
+            self.macs = macs_per_image(model, setup.image_size)
 
     def _forward_model(self) -> nn.Module:
         model: nn.Module = self.state.model
         if self.config.trainer.compile:
+            torch.compiler.reset()  # of runs before this one in the process, which count towards a limit
             # Shapes are fixed by schedule and batch size: a graph for each is faster than one for all.
             model = cast(nn.Module, torch.compile(model, fullgraph=True, dynamic=False))
         own = [self.device.index] if self.device.type == "cuda" else None
@@ -155,7 +163,7 @@ class Training:
                 if not devices.out_of_memory(error):
                     raise
                 at_once = trainer.batch_size // trainer.accumulation // self.process.world_size
-                raise devices.memory_error(error, at_once, trainer.accumulation) from error
+                raise devices.memory_error(error, at_once, trainer) from error
 
     def _train_epoch(self, progress: Progress) -> None:
         epoch, first = divmod(self.state.step, self.steps_per_epoch)
@@ -203,6 +211,8 @@ class Training:
     def _step(self, epoch: int, batches: Iterator[tuple[Tensor, Tensor]]) -> float | None:
         """Do one step; return its loss where it was looked at."""
         state = self.state
+        if state.step == self._first_step + 1 and self.device.type == "cuda" and not self.step.masks:
+            devices.reset_peak_memory(self.device)  # kernels were tuned in the first, which takes memory
         begin = time.perf_counter()
         lr = self.learning_rate.set(state.step)
         self._unseen.append(self.step.gradients(batches))

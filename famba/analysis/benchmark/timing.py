@@ -21,7 +21,7 @@ import torch
 from tabulate import tabulate
 
 from famba.training.devices import release_memory, synchronize
-from famba.training.graph import captured, graph_memory
+from famba.training.graph import captured, graph_memory, warm_up
 
 Call = Callable[[], object]
 _SAMPLE_MS, _MOST_REPLAYS = 5.0, 100  # a sample of a graph takes about so long, and holds no more replays than that
@@ -55,8 +55,11 @@ class Race:
         every()
         clocks = {"ms": lambda: self._by_host(every) / len(calls)}
         if self.device.type == "cuda":
-            every()
-            replay = graph or captured(every, graph_memory(self.device))
+            if graph is None:
+                memory = graph_memory(self.device)
+                warm_up(every, memory)
+                graph = captured(every, memory)
+            replay = graph
             replays = min(_MOST_REPLAYS, math.ceil(_SAMPLE_MS / max(self._by_events(replay), 1e-3)))
             clocks = {
                 "ms": lambda: self._by_events(replay, replays) / len(calls),
