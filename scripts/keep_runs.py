@@ -55,8 +55,11 @@ def main() -> int:
 
 
 def added(kept: pd.DataFrame, runs: pd.DataFrame, without_times: str | None) -> pd.DataFrame:
-    """Return the kept runs and the finished new ones. Raises DataError if one names folders of this machine."""
-    if left := [f"{one.run}: {one.problem}" for one in runs[runs["problem"] != ""].itertuples()]:
+    """Return the kept runs and the finished new ones. Raises DataError for runs that cannot be kept."""
+    broken, left = ([f"{one.run}: {one.problem}" for one in of.itertuples() if one.problem] for of in (kept, runs))
+    if broken:
+        raise DataError(f"the table has rows that cannot be read; mend them first: {'; '.join(broken)}")
+    if left:
         print("left out:", *left, sep="\n  ", file=sys.stderr)
     runs = runs.assign(**{"config.run_dir": "runs/" + runs["run"]})[runs["problem"] == ""].drop(columns="folder")
     private = [run for run, *cells in runs.to_numpy() if any(start in cell for cell in cells for start in PRIVATE)]
@@ -123,8 +126,10 @@ def other_runs(kept: str) -> str:
     if not (KEPT / f"{kept}.csv").exists():
         return NOT_RUN
     parts = []
-    for number, table in enumerate(gather([KEPT / f"{kept}.csv"]).tables):
-        name = f"{table.model}, {table.runs['epochs'].iloc[0]} epochs"
+    report = gather([KEPT / f"{kept}.csv"])
+    print(*(f"not in the tables: {names}: {reason}" for rows in report.left_out.values() for names, reason in rows))
+    for number, table in enumerate(report.tables):
+        name = f"{table.model.split(', epochs')[0]}, {table.runs['epochs'].iloc[0]} epochs"
         parts += [f"{name}:", tabulated(table.sheets["Results"].loc[:, lambda sheet: (sheet != "-").any()], "github")]
         parts += [f"![{name}](results/{file})" for file in save_plots(table, table.plots[0].name, f"{kept}_{number}")]
     return "\n\n".join(parts)

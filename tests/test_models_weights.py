@@ -136,6 +136,7 @@ CONFIG = {"model": {"name": "vim_micro_patch4_32", **MODEL}, "data": {"image_siz
 EXPORTED = {"architecture": "vim_micro_patch4_32", "model_args": {"img_size": [4, 16], **MODEL}}
 SAYING: dict[str, dict[str, Any]] = {
     "official": {"args": argparse.Namespace(model=OFFICIAL)},
+    "official Vim-B": {"args": argparse.Namespace(model=OFFICIAL.replace("midclstok", "middle_cls_token"))},
     "inside": {"config": CONFIG},
     "config.yaml": {},
     "config.json": {},
@@ -143,7 +144,9 @@ SAYING: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("where", SAYING)
-def test_an_official_file_a_run_or_an_export_says_where_its_rows_belong(where: str, tmp_path: Path) -> None:
+def test_an_official_file_a_run_or_an_export_says_where_its_rows_belong(
+    where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     size, grid = ((4, 16), (2, 8)) if where == "config.json" else ((8, 8), (4, 4))
     source = make(seed=1, cls_position="middle", img_size=size)
     if where.startswith("config"):
@@ -151,7 +154,9 @@ def test_an_official_file_a_run_or_an_export_says_where_its_rows_belong(where: s
     path = save(tmp_path / "w.pt", {"model": source.state_dict(), **SAYING[where]})
     same = load_vim_checkpoint(make(cls_position="middle", img_size=size), path)
     assert_equal_weights(same.state_dict(), source.state_dict())
+    assert not caplog.records
     model = load_vim_checkpoint(make(cls_position="head", img_size=(16, 4)), path)
+    assert "the class token moves from middle to head, where the weights have not learnt it" in caplog.text
     cls, others = rows(source.pos_embed, GRID * GRID // 2)
     assert torch.equal(model.pos_embed[0, 0], cls)
     assert torch.equal(model.pos_embed[:, 1:], resampled(others[None], (8, 2), grid, 0))

@@ -102,7 +102,7 @@ def test_what_a_summary_lacks_is_a_dash(tmp_path: Path) -> None:
 def test_odd_runs_are_listed_with_what_differs_and_not_averaged(tmp_path: Path) -> None:
     write_pair(tmp_path)
     write_run(tmp_path / "unfinished", "upper", 3, 99.0, status="interrupted")
-    write_run(tmp_path / "recipe", "upper", 3, 99.0, config={"recipe.lr": 0.001, "trainer.epochs": 9})
+    write_run(tmp_path / "recipe", "upper", 3, 99.0, config={"recipe.lr": 0.001, "recipe.min_lr": 0.5})
     write_run(tmp_path / "data", "upper", 4, 99.0, config={"data.subset": 500})
     commit = SUMMARY["provenance"]["git_commit"]
     write_run(tmp_path / "code", "upper", 5, 99.0, origin={"git_commit": f"{commit}-dirty"})
@@ -114,7 +114,7 @@ def test_odd_runs_are_listed_with_what_differs_and_not_averaged(tmp_path: Path) 
     assert (upper["seeds"], upper["top1_percent_mean"]) == ("0 1 2", pytest.approx(12.0))
     assert {name: reason for name, (_, reason) in others.items() if name not in ("damaged", "torn")} == {
         "unfinished": "interrupted after step 7 of 7",
-        "recipe": "recipe.lr: 0.001, in the table 0.01; trainer.epochs: 9, in the table 4",
+        "recipe": "recipe.lr: 0.001, in the table 0.01; recipe.min_lr: 0.5, in the table 1e-05",
         "data": "data.subset: 500, in the table not known",
         "code": f"git_commit: {commit}-dirty, in the table {commit}",
         "bare": "config.yaml is missing, so its recipe is not known",
@@ -124,21 +124,24 @@ def test_odd_runs_are_listed_with_what_differs_and_not_averaged(tmp_path: Path) 
     assert others["torn"][1].startswith("config.yaml is damaged")
 
 
-def test_another_precision_is_another_table_and_what_has_no_bearing_parts_no_runs(tmp_path: Path) -> None:
+def test_precision_and_length_part_tables_and_what_has_no_bearing_parts_no_runs(tmp_path: Path) -> None:
     write_pair(tmp_path)
     for seed in range(2):
         write_run(tmp_path / f"half{seed}", "upper", seed, 99.0, precision="bfloat16")
+    write_run(tmp_path / "long", "upper", 0, 99.0, config={"trainer.epochs": 9})
+    write_run(tmp_path / "parted", "upper", 4, 99.0, config={"recipe.repeats": 3}, origin={"processes": 4})
     free = {"data.root": "elsewhere", "trainer.log_every": 5, "logger.name": "wandb", "ops.backend": "native",
-            "trainer.precision": "auto", "data.image_size": 32, "fusion.mode": "fuse"}  # fmt: skip
+            "trainer.precision": "auto", "data.image_size": 32, "fusion.mode": "fuse", "recipe.repeats": 3}  # fmt: skip
     write_run(tmp_path / "free", "upper", 3, 12.0, config=free)
     report = gather([tmp_path])
     (half,) = (table for table in report.tables if "bfloat16" in table.model)
-    (full,) = (table for table in report.tables if table is not half)
-    assert (half.model, full.model) == (f"{MODEL}, precision bfloat16", f"{MODEL}, precision fp32")
+    full, long = (table for table in report.tables if table is not half)
+    assert (half.model, full.model) == tuple(f"{MODEL}, precision {one}, epochs 4" for one in ("bfloat16", "fp32"))
+    assert (long.model, long.rows.loc["upper", "seeds"]) == (f"{MODEL}, precision fp32, epochs 9", "0")
     assert half.rows.loc["upper", "top1_percent_mean"] == pytest.approx(99.0)
     assert full.rows.loc["upper", "top1_percent_mean"] == pytest.approx(12.0)
     assert full.rows.loc["upper", "seeds"] == "0 1 2 3"
-    assert not report.left_out
+    assert left_out(tmp_path)["parted"][1] == "recipe.repeats: 3 over 4, in the table 1"
 
 
 def test_runs_from_other_weights_are_kept_apart_wherever_these_lie(tmp_path: Path) -> None:

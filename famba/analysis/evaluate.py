@@ -26,9 +26,11 @@ from famba import data
 from famba.analysis import options as shared
 from famba.analysis.figures import confusion_matrix
 from famba.analysis.options import Variant, label_variants, own, unfused, variants
+from famba.analysis.predict import class_names
 from famba.analysis.report import difference as written
 from famba.analysis.report import tabulated
 from famba.analysis.trained import Trained, load_trained
+from famba.data.augment import evaluation_scaling
 from famba.errors import ConfigError, FambaError, TrainingError, check_choice, named, some
 from famba.fusion import Fusion, tokens_per_layer
 from famba.models import Backbone
@@ -125,8 +127,11 @@ def _source(trained: Trained, config: RunConfig, other_root: str | None, subset:
 def _beside(trained: Trained, path: str) -> Trained:
     """Load a network to evaluate beside another. Raises ConfigError where it reads images or classes otherwise."""
     other = load_trained(path)
-    names = ("image_size", "mean", "std", "classes", "class_names")
-    if differing := [name for name in names if getattr(other, name) != getattr(trained, name)]:
+    names = ("image_size", "mean", "std", "classes", "class_names", "reading")
+    differing = [name for name in names if getattr(other, name) != getattr(trained, name)]
+    ours, theirs = (evaluation_scaling(one.scaling, one.image_size) for one in (trained, other))
+    differing += ["recipe.eval_crop or recipe.interpolation"] if ours != theirs else []
+    if differing:
         told = f"it differs in {', '.join(differing)}; give networks that were trained for the same images"
         raise ConfigError(f"--beside {path} cannot be compared with {trained.source}: {told}")
     return other
@@ -378,7 +383,7 @@ def per_class(evaluation: Evaluation) -> dict[str, str | bytes]:
     Classes without images are left out of the first, and are rows of zeros in the second.
     """
     trained = evaluation.request.trained
-    names = list(trained.class_names or map(str, range(trained.classes)))
+    names = class_names(trained)
     every = range(len(names))
     counts = pd.crosstab(*evaluation.ranked.numpy()).reindex(index=every, columns=every, fill_value=0)
     counts = counts.set_axis(pd.Index(names, name="true class")).set_axis(names, axis=1)

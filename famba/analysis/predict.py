@@ -89,9 +89,8 @@ def predict(trained: Trained, files: Sequence[Path], device: torch.device) -> It
 
 def class_names(trained: Trained) -> Sequence[str]:
     """Return the names of the classes by their numbers, or the numbers in words where nothing tells the names."""
-    if trained.class_names is not None:
-        return trained.class_names
+    known = trained.class_names or ()
     # Famba 0.1 did not keep them, as in the run of the bundled weights.
-    if trained.config is not None and (trained.config.data.name, trained.classes) == ("cifar100", 100):
+    if not known and trained.config is not None and (trained.config.data.name, trained.classes) == ("cifar100", 100):
         return (WEIGHTS / "vim_micro_patch4_32/classes.txt").read_text().split()
-    return [f"class {number}" for number in range(trained.classes)]
+    return [*known, *(f"class {number}" for number in range(len(known), trained.classes))]

@@ -1,7 +1,8 @@
 """Make the paper's table from one's own runs, over seeds, with intervals and plots: `famba report`.
 
-Runs of a model are compared where they share data, recipe, precision and code. Time, throughput and memory are compared
-where they share the machine too: a run from another machine counts for accuracy alone.
+Runs of a model are compared where they share data, recipe, precision and code; each length of training has a table.
+Time, throughput and memory are compared where they share the machine too: a run from another machine counts for
+accuracy alone.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ COSTS = ("train_time_s", "peak_memory_mib", "saved_bytes_per_image", "images_per
 _NUMBERS = [*COSTS, "top1", "top5", "macs_per_image", "parameters", "tokens"]
 _OUTCOME = ["image_size", "precision", "steps", "provenance.famba", "provenance.git_commit"]
 _MODEL = ["model", *(f"config.model.{key}" for key in ("patch_size", "depth", "embed_dim", "d_state", "cls_position"))]
-_MODEL += ["precision"]
+_MODEL += ["precision", "config.trainer.epochs"]
 _MACHINE = ("device", "processes", "backend")
 _PLACE = [f"provenance.{key}" for key in (*_MACHINE, "cuda")]
 _SPEED = ("compile", "cuda_graphs", "grad_checkpointing", "accumulation")
@@ -100,7 +101,7 @@ class Table:
     @cached_property
     def plots(self) -> list[Plot]:
         """Draw the table's pictures, once they are asked for."""
-        return draw(self.rows, re.sub(r"[^a-z0-9]+", "-", self.model.lower()).strip("-")[:60] or "model")
+        return draw(self.rows, re.sub(r"[^a-z0-9]+", "-", self.model.lower()).strip("-")[:200] or "model")
 
 
 class Report(NamedTuple):
@@ -150,7 +151,7 @@ def _prepared(runs: pd.DataFrame) -> pd.DataFrame:
     """Add numbers, seed and lists, and the fusion setting as text: without fusion nothing but the strategy counts."""
     names = {f"config.fusion.{name}": name for name in (*_SETTING, "layers")}
     needed = [*names, *_NUMBERS, *_MODEL, *_PLACE, *_OUTCOME, "started_from.weights_sha256", "config.init_from"]
-    needed += ["config.data.name", "config.data.root", "provenance.started"]
+    needed += ["config.data.name", "config.data.root", "config.recipe.repeats", "provenance.started"]
     runs = runs.reindex(columns=list(dict.fromkeys([*runs, *needed])), fill_value="")
     counts = {name: runs[name].map(lambda cell: float(cell or "nan")) for name in _NUMBERS}
     counts |= {name: counts[name].where(counts[name] > 0) for name in COSTS}
@@ -170,7 +171,12 @@ def _prepared(runs: pd.DataFrame) -> pd.DataFrame:
     root = runs["config.data.root"].mask(runs["config.data.name"].isin(PUBLISHED), "")
     digest = runs["started_from.weights_sha256"]
     started = runs["config.init_from"].mask(digest != "", "weights of SHA-256 " + digest.str[:16])
-    return runs.assign(**counts, **setting, **{"config.data.root": root, "config.init_from": started})
+    # Repeated augmentation parts the images among processes; for one alone it does nothing.
+    parted, processes = runs["config.recipe.repeats"], runs["provenance.processes"]
+    several = ~parted.isin(["", "1"]) & (processes != "1")
+    changed = {"config.data.root": root, "config.init_from": started}
+    changed["config.recipe.repeats"] = parted.where(parted == "", "1").mask(several, parted + " over " + processes)
+    return runs.assign(**counts, **setting, **changed)
 
 
 def _tables(runs: pd.DataFrame, left_out: list[tuple[str, str, str]]) -> list[Table]:

@@ -18,7 +18,7 @@ from famba.fusion import SETTINGS
 from famba.models import backbone
 from famba.models.backbone import CLS_POSITIONS, Backbone, Reduction, Run, Tokens, one_number, timm_cfg
 from famba.models.mixer import VimMixer
-from famba.models.weights import WEIGHTS, Fit, Origin, fit_pos_embed, fitting_weights, fusion_of_training
+from famba.models.weights import WEIGHTS, Fit, Origin, arguments_of_training, fit_pos_embed, fitting_weights
 from famba.ops import TokenMeasures, add_rms_norm
 
 BEFORE_MIXER, AFTER_SCAN = "before_mixer", "after_scan"
@@ -386,7 +386,7 @@ def create_vim(variant: str, pretrained: bool, shape: dict[str, Any], chosen: di
     """
     if chosen.get("pretrained_cfg") is None and get_pretrained_cfg(variant) is None:  # timm would warn
         chosen = {**chosen, "pretrained_cfg": timm_cfg(to_2tuple(shape.get("img_size", 224))[0])}
-    trained = fusion_of_training(variant, shape, chosen) if pretrained else {}
+    trained = arguments_of_training(variant, shape, chosen) if pretrained else {}
     # With features_only=True: by forward_intermediates, of the last three layers as timm's ViTs do.
     features = {"out_indices": 3, "feature_cls": "getter"}
     arguments = {"pretrained_filter_fn": fitting_weights, "feature_cfg": features, **shape, **trained, **chosen}

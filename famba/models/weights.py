@@ -25,7 +25,7 @@ from famba.models.backbone import BACKBONES, CLS_POSITIONS, Backbone, create_net
 
 WEIGHTS = Path(__file__).parent / "weights"  # run folders of the bundled weights, by the names of their models
 _PATCHES = "patch_embed.proj.weight"
-_MIDDLE = "midclstok"  # in names of official models
+_OFFICIAL_MIDDLE = re.compile("midclstok|middle_cls_token")  # in names of official models
 _log = logging.getLogger(__name__)
 _HEADS = ("head.", "head_dist.")
 # Keys under which files of others keep weights, the first that is there is taken: last weights before averaged ones.
@@ -109,6 +109,8 @@ def fitting_weights(weights: dict[str, Any], model: Backbone) -> dict[str, Tenso
     fit = fit_weights(model, weights, "what comes with the model", _origin_by_timm(weights, model), other_head)
     if fit.changes:
         _log.info("pretrained weights: %s", "; ".join(fit.changes))
+    for doubt in fit.doubts:
+        _log.warning("pretrained weights: %s", doubt)
     # timm itself makes it one of other channels, and refuses or warns where that is done.
     return fit.weights if fit.rgb is None else {**fit.weights, _PATCHES: fit.rgb}
 
@@ -163,10 +165,12 @@ def saved_origin(content: dict[str, Any], path: str | Path) -> Origin:
     """
     arguments = content.get("args")
     official = arguments.get("model") if isinstance(arguments, dict) else getattr(arguments, "model", None)
-    if isinstance(official, str):
-        return Origin("middle" if _MIDDLE in official else None)
+    if isinstance(official, str) and "_stride" in official:
+        raise CheckpointError(f"{path} is of {official}, whose patches overlap; Famba has no such network")
+    if isinstance(official, str) and _OFFICIAL_MIDDLE.search(official):
+        return Origin("middle")
     said = _origin(content["config"]) if content.get("config") is not None else _beside(Path(path).parent)
-    return Origin("middle") if said == Origin() and _MIDDLE in Path(path).name else said
+    return Origin("middle") if said == Origin() and _OFFICIAL_MIDDLE.search(Path(path).name) else said
 
 
 def _origin_by_timm(weights: Mapping[str, Any], model: Backbone) -> Origin:
@@ -338,7 +342,8 @@ def _cls_position(fit: Fit, own: str, origin: Origin) -> str:
     if position != "none" and origin.cls_position is None:
         fit.changes.append(f"the class token is taken to stand at {position}, since nothing says where")
     elif position != own:
-        fit.changes.append(f"the class token moves from {position} to {own}")
+        moved = f"the class token moves from {position} to {own}"
+        fit.doubts.append(f"{moved}, where the weights have not learnt it; cls_position={position!r} keeps its place")
     return position
 
 
@@ -375,19 +380,20 @@ def names_with_weights() -> list[str]:
     return [n for folder in sorted(WEIGHTS.iterdir()) for n in timm.list_models(f"{folder.name}*", pretrained=True)]
 
 
-def fusion_of_training(variant: str, shape: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
-    """Return how pretrained weights were trained to fuse, as arguments of Vim, by their run; nothing without a run."""
+def arguments_of_training(variant: str, shape: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+    """Return fusion and class token's place of pretrained weights, as arguments of Vim; nothing without their run."""
     file = resolve_pretrained_cfg(variant, chosen.get("pretrained_cfg"), chosen.get("pretrained_cfg_overlay")).file
     # Where timm loads a folder, this is the folder, and its config.json says how the network fuses.
     if not file or not Path(file).is_file():
         return {}
     config, summary = Path(file).with_name("config.yaml"), Path(file).with_name("summary.json")
     if config.is_file() and summary.is_file():
-        fusion, schedule = yaml.safe_load(config.read_text())["fusion"], json.loads(summary.read_text())["schedule"]
+        values, schedule = yaml.safe_load(config.read_text()), json.loads(summary.read_text())["schedule"]
     elif {"config", "schedule"} <= (content := read_file(file)).keys():  # a checkpoint of a run
-        fusion, schedule = content["config"]["fusion"], content["schedule"]
+        values, schedule = content["config"], content["schedule"]
     else:
         return {}
     if len(schedule) != {**shape, **chosen}["depth"]:
         return {}  # the weights do not fit either, which says more
-    return {"fusion": schedule, **{f"fusion_{name}": fusion[name] for name in SETTINGS if name in fusion}}
+    fusion = {f"fusion_{name}": values["fusion"][name] for name in SETTINGS if name in values["fusion"]}
+    return {"fusion": schedule, "cls_position": values["model"]["cls_position"], **fusion}

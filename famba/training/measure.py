@@ -35,6 +35,7 @@ _NOT_COUNTED = {_ON_CPU: lambda query, key, value, *_, **__: sdpa_flop_count(que
 # Autograd keeps the same for any batch besides what it keeps of each image: two sizes tell the two apart.
 FEW, MANY = 2, 4
 Mark = Callable[[], None]
+_CODE = ("famba", "configs", "train.py", "setup.py", "pyproject.toml")
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "hydra-core", "triton", "mamba-ssm", "causal-conv1d")
 
 
@@ -171,12 +172,19 @@ def provenance(device: torch.device, seed: int, world_size: int, dtype: torch.dt
 
 
 def git_commit() -> str | None:
-    """Return the commit of famba's checkout, with "-dirty" if it is changed; outside of one $FAMBA_COMMIT."""
+    """Return the last commit in famba's checkout that changes what runs; outside of a checkout $FAMBA_COMMIT.
+
+    With "-dirty" if more is changed. Documents and tests do not count, so that runs before and after can be compared.
+    """
     root = Path(famba.__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments, "--", *_CODE]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()  # noqa: S603
+
     if (root / "pyproject.toml").is_file():  # famba's own checkout, not one that a virtual environment lies in
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         with suppress(OSError, subprocess.SubprocessError):
-            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()  # noqa: S603
+            return git("log", "-1", "--format=%H") + "-dirty" * bool(git("status", "--porcelain", "-uno"))
     return os.environ.get("FAMBA_COMMIT") or None
 
 

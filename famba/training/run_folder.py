@@ -127,8 +127,9 @@ def _is_before(line: str, step: int, epoch_ended: bool) -> bool:
 
 def finished_weights(folder: Path) -> Path:
     """Return the file with the last weights of the finished run in a folder. Raises CheckpointError without."""
-    weights = folder / WEIGHTS
-    if weights.is_file():
+    weights, summary = folder / WEIGHTS, RunFolder(folder, writes=False).summary
+    # A run that ended at trainer.max_steps and goes on still has those of that end.
+    if weights.is_file() and (summary is None or summary["status"] == "finished"):
         return weights
     if kept := Checkpoints(folder / "checkpoints").newest_first():
         raise CheckpointError(f"the run in {folder} is not finished, or has lost its {WEIGHTS}; give {kept[0]}")
