@@ -24,7 +24,7 @@ from famba.fusion import tokens_per_layer
 from famba.ops.registry import resolve
 from famba.training import checkpoint, devices, interrupts
 from famba.training.build import Batches, build_model, load_images, load_splits, make_loaders, model_classes
-from famba.training.checkpoint import Totals, TrainedOn, TrainingState, check_same_data, find_checkpoint
+from famba.training.checkpoint import Totals, TrainedOn, TrainingState, find_checkpoint
 from famba.training.config import RunConfig, plain
 from famba.training.distributed import Process
 from famba.training.graph import GraphStep, obstacle
@@ -84,9 +84,9 @@ class Training:
         adapt_images = min(config.fusion.adapt_images or 0, len(splits.train))
         self.adapt_source = data.sample(splits.train, adapt_images, config.data.version) if adapt_images else None
 
-        found = find_checkpoint(config, folder.checkpoints, process)
-        if found is not None:
-            check_same_data(found, self.trained_on)
+        settings = plain(config)
+        self.about = {"config": settings, "data": asdict(self.trained_on), "world_size": process.world_size}
+        found = find_checkpoint(config.resume, self.about, folder.checkpoints, process)
         backend = resolve(self.device.type, setup.dtype)
         no_graph = obstacle(config, self.device, process.world_size, backend)
         self.state = new_state(config, setup, self.trained_on, self.device, fresh=found is None, fused=no_graph is None)
@@ -101,7 +101,7 @@ class Training:
                 _log.warning("begun in %s, continuing in %s: results will differ", before, self.computed)
             _log.info("continuing after step %d of %d", self.state.step, self.total_steps)
         folder.rewind_metrics(self.state.step, epoch_ended=not self.state.totals.epoch_open)
-        folder.write_config(plain(config))
+        folder.write_config(settings)
         self._saved, self._saved_at = self._place(), time.monotonic()
 
         self.provenance = provenance(process.device, config.seed, process.world_size, setup.dtype)
@@ -111,7 +111,7 @@ class Training:
             _log.info("steps are no CUDA graphs, and may wait for the host: %s", no_graph)
         self.forward = self._forward_model()
         self.step = (Step if no_graph else GraphStep)(config, self.state, self.forward, process, setup.autocast)
-        self.metrics = Metrics(folder, config.logger, plain(config), self.state.step)
+        self.metrics = Metrics(folder, config.logger, settings, self.state.step)
         # A look at the loss makes a GPU wait, so the loss is looked at now and then there, and at every step on a CPU.
         self._look_every = config.trainer.log_every if self.device.type != "cpu" or self.step.masks else 1
         self._unseen: list[Tensor] = []
@@ -379,8 +379,7 @@ class Training:
         """Save the state in the background; lines of metrics that a continuation will not write again come first."""
         self._saved, self._saved_at = self._place(), time.monotonic()
         if self.folder.writes:
-            about = {"config": plain(self.config), "data": asdict(self.trained_on), "computed": self.computed}
-            content = {**about, "world_size": self.process.world_size, **self.state.content()}
+            content = {**self.about, "computed": self.computed, **self.state.content()}
             self.folder.checkpoints.save(self.state.step, content, selected, self.metrics.sync)
 
     def _save_after_error(self) -> None:
