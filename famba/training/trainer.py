@@ -31,7 +31,7 @@ from famba.training.graph import GraphStep, obstacle
 from famba.training.interrupts import Interrupted, StopRequest
 from famba.training.logging import FILE_ONLY, Metrics, Progress, epoch_line
 from famba.training.measure import evaluate, macs_per_image, now, provenance, saved_bytes_per_image
-from famba.training.optimizer import LearningRate, create_optimizer
+from famba.training.optimizer import create_optimizer, learning_rate, set_learning_rate
 from famba.training.run_folder import WEIGHTS, RunFolder, again
 from famba.training.setup import Setup
 from famba.training.step import Step
@@ -90,7 +90,6 @@ class Training:
         backend = resolve(self.device.type, setup.dtype)
         no_graph = obstacle(config, self.device, process.world_size, backend)
         self.state = new_state(config, setup, self.trained_on, self.device, fresh=found is None, fused=no_graph is None)
-        self.learning_rate = LearningRate(self.state.optimizer, config, self.steps_per_epoch)
         self.computed = f"{str(setup.dtype).removeprefix('torch.')} on {self.device.type} by {backend}"
         if found is not None:
             self.state.restore(found)
@@ -204,7 +203,8 @@ class Training:
         """Do one step; return its loss where it was looked at."""
         state = self.state
         begin = time.perf_counter()
-        lr = self.learning_rate.set(state.step)
+        lr = learning_rate(self.config, self.steps_per_epoch, state.step)
+        set_learning_rate(state.optimizer, lr)
         self._unseen.append(self.step.gradients(batches))
         done, seen = state.step + 1, None
         if done % self._look_every == 0 or done == self.total_steps or done % self.steps_per_epoch == 0:
@@ -227,8 +227,8 @@ class Training:
         self._unseen.clear()
         for step, (loss, norm) in enumerate(records, start=last_step - len(records) + 1):
             if not math.isfinite(loss) or not (math.isfinite(norm) or self.state.scaler.is_enabled()):
-                epoch, lr = (step - 1) // self.steps_per_epoch, self.learning_rate.set(step - 1)
-                saved = self._saved[0]
+                lr = learning_rate(self.config, self.steps_per_epoch, step - 1)
+                epoch, saved = (step - 1) // self.steps_per_epoch, self._saved[0]
                 kept = f"the last good state is that of step {saved}" if saved else "no earlier state is kept"
                 raise _DivergedError(
                     f"the loss is {loss} at step {step} (epoch {epoch + 1}), with learning rate {lr:.3g} and gradient "
