@@ -214,10 +214,8 @@ def captured(function: Callable[[], None], memory: Memory | None) -> Callable[[]
         for _ in range(_WARM_UPS):
             function()
     torch.cuda.current_stream(stream.device).wait_stream(stream)
-    torch.cuda.synchronize(stream.device)
     # The graph has memory of its own: what the warm-up used is given back first.
     gc.collect()
-    torch.cuda.empty_cache()
     graph = torch.cuda.CUDAGraph()
     # Other threads, such as the one that pins batches, may use the device meanwhile.
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
