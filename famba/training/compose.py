@@ -138,8 +138,7 @@ def run_config(values: DictConfig) -> RunConfig:
 
 def swept_by_config(values: DictConfig) -> dict[str, Any]:
     """Return the keys with several values in hydra.sweeper.params, which experiments set."""
-    params = OmegaConf.select(values.hydra.sweeper, "params")
-    return {} if params is None else OmegaConf.to_container(params, resolve=True)  # type: ignore[return-value]
+    return dict(OmegaConf.select(values, "hydra.sweeper.params") or {})
 
 
 def config_dir() -> Path:

@@ -106,10 +106,9 @@ class Metrics:
                 os.fsync(file)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Hand the summary to the logger, and log no more."""
+        """Hand the summary to the logger, which logs no more."""
         if (more := self._more) is not None:
             self._attempt("finish", lambda: more[1](summary))
-        self.sync()
         self._more = None
 
     @contextmanager

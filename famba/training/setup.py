@@ -30,14 +30,12 @@ class Setup:
     """Hold what a configuration means on this machine.
 
     image_size: pixels. schedule: tokens that each layer removes, at first where it adapts. tokens: length of the
-    unfused sequence. matched: whether the schedule removes the same total as the other strategies of its budget.
-    autocast: dtype of matrix products, None for float32. model_arguments: of `create_network`.
+    unfused sequence. autocast: dtype of matrix products, None for float32. model_arguments: of `create_network`.
     """
 
     image_size: int
     schedule: tuple[int, ...]
     tokens: int
-    matched: bool
     device: torch.device
     autocast: torch.dtype | None
     model_arguments: dict[str, Any]
@@ -85,7 +83,7 @@ def prepare(config: RunConfig, processes: int | None = None) -> Setup:
     if processes is None:
         check_files(config)
     arguments |= {"fusion": schedule}
-    return Setup(size[0], schedule, outline.num_tokens, config.fusion.is_matched, device, autocast, arguments)
+    return Setup(size[0], schedule, outline.num_tokens, device, autocast, arguments)
 
 
 def check_cuda_graphs(config: RunConfig, device: torch.device, processes: int, backend: str) -> None:

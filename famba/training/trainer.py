@@ -366,7 +366,7 @@ class Training:
             "tokens_removed": sum(schedule),
             "schedule": schedule,
             "tokens_per_layer": tokens_per_layer(schedule, setup.tokens),
-            "budget_matched": setup.matched,
+            "budget_matched": config.fusion.is_matched,
             "adapted": totals.schedules or None,
             "images": self.trained_on.images,
             "classes": self.trained_on.classes,
