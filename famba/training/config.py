@@ -200,8 +200,10 @@ def plain(config: RunConfig) -> dict[str, Any]:
 
 def with_added_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return an earlier run's configuration with the keys that were added since, as the run went without them."""
-    added = {key: value for key, value in ADDED_KEYS.items() if key.split(".")[0] in values}
-    return nested({**added, **flatten(values)})
+    flat = flatten(values)
+    groups = {key.split(".")[0] for key in flat if "." in key}
+    added = {key: value for key, value in ADDED_KEYS.items() if key not in flat and key.split(".")[0] in groups}
+    return nested({**flat, **added})
 
 
 @cache
