@@ -23,7 +23,7 @@ from famba.fusion import match, schedule
 from famba.fusion.rules import closest_cosines
 from famba.models import Vim, apply_tome
 from famba.training.compose import compose
-from famba.training.optimizer import LearningRate, create_optimizer
+from famba.training.optimizer import create_optimizer, learning_rate, set_learning_rate
 from famba.training.setup import prepare
 
 VIT = ("model=vit_micro", "model.d_state=null", "fusion.budget=8")
@@ -172,10 +172,9 @@ def test_with_layer_decay_every_parameter_has_the_rate_of_its_layer(kind: str) -
     model = NETWORKS[kind]()
     config = compose([*TINY, f"recipe.layer_decay={DECAY}", "recipe.weight_decay=0.1", "trainer.epochs=3"])
     optimizer = create_optimizer(model, config)
-    rate = LearningRate(optimizer, config, 3)
     names = {parameter: name for name, parameter in model.named_parameters()}
     for step in range(9):
-        top = rate.set(step)
+        set_learning_rate(optimizer, top := learning_rate(config, 3, step))
         seen = set()
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -192,7 +191,7 @@ def test_with_layer_decay_every_parameter_has_the_rate_of_its_layer(kind: str) -
 def test_rates_are_bit_by_bit_those_of_timms_scheduler(steps: str, warmup: float) -> None:
     config = compose([*TINY, f"recipe.lr_steps={steps}", f"recipe.warmup_epochs={warmup}", "trainer.epochs=7"])
     mine, recipe = SimpleNamespace(param_groups=[{"lr": 0.0}, {"lr": 0.0, "lr_scale": DECAY}]), config.recipe
-    rate, top = LearningRate(mine, config, 5), recipe.lr * 24 / recipe.lr_batch  # type: ignore[arg-type]
+    top = recipe.lr * 24 / recipe.lr_batch
     theirs: Any = SimpleNamespace(param_groups=[{"lr": top}, {"lr": top, "lr_scale": DECAY}])
     timms, _ = create_scheduler_v2(
         theirs, sched="cosine", num_epochs=7, warmup_epochs=warmup, warmup_lr=recipe.warmup_lr, min_lr=recipe.min_lr,
@@ -200,5 +199,5 @@ def test_rates_are_bit_by_bit_those_of_timms_scheduler(steps: str, warmup: float
     )  # type: ignore[arg-type]  # fmt: skip
     for step in range(37):
         timms.step(step // 5) if steps == "epoch" else timms.step_update(step)
-        assert rate.set(step) == mine.param_groups[0]["lr"]
+        set_learning_rate(mine, learning_rate(config, 5, step))  # type: ignore[arg-type]
         assert [group["lr"] for group in mine.param_groups] == [group["lr"] for group in theirs.param_groups]

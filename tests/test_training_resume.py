@@ -143,6 +143,8 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     with RunFolder(tmp_path, writes=True), pytest.raises(ConfigError, match="another run is writing"):
         run(tmp_path)
     run(tmp_path, "trainer.max_steps=1")
+    with pytest.raises(ConfigError, match="run_dir=/dev/null/run cannot be written"):
+        run(Path("/dev/null/run"))
 
 
 def test_a_damaged_small_file_is_named_and_a_broken_line_of_metrics_dropped(tmp_path: Path, whole: Path) -> None:

@@ -87,7 +87,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step_and_the_run_goes_on(
 
 def test_another_number_of_processes_is_refused_and_why() -> None:
     with pytest.raises(CheckpointError, match=r"processes: 2 before, 1 now \(they add up gradients"):
-        check_same_run({"config": {}, "world_size": 2}, {}, 1)
+        check_same_run({"config": {}, "world_size": 2}, {"config": {}, "world_size": 1})
 
 
 def test_tasks_of_srun_find_one_another(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from famba.files import write_whole
 from famba.fusion import RULES, SETTINGS, Fusion, labels
 from famba.fusion.schedules import ADAPTIVE, CUSTOM, NONE, PAPER, strategy_names
 from famba.models import Backbone
-from famba.training.devices import choose_device, make_current
+from famba.training.devices import choose_device
 
 CHECKPOINT = "a run folder, weights in one, a checkpoint (.pt), or a timm model"
 # Fields of `Fusion` to the options that choose them.
@@ -76,11 +76,9 @@ def count(text: str) -> int:
 def device(name: str) -> torch.device:
     """Return the device that --device names, and make it the current one. Raises ConfigError where it is not there."""
     try:
-        found = choose_device(name)
+        return choose_device(name)
     except ConfigError as error:
         raise ConfigError(str(error).replace("trainer.device", "--device")) from error
-    make_current(found)
-    return found
 
 
 def prepare_folder(path: str | Path) -> Path:

@@ -25,7 +25,7 @@ from famba.fusion.schedules import ADAPTIVE, NONE
 from famba.models import Backbone
 from famba.ops.registry import AUTO, backends, resolve
 from famba.training.build import check_model
-from famba.training.compose import Command, run_config
+from famba.training.compose import Command
 from famba.training.config import RunConfig, flatten, plain
 from famba.training.devices import choose_device, choose_precision
 from famba.training.measure import FEW, MANY, count, without_data
@@ -136,7 +136,7 @@ def plan(overrides: Sequence[str], config_dir: Path | None = None) -> list[Plann
     asked: list[RunConfig] = []
     command = Command(tuple(overrides), multirun=True, config_dir=config_dir)
     for job in command.jobs():
-        config = replace(run_config(command.compose(job)), seed=0, run_dir="planned")
+        config = replace(command.config_of(job), seed=0, run_dir="planned")
         check_model(config)  # before the one without fusion, which has its place and would be refused for that
         wanted = [] if config.fusion.strategy == NONE else [config]
         asked += [one for one in (_unfused(config), *wanted) if one not in asked]

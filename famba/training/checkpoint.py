@@ -20,8 +20,7 @@ from famba import data
 from famba.errors import CheckpointError, DamagedError
 from famba.files import read_file, read_seal, seal, write_whole
 from famba.models import Backbone
-from famba.training import interrupts
-from famba.training.config import RunConfig, flatten, plain, with_added_keys
+from famba.training.config import flatten, with_added_keys
 from famba.training.distributed import Process
 from famba.training.optimizer import load_state, portable_state
 
@@ -204,19 +203,17 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     write_whole(path, lambda file: Path(file).write_bytes(save(on_cpu)))  # save_file hides a full disk
 
 
-def find_checkpoint(config: RunConfig, folder: Checkpoints, process: Process) -> dict[str, Any] | None:
+def find_checkpoint(resume: str, now: dict[str, Any], folder: Checkpoints, process: Process) -> dict[str, Any] | None:
     """Read the checkpoint to continue from, the same in all processes; None if the run starts anew.
 
-    The checkpoint that `resume` names is used only while the run has none of its own.
+    The checkpoint that `resume` names is used only while the run has none of its own. now: as in `check_same_run`.
     """
-    if interrupts.starts_anew(config.resume):
-        return None
     path = process.from_main(folder.find_last() if process.is_main else None)
-    if path is None and config.resume in ("auto", "never"):
+    if path is None and resume in ("auto", "never"):
         return None
-    found = load(path or Path(config.resume))
-    check_same_run(found, plain(config), process.world_size)
-    best = Path(config.resume).with_name(folder.best.name)
+    found = load(path or Path(resume))
+    check_same_run(found, now)
+    best = Path(resume).with_name(folder.best.name)
     if path is None and process.is_main and best.is_file():  # selected before the run goes on here
         write_whole(folder.best, lambda file: shutil.copyfile(best, file))
     return found
@@ -243,13 +240,16 @@ def refuse(differ: Sequence[str], what: str, advice: str) -> None:
         raise CheckpointError("\n  ".join([f"{what}:", *(line[:_SHOWN] for line in differ)]) + f"\n{advice}")
 
 
-def check_same_run(content: dict[str, Any], config: dict[str, Any], world_size: int) -> None:
-    """Raise CheckpointError if a checkpoint is of a run with other settings, naming each."""
-    differ = differences(with_added_keys(content["config"]), config)
-    if (before := content["world_size"]) != world_size:
-        differ.append(f"processes: {before} before, {world_size} now (they add up gradients in another order)")
+def check_same_run(found: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise CheckpointError if config, world_size or data of a checkpoint are not those of the run, naming what is."""
+    differ = differences(with_added_keys(found["config"]), now["config"])
+    if (before := found["world_size"]) != (processes := now["world_size"]):
+        differ.append(f"processes: {before} before, {processes} now (they add up gradients in another order)")
     advice = "Use the same settings to continue it, or another run_dir for a new run"
     refuse(differ, "the checkpoint is of a run with other settings", advice)
+    differ = differences(found["data"], now["data"]) if "data" in found else []  # version 0.1 did not keep it
+    advice = "Restore the data to continue, or start a new run_dir with init_from=RUN"
+    refuse(differ, "the checkpoint is of a run on other data", advice)
 
 
 @dataclass(frozen=True)
@@ -266,10 +266,3 @@ class TrainedOn:
         parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
         images = {name: len(part) for name, part in parts.items() if part is not None}
         return cls(splits.train.num_classes, list(splits.classes) if splits.classes else None, images)
-
-
-def check_same_data(content: Mapping[str, Any], now: TrainedOn) -> None:
-    """Raise CheckpointError if a run would continue on other classes or images; version 0.1 did not keep them."""
-    differ = differences(content["data"], asdict(now)) if "data" in content else []
-    advice = "Restore the data to continue, or start a new run_dir with init_from=RUN"
-    refuse(differ, "the checkpoint is of a run on other data", advice)

@@ -68,17 +68,25 @@ class Command:
 
     def config(self) -> RunConfig:
         """Compose the configuration of one run. Raises ConfigError for what cannot be, or needs -m."""
-        parsed = parse_overrides(self.overrides)
-        for item in parsed:
+        for item in parse_overrides(self.overrides):
             if item.is_sweep_override():
                 raise ConfigError(f"{item.input_line!r} names several values; add -m for a run with each of them")
             if re.match("hydra[/.]launcher", item.key_or_group):
                 raise ConfigError(f"{item.input_line!r} is for sweeps; add -m, also for a sweep of one run")
-        values = self.compose(self.overrides)
-        if swept := swept_by_config(values).keys() - {item.key_or_group for item in parsed}:
-            told = f"the experiment has several values of {', '.join(sorted(swept))}"
-            raise ConfigError(f"{told}; add -m, or give one of each")
-        return run_config(values)
+        return self.config_of(self.overrides)
+
+    def config_of(self, overrides: Sequence[str]) -> RunConfig:
+        """Compose the configuration of the run with these overrides. Raises ConfigError for what cannot be."""
+        values = self.compose(overrides)
+        if swept := swept_by_config(values).keys() - {item.key_or_group for item in parse_overrides(overrides)}:
+            told = f"an experiment has several values of {', '.join(sorted(swept))}"
+            way = "sweep one experiment at a time" if self.multirun else "add -m"
+            raise ConfigError(f"{told}; {way}, or give one of each")
+        # Plugins belong to a command line, not to the run's files: reading a run must not run code.
+        own = [str(key) for key in values if key not in ("hydra", "plugins")]
+        with explained():
+            found: Any = OmegaConf.to_container(OmegaConf.masked_copy(values, own), resolve=True, throw_on_missing=True)
+        return parse(found)
 
     def shared(self) -> DictConfig:
         """Compose what all runs of a sweep have in common, with Hydra's own part."""
@@ -127,19 +135,9 @@ def compose(arguments: Sequence[str]) -> RunConfig:
     return Command.parse(arguments).config()
 
 
-def run_config(values: DictConfig) -> RunConfig:
-    """Return the part of a composed configuration that is famba's."""
-    # Plugins belong to a command line, not to the run's files: reading a run must not run code.
-    own = [str(key) for key in values if key not in ("hydra", "plugins")]
-    with explained():
-        found: Any = OmegaConf.to_container(OmegaConf.masked_copy(values, own), resolve=True, throw_on_missing=True)
-    return parse(found)
-
-
 def swept_by_config(values: DictConfig) -> dict[str, Any]:
     """Return the keys with several values in hydra.sweeper.params, which experiments set."""
-    params = OmegaConf.select(values.hydra.sweeper, "params")
-    return {} if params is None else OmegaConf.to_container(params, resolve=True)  # type: ignore[return-value]
+    return dict(OmegaConf.select(values, "hydra.sweeper.params") or {})
 
 
 def config_dir() -> Path:

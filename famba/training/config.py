@@ -16,6 +16,7 @@ from famba.data.augment import AugmentationOptions, Probability
 from famba.errors import ConfigError, near_miss
 from famba.fusion import Fusion
 from famba.training.records import flatten as flatten
+from famba.training.records import nested
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _SHOWN = 100  # characters of a value that an error repeats
@@ -199,12 +200,10 @@ def plain(config: RunConfig) -> dict[str, Any]:
 
 def with_added_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return an earlier run's configuration with the keys that were added since, as the run went without them."""
-    found: dict[str, Any] = dict(values)
-    for key, value in ADDED_KEYS.items():
-        group, name = key.split(".")
-        if isinstance(found.get(group), Mapping):
-            found[group] = {name: value, **found[group]}
-    return found
+    flat = flatten(values)
+    groups = {key.split(".")[0] for key in flat if "." in key}
+    added = {key: value for key, value in ADDED_KEYS.items() if key not in flat and key.split(".")[0] in groups}
+    return nested({**flat, **added})
 
 
 @cache

@@ -25,13 +25,18 @@ _MOST_WORKERS = 16
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of this name; "auto" is the first of CUDA, MPS and CPU that is here."""
+    """Return the device of this name, a GPU made the current one; "auto" is the first of CUDA, MPS and CPU here."""
     present = ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
     if torch.cuda.is_available():
         present = ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count())), *present]
     if name not in ("auto", *present):
         raise ConfigError(f"trainer.device {name!r} is not on this machine; allowed here: auto, {', '.join(present)}")
-    return torch.device(present[0] if name == "auto" else name)
+    device = torch.device(present[0] if name == "auto" else name)
+    if device.type == "cuda":  # with torchrun each process gets its own
+        own = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+        torch.cuda.set_device(own % torch.cuda.device_count())
+        torch.backends.cudnn.deterministic = True  # or else the patch embedding's gradient differs from run to run
+    return device
 
 
 def loading_workers(workers: int | Literal["auto"]) -> int:
@@ -40,14 +45,6 @@ def loading_workers(workers: int | Literal["auto"]) -> int:
         return workers
     # Affinity and quotas count. Processes of torchrun share the cores; Slurm gives each its own.
     return min(_MOST_WORKERS, max(1, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
-def make_current(device: torch.device) -> None:
-    """Make a GPU the one that "cuda" means; with torchrun each process gets its own."""
-    if device.type == "cuda":
-        own = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
-        torch.cuda.set_device(own % torch.cuda.device_count())
-        torch.backends.cudnn.deterministic = True  # or else the patch embedding's gradient differs from run to run
 
 
 def has_bf16(device: torch.device) -> bool:

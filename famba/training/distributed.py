@@ -111,6 +111,7 @@ def start_process(device: torch.device) -> Process:
     on_gpu = device.type == "cuda"
     if on_gpu:  # Slurm may show each process its own GPU alone, as number 0
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
     backend, group_store = "nccl" if on_gpu else "gloo", dist.PrefixStore("group", store)
     dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=_COLLECTIVE_TIMEOUT)
     host_group = dist.new_group(backend="gloo") if on_gpu else dist.group.WORLD

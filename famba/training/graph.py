@@ -220,10 +220,8 @@ def warm_up(function: Callable[[], None], memory: Memory | None) -> None:
         for _ in range(_WARM_UPS):
             function()
     torch.cuda.current_stream(stream.device).wait_stream(stream)
-    torch.cuda.synchronize(stream.device)
     # The graph has memory of its own: what the warm-up used is given back first.
     gc.collect()
-    torch.cuda.empty_cache()
 
 
 def captured(function: Callable[[], None], memory: Memory | None) -> Callable[[], None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -12,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -81,9 +80,8 @@ class Metrics:
     """
 
     def __init__(self, folder: RunFolder, logger: LoggerConfig, config: dict[str, Any], step: int) -> None:
-        self._path, self._name = folder.path / METRICS, logger.name
+        self._path, self._name, self._writes = folder.path / METRICS, logger.name, folder.writes
         self._first_epoch = first_epoch(self._path)
-        self._file = io.FileIO(self._path, "ab") if folder.writes else None
         self._more: Sinks | None = None
         if folder.writes and logger.name == "wandb":
             self._more = self._attempt("start", lambda: _wandb(folder.path, logger, config))
@@ -92,36 +90,32 @@ class Metrics:
 
     def log(self, kind: str, step: int, epoch: int, values: dict[str, Any]) -> None:
         """Log values after `step` steps, in `epoch` from 0; kind is "train", "epoch" or "schedule"."""
-        if self._file is None:
+        if not self._writes:
             return
         place = {"kind": kind, "step": step, "epoch": epoch + self._first_epoch}
-        line = json.dumps({**place, **values}).encode() + b"\n"
-        with self._refused():
-            while line:
-                line = line[self._file.write(line) :]
+        with self._opened() as file:
+            file.write(json.dumps({**place, **values}).encode() + b"\n")
         if self._more is not None:
             log, named = self._more[0], {f"{kind}/{name}": value for name, value in values.items()}
             self._attempt("log", lambda: log(named, step))
 
     def sync(self) -> None:
         """Wait until what was logged is on the disk."""
-        if self._file is not None:
-            with self._refused():
-                os.fsync(self._file)
+        if self._writes:
+            with self._opened() as file:
+                os.fsync(file)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Close the files, and hand the summary to the logger."""
+        """Hand the summary to the logger, which logs no more."""
         if (more := self._more) is not None:
             self._attempt("finish", lambda: more[1](summary))
-        if self._file is not None:
-            self.sync()
-            self._file.close()
-        self._file = self._more = None
+        self._more = None
 
     @contextmanager
-    def _refused(self) -> Iterator[None]:
+    def _opened(self) -> Iterator[BinaryIO]:
         try:
-            yield
+            with open(self._path, "ab") as file:
+                yield file
         except OSError as error:
             raise CheckpointError(f"cannot write {self._path}: {error}") from error
 

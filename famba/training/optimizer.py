@@ -89,31 +89,26 @@ def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     optimizer.load_state_dict({**saved, "param_groups": groups})
 
 
-class LearningRate:
-    """Set the learning rate of each step: cosine decay after a linear warm-up, a function of the step alone.
+def learning_rate(config: RunConfig, steps_per_epoch: int, step: int) -> float:
+    """Return the recipe's learning rate for a step, counted from 0: cosine decay after a linear warm-up.
 
     The numbers are those of timm's CosineLRScheduler, bit by bit.
     """
+    recipe, top = config.recipe, _highest_rate(config)
+    stride, unit = (steps_per_epoch, 1) if recipe.lr_steps == "epoch" else (1, steps_per_epoch)
+    warmup, end, now = recipe.warmup_epochs * unit, config.trainer.epochs * unit, step // stride
+    if now < warmup:
+        return recipe.warmup_lr + now * ((top - recipe.warmup_lr) / warmup)
+    if now < end:
+        return recipe.min_lr + 0.5 * (top - recipe.min_lr) * (1 + math.cos(math.pi * now / end))
+    return recipe.min_lr
 
-    def __init__(self, optimizer: torch.optim.Optimizer, config: RunConfig, steps_per_epoch: int) -> None:
-        self._optimizer, self._recipe, self._top = optimizer, config.recipe, _highest_rate(config)
-        by_epoch = config.recipe.lr_steps == "epoch"
-        self._stride, unit = (steps_per_epoch, 1) if by_epoch else (1, steps_per_epoch)
-        self._warmup, self._end = config.recipe.warmup_epochs * unit, config.trainer.epochs * unit
 
-    def set(self, step: int) -> float:
-        """Set the optimizer's rates for a step, counted from 0, and return the highest, which is the recipe's."""
-        recipe, top, now = self._recipe, self._top, step // self._stride
-        if now < self._warmup:
-            rate = recipe.warmup_lr + now * ((top - recipe.warmup_lr) / self._warmup)
-        elif now < self._end:
-            rate = recipe.min_lr + 0.5 * (top - recipe.min_lr) * (1 + math.cos(math.pi * now / self._end))
-        else:
-            rate = recipe.min_lr
-        for group in self._optimizer.param_groups:
-            own = rate * group.get("lr_scale", 1.0)
-            group["lr"] = group["lr"].fill_(own) if isinstance(group["lr"], Tensor) else own
-        return rate
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rates of all groups; `rate` is the highest of them."""
+    for group in optimizer.param_groups:
+        own = rate * group.get("lr_scale", 1.0)
+        group["lr"] = group["lr"].fill_(own) if isinstance(group["lr"], Tensor) else own
 
 
 def create_mixing(recipe: RecipeConfig, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:

@@ -16,7 +16,7 @@ from famba.fusion.schedules import ADAPTIVE
 from famba.ops.registry import AUTO, ENVIRONMENT_VARIABLE, resolve
 from famba.training.build import augmentation, build_model, check_model, model_arguments, model_classes, requested_data
 from famba.training.config import RunConfig, check_eval_images
-from famba.training.devices import choose_device, choose_precision, make_current
+from famba.training.devices import choose_device, choose_precision
 from famba.training.distributed import world_size
 from famba.training.graph import obstacle
 from famba.training.optimizer import check_optimizer
@@ -30,14 +30,12 @@ class Setup:
     """Hold what a configuration means on this machine.
 
     image_size: pixels. schedule: tokens that each layer removes, at first where it adapts. tokens: length of the
-    unfused sequence. matched: whether the schedule removes the same total as the other strategies of its budget.
-    autocast: dtype of matrix products, None for float32. model_arguments: of `create_network`.
+    unfused sequence. autocast: dtype of matrix products, None for float32. model_arguments: of `create_network`.
     """
 
     image_size: int
     schedule: tuple[int, ...]
     tokens: int
-    matched: bool
     device: torch.device
     autocast: torch.dtype | None
     model_arguments: dict[str, Any]
@@ -53,7 +51,6 @@ def prepare(config: RunConfig, processes: int | None = None) -> Setup:
     processes_of_a_step = processes or world_size()
     check_model(config)
     device = choose_device(config.trainer.device)
-    make_current(device)
     autocast = choose_precision(config.trainer.precision, device)
     check_optimizer(config, device)
     dtype, asked = autocast or torch.float32, config.ops.backend
@@ -86,7 +83,7 @@ def prepare(config: RunConfig, processes: int | None = None) -> Setup:
     if processes is None:
         check_files(config)
     arguments |= {"fusion": schedule}
-    return Setup(size[0], schedule, outline.num_tokens, config.fusion.is_matched, device, autocast, arguments)
+    return Setup(size[0], schedule, outline.num_tokens, device, autocast, arguments)
 
 
 def check_cuda_graphs(config: RunConfig, device: torch.device, processes: int, backend: str) -> None:
@@ -112,14 +109,9 @@ def _check_data(config: RunConfig, processes: int) -> None:
 
 
 def check_files(config: RunConfig) -> None:
-    """Raise FambaError if the data is missing or the run folder cannot be written."""
+    """Raise FambaError if the data, or the checkpoint to continue from, is missing."""
     with named("data.{}"):
         data.check_folder(config.data.name, config.data.root, config.data.version)
     if config.resume not in ("auto", "never") and not os.path.isfile(config.resume):
         close = near_miss(config.resume, ("auto", "never"))
         raise ConfigError(f"resume={config.resume} is no file{close}; allowed: auto, never, or a checkpoint of a run")
-    folder = os.path.abspath(config.run_dir)
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"run_dir={config.run_dir} cannot be written: {folder} is not a writable folder")

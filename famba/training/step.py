@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -76,12 +77,11 @@ class Step:
 
     def infer(self, model: nn.Module) -> Infer:
         """Return a function that evaluates a model in eval mode."""
+        return partial(self._call, model)
 
-        def call(images: Tensor) -> Tensor:
-            with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-                return model(images)
-
-        return call
+    def _call(self, model: nn.Module, images: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            return model(images)
 
     def schedule_changes(self) -> None:
         """Prepare for another schedule."""
@@ -99,9 +99,7 @@ class Step:
 
     def backward(self, images: Tensor, targets: Tensor) -> Tensor:
         """Add the gradients of one micro-batch; return its share of the step's loss."""
-        with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            logits = self.forward(images)
-        loss = self.loss(logits.float(), targets) / self.parts
+        loss = self.loss(self._call(self.forward, images).float(), targets) / self.parts
         self.state.scaler.scale(loss).backward()
         return loss.detach()
 

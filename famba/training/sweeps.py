@@ -33,7 +33,7 @@ from pydantic.dataclasses import dataclass
 from famba.errors import ConfigError, FambaError, TrainingError
 from famba.files import write_whole
 from famba.training.checkpoint import changes_weights
-from famba.training.compose import Command, explained, parse_overrides, quoted, run_config, swept_by_config
+from famba.training.compose import Command, explained, parse_overrides, quoted, swept_by_config
 from famba.training.config import STRICT, Count, Positive, RunConfig, Text, checked, parse, plain
 from famba.training.interrupts import Interrupted, StopRequest
 from famba.training.records import SWEEP, queue, recorded, remembered
@@ -88,11 +88,7 @@ class Sweep:
         for job in command.jobs():
             overrides = [line for line in job if not _key(line).startswith("hydra")]
             folder = self.folder / folder_name(overrides, given_once)
-            values = command.compose(job)
-            if several := swept_by_config(values).keys() - set(map(_key, job)):
-                told = f"an experiment has several values of {', '.join(sorted(several))}"
-                raise ConfigError(f"{told}; sweep one experiment at a time, or give one of each")
-            config = replace(run_config(values), run_dir=str(folder.absolute()))
+            config = replace(command.config_of(job), run_dir=str(folder.absolute()))
             self.runs[folder.name] = Run(folder, overrides, config)
 
     def launch(self, train: Train) -> None:

@@ -24,14 +24,14 @@ from famba.fusion import tokens_per_layer
 from famba.ops.registry import resolve
 from famba.training import checkpoint, devices, interrupts
 from famba.training.build import Batches, build_model, load_images, load_splits, make_loaders, model_classes
-from famba.training.checkpoint import Totals, TrainedOn, TrainingState, check_same_data, find_checkpoint
+from famba.training.checkpoint import Totals, TrainedOn, TrainingState, find_checkpoint
 from famba.training.config import RunConfig, plain
 from famba.training.distributed import Process
 from famba.training.graph import GraphStep, obstacle
 from famba.training.interrupts import Interrupted, StopRequest
 from famba.training.logging import FILE_ONLY, Metrics, Progress, epoch_line
 from famba.training.measure import evaluate, macs_per_image, now, provenance, saved_bytes_per_image, without_data
-from famba.training.optimizer import LearningRate, create_optimizer
+from famba.training.optimizer import create_optimizer, learning_rate, set_learning_rate
 from famba.training.run_folder import WEIGHTS, RunFolder, again
 from famba.training.setup import Setup
 from famba.training.step import Step
@@ -84,13 +84,12 @@ class Training:
         adapt_images = min(config.fusion.adapt_images or 0, len(splits.train))
         self.adapt_source = data.sample(splits.train, adapt_images, config.data.version) if adapt_images else None
 
-        found = find_checkpoint(config, folder.checkpoints, process)
-        if found is not None:
-            check_same_data(found, self.trained_on)
+        settings = plain(config)
+        self.about = {"config": settings, "data": asdict(self.trained_on), "world_size": process.world_size}
+        found = find_checkpoint(config.resume, self.about, folder.checkpoints, process)
         self.backend = resolve(self.device.type, setup.dtype)
         no_graph = obstacle(config, self.device, process.world_size, self.backend)
         self.state = new_state(config, setup, self.trained_on, self.device, fresh=found is None, fused=no_graph is None)
-        self.learning_rate = LearningRate(self.state.optimizer, config, self.steps_per_epoch)
         self.computed = f"{str(setup.dtype).removeprefix('torch.')} on {self.device.type} by {self.backend}"
         if found is not None:
             self.state.restore(found)
@@ -101,7 +100,7 @@ class Training:
                 _log.warning("begun in %s, continuing in %s: results will differ", before, self.computed)
             _log.info("continuing after step %d of %d", self.state.step, self.total_steps)
         folder.rewind_metrics(self.state.step, epoch_ended=not self.state.totals.epoch_open)
-        folder.write_config(plain(config))
+        folder.write_config(settings)
         self._saved, self._saved_at = self._place(), time.monotonic()
         self._first_step = self.state.step
 
@@ -112,7 +111,7 @@ class Training:
             _log.info("steps are no CUDA graphs, and may wait for the host: %s", no_graph)
         self.forward = self._forward_model()
         self.step = (Step if no_graph else GraphStep)(config, self.state, self.forward, process, setup.autocast)
-        self.metrics = Metrics(folder, config.logger, plain(config), self.state.step)
+        self.metrics = Metrics(folder, config.logger, settings, self.state.step)
         # A look at the loss makes a GPU wait, so the loss is looked at now and then there, and at every step on a CPU.
         self._look_every = config.trainer.log_every if self.device.type != "cpu" or self.step.masks else 1
         self._unseen: list[Tensor] = []
@@ -214,7 +213,8 @@ class Training:
         if state.step == self._first_step + 1 and self.device.type == "cuda" and not self.step.masks:
             devices.reset_peak_memory(self.device)  # kernels were tuned in the first, which takes memory
         begin = time.perf_counter()
-        lr = self.learning_rate.set(state.step)
+        lr = learning_rate(self.config, self.steps_per_epoch, state.step)
+        set_learning_rate(state.optimizer, lr)
         self._unseen.append(self.step.gradients(batches))
         done, seen = state.step + 1, None
         if done % self._look_every == 0 or done == self.total_steps or done % self.steps_per_epoch == 0:
@@ -237,8 +237,8 @@ class Training:
         self._unseen.clear()
         for step, (loss, norm) in enumerate(records, start=last_step - len(records) + 1):
             if not math.isfinite(loss) or not (math.isfinite(norm) or self.state.scaler.is_enabled()):
-                epoch, lr = (step - 1) // self.steps_per_epoch, self.learning_rate.set(step - 1)
-                saved = self._saved[0]
+                lr = learning_rate(self.config, self.steps_per_epoch, step - 1)
+                epoch, saved = (step - 1) // self.steps_per_epoch, self._saved[0]
                 kept = f"the last good state is that of step {saved}" if saved else "no earlier state is kept"
                 raise _DivergedError(
                     f"the loss is {loss} at step {step} (epoch {epoch + 1}), with learning rate {lr:.3g} and gradient "
@@ -376,7 +376,7 @@ class Training:
             "tokens_removed": sum(schedule),
             "schedule": schedule,
             "tokens_per_layer": tokens_per_layer(schedule, setup.tokens),
-            "budget_matched": setup.matched,
+            "budget_matched": config.fusion.is_matched,
             "adapted": totals.schedules or None,
             "images": self.trained_on.images,
             "classes": self.trained_on.classes,
@@ -389,8 +389,7 @@ class Training:
         """Save the state in the background; lines of metrics that a continuation will not write again come first."""
         self._saved, self._saved_at = self._place(), time.monotonic()
         if self.folder.writes:
-            about = {"config": plain(self.config), "data": asdict(self.trained_on), "computed": self.computed}
-            content = {**about, "world_size": self.process.world_size, **self.state.content()}
+            content = {**self.about, "computed": self.computed, **self.state.content()}
             self.folder.checkpoints.save(self.state.step, content, selected, self.metrics.sync)
 
     def _save_after_error(self) -> None:

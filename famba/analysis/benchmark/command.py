@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -164,7 +163,7 @@ class Contestant(NamedTuple):
         asked = [f"model={group}", f"model.name={self.model}", f"fusion={self.strategy}", "data=digits", "recipe=light"]
         asked += [f"model.num_classes={_CLASSES}", f"data.image_size={self.image_size}", "recipe.warmup_epochs=0"]
         asked += [f"trainer.batch_size={self.batch}", f"trainer.precision={self.precision}", "trainer.epochs=2"]
-        return replace(compose([*asked, f"trainer.device={device}", *self.more]), run_dir=gettempdir())
+        return compose([*asked, f"trainer.device={device}", *self.more])
 
 
 class TimedStep:
