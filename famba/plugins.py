@@ -52,5 +52,5 @@ def _import_file(file: Path) -> None:
         module = importlib.import_module(file.stem)
     finally:
         sys.path.remove(str(file.parent))
-    if getattr(module, "__file__", None) != str(file):
+    if not os.path.samefile(getattr(module, "__file__", None) or os.devnull, file):
         raise ImportError(f"a module named {file.stem!r} is imported already; rename the file")

@@ -379,6 +379,7 @@ def fused(tmp_path: Path) -> dict[str, Any]:
     (run / "summary.json").write_text(json.dumps({**summary, "schedule": SCHEDULE}))
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["fusion"] |= {"strategy": "all", "weighting": "size"}
+    config["model"] |= {"cls_position": "middle"}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     return {"pretrained": True, "pretrained_cfg_overlay": {"file": str(run / "model.safetensors")}}
 
@@ -386,6 +387,8 @@ def fused(tmp_path: Path) -> dict[str, Any]:
 def test_weights_of_a_run_fuse_as_it_did_unless_told_otherwise(fused: dict[str, Any], tmp_path: Path) -> None:
     model = timm.create_model(NAME, **fused)
     assert (model.fusion, model.settings.order, model.settings.weighting) == (SCHEDULE, "sequence", "size")
+    asked = timm.create_model(NAME, **fused, cls_position="head")
+    assert (model.cls_position, asked.cls_position) == ("middle", "head")
     assert not any(timm.create_model(NAME).fusion)
     model = timm.create_model(NAME, **fused, fusion_order="tome", fusion_mode="prune")
     assert (model.fusion, model.settings.order, model.settings.mode) == (SCHEDULE, "tome", "prune")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,13 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         load_trained("vim_base_patch16_224")
 
 
-def test_a_run_without_weights_names_its_checkpoint(copied: Path) -> None:
-    (copied / "model.safetensors").unlink()
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_run_without_its_last_weights_names_its_checkpoint(copied: Path, goes_on: bool) -> None:
+    if goes_on:  # by a larger trainer.max_steps; the weights are those of its first end
+        summary = json.loads((copied / "summary.json").read_text())
+        (copied / "summary.json").write_text(json.dumps({**summary, "status": "interrupted"}))
+    else:
+        (copied / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"not finished, or has lost its model.safetensors.*step_00000006\.pt"):
         load_trained(copied)
 

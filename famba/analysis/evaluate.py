@@ -26,7 +26,6 @@ from famba import data
 from famba.analysis import options as shared
 from famba.analysis.figures import confusion_matrix
 from famba.analysis.options import Variant, label_variants, own, unfused, variants
-from famba.analysis.predict import class_names
 from famba.analysis.report import difference as written
 from famba.analysis.report import tabulated
 from famba.analysis.trained import Trained, load_trained
@@ -312,10 +311,11 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("--per-class writes files; name a folder for them by --out FOLDER")
     request = check(options)
     folder = None if options.out is None else shared.prepare_folder(options.out)
-    found = evaluate(request)
+    with shared.computing(request.trained, request.device):
+        found = evaluate(request)
+        files = {"evaluate.csv": as_csv(found), "evaluate.json": as_json(found)}
     print(table(found))
     if folder is not None:
-        files = {"evaluate.csv": as_csv(found), "evaluate.json": as_json(found)}
         written = shared.write_files(folder, {**files, **(per_class(found) if options.per_class else {})})
         print(f"in {folder}: {', '.join(file.name for file in written)}", file=sys.stderr)
     return 130 if found.interrupted else 0
@@ -383,7 +383,7 @@ def per_class(evaluation: Evaluation) -> dict[str, str | bytes]:
     Classes without images are left out of the first, and are rows of zeros in the second.
     """
     trained = evaluation.request.trained
-    names = class_names(trained)
+    names = list(trained.class_names or map(str, range(trained.classes)))
     every = range(len(names))
     counts = pd.crosstab(*evaluation.ranked.numpy()).reindex(index=every, columns=every, fill_value=0)
     counts = counts.set_axis(pd.Index(names, name="true class")).set_axis(names, axis=1)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,12 @@ from typing import Any
 import torch
 
 from famba.analysis.trained import Trained
-from famba.errors import ConfigError, check_choice, named
+from famba.errors import BackendError, ConfigError, check_choice, named
 from famba.files import write_whole
 from famba.fusion import RULES, SETTINGS, Fusion, labels
 from famba.fusion.schedules import ADAPTIVE, CUSTOM, NONE, PAPER, strategy_names
 from famba.models import Backbone
+from famba.ops.registry import AUTO, ENVIRONMENT_VARIABLE, resolve, use_backend
 from famba.training.devices import choose_device
 
 CHECKPOINT = "a run folder, weights in one, a checkpoint (.pt), or a timm model"
@@ -79,6 +82,18 @@ def device(name: str) -> torch.device:
         return choose_device(name)
     except ConfigError as error:
         raise ConfigError(str(error).replace("trainer.device", "--device")) from error
+
+
+def computing(trained: Trained, device: torch.device) -> AbstractContextManager[None]:
+    """Let the backend that FAMBA_BACKEND names, else that of the training, compute inside the block if it can there."""
+    own = AUTO if trained.config is None else trained.config.ops.backend
+    asked = os.environ.get(ENVIRONMENT_VARIABLE) or own
+    try:
+        with use_backend(asked):
+            resolve(device.type)
+    except BackendError:
+        return nullcontext()
+    return use_backend(asked)
 
 
 def prepare_folder(path: str | Path) -> Path:

@@ -41,14 +41,15 @@ def run(options: argparse.Namespace) -> int:
     """Print the classes of every image."""
     files = image_files(options.images)  # before the network, which takes longer
     device = shared.device(options.device)
-    found = predict(load_trained(options.checkpoint), files, device)
-    if options.json:
-        print(json.dumps(list(found), indent=2))
-        return 0
-    for one in found:
-        rows = [(f"{100 * likely['probability']:.1f} %", likely["class"]) for likely in one["classes"]]
-        table = tabulate(rows, tablefmt="plain", colalign=("right", "left"), disable_numparse=True)
-        print(f"{one['image']}\n{table}\n")
+    trained = load_trained(options.checkpoint)
+    with shared.computing(trained, device):
+        found = predict(trained, files, device)
+        if options.json:
+            print(json.dumps(list(found), indent=2))
+        for one in found:
+            rows = [(f"{100 * likely['probability']:.1f} %", likely["class"]) for likely in one["classes"]]
+            table = tabulate(rows, tablefmt="plain", colalign=("right", "left"), disable_numparse=True)
+            print(f"{one['image']}\n{table}\n")
     return 0
 
 
@@ -89,8 +90,9 @@ def predict(trained: Trained, files: Sequence[Path], device: torch.device) -> It
 
 def class_names(trained: Trained) -> Sequence[str]:
     """Return the names of the classes by their numbers, or the numbers in words where nothing tells the names."""
-    known = trained.class_names or ()
+    if trained.class_names is not None:
+        return trained.class_names
     # Famba 0.1 did not keep them, as in the run of the bundled weights.
-    if not known and trained.config is not None and (trained.config.data.name, trained.classes) == ("cifar100", 100):
+    if trained.config is not None and (trained.config.data.name, trained.classes) == ("cifar100", 100):
         return (WEIGHTS / "vim_micro_patch4_32/classes.txt").read_text().split()
-    return [*known, *(f"class {number}" for number in range(len(known), trained.classes))]
+    return [f"class {number}" for number in range(trained.classes)]

@@ -104,6 +104,7 @@ def load_trained(path: str | Path) -> Trained:
     load_weights(model, weights, file, Origin(config.model.cls_position, model.grid_size))
     mean, std = tuple(config.data.mean), tuple(config.data.std)
     names = class_names(content, file)
+    names = names and (*names, *(f"class {number}" for number in range(len(names), model.num_classes)))
     return Trained(model.eval(), config, source, model.image_size[0], mean, std, scaling, names)  # type: ignore[arg-type]
 
 

@@ -37,7 +37,8 @@ def load_folder(root: Path, num_classes: int | None, reading: Reading) -> Splits
     part has other classes than the training images.
     """
     places = find_parts(root, reading.version)
-    parts = {part: read_part(path, reading.version) for part, path in places.items()}
+    seen: dict[tuple[int, int], Path] = {}
+    parts = {part: read_part(path, reading.version, seen) for part, path in places.items()}
     classes = in_order({*parts["train"].values()})
     for part, images in parts.items():
         missing, extra = {*classes} - {*images.values()}, {*images.values()} - {*classes}
@@ -50,7 +51,7 @@ def load_folder(root: Path, num_classes: int | None, reading: Reading) -> Splits
         labels = np.array([numbers[label] for label in images.values()], dtype=np.int64)
         read = partial(_read, places[part], reading.colour)
         found[part] = LazySource(read, [*images], labels, len(classes))
-    return Splits(found["train"], found.get("validation"), found["test"], tuple(classes))
+    return Splits(found["train"], found.get("validation"), found["test"], tuple(map(_text, classes)))
 
 
 def find_parts(root: Path, version: int) -> dict[str, Path]:
@@ -75,11 +76,12 @@ def find_parts(root: Path, version: int) -> dict[str, Path]:
     return parts
 
 
-def read_part(path: Path, version: int) -> dict[str, str]:
+def read_part(path: Path, version: int, seen: dict[tuple[int, int], Path]) -> dict[str, str]:
     """Map the images of a part, by their paths in it and in order, to the names of their classes.
 
-    Logs what was skipped. Raises DataError where a folder cannot be read, a link leads nowhere or to what was read
-    already, there are no images, some lie in no class, or a class has none.
+    seen: the folders that were read, in other parts too. Logs what was skipped. Raises DataError where a folder cannot
+    be read, a link leads nowhere or to what was read already, there are no images, some lie in no class, or a class has
+    none.
     """
     found = _Found([], set(), [], [])
     try:
@@ -88,7 +90,8 @@ def read_part(path: Path, version: int) -> dict[str, str]:
             classes, top = list(numbers), os.path.join(path, "")
             labels = {file.removeprefix(top): classes[number] for file, number in files}
         else:
-            _walk(path, "", {_identity(above): above for above in path.resolve().parents}, found)
+            seen |= {_identity(above): above for above in path.resolve().parents}
+            _walk(path, "", seen, found)
             labels = {name: name.partition("/")[0] if "/" in name else "" for name in found.images}
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror}).") from error
@@ -174,4 +177,8 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 def listed(names: Iterable[str]) -> str:
     """Return the first few names in order, of which those that are no text become text."""
-    return some([os.fsencode(name).decode(errors="replace") for name in in_order(names)])
+    return some([_text(name) for name in in_order(names)])
+
+
+def _text(name: str) -> str:
+    return os.fsencode(name).decode(errors="replace")

@@ -185,9 +185,9 @@ def _read_parquet(name: str, paths: list[Path], background: Colour | None) -> Ar
     return _in_memory(np.stack(images), labels, classes)
 
 
-def _read_hub(reader: Any, background: Colour | None, index: int) -> Image.Image:
+def _read_hub(reader: Any, place: str, background: Colour | None, index: int) -> Image.Image:
     # timm's own ImageDataset skips images that are broken.
-    with naming(lambda: reader.filename(index, absolute=True)), reader[index][0] as file:
+    with naming(partial(_row, reader, place, index)), reader[index][0] as file:
         return decode_rgb(file, background)
 
 
@@ -226,6 +226,13 @@ def _open(
     count = len(classes) or num_classes
     if not count:
         raise ConfigError(f"data {name!r} does not say how many classes it has: set num_classes.", "num_classes")
-    labels = np.asarray(reader.dataset[reader.label_key][:])
-    labels = check_labels(labels, count, lambda index: reader.filename(index, absolute=True))
-    return LazySource(partial(_read_hub, reader, reading.colour), range(len(labels)), labels, count), classes
+    labels, place = np.asarray(reader.dataset[reader.label_key][:]), f"{name}, split {split}"
+    if labels.dtype.kind not in "iu":
+        raise DataError(f"{place}: labels in {reader.label_key!r} are {labels.dtype}; allowed: numbers of classes.")
+    labels = check_labels(labels, count, partial(_row, reader, place))
+    return LazySource(partial(_read_hub, reader, place, reading.colour), range(len(labels)), labels, count), classes
+
+
+def _row(reader: Any, place: str, index: int) -> str:
+    file = reader.filename(index, absolute=True)
+    return f"{place}, row {index}{f' ({file})' if file else ''}"

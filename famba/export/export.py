@@ -16,7 +16,7 @@ from pathlib import Path
 
 from famba.analysis.options import CHECKPOINT, Variant, add_fusion_options, own, prepare_folder, read_fusion, variants
 from famba.analysis.trained import Trained, load_trained
-from famba.errors import ConfigError, check_choice
+from famba.errors import ConfigError, check_choice, some
 from famba.export.check import check_file
 from famba.export.folder import FILES, describe, find_summary, write_folder
 
@@ -59,6 +59,8 @@ def _place(target: str, out: Path) -> Path:
     if suffix is None:
         if out.suffix in (*FORMATS.values(), ".safetensors"):
             raise ConfigError(f"--out {out} ends like a file; --format {target} writes a folder")
+        if (taken := [name for name in FILES if (out / name).exists()]) and not _is_export(out):
+            raise ConfigError(f"--out {out} holds {some(taken)} of something else; name another folder")
         return prepare_folder(out)
     if out.suffix != suffix or out.is_dir():
         told = (
@@ -67,6 +69,13 @@ def _place(target: str, out: Path) -> Path:
         raise ConfigError(f"--out {out} {told}, such as {out.with_suffix('') / ('model' + suffix)}")
     prepare_folder(out.parent)
     return out
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        return "famba" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def export(target: str, out: Path, trained: Trained, fused: Variant, checkpoint: str) -> str:

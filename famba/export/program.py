@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,7 +34,9 @@ def write(model: nn.Module, shape: Sequence[int], file: Path, notes: str) -> str
     `extra_files["famba.json"]`.
     """
     program = trace_program(model, shape)
-    torch.export.save(program, file, extra_files={NOTES_FILE: notes})
+    content = io.BytesIO()  # torch's own file ends the process where a disk is full
+    torch.export.save(program, content, extra_files={NOTES_FILE: notes})
+    file.write_bytes(content.getvalue())
     operations = sum(node.op == "call_function" for node in program.graph.nodes)
     return f"torch {torch.__version__}, {operations:,} operations"
 

@@ -211,6 +211,10 @@ def find_checkpoint(resume: str, now: dict[str, Any], folder: Checkpoints, proce
     path = process.from_main(folder.find_last() if process.is_main else None)
     if path is None and resume in ("auto", "never"):
         return None
+    asked = Path(resume).resolve()
+    if path is not None and path.name != asked.name and path.resolve().parent == asked.parent:
+        told = f"the run in {folder.folder.parent} has come to {path.name}"
+        raise CheckpointError(f"{told}; to go back to resume={resume}, give another run_dir")
     found = load(path or Path(resume))
     check_same_run(found, now)
     best = Path(resume).with_name(folder.best.name)
@@ -247,7 +251,10 @@ def check_same_run(found: dict[str, Any], now: dict[str, Any]) -> None:
         differ.append(f"processes: {before} before, {processes} now (they add up gradients in another order)")
     advice = "Use the same settings to continue it, or another run_dir for a new run"
     refuse(differ, "the checkpoint is of a run with other settings", advice)
-    differ = differences(found["data"], now["data"]) if "data" in found else []  # version 0.1 did not keep it
+    before, own = found.get("data", now["data"]), now["data"]  # version 0.1 did not keep it
+    if None in (before["classes"], own["classes"]):  # CIFAR's names are not in its parquet files
+        before, own = ({**one, "classes": None} for one in (before, own))
+    differ = differences(before, own)
     advice = "Restore the data to continue, or start a new run_dir with init_from=RUN"
     refuse(differ, "the checkpoint is of a run on other data", advice)
 

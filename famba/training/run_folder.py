@@ -94,7 +94,8 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> dict[str, Any]:
         """Write the summary, from values by the fields of Summary; return it as plain values."""
-        values = Summary.parse(json.dumps({**summary, "format": FORMAT})).values()
+        text = json.dumps({**summary, "format": FORMAT}, ensure_ascii=False)
+        values = Summary.parse(text.encode(errors="replace")).values()  # paths in errors may be no text
         self._write(SUMMARY, json.dumps(values, indent=2) + "\n")
         return values
 
@@ -209,7 +210,13 @@ def continued(command: Command) -> RunConfig:
         by_group = key in begun and (changes_weights(key) or key.startswith("logger."))
         return key in given or key in _OF_A_FOLDER or (chosen and by_group)
 
-    found = parse(nested({key: asked[key] if is_named(key) else own.get(key, asked[key]) for key in asked}))
+    try:
+        found = parse(nested({key: asked[key] if is_named(key) else own.get(key, asked[key]) for key in asked}))
+    except ConfigError as error:
+        if os.environ.get(VARIABLE):
+            raise
+        told = f"if the run in {folder.path} was begun with plugins=FILE, name it again, or by {VARIABLE}"
+        raise ConfigError(f"{error}\n{told}") from error
     finished(folder, found)
     return found
 

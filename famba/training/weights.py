@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -40,10 +41,13 @@ def bundled() -> list[str]:
 
 
 def class_names(content: Mapping[str, Any], file: Path) -> tuple[str, ...] | None:
-    """Return the names of the classes of weights: from the checkpoint, else from the summary beside the file."""
-    kept: Any = content.get("data")
+    """Return the names of the classes of weights: from the checkpoint, else from the run or export that they lie in."""
+    kept, exported = content.get("data"), file.with_name("config.json")
     if not isinstance(kept, Mapping):
         kept = RunFolder(file.parent, writes=False).summary
+    if kept is None and exported.is_file():  # saved_origin refuses one that is damaged
+        said = json.loads(exported.read_text())
+        kept = {"classes": said.get("label_names")} if isinstance(said, Mapping) else None
     names = kept.get("classes") if isinstance(kept, Mapping) else None
     return tuple(map(str, names)) if isinstance(names, list) else None
 
