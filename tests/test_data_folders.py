@@ -14,6 +14,7 @@ from famba.data import Splits, check_folder
 from famba.data.folders import in_order
 from famba.data.sources import LazySource
 from famba.errors import ConfigError, DataError
+from famba.training.run_folder import RunFolder
 
 FOUR = ("cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png")
 
@@ -105,6 +106,7 @@ def test_links_lead_to_images_that_lie_elsewhere(root: Path) -> None:
         ([], {"bird": "dog"}, r"(bird|dog): this is .* once more, by a link"),
         *(([], {"cat/again": target}, r"train/cat/again.*: this is .* once more, by a link") for target in ("..", "/")),
         ([], {"cat/lost.png": "nowhere"}, r"cat/lost\.png: this link leads nowhere"),
+        ([], {"bird": "../test/cat"}, r"test/cat: this is .*bird once more, by a link"),
     ],
 )
 def test_a_part_that_cannot_be_meant_so_is_refused(
@@ -115,6 +117,14 @@ def test_a_part_that_cannot_be_meant_so_is_refused(
         (root / "train" / name).symlink_to(target)
     with pytest.raises(DataError, match=said):
         load("folder", root)
+
+
+def test_a_name_that_is_no_text_becomes_text(root: Path) -> None:
+    for part in ("train", "test"):
+        write(root / part, [os.fsdecode(b"Caf\xe9/1.png")])
+    assert load("folder", root).classes == ("Caf\N{REPLACEMENT CHARACTER}", "cat", "dog")
+    with RunFolder(root / "run", writes=True) as folder:  # the error that ends a run may name such a file
+        assert folder.write_summary({"status": "failed", "error": os.fsdecode(b"Caf\xe9")})["error"] == "Caf?"
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])

@@ -123,7 +123,8 @@ PETS = {"cat": 0, "dog": 1}
         ({}, ""),
         ({"splits": ()}, "cannot be opened"),
         ({"test": {"dog": 0, "cat": 1}}, "cat, dog in training, and dog, cat in the test set"),
-        ({"labels": [0, 1, 2]}, r"hub/2\.png: label 2 is not in 0\.\.1"),
+        ({"labels": [0, 1, 2]}, r"row 2 \(hub/2\.png\): label 2 is not in 0\.\.1"),
+        ({"labels": ["ant", "bee"]}, "split train: labels in 'label' are <U3; allowed: numbers of classes"),
         ({"num_classes": 7}, "num_classes is 7, but 'hfds/somebody/pets' has 2"),
     ],
 )
@@ -148,5 +149,5 @@ def test_a_data_set_of_the_hub_is_read_from_its_files(
     assert "split 'valid' is the test set, since others cannot be opened: validation: no validation" in caplog.text
     train: Any = splits.train
     assert (splits.classes, len(train), train.image(2).getpixel((0, 0))) == (("cat", "dog"), 3, (2, 0, 0))
-    with pytest.raises(DataError, match=r"hub/1\.png: not a readable image"):
+    with pytest.raises(DataError, match=r"split train, row 1 \(hub/1\.png\): not a readable image"):
         train.image(1)

@@ -90,6 +90,7 @@ class Rule(NamedTuple):
 
     choose: RuleFunction
     needs: frozenset[str]
+    measures: bool  # whether it reads what the scans did with each token
     orders: tuple[str, ...]
     modes: tuple[str, ...]
     guards: bool
@@ -137,7 +138,8 @@ def register_rule(
             check_choice("requirement of a rule", one, allowed)
 
     def register(choose: RuleFunction) -> RuleFunction:
-        RULES[name] = Rule(choose, frozenset(needs), tuple(orders), tuple(modes), guards, plan, grid_after)
+        measures = not {"step_sizes", "outputs"}.isdisjoint(needs)
+        RULES[name] = Rule(choose, frozenset(needs), measures, tuple(orders), tuple(modes), guards, plan, grid_after)
         return choose
 
     return register

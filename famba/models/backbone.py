@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import timm
@@ -44,7 +44,8 @@ class Tokens(NamedTuple):
     map: TokenMap | None = None  # what the last layer fused
 
 
-class Reduction(NamedTuple):
+@dataclass
+class Reduction:  # no NamedTuple, which torch.compile does not call in torch 2.6
     """Reduce the tokens of one layer, by r or by as many as `choose` says."""
 
     fusion: Fusion
@@ -52,19 +53,14 @@ class Reduction(NamedTuple):
     grid: tuple[int, int]  # as in `LayerTokens`
     choose: Choose | None = None
 
-    @property
-    def measures(self) -> bool:
-        """True where the rule reads what the scans did with each token."""
-        return not RULES[self.fusion.rule].needs.isdisjoint(("step_sizes", "outputs"))
-
     def __call__(
         self, tokens: Tokens, streams: Sequence[Tensor], metric: Tensor, **known: Any
     ) -> tuple[list[Tensor], Tokens]:
         """Reduce the streams (b, l, c) of a layer by one map; metric and known are members of `LayerTokens`."""
         fusion, special = self.fusion, tokens.special
         weights = tokens.sizes if fusion.weighting == "size" else None
-        known |= {"protected": special, "grid": self.grid, "sizes": weights}
-        seen = LayerTokens(metric, **known, order=fusion.order, mode=fusion.mode, guard=fusion.guard)
+        place: dict[str, Any] = {"protected": special, "grid": self.grid, "sizes": weights}
+        seen = LayerTokens(metric, **known, **place, order=fusion.order, mode=fusion.mode, guard=fusion.guard)
         r = self.r if self.choose is None else self.choose(seen, self.r)
         if not r:
             return list(streams), tokens

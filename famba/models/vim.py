@@ -14,7 +14,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrai
 from torch import Tensor, nn
 
 from famba.errors import ConfigError, check_choice, near_miss
-from famba.fusion import SETTINGS
+from famba.fusion import RULES, SETTINGS
 from famba.models import backbone
 from famba.models.backbone import CLS_POSITIONS, Backbone, Reduction, Run, Tokens, one_number, timm_cfg
 from famba.models.mixer import VimMixer
@@ -74,7 +74,7 @@ class VimBlock(nn.Module):
             (mixed, stream), tokens = reduction(tokens, [mixed, stream], mixed, **known)
             return mixed
 
-        return self.mixer(normed, reduce_mixed, reduction.measures), stream, tokens
+        return self.mixer(normed, reduce_mixed, RULES[reduction.fusion.rule].measures), stream, tokens
 
 
 @backbone.register_backbone

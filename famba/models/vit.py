@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import Any, ClassVar
 
 import timm
@@ -26,7 +25,7 @@ _MODULES = ("vision_transformer", "deit")
 
 
 def _of_vit(name: str) -> Any:
-    return property(attrgetter(f"vit.{name}"))
+    return property(lambda self: getattr(self.vit, name))
 
 
 @register_backbone
@@ -46,7 +45,6 @@ class ToMe(Backbone):
     # As the transformer has them now: its classifier and the size of its images can be changed.
     patch_embed, blocks, embed_dim = _of_vit("patch_embed"), _of_vit("blocks"), _of_vit("embed_dim")
     num_classes, pretrained_cfg = _of_vit("num_classes"), _of_vit("pretrained_cfg")
-    num_patches = _of_vit("patch_embed.num_patches")
 
     def __init__(self, vit: VisionTransformer, settings: Fusion) -> None:
         super().__init__()
@@ -70,6 +68,11 @@ class ToMe(Backbone):
         fusion = cls.fusion_of(arguments.pop("fusion", None), settings)
         vit: Any = timm.create_model(name, **arguments)
         return cls(vit, fusion).train(vit.training)
+
+    @property
+    def num_patches(self) -> int:  # type: ignore[override]
+        """Number of tokens that may fuse."""
+        return self.vit.patch_embed.num_patches
 
     @property
     def num_tokens(self) -> int:  # type: ignore[override]
