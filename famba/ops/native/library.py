@@ -103,8 +103,7 @@ def obstacle() -> str | None:
 
 def isas() -> list[str]:
     """Return the instruction sets that this processor has of those that were built, in rising order."""
-    best = _library().famba_isa_best()
-    return [name for number, name in enumerate(ISAS) if number <= best and _library().famba_isa_built(number)]
+    return list(ISAS[: _library().famba_isa_best() + 1])
 
 
 def isa() -> str:
@@ -176,24 +175,17 @@ def _library() -> ctypes.CDLL:
 @functools.cache
 def _loaded() -> ctypes.CDLL | str:
     """Load the library, or say what hinders that, which is kept as well: every op asks."""
-    try:
-        return _load()
-    except BackendError as error:
-        return str(error)
-
-
-def _load() -> ctypes.CDLL:
     remedy = "install a C++ compiler (g++ or clang++) and install famba again, or use 'reference'"
     if not PATH.exists():
         reason = FAILURE.read_text().strip() if FAILURE.exists() else "the kernels were not compiled at installation"
-        raise BackendError(f"{reason}; {remedy}")
+        return f"{reason}; {remedy}"
     try:
         library = ctypes.CDLL(str(PATH))
     except OSError as error:
-        raise BackendError(f"{PATH.name} does not load on {sysconfig.get_platform()} ({error}); {remedy}") from error
+        return f"{PATH.name} does not load on {sysconfig.get_platform()} ({error}); {remedy}"
     sizes = (c_int64 * 7)()
     if hasattr(library, "famba_struct_sizes"):
         library.famba_struct_sizes(sizes)
     if list(sizes) != [ctypes.sizeof(kind) for kind in (Scan, Conv, Norm, Fuse, Scaling, Motion, Lookup)]:
-        raise BackendError(f"{PATH.name} is of another version of famba; install famba again, or use 'reference'")
+        return f"{PATH.name} is of another version of famba; install famba again, or use 'reference'"
     return library

@@ -61,7 +61,7 @@ class ConvBlock {
     ConvBlock(const famba_conv &conv, int64_t image, int64_t block)
         : p_(conv), channel_(block * W), lanes_(lanes_of(block, conv.channels)), x_(conv.x, image) {
         const int64_t steps = (p_.length + p_.width - 1) * W;
-        carve(task_scratch(), {steps, steps, p_.width * W}, {&inputs_, &grads_, &taps_});
+        carve(task_scratch, {steps, steps, p_.width * W}, {&inputs_, &grads_, &taps_});
         for (int64_t k = 0; k < p_.width; ++k) {
             V tap{};
             for (int i = 0; i < lanes_; ++i) tap[i] = p_.weight[(channel_ + i) * p_.width + k];
@@ -144,7 +144,7 @@ template <class T, int WIDTH>
 void conv_backward_of(const famba_conv &p) {
     const Blocks blocks(p.batch, p.channels);
     const int64_t size = (p.width + 1) * W;
-    float *partial = call_scratch().take(p.batch * blocks.count * size);
+    float *partial = call_scratch.take(p.batch * blocks.count * size);
     for_each_block(p, blocks, [&](int64_t image, int64_t block) {
         float *own = partial + (image * blocks.count + block) * size;
         ConvBlock<T, WIDTH>(p, image, block).backward(Rows<const T>(p.dy, image), Rows<T>(p.dx, image), own);

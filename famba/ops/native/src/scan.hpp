@@ -155,7 +155,7 @@ class ForwardTask {
           last_(blocks.begin(task % blocks.groups + 1)), u_(scan.u, image_), delta_(scan.delta, image_),
           z_(scan.z, image_), y_(scan.y, image_), sums_(sums ? sums + task * 2 * scan.length : nullptr) {
         const int64_t line = FORWARD_STEPS * W, n = p_.states;
-        carve(task_scratch(),
+        carve(task_scratch,
               {(last_ - first_) * n * W, FORWARD_STEPS * n * SPREAD, FORWARD_STEPS * n * SPREAD, line, line, line},
               {&h_, &B_, &C_, &steps_.delta, &steps_.drive, &steps_.y});
     }
@@ -249,7 +249,7 @@ void scan_forward(const famba_scan &p) {
     Rates rates;
     float *sums;
     const int64_t measured = p.step_means ? p.batch * blocks.groups * 2 * p.length : 0;
-    carve(call_scratch(), {blocks.count * p.states * W, blocks.count, measured}, {&rates.vectors, &rates.largest, &sums});
+    carve(call_scratch, {blocks.count * p.states * W, blocks.count, measured}, {&rates.vectors, &rates.largest, &sums});
     rates.fill(p, blocks);
     for_each(p.threads, p.batch * blocks.groups, [&](int64_t task) {
         const FlushDenormals flush;

@@ -113,7 +113,7 @@ class BackwardTask {
         const int64_t n = p_.states, chunk = std::min(p_.chunk, p_.length), line = chunk * W;
         const int64_t gathered = line * (n / BACKWARD_GROUP + n % BACKWARD_GROUP);
         float *steps;
-        carve(task_scratch(),
+        carve(task_scratch,
               {chunk * n, chunk * n, (last_ - first_) * n * W, n * W, gathered, gathered, line * BACKWARD_GROUP,
                (line + W) * BACKWARD_GROUP, TILE<T> * 8 * line},
               {&B_, &C_, &carries_, &entering_, &dB_, &dC_, &decay_, &h_, &steps});
@@ -358,7 +358,7 @@ void scan_backward(const famba_scan &p) {
     Rates rates;
     Partial partial;
     const int64_t per_channel = p.batch * blocks.count * W, per_step = p.batch * blocks.groups * p.length * p.states;
-    carve(call_scratch(),
+    carve(call_scratch,
           {blocks.count * p.states * W, blocks.count, per_channel * p.states, per_channel, per_channel, per_step, per_step},
           {&rates.vectors, &rates.largest, &partial.dA, &partial.dD, &partial.dbias, &partial.dB, &partial.dC});
     rates.fill(p, blocks);
