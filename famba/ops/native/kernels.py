@@ -227,10 +227,8 @@ def mixer(inputs: MixerInputs, measure: bool) -> tuple[Tensor | None, ...]:
     return out, measures, u, projected, copied, states
 
 
-def mixer_backward(
-    dout: Tensor, inputs: MixerInputs, kept: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None]:
-    """Return the gradients of x, in_weight, both directions' weights and out_weight, each in its input's dtype."""
+def mixer_backward(dout: Tensor, inputs: MixerInputs, kept: Sequence[Tensor]) -> MixerInputs:
+    """Return the gradients in the places of the inputs, each in its input's dtype."""
     u, projected, copied, states, *_ = kept
     x, channels, weights = inputs.x, u.shape[2], ProductWeights.kept(copied, inputs, padded=False)
     tokens, dout = flatten(x.contiguous()), activation(dout, x.dtype).contiguous()
@@ -260,9 +258,7 @@ def mixer_backward(
         others.append((*convolve_backward(dinner, convolution, du, accumulate=bool(reverse)), dbias, dA, dD))
     flat, dout_weight = flatten(dxz), None if y is None else flatten(dout).t() @ flatten(y)
     of_products = ProductWeights(flat.t() @ tokens, dx_weight, ddt_weight, dout_weight)
-    of_weights = of_products.as_given(inputs)
-    dx = (flat @ weights.into).view(x.shape)
-    return dx, of_weights.in_weight, *of_weights.with_others(others, inputs), of_weights.out_weight
+    return of_products.as_given(inputs).with_others((flat @ weights.into).view(x.shape), others, inputs)
 
 
 def _scan_of(tensors: Sequence[Tensor], weights: ProductWeights, inputs: MixerInputs, reverse: int) -> ScanInputs:
