@@ -89,8 +89,8 @@ class BackwardTask {
                (line + W) * BACKWARD_GROUP, TILE<T> * 8 * line},
               {&B_, &C_, &carries_, &entering_, &dB_, &dC_, &decay_, &h_, &steps});
         for (int64_t i = 0; i < TILE<T>; ++i, steps += 8 * line)
-            steps_[i] = {{steps, steps + line, steps + 2 * line}, steps + 3 * line, steps + 4 * line,
-                         steps + 5 * line, steps + 6 * line, steps + 7 * line};
+            steps_[i] = {{steps + line, steps + 3 * line, steps + 5 * line}, steps, steps + 2 * line,
+                         steps + 4 * line, steps + 6 * line, steps + 7 * line};
         std::fill(carries_, carries_ + (last_ - first_) * n * W, 0.f);
     }
 

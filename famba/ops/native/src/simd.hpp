@@ -24,7 +24,8 @@ typedef uint16_t H __attribute__((vector_size(2 * FAMBA_LANES)));
 
 #define FAMBA_INLINE inline __attribute__((always_inline))
 
-FAMBA_INLINE V splat(float x) { return V{} + x; }
+// Not 0 + x, which is x for all but -0, and so is really added.
+FAMBA_INLINE V splat(float x) { return x - V{}; }
 
 template <class To, class From>
 FAMBA_INLINE To bits(From x) {
