@@ -52,7 +52,8 @@ def write_whole(path: Path, write: Callable[[str], object]) -> None:
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError where a disk is full
         raise CheckpointError(f"cannot write {path}: {_reason(error)}; the file before it is unharmed") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it has its name now, or never was: a folder may be a file
+            temporary.unlink()
 
 
 def remove_unfinished(folder: Path) -> None:
