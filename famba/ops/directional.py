@@ -214,7 +214,7 @@ class Directional:
             out=None if grads.y is None else flat_dout.t() @ flatten(grads.y[0] + grads.y[1]),
         )
         others = list(zip(*of_convolutions, grads.delta_bias, grads.A, grads.D, strict=True))
-        return of_products.as_given(inputs).with_others((dxz @ weights.into).view(x.shape), others, inputs)
+        return of_products.with_others((dxz @ weights.into).view(x.shape), others, inputs)
 
     def _convolve(self, convolution: Convolution) -> Tensor:
         """Return the results (k, b, l, d)."""

@@ -101,21 +101,6 @@ class MixerInputs(NamedTuple):
         """Return the weights of the scan forward and of that backward."""
         return self.forward, self.backward
 
-    def with_others(self, dx: Tensor, others: Sequence[Sequence[Any]], inputs: MixerInputs) -> MixerInputs:
-        """Return all gradients in the dtypes of the inputs: those of the products' weights are held here.
-
-        others: for each direction those of conv_weight, conv_bias, dt_bias, A and D.
-        """
-        sides = (
-            (*other[:2], ours.x_weight, ours.dt_weight, *other[2:])
-            for other, ours in zip(others, self.directions, strict=True)
-        )
-        forward, backward = (
-            Direction(*(grad.to(weight.dtype) for grad, weight in zip(grads, given, strict=True)))
-            for grads, given in zip(sides, inputs.directions, strict=True)
-        )
-        return MixerInputs(dx, self.in_weight, forward, backward, self.out_weight)
-
 
 def even_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return x (b, l, c) in a dtype, else in its own, with contiguous rows at equal distances, over images too."""

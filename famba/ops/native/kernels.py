@@ -25,6 +25,9 @@ from famba.ops.inputs import (
 from famba.ops.native.library import Conv, Fuse, Norm, Scan, call
 from famba.ops.products import Columns, ProductWeights
 
+# A product and a sort, which torch does well on a CPU.
+from famba.ops.reference import match_tokens
+
 # The scan keeps the states that enter each chunk of at most this many steps; shorter sequences keep none.
 # A chunk's states then fit a processor's second-level cache in the backward.
 _CHUNK = 384
@@ -258,7 +261,7 @@ def mixer_backward(dout: Tensor, inputs: MixerInputs, kept: Sequence[Tensor]) ->
         others.append((*convolve_backward(dinner, convolution, du, accumulate=bool(reverse)), dbias, dA, dD))
     flat, dout_weight = flatten(dxz), None if y is None else flatten(dout).t() @ flatten(y)
     of_products = ProductWeights(flat.t() @ tokens, dx_weight, ddt_weight, dout_weight)
-    return of_products.as_given(inputs).with_others((flat @ weights.into).view(x.shape), others, inputs)
+    return of_products.with_others((flat @ weights.into).view(x.shape), others, inputs)
 
 
 def _scan_of(tensors: Sequence[Tensor], weights: ProductWeights, inputs: MixerInputs, reverse: int) -> ScanInputs:

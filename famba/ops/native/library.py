@@ -92,7 +92,7 @@ Lookup = _structure(
 
 
 _isa: int | None = None
-_is_forked_child = False
+_PROCESS = os.getpid()
 
 
 def obstacle() -> str | None:
@@ -136,15 +136,7 @@ def call(kernel: str, kind: type[ctypes.Structure], dtype: torch.dtype, **argume
 
 def threads() -> int:
     """Return the threads that a kernel may use: torch's, or one in a forked child, which has none of its parent's."""
-    return 1 if _is_forked_child else torch.get_num_threads()
-
-
-def _note_fork() -> None:
-    global _is_forked_child
-    _is_forked_child = True
-
-
-os.register_at_fork(after_in_child=_note_fork)
+    return torch.get_num_threads() if os.getpid() == _PROCESS else 1
 
 
 def _isa_number() -> int:
