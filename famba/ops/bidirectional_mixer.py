@@ -105,24 +105,18 @@ def compose_mixer(
 ) -> Any:
     """Run the parts of `bidirectional_mixer` one after the other, which is its meaning, each with its own backward."""
     u, z = F.linear(x, in_weight).chunk(2, dim=-1)
-    measures: list[Tensor] = []
-    ahead, back = (
-        _scan_direction(u, z, weights, reverse, measures if measure else None)
-        for weights, reverse in ((forward, False), (backward, True))
-    )
-    y = (ahead + back) / 2
+    measures: list[Tensor] | None = [] if measure else None
+    results = []
+    for weights, reverse in ((forward, False), (backward, True)):
+        v = causal_conv1d(u, weights.conv_weight, weights.conv_bias, activation="silu", reverse=reverse)
+        states = weights.A.shape[1]
+        dt, B, C = F.linear(v, weights.x_weight).split([weights.dt_weight.shape[1], states, states], dim=-1)
+        # The bias enters inside the scan, in float32, so that small steps survive bf16.
+        delta = F.linear(dt, weights.dt_weight)
+        results.append(gated_scan(v, delta, weights.A, B, C, weights.D, z, weights.dt_bias, reverse, measures))
+    y = (results[0] + results[1]) / 2
     out = y if out_weight is None else F.linear(y, out_weight)
-    return (out, TokenMeasures.of(torch.stack(measures, dim=1))) if measure else out
-
-
-def _scan_direction(u: Tensor, z: Tensor, weights: Direction, reverse: bool, measures: list[Tensor] | None) -> Tensor:
-    """Scan one direction, and append its measures (2, b, l) where there is a list for them."""
-    u = causal_conv1d(u, weights.conv_weight, weights.conv_bias, activation="silu", reverse=reverse)
-    states = weights.A.shape[1]
-    dt, B, C = F.linear(u, weights.x_weight).split([weights.dt_weight.shape[1], states, states], dim=-1)
-    # The bias enters inside the scan, in float32, so that small steps survive bf16.
-    delta = F.linear(dt, weights.dt_weight)
-    return gated_scan(u, delta, weights.A, B, C, weights.D, z, weights.dt_bias, reverse, measures)
+    return out if measures is None else (out, TokenMeasures.of(torch.stack(measures, dim=1)))
 
 
 def gated_scan(
