@@ -122,7 +122,9 @@ def call(kernel: str, kind: type[ctypes.Structure], dtype: torch.dtype, **argume
 
     Raises MemoryError where its scratch memory cannot be had.
     """
-    structure = kind(dtype=_DTYPES[dtype], threads=threads())
+    # One thread in a forked child, which has none of its parent's.
+    threads = torch.get_num_threads() if os.getpid() == _PROCESS else 1
+    structure = kind(dtype=_DTYPES[dtype], threads=threads)
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             value = Array.of(value) if isinstance(getattr(structure, name), Array) else value.data_ptr()
@@ -132,11 +134,6 @@ def call(kernel: str, kind: type[ctypes.Structure], dtype: torch.dtype, **argume
     if status == 1:
         raise MemoryError(f"native {kernel}: out of memory for scratch space")
     assert status == 0
-
-
-def threads() -> int:
-    """Return the threads that a kernel may use: torch's, or one in a forked child, which has none of its parent's."""
-    return torch.get_num_threads() if os.getpid() == _PROCESS else 1
 
 
 def _isa_number() -> int:
