@@ -53,7 +53,8 @@ def write_whole(path: Path, write: Callable[[str], object]) -> None:
         told = str(cause if isinstance(cause, OSError) else error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"cannot write {path}: {told}; the file before it is unharmed") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it has its name now, or never was: a folder may be a file
+            temporary.unlink()
 
 
 def remove_unfinished(folder: Path) -> None:

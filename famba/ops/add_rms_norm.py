@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from famba.ops.definition import check_rank, check_shapes, define, fresh
+from famba.ops.definition import check_shapes, define, fresh
 from famba.ops.reference import compute_dtype
 from famba.ops.registry import backend_of
 
@@ -26,9 +26,7 @@ def add_rms_norm(
         ConfigError: a shape, dtype or device does not fit.
         BackendError: the chosen backend does not serve x's device.
     """
-    check_rank("add_rms_norm", "x", x, "(b, l, d)")
-    shape = tuple(x.shape)
-    check_shapes("add_rms_norm", "x", x=(x, shape), residual=(residual, shape), weight=(weight, (shape[2],)))
+    check_shapes("add_rms_norm", x=(x, "b l d"), residual=(residual, "b l d"), weight=(weight, "d"))
     return _norm(x, residual, weight, eps, backend_of(x))
 
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from famba.errors import ConfigError
 from famba.ops.causal_conv1d import causal_conv1d
-from famba.ops.definition import check_rank, check_shapes, define, fresh
+from famba.ops.definition import check_shapes, define, differentiate, fresh
 from famba.ops.inputs import Direction, MixerInputs, TokenMeasures
 from famba.ops.reference import compute_dtype
 from famba.ops.registry import backend_of, kernels
@@ -30,14 +30,12 @@ class MixerKernels(Protocol):
     Products are in x's dtype, weights and their gradients each in a dtype of its own. `mixer` returns the result, the
     measures (2, 2, b, l) in float32, of steps and of outputs in both directions, or None where they are not asked for,
     and up to five tensors for the backward, of the shapes `mixer_kept_shapes`: first those of x's dtype, then those of
-    float32. `mixer_backward` returns the gradients of the inputs in their order, each in its input's dtype.
+    float32. `mixer_backward` returns the gradients in the places of the inputs, each in its input's dtype.
     """
 
     mixer_kept_shapes: Callable[[MixerInputs], tuple[list[tuple[int, ...]], list[tuple[int, ...]]]]
     mixer: Callable[[MixerInputs, bool], tuple[Tensor | None, ...]]
-    mixer_backward: Callable[
-        [Tensor, MixerInputs, Sequence[Tensor]], tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None]
-    ]
+    mixer_backward: Callable[[Tensor, MixerInputs, Sequence[Tensor]], MixerInputs]
 
 
 @overload
@@ -93,7 +91,7 @@ def bidirectional_mixer(
     backend = backend_of(x, dtype)
     if not _is_fused(backend):
         return compose_mixer(x, in_weight, forward, backward, out_weight, measure)
-    out, measures, *_ = _mixer(x.to(dtype), in_weight, list(forward), list(backward), out_weight, measure, backend)
+    out, measures, *_ = _mixer(x.to(dtype), in_weight, *forward, *backward, out_weight, measure, backend)
     return (out, TokenMeasures.of(measures)) if measure else out
 
 
@@ -107,24 +105,18 @@ def compose_mixer(
 ) -> Any:
     """Run the parts of `bidirectional_mixer` one after the other, which is its meaning, each with its own backward."""
     u, z = F.linear(x, in_weight).chunk(2, dim=-1)
-    measures: list[Tensor] = []
-    ahead, back = (
-        _scan_direction(u, z, weights, reverse, measures if measure else None)
-        for weights, reverse in ((forward, False), (backward, True))
-    )
-    y = (ahead + back) / 2
+    measures: list[Tensor] | None = [] if measure else None
+    results = []
+    for weights, reverse in ((forward, False), (backward, True)):
+        v = causal_conv1d(u, weights.conv_weight, weights.conv_bias, activation="silu", reverse=reverse)
+        states = weights.A.shape[1]
+        dt, B, C = F.linear(v, weights.x_weight).split([weights.dt_weight.shape[1], states, states], dim=-1)
+        # The bias enters inside the scan, in float32, so that small steps survive bf16.
+        delta = F.linear(dt, weights.dt_weight)
+        results.append(gated_scan(v, delta, weights.A, B, C, weights.D, z, weights.dt_bias, reverse, measures))
+    y = (results[0] + results[1]) / 2
     out = y if out_weight is None else F.linear(y, out_weight)
-    return (out, TokenMeasures.of(torch.stack(measures, dim=1))) if measure else out
-
-
-def _scan_direction(u: Tensor, z: Tensor, weights: Direction, reverse: bool, measures: list[Tensor] | None) -> Tensor:
-    """Scan one direction, and append its measures (2, b, l) where there is a list for them."""
-    u = causal_conv1d(u, weights.conv_weight, weights.conv_bias, activation="silu", reverse=reverse)
-    states = weights.A.shape[1]
-    dt, B, C = F.linear(u, weights.x_weight).split([weights.dt_weight.shape[1], states, states], dim=-1)
-    # The bias enters inside the scan, in float32, so that small steps survive bf16.
-    delta = F.linear(dt, weights.dt_weight)
-    return gated_scan(u, delta, weights.A, B, C, weights.D, z, weights.dt_bias, reverse, measures)
+    return out if measures is None else (out, TokenMeasures.of(torch.stack(measures, dim=1)))
 
 
 def gated_scan(
@@ -152,15 +144,10 @@ def gated_scan(
     return (y * F.silu(z.to(wide))).to(u.dtype)
 
 
-_fused: dict[str, bool] = {}  # not functools.cache, of which torch.compile warns
-
-
 @torch.compiler.assume_constant_result
 def _is_fused(backend: str) -> bool:
     """Return whether a backend has the mixer as one op; not traced by torch.compile, since it imports the backend."""
-    if backend not in _fused:
-        _fused[backend] = isinstance(kernels(backend), MixerKernels)
-    return _fused[backend]
+    return hasattr(kernels(backend), "mixer")
 
 
 @torch.compiler.assume_constant_result
@@ -178,35 +165,32 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 def _check(x: Tensor, in_weight: Tensor, forward: Direction, backward: Direction, out_weight: Tensor | None) -> None:
     op = "bidirectional_mixer"
-    check_rank(op, "x", x, "(b, l, d_model)")
-    check_rank(op, "in_weight", in_weight, "(2 d, d_model)")
-    if in_weight.shape[0] % 2:
-        raise ConfigError(f"{op}: in_weight has shape {tuple(in_weight.shape)}, expected an even number of rows")
-    d = in_weight.shape[0] // 2
-    shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {"in_weight": (in_weight, (2 * d, x.shape[2]))}
-    for name, weights in (("forward", forward), ("backward", backward)):
-        check_rank(op, f"{name}.A", weights.A, "(d, n)")
-        check_rank(op, f"{name}.dt_weight", weights.dt_weight, "(d, r)")
-        check_rank(op, f"{name}.conv_weight", weights.conv_weight, "(d, width)")
-        n, r = weights.A.shape[1], weights.dt_weight.shape[1]
-        if weights.conv_weight.shape[1] == 0:
-            raise ConfigError(f"{op}: {name}.conv_weight has shape ({d}, 0), expected a width of at least 1")
-        expected = ((d, weights.conv_weight.shape[1]), (d,), (r + 2 * n, d), (d, r), (d,), (d, n), (d,))
-        for field, tensor, shape in zip(Direction._fields, weights, expected, strict=True):
-            shapes[f"{name}.{field}"] = (tensor, shape)
-    if out_weight is not None:
-        check_rank(op, "out_weight", out_weight, "(d_out, d)")
-        shapes["out_weight"] = (out_weight, (out_weight.shape[0], d))
-    check_shapes(op, "x", x=(x, tuple(x.shape)), **shapes)
+    given = {"x": (x, "b l d_model"), "in_weight": (in_weight, "rows d_model")}
+    for side, weights in (("forward", forward), ("backward", backward)):
+        axes = (f"d width_{side}", "d", f"columns_{side} d", f"d r_{side}", "d", f"d n_{side}", "d")
+        for field, weight, named in zip(Direction._fields, weights, axes, strict=True):
+            given[f"{side}.{field}"] = (weight, named)
+    sizes = check_shapes(op, **given, out_weight=(out_weight, "d_out d"))
+    if sizes["rows"] != 2 * sizes["d"]:
+        raise ConfigError(f"{op}: in_weight has {sizes['rows']} rows, expected {2 * sizes['d']}: 2 d, an even number")
+    for side in ("forward", "backward"):
+        columns, wanted = sizes[f"columns_{side}"], sizes[f"r_{side}"] + 2 * sizes[f"n_{side}"]
+        if columns != wanted:
+            raise ConfigError(f"{op}: {side}.x_weight has {columns} rows, expected {wanted}: r + 2 n")
+        if sizes[f"width_{side}"] == 0:
+            raise ConfigError(f"{op}: {side}.conv_weight has shape ({sizes['d']}, 0), expected a width of at least 1")
 
 
 _KEPT = 5
-_INPUTS = "Tensor x, Tensor in_weight, Tensor[] forward, Tensor[] backward, Tensor? out_weight"
+_SIDES = [f"Tensor {side}_{field}" for side in ("forward", "backward") for field in Direction._fields]
+_TENSORS = ["Tensor x", "Tensor in_weight", *_SIDES, "Tensor? out_weight"]
+_INPUTS = f"{', '.join(_TENSORS)}, bool measure"
+_OTHERS = ", ".join(["Tensor measures", *(f"Tensor kept{i}" for i in range(_KEPT))])
 
 
 def _shape(kernels: MixerKernels, *given: Any) -> tuple[Tensor | None, ...]:
     *tensors, measure = given
-    inputs = MixerInputs.of(*tensors)
+    inputs = MixerInputs.of(tensors)
     x, out_weight = inputs.x, inputs.out_weight
     shapes, float_shapes = kernels.mixer_kept_shapes(inputs)
     out = x.new_empty(*x.shape[:2], len(inputs.forward.A if out_weight is None else out_weight))
@@ -222,51 +206,30 @@ def _filled_up(*results: Tensor | None) -> tuple[Tensor | None, ...]:
 
 _mixer = define(
     "bidirectional_mixer",
-    f"{_INPUTS}, bool measure",
+    _INPUTS,
     f"({', '.join(['Tensor'] * (2 + _KEPT))})",
-    run=lambda kernels, *given: _filled_up(*kernels.mixer(MixerInputs.of(*given[:-1]), given[-1])),
+    run=lambda kernels, *given: _filled_up(*kernels.mixer(MixerInputs.of(given[:-1]), given[-1])),
     fake=_shape,
 )
 _mixer_backward = define(
     "bidirectional_mixer_backward",
-    f"Tensor dout, {_INPUTS}, Tensor[] kept",
-    "(Tensor, Tensor, Tensor[], Tensor[], Tensor)",
-    run=lambda kernels, dout, *rest: kernels.mixer_backward(dout, MixerInputs.of(*rest[:-1]), rest[-1]),
-    fake=lambda kernels, dout, *inputs: tuple(
-        [fresh(weight) for weight in x] if isinstance(x, list) else fresh(x) for x in inputs[:-1]
-    ),
+    f"Tensor dout, {_INPUTS}, {_OTHERS}",
+    f"({', '.join(['Tensor'] * len(_TENSORS))})",
+    run=lambda kernels, dout, *rest: kernels.mixer_backward(
+        dout, MixerInputs.of(rest[: len(_TENSORS)]), rest[-_KEPT:]
+    ).flat(),
+    fake=lambda kernels, dout, *rest: [fresh(x) for x in rest[: len(_TENSORS)]],
 )
-
-
-def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, in_weight, forward, backward, out_weight, _, ctx.backend = inputs
-    ctx.weights = len(forward)
-    ctx.save_for_backward(x, in_weight, out_weight, *forward, *backward, *output[2:])
-    # Measures and what is kept have no gradient, and none is to be filled with zeros for them in each backward.
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx, dout, *_):  # type: ignore[no-untyped-def]
-    if dout is None:
-        return None, None, [None] * ctx.weights, [None] * ctx.weights, None, None, None
-    x, in_weight, out_weight, *rest = ctx.saved_tensors
-    forward, backward, kept = rest[: ctx.weights], rest[ctx.weights : 2 * ctx.weights], rest[2 * ctx.weights :]
-    dx, din, dforward, dbackward, dout_weight = _mixer_backward(
-        dout, x, in_weight, forward, backward, out_weight, kept, ctx.backend
-    )
-    return dx, din, dforward, dbackward, None if out_weight is None else dout_weight, None, None
-
-
-_mixer.register_autograd(_gradients, setup_context=_keep)
+differentiate(_mixer, _mixer_backward, len(_TENSORS))
 
 
 @register_flop_formula(torch.ops.famba.bidirectional_mixer)
-def _mixer_flops(x, in_weight, forward, backward, out_weight, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    batch, length, d_model = x
-    d_inner = in_weight[0] // 2
-    macs = in_weight[0] * d_model + (0 if out_weight is None else out_weight[0] * d_inner)
-    for conv_weight, _, x_weight, dt_weight, _, A, _ in (forward, backward):
-        macs += d_inner * (conv_weight[1] + x_weight[0] + dt_weight[1])
-        macs += scan_macs(1, 1, d_inner, A[1], skip=True, gate=True)
+def _mixer_flops(*given, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    shapes: Any = MixerInputs.of(given[: len(_TENSORS)])
+    (batch, length, d_model), (rows, _), out = shapes.x, shapes.in_weight, shapes.out_weight
+    d_inner = rows // 2
+    macs = rows * d_model + (0 if out is None else out[0] * d_inner)
+    for side in shapes.directions:
+        macs += d_inner * (side.conv_weight[1] + side.x_weight[0] + side.dt_weight[1])
+        macs += scan_macs(1, 1, d_inner, side.A[1], skip=True, gate=True)
     return 2 * batch * length * macs

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from famba.errors import ConfigError
-from famba.ops.definition import check_rank, check_shapes, define, differentiate, fresh
+from famba.ops.definition import check_shapes, define, differentiate, fresh
 from famba.ops.registry import backend_of
 
 
@@ -33,12 +33,9 @@ def causal_conv1d(
         ConfigError: a shape, dtype, device or the activation does not fit.
         BackendError: the chosen backend does not serve x's device.
     """
-    check_rank("causal_conv1d", "x", x, "(b, l, d)")
-    check_rank("causal_conv1d", "weight", weight, "(d, width)")
-    if weight.shape[1] == 0:
+    sizes = check_shapes("causal_conv1d", x=(x, "b l d"), weight=(weight, "d width"), bias=(bias, "d"))
+    if sizes["width"] == 0:
         raise ConfigError(f"causal_conv1d: weight has shape {tuple(weight.shape)}, expected a width of at least 1")
-    parameters = {"weight": (weight, (x.shape[2], weight.shape[1])), "bias": (bias, (x.shape[2],))}
-    check_shapes("causal_conv1d", "x", x=(x, tuple(x.shape)), **parameters)
     if activation not in (None, "silu"):
         raise ConfigError(f"causal_conv1d: unknown activation {activation!r}; allowed: None, 'silu'")
     return _conv(x, weight, bias, activation == "silu", reverse, backend_of(x))

@@ -14,27 +14,34 @@ from famba.errors import ConfigError
 from famba.ops.registry import kernels
 
 # Arguments that may be None.
-_OPTIONAL = ("D", "z", "delta_bias", "bias", "residual", "sizes")
+_OPTIONAL = ("D", "z", "delta_bias", "bias", "residual", "sizes", "out_weight")
 
 
-def check_shapes(op: str, device_of: str, **expected: tuple[Tensor | None, tuple[int, ...]]) -> None:
-    """Raise ConfigError where a tensor has another shape, or lies on another device than `device_of`, or is dual.
+def check_shapes(op: str, **given: tuple[Tensor | None, str]) -> dict[str, int]:
+    """Raise ConfigError where a tensor has another shape, or lies on another device than the first, or is dual.
 
-    expected: argument name to (tensor, shape); None is passed over where an argument may be left out.
+    given: argument name to (tensor, names of its axes), such as "b l d": an axis has the size that it has in the first
+    of these tensors. None is passed over where an argument may be left out. Returns the sizes of all axes.
     """
-    first = expected[device_of][0]
-    assert first is not None
+    sizes: dict[str, int] = {}
+    first: tuple[str, torch.device] | None = None
     # A number that torch counts up where forward-mode begins; to ask every tensor at every call would take time.
     forward_mode = forward_ad._current_level >= 0
-    for name, (tensor, shape) in expected.items():
+    for name, (tensor, named) in given.items():
         if tensor is None and name in _OPTIONAL:
             continue
         if not isinstance(tensor, Tensor):
-            raise ConfigError(f"{op}: {name} is {tensor!r}, expected a tensor of shape {tuple(shape)}")
-        if tuple(tensor.shape) != tuple(shape):
-            raise ConfigError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
-        if tensor.device != first.device:
-            raise ConfigError(f"{op}: {name} is on {tensor.device}, but {device_of} on {first.device}")
+            raise ConfigError(f"{op}: {name} is {tensor!r}, expected a tensor ({', '.join(named.split())})")
+        axes, shape = named.split(), tuple(tensor.shape)
+        if len(axes) == len(shape):
+            for axis, size in zip(axes, shape, strict=True):
+                sizes[axis] = sizes.get(axis, size)
+        expected = tuple([sizes.get(axis, axis) for axis in axes])
+        if shape != expected:
+            raise ConfigError(f"{op}: {name} has shape {shape}, expected ({', '.join(map(str, expected))})")
+        first = first or (name, tensor.device)
+        if tensor.device != first[1]:
+            raise ConfigError(f"{op}: {name} is on {tensor.device}, but {first[0]} on {first[1]}")
         if not tensor.is_floating_point():
             raise ConfigError(f"{op}: {name} has dtype {tensor.dtype}, expected a floating-point dtype")
         if forward_mode and forward_ad.unpack_dual(tensor).tangent is not None:
@@ -42,12 +49,7 @@ def check_shapes(op: str, device_of: str, **expected: tuple[Tensor | None, tuple
                 f"{op}: {name} carries a tangent, and forward-mode differentiation (torch.func.jvp, jacfwd) is not "
                 "supported, only reverse mode: use torch.autograd.grad, or torch.autograd.functional.jacobian"
             )
-
-
-def check_rank(op: str, name: str, tensor: Tensor, axes: str) -> None:
-    """Raise ConfigError where a tensor has not as many axes as `axes` names, such as "(b, l, d)"."""
-    if tensor.ndim != axes.count(",") + 1:
-        raise ConfigError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {axes}")
+    return sizes
 
 
 Results = Sequence[Any] | Tensor

@@ -180,10 +180,8 @@ class Directional:
         out = y if weights.out is None else as_tokens(flatten(y) @ weights.out.t(), x)
         return out, measures, projected, copied
 
-    def mixer_backward(
-        self, dout: Tensor, inputs: MixerInputs, kept: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None]:
-        """Return the gradients of x, in_weight, both directions' weights and out_weight, each in its input's dtype."""
+    def mixer_backward(self, dout: Tensor, inputs: MixerInputs, kept: Sequence[Tensor]) -> MixerInputs:
+        """Return the gradients in the places of the inputs, each in its input's dtype."""
         projected, copied, *_ = kept
         x, weights = inputs.x, ProductWeights.kept(copied, inputs)
         tokens, flat_dout = flatten(x), flatten(even_rows(dout, x.dtype))
@@ -215,10 +213,8 @@ class Directional:
             dt=torch.bmm(_both(grads.delta).mT, _both(dt)),
             out=None if grads.y is None else flat_dout.t() @ flatten(grads.y[0] + grads.y[1]),
         )
-        of_weights = of_products.as_given(inputs)
         others = list(zip(*of_convolutions, grads.delta_bias, grads.A, grads.D, strict=True))
-        dx = (dxz @ weights.into).view(x.shape)
-        return dx, of_weights.in_weight, *of_weights.with_others(others, inputs), of_weights.out_weight  # type: ignore[arg-type]
+        return of_products.with_others((dxz @ weights.into).view(x.shape), others, inputs)
 
     def _convolve(self, convolution: Convolution) -> Tensor:
         """Return the results (k, b, l, d)."""

@@ -86,30 +86,20 @@ class MixerInputs(NamedTuple):
     out_weight: Tensor | None
 
     @classmethod
-    def of(cls, *given: Any) -> MixerInputs:
-        """Take the fields as an op has them, the directions as lists."""
-        x, in_weight, forward, backward, out_weight = given
-        return cls(x, in_weight, Direction(*forward), Direction(*backward), out_weight)
+    def of(cls, given: Sequence[Any]) -> MixerInputs:
+        """Take what `flat` returns."""
+        x, in_weight, *sides, out_weight = given
+        weights = len(Direction._fields)
+        return cls(x, in_weight, Direction(*sides[:weights]), Direction(*sides[weights:]), out_weight)
+
+    def flat(self) -> tuple[Tensor | None, ...]:
+        """Return all tensors in their order, as an op takes and returns them."""
+        return self.x, self.in_weight, *self.forward, *self.backward, self.out_weight
 
     @property
     def directions(self) -> tuple[Direction, Direction]:
         """Return the weights of the scan forward and of that backward."""
         return self.forward, self.backward
-
-    def with_others(self, others: Sequence[Sequence[Tensor]], inputs: MixerInputs) -> tuple[list[Tensor], list[Tensor]]:
-        """Return each direction's gradients in its weights' dtypes: those of products are held here.
-
-        others: for each direction those of conv_weight, conv_bias, dt_bias, A and D.
-        """
-        sides = zip(others, self.directions, inputs.directions, strict=True)
-        forward, backward = (
-            [
-                grad.to(weight.dtype)
-                for grad, weight in zip((*other[:2], ours.x_weight, ours.dt_weight, *other[2:]), given, strict=True)
-            ]
-            for other, ours, given in sides
-        )
-        return forward, backward
 
 
 def even_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from famba.errors import ConfigError
+from famba.ops import reference
 from famba.ops.availability import MAMBA_SSM, convolution
 from famba.ops.inputs import ScanGradients, ScanInputs, common_dtype
 from famba.ops.reference import scan_state_shape
@@ -37,7 +38,7 @@ def selective_scan_backward(dy: Tensor, inputs: ScanInputs, state: Tensor) -> Sc
     scan = _scan_inputs(inputs)
     *tensors, softplus, _ = scan
     if scan.u.numel() == 0:
-        return ScanGradients(*(None if x is None else x.new_zeros(x.shape) for x in inputs[:-2]))  # type: ignore[arg-type]
+        return reference.selective_scan_backward(dy, inputs, state)
     # A gate's gradient needs the result before the gate, a long scan the states in between: both are there only during
     # the forward, and one tensor of a fixed shape would not hold them.
     ungated, states, _ = _run_scan(scan._replace(z=None))
@@ -65,11 +66,7 @@ def causal_conv1d_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the gradients of x, weight and bias, each in its input's dtype."""
     if x.numel() == 0:
-        return (
-            x.new_empty(x.shape),
-            weight.new_zeros(weight.shape),
-            None if bias is None else bias.new_zeros(bias.shape),
-        )
+        return reference.causal_conv1d_backward(dy, x, weight, bias, silu, reverse)
     given = _turned(x, reverse, x.dtype), _parameter(weight), _optional(bias), _turned(dy, reverse, x.dtype)
     dx, dweight, dbias, _ = convolution()[1](*given, None, None, None, None, False, silu)
     return _back(dx, reverse, x.dtype), dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from famba.ops.definition import fresh
 from famba.ops.inputs import MixerInputs
 
 _MULTIPLE = 8
@@ -94,19 +95,18 @@ class ProductWeights(NamedTuple):
             return cls(others[0], x, dt, others[1] if len(others) > 1 else None)
         return cls(inputs.in_weight, x, dt, inputs.out_weight)
 
-    def as_given(self, inputs: MixerInputs) -> MixerInputs:
-        """Take these gradients apart: new tensors of the weights' shapes and dtypes, in the weights' places."""
+    def with_others(self, dx: Tensor, others: Iterable[Sequence[Any]], inputs: MixerInputs) -> MixerInputs:
+        """Take these gradients apart, and return a mixer's, new tensors each of its input's shape and dtype.
+
+        dx: that of x. others: for each direction those of conv_weight, conv_bias, dt_bias, A and D, of any dtypes.
+        """
         # All are copied at once only where their numbers are adjacent, so those of dt without the zeros first.
         narrow = self.dt[..., : inputs.forward.dt_weight.shape[1]].contiguous()
-
-        def empty(x: Tensor) -> Tensor:
-            return x.new_empty(x.shape)
-
-        forward, backward = (
-            side._replace(x_weight=empty(side.x_weight), dt_weight=empty(side.dt_weight)) for side in inputs.directions
-        )
-        out = None if inputs.out_weight is None else empty(inputs.out_weight)
-        found = MixerInputs(inputs.x, empty(inputs.in_weight), forward, backward, out)
+        flat: list[Any] = [dx, fresh(inputs.in_weight)]
+        for (conv_weight, conv_bias, *rest), given in zip(others, inputs.directions, strict=True):
+            grads = (conv_weight, conv_bias, fresh(given.x_weight), fresh(given.dt_weight), *rest)
+            flat += [grad.to(weight.dtype) for grad, weight in zip(grads, given, strict=True)]
+        found = MixerInputs.of([*flat, fresh(inputs.out_weight)])
         _copy_each((theirs, ours) for ours, theirs in self._pairs(narrow, found))
         return found
 

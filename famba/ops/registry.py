@@ -91,7 +91,7 @@ _BACKENDS: dict[str, Backend] = {
     "cuda": Backend("famba.ops.cuda.backend", ("cuda",), cuda_obstacle, _HALF),
     "triton": Backend("famba.ops.triton", ("cuda",), triton_obstacle, _HALF, triton_on_request),
     "mamba_ssm": Backend("famba.ops.mamba_ssm", ("cuda",), mamba_ssm_obstacle, _HALF),
-    "native": Backend("famba.ops.native", ("cpu",), library.obstacle, (torch.float32, torch.bfloat16)),
+    "native": Backend("famba.ops.native.kernels", ("cpu",), library.obstacle, (torch.float32, torch.bfloat16)),
     "reference": Backend("famba.ops.reference", None, lambda: None),
 }
 

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from famba.ops.definition import check_rank, check_shapes, define, differentiate, fresh
+from famba.ops.definition import check_shapes, define, differentiate, fresh
 from famba.ops.inputs import ScanGradients, ScanInputs
 from famba.ops.reference import compute_dtype
 from famba.ops.registry import Kernels, backend_of
@@ -49,13 +49,9 @@ def selective_scan(
         ConfigError: a shape, dtype or device does not fit.
         BackendError: the chosen backend does not serve u's device.
     """
-    check_rank("selective_scan", "u", u, "(b, l, d)")
-    check_rank("selective_scan", "A", A, "(d, n)")
-    batch, length, channels = u.shape
-    tokens, weights = (batch, length, channels), (batch, length, A.shape[1])
-    activations = {"u": (u, tokens), "delta": (delta, tokens), "B": (B, weights), "C": (C, weights), "z": (z, tokens)}
-    parameters = {"A": (A, (channels, A.shape[1])), "D": (D, (channels,)), "delta_bias": (delta_bias, (channels,))}
-    check_shapes("selective_scan", "u", **activations, **parameters)
+    tokens = {"u": (u, "b l d"), "delta": (delta, "b l d"), "z": (z, "b l d")}
+    weights = {"A": (A, "d n"), "B": (B, "b l n"), "C": (C, "b l n"), "D": (D, "d"), "delta_bias": (delta_bias, "d")}
+    check_shapes("selective_scan", **tokens, **weights)
     return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend_of(u))[0]
 
 

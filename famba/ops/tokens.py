@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from famba.errors import ConfigError
-from famba.ops.definition import check_rank, check_shapes, define
+from famba.ops.definition import check_shapes, define
 from famba.ops.reference import compute_dtype
 from famba.ops.registry import Kernels, backend_of
 
@@ -41,9 +41,7 @@ def match_tokens(
         ConfigError: a shape, dtype or device does not fit.
         BackendError: the chosen backend does not serve metric's device.
     """
-    check_rank("match_tokens", "metric", metric, "(b, l, c)")
-    batch, length, _ = metric.shape
-    check_shapes("match_tokens", "metric", metric=(metric, tuple(metric.shape)), sizes=(sizes, (batch, length)))
+    batch = check_shapes("match_tokens", metric=(metric, "b l c"), sizes=(sizes, "b l"))["b"]
     if protected is not None and (protected.ndim != 2 or protected.shape[0] not in (1, batch)):
         shape = tuple(protected.shape)
         raise ConfigError(f"match_tokens: protected has shape {shape}, expected (1, p) or ({batch}, p)")
@@ -101,13 +99,11 @@ def fuse_tokens(
         ConfigError: a shape, dtype or device does not fit.
         BackendError: the chosen backend does not serve x's device.
     """
-    check_rank("fuse_tokens", "x", x, "(b, l, c)")
-    batch, tokens, _ = x.shape
-    check_shapes("fuse_tokens", "x", x=(x, tuple(x.shape)), weights=(weights, (batch, tokens)))
+    check_shapes("fuse_tokens", x=(x, "b l c"), weights=(weights, "b l"))
     if places.shape != weights.shape or places.dtype != torch.int64 or places.device != x.device:
         raise ConfigError(
             f"fuse_tokens: places is {places.dtype} of shape {tuple(places.shape)} on {places.device}, "
-            f"expected torch.int64 of shape {(batch, tokens)} on {x.device}"
+            f"expected torch.int64 of shape {tuple(weights.shape)} on {x.device}"
         )
     if not 0 <= length <= _MOST_PLACES:
         raise ConfigError(f"fuse_tokens: length is {length}, expected 0 to {_MOST_PLACES}")

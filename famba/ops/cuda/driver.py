@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import POINTER, byref, c_char_p, c_int, c_uint, c_void_p
+from ctypes import byref, c_char_p, c_int, c_void_p
 
 import torch
 
@@ -15,15 +15,9 @@ from famba.errors import BackendError
 def library() -> ctypes.CDLL:
     """Load the driver. Raises BackendError where there is none."""
     try:
-        cuda = ctypes.CDLL("libcuda.so.1")
+        return ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise BackendError(f"NVIDIA's driver does not load ({error}); install it, or use 'auto'") from error
-    cuda.cuDevicePrimaryCtxRetain.argtypes = [POINTER(c_void_p), c_int]
-    cuda.cuCtxSetCurrent.argtypes = [c_void_p]
-    cuda.cuModuleLoadData.argtypes = [POINTER(c_void_p), c_char_p]
-    cuda.cuModuleGetFunction.argtypes = [POINTER(c_void_p), c_void_p, c_char_p]
-    cuda.cuLaunchKernel.argtypes = [c_void_p, *[c_uint] * 7, c_void_p, POINTER(c_void_p), c_void_p]
-    return cuda
 
 
 def load(cubin: bytes, kernel: str, device: int) -> c_void_p:
@@ -39,7 +33,7 @@ def launch(function: c_void_p, device: int, grid: tuple[int, int], threads: int,
     """Launch a loaded kernel, which takes one structure, on the current stream of its device."""
     # A thread that torch has started may have no context yet: one that runs a backward, for example.
     _enter(device)
-    stream = torch.cuda.current_stream(device).cuda_stream
+    stream = c_void_p(torch.cuda.current_stream(device).cuda_stream)
     # The driver has copied the argument when the call returns.
     parameters = (c_void_p * 1)(ctypes.cast(c_char_p(argument), c_void_p))
     _check(library().cuLaunchKernel(function, *grid, 1, threads, 1, 1, 0, stream, parameters, None))

@@ -7,7 +7,6 @@ import hashlib
 import logging
 import os
 import struct
-import tempfile
 from collections.abc import Mapping, Sequence
 from ctypes import c_void_p
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from famba.errors import CheckpointError
+from famba.files import write_whole
 from famba.ops.cuda import driver, nvrtc
 
 SOURCES = Path(__file__).with_name("src")
@@ -77,8 +78,7 @@ def compile_for(file: str, constants: Constants, architecture: int) -> bytes:
 def cubin(file: str, constants: Constants, architecture: int) -> bytes:
     """Compile a source for constants and a compute capability (times ten), or find what was compiled before.
 
-    Cubins have names made of sources, constants, architecture and version. Processes may do this at the same time: a
-    file is whole as soon as it has its name.
+    Cubins have names made of sources, constants, architecture and version. Processes may do this at the same time.
     """
     known = (text_of(file, constants), _sources(), nvrtc.version(), architecture)
     name = hashlib.sha256(repr(known).encode()).hexdigest()
@@ -88,11 +88,8 @@ def cubin(file: str, constants: Constants, architecture: int) -> bytes:
     except OSError:
         made = compile_for(file, constants, architecture)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
-            part.write(made)
-        Path(part.name).replace(path)
-    except OSError as error:
+        write_whole(path, lambda part: Path(part).write_bytes(made))
+    except CheckpointError as error:
         _log.warning("compiled kernels cannot be kept in %s, and are compiled in each process: %s", folder(), error)
     return made
 

@@ -11,7 +11,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_void_p
+from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p
 from pathlib import Path
 
 import torch
@@ -29,9 +29,12 @@ def library() -> ctypes.CDLL:
         raise BackendError(f"torch {torch.__version__} is built without CUDA; install torch for CUDA, or use 'auto'")
     for path in _paths(major):
         try:
-            return _declared(ctypes.CDLL(str(path)))
-        except (OSError, AttributeError):
+            found = ctypes.CDLL(str(path))
+        except OSError:
             continue
+        if hasattr(found, "nvrtcGetSupportedArchs"):  # since CUDA 11.2
+            found.nvrtcGetErrorString.restype = c_char_p
+            return found
     raise BackendError(f"no libnvrtc.so.{major} was found, NVIDIA's compiler library, which torch brings; {_REMEDY}")
 
 
@@ -93,19 +96,6 @@ def _paths(major: str) -> Iterator[Path | str]:
     yield f"libnvrtc.so.{major}"
     for folder in filter(None, (sys.prefix, os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"))):
         yield from sorted(Path(folder).glob(f"lib*/libnvrtc.so.{major}*"))
-
-
-def _declared(nvrtc: ctypes.CDLL) -> ctypes.CDLL:
-    """Declare the functions that are used. Raises AttributeError where a library has not all of them."""
-    handle, text = c_void_p, c_char_p
-    nvrtc.nvrtcCreateProgram.argtypes = [POINTER(handle), text, text, c_int, POINTER(text), POINTER(text)]
-    nvrtc.nvrtcCompileProgram.argtypes = [handle, c_int, POINTER(text)]
-    for name in ("ProgramLog", "CUBIN"):
-        getattr(nvrtc, f"nvrtcGet{name}Size").argtypes = [handle, POINTER(c_size_t)]
-        getattr(nvrtc, f"nvrtcGet{name}").argtypes = [handle, text]
-    nvrtc.nvrtcGetSupportedArchs.argtypes = [POINTER(c_int)]
-    nvrtc.nvrtcGetErrorString.restype = text
-    return nvrtc
 
 
 def _read(program: c_void_p, size_of, read) -> bytes:  # type: ignore[no-untyped-def]

@@ -25,6 +25,9 @@ from famba.ops.inputs import (
 from famba.ops.native.library import Conv, Fuse, Norm, Scan, call
 from famba.ops.products import Columns, ProductWeights
 
+# A product and a sort, which torch does well on a CPU.
+from famba.ops.reference import match_tokens
+
 # The scan keeps the states that enter each chunk of at most this many steps; shorter sequences keep none.
 # A chunk's states then fit a processor's second-level cache in the backward.
 _CHUNK = 384
@@ -52,7 +55,7 @@ def selective_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     y = torch.empty(scan.u.shape, dtype=scan.u.dtype)
     batch, length, channels = y.shape
     state = _floats(*scan_state_shape(batch, length, channels, inputs.A.shape[1]))
-    run_scan(scan, state, y)
+    call("scan_forward", Scan, y.dtype, **_scan(scan, state), y=y)
     return y.to(inputs.u.dtype), state
 
 
@@ -68,7 +71,7 @@ def selective_scan_backward(dy: Tensor, inputs: ScanInputs, state: Tensor) -> Sc
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
     """Return y."""
     y = torch.empty(x.shape, dtype=x.dtype)
-    convolve(x, weight, bias, silu, reverse, y)
+    call("conv_forward", Conv, x.dtype, **_conv(x, weight, bias, silu, reverse), y=y)
     return y
 
 
@@ -146,16 +149,11 @@ def readable(inputs: ScanInputs) -> ScanInputs:
     )
 
 
-def run_scan(inputs: ScanInputs, state: Tensor, y: Tensor, **more: Any) -> None:
-    """Write the result of a scan as `readable` gives it, and the states that enter later chunks.
-
-    more: further fields of `Scan`: scale, accumulate, step_means, output_sums.
-    """
-    call("scan_forward", Scan, y.dtype, **_scan(inputs, state) | more, y=y)
-
-
 def run_scan_backward(inputs: ScanInputs, state: Tensor, dy: Tensor, **more: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of A, D and delta_bias; write du, ddelta, dB, dC, dz, and y again, where memory is given."""
+    """Return the gradients of A, D and delta_bias of a scan as `readable` gives it; write what memory is given for.
+
+    more: further fields of `Scan`: du, ddelta, dB, dC, dz, and y again; scale, accumulate.
+    """
     A, dtype = inputs.A, inputs.u.dtype
     dA, dD, dbias = _floats(*A.shape), _floats(A.shape[0]), _floats(A.shape[0])
     sums = {"dA": dA, "dD": dD, "ddelta_bias": dbias}
@@ -169,11 +167,6 @@ def _scan(inputs: ScanInputs, state: Tensor) -> dict[str, Any]:
     given = inputs._asdict()
     how = {"chunk": scan_chunk(length), "softplus": given.pop("delta_softplus"), "scale": 1.0}
     return {**sizes, **how, **given, "state": state}
-
-
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool, y: Tensor) -> None:
-    """Write the result of a convolution."""
-    call("conv_forward", Conv, x.dtype, **_conv(x, weight, bias, silu, reverse), y=y)
 
 
 def convolve_backward(
@@ -216,21 +209,20 @@ def mixer(inputs: MixerInputs, measure: bool) -> tuple[Tensor | None, ...]:
     states = _floats(*mixer_kept_shapes(inputs)[1][0])
     measures = _floats(2, 2, *u.shape[:2]) if measure else None
     for reverse, side in enumerate(inputs.directions):
-        convolve(u, side.conv_weight, side.conv_bias, True, bool(reverse), inner)
+        convolution = _conv(u, side.conv_weight, side.conv_bias, True, bool(reverse))
+        call("conv_forward", Conv, x.dtype, **convolution, y=inner)
         torch.mm(flatten(inner), weights.x[reverse].t(), out=flatten(projected[reverse]))
         scan = _scan_of((inner, delta, z, projected[reverse]), weights, inputs, reverse)
         # The second direction adds to what the first has written.
         steps, outputs = (None, None) if measures is None else measures[:, reverse]
-        more = {"accumulate": bool(reverse), "step_means": steps, "output_sums": outputs}
-        run_scan(scan, states[reverse], y, scale=0.5, **more)
+        more = {"scale": 0.5, "accumulate": bool(reverse), "step_means": steps, "output_sums": outputs}
+        call("scan_forward", Scan, x.dtype, **_scan(scan, states[reverse]) | more, y=y)
     out = y if weights.out is None else as_tokens(flatten(y) @ weights.out.t(), x)
     return out, measures, u, projected, copied, states
 
 
-def mixer_backward(
-    dout: Tensor, inputs: MixerInputs, kept: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None]:
-    """Return the gradients of x, in_weight, both directions' weights and out_weight, each in its input's dtype."""
+def mixer_backward(dout: Tensor, inputs: MixerInputs, kept: Sequence[Tensor]) -> MixerInputs:
+    """Return the gradients in the places of the inputs, each in its input's dtype."""
     u, projected, copied, states, *_ = kept
     x, channels, weights = inputs.x, u.shape[2], ProductWeights.kept(copied, inputs, padded=False)
     tokens, dout = flatten(x.contiguous()), activation(dout, x.dtype).contiguous()
@@ -248,7 +240,7 @@ def mixer_backward(
     dx_weight, ddt_weight, others = torch.empty_like(weights.x), torch.empty_like(weights.dt), []
     for reverse, side in enumerate(inputs.directions):
         convolution = (u, side.conv_weight, side.conv_bias, True, bool(reverse))
-        convolve(*convolution, inner)
+        call("conv_forward", Conv, x.dtype, **_conv(*convolution), y=inner)
         scan = _scan_of((inner, delta, z, projected[reverse]), weights, inputs, reverse)
         written = {"du": dinner, "ddelta": ddelta, "dB": dB, "dC": dC, "dz": dz, "y": y}
         dA, dD, dbias = run_scan_backward(scan, states[reverse], dy, scale=0.5, accumulate=bool(reverse), **written)
@@ -260,9 +252,7 @@ def mixer_backward(
         others.append((*convolve_backward(dinner, convolution, du, accumulate=bool(reverse)), dbias, dA, dD))
     flat, dout_weight = flatten(dxz), None if y is None else flatten(dout).t() @ flatten(y)
     of_products = ProductWeights(flat.t() @ tokens, dx_weight, ddt_weight, dout_weight)
-    of_weights = of_products.as_given(inputs)
-    dx = (flat @ weights.into).view(x.shape)
-    return dx, of_weights.in_weight, *of_weights.with_others(others, inputs), of_weights.out_weight
+    return of_products.with_others((flat @ weights.into).view(x.shape), others, inputs)
 
 
 def _scan_of(tensors: Sequence[Tensor], weights: ProductWeights, inputs: MixerInputs, reverse: int) -> ScanInputs:

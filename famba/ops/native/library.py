@@ -92,7 +92,7 @@ Lookup = _structure(
 
 
 _isa: int | None = None
-_is_forked_child = False
+_PROCESS = os.getpid()
 
 
 def obstacle() -> str | None:
@@ -103,8 +103,7 @@ def obstacle() -> str | None:
 
 def isas() -> list[str]:
     """Return the instruction sets that this processor has of those that were built, in rising order."""
-    best = _library().famba_isa_best()
-    return [name for number, name in enumerate(ISAS) if number <= best and _library().famba_isa_built(number)]
+    return list(ISAS[: _library().famba_isa_best() + 1])
 
 
 def isa() -> str:
@@ -123,7 +122,9 @@ def call(kernel: str, kind: type[ctypes.Structure], dtype: torch.dtype, **argume
 
     Raises MemoryError where its scratch memory cannot be had.
     """
-    structure = kind(dtype=_DTYPES[dtype], threads=threads())
+    # One thread in a forked child, which has none of its parent's.
+    threads = torch.get_num_threads() if os.getpid() == _PROCESS else 1
+    structure = kind(dtype=_DTYPES[dtype], threads=threads)
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             value = Array.of(value) if isinstance(getattr(structure, name), Array) else value.data_ptr()
@@ -133,19 +134,6 @@ def call(kernel: str, kind: type[ctypes.Structure], dtype: torch.dtype, **argume
     if status == 1:
         raise MemoryError(f"native {kernel}: out of memory for scratch space")
     assert status == 0
-
-
-def threads() -> int:
-    """Return the threads that a kernel may use: torch's, or one in a forked child, which has none of its parent's."""
-    return 1 if _is_forked_child else torch.get_num_threads()
-
-
-def _note_fork() -> None:
-    global _is_forked_child
-    _is_forked_child = True
-
-
-os.register_at_fork(after_in_child=_note_fork)
 
 
 def _isa_number() -> int:
@@ -176,24 +164,17 @@ def _library() -> ctypes.CDLL:
 @functools.cache
 def _loaded() -> ctypes.CDLL | str:
     """Load the library, or say what hinders that, which is kept as well: every op asks."""
-    try:
-        return _load()
-    except BackendError as error:
-        return str(error)
-
-
-def _load() -> ctypes.CDLL:
     remedy = "install a C++ compiler (g++ or clang++) and install famba again, or use 'reference'"
     if not PATH.exists():
         reason = FAILURE.read_text().strip() if FAILURE.exists() else "the kernels were not compiled at installation"
-        raise BackendError(f"{reason}; {remedy}")
+        return f"{reason}; {remedy}"
     try:
         library = ctypes.CDLL(str(PATH))
     except OSError as error:
-        raise BackendError(f"{PATH.name} does not load on {sysconfig.get_platform()} ({error}); {remedy}") from error
+        return f"{PATH.name} does not load on {sysconfig.get_platform()} ({error}); {remedy}"
     sizes = (c_int64 * 7)()
     if hasattr(library, "famba_struct_sizes"):
         library.famba_struct_sizes(sizes)
     if list(sizes) != [ctypes.sizeof(kind) for kind in (Scan, Conv, Norm, Fuse, Scaling, Motion, Lookup)]:
-        raise BackendError(f"{PATH.name} is of another version of famba; install famba again, or use 'reference'")
+        return f"{PATH.name} is of another version of famba; install famba again, or use 'reference'"
     return library

@@ -17,7 +17,7 @@ from torch import Tensor
 from famba.ops.directional import Convolution
 from famba.ops.inputs import optional_parameter, parameter
 from famba.ops.triton.launch import Configuration, Grid, kernel
-from famba.ops.triton.scan_kernels import column_sums
+from famba.ops.triton.scan import column_sums
 
 
 def tile_steps(width: int) -> int:
@@ -35,16 +35,12 @@ def convolve_backward(
 ) -> None:
     """Write gradients, in one launch, and one that adds up the tiles' sums."""
     given = _arguments(convolution)
-    columns = len(dweights) * (given["WIDTH"] + 1) * given["CHANNELS"]
-    tiles = given["batch"] * triton.cdiv(given["length"], given["STEPS"])
-    partials = dx.new_empty(tiles, columns, dtype=torch.float32)
-    taps = triton.next_power_of_2(len(dweights) * (given["WIDTH"] + 1))
+    tiles, slots = given["batch"] * triton.cdiv(given["length"], given["STEPS"]), given["WIDTH"] + 1
+    partials = dx.new_empty(len(dweights) * tiles, slots, given["CHANNELS"], dtype=torch.float32)
+    taps = triton.next_power_of_2(len(dweights) * slots)
     written = {"dx": dx, "DX_ROW": dx.stride(1), "partials": partials}
     _conv_backward.launch(_grid(convolution), dy=dys, **written, TAPS=taps, **given)
-    sums = {"dweight": dweights[0], "dbias": dbiases[0], "dweight2": dweights[-1], "dbias2": dbiases[-1]}
-    known = {name: given[name] for name in ("CHANNELS", "WIDTH", "DIRECTIONS", "BIASED")}
-    grid = lambda constants: (triton.cdiv(columns, constants["BLOCK"]),)  # noqa: E731 - as Triton writes grids
-    _conv_sums.launch(grid, partials=partials, tiles=tiles, **sums, **known)
+    column_sums(partials, dweights, dbiases)
 
 
 def _grid(convolution: Convolution) -> Grid:
@@ -120,21 +116,6 @@ def _conv_forward(
         tl.store(out + step[:, None] * CHANNELS + channel[None, :], total.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _through_silu(
-    dy, start, step, channel, length, weight, bias,
-    CHANNELS: tl.constexpr, X_ROW: tl.constexpr, WIDTH: tl.constexpr, REVERSE: tl.constexpr, BIASED: tl.constexpr,
-    SILU: tl.constexpr,
-):  # fmt: skip
-    """Return the gradient of what entered silu, at some steps of an image whose gradients begin at `dy`; 0 outside."""
-    grad = _tile(dy, step, channel, length, CHANNELS, CHANNELS)
-    if SILU:
-        before = _convolved(start, step, channel, length, weight, bias, CHANNELS, X_ROW, WIDTH, REVERSE, BIASED)
-        gate = tl.sigmoid(before)
-        grad *= gate * (1 + before * (1 - gate))
-    return grad
-
-
 @kernel(
     [Configuration({"BLOCK": block}, warps) for block, warps in ((16, 4), (16, 8), (32, 8))],
     key=["CHANNELS", "WIDTH", "DIRECTIONS"],
@@ -162,9 +143,11 @@ def _conv_backward(
         for k in tl.static_range(WIDTH):
             # Where the step of this program's tile is seen through tap k.
             there = step + ((k - WIDTH + 1) if turned else (WIDTH - 1 - k))
-            grad = _through_silu(
-                begin, start, there, channel, length, taps, shift, CHANNELS, X_ROW, WIDTH, turned, BIASED, SILU
-            )
+            grad = _tile(begin, there, channel, length, CHANNELS, CHANNELS)
+            if SILU:
+                before = _convolved(start, there, channel, length, taps, shift, CHANNELS, X_ROW, WIDTH, turned, BIASED)
+                gate = tl.sigmoid(before)
+                grad *= gate * (1 + before * (1 - gate))
             total += grad * _tap(taps, channel, k, CHANNELS, WIDTH)
             sums = tl.where(slot == direction * (WIDTH + 1) + k, tl.sum(grad * seen, 0)[None, :], sums)
             if k == WIDTH - 1:
@@ -173,23 +156,5 @@ def _conv_backward(
     out = dx + image * length * DX_ROW
     tl.store(out + step[:, None] * DX_ROW + channel[None, :], total.to(dx.dtype.element_ty), mask=inside)
     held = (slot < DIRECTIONS * (WIDTH + 1)) & (channel < CHANNELS)[None, :]
-    mine = partials + tl.program_id(0).to(tl.int64) * (DIRECTIONS * (WIDTH + 1) * CHANNELS)
-    tl.store(mine + slot * CHANNELS + channel[None, :], sums, mask=held)
-
-
-@kernel([Configuration({"BLOCK": 32, "BLOCK_ROWS": 32}, warps=4)])
-def _conv_sums(
-    partials, tiles, dweight, dbias, dweight2, dbias2,
-    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, DIRECTIONS: tl.constexpr, BIASED: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
-    COLUMNS: tl.constexpr = DIRECTIONS * (WIDTH + 1) * CHANNELS
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = column_sums(partials, tiles, column, column < COLUMNS, COLUMNS, BLOCK_ROWS, BLOCK)
-    slot, channel = column // CHANNELS, column % CHANNELS
-    for direction in tl.static_range(DIRECTIONS):
-        taps, shift = dweight if direction == 0 else dweight2, dbias if direction == 0 else dbias2
-        k = slot - direction * (WIDTH + 1)
-        tl.store(taps + channel * WIDTH + k, total, mask=(k >= 0) & (k < WIDTH) & (column < COLUMNS))
-        if BIASED:
-            tl.store(shift + channel, total, mask=(k == WIDTH) & (column < COLUMNS))
+    row = (slot // (WIDTH + 1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (WIDTH + 1) + slot % (WIDTH + 1)
+    tl.store(partials + row * CHANNELS + channel[None, :], sums, mask=held)

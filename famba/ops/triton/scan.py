@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import triton
@@ -42,11 +43,22 @@ def scan_backward(scans: Scans, dy: Tensor, dB: Tensor, dC: Tensor, grads: Gradi
         lambda constants: (directions * batch * triton.cdiv(length, constants["BLOCK"]), 2),
         **{"dBC": dBC, "dB": dB, "dC": dC, **sizes, **rows},
     )
-    sums = {"dA": grads.A[0], "dD": grads.D[0], "dbias": grads.delta_bias[0]}
-    sums |= {"dA2": grads.A[-1], "dD2": grads.D[-1], "dbias2": grads.delta_bias[-1]}
-    scan_kernels.parameter_sums.launch(
-        lambda constants: ((states + 2) * triton.cdiv(channels, constants["BLOCK"]), directions),
-        **{"partials": partials, "batch": batch, "CHANNELS": channels, "STATES": states, **sums},
+    column_sums(partials.flatten(0, 1), grads.A, grads.D, grads.delta_bias)
+
+
+def column_sums(partials: Tensor, first: Sequence[Tensor], *others: Sequence[Tensor | None]) -> None:
+    """Add up partials (k rows, slots, d) over the rows of each direction k, in one launch.
+
+    The first slots go to first[k] (d, taps), float32 as all, the next to others[0][k] (d,), the last to others[1][k].
+    """
+    directions, (rows, slots, channels) = len(first), partials.shape
+    outputs = [first, *(each for each in others if each[0] is not None)]
+    named = zip(("first", "second", "third"), [*outputs, first, first], strict=False)
+    given = {name + side: each[at] for name, each in named for side, at in (("", 0), ("2", -1))}
+    sizes = {"rows": rows // directions, "CHANNELS": channels, "SLOTS": slots, "TAPS": first[0].shape[1]}
+    scan_kernels.column_sums.launch(
+        lambda constants: (slots * triton.cdiv(channels, constants["BLOCK"]), directions),
+        **{"partials": partials, "OUTPUTS": len(outputs), **given, **sizes},
     )
 
 

@@ -266,20 +266,6 @@ def scan_backward(
     tl.store(partials + (STATES + 1) * channels, total_bias, mask=held)
 
 
-@triton.jit
-def column_sums(
-    partials, rows, column, inside,
-    COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Add up the rows of a float32 matrix (rows, COLUMNS), in a fixed order, at some columns (BLOCK,)."""
-    total = tl.zeros([BLOCK_ROWS, BLOCK], tl.float32)
-    for first in range(0, rows, BLOCK_ROWS):
-        row = first + tl.arange(0, BLOCK_ROWS)
-        held = (row[:, None] < rows) & inside[None, :]
-        total += tl.load(partials + row[:, None].to(tl.int64) * COLUMNS + column[None, :], mask=held, other=0.0)
-    return tl.sum(total, 0)
-
-
 @kernel([Configuration({"BLOCK": 64}, warps=4)])
 def state_sums(
     dBC, dB, dC, blocks, sequences, length,
@@ -304,21 +290,31 @@ def state_sums(
 
 
 @kernel([Configuration({"BLOCK": 32, "BLOCK_ROWS": 32}, warps=4)])
-def parameter_sums(
-    partials, dA, dD, dbias, dA2, dD2, dbias2, batch,
-    CHANNELS: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+def column_sums(
+    partials, first, second, third, first2, second2, third2, rows,
+    CHANNELS: tl.constexpr, SLOTS: tl.constexpr, TAPS: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Add up the parameters' gradients over the images, a row of `parameters` and a block of channels to a program."""
-    COLUMNS: tl.constexpr = (STATES + 2) * CHANNELS
+    """Add up the rows of partials (directions, rows, SLOTS, CHANNELS), a slot and a block of channels to a program.
+
+    The first TAPS slots go to `first` (CHANNELS, TAPS), the next two to `second` and `third` (CHANNELS,), where there
+    are so many OUTPUTS.
+    """
     blocks: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
-    row = tl.program_id(0) // blocks
+    slot = tl.program_id(0) // blocks
     channel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    column = row * CHANNELS + channel
-    mine = partials + tl.program_id(1).to(tl.int64) * batch * COLUMNS
     held = channel < CHANNELS
-    total = column_sums(mine, batch, column, held, COLUMNS, BLOCK_ROWS, BLOCK)
+    partials += tl.program_id(1).to(tl.int64) * rows * SLOTS * CHANNELS + slot * CHANNELS + channel[None, :]
+    sums = tl.zeros([BLOCK_ROWS, BLOCK], tl.float32)
+    for start in range(0, rows, BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)[:, None]
+        inside = (row < rows) & held[None, :]
+        sums += tl.load(partials + row.to(tl.int64) * (SLOTS * CHANNELS), mask=inside, other=0.0)
+    total = tl.sum(sums, 0)
     if tl.program_id(1) == 1:
-        dA, dD, dbias = dA2, dD2, dbias2
-    tl.store(dA + channel * STATES + row, total, mask=held & (row < STATES))
-    tl.store(dD + channel, total, mask=held & (row == STATES))
-    tl.store(dbias + channel, total, mask=held & (row == STATES + 1))
+        first, second, third = first2, second2, third2
+    tl.store(first + channel * TAPS + slot, total, mask=held & (slot < TAPS))
+    if OUTPUTS > 1:
+        tl.store(second + channel, total, mask=held & (slot == TAPS))
+    if OUTPUTS > 2:
+        tl.store(third + channel, total, mask=held & (slot == TAPS + 1))

@@ -45,14 +45,8 @@ def match_tokens(
     closest, partner = (metric.new_empty(batch, in_a, dtype=dtype) for dtype in (torch.float32, torch.int32))
     apart = 0 if protected is None or protected.shape[0] == 1 else guards
     listed = {"protected": None if protected is None else protected.contiguous(), "LISTED": protected is not None}
-    given = {
-        "closest": closest,
-        "partner": partner,
-        "guards": guards,
-        "guards_apart": apart,
-        "length": length,
-        **listed,
-    }
+    given = {"guards": guards, "guards_apart": apart, "length": length, **listed}
+    given |= {"closest": closest, "partner": partner}
     grid = lambda constants: (batch * triton.cdiv(in_a, constants["BLOCK_A"]),)  # noqa: E731 - as Triton writes grids
     _closest_partners.launch(grid, metric=metric, CHANNELS=channels, ROW=metric.stride(1), **given)
     block = max(16, triton.next_power_of_2(in_a))

@@ -122,16 +122,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_forward(const Conv co
 #pragma unroll SEEN
     for (int t = strip.begin; t < strip.end; t++) {
         seen.push(strip.at(conv.x, t + WIDTH - 1, X_ROW));
-        if (AHEAD) {
-            Vector v = strip.convolved(0, seen, 0, 1);
+        const auto write = [&](int direction, int first, int step) {
+            Vector v = strip.convolved(direction, seen, first, step);
             if (SILU) v.silu();
-            v.write_to(conv.y[0] + strip.place(t, CHANNELS));
-        }
-        if (BACK) {
-            Vector v = strip.convolved(1, seen, SEEN - 1, -1);
-            if (SILU) v.silu();
-            v.write_to(conv.y[1] + strip.place(t, CHANNELS));
-        }
+            v.write_to(conv.y[direction] + strip.place(t, CHANNELS));
+        };
+        if (AHEAD) write(0, 0, 1);
+        if (BACK) write(1, SEEN - 1, -1);
     }
 }
 

@@ -1,6 +1,8 @@
 // The causal depthwise convolution. Tap `width - 1` meets the position itself, earlier taps the steps before it.
 #pragma once
 
+#include <array>
+#include <type_traits>
 #include <vector>
 
 #include "scan.hpp"
@@ -12,46 +14,29 @@ namespace FAMBA_ISA {
 template <int WIDTH>
 class Taps {
   public:
-    explicit Taps(int64_t) {
-        for (V &tap : taps_) tap = V{};
+    explicit Taps(int64_t width) {
+        if constexpr (WIDTH == 0) taps_.resize(static_cast<size_t>(width));
     }
-    Taps(const float *memory, int64_t) {
-        for (int k = 0; k < WIDTH; ++k) taps_[k] = load(memory + k * W);
+    Taps(const float *memory, int64_t width) : Taps(width) {
+        for (size_t k = 0; k < taps_.size(); ++k) taps_[k].value = load(memory + k * W);
     }
     FAMBA_INLINE V correlate(const float *window, int64_t stride) const {
-        V y = taps_[0] * load(window);
-        for (int k = 1; k < WIDTH; ++k) y += taps_[k] * load(window + k * stride);
+        V y = taps_[0].value * load(window);
+        for (size_t k = 1; k < taps_.size(); ++k) y += taps_[k].value * load(window + static_cast<int64_t>(k) * stride);
         return y;
     }
     FAMBA_INLINE void add(V factor, const float *window) {
-        for (int k = 0; k < WIDTH; ++k) taps_[k] += factor * load(window + k * W);
+        for (size_t k = 0; k < taps_.size(); ++k) taps_[k].value += factor * load(window + k * W);
     }
     void write(float *out) const {
-        for (int k = 0; k < WIDTH; ++k) store(out + k * W, taps_[k]);
+        for (size_t k = 0; k < taps_.size(); ++k) store(out + k * W, taps_[k].value);
     }
 
   private:
-    V taps_[WIDTH];
-};
-
-template <>
-class Taps<0> {
-  public:
-    explicit Taps(int64_t width) : taps_(static_cast<size_t>(width) * W) {}
-    Taps(const float *memory, int64_t width) : taps_(memory, memory + width * W) {}
-    V correlate(const float *window, int64_t stride) const {
-        V y{};
-        for (size_t k = 0; k < taps_.size() / W; ++k)
-            y += load(&taps_[k * W]) * load(window + static_cast<int64_t>(k) * stride);
-        return y;
-    }
-    void add(V factor, const float *window) {
-        for (size_t i = 0; i < taps_.size(); i += W) store(&taps_[i], load(&taps_[i]) + factor * load(window + i));
-    }
-    void write(float *out) const { std::copy(taps_.begin(), taps_.end(), out); }
-
-  private:
-    std::vector<float> taps_;
+    struct Tap {
+        V value;
+    };
+    std::conditional_t<WIDTH == 0, std::vector<Tap>, std::array<Tap, WIDTH>> taps_{};
 };
 
 // One image and one block of channels in the order of the convolution, x behind `width - 1` steps of zeros.
@@ -61,7 +46,7 @@ class ConvBlock {
     ConvBlock(const famba_conv &conv, int64_t image, int64_t block)
         : p_(conv), channel_(block * W), lanes_(lanes_of(block, conv.channels)), x_(conv.x, image) {
         const int64_t steps = (p_.length + p_.width - 1) * W;
-        carve(task_scratch(), {steps, steps, p_.width * W}, {&inputs_, &grads_, &taps_});
+        carve(task_scratch, {steps, steps, p_.width * W}, {&inputs_, &grads_, &taps_});
         for (int64_t k = 0; k < p_.width; ++k) {
             V tap{};
             for (int i = 0; i < lanes_; ++i) tap[i] = p_.weight[(channel_ + i) * p_.width + k];
@@ -114,8 +99,6 @@ class ConvBlock {
     }
 
   private:
-    static int64_t position(const famba_conv &p, int64_t step) { return p.reverse ? p.length - 1 - step : step; }
-
     const famba_conv &p_;
     int64_t channel_;
     int lanes_;
@@ -144,7 +127,7 @@ template <class T, int WIDTH>
 void conv_backward_of(const famba_conv &p) {
     const Blocks blocks(p.batch, p.channels);
     const int64_t size = (p.width + 1) * W;
-    float *partial = call_scratch().take(p.batch * blocks.count * size);
+    float *partial = call_scratch.take(p.batch * blocks.count * size);
     for_each_block(p, blocks, [&](int64_t image, int64_t block) {
         float *own = partial + (image * blocks.count + block) * size;
         ConvBlock<T, WIDTH>(p, image, block).backward(Rows<const T>(p.dy, image), Rows<T>(p.dx, image), own);

@@ -20,16 +20,13 @@ namespace avx512 { extern const Table table; }
 
 namespace {
 
-const Table *find_table(int isa) {
-    switch (isa) {
-        case FAMBA_PORTABLE: return &portable::table;
+// As `famba_isa` counts them.
+const Table *const tables[] = {
+    &portable::table,
 #if defined(FAMBA_X86)
-        case FAMBA_AVX2: return &avx2::table;
-        case FAMBA_AVX512: return &avx512::table;
+    &avx2::table, &avx512::table,
 #endif
-        default: return nullptr;
-    }
-}
+};
 
 // OpenMP's entry point, looked up in the process: torch has loaded its runtime already, and a second pool of threads
 // beside it would fight for the same cores. It is there for GCC's runtime and, on Linux, for LLVM's and Intel's.
@@ -42,10 +39,8 @@ OpenMpParallel openmp() {
 
 template <class Params>
 int call(void (*Table::*kernel)(const Params &), int isa, const Params *params) {
-    const Table *table = find_table(isa);
-    if (table == nullptr) return 2;
     try {
-        (table->*kernel)(*params);
+        (tables[isa]->*kernel)(*params);
     } catch (const std::bad_alloc &) {
         return 1;
     }
@@ -67,21 +62,9 @@ void run_team(int threads, void (*body)(void *), void *context) {
     for (auto &other : others) other.join();
 }
 
-Scratch &task_scratch() {
-    static thread_local Scratch scratch;
-    return scratch;
-}
-
-Scratch &call_scratch() {
-    static thread_local Scratch scratch;
-    return scratch;
-}
-
 }  // namespace famba
 
 extern "C" {
-
-int famba_isa_built(int isa) { return famba::find_table(isa) != nullptr; }
 
 int famba_isa_best(void) {
 #if defined(FAMBA_X86)
@@ -92,10 +75,6 @@ int famba_isa_best(void) {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return FAMBA_AVX2;
 #endif
     return FAMBA_PORTABLE;
-}
-
-int famba_isa_lanes(int isa) {
-    return famba_isa_built(isa) ? famba::find_table(isa)->lanes : 0;
 }
 
 #define FAMBA_DEFINE(name, arguments) \

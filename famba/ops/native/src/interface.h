@@ -107,14 +107,12 @@ typedef struct {
 
 #pragma GCC visibility push(default)
 
-// Instruction sets in rising order. `famba_isa_best` is what this processor has of what was built.
+// Instruction sets in rising order. `famba_isa_best` is the last that this processor has of what was built.
 enum famba_isa { FAMBA_PORTABLE = 0, FAMBA_AVX2 = 1, FAMBA_AVX512 = 2 };
-int famba_isa_built(int isa);
 int famba_isa_best(void);
-int famba_isa_lanes(int isa);
 
-// The kernels and their arguments: famba_scan_forward(isa, &arguments) and so on. Each returns 0, 1 where memory ran
-// out, or 2 for an instruction set that was not built. The caller has checked shapes and strides.
+// The kernels and their arguments: famba_scan_forward(isa, &arguments) and so on. Each returns 0, or 1 where memory
+// ran out. The caller has checked shapes and strides, and the instruction set.
 #define FAMBA_KERNELS(DO)                                            \
     DO(scan_forward, famba_scan) DO(scan_backward, famba_scan)       \
     DO(conv_forward, famba_conv) DO(conv_backward, famba_conv)       \

@@ -14,7 +14,7 @@ void by_dtype(const Params &p) {
 }
 
 #define FAMBA_ENTRY(name, arguments) by_dtype<arguments, name<float>, name<bf16>>,
-extern const Table table = {W, FAMBA_KERNELS(FAMBA_ENTRY)};
+extern const Table table = {FAMBA_KERNELS(FAMBA_ENTRY)};
 
 }  // namespace FAMBA_ISA
 }  // namespace famba

@@ -72,7 +72,7 @@ void norm_backward_row(const famba_norm &p, int64_t begin, float *dweight) {
 template <class T>
 void norm_backward(const famba_norm &p) {
     const int64_t tasks = (p.rows + NORM_ROWS - 1) / NORM_ROWS, padded = (p.channels + W - 1) / W * W;
-    float *partial = call_scratch().take(std::max<int64_t>(1, tasks) * padded);
+    float *partial = call_scratch.take(std::max<int64_t>(1, tasks) * padded);
     for_each(p.threads, tasks, [&](int64_t task) {
         float *dweight = partial + task * padded;
         std::fill(dweight, dweight + padded, 0.f);

@@ -10,9 +10,8 @@
 
 namespace famba {
 
-// What each instruction set provides: its lanes, and the kernels.
+// What each instruction set provides: the kernels.
 struct Table {
-    int lanes;
 #define FAMBA_MEMBER(name, arguments) void (*name)(const arguments &);
     FAMBA_KERNELS(FAMBA_MEMBER)
 };
@@ -77,7 +76,6 @@ void carve(Scratch &scratch, const int64_t (&lengths)[N], float **const (&arrays
 }
 
 // Of the calling thread: for a task's own work, and for what tasks of one call hand over.
-Scratch &task_scratch();
-Scratch &call_scratch();
+inline thread_local Scratch task_scratch, call_scratch;
 
 }  // namespace famba

@@ -66,7 +66,7 @@ void resample(const famba_scaling &p) {
         const auto ends = std::minmax_element(rows.first.begin(), rows.first.end());
         const int64_t top = *ends.first, bottom = *ends.second + rows.taps, size = p.size;
         float *memory[2];
-        carve(task_scratch(), {16 * p.width, (bottom - top) * size}, {&memory[0], &memory[1]});
+        carve(task_scratch, {16 * p.width, (bottom - top) * size}, {&memory[0], &memory[1]});
         int32_t *tile = reinterpret_cast<int32_t *>(memory[0]), *across = reinterpret_cast<int32_t *>(memory[1]);
         for (int64_t channel = 0; channel < 3; ++channel) {
             const uint8_t *pixels = p.images + (image * 3 + channel) * p.height * p.width;
@@ -121,7 +121,7 @@ void move(const famba_motion &p) {
     for_each(p.threads, p.count, [&](int64_t image) {
         const int64_t area = p.height * p.width, stride = p.width + 4;
         float *memory, *part_x, *part_y;  // the image with its border twice around it; and a x, d x, b y, e y in float64
-        carve(task_scratch(), {4 * (p.height + 4) * stride, 4 * p.width, 4 * p.height}, {&memory, &part_x, &part_y});
+        carve(task_scratch, {4 * (p.height + 4) * stride, 4 * p.width, 4 * p.height}, {&memory, &part_x, &part_y});
         uint8_t *out = p.images + p.rows[image] * 3 * area;
         for (int64_t y = 0; y < p.height + 4; ++y) {
             const uint8_t *row = out + std::clamp<int64_t>(y - 2, 0, p.height - 1) * p.width;

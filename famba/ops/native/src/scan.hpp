@@ -49,7 +49,10 @@ FAMBA_INLINE int lanes_of(int64_t block, int64_t channels) {
 }
 
 // The position of a step.
-FAMBA_INLINE int64_t position(const famba_scan &p, int64_t step) { return p.reverse ? p.length - 1 - step : step; }
+template <class Params>
+FAMBA_INLINE int64_t position(const Params &p, int64_t step) {
+    return p.reverse ? p.length - 1 - step : step;
+}
 
 // The row to ask memory for while step `s` of `count` is worked on: the stride is too long for a processor to foresee.
 FAMBA_INLINE int64_t row_ahead(const famba_scan &p, int64_t begin, int64_t s, int64_t count) {
@@ -66,12 +69,14 @@ void gather_states(float *out, const Rows<T> &rows, int64_t begin, int64_t count
     }
 }
 
-// A coefficient of a step for all lanes. Where the instruction set cannot take a number from memory for all lanes as an
-// operand, B and C are spread out to vectors beforehand.
+// In the forward, where the instruction set cannot take a number from memory for all lanes as an operand, B and C are
+// spread out to vectors beforehand.
 constexpr int SPREAD = FAMBA_LANES == 16 ? 1 : W;
 
+// A coefficient of a step for all lanes.
+template <int Spread>
 FAMBA_INLINE V coefficient(const float *spread, int64_t index) {
-    return SPREAD == 1 ? splat(spread[index]) : load(spread + index * W);
+    return Spread == 1 ? splat(spread[index]) : load(spread + index * W);
 }
 
 // A times log2(e) as vectors, (blocks, states, W), and the largest magnitude in each block.
@@ -103,34 +108,46 @@ struct Steps {
     float *delta, *drive, *y;
 };
 
+// What G states read and write along a chunk of steps.
+struct Group {
+    float *h, *decay;        // (G, W), or to keep what each step makes of it (count + 1, G, W); (count, G, W) then
+    const float *rates;      // (G, W)
+    const float *B, *C;      // (count, states, Spread) from the group's first
+    float *carry, *dA;       // backward: (G, W), the gradient of the chunk's last states, and of A
+    float *dB, *dC;          // backward: (count, W), as `gather` leaves them
+};
+
 // Runs G states along `count` steps: h = 2^(delta A) h + drive B, y += C h.
-template <int G, bool Safe>
-FAMBA_INLINE void forward_group(const Steps &steps, int64_t count, const float *A, float *h_memory, const float *B,
-                                const float *C, int64_t states) {
+// Structures by value: where their address is known, a store of floats might change them, and every use loads them
+// again.
+template <int G, bool Safe, int Spread, bool Keep>
+FAMBA_INLINE void run_states(const Steps steps, int64_t count, const Group m, int64_t states) {
     V h[G], rate[G];
     for (int g = 0; g < G; ++g) {
-        h[g] = load(h_memory + g * W);
-        rate[g] = load(A + g * W);
+        h[g] = load(m.h + g * W);
+        rate[g] = load(m.rates + g * W);
     }
     for (int64_t s = 0; s < count; ++s) {
         const V delta = load(steps.delta + s * W), drive = load(steps.drive + s * W);
         V y = load(steps.y + s * W);
         V decay[G];
         exp2_products<!Safe>(delta, rate, decay);
-        for (int g = 0; g < G; ++g) h[g] = decay[g] * h[g] + drive * coefficient(B, s * states + g);
-        for (int g = 0; g < G; ++g) y += h[g] * coefficient(C, s * states + g);
+        for (int g = 0; Keep && g < G; ++g) store(m.decay + (s * G + g) * W, decay[g]);
+        for (int g = 0; g < G; ++g) h[g] = decay[g] * h[g] + drive * coefficient<Spread>(m.B, s * states + g);
+        for (int g = 0; Keep && g < G; ++g) store(m.h + ((s + 1) * G + g) * W, h[g]);
+        for (int g = 0; g < G; ++g) y += h[g] * coefficient<Spread>(m.C, s * states + g);
         store(steps.y + s * W, y);
     }
-    for (int g = 0; g < G; ++g) store(h_memory + g * W, h[g]);
+    for (int g = 0; !Keep && g < G; ++g) store(m.h + g * W, h[g]);
 }
 
 template <bool Safe>
-void forward_states(const Steps &steps, int64_t count, const float *A, float *h, const float *B, const float *C,
-                    int64_t states) {
+void forward_states(const Steps &steps, int64_t count, Group m, int64_t states) {
+    const auto advance = [&](int64_t G) { m.h += G * W, m.rates += G * W, m.B += G * SPREAD, m.C += G * SPREAD; };
     int64_t n = 0;
-    for (; n + FORWARD_GROUP <= states; n += FORWARD_GROUP)
-        forward_group<FORWARD_GROUP, Safe>(steps, count, A + n * W, h + n * W, B + n * SPREAD, C + n * SPREAD, states);
-    for (; n < states; ++n) forward_group<1, Safe>(steps, count, A + n * W, h + n * W, B + n * SPREAD, C + n * SPREAD, states);
+    for (; n + FORWARD_GROUP <= states; n += FORWARD_GROUP, advance(FORWARD_GROUP))
+        run_states<FORWARD_GROUP, Safe, SPREAD, false>(steps, count, m, states);
+    for (; n < states; ++n, advance(1)) run_states<1, Safe, SPREAD, false>(steps, count, m, states);
 }
 
 // Whether 2^(delta A) needs no clamping, for the largest magnitudes of both.
@@ -155,7 +172,7 @@ class ForwardTask {
           last_(blocks.begin(task % blocks.groups + 1)), u_(scan.u, image_), delta_(scan.delta, image_),
           z_(scan.z, image_), y_(scan.y, image_), sums_(sums ? sums + task * 2 * scan.length : nullptr) {
         const int64_t line = FORWARD_STEPS * W, n = p_.states;
-        carve(task_scratch(),
+        carve(task_scratch,
               {(last_ - first_) * n * W, FORWARD_STEPS * n * SPREAD, FORWARD_STEPS * n * SPREAD, line, line, line},
               {&h_, &B_, &C_, &steps_.delta, &steps_.drive, &steps_.y});
     }
@@ -184,7 +201,8 @@ class ForwardTask {
             keep_states(p_.state + kept * p_.channels * n, h, channel, lanes, n);
         }
         const bool safe = is_safe(enter(begin, count, channel, lanes), rates_.largest[block]);
-        (safe ? forward_states<true> : forward_states<false>)(steps_, count, rates_.of(block), h, B_, C_, n);
+        const Group group{h, nullptr, rates_.of(block), B_, C_, nullptr, nullptr, nullptr, nullptr};
+        (safe ? forward_states<true> : forward_states<false>)(steps_, count, group, n);
         leave(begin, count, channel, lanes);
     }
 
@@ -249,7 +267,7 @@ void scan_forward(const famba_scan &p) {
     Rates rates;
     float *sums;
     const int64_t measured = p.step_means ? p.batch * blocks.groups * 2 * p.length : 0;
-    carve(call_scratch(), {blocks.count * p.states * W, blocks.count, measured}, {&rates.vectors, &rates.largest, &sums});
+    carve(call_scratch, {blocks.count * p.states * W, blocks.count, measured}, {&rates.vectors, &rates.largest, &sums});
     rates.fill(p, blocks);
     for_each(p.threads, p.batch * blocks.groups, [&](int64_t task) {
         const FlushDenormals flush;

@@ -17,43 +17,14 @@ struct Partial {
     float *dB, *dC;          // (batch, groups, length, states), in the order of the scan
 };
 
-struct BackwardSteps {
-    float *u, *delta, *slope, *drive, *dy;  // of a chunk, one vector for each step; dy is that before the gate
-    float *y, *ddrive, *ddelta;             // gathered over the states
-};
-
-struct GroupMemory {
-    float *decay, *h;    // (count, G, W), (count + 1, G, W)
-    float *carry, *dA;   // (G, W): the gradient of the chunk's last states, and of A
-    const float *rates;  // (G, W)
-    const float *B, *C;  // (count, states) from the group's first
-    float *dB, *dC;      // (count, W), as `gather` leaves them
+struct BackwardSteps : Steps {
+    float *u, *slope, *dy;    // dy is that before the gate
+    float *ddrive, *ddelta;   // gathered over the states
 };
 
 // Channel blocks that share a line of memory.
 template <class T>
 constexpr int64_t TILE = 64 / (W * static_cast<int64_t>(sizeof(T)));
-
-// Both by value: where their address is known, a store of floats might change them, and every use loads them again.
-template <int G, bool Safe>
-FAMBA_INLINE void recompute_group(const BackwardSteps steps, int64_t count, const GroupMemory m, int64_t states) {
-    V h[G], rate[G];
-    for (int g = 0; g < G; ++g) {
-        h[g] = load(m.h + g * W);
-        rate[g] = load(m.rates + g * W);
-    }
-    for (int64_t s = 0; s < count; ++s) {
-        const V delta = load(steps.delta + s * W), drive = load(steps.drive + s * W);
-        V y = load(steps.y + s * W);
-        V decay[G];
-        exp2_products<!Safe>(delta, rate, decay);
-        for (int g = 0; g < G; ++g) store(m.decay + (s * G + g) * W, decay[g]);
-        for (int g = 0; g < G; ++g) h[g] = decay[g] * h[g] + drive * m.B[s * states + g];
-        for (int g = 0; g < G; ++g) store(m.h + ((s + 1) * G + g) * W, h[g]);
-        for (int g = 0; g < G; ++g) y += h[g] * m.C[s * states + g];
-        store(steps.y + s * W, y);
-    }
-}
 
 // Adds a step's products of G states to what channel blocks before have gathered. Four states at once share a vector:
 // their lanes are added up as far as lanes of four go, so that memory sees a quarter of the traffic.
@@ -70,7 +41,7 @@ FAMBA_INLINE void gather(float *out, int64_t step, const V (&products)[G]) {
 }
 
 template <int G>
-FAMBA_INLINE void return_group(const BackwardSteps steps, int64_t count, const GroupMemory m, int64_t states) {
+FAMBA_INLINE void return_group(const BackwardSteps steps, int64_t count, const Group m, int64_t states) {
     V carry[G], dA[G];
     for (int g = 0; g < G; ++g) {
         carry[g] = load(m.carry + g * W);
@@ -113,13 +84,13 @@ class BackwardTask {
         const int64_t n = p_.states, chunk = std::min(p_.chunk, p_.length), line = chunk * W;
         const int64_t gathered = line * (n / BACKWARD_GROUP + n % BACKWARD_GROUP);
         float *steps;
-        carve(task_scratch(),
+        carve(task_scratch,
               {chunk * n, chunk * n, (last_ - first_) * n * W, n * W, gathered, gathered, line * BACKWARD_GROUP,
                (line + W) * BACKWARD_GROUP, TILE<T> * 8 * line},
               {&B_, &C_, &carries_, &entering_, &dB_, &dC_, &decay_, &h_, &steps});
         for (int64_t i = 0; i < TILE<T>; ++i, steps += 8 * line)
-            steps_[i] = {steps,            steps + line,     steps + 2 * line, steps + 3 * line,
-                         steps + 4 * line, steps + 5 * line, steps + 6 * line, steps + 7 * line};
+            steps_[i] = {{steps + line, steps + 3 * line, steps + 5 * line}, steps, steps + 2 * line,
+                         steps + 4 * line, steps + 6 * line, steps + 7 * line};
         std::fill(carries_, carries_ + (last_ - first_) * n * W, 0.f);
     }
 
@@ -156,7 +127,7 @@ class BackwardTask {
         float *dA = partial_.dA + (image_ * blocks_.count + block) * n * W;
         if (chunk == chunks - 1) std::fill(dA, dA + n * W, 0.f);
         const bool safe = is_safe(most, rates_.largest[block]);
-        GroupMemory m{decay_, h_, carries_ + (block - first_) * n * W, dA, rates_.of(block), B_, C_, dB_, dC_};
+        Group m{h_, decay_, rates_.of(block), B_, C_, carries_ + (block - first_) * n * W, dA, dB_, dC_};
         const float *entering = entering_;
         const auto advance = [&](int64_t G) {
             m.carry += G * W, m.dA += G * W, m.rates += G * W, entering += G * W;
@@ -170,12 +141,12 @@ class BackwardTask {
     }
 
     template <int G>
-    void run_group(const BackwardSteps &steps, const float *entering, int64_t count, bool safe, const GroupMemory &m) {
+    void run_group(const BackwardSteps &steps, const float *entering, int64_t count, bool safe, const Group &m) {
         std::copy(entering, entering + G * W, m.h);
         if (safe)
-            recompute_group<G, true>(steps, count, m, p_.states);
+            run_states<G, true, 1, true>(steps, count, m, p_.states);
         else
-            recompute_group<G, false>(steps, count, m, p_.states);
+            run_states<G, false, 1, true>(steps, count, m, p_.states);
         return_group<G>(steps, count, m, p_.states);
     }
 
@@ -188,7 +159,7 @@ class BackwardTask {
         for (int64_t i = 0; i < tile; ++i) enter_blocks<1>(begin, count, first + i, steps_ + i, most + i);
     }
 
-    // What does not change from step to step is copied first, for the reason given at recompute_group.
+    // What does not change from step to step is copied first, for the reason given at run_states.
     template <int64_t N>
     void enter_blocks(int64_t begin, int64_t count, int64_t first, const BackwardSteps *steps_of, V *most_of) const {
         const int64_t channel = first * W;
@@ -358,7 +329,7 @@ void scan_backward(const famba_scan &p) {
     Rates rates;
     Partial partial;
     const int64_t per_channel = p.batch * blocks.count * W, per_step = p.batch * blocks.groups * p.length * p.states;
-    carve(call_scratch(),
+    carve(call_scratch,
           {blocks.count * p.states * W, blocks.count, per_channel * p.states, per_channel, per_channel, per_step, per_step},
           {&rates.vectors, &rates.largest, &partial.dA, &partial.dD, &partial.dbias, &partial.dB, &partial.dC});
     rates.fill(p, blocks);

@@ -24,7 +24,8 @@ typedef uint16_t H __attribute__((vector_size(2 * FAMBA_LANES)));
 
 #define FAMBA_INLINE inline __attribute__((always_inline))
 
-FAMBA_INLINE V splat(float x) { return V{} + x; }
+// Not 0 + x, which is x for all but -0, and so is really added.
+FAMBA_INLINE V splat(float x) { return x - V{}; }
 
 template <class To, class From>
 FAMBA_INLINE To bits(From x) {
@@ -205,23 +206,21 @@ struct Sloped {
     V value, slope;
 };
 
-FAMBA_INLINE V silu(V x) {
-    return x * (x < -86.f ? V{} : reciprocal(1.f + bounded_exponential(-x)));
-}
-
 FAMBA_INLINE Sloped silu_with_slope(V x) {
     const V e = bounded_exponential(-x), inverse = reciprocal(1.f + e);
     const V gate = x < -86.f ? V{} : inverse, rest = x > 86.f ? V{} : e * inverse;
     return {x * gate, gate * (1.f + x * rest)};
 }
 
-FAMBA_INLINE V softplus(V x) { return maximum(x, splat(0.f)) + log1p_unit(bounded_exponential(-absolute(x))); }
+FAMBA_INLINE V silu(V x) { return silu_with_slope(x).value; }
 
 FAMBA_INLINE Sloped softplus_with_slope(V x) {
     const V e = bounded_exponential(-absolute(x));
     const V inverse = reciprocal(1.f + e);
     return {maximum(x, splat(0.f)) + log1p_unit(e), x > 0.f ? inverse : e * inverse};
 }
+
+FAMBA_INLINE V softplus(V x) { return softplus_with_slope(x).value; }
 
 // Flushes denormal numbers to zero while it lives: a state that has died away must not slow the scan down.
 class FlushDenormals {
