@@ -62,24 +62,19 @@ def campaign() -> list[Run]:
     weights = ("model=vim_micro", "fusion=none", "data.val_fraction=0.04")
     # 16 of 24 layers take 0.667 of the multiply-adds, and `upper` 0.674.
     smaller = ("fusion=none", "model.depth=16")
+    rules = {one: ("fusion=upper", f"fusion.rule={one}", "fusion.place=after_scan") for one in ("neighbours", "delta")}
     return [
         table_run("weights", *weights, epochs=300),
         *(table_run(one, f"fusion={one}", seed=seed) for seed in range(3) for one in STRATEGIES),
         *(cost_run(model, one) for model in ("vim_ti", "vim_s") for one in STRATEGIES),
         *(table_run("smaller", *smaller, seed=seed) for seed in range(3)),
         *(table_run("adaptive", "fusion=adaptive", seed=seed) for seed in range(3)),
-        *(table_run(f"rule-{r}", *rule(r), seed=seed) for r in ("neighbours", "delta") for seed in range(3)),
+        *(table_run(f"rule-{one}", *given, seed=seed) for one, given in rules.items() for seed in range(3)),
         *(table_run("order-tome", "fusion=upper", "fusion.order=tome", seed=seed) for seed in range(3)),
         *(table_run("weighting-size", "fusion=upper", "fusion.weighting=size", seed=seed) for seed in range(3)),
         *(table_run(one, f"fusion={one}", seed=seed) for seed in (3, 4) for one in STRATEGIES),
         *(table_run(f"long/{one}", f"fusion={one}", epochs=100) for one in STRATEGIES),
     ]
-
-
-def rule(name: str) -> tuple[str, ...]:
-    """Return the arguments of `upper` with another rule; importance is known behind the scan."""
-    place = () if name == "neighbours" else ("fusion.place=after_scan",)
-    return ("fusion=upper", f"fusion.rule={name}", *place)
 
 
 def reduced(run: Run) -> Run:

@@ -19,7 +19,7 @@ from famba.analysis.trained import load_trained
 from famba.analysis.visualize import normalized, read_images
 from famba.cli import main as famba
 from famba.data.augment import evaluation_scaling
-from famba.data.folders import in_order
+from famba.data.folders import order
 from famba.export import export
 from famba.training.build import load_images, load_splits
 from famba.training.setup import prepare
@@ -48,7 +48,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def files_of(root: Path) -> list[Path]:
     """The test images in order."""
     folder = root / "images" / "test"
-    return [folder / name for name in in_order(str(file.relative_to(folder)) for file in folder.rglob("*.*"))]
+    return [
+        folder / name for name in sorted((str(file.relative_to(folder)) for file in folder.rglob("*.*")), key=order)
+    ]
 
 
 def scaled(root: Path) -> Tensor:

@@ -39,7 +39,7 @@ def load_folder(root: Path, num_classes: int | None, reading: Reading) -> Splits
     places = find_parts(root, reading.version)
     seen: dict[tuple[int, int], Path] = {}
     parts = {part: read_part(path, reading.version, seen) for part, path in places.items()}
-    classes = in_order({*parts["train"].values()})
+    classes = sorted({*parts["train"].values()}, key=order)
     for part, images in parts.items():
         missing, extra = {*classes} - {*images.values()}, {*images.values()} - {*classes}
         if missing or extra:
@@ -95,7 +95,7 @@ def read_part(path: Path, version: int, seen: dict[tuple[int, int], Path]) -> di
             labels = {name: name.partition("/")[0] if "/" in name else "" for name in found.images}
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror}).") from error
-    images = {name: labels[name] for name in in_order(labels)}
+    images = {name: labels[name] for name in sorted(labels, key=order)}
     others = f"files of kinds that Pillow does not read: {listed(found.skipped)}" if found.skipped else ""
     if not images:
         raise DataError(f"{path}: no images in class folders. {others}")
@@ -170,14 +170,9 @@ def order(name: str) -> tuple[list[str | int], str]:
     return [int(piece) if place % 2 else piece for place, piece in pieces], name
 
 
-def in_order(names: Iterable[str]) -> list[str]:
-    """Sort names by `order`: one total order."""
-    return sorted(names, key=order)
-
-
 def listed(names: Iterable[str]) -> str:
     """Return the first few names in order, of which those that are no text become text."""
-    return some([_text(name) for name in in_order(names)])
+    return some([_text(name) for name in sorted(names, key=order)])
 
 
 def _text(name: str) -> str:

@@ -122,10 +122,9 @@ def _hold_out(splits: Splits, fraction: float, version: int) -> Splits:
     train = splits.train
     if len(train) < 2:
         raise ConfigError(f"val_fraction needs at least two training images, there is {len(train)}.", "val_fraction")
-    if version == 1:
-        order = permutation(Stream.SPLIT, 0, 0, len(train))
-    else:
-        order = balanced_order(labels_of(train), Stream.HELD_OUT)
-    held = held_out(len(train), fraction)
+    count, held = len(train), held_out(len(train), fraction)
+    order = (
+        permutation(Stream.SPLIT, 0, 0, count) if version == 1 else balanced_order(labels_of(train), Stream.HELD_OUT)
+    )
     # Sorted, so that what is left is in the order of the data set.
     return replace(splits, train=take(train, np.sort(order[held:])), validation=take(train, np.sort(order[:held])))
