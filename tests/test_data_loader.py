@@ -211,14 +211,14 @@ def test_a_batch_is_prepared_on_a_second_stream_before_the_one_before_it_is_hand
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gpu, device = MagicMock(), torch.device("cuda")  # notes every call, in order
-    gpu.second.record_event.side_effect = [f"event {number}" for number in range(7)]
+    gpu.second.record_event.side_effect = ["event 0", "event 1", "event 0", "event 1"]
     monkeypatch.setattr(loader, "_second_stream", lambda device: gpu.second)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: gpu.first)
     monkeypatch.setattr(torch.cuda, "stream", gpu.on)
 
-    def prepared(batches: int = 2) -> Any:
+    def prepared() -> Any:
         try:
-            for number in range(batches):
+            for number in range(2):
                 gpu.prepare(number)
                 yield (gpu.part,)
         finally:
@@ -232,12 +232,9 @@ def test_a_batch_is_prepared_on_a_second_stream_before_the_one_before_it_is_hand
         *(*on, call.prepare(0), call.second.record_event(), back),
         *(*on, call.prepare(1), call.second.record_event(), back),
         *(call.first.wait_event("event 0"), call.part.record_stream(gpu.first), call.step(gpu.part)),
-        *(call.first.record_event(), *on, call.close(), back),
+        *(*on, call.close(), back),
         *(call.first.wait_event("event 1"), call.part.record_stream(gpu.first), call.step(gpu.part)),
-        call.first.record_event(),
     ]
-    list(loader.ahead(prepared(3), device))
-    assert gpu.mock_calls[-1] == call.first.record_event().synchronize(), "the host is at most two steps ahead"
     batches = loader.ahead(prepared(), device)
     next(batches)
     batches.close()

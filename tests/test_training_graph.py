@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -164,6 +165,20 @@ def test_a_failed_capture_says_what_to_do(
     with pytest.raises((BackendError, TrainingError), match=said):
         run(tmp_path, *everything(device))
     assert calls == ["warm-up", "peak", "warm-up"], "tuning takes memory that is not part of the peak"
+
+
+def test_what_fails_in_a_capture_is_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def capture(*_: Any, **__: Any) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("the end fails, too")
+
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Mock)
+    with pytest.raises(BackendError, match=r"^conv\.cu$"):
+        graph.captured(Mock(side_effect=BackendError("conv.cu")), Mock(__iter__=lambda _: iter("ab")))
 
 
 @pytest.mark.parametrize(

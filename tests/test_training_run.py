@@ -136,10 +136,9 @@ def test_a_loss_that_is_not_finite_stops_with_its_place(tmp_path: Path, monkeypa
 
 
 def test_out_of_memory_says_what_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, seen = Vim.forward, []
+    original = Vim.forward
 
     def forward(self: Vim, x: torch.Tensor) -> torch.Tensor:
-        seen.append(len(x) if type(x) is torch.Tensor else 0)
         if len(x) == 12:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return original(self, x)
@@ -147,7 +146,6 @@ def test_out_of_memory_says_what_helps(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Vim, "forward", forward)
     with pytest.raises(TrainingError, match=r"12 images at once.*trainer.accumulation=4.*grad_checkpointing"):
         run(tmp_path, "trainer.accumulation=2")
-    assert set(seen) == {0, 12}, "costs are counted without data: kernels would be tuned for as few images"
 
 
 def test_strategies_share_weights_and_images_at_one_seed() -> None:

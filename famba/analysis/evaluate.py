@@ -309,9 +309,9 @@ def run(options: argparse.Namespace) -> int:
     """Evaluate, and return the exit status."""
     if options.per_class and options.out is None:
         raise ConfigError("--per-class writes files; name a folder for them by --out FOLDER")
-    request = check(options)
     folder = None if options.out is None else shared.prepare_folder(options.out)
-    with shared.computing(request.trained, request.device):
+    request = check(options)
+    with shared.computing(request.trained, request.device, request.autocast or torch.float32):
         found = evaluate(request)
         files = {"evaluate.csv": as_csv(found), "evaluate.json": as_json(found)}
     print(table(found))

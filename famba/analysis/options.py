@@ -84,13 +84,15 @@ def device(name: str) -> torch.device:
         raise ConfigError(str(error).replace("trainer.device", "--device")) from error
 
 
-def computing(trained: Trained, device: torch.device) -> AbstractContextManager[None]:
+def computing(
+    trained: Trained, device: torch.device, dtype: torch.dtype = torch.float32
+) -> AbstractContextManager[None]:
     """Let the backend that FAMBA_BACKEND names, else that of the training, compute inside the block if it can there."""
     own = AUTO if trained.config is None else trained.config.ops.backend
     asked = os.environ.get(ENVIRONMENT_VARIABLE) or own
     try:
         with use_backend(asked):
-            resolve(device.type)
+            resolve(device.type, dtype)
     except BackendError:
         return nullcontext()
     return use_backend(asked)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import warnings
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -28,7 +27,6 @@ Batch: TypeAlias = tuple[Tensor, Tensor]
 
 _TIME_TO_SAVE_S = 60
 _CPU = torch.device("cpu")
-_AHEAD = 2  # steps that the host may be ahead of a GPU
 
 
 class MicroBatch(NamedTuple):
@@ -270,7 +268,6 @@ def ahead(batches: Generator[Batch, None, None], device: torch.device) -> Genera
     """Yield batches of a GPU, and prepare the next on a second stream while a step runs on the current one."""
     side, current = _second_stream(device), torch.cuda.current_stream(device)
     side.wait_stream(current)
-    done: deque[torch.cuda.Event] = deque()
 
     def prepare() -> tuple[Batch, torch.cuda.Event] | None:
         with torch.cuda.stream(side):
@@ -285,10 +282,6 @@ def ahead(batches: Generator[Batch, None, None], device: torch.device) -> Genera
             for part in batch:
                 part.record_stream(current)  # its memory is the current stream's until that is done with it
             yield batch
-            # Without this the host, which does not wait for steps, would prepare a batch for each that is to come.
-            done.append(current.record_event())
-            if len(done) > _AHEAD:
-                done.popleft().synchronize()
 
 
 @cache

@@ -212,9 +212,8 @@ def find_checkpoint(resume: str, now: dict[str, Any], folder: Checkpoints, proce
     if path is None and resume in ("auto", "never"):
         return None
     asked = Path(resume).resolve()
-    if path is not None and path.name != asked.name and path.resolve().parent == asked.parent:
-        told = f"the run in {folder.folder.parent} has come to {path.name}"
-        raise CheckpointError(f"{told}; to go back to resume={resume}, give another run_dir")
+    if path is not None and path.name != asked.name and path.resolve().parent == asked.parent and asked.suffix:
+        _log.warning("this run goes on from %s; to go back to resume=%s, give another run_dir", path.name, resume)
     found = load(path or Path(resume))
     check_same_run(found, now)
     best = Path(resume).with_name(folder.best.name)

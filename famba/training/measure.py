@@ -184,7 +184,8 @@ def git_commit() -> str | None:
 
     if (root / "pyproject.toml").is_file():  # famba's own checkout, not one that a virtual environment lies in
         with suppress(OSError, subprocess.SubprocessError):
-            return git("log", "-1", "--format=%H") + "-dirty" * bool(git("status", "--porcelain", "-uno"))
+            if commit := git("log", "-1", "--format=%H"):
+                return commit + "-dirty" * bool(git("status", "--porcelain", "-uno"))
     return os.environ.get("FAMBA_COMMIT") or None
 
 

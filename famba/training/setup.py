@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from glob import escape, glob
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from famba.errors import BackendError, ConfigError, named, near_miss
 from famba.fusion.schedules import ADAPTIVE
 from famba.ops.registry import AUTO, ENVIRONMENT_VARIABLE, resolve
 from famba.training.build import augmentation, build_model, check_model, model_arguments, model_classes, requested_data
-from famba.training.checkpoint import Checkpoints
 from famba.training.config import RunConfig, check_eval_images
 from famba.training.devices import choose_device, choose_precision
 from famba.training.distributed import world_size
@@ -114,7 +113,7 @@ def check_files(config: RunConfig) -> None:
     """Raise FambaError if the data, or the checkpoint to continue from, is missing."""
     with named("data.{}"):
         data.check_folder(config.data.name, config.data.root, config.data.version)
-    own = Checkpoints(Path(config.run_dir, "checkpoints")).newest_first()  # which come first
-    if config.resume not in ("auto", "never") and not own and not os.path.isfile(config.resume):
+    begun = bool(glob(f"{escape(config.run_dir)}/checkpoints/step_*.pt"))  # then it goes on from its own
+    if config.resume not in ("auto", "never") and not begun and not os.path.isfile(config.resume):
         close = near_miss(config.resume, ("auto", "never"))
         raise ConfigError(f"resume={config.resume} is no file{close}; allowed: auto, never, or a checkpoint of a run")

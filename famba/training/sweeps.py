@@ -118,7 +118,7 @@ class Local:
     def places(self, runs: Iterable[Run]) -> list[str | None]:
         """Return CUDA_VISIBLE_DEVICES for each of the runs that go on at once, None to leave it as it is."""
         if any(run.config.trainer.device.startswith("cuda:") for run in runs):  # a number, which counts all GPUs
-            return [None]
+            return [None] * (self.jobs or 1)
         count = torch.cuda.device_count()
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
         return [*gpus.split(",")[:count][: self.jobs]] if count else [None] * (self.jobs or 1)

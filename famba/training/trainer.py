@@ -7,6 +7,7 @@ import copy
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, NoReturn, cast
@@ -21,6 +22,7 @@ from famba.data.draws import Stream
 from famba.errors import CheckpointError, TrainingError
 from famba.files import sha256
 from famba.fusion import tokens_per_layer
+from famba.models import Backbone
 from famba.ops.registry import resolve
 from famba.training import checkpoint, devices, interrupts
 from famba.training.build import Batches, build_model, load_images, load_splits, make_loaders, model_classes
@@ -39,6 +41,7 @@ from famba.training.weights import start_from
 
 _log = logging.getLogger(__name__)
 _STALLED_STARTS = 3  # of a job, before it is not requeued again
+_AHEAD = 2  # steps that the host may be ahead of a GPU
 _WORTH_SAVING_S = 60.0  # save before an evaluation if more work than this could be lost in it
 
 
@@ -115,17 +118,22 @@ class Training:
         # A look at the loss makes a GPU wait, so the loss is looked at now and then there, and at every step on a CPU.
         self._look_every = config.trainer.log_every if self.device.type != "cpu" or self.step.masks else 1
         self._unseen: list[Tensor] = []
+        self._queued: deque[torch.cuda.Event] = deque()
 
     def _measure_costs(self) -> None:
         """Count multiply-adds, and bytes saved for the backward, per image with the schedule as it is."""
-        setup, own = self.setup, self.state.model
-        arguments = {**setup.model_arguments, "num_classes": own.num_classes}
-        # With data, kernels would be tuned here for batches of a few images.
-        with without_data(self.config.model.name, arguments, self.device, self.backend) as model:
-            model.set_fusion(own.fusion)
-            model.set_grad_checkpointing(self.config.trainer.grad_checkpointing)
-            self.saved_bytes = saved_bytes_per_image(model, setup.image_size, setup.autocast)
-            self.macs = macs_per_image(model, setup.image_size)
+        own, arguments = self.state.model, self.setup.model_arguments
+        if self.device.type == "cuda":  # without data, or else kernels would be tuned here for batches of a few images
+            arguments = {**arguments, "num_classes": own.num_classes, "fusion": own.fusion}
+            counted = without_data(self.config.model.name, arguments, self.device, self.backend)
+            with contextlib.suppress(Exception), counted as model:  # of rules or networks that look at values
+                model.set_grad_checkpointing(self.config.trainer.grad_checkpointing)
+                return self._count_costs(model)
+        return self._count_costs(own)
+
+    def _count_costs(self, model: Backbone) -> None:
+        self.saved_bytes = saved_bytes_per_image(model, self.setup.image_size, self.setup.autocast)
+        self.macs = macs_per_image(model, self.setup.image_size)
 
     def _forward_model(self) -> nn.Module:
         model: nn.Module = self.state.model
@@ -220,6 +228,10 @@ class Training:
         if done % self._look_every == 0 or done == self.total_steps or done % self.steps_per_epoch == 0:
             seen = self._take_losses(done)
         self.step.update()
+        if self.device.type == "cuda":  # or else the host, far ahead, would prepare a batch for each step to come
+            self._queued.append(torch.cuda.current_stream(self.device).record_event())
+            if len(self._queued) > _AHEAD:
+                self._queued.popleft().synchronize()
         state.step = done
         state.totals.epoch_open = True
         state.totals.add(1, self.step.data_s, time.perf_counter() - begin - self.step.data_s - self.step.once_s)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from glob import escape, glob
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,9 @@ def class_names(content: Mapping[str, Any], file: Path) -> tuple[str, ...] | Non
     kept, exported = content.get("data"), file.with_name("config.json")
     if not isinstance(kept, Mapping):
         kept = RunFolder(file.parent, writes=False).summary
-    if kept is None and exported.is_file():  # saved_origin refuses one that is damaged
-        said = json.loads(exported.read_text())
-        kept = {"classes": said.get("label_names")} if isinstance(said, Mapping) else None
+    if kept is None and exported.is_file():
+        with suppress(OSError, ValueError, AttributeError):  # one of something else
+            kept = {"classes": json.loads(exported.read_text()).get("label_names")}
     names = kept.get("classes") if isinstance(kept, Mapping) else None
     return tuple(map(str, names)) if isinstance(names, list) else None
 
