@@ -37,6 +37,12 @@ def upper(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 
 
 @pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an export start no other process that tries it."""
+    monkeypatch.setattr("famba.export.export.check_file", lambda *arguments: "not checked")
+
+
+@pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Return a function that has this process sent a signal once a number of steps is done; -1 for never."""
     from famba.training.logging import Progress

@@ -9,12 +9,9 @@ from PIL import Image
 
 KEPT = Path(__file__).parent / "earlier" / "0.1"
 STEPS = 12
-COMMAND = (
-    "model=vim_micro",
-    "model.depth=2",
+# Beside TINY of runs.py.
+CHANGES = (
     "model.embed_dim=8",
-    "model.d_state=2",
-    "model.patch_size=8",
     "model.drop_path=0.1",
     "fusion=upper",
     "fusion.budget=4",
@@ -23,18 +20,14 @@ COMMAND = (
     "data.subset=24",
     "data.val_fraction=0.25",
     "data.workers=0",
-    "recipe=quick",
     "recipe.mixup=0.8",
     "recipe.cutmix=1.0",
     "recipe.ema_decay=0.9",
     "recipe.clip_grad=1.0",
     "recipe.lr=0.01",
-    "recipe.warmup_epochs=0.5",
     "trainer.epochs=4",
     "trainer.batch_size=6",
-    "trainer.precision=fp32",
     "trainer.device=cpu",
-    "trainer.log_every=1",
     "ops.backend=reference",
 )
 

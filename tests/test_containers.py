@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
 from importlib import metadata
-from pathlib import Path
 
 from packaging.requirements import Requirement
-
-ROOT = Path(__file__).parents[1]
-
-
-def joined(text: str) -> Iterator[str]:
-    """Lines that say something, continued ones as one."""
-    without_comments = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
-    return (line.strip() for line in without_comments.replace("\\\n", " ").splitlines() if line.strip())
-
-
-def pins(name: str) -> dict[str, str]:
-    lines = (line.split("==") for line in joined((ROOT / f"docker/requirements/{name}.txt").read_text()))
-    return {package.lower().replace("_", "-"): version for package, version in lines}
+from packaging.utils import canonicalize_name
+from runs import ROOT
 
 
 def test_pinned_versions_are_those_that_famba_asks_for() -> None:
-    pinned = pins("torch") | pins("famba") | pins("extensions")
+    pinned: dict[str, str] = {}
+    for name in ("torch", "famba", "extensions"):
+        text = (ROOT / f"docker/requirements/{name}.txt").read_text()
+        found = re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)
+        pinned |= {canonicalize_name(package): version for package, version in found}
     asked = [Requirement(text) for text in metadata.requires("famba") or []]
     asked = [x for x in asked if x.marker is None or x.marker.evaluate({"extra": "cuda"})]
     assert {"torch", "timm", "mamba-ssm", "causal-conv1d"} <= {x.name for x in asked}

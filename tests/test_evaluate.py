@@ -22,7 +22,6 @@ from famba.analysis.trained import load_trained
 from famba.cli import main as famba
 from famba.data.loader import Batches
 from famba.errors import ConfigError
-from famba.export import export
 
 Trained = tuple[Path, dict[str, Any]]
 Printed = pytest.CaptureFixture[str]
@@ -159,10 +158,10 @@ def test_the_interval_of_a_difference_is_paired() -> None:
     assert of_difference(40, 10, 1000)[0] > 0, "networks that mostly err together differ clearly"
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_runs_of_an_earlier_version_are_evaluated_drawn_and_exported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed
 ) -> None:
-    monkeypatch.setattr(export, "check_file", lambda *arguments: "not checked")
     write_images(tmp_path / "images")
     (checkpoint,) = (KEPT / "checkpoints").glob("*.pt")
     (tmp_path / "elsewhere").mkdir()

@@ -301,8 +301,6 @@ def test_a_guard_leaves_enough_tokens_or_is_refused() -> None:
         guarded.changed(budget=(4, 3)).schedule(2, 11)
     with pytest.raises(ConfigError, match="at most 0 of the others can go"):  # they may stand on both sides
         guarded.changed(budget=(1, 0)).schedule(2, 5)
-    with pytest.raises(ConfigError, match="guard is 1 with rule 'bipartite'; allowed: 0, or more with neighbours"):
-        Fusion(guard=1).check_rule()
     with pytest.raises(ConfigError, match="guard is -1"):
         Fusion(guard=-1, rule="neighbours").check_rule()
 
@@ -376,8 +374,7 @@ def test_every_strategy_spends_the_same_budget(rule: str) -> None:
     assert [int(held.max()) for held in listed.trace(images())] == [24, 20, 20, 12]
     checkpointed, x = deepcopy(listed).train(), images()
     checkpointed.set_grad_checkpointing()
-    for one, other in zip(gradients(listed.train(), x), gradients(checkpointed, x), strict=True):
-        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(gradients(listed.train(), x), gradients(checkpointed, x))
 
 
 def test_rules_see_what_the_scans_did_also_where_layers_are_called_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,7 +428,6 @@ def test_a_transformer_fuses_by_the_rules_that_need_no_scan(rule: str, mode: str
         (["fusion=custom", "fusion.rule=grid", "fusion.budget=[9,0,0,0,0,0,0,0]"], "fusion.budget: .* is 8 or 15"),
         (["fusion.rule=neighbours", "fusion.guard=30"], "fusion.budget: layer 0 removes 6 .* Lower the budget"),
         (["fusion.guard=1"], "fusion.guard is 1 with rule 'bipartite'; allowed: 0, or more with neighbours"),
-        (["fusion=adaptive", "fusion.rule=grid"], "strategy 'adaptive' measures the pairs that rule 'bipartite' makes"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(overrides: list[str], message: str) -> None:

@@ -6,8 +6,6 @@ Steps as CUDA graphs are in tests/test_training_graph.py, whose tests run on eit
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from ops_helpers import Op, assert_close, compare, draw, loop_conv, loop_norm, loop_scan
+from runs import python
 from torch import Tensor, nn
 
 from famba.fusion import match, schedule
@@ -27,7 +26,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
 
-ROOT = Path(__file__).parents[1]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -187,7 +185,7 @@ def test_a_step_never_makes_the_host_wait(backend: str, strategy: str) -> None:
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"], ids=["compiled", "CUDA graphs"])
 def test_compiled_in_one_graph(backend: str, mode: str) -> None:
     script = SCRIPT.format(backend=backend, mode=mode)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    done = python("-c", script)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -212,8 +210,7 @@ with use_backend("{backend}"):
             logits = run(images)
             logits.square().sum().backward()
             grads.append([logits.detach().clone(), *(p.grad.clone() for p in model.parameters())])
-        for a, b in zip(*grads):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)
 """
 
 
@@ -223,9 +220,9 @@ with use_backend("{backend}"):
 )
 def test_training_learns(backend: str, options: tuple[str, ...], tmp_path: Path) -> None:
     precision, *more = options
-    command = [sys.executable, "train.py", "experiment=demo", f"trainer.precision={precision}", "trainer.device=cuda"]
-    command += [f"ops.backend={backend}", "fusion=upper", "trainer.epochs=2", f"run_dir={tmp_path / 'run'}", *more]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    settings = [f"ops.backend={backend}", "fusion=upper", "trainer.epochs=2", f"run_dir={tmp_path / 'run'}", *more]
+    settings += [f"trainer.precision={precision}", "trainer.device=cuda"]
+    done = python("train.py", "experiment=demo", *settings)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert f"ops by {backend}" in done.stdout
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

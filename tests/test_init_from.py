@@ -6,10 +6,9 @@ import argparse
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from images_and_loaders import write
 from runs import TINY, last_checkpoint, run
 from safetensors.torch import load_file
 from torch import Tensor
@@ -94,13 +93,8 @@ def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_other_images_of_other_classes_and_another_size(source: Path, tmp_path: Path) -> None:
-    draw = np.random.default_rng(0)
     for part, count in (("train", 12), ("val", 3)):
-        for label in "abc":
-            folder = tmp_path / "images" / part / label
-            folder.mkdir(parents=True)
-            for i in range(count):
-                Image.fromarray(draw.integers(0, 256, (40, 40, 3), np.uint8)).save(folder / f"{i}.png")
+        write(tmp_path / "images" / part, [f"{label}/{i}.png" for label in "abc" for i in range(count)])
     changes = ("data=folder", f"data.root={tmp_path / 'images'}", "data.image_size=64", "data.subset=null")
     changes = (*changes, "data.workers=0", "trainer.max_steps=1", "trainer.batch_size=12", "recipe.warmup_lr=0")
     summary = run(tmp_path / "tuned", f"init_from={source}", *changes, "fusion=lower", "fusion.budget=20")

@@ -6,12 +6,10 @@ do not have.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from runs import ROOT, python
 
 SETUP = """
 import warnings
@@ -37,8 +35,7 @@ def agrees(run, model, x, plain=None):
         outs.append(logits.detach())
         grads.append([p.grad.clone() for p in model.parameters()])
     torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
-    for a, b in zip(*grads):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5)
 """
 
 
@@ -46,10 +43,8 @@ def run(script: str, tmp_path: Path) -> str:
     """Return what a script prints; the test fails with its errors where it ends badly."""
     path = tmp_path / "script.py"
     path.write_text(SETUP + script)
-    root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "TRITON_INTERPRET": "1"}
-    environment.pop("FAMBA_BACKEND", None)
-    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, env=environment, timeout=600)
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1", "FAMBA_BACKEND": "auto"}
+    done = python(str(path), **variables)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 

@@ -297,8 +297,7 @@ def test_they_load_without_network_and_are_those_of_the_run(monkeypatch: pytest.
 
     monkeypatch.setattr("socket.socket.connect", refuse)
     model = timm.create_model(NAME, pretrained=True).eval()
-    for name, value in load_trained(FOLDER).model.state_dict().items():
-        assert torch.equal(model.state_dict()[name], value), name
+    assert_equal_weights(model.state_dict(), load_trained(FOLDER).model.state_dict())
     assert (model.num_classes, model.pretrained_cfg["license"]) == (100, "apache-2.0")
     assert timm.list_models("vim_*", pretrained=True) == [f"{NAME}.famba_cifar100"]
 

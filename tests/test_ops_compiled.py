@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import runpy
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import ROOT, python
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from famba.errors import BackendError, ConfigError
@@ -24,7 +22,6 @@ from famba.ops.availability import triton_obstacle
 from famba.ops.cuda import launch, nvrtc, scan
 from famba.ops.directional import Scans
 
-ROOT = Path(__file__).parents[1]
 SUMS: launch.Constants = {"T": "float", "STATES": 3}
 SCAN = {"scan_forward", "scan_backward", "conv_forward", "conv_backward"}
 KERNELS = {
@@ -53,10 +50,8 @@ needs_compiler = pytest.mark.skipif(no_compiler() is not None, reason=f"NVRTC: {
 
 def compiled(folder: Path, *options: str) -> list[dict[str, Any]]:
     """Return the rows of scripts/compile_kernels.py, run without Triton's interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     file = folder / "kernels.json"
-    command = [sys.executable, "scripts/compile_kernels.py", *options, "--json", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    done = python("scripts/compile_kernels.py", *options, "--json", str(file), TRITON_INTERPRET="0")
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
     return json.loads(file.read_text())
 

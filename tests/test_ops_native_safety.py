@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from ops_helpers import USABLE_ISAS, every_op, native, needs_kernels, results, scan_inputs, threads
+from runs import python
 from torch import Tensor
 
 from famba.errors import BackendError
@@ -144,9 +143,7 @@ assert os.waitpid(child, 0)[1] == 0, "hangs"
 
 @needs_kernels
 def test_a_forked_child_may_be_the_first_to_call() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FIRST_CALL_AFTER_FORK], capture_output=True, text=True, timeout=120
-    )
+    done = python("-W", "ignore", "-c", FIRST_CALL_AFTER_FORK)
     assert done.returncode == 0, done.stderr
 
 

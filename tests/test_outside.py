@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import run
+from runs import python, run
 
 from famba.cli import main
 from famba.errors import ConfigError
@@ -135,6 +134,5 @@ def test_a_backbone_says_what_it_cannot_do() -> None:
 
 def test_a_package_with_an_entry_point_is_imported_with_famba() -> None:
     code = "import famba, sys, timm; print('famba_outside' in sys.modules, 'twos' in famba.fusion.RULES)"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(OUTSIDE), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "True"]
+    done = python("-c", code, PYTHONPATH=os.pathsep.join([str(OUTSIDE), os.environ.get("PYTHONPATH", "")]))
+    assert done.stdout.split() == ["True", "True"], done.stderr

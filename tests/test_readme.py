@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from runs import ROOT, python
 
 from famba.analysis.report import gather
 from famba.errors import ConfigError
@@ -18,7 +17,6 @@ from famba.training import compose as composing
 from famba.training.config import keys
 from famba.training.setup import prepare
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 EXTENDING = (ROOT / "docs/extending.md").read_text()
 TEXTS = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -42,10 +40,7 @@ for number, command in enumerate({commands!r}):
 print([json.load(open(f"run{{number}}/summary.json"))["schedule"] for number in range(4)])
 print(os.environ["FAMBA_PLUGINS"].count(":"))
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
-    )
+    done = python("-c", script, cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr[-3000:]
     schedules, others = done.stdout.splitlines()[-2:]
     upper, nano = [0, 0, 9, 9, 9, 9, 10, 9], [0, 28, 18, 9]
@@ -54,10 +49,8 @@ print(os.environ["FAMBA_PLUGINS"].count(":"))
     assert "No pretrained configuration" not in done.stdout + done.stderr
     # A run folder does not import code; the variable does.
     for more, status in (({}, 2), ({"FAMBA_PLUGINS": "mine/middle.py"}, 0)):
-        command = [sys.executable, "-m", "famba", "predict", "run0", str(ROOT / "docs/results/tokens_china.png")]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment | more, capture_output=True, text=True, timeout=300
-        )
+        predict = ("-m", "famba", "predict", "run0", str(ROOT / "docs/results/tokens_china.png"))
+        done = python(*predict, cwd=tmp_path, PYTHONPATH=str(ROOT), **more)
         assert done.returncode == status, done.stderr
     assert "FAMBA_PLUGINS" in done.stderr or status == 0
 

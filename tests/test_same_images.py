@@ -16,11 +16,10 @@ from runs import run
 from torch import Tensor
 
 from famba.analysis.trained import load_trained
-from famba.analysis.visualize import normalized, read_images
+from famba.analysis.visualize import read_images
 from famba.cli import main as famba
-from famba.data.augment import evaluation_scaling
+from famba.data.augment import Normalize, evaluation_scaling
 from famba.data.folders import order
-from famba.export import export
 from famba.training.build import load_images, load_splits
 from famba.training.setup import prepare
 
@@ -67,7 +66,8 @@ def test_evaluation_pictures_and_training_see_upright_images_on_the_background(t
     test = load_splits(one.config).test
     torch.testing.assert_close(load_images(one.config, prepare(one.config).image_size, test), scaled(trained))
     files = [str(file) for file in files_of(trained)]
-    torch.testing.assert_close(normalized(one, read_images(one, files)), scaled(trained))
+    pixels = torch.stack(list(read_images(one, files).values()))
+    torch.testing.assert_close(Normalize(one.mean, one.std)(pixels), scaled(trained))
     # The test images, which training would read just so, without augmentation.
     plain = replace(one.scaling, kind="batch", crop_padding=0, hflip=0.0)
     (batch,) = training(test, plain, image_size=32, batch_size=17).epoch(0)
@@ -76,10 +76,8 @@ def test_evaluation_pictures_and_training_see_upright_images_on_the_background(t
     assert {image.mul(255).round().to(torch.uint8).numpy().tobytes() for image in batch[0]} == expected
 
 
-def test_the_code_of_the_card_gives_what_evaluation_gives(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(export, "check_file", lambda *arguments: "not checked")
+@pytest.mark.usefixtures("unchecked")
+def test_the_code_of_the_card_gives_what_evaluation_gives(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert famba(["export", str(trained / "run"), "--format", "safetensors", "--out", str(out)]) == 0
     card = (out / "README.md").read_text()

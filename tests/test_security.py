@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from runs import TINY, Hostile, run
+from runs import ROOT, TINY, Hostile, python, run
 
 from famba.data.published import unpack
 from famba.errors import CheckpointError, ConfigError, DataError, FambaError
@@ -21,8 +20,6 @@ from famba.models import load_vim_checkpoint
 from famba.training.compose import compose
 from famba.training.measure import provenance
 from famba.training.setup import prepare
-
-REPOSITORY = Path(__file__).parents[1]
 
 
 def test_the_hostile_pickle_works_where_nothing_stops_it(tmp_path: Path) -> None:
@@ -105,9 +102,8 @@ REMOTE = "https://user:glpat-secretremote@example.org/x.git"
 def test_a_run_writes_no_secret_and_no_name_of_the_machine(tmp_path: Path) -> None:
     for command in (["init", "-q"], ["remote", "add", "origin", REMOTE]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
-    command = [sys.executable, str(REPOSITORY / "train.py"), *TINY, "logger=wandb", "run_dir=run", "trainer.epochs=1"]
-    environment = {**os.environ, **SECRETS}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    settings = (*TINY, "logger=wandb", "run_dir=run", "trainer.epochs=1")
+    done = python(str(ROOT / "train.py"), *settings, cwd=tmp_path, **SECRETS)
     assert done.returncode == 0, done.stderr
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in files)

@@ -107,10 +107,7 @@ def test_logits_and_gradients_agree_with_the_paper(kind: str, named: str) -> Non
     logits = model(images().double())
     found = torch.autograd.grad((logits * direction).sum(), list(vit.parameters()), allow_unused=True)
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
-    for (name, _), own, other in zip(vit.named_parameters(), found, wanted, strict=True):
-        assert (own is None) == (other is None), name
-        if own is not None:
-            torch.testing.assert_close(own, other, rtol=1e-8, atol=1e-9, msg=name)
+    torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-9)  # None where a parameter has no part
     features = model.forward_features(images().double())
     assert features.shape == (3, model.num_tokens, 24)
     if vit.global_pool == "token" or (way["weighting"], way["mode"]) == ("size", "fuse"):

@@ -8,17 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import runs
 import timm
 from PIL import Image
-from runs import last_checkpoint
 
 from famba.analysis.trained import load_trained
 from famba.cli import main as famba
 from famba.errors import CheckpointError
-from famba.export import export
-from famba.training.app import train
 from famba.training.checkpoint import load
-from famba.training.compose import compose
 from famba.training.interrupts import Interrupted
 
 COLOURS = {"ant": (255, 0, 0), "bee": (0, 255, 0), "cat": (0, 0, 255), "dog": (255, 255, 0)}
@@ -38,11 +35,9 @@ def write_images(root: Path, classes: dict[str, tuple[int, int, int]], count: in
 
 def run(folder: Path, root: Path, *overrides: str) -> dict[str, Any]:
     """Train a tiny Vim on a folder, in its own steps of 6 images."""
-    tiny = ("model=vim_micro", "model.depth=1", "model.embed_dim=16", "model.d_state=2", "model.patch_size=8")
-    data = ("data=folder", f"data.root={root}", "data.image_size=16", "data.workers=0", "recipe=quick")
-    steps = ("trainer.epochs=4", "trainer.batch_size=6", "trainer.precision=fp32", "recipe.warmup_epochs=0.5")
-    arguments = [*tiny, *data, *steps, "recipe.lr=0.02", f"run_dir={folder}", *overrides]
-    return train(compose(arguments), folder)
+    data = ("data=folder", f"data.root={root}", "data.subset=null", "data.image_size=16", "data.workers=0")
+    steps = ("trainer.epochs=4", "trainer.batch_size=6", "recipe.lr=0.02")
+    return runs.run(folder, "model.depth=1", *data, *steps, *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +53,7 @@ def test_a_run_keeps_its_classes_and_the_sizes_of_its_sets(finished: Path) -> No
     expected = {"num_classes": 4, "classes": list(COLOURS), "images": {"train": 24, "test": 24}}
     summary = json.loads((finished / "summary.json").read_text())
     assert {key: summary[key] for key in ("classes", "images")} == {key: expected[key] for key in ("classes", "images")}
-    last = last_checkpoint(finished)
+    last = runs.last_checkpoint(finished)
     assert load(last)["data"] == expected
     assert load_trained(finished).class_names == load_trained(last).class_names == tuple(COLOURS)
 
@@ -119,10 +114,8 @@ def test_a_run_on_other_classes_begins_with_a_new_classifier(finished: Path, tmp
     assert "with a new classifier, for other classes" in log
 
 
-def test_an_export_has_the_names_where_timm_keeps_them(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(export, "check_file", lambda *arguments: "not checked")
+@pytest.mark.usefixtures("unchecked")
+def test_an_export_has_the_names_where_timm_keeps_them(finished: Path, tmp_path: Path) -> None:
     assert famba(["export", str(finished), "--format", "safetensors", "--out", str(tmp_path)]) == 0
     model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert model.pretrained_cfg["label_names"] == list(COLOURS)

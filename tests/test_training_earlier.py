@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from earlier import COMMAND, KEPT, STEPS, write_images
-from runs import metrics
+from earlier import CHANGES, KEPT, STEPS, write_images
+from runs import TINY, metrics, run
 from safetensors.torch import load_file
 
-from famba.training.app import train
 from famba.training.compose import compose
 from famba.training.config import ADDED_KEYS, plain
 from famba.training.run_folder import RunFolder, as_begun, finished
@@ -26,24 +25,23 @@ def begun(tmp_path: Path) -> Path:
 
 
 def test_a_run_of_version_0_1_ends_with_the_weights_that_it_had_there(begun: Path) -> None:
-    command = [*COMMAND, f"data.root={begun.parent / 'images'}", f"run_dir={begun}"]
-    train(compose([*command, f"trainer.max_steps={STEPS - 2}"]), begun)
-    summary = train(compose(command), begun)  # a run that continued is still one of that version
+    command = [*CHANGES, f"data.root={begun.parent / 'images'}"]
+    run(begun, *command, f"trainer.max_steps={STEPS - 2}")
+    summary = run(begun, *command)  # a run that continued is still one of that version
     assert summary["step"] == STEPS
-    assert finished(RunFolder(begun, writes=False), compose(command)) == summary
+    assert finished(RunFolder(begun, writes=False), compose([*TINY, *command, f"run_dir={begun}"])) == summary
     log = (begun / "train.log").read_text()
     assert "an earlier version of Famba began it: data.version=1" in log
     epochs = [line["epoch"] for line in metrics(begun) if line["kind"] == "epoch"]
     assert epochs == [0, 1, 2, 2, 3, 3], "metrics.jsonl goes on in its own numbering"
     assert 1 <= summary["selected"]["epoch"] <= 4, "the summary counts from 1"
     found, expected = load_file(begun / "model.safetensors"), load_file(begun / "expected.safetensors")
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_same_run_begun_now_reads_its_images_otherwise(begun: Path) -> None:
     new = begun.parent / "new"
-    train(compose([*COMMAND, f"data.root={begun.parent / 'images'}", f"run_dir={new}"]), new)
+    run(new, *CHANGES, f"data.root={begun.parent / 'images'}")
     found, expected = load_file(new / "model.safetensors"), load_file(begun / "expected.safetensors")
     assert any(not torch.allclose(found[name], value, rtol=1e-2, atol=1e-3) for name, value in expected.items())
 

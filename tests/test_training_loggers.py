@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from runs import run
@@ -36,47 +37,26 @@ def test_wandb_runs_offline_without_key_or_network(tmp_path: Path, monkeypatch: 
     assert "WARNING" not in (tmp_path / "train.log").read_text(), "nothing went wrong"
 
 
-class FakeWandb:
-    """Record the calls to wandb: arguments, values (at most `room` lines) and summary of each run."""
-
-    def __init__(self) -> None:
-        self.asked: list[dict[str, Any]] = []
-        self.logged: list[dict[str, Any]] = []
-        self.room = 1000
-        self.finished = 0
-        self.summary: dict[str, Any] = {}
-
-    def init(self, **arguments: Any) -> FakeWandb:
-        self.asked.append(arguments)
-        return self
-
-    def log(self, values: dict[str, Any], step: int) -> None:
-        self.logged.append({"step": step, **values})
-        if len(self.logged) >= self.room:
-            raise OSError("no space left")
-
-    def finish(self) -> None:
-        self.finished += 1
-
-
 @pytest.fixture
-def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
-    fake = FakeWandb()
-    monkeypatch.setattr("wandb.init", fake.init)
-    return fake
+def begin(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """A stand-in for wandb.init, which returns one and the same run."""
+    stand_in = Mock(return_value=Mock(summary={}))
+    monkeypatch.setattr("wandb.init", stand_in)
+    return stand_in
 
 
-def test_a_failing_logger_never_ends_a_run(tmp_path: Path, wandb: FakeWandb) -> None:
-    wandb.room = 3
+def test_a_failing_logger_never_ends_a_run(tmp_path: Path, begin: Mock) -> None:
+    begin.return_value.log.side_effect = [None, None, OSError("no space left")]
     assert run(tmp_path, "logger=wandb")["status"] == "finished"
-    assert wandb.asked[0]["mode"] == "offline"
-    assert wandb.asked[0]["config"]["recipe"]["lr"] == 0.004
-    assert wandb.logged[0].keys() > {"step", "train/loss"}
-    assert len(wandb.logged) == 3
+    assert begin.call_args.kwargs["mode"] == "offline"
+    assert begin.call_args.kwargs["config"]["recipe"]["lr"] == 0.004
+    first, _, _ = begin.return_value.log.call_args_list
+    assert "train/loss" in first.args[0]
+    assert first.kwargs == {"step": 1}
     assert "wandb failed to log (no space left)" in (tmp_path / "train.log").read_text()
 
 
-def test_wandb_goes_on_under_the_same_id_and_runs_of_a_sweep_are_one_group(tmp_path: Path, wandb: FakeWandb) -> None:
+def test_wandb_goes_on_under_the_same_id_and_runs_of_a_sweep_are_one_group(tmp_path: Path, begin: Mock) -> None:
     online = ("logger=wandb", "logger.mode=online")
     sweep = tmp_path / "strategies"
     sweep.mkdir()
@@ -84,11 +64,10 @@ def test_wandb_goes_on_under_the_same_id_and_runs_of_a_sweep_are_one_group(tmp_p
     run(tmp_path / "alone", *online, "trainer.max_steps=1")
     run(tmp_path / "alone", *online, "trainer.max_steps=2")
     run(sweep / "first", *online, "trainer.max_steps=1")
-    first, second, other = (asked["id"] for asked in wandb.asked)
-    assert first == second != other
-    assert [asked["resume"] for asked in wandb.asked] == ["allow"] * 3
-    assert [asked["group"] for asked in wandb.asked] == [None, None, "strategies"]
-    assert (wandb.finished, wandb.summary["status"]) == (3, "finished")
+    ids, resumed, groups = ([one.kwargs[name] for one in begin.call_args_list] for name in ("id", "resume", "group"))
+    assert ids[0] == ids[1] != ids[2]
+    assert (resumed, groups) == (["allow"] * 3, [None, None, "strategies"])
+    assert (begin.return_value.finish.call_count, begin.return_value.summary["status"]) == (3, "finished")
 
 
 def test_the_first_step_and_the_time_left_are_told(

@@ -24,7 +24,6 @@ from famba.fusion.rules import closest_cosines
 from famba.models import Vim, apply_tome
 from famba.training.compose import compose
 from famba.training.optimizer import create_optimizer, learning_rate, set_learning_rate
-from famba.training.setup import prepare
 
 VIT = ("model=vit_micro", "model.d_state=null", "fusion.budget=8")
 ADAPTIVE = ("fusion=adaptive", "fusion.budget=8", "fusion.adapt_at=[0.2,0.5]", "fusion.adapt_images=16")
@@ -65,26 +64,6 @@ def test_a_way_of_reducing_tokens_is_trained_and_kept(
     assert not is_same or usual["macs_per_image"] == other["macs_per_image"]
     assert usual["loss"] != other["loss"]
     assert str(getattr(load_trained(tmp_path / "1").model.settings, key)).lower() == value
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ("model=vit_tiny model.d_state=4", "model.d_state=4 cannot be chosen for"),
-        ("model=vim_ti fusion.proportional=true", "fusion.proportional is about attention, and a Vim has none"),
-        ("model=vim_ti fusion.place=after_attention", "did you mean 'after_scan'?, where a Vim reduces no tokens"),
-        ("model=vit_tiny model.name=vit_base_patch16_siglip_224", "global_pool='map'"),
-        ("model=vit_tiny fusion.mode=prune fusion.proportional=true", "has no effect with fusion.mode=prune"),
-        ("model=vit_tiny model.embed_dim=100", "cannot be built with these model keys"),
-        ("fusion=upper fusion.adapt_at=[0.5]", "fusion.adapt_at has a value with fusion=adaptive alone"),
-        ("fusion=adaptive fusion.adapt_images=null", "must have one there"),
-        ("fusion=adaptive fusion.adapt_at=[1.5]", "fusion.adapt_at is [1.5]; allowed: 1 to 6 shares"),
-    ],
-)
-def test_what_a_network_cannot_do_is_refused(overrides: str, message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        prepare(compose([*overrides.split(), "data=digits"]))
-    assert message in str(caught.value)
 
 
 # The budget of fusion=adaptive goes where tokens are similar, exactly, and stays there until it is measured again.

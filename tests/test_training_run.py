@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from runs import TINY, last_checkpoint, metrics, run, weights
+from runs import TINY, last_checkpoint, metrics, python, run, weights
 from safetensors.torch import load_file
 from torch import nn
 
@@ -28,7 +26,6 @@ from famba.training.measure import evaluate, macs_per_image, saved_bytes_per_ima
 from famba.training.setup import prepare
 from famba.training.trainer import new_state
 
-ROOT = Path(__file__).parents[1]
 ONE = Process(0, 1, torch.device("cpu"))
 
 
@@ -168,9 +165,8 @@ def test_accumulation_is_the_same_step_in_parts(tmp_path: Path) -> None:
     settings = ("trainer.max_steps=2", "recipe.clip_grad=0.1")
     run(tmp_path / "whole", *settings)
     run(tmp_path / "parts", *settings, "trainer.accumulation=4")
-    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
-    for name, value in whole.items():
-        torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-6)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("parts", "whole")]
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
 
 
 def test_learning_rate_follows_the_recipe(tmp_path: Path) -> None:
@@ -247,9 +243,8 @@ def test_a_compiled_model_trains_like_an_eager_one(tmp_path: Path) -> None:
     losses = []
     for name, more in (("eager", ()), ("compiled", ("trainer.compile=true",))):
         folder = tmp_path / name
-        command = [sys.executable, str(ROOT / "train.py"), *TINY, "trainer.epochs=1", f"run_dir={folder}", *more]
-        command += ["fusion=upper", "fusion.budget=5"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        settings = (*TINY, "trainer.epochs=1", "fusion=upper", "fusion.budget=5", *more)
+        done = python("train.py", *settings, f"run_dir={folder}")
         assert done.returncode == 0, done.stderr[-4000:]
         losses.append([line["loss"] for line in metrics(folder) if line["kind"] == "train"])
     assert len(losses[0]) == 3

@@ -6,19 +6,16 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import TINY, assert_same_run
+from runs import TINY, assert_same_run, python, start, wait_for_lines
 
 from famba.errors import CheckpointError
 from famba.training.checkpoint import check_same_run
 from famba.training.distributed import adopt_slurm, world_size
 
-ROOT = Path(__file__).parents[1]
 # Lets the process of a rank do something once a number of steps is done.
 PROGRAM = """
 import os, signal, sys
@@ -44,10 +41,8 @@ def torchrun(folder: Path, action: str = "pass", *overrides: str, rank: int = 1)
     folder.mkdir(exist_ok=True)
     program = folder / "program.py"
     program.write_text(PROGRAM.format(action=action, rank=rank))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
-    command += [*TINY, f"run_dir={folder}/run", *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
+    return python(*command, *TINY, f"run_dir={folder}/run", *overrides, OMP_NUM_THREADS="1")
 
 
 def summary(folder: Path) -> dict[str, Any]:
@@ -118,19 +113,6 @@ def test_processes_take_the_same_measured_schedule(tmp_path: Path) -> None:
     done, found = torchrun(tmp_path, say, *adaptive), summary(tmp_path)
     assert found["status"] == "finished", done.stderr
     assert f"schedule {' '.join(map(str, found['adapted'][0]['schedule']))}" in done.stdout
-
-
-def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "train.py", *TINY, f"run_dir={folder}", *overrides]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-
-def wait_for_lines(folder: Path, count: int) -> None:
-    """Wait until a run has logged so many lines, of steps and epochs."""
-    path, deadline = folder / "metrics.jsonl", time.monotonic() + 120
-    while not (path.exists() and path.read_text().count("\n") >= count):
-        assert time.monotonic() < deadline, "the run does not train"
-        time.sleep(0.001)
 
 
 @pytest.mark.slow

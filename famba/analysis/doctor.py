@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import famba
-from famba.analysis.benchmark.ops import OPS, Case
+from famba.analysis.benchmark.ops import OPS, Case, obstacle
 from famba.errors import BackendError
 from famba.ops import backends, registry, use_backend
 from famba.ops.native import library
@@ -73,10 +73,10 @@ def _machine() -> Iterator[tuple[str, str]]:
 
 def _backends() -> Iterator[tuple[str, str]]:
     """Yield names and values of backends, of the native kernels, and of what the environment chooses."""
-    for name, obstacle in backends().items():
-        reason, _, remedy = (obstacle or "").rpartition("; ")
-        yield name, "usable" if obstacle is None else f"not usable: {reason}"
-        if obstacle is not None:
+    for name, hindrance in backends().items():
+        reason, _, remedy = (hindrance or "").rpartition("; ")
+        yield name, "usable" if hindrance is None else f"not usable: {reason}"
+        if hindrance is not None:
             yield "", f"remedy: {remedy}"
     with use_backend(registry.AUTO):
         yield from ((f"auto, {device}", registry.resolve(device)) for device in ("cpu", "cuda"))
@@ -97,20 +97,13 @@ def _backends() -> Iterator[tuple[str, str]]:
 
 def _checks() -> Iterator[tuple[str, str, str, str, str, float | str]]:
     """Yield backend, device, instructions, dtype and op, and its worst error or the first line of what it raised."""
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    cases = [(b, d, t) for b, obstacle in backends().items() if obstacle is None for d in devices for t in TOLERANCE]
+    devices = map(torch.device, ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))
+    cases = [case for case in product(backends(), devices, TOLERANCE) if obstacle(*case) is None]
     # Triton compiles and tunes kernels meanwhile, which can take minutes.
     for backend, device, dtype in tqdm(cases, "self-check", leave=False, file=sys.stderr):
-        try:
-            with use_backend(backend):
-                registry.resolve(device, dtype)
-        except BackendError:
-            continue
-        if (backend, device) == ("triton", "cpu"):  # in Triton's interpreter, where a token takes a second
-            continue
         for isa, op in product(library.isas() if backend == "native" else [None], OPS):
-            error = _error(op, backend, device, isa, dtype)
-            yield backend, device, isa or "-", str(dtype).removeprefix("torch."), op, error
+            error = _error(op, backend, device.type, isa, dtype)
+            yield backend, device.type, isa or "-", str(dtype).removeprefix("torch."), op, error
 
 
 def _error(op: str, backend: str, device: str, isa: str | None, dtype: torch.dtype) -> float | str:

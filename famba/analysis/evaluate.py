@@ -197,13 +197,12 @@ def evaluate(request: Request) -> Evaluation:
 
     Raises ConfigError or DataError for images that do not fit or are damaged, TrainingError for too little memory.
     """
-    labelled = zip(label_variants(request.variants), request.variants, strict=True)
-    asked = [(label, request.trained, variant) for label, variant in labelled]
-    beside = [(other, replace(own(other), own=False)) for other in request.beside]
-    asked += [(f"{variant.fusion.strategy}, {other.source}", other, variant) for other, variant in beside]
+    labels = label_variants(request.variants) + [f"{one.fusion.strategy}, {one.source}" for one in request.beside]
+    asked = [(request.trained, variant) for variant in request.variants]
+    asked += [(other, replace(own(other), own=False)) for other in request.beside]
     contestants = [
         _Contestant(label, trained.model.to(request.device), variant, Tally(request.device))
-        for label, trained, variant in asked
+        for label, (trained, variant) in zip(labels, asked, strict=True)
     ]
     try:
         interrupted = _race(request, contestants)
@@ -354,7 +353,6 @@ def table(evaluation: Evaluation) -> str:
 def as_json(evaluation: Evaluation) -> str:
     """Return everything as JSON: Top-1 and Top-5 in percent, differences in points, removed in tokens."""
     request, trained = evaluation.request, evaluation.request.trained
-    dtypes = [] if request.autocast is None else [request.autocast]
     values = {
         "source": trained.source,
         "model": request.config.model.name,
@@ -365,7 +363,7 @@ def as_json(evaluation: Evaluation) -> str:
         "batch_size": request.batch_size,
         "precision": str(request.autocast or "fp32").removeprefix("torch."),
         "results": evaluation.rows,
-        "provenance": provenance(request.device, request.config.seed, 1, *dtypes),
+        "provenance": provenance(request.device, request.config.seed, 1, request.autocast or torch.float32),
     }
     return json.dumps(values, indent=2) + "\n"
 

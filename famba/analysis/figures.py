@@ -76,10 +76,9 @@ def _accuracy(rows: pd.DataFrame, name: str, cost: str, label: str, factor: floa
     axes.margins(0.09)
     axes.grid(visible=True)
     handles, names = axes.get_legend_handles_labels()
-    columns_of_legend = min(len(names), 3 if max(map(len, names)) <= 16 else 2)
-    figure.set_size_inches(5.2, 3.3 + 0.2 * -(-len(names) // columns_of_legend))
-    place: Any = {"loc": "outside lower center", "ncols": columns_of_legend}
-    figure.legend(handles, names, **place, handlelength=3.2, columnspacing=1.4)
+    across = min(len(names), 3 if max(map(len, names)) <= 16 else 2)
+    figure.set_size_inches(5.2, 3.3 + 0.2 * -(-len(names) // across))
+    figure.legend(handles, names, loc="outside lower center", ncols=across, handlelength=3.2, columnspacing=1.4)
     return Plot(name, f"Accuracy against {label.partition(',')[0]}", files(name, figure))
 
 

@@ -64,8 +64,7 @@ def _value(name: str, text: str) -> Any:
             return setting.read(text)
         return text if name == "strategy" or text == PAPER else int(text) if text.isdecimal() else float(text)
     except ValueError:
-        allowed = "tokens in total, a share of the patches (between 0 and 1), or paper"
-        allowed = allowed if setting is None else "whole numbers from 0"
+        allowed = "whole numbers from 0" if setting else "tokens, a share of the patches (between 0 and 1), or paper"
         raise ConfigError(f"{option} holds {text!r}; allowed: {allowed}") from None
 
 

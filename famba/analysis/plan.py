@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import pairwise
@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from famba.analysis.options import prepare_folder, write_files
 from famba.errors import ConfigError, check_choice
@@ -33,7 +32,6 @@ from famba.training.setup import Setup, check_cuda_graphs, prepare
 
 # Weights, gradients and AdamW's two moments, in float32.
 _BYTES_PER_PARAMETER = 16
-_DEVICES = ("cuda", "mps")
 # Parts of a layer's cost that the tables by layer show, their unit and how they are written.
 _BY_LAYER = {
     "Tokens after each layer's fusion": ("leaving", 1, "{:.0f}"),
@@ -80,27 +78,21 @@ class LayerCost(NamedTuple):
 class Cost(NamedTuple):
     """Hold the costs of a model with its schedule, per image, embedding and head included.
 
-    macs: multiply-adds of a forward pass, which papers call FLOPs; norms, activations and sums do not count.
-    saved_bytes: what autograd keeps of it for the backward, parameters not counted.
+    token_layers: tokens left after each layer's fusion, summed over the layers. macs: multiply-adds of a forward pass,
+    which papers call FLOPs; norms, activations and sums do not count. saved_bytes: what autograd keeps of it for the
+    backward, parameters not counted.
     """
 
     layers: tuple[LayerCost, ...]
+    token_layers: int
     macs: int
     saved_bytes: int
-
-    @property
-    def token_layers(self) -> int:
-        """Tokens left after each layer's fusion, summed over the layers."""
-        return sum(layer.leaving for layer in self.layers)
 
 
 def cost(model: Backbone, autocast: torch.dtype | None = None) -> Cost:
     """Count what each layer of a model costs in training, exactly, on any device, a fake one too."""
-
-    def run(images: Tensor, mark: Callable[[], None]) -> None:
-        model.classify(model.run(images, mark=mark))
-
-    few, many = (count(model, (batch, 3, *model.image_size), autocast, run) for batch in (FEW, MANY))
+    shapes = ((batch, 3, *model.image_size) for batch in (FEW, MANY))
+    few, many = (count(model, s, autocast, lambda x, mark: model.classify(model.run(x, mark=mark))) for s in shapes)
     more = MANY - FEW
     # Operations count multiplications and additions apart.
     marks = [((b[0] - a[0]) // more // 2, (b[1] - a[1]) // more) for a, b in zip(few, many, strict=True)]
@@ -109,7 +101,7 @@ def cost(model: Backbone, autocast: torch.dtype | None = None) -> Cost:
         LayerCost(*tokens, after[0] - before[0], after[1] - before[1])
         for tokens, (before, after) in zip(pairwise(left), pairwise(marks[:-1]), strict=True)
     ]
-    return Cost(tuple(layers), *marks[-1])
+    return Cost(tuple(layers), sum(left[1:]), *marks[-1])
 
 
 @dataclass(frozen=True)
@@ -166,7 +158,7 @@ def _planned(name: str, config: RunConfig) -> Planned:
         device, is_here = choose_device(config.trainer.device), True
     except ConfigError:
         kind, is_here = config.trainer.device.partition(":")[0], False
-        if kind not in _DEVICES:
+        if kind not in ("cuda", "mps"):
             raise
         device = torch.device(kind)
         if kind == "cuda" and torch.backends.cuda.is_built() and torch.__version__ < "2.7":

@@ -16,8 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import pandas as pd
+from jinja2 import Environment, StrictUndefined
 from scipy.stats import t
 
 from famba.analysis.figures import Plot, draw, time_unit
@@ -26,12 +26,10 @@ from famba.analysis.runs import read_runs, run_table
 from famba.data import PUBLISHED
 from famba.errors import DataError
 from famba.fusion import SETTINGS, Fusion
-from famba.fusion.schedules import strategy_names
+from famba.fusion.schedules import NONE, strategy_names
 from famba.training.logging import signed
 from famba.training.records import from_cell
 
-NONE = "none"
-NAN = float("nan")
 COSTS = ("train_time_s", "peak_memory_mib", "saved_bytes_per_image", "images_per_s")
 _NUMBERS = [*COSTS, "top1", "top5", "macs_per_image", "parameters", "tokens"]
 _OUTCOME = ["image_size", "precision", "steps", "provenance.famba", "provenance.git_commit"]
@@ -200,9 +198,8 @@ def _tables(runs: pd.DataFrame, left_out: list[tuple[str, str, str]]) -> list[Ta
         again = chosen[chosen.duplicated(["label", "seed"])]
         left_out += [("repeated", run.run, f"seed {run.seed} of {run.label}") for run in again.itertuples()]
         chosen = chosen.drop(again.index)
-        left_out += [
-            ("elsewhere", run["run"], _differences(here, run)) for _, run in chosen.iterrows() if not run["here"]
-        ]
+        moved = chosen[~chosen["here"]]
+        left_out += [("elsewhere", run["run"], _differences(here, run)) for _, run in moved.iterrows()]
         name = ", ".join([key[0], *(f"{name.rpartition('.')[2]} {value or 'as registered'}" for name, value in told)])
         tables.append(_table(name, chosen, first[what], here))
     return sorted(tables, key=lambda table: (table.rows["parameters"].min(), table.model))
@@ -293,7 +290,7 @@ def _rows(runs: pd.DataFrame, by_seed: dict[str, pd.DataFrame], what: pd.Series,
     for name, values in by_seed.items():
         name = f"{name}_percent" if name in ("top1", "top5") else name
         columns |= {f"{name}_mean": values.mean(), f"{name}_sd": values.std()}
-    top1, unknown = by_seed["top1"], by_seed["top1"].iloc[:, 0] * NAN
+    top1, unknown = by_seed["top1"], pd.Series(index=by_seed["top1"].index, dtype=float)
     pairs = {label: (unknown if label == NONE else top1[label], top1.get(NONE, unknown)) for label in top1}
     gains = pd.DataFrame({label: interval(*pair) for label, pair in pairs.items()}).T
     columns |= gains.astype({"": float, "_low95": float, "_high95": float}).add_prefix(_TOP1)
@@ -321,14 +318,14 @@ def interval(ours: pd.Series, base: pd.Series) -> pd.Series:
     _seeds lists the seeds that are in both. The ends are NaN for one such seed, all three numbers for none.
     """
     found = (ours - base).dropna()
-    half = t.ppf(0.975, len(found) - 1) * found.std() / len(found) ** 0.5 if len(found) > 1 else NAN
+    half = t.ppf(0.975, len(found) - 1) * found.sem()
     seeds = " ".join(map(str, found.index))
     return pd.Series({"": found.mean(), "_low95": found.mean() - half, "_high95": found.mean() + half, "_seeds": seeds})
 
 
 def _share_of_none(by_seed: pd.DataFrame) -> pd.Series:
     """Return each label's cost as a share of that of none, over the seeds that both have."""
-    base = by_seed.get(NONE, by_seed.iloc[:, 0] * NAN)
+    base = by_seed.get(NONE, pd.Series(index=by_seed.index, dtype=float))
     both = by_seed.where(base.notna(), axis=0)
     return both.sum(min_count=1) / both.notna().mul(base, axis=0).sum(min_count=1)
 
@@ -401,9 +398,8 @@ def _notes(rows: pd.DataFrame, known: pd.Series) -> list[str]:
 
 def rendered(report: Report, kind: str) -> str:
     """Return the report as "html", one page that needs nothing but itself, or "md" with pictures by their paths."""
-    strict = jinja2.StrictUndefined
-    environment = jinja2.Environment(autoescape=kind == "html", undefined=strict)  # noqa: S701 - not in Markdown
-    environment.keep_trailing_newline = True
+    escapes = kind == "html"  # not in Markdown
+    environment = Environment(autoescape=escapes, undefined=StrictUndefined, keep_trailing_newline=True)  # noqa: S701
     environment.filters["base64"] = lambda svg: base64.b64encode(svg).decode()
     environment.filters |= {"md": _md, "table": lambda sheet: tabulated(sheet.map(_md), "github")}
     template = Path(__file__).with_suffix(f".{kind}").read_text(encoding="utf-8")

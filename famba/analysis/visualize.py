@@ -197,7 +197,13 @@ def read_images(trained: Trained, given: Sequence[str]) -> dict[str, Tensor]:
 
     Returns uint8 (3, s, s) by distinct plain names. Raises DataError for a file that is missing or is no image.
     """
-    found = [(file.stem, read_file(file, trained.reading.colour)) for file in image_files(given)] or _samples()
+    found = [(file.stem, read_file(file, trained.reading.colour)) for file in image_files(given)]
+    if not found:
+        from sklearn.datasets import load_sample_images  # takes a second, and only these images need it
+
+        samples = load_sample_images()
+        pairs = zip(samples.filenames, samples.images, strict=True)
+        found = [(Path(name).stem, Image.fromarray(pixels)) for name, pixels in pairs]
     scaling = evaluation_scaling(trained.scaling, trained.image_size)
     images: dict[str, Tensor] = {}
     for stem, image in found:
@@ -207,24 +213,12 @@ def read_images(trained: Trained, given: Sequence[str]) -> dict[str, Tensor]:
     return images
 
 
-def normalized(trained: Trained, images: dict[str, Tensor]) -> Tensor:
-    """Return what the network takes, float32 (n, 3, s, s)."""
-    return Normalize(trained.mean, trained.std)(torch.stack(list(images.values())))
-
-
-def _samples() -> list[tuple[str, Image.Image]]:
-    from sklearn.datasets import load_sample_images  # takes a second, and only these images need it
-
-    found = load_sample_images()
-    return [(Path(name).stem, Image.fromarray(x)) for name, x in zip(found.filenames, found.images, strict=True)]
-
-
 def draw(
     trained: Trained, compared: Sequence[Variant], images: dict[str, Tensor], device: torch.device
 ) -> dict[str, bytes]:
     """Return tokens_NAME.png for each image."""
     model = trained.model.to(device)
-    inputs = normalized(trained, images).split(_AT_ONCE)
+    inputs = Normalize(trained.mean, trained.std)(torch.stack(list(images.values()))).split(_AT_ONCE)
     layers, side = shown_layers([one.schedule for one in compared]), math.isqrt(model.num_patches)
     rows: dict[str, list[Row]] = {name: [] for name in images}
     for variant, label in zip(compared, label_variants(compared), strict=True):

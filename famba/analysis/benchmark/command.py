@@ -83,8 +83,7 @@ def run(options: argparse.Namespace) -> int:
     except OSError as error:
         raise ConfigError(f"--json {options.json} cannot be written ({error.strerror}); name another file") from error
     settings = {name: value for name, value in vars(options).items() if isinstance(value, int | list | str)}
-    notes = [timing.NOTE] if device.type == "cuda" else []
-    report = Report(options.what, provenance(device, 0, 1), settings, notes=notes)
+    report = Report(options.what, provenance(device, 0, 1), settings, notes=[timing.NOTE] * (device.type == "cuda"))
     keep_freed_memory()
     try:
         options.measure(options, report)
@@ -217,8 +216,9 @@ def blocks(device: torch.device) -> Iterator[tuple[str, list[Contestant]]]:
     """Yield title and contestants of each table of steps, in order of value; none for that of ops."""
     size, pair, deit = (128, 224, PRECISION), ("none", "upper"), DEITS[_TINY]
     yield "Vim-Ti", [Contestant(s, _TINY, s, *size) for s in STRATEGIES]
-    auto = resolve(device.type, ops.DTYPES[PRECISION])
-    for name in (n for n in backends() if n not in (auto, "reference") and ops.obstacle(n, device, PRECISION) is None):
+    dtype = ops.DTYPES[PRECISION]
+    others = (name for name in backends() if name not in ("reference", resolve(device.type, dtype)))
+    for name in (name for name in others if ops.obstacle(name, device, dtype) is None):
         yield f"Vim-Ti by {name}", [Contestant(s, _TINY, s, *size, (f"ops.backend={name}",)) for s in pair]
     compiled = Contestant("DeiT-Ti, torch.compile", deit, "none", *size, ("trainer.compile=true",))
     yield "timm's DeiT-Ti", [Contestant("DeiT-Ti", deit, "none", *size), compiled]

@@ -51,10 +51,7 @@ class Case(NamedTuple):
         _, b, l, d, n, _ = self  # noqa: E741
         dtype, fused = DTYPES[self.precision], max(1, self.length // _SHARE)
         x = torch.randn(b, l, d).to(dtype)
-
-        def match(x: Tensor) -> tuple[Tensor, ...]:
-            return ops.match_tokens(x, 1, None, None, fused, "sequence")
-
+        match = partial(ops.match_tokens, leading=1, protected=None, sizes=None, r=fused, order="sequence")
         if self.op == "selective_scan":
             delta, (B, C) = (0.1 * torch.rand(b, l, d)).to(dtype), torch.randn(2, b, l, n).to(dtype)
             return Built(ops.selective_scan, [x, delta, -16 * torch.rand(d, n), B, C, torch.ones(d)], [])
@@ -89,13 +86,13 @@ def _mixer(b: int, l: int, d: int, n: int, dtype: torch.dtype) -> Built:  # noqa
     return Built(mix, given, [])
 
 
-def obstacle(backend: str, device: torch.device, precision: str) -> str | None:
-    """Return why a backend is not timed, None where it is."""
+def obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why a backend is neither timed nor checked, None where it is."""
     if backend == "triton" and interpreted():
         return "TRITON_INTERPRET=1 has it run in Triton's interpreter, whose times say nothing; unset it"
     try:
         with ops.use_backend(backend):
-            resolve(device.type, DTYPES[precision])
+            resolve(device.type, dtype)
     except BackendError as error:
         return str(error)
     return None
@@ -107,7 +104,7 @@ def measure(case: Case, device: torch.device, rounds: int, report: Report) -> No
     tensors = [x.to(device).requires_grad_() for x in built.learned] + [x.to(device) for x in built.fixed]
     try:
         for name in (name for name in ops.backends() if name != "reference" or device.type != "cuda"):
-            if (reason := obstacle(name, device, case.precision)) is not None:
+            if (reason := obstacle(name, device, DTYPES[case.precision])) is not None:
                 report.left_out[name] = reason
                 continue
             run, copies = partial(_by, name, built.run), _copies(tensors, device)

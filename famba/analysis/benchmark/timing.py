@@ -77,10 +77,9 @@ class Race:
 
     def entries(self, name: str) -> Row:
         """Return a row's entries: medians of a call in ms, and all samples."""
-        found: Row = {}
-        for column, samples in self.samples[name].items():
-            found |= {column: statistics.median(samples), f"{column}_samples": list(samples)}
-        return found
+        samples = self.samples[name]
+        medians = {column: statistics.median(taken) for column, taken in samples.items()}
+        return medians | {f"{column}_samples": list(taken) for column, taken in samples.items()}
 
     def _by_events(self, run: Call, times: int = 1) -> float:
         """Return the milliseconds of one of several runs between two events on the device."""
