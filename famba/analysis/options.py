@@ -83,12 +83,9 @@ def device(name: str) -> torch.device:
         raise ConfigError(str(error).replace("trainer.device", "--device")) from error
 
 
-def computing(
-    trained: Trained, device: torch.device, dtype: torch.dtype = torch.float32
-) -> AbstractContextManager[None]:
+def computing(trained: Trained, device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
     """Let the backend that FAMBA_BACKEND names, else that of the training, compute inside the block if it can there."""
-    own = AUTO if trained.config is None else trained.config.ops.backend
-    asked = os.environ.get(ENVIRONMENT_VARIABLE) or own
+    asked = os.environ.get(ENVIRONMENT_VARIABLE) or (trained.config.ops.backend if trained.config else AUTO)
     try:
         with use_backend(asked):
             resolve(device.type, dtype)

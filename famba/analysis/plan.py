@@ -162,8 +162,7 @@ def _planned(name: str, config: RunConfig) -> Planned:
             raise
         device = torch.device(kind)
         if kind == "cuda" and torch.backends.cuda.is_built() and torch.__version__ < "2.7":
-            told = f"torch {torch.__version__} counts for a GPU only where one is"  # it asks the driver, and aborts
-            raise ConfigError(f"{told}; use a later torch, or leave out trainer.device") from None
+            raise ConfigError("torch 2.6 counts for a GPU only where one is; use a later torch") from None
     if precision == "auto" and not is_here:
         precision = "bf16" if device.type == "cuda" else "fp32"
     autocast = torch.bfloat16 if precision == "bf16" else choose_precision(precision, device)

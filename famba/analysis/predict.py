@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     files = image_files(options.images)  # before the network, which takes longer
     device = shared.device(options.device)
     trained = load_trained(options.checkpoint)
-    with shared.computing(trained, device):
+    with shared.computing(trained, device, torch.float32):
         found = predict(trained, files, device)
         if options.json:
             print(json.dumps(list(found), indent=2))

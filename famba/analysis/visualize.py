@@ -174,10 +174,9 @@ def run(options: argparse.Namespace) -> int:
     compared = variants(trained, asked) or [own(trained)]
     images = read_images(trained, options.images)
     folder = shared.prepare_folder(options.out)
-    with shared.computing(trained, device):
-        pictures = draw(trained, compared, images, device)
-    for file in shared.write_files(folder, pictures):
-        print(file)
+    with shared.computing(trained, device, torch.float32):
+        for file in shared.write_files(folder, draw(trained, compared, images, device)):
+            print(file)
     if not options.images:
         print(_SAMPLES_NOTE)
     return 0
