@@ -104,15 +104,21 @@ def fitting_weights(weights: dict[str, Any], model: Backbone) -> dict[str, Tenso
     timm calls it, with its records of the weights in model.pretrained_cfg. Raises CheckpointError as `fit_weights`.
     """
     weights = weights_in(weights, "pretrained weights")
-    head, own = weights.get("head.weight"), model.state_dict().get("head.weight")
-    other_head = own is None or not isinstance(head, Tensor) or head.shape[:1] != own.shape[:1]
-    fit = fit_weights(model, weights, "what comes with the model", _origin_by_timm(weights, model), other_head)
+    origin = _origin_by_timm(weights, model)
+    other_head = "head.weight" not in model.state_dict() or has_other_head(model, weights)
+    fit = fit_weights(model, weights, "what comes with the model", origin, other_head)
     if fit.changes:
         _log.info("pretrained weights: %s", "; ".join(fit.changes))
     for doubt in fit.doubts:
         _log.warning("pretrained weights: %s", doubt)
     # timm itself makes it one of other channels, and refuses or warns where that is done.
     return fit.weights if fit.rgb is None else {**fit.weights, _PATCHES: fit.rgb}
+
+
+def has_other_head(model: Backbone, weights: Mapping[str, Any]) -> bool:
+    """Return whether a model's classifier is missing in weights, or has another number of classes there."""
+    own, head = model.state_dict().get("head.weight"), weights.get("head.weight")
+    return own is not None and (not isinstance(head, Tensor) or head.shape[:1] != own.shape[:1])
 
 
 def weights_in(content: Mapping[str, Any], path: str | Path, *, averaged: bool = False) -> dict[str, Any]:

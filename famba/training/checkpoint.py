@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 # Settings that may change when a run goes on: the weights that come out stay the same.
 _OF_TRAINER = ("max_steps", "device", "cuda_graphs", "log_every", "eval_", "save_every_min")
-_OTHERS = ("run_dir", "resume", "data.root", "data.workers", "data.device", "logger.")
+_OTHERS = ("run_dir", "resume", "plugins", "data.root", "data.workers", "data.device", "logger.")
 _FREE = (*_OTHERS, *(f"trainer.{key}" for key in _OF_TRAINER))
 
 

@@ -80,8 +80,7 @@ class Sweep:
         given_once = {item.key_or_group: item for item in fixed}
         experiment = str(given_once["experiment"].value()) if "experiment" in given_once else "sweep"
         # Without the values of swept keys a sweep can grow in its folder; settings such as data.root change no weights.
-        telling = (item for item in fixed if changes_weights(item.key_or_group) and item.key_or_group != "plugins")
-        kept = sorted(str(item.input_line) for item in telling)
+        kept = sorted(str(item.input_line) for item in fixed if changes_weights(item.key_or_group))
         name = f"{experiment}-{_short_hash(json.dumps([kept, sorted(swept)]))}"
         self.folder = Path(str(shared.run_dir)) if "run_dir" in given_once else Path("runs", name)
         self.launcher, self.config_dir = choose(shared.hydra.get("launcher")), command.config_dir

@@ -83,7 +83,7 @@ def check_initial(config: RunConfig, outline: Backbone) -> None:
     if config.init_from is None or begun:
         return
     file, weights, origin, _ = read_initial(config.init_from)
-    files.fit_weights(outline, weights, str(file), origin, _has_other_head(outline, weights))
+    files.fit_weights(outline, weights, str(file), origin, files.has_other_head(outline, weights))
 
 
 def start_from(model: Backbone, given: str, classes: Sequence[str] | None = None) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def start_from(model: Backbone, given: str, classes: Sequence[str] | None = None
     file, weights, origin, known = read_initial(given)
     digest = weights_sha256(weights)
     others = known is not None and classes is not None and known != tuple(classes)
-    is_new = others or _has_other_head(model, weights)
+    is_new = others or files.has_other_head(model, weights)
     changes = files.load_weights(model, weights, file, origin, reset_head=is_new)
     changes.append("with a new classifier, for other classes" if is_new else "with their classifier")
     _log.info("%s", "; ".join([f"weights start from {given} (SHA-256 {digest[:12]})", *changes]))
@@ -110,9 +110,3 @@ def weights_sha256(weights: Mapping[str, Any]) -> str:
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _has_other_head(model: Backbone, weights: Mapping[str, Any]) -> bool:
-    """Return whether the file's classifier is missing or has another number of classes than the model's."""
-    own, head = model.state_dict().get("head.weight"), weights.get("head.weight")
-    return own is not None and (not isinstance(head, Tensor) or head.shape[:1] != own.shape[:1])
